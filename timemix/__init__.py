@@ -1,0 +1,3 @@
+"""timemix: train, compare and run RWKV language models."""
+
+__version__ = "0.1.0"

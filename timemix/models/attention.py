@@ -1,0 +1,151 @@
+"""The attention baselines: rotary attention with GeGLU, and MHA_pro (RWKV-LM 0.01)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timemix.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
+from timemix.models.activations import ACTIVATIONS
+from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
+from timemix.ops.history import append, lags, toeplitz, weights_at
+
+
+def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """Rotary position encoding (arXiv 2104.09864) of the first half of each head's dims.
+
+    x (B, H, T, N), position (T,) or (B, 1, T). Dims i and i + R/2 of the first R = N/2 form a pair, turned by
+    position * base^(-2i/R); R is rounded down to an even number.
+    """
+    R = x.shape[-1] // 4 * 2
+    if R == 0:
+        return x
+    exponent = torch.arange(0, R, 2, device=x.device, dtype=torch.float64) / R
+    angle = position[..., None] * base**-exponent
+    # Angles in float64: in float32 the turn is off by 1e-4 after a thousand positions.
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+class RotaryAttention(nn.Module):
+    """Causal multi-head attention with rotary positions, through the framework's fused kernel.
+
+    State: the keys (turned) and values of every past position, each (B, H, ctx_len, N).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.mixer, AttentionConfig | ProAttentionConfig)
+        self.config = config
+        self.rotary_base = config.mixer.rotary_base
+        C = config.channels
+        self.query = nn.Linear(C, C)
+        self.key = nn.Linear(C, C)
+        self.value = nn.Linear(C, C)
+        self.output = nn.Linear(C, C)
+
+    def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        config = self.config
+        shape = (batch_size, config.heads, config.ctx_len, config.head_size)
+        new = self.key.weight.new_zeros
+        return {"keys": new(shape), "values": new(shape)}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: dict[str, Tensor] | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """x (B, T, C) to (B, T, C) and the next state."""
+        B, T, C = x.shape
+        q, k, v = (
+            linear(x).view(B, T, self.config.heads, -1).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        target = torch.arange(T, device=x.device)
+        lag = None
+        if position is not None:
+            target = position[:, None, None] + target
+        q = rotary(q, target, self.rotary_base)
+        k = rotary(k, target, self.rotary_base)
+        if state is not None and position is not None:
+            U = min(int(position.max()) + T, self.config.ctx_len)
+            keys = append(state["keys"], k, position, lengths)
+            values = append(state["values"], v, position, lengths)
+            state = {"keys": keys, "values": values}
+            k, v = keys[:, :, :U].to(q.dtype), values[:, :, :U].to(q.dtype)
+            lag = lags(position, T, U)
+        y = self.attend(q, k, v, lag)
+        y = self.output(y.transpose(1, 2).reshape(B, T, C))
+        return self.scale(y, position), state
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
+        """q (B, H, T, N) over k, v (B, H, U, N) to (B, H, T, N); `lag` (B, T, U), None: training, U = T."""
+        if lag is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(lag >= 0)[:, None])
+
+    def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
+        """Last factor of the mixer; none here."""
+        return y
+
+
+class ProAttention(RotaryAttention):
+    """Attention times W(t, u) after its softmax, mixed over heads by a matrix, output times gamma(t).
+
+    W is the one of rwkv1: f_h(t-u) alpha_h(u) beta_h(t). The mix over heads is "talking heads"
+    (arXiv 2003.02436) after the softmax.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert isinstance(config.mixer, ProAttentionConfig)
+        H = config.heads
+        self.f = nn.Parameter(torch.ones(H, config.ctx_len))
+        self.alpha = time_table(config, config.mixer.alpha)
+        self.beta = time_table(config, config.mixer.beta)
+        self.gamma = time_gamma(config, config.mixer.gamma)
+        self.head_mix = nn.Parameter(torch.empty(H, H).uniform_(-(H**-0.5), H**-0.5))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
+        T, U, N = q.shape[2], k.shape[2], q.shape[3]
+        future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1) if lag is None else (lag < 0)[:, None]
+        scores = (q @ k.transpose(-1, -2) * N**-0.5).masked_fill(future, -torch.inf)
+        weights = scores.softmax(-1) * self.W(T, U, lag)
+        return torch.einsum("gh,bhtu->bgtu", self.head_mix, weights).to(v.dtype) @ v
+
+    def W(self, T: int, U: int, lag: Tensor | None) -> Tensor:
+        """W(t, u): (H, T, T) in training, (B, H, T, U) from a state."""
+        if lag is None:
+            W = toeplitz(self.f, T)
+            target = torch.arange(T, device=W.device)
+        else:
+            W = weights_at(self.f, lag)
+            target = lag[:, :, 0].clamp(max=self.config.ctx_len - 1)
+        if self.alpha is not None:
+            W = W * self.alpha[:, None, :U]
+        if self.beta is not None:
+            beta = self.beta[:, target]
+            W = W * (beta if lag is None else beta.transpose(0, 1))[..., None]
+        return W
+
+    def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
+        return times_gamma(y, self.gamma, position)
+
+
+class Geglu(nn.Module):
+    """output(act(key) * value): the gated feed-forward layer of arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.ffn, GegluConfig)
+        self.activation = ACTIVATIONS[config.ffn.activation]
+        C, hidden = config.channels, config.ffn_hidden
+        self.key = nn.Linear(C, hidden)
+        self.value = nn.Linear(C, hidden)
+        self.output = nn.Linear(hidden, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        return self.output(self.activation(self.key(x)) * self.value(x))

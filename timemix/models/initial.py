@@ -1,0 +1,73 @@
+"""Initial values: `original` (RWKV-LM 0.01) and `zero` (late 2021).
+
+original, rwkv1: orthogonal weights (gain sqrt(out/in) where out > in); embedding 0.4 sqrt(max(V, C)) times and
+head 0.4 times orthogonal; both receptances and the time-mix key zero; the two outputs of layer l divided by
+sqrt(1 + l); f one. original, attention: linear and embedding weights normal(0, 0.01).
+zero: the orthogonal values for every architecture, both outputs of a block zero, so that it starts as the
+identity, and f_h(lag) decaying faster in lower heads. Biases are zero, alpha, beta, gamma one, throughout.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+HEAD_GAIN = 0.4
+
+
+@torch.no_grad()
+def set_initial_values(model: nn.Module) -> None:
+    """Fills every weight of a `LanguageModel` in place, from torch's global generator."""
+    config = model.config
+    zero = config.initial == "zero"
+    orthogonal = zero or config.arch == "rwkv1"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if orthogonal:
+                _orthogonal(name, module)
+            else:
+                nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    if not orthogonal:
+        return
+
+    for layer, block in enumerate(model.blocks):
+        for half in (block.mixer, block.ffn):
+            half.output.weight.mul_(0 if zero else (1 + layer) ** -0.5)
+            if hasattr(half, "receptance"):
+                half.receptance.weight.zero_()
+        if config.arch == "rwkv1":
+            block.mixer.key.weight.zero_()
+        if zero and hasattr(block.mixer, "f"):
+            block.mixer.f.copy_(log_decay(config.heads, config.ctx_len).exp())
+    if config.arch == "rwkv1" and config.mixer.denominator == "weighted":
+        _take_logarithms(model)
+
+
+def _orthogonal(name: str, module: nn.Linear | nn.Embedding) -> None:
+    out, into = module.weight.shape
+    if isinstance(module, nn.Embedding):
+        gain = HEAD_GAIN * math.sqrt(max(out, into))
+    else:
+        gain = math.sqrt(max(1, out / into)) * (HEAD_GAIN if name == "head" else 1)
+    nn.init.orthogonal_(module.weight, gain=gain)
+
+
+def log_decay(heads: int, ctx_len: int) -> Tensor:
+    """Logarithm of f (H, ctx_len) in `zero`: -lag * ctx_len^(-(h+1)/(H-1)); the last head is constant 0."""
+    rates = [ctx_len ** (-(h + 1) / (heads - 1)) for h in range(heads - 1)] + [0.0]
+    return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
+
+
+def _take_logarithms(model: nn.Module) -> None:
+    """Tables of the weighted denominator, whose W is exp(f + alpha + beta), with the same W as the plain one."""
+    zero = model.config.initial == "zero"
+    for block in model.blocks:
+        mixer = block.mixer
+        if zero:
+            mixer.f.copy_(log_decay(*mixer.f.shape))
+        for table in (None if zero else mixer.f, mixer.alpha, mixer.beta):
+            if table is not None:
+                table.zero_()

@@ -1,0 +1,110 @@
+"""The two halves of an rwkv1 block: time-mix and channel-mix (RWKV-LM 0.01, doi 10.5281/zenodo.5196577)."""
+
+import torch
+from torch import Tensor, nn
+
+from timemix.config import ChannelMixConfig, ModelConfig, TimeMixConfig
+from timemix.models.activations import ACTIVATIONS
+from timemix.ops import Wkv1State, wkv1, wkv1_state
+
+
+def time_table(config: ModelConfig, learned: bool = True) -> nn.Parameter | None:
+    """Table (H, ctx_len) of ones, or None for one that is left out."""
+    return nn.Parameter(torch.ones(config.heads, config.ctx_len)) if learned else None
+
+
+def time_gamma(config: ModelConfig, learned: bool) -> nn.Parameter | None:
+    """Output weight of each position (ctx_len,), or None where it is left out."""
+    return nn.Parameter(torch.ones(config.ctx_len)) if learned else None
+
+
+def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Tensor:
+    """x (B, T, C) times gamma at each row's positions; `position` None: all rows start at 0."""
+    if gamma is None:
+        return x
+    T = x.shape[1]
+    if position is None:
+        return x * gamma[:T, None]
+    target = position[:, None] + torch.arange(T, device=x.device)
+    return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]
+
+
+class TimeMix(nn.Module):
+    """gamma(t) * output(sigmoid(receptance) * wkv(key, value)).
+
+    State: the tensors of `ops.Wkv1State` without the position.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.mixer, TimeMixConfig)
+        self.config, self.mixer = config, config.mixer
+        C = config.channels
+        self.key = nn.Linear(C, C)
+        self.value = nn.Linear(C, C)
+        self.receptance = nn.Linear(C, C)
+        self.output = nn.Linear(C, C)
+        self.f = nn.Parameter(torch.ones(config.heads, config.ctx_len))
+        self.alpha = time_table(config, self.mixer.alpha)
+        self.beta = time_table(config, self.mixer.beta)
+        self.gamma = time_gamma(config, self.mixer.gamma)
+
+    def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        config = self.config
+        state = wkv1_state(
+            batch_size,
+            config.heads,
+            config.head_size,
+            config.ctx_len,
+            denominator=self.mixer.denominator,
+            dtype=torch.promote_types(self.f.dtype, torch.float32),
+            device=self.f.device,
+        )
+        return {"numerators": state.numerators, "denominators": state.denominators}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: dict[str, Tensor] | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """x (B, T, C) to (B, T, C) and the next state."""
+        heads = (*x.shape[:2], self.config.heads, self.config.head_size)
+        past = None
+        if state is not None and position is not None:
+            past = Wkv1State(state["numerators"], state["denominators"], position)
+        y, past = wkv1(
+            self.key(x).view(heads),
+            self.value(x).view(heads),
+            self.f,
+            self.alpha,
+            self.beta,
+            past,
+            lengths=lengths,
+            denominator=self.mixer.denominator,
+            backend=self.mixer.backend,
+        )
+        y = self.output(self.receptance(x).sigmoid() * y.flatten(2))
+        y = times_gamma(y, self.gamma, position)
+        if past is None:
+            return y, None
+        return y, {"numerators": past.numerators, "denominators": past.denominators}
+
+
+class ChannelMix(nn.Module):
+    """sigmoid(receptance) * output(act(key) * value)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.ffn, ChannelMixConfig)
+        self.activation = ACTIVATIONS[config.ffn.activation]
+        C, hidden = config.channels, config.ffn_hidden
+        self.key = nn.Linear(C, hidden)
+        self.value = nn.Linear(C, hidden)
+        self.output = nn.Linear(hidden, C)
+        self.receptance = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        return self.receptance(x).sigmoid() * self.output(self.activation(self.key(x)) * self.value(x))

@@ -1,0 +1,9 @@
+"""Pure tensor functions of the models.
+
+Shapes everywhere: B batch, T time (tokens of this call), U past and present (positions 0 .. U-1), C channels,
+H heads, N head size (C = H * N), V vocabulary.
+"""
+
+from timemix.ops.wkv1 import BACKENDS, Wkv1State, choose_backend, wkv1, wkv1_state
+
+__all__ = ["BACKENDS", "Wkv1State", "choose_backend", "wkv1", "wkv1_state"]

@@ -1,0 +1,49 @@
+"""What a layer keeps of every past position, and tables looked up by lag.
+
+Rows of a batch may stand at different positions, so every function takes `position` (B,): the number of
+tokens that a row has seen.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
+    """History (B, H, ctx_len, N) with the first `lengths` of `new` (B, H, T, N) written at each row's position.
+
+    Writes in place unless a gradient is being recorded.
+    """
+    if torch.is_grad_enabled():
+        history = history.clone()
+    T = new.shape[2]
+    time = torch.arange(T, device=new.device)
+    new = new.to(history.dtype)
+    if lengths is None:
+        rows = torch.arange(len(position), device=new.device)[:, None]
+        history[rows, :, position[:, None] + time] = new.transpose(1, 2)
+    else:
+        row, step = (time < lengths[:, None]).nonzero(as_tuple=True)
+        history[row, :, position[row] + step] = new.transpose(1, 2)[row, step]
+    return history
+
+
+def lags(position: Tensor, T: int, U: int) -> Tensor:
+    """Lag t - u (B, T, U) of every past position u seen from each row's next T positions; negative: the future."""
+    target = position[:, None] + torch.arange(T, device=position.device)
+    return target[:, :, None] - torch.arange(U, device=position.device)
+
+
+def toeplitz(f: Tensor, T: int) -> Tensor:
+    """Lower-triangular (H, T, T) with f[:, t - u] at [:, t, u], from f (H, at least T) indexed by lag.
+
+    The upper triangle comes from padding, so its gradient is cut off rather than multiplied by zero: entries
+    up there can be infinite.
+    """
+    padded = F.pad(f[:, :T].flip(-1), (0, T - 1))
+    return padded.unfold(-1, T, 1).flip(1)
+
+
+def weights_at(f: Tensor, lag: Tensor) -> Tensor:
+    """f (H, ctx_len) looked up at lag (B, T, U), zero in the future: (B, H, T, U)."""
+    return torch.where(lag >= 0, f[:, lag.clamp(min=0)], 0).transpose(0, 1)
