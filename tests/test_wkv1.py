@@ -29,9 +29,7 @@ def from_state(B, start, H, N, denominator, dtype=torch.float64):
         past = inputs(B, start, H, N, dtype=dtype)
         with torch.no_grad():
             _, state = wkv1(**past, state=state, denominator=denominator)
-    return Wkv1State(
-        state.numerators.requires_grad_(), state.denominators.requires_grad_(), state.position
-    )
+    return Wkv1State(state.numerators.requires_grad_(), state.denominators.requires_grad_(), state.position)
 
 
 def outputs_and_gradients(named, backend, state=None, denominator="plain", lengths=None):

@@ -326,7 +326,7 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
         if arch not in _ARCHITECTURE_PARTS:
             raise UserError(f"unknown architecture {arch!r}{nearest(str(arch), ARCHITECTURES)}")
         hints["mixer"], hints["ffn"] = _ARCHITECTURE_PARTS[arch]
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in hints:
             raise UserError(f"unknown field {path + name!r}{nearest(name, hints)}")

@@ -33,19 +33,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     )
 
 
-def learning_rate(config: TrainConfig, progress: float) -> float:
-    """Learning rate when a share `progress` (0 to 1) of the run's tokens has been seen.
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step, counted from 0.
 
-    Rises linearly from 0 over `warmup`, then goes from lr to lr_final by the schedule. Without warm-up the
-    first step takes lr itself.
+    Rises linearly over the warm-up to lr, then goes to lr_final by the schedule. Every step has as many
+    tokens as any other, so a share of the steps is a share of the tokens.
     """
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    rest = (progress - config.warmup) / max(1 - config.warmup, 1e-12)
+    warmup = config.warmup * config.steps
+    if step < warmup:
+        return config.lr * min(1.0, (step + 1) / warmup)
+    progress = (step - warmup) / max(config.steps - warmup, 1)
     if config.schedule == "cosine":
-        share = (1 + math.cos(math.pi * rest)) / 2
+        share = (1 + math.cos(math.pi * progress)) / 2
     elif config.schedule == "linear":
-        share = 1 - rest
+        share = 1 - progress
     else:
-        share = min(1.0, (1 - rest) / max(config.decay, 1e-12))
+        share = min(1.0, (1 - progress) / max(config.decay, 1e-12))
     return config.lr_final + (config.lr - config.lr_final) * share

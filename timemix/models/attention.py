@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from timemix.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
 from timemix.models.activations import ACTIVATIONS
+from timemix.models.linear import joint_linear
 from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
 from timemix.ops.history import append, lags, toeplitz, weights_at
 
@@ -60,8 +61,7 @@ class RotaryAttention(nn.Module):
         """x (B, T, C) to (B, T, C) and the next state."""
         B, T, C = x.shape
         q, k, v = (
-            linear(x).view(B, T, self.config.heads, -1).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            linear(x).view(B, T, self.config.heads, -1).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
         lag = None
@@ -148,4 +148,5 @@ class Geglu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""
-        return self.output(self.activation(self.key(x)) * self.value(x))
+        k, v = joint_linear(x, self.key, self.value)
+        return self.output(self.activation(k) * v)

@@ -8,16 +8,22 @@ identity, and f_h(lag) decaying faster in lower heads. Biases are zero, alpha, b
 """
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from timemix.config import TimeMixConfig
+
+if TYPE_CHECKING:
+    from timemix.models.language_model import LanguageModel
 
 HEAD_GAIN = 0.4
 
 
 @torch.no_grad()
-def set_initial_values(model: nn.Module) -> None:
-    """Fills every weight of a `LanguageModel` in place, from torch's global generator."""
+def set_initial_values(model: "LanguageModel") -> None:
+    """Fills every weight in place, from torch's global generator."""
     config = model.config
     zero = config.initial == "zero"
     orthogonal = zero or config.arch == "rwkv1"
@@ -34,15 +40,17 @@ def set_initial_values(model: nn.Module) -> None:
         return
 
     for layer, block in enumerate(model.blocks):
-        for half in (block.mixer, block.ffn):
+        mixer: Any = block.mixer
+        halves: tuple[Any, Any] = (mixer, block.ffn)
+        for half in halves:
             half.output.weight.mul_(0 if zero else (1 + layer) ** -0.5)
             if hasattr(half, "receptance"):
                 half.receptance.weight.zero_()
         if config.arch == "rwkv1":
-            block.mixer.key.weight.zero_()
-        if zero and hasattr(block.mixer, "f"):
-            block.mixer.f.copy_(log_decay(config.heads, config.ctx_len).exp())
-    if config.arch == "rwkv1" and config.mixer.denominator == "weighted":
+            mixer.key.weight.zero_()
+        if zero and hasattr(mixer, "f"):
+            mixer.f.copy_(log_decay(config.heads, config.ctx_len).exp())
+    if isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted":
         _take_logarithms(model)
 
 
@@ -61,13 +69,11 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
 
 
-def _take_logarithms(model: nn.Module) -> None:
+def _take_logarithms(model: "LanguageModel") -> None:
     """Tables of the weighted denominator, whose W is exp(f + alpha + beta), with the same W as the plain one."""
     zero = model.config.initial == "zero"
     for block in model.blocks:
-        mixer = block.mixer
-        if zero:
-            mixer.f.copy_(log_decay(*mixer.f.shape))
-        for table in (None if zero else mixer.f, mixer.alpha, mixer.beta):
-            if table is not None:
-                table.zero_()
+        mixer: Any = block.mixer
+        mixer.f.copy_(log_decay(*mixer.f.shape) if zero else torch.zeros_like(mixer.f))
+        if mixer.alpha is not None:
+            mixer.alpha.zero_()

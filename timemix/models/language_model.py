@@ -1,7 +1,7 @@
 """The language model around every architecture: embedding, blocks, head, and the state that it carries."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from timemix.config import ModelConfig
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
+from timemix.models.linear import to_product_dtype
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.token_shift import TokenShift
 
 # mixer and feed-forward half of each architecture
-ARCHITECTURES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+ARCHITECTURES: dict[str, tuple[type[TimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
     "rwkv1": (TimeMix, ChannelMix),
     "mha_rotary": (RotaryAttention, Geglu),
     "mha_shift": (RotaryAttention, Geglu),
@@ -73,11 +74,11 @@ class Block(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         old = state or {}
-        shifted, mixer_shift = self.shift(self.mixer_norm(x), old.get("mixer_shift"), lengths)
+        shifted, mixer_shift = self.shift(to_product_dtype(self.mixer_norm(x)), old.get("mixer_shift"), lengths)
         y, state = self.mixer(shifted, state, position, lengths)
-        x = x + self.dropout(y)
-        shifted, ffn_shift = self.shift(self.ffn_norm(x), old.get("ffn_shift"), lengths)
-        x = x + self.dropout(self.ffn(shifted))
+        x = x + self.dropout(y).to(x.dtype)
+        shifted, ffn_shift = self.shift(to_product_dtype(self.ffn_norm(x)), old.get("ffn_shift"), lengths)
+        x = x + self.dropout(self.ffn(shifted)).to(x.dtype)
         if state is not None and mixer_shift is not None and ffn_shift is not None:
             state |= {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift}
         return x, state
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.channels)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = cast(list[Block], nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
         self.norm = nn.LayerNorm(config.channels)
         self.head = nn.Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)

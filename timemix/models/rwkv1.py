@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from timemix.config import ChannelMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.activations import ACTIVATIONS
+from timemix.models.linear import joint_linear
 from timemix.ops import Wkv1State, wkv1, wkv1_state
 
 
-def time_table(config: ModelConfig, learned: bool = True) -> nn.Parameter | None:
+def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
     """Table (H, ctx_len) of ones, or None for one that is left out."""
     return nn.Parameter(torch.ones(config.heads, config.ctx_len)) if learned else None
 
@@ -23,6 +24,7 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
     if gamma is None:
         return x
     T = x.shape[1]
+    gamma = gamma.to(x.dtype)
     if position is None:
         return x * gamma[:T, None]
     target = position[:, None] + torch.arange(T, device=x.device)
@@ -46,7 +48,8 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C)
         self.f = nn.Parameter(torch.ones(config.heads, config.ctx_len))
         self.alpha = time_table(config, self.mixer.alpha)
-        self.beta = time_table(config, self.mixer.beta)
+        # In the weighted form beta cancels between numerator and denominator.
+        self.beta = time_table(config, self.mixer.beta and self.mixer.denominator == "plain")
         self.gamma = time_gamma(config, self.mixer.gamma)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
@@ -74,9 +77,10 @@ class TimeMix(nn.Module):
         past = None
         if state is not None and position is not None:
             past = Wkv1State(state["numerators"], state["denominators"], position)
+        k, v, r = joint_linear(x, self.key, self.value, self.receptance)
         y, past = wkv1(
-            self.key(x).view(heads),
-            self.value(x).view(heads),
+            k.view(heads),
+            v.view(heads),
             self.f,
             self.alpha,
             self.beta,
@@ -85,7 +89,7 @@ class TimeMix(nn.Module):
             denominator=self.mixer.denominator,
             backend=self.mixer.backend,
         )
-        y = self.output(self.receptance(x).sigmoid() * y.flatten(2))
+        y = self.output(r.sigmoid() * y.flatten(2))
         y = times_gamma(y, self.gamma, position)
         if past is None:
             return y, None
@@ -107,4 +111,5 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""
-        return self.receptance(x).sigmoid() * self.output(self.activation(self.key(x)) * self.value(x))
+        k, v, r = joint_linear(x, self.key, self.value, self.receptance)
+        return r.sigmoid() * self.output(self.activation(k) * v)

@@ -49,10 +49,7 @@ class TokenShift(nn.Module):
             return x, state
         T = x.shape[1]
         if state is None:
-            parts = [
-                F.pad(x[:, : max(T - d, 0), a:b], (0, 0, min(d, T), 0))
-                for d, (a, b) in enumerate(self.groups, 1)
-            ]
+            parts = [F.pad(x[:, : max(T - d, 0), a:b], (0, 0, min(d, T), 0)) for d, (a, b) in enumerate(self.groups, 1)]
             return torch.cat([*parts, x[:, :, self.shifted :]], dim=-1), None
         rows = torch.cat([state, x.to(state.dtype)], dim=1)
         D = self.distance

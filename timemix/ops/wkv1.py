@@ -115,9 +115,7 @@ def _reference(
     """The formula, position by position, row by row."""
     B, T, H, N = k.shape
     dtype = _compute_dtype(v)
-    past = state or wkv1_state(
-        B, H, N, f.shape[1], denominator=denominator, dtype=dtype, device=k.device
-    )
+    past = state or wkv1_state(B, H, N, f.shape[1], denominator=denominator, dtype=dtype, device=k.device)
     ones = torch.ones_like(f)
     alpha = ones if alpha is None else alpha
     beta = ones if beta is None else beta
@@ -135,12 +133,12 @@ def _reference(
         for t in range(start, start + length):
             exp_k = k[b, t - start].to(dtype).clamp(K_MIN, K_MAX).exp()
             numerator.append(alpha[:, t, None] * exp_k * v[b, t - start])
-            weighted_sum = sum(f[:, t - u, None] * numerator[u] for u in range(t + 1))
+            weighted_sum = torch.stack([f[:, t - u, None] * numerator[u] for u in range(t + 1)]).sum(0)
             if denominator == "plain":
                 total = total + exp_k
             else:
                 weights.append(alpha[:, t, None] * exp_k)
-                total = sum(f[:, t - u, None] * weights[u] for u in range(t + 1))
+                total = torch.stack([f[:, t - u, None] * weights[u] for u in range(t + 1)]).sum(0)
             y_row.append(beta[:, t, None] * weighted_sum / total)
         y_row += [torch.zeros_like(k[b, 0])] * (T - length)
         y.append(torch.stack(y_row).to(v.dtype))
@@ -152,9 +150,7 @@ def _reference(
     if state is None:
         return torch.stack(y), None
     seen = torch.full_like(state.position, T) if lengths is None else lengths
-    return torch.stack(y), Wkv1State(
-        torch.stack(numerators), torch.stack(denominators), state.position + seen
-    )
+    return torch.stack(y), Wkv1State(torch.stack(numerators), torch.stack(denominators), state.position + seen)
 
 
 def _dense(
@@ -174,7 +170,9 @@ def _dense(
     exp_k = k.to(_compute_dtype(v)).clamp(K_MIN, K_MAX).exp()
     W = toeplitz(f.to(exp_k.dtype), T)
     source = exp_k if alpha is None else exp_k * alpha[:, :T].t()[:, :, None]
-    numerator = torch.einsum("htu,buhn->bthn", W.to(v.dtype), (source * v).to(v.dtype))
+    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
+    product = (source * v.to(source.dtype)).to(v.dtype)
+    numerator = torch.einsum("htu,buhn->bthn", W.to(v.dtype), product).to(source.dtype)
     if denominator == "plain":
         total = exp_k.cumsum(1)
     else:
@@ -243,9 +241,7 @@ def _check(
     if k.dtype == torch.float16 or v.dtype == torch.float16:
         raise TypeError("wkv1 refuses float16: exp(k) leaves its range; use bfloat16 or float32")
     if k.ndim != 4 or k.shape != v.shape or k.shape[1] == 0:
-        raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be (batch, time >= 1, heads, head size)"
-        )
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be (batch, time >= 1, heads, head size)")
     tables = {"f": f, "alpha": alpha, "beta": beta}
     for name, table in tables.items():
         if table is not None and table.shape != (k.shape[2], f.shape[-1]):
