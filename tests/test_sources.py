@@ -1,0 +1,322 @@
+"""Sources: every kind of text in, downloads against a server on 127.0.0.1, and what a person sees when it fails."""
+
+import bz2
+import gzip
+import hashlib
+import io
+import logging
+import lzma
+import re
+import socket
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from timemix import sources
+from timemix.errors import UserError
+from timemix.sources import DOWNLOADS, Download, read_source
+
+TEXT = "first line\r\nsecond, with é and 鱼\n\tthird 🐈\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(source, sentence, **options):
+    with pytest.raises(UserError) as caught:
+        read_source(str(source), **options)
+    assert re.search(sentence, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_builtin_text():
+    read = read_source("builtin")
+    assert read.name == "builtin"
+    assert 300_000 < len(read.text) < 1_000_000
+    assert read.text.startswith('The "assert" statement')
+    assert read.text.index('The "assert" statement') < read.text.index('The "while" statement')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "gb18030"])
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+)
+def test_encodings_and_compression(encoding, suffix, pack):
+    path = Path(f"text.txt{suffix}")
+    path.write_bytes(pack(TEXT.encode(encoding)))
+    read = read_source(str(path), encoding=encoding)
+    assert read.text == TEXT
+    assert (read.name, read.files) == (path.name, (str(path),))
+
+
+def test_only_a_byte_order_mark_at_the_start_is_dropped():
+    Path("a.txt").write_bytes("\ufeffone\ufefftwo".encode())
+    assert read_source("a.txt").text == "one\ufefftwo"
+    Path("b.txt").write_bytes("\ufeffone".encode("utf-16-le"))
+    assert read_source("b.txt", encoding="utf-16-le").text == "one"
+
+
+def test_a_folder_and_a_glob_in_sorted_order():
+    for name, text in {
+        "books/b.txt": "b, no line end",
+        "books/a/z.txt": "az\n",
+        "books/a.md": "markdown",
+        "books/.hidden": "no",
+        "books/.git/config": "no",
+        "books/empty.txt": "",
+        "books/c.txt.gz": None,
+    }.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(gzip.compress(b"c") if text is None else text.encode())
+    read = read_source("books")
+    assert read.text == "az\nmarkdown\nb, no line end\nc"
+    assert (read.name, len(read.files)) == ("books", 5)
+    assert read_source("books/*.txt").text == "b, no line end"
+    assert read_source("books/**/*.txt").files == ("books/a/z.txt", "books/b.txt", "books/empty.txt")
+
+
+def test_a_path_comes_before_a_name():
+    Path("text8").write_text("mine")
+    Path("builtin").write_text("mine too")
+    Path("[a].txt").write_text("literal")
+    assert [read_source(name).text for name in ("text8", "builtin", "[a].txt")] == ["mine", "mine too", "literal"]
+
+
+def test_missing_sources_name_the_nearest():
+    Path("sub").mkdir()
+    Path("sub/moby_dick.txt").write_text("x")
+    refused("sub/mobydick.txt", r"no file, folder or download 'sub/mobydick\.txt'; did you mean sub/moby_dick\.txt\?")
+    refused("tinyshakespear", r"did you mean tinyshakespeare\?")
+    refused("simplebook-92", r"did you mean simplebooks-92\?")
+    refused("nowhere/at/all", "other sources are builtin, simplebooks-92, .*text8")
+    refused("*.nothing", "no file, folder or download")
+    for odd in ("", "a\0b", "x" * 5000):
+        refused(odd, "no file, folder or download")
+
+
+def test_empty_sources():
+    Path("empty.txt").write_text("")
+    Path("mark.txt").write_bytes(b"\xef\xbb\xbf")
+    Path("empty.gz").write_bytes(gzip.compress(b""))
+    for name in ("empty.txt", "mark.txt", "empty.gz"):
+        refused(name, f"{name} is empty")
+    Path("folder/.git").mkdir(parents=True)
+    Path("folder/.git/config").write_text("x")
+    refused("folder", "the folder folder holds no files")
+
+
+def test_binary_files():
+    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    refused("picture.png", r"picture\.png looks binary: a NUL at byte 8; .* --data\.encoding utf-16")
+    Path("wide.txt").write_bytes("ab\0c".encode("utf-16"))
+    refused("wide.txt", r"wide\.txt looks binary: a NUL at character 2 of its utf-16", encoding="utf-16")
+
+
+def test_wrong_encodings():
+    Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
+    refused("latin.txt", r"latin\.txt is not utf-8: byte 3 cannot be read .* --data\.encoding")
+    assert read_source("latin.txt", encoding="latin-1").text == "cafés"
+    Path("odd.txt").write_bytes(b"abc")
+    refused("odd.txt", r"odd\.txt is not utf-16: byte 2", encoding="utf-16")
+    for encoding in ("utf-9", "zlib", "rot13", "undefined", ""):
+        refused("odd.txt", f"Python knows no text encoding '{encoding}'; choose", encoding=encoding)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
+def test_damaged_compressed_files(suffix, pack):
+    whole = pack(TEXT.encode() * 50)
+    name = f"text{suffix}"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for data in (whole[:-9], b"not compressed at all", bytes(flipped)):
+        Path(name).write_bytes(data)
+        refused(name, f"text{re.escape(suffix)} is damaged: it does not decompress .*; get it again")
+
+
+def test_unreadable_places(monkeypatch):
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_text("a")
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "folder")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", denied)
+        refused("folder", "cannot read the folder folder: Permission denied")
+    monkeypatch.setattr("builtins.open", denied)
+    monkeypatch.setattr(sources, "OPENERS", {".txt": denied})
+    refused("folder/a.txt", r"cannot read folder/a\.txt: Permission denied")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content` at every path; cuts the connection after `cuts[i]` bytes of the i-th answer."""
+
+    def __init__(self, content):
+        self.content = content
+        self.cuts = []
+        self.asked = []
+        self.ranges = True
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def download(self, **fields):
+        return Download(url=f"http://127.0.0.1:{self.server_port}/text.zip", **({"file": "text.zip"} | fields))
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        wanted = self.headers["Range"]
+        server.asked.append(wanted)
+        start = int(wanted[6:-1]) if wanted and server.ranges else 0
+        if start >= len(server.content):
+            self.send_error(416)
+            return
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts a server for some content and gives it the name `served`."""
+    started = []
+
+    def start(content, **fields):
+        server = Server(content)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        started.append((server, thread))
+        monkeypatch.setitem(DOWNLOADS, "served", server.download(**fields))
+        return server
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def zipped(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(f"{name}.txt", text)
+    return buffer.getvalue()
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_good_zip(serve, tmp_path):
+    content = zipped(train=TEXT, valid="held out", test="no")
+    server = serve(content, member="train.txt", valid_member="valid.txt", sha256=sha256(content))
+    lines = []
+    read = read_source("served", cache=tmp_path / "cache", progress=lines.append)
+    assert (read.text, read.valid, read.name) == (TEXT, "held out", "served")
+    assert lines[-1].endswith("MB")
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["text.zip"]
+    read_source("served", cache=tmp_path / "cache", encoding="utf-16")
+    assert server.asked == [None]
+
+
+def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
+    content = TEXT.encode() * 1000
+    server = serve(content, sha256=sha256(content))
+    server.cuts = [10_000, 5_000]
+    assert read_source("served", cache=tmp_path).text == TEXT * 1000
+    assert server.asked == [None, "bytes=10000-", "bytes=15000-"]
+
+
+def test_a_later_call_goes_on_too(serve, tmp_path):
+    content = TEXT.encode() * 1000
+    server = serve(content, sha256=sha256(content))
+    server.cuts = [10_000, 0, 0, 0, 0]
+    refused(
+        "served",
+        r"cannot download http://127\.0\.0\.1.*the connection was cut.*; try again, or get .* place it at .*text\.zip",
+        cache=tmp_path,
+    )
+    assert not (tmp_path / "text.zip").exists()
+    assert read_source("served", cache=tmp_path).text == TEXT * 1000
+    assert server.asked[-1] == "bytes=10000-"
+
+
+def test_a_server_without_ranges_sends_all_again(serve, tmp_path):
+    content = TEXT.encode() * 1000
+    server = serve(content, sha256=sha256(content))
+    server.cuts, server.ranges = [10_000], False
+    assert read_source("served", cache=tmp_path).text == TEXT * 1000
+
+
+def test_a_left_part_that_is_too_long_is_dropped(serve, tmp_path):
+    content = TEXT.encode()
+    serve(content, sha256=sha256(content))
+    (tmp_path / "text.zip.part").write_bytes(b"x" * 500)
+    assert read_source("served", cache=tmp_path).text == TEXT
+
+
+def test_a_wrong_hash(serve, tmp_path):
+    server = serve(b"something else", sha256=sha256(b"the text"))
+    sentence = refused("served", f"is not the file it was: its sha256 is not {sha256(b'the text')}", cache=tmp_path)
+    assert f"get http://127.0.0.1:{server.server_port}/text.zip another way and place it at {tmp_path}" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hash_first_seen_is_held_on_to(serve, tmp_path, caplog):
+    server = serve(TEXT.encode())
+    with caplog.at_level(logging.WARNING, "timemix"):
+        assert read_source("served", cache=tmp_path).text == TEXT
+    assert sha256(TEXT.encode()) in caplog.text
+    assert (tmp_path / "text.zip.sha256").read_text().strip() == sha256(TEXT.encode())
+    caplog.clear()
+    assert read_source("served", cache=tmp_path).text == TEXT
+    assert caplog.text == ""
+    (tmp_path / "text.zip").unlink()
+    server.content = b"changed since"
+    refused("served", r"is not the file it was: .*text\.zip\.sha256; delete that to take the new file", cache=tmp_path)
+
+
+def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setitem(DOWNLOADS, "served", Download("http://127.0.0.1:9/x", "text.txt", sha256=sha256(TEXT.encode())))
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    assert read_source("served", cache=tmp_path).text == TEXT
+
+
+def test_no_network(tmp_path, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/text.zip"
+    monkeypatch.setitem(DOWNLOADS, "served", Download(url, "text.zip", "a.txt"))
+    refused("served", f"cannot download {url} .*refused.* place it at {tmp_path / 'text.zip'}", cache=tmp_path)
+
+
+def test_damaged_zips(serve, tmp_path):
+    serve(b"<html>not found</html>", member="a.txt")
+    refused("served", r"text\.zip is a damaged zip .* place it at", cache=tmp_path / "1")
+    serve(zipped(b="x"), member="a.txt")
+    refused("served", r"text\.zip has no member a\.txt; get http", cache=tmp_path / "2")
+
+
+def test_the_number_of_characters_is_checked(serve, tmp_path, caplog):
+    serve(zipped(a="abcab"), member="a.txt", distinct_characters=136)
+    with caplog.at_level(logging.WARNING, "timemix"):
+        read_source("served", cache=tmp_path)
+    assert "served has 3 distinct characters, not the 136 it should have" in caplog.text
+
+
+def test_the_table_of_downloads():
+    assert list(DOWNLOADS) == ["simplebooks-92", "simplebooks-2", "tinyshakespeare", "enwik8", "text8"]
+    assert DOWNLOADS["simplebooks-92"].distinct_characters == 136
+    assert all(re.fullmatch("[0-9a-f]{64}", d.sha256) for d in DOWNLOADS.values() if d.sha256)

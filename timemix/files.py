@@ -1,0 +1,78 @@
+"""Writing files so that a reader sees the old content or the new, never half of it."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from timemix.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`; when the block ends well, synced and renamed to it.
+
+    An older `folder` is replaced. Raises UserError when the disk is full or the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    with _explained(folder):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    _sync(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, of the same suffix; when the block ends well, synced and renamed.
+
+    Raises UserError when the disk is full or the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """Sentence for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the device for {path}; free some, or choose another place"
+    return f"cannot write {path}: {error.strerror or error}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
