@@ -249,15 +249,24 @@ ARCHITECTURES = tuple(_ARCHITECTURE_PARTS)
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128, "ffn_ratio": 2.5},
-        "train": {"steps": 2000, "batch_size": 16, "lr": 4e-3, "warmup": 0.02},
+        "data": {"order": "epoch"},
+        "train": {"steps": 2000, "batch_size": 16, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
     },
     "cpu-small": {
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "ffn_ratio": 2.5},
-        "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02},
+        "data": {"order": "epoch"},
+        "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
     },
     # 500,000 samples of 256 tokens; cosine without warm-up.
     "seed": {
-        "model": {"layers": 5, "heads": 8, "channels": 512, "ctx_len": 256, "ffn_ratio": 3.0},
+        "model": {
+            "layers": 5,
+            "heads": 8,
+            "channels": 512,
+            "ctx_len": 256,
+            "ffn_ratio": 3.0,
+            "vocab_size": 136,
+        },
         "train": {"steps": 7813, "batch_size": 64, "lr": 6e-4, "lr_final": 2e-4},
     },
 }
@@ -289,10 +298,14 @@ def preset(name: str, arch: str = "rwkv1") -> RunConfig:
         raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
     sizes = _SIZES[name]
     train = dict(sizes["train"])
+    model = architecture(arch, **sizes["model"])
+    if name != "seed" and isinstance(model.ffn, ChannelMixConfig):
+        # Measured on tinyshakespeare: 0.008 nats better than gelu, as the 2021 code's comment says.
+        model = dataclasses.replace(model, ffn=ChannelMixConfig(activation="mish"))
     # The published figure trained its attention models with a smaller step and weight decay.
     if name == "seed" and arch != "rwkv1":
         train |= {"lr": 4e-4, "weight_decay": 0.01}
-    return RunConfig(model=architecture(arch, **sizes["model"]), train=TrainConfig(**train))
+    return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from timemix.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
 from timemix.models.activations import ACTIVATIONS
-from timemix.models.linear import joint_linear
+from timemix.models.linear import Linear, joint_linear
 from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
 from timemix.ops.history import append, lags, toeplitz, weights_at
 
@@ -40,10 +40,10 @@ class RotaryAttention(nn.Module):
         self.config = config
         self.rotary_base = config.mixer.rotary_base
         C = config.channels
-        self.query = nn.Linear(C, C)
-        self.key = nn.Linear(C, C)
-        self.value = nn.Linear(C, C)
-        self.output = nn.Linear(C, C)
+        self.query = Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.output = Linear(C, C)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
         config = self.config
@@ -142,9 +142,9 @@ class Geglu(nn.Module):
         assert isinstance(config.ffn, GegluConfig)
         self.activation = ACTIVATIONS[config.ffn.activation]
         C, hidden = config.channels, config.ffn_hidden
-        self.key = nn.Linear(C, hidden)
-        self.value = nn.Linear(C, hidden)
-        self.output = nn.Linear(hidden, C)
+        self.key = Linear(C, hidden)
+        self.value = Linear(C, hidden)
+        self.output = Linear(hidden, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timemix.config import ModelConfig
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
-from timemix.models.linear import to_product_dtype
+from timemix.models.linear import Linear, to_product_dtype
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.token_shift import TokenShift
 
@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.channels)
         self.blocks = cast(list[Block], nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
         self.norm = nn.LayerNorm(config.channels)
-        self.head = nn.Linear(config.channels, config.vocab_size, bias=False)
+        self.head = Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         set_initial_values(self)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from timemix.config import ChannelMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.activations import ACTIVATIONS
-from timemix.models.linear import joint_linear
+from timemix.models.linear import Linear, joint_linear
 from timemix.ops import Wkv1State, wkv1, wkv1_state
 
 
@@ -42,10 +42,10 @@ class TimeMix(nn.Module):
         assert isinstance(config.mixer, TimeMixConfig)
         self.config, self.mixer = config, config.mixer
         C = config.channels
-        self.key = nn.Linear(C, C)
-        self.value = nn.Linear(C, C)
-        self.receptance = nn.Linear(C, C)
-        self.output = nn.Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.receptance = Linear(C, C)
+        self.output = Linear(C, C)
         self.f = nn.Parameter(torch.ones(config.heads, config.ctx_len))
         self.alpha = time_table(config, self.mixer.alpha)
         # In the weighted form beta cancels between numerator and denominator.
@@ -104,10 +104,10 @@ class ChannelMix(nn.Module):
         assert isinstance(config.ffn, ChannelMixConfig)
         self.activation = ACTIVATIONS[config.ffn.activation]
         C, hidden = config.channels, config.ffn_hidden
-        self.key = nn.Linear(C, hidden)
-        self.value = nn.Linear(C, hidden)
-        self.output = nn.Linear(hidden, C)
-        self.receptance = nn.Linear(C, C)
+        self.key = Linear(C, hidden)
+        self.value = Linear(C, hidden)
+        self.output = Linear(hidden, C)
+        self.receptance = Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""

@@ -1,0 +1,32 @@
+"""Small runs for the tests of training, generation, evaluation and the command line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from timemix.config import DataConfig, RunConfig, TrainConfig, architecture
+from timemix.train import Trainer, new_run
+
+TEXT = "".join(f"the cat sat on mat {i % 7}. the dog ran to hut {i % 5}!\n" for i in range(60))
+
+
+def small_config(source, arch="rwkv1", **train):
+    settings = {"steps": 8, "batch_size": 4, "lr": 1e-2, "log_every": 2, "valid_every": 4, "save_every": 4}
+    return RunConfig(
+        model=architecture(arch, layers=2, heads=4, channels=16, ctx_len=16),
+        data=DataConfig(source=str(source)),
+        train=TrainConfig(**(settings | {"precision": "float32"} | train)),
+    )
+
+
+def write_text_file(folder: Path, text: str = TEXT) -> Path:
+    path = folder / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def small_trainer(folder: Path, arch="rwkv1", name="run", **train) -> Trainer:
+    return new_run(small_config(write_text_file(folder), arch, **train), folder / name)
+
+
+def with_model(config: RunConfig, **fields) -> RunConfig:
+    return replace(config, model=replace(config.model, **fields))

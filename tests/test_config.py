@@ -1,0 +1,125 @@
+"""Config: TOML round trip, presets, and what a wrong field or value says."""
+
+import dataclasses
+import re
+
+import pytest
+
+from timemix.config import (
+    ARCHITECTURES,
+    PRESETS,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    architecture,
+    from_dict,
+    preset,
+    read_toml,
+    to_dict,
+    to_toml,
+)
+from timemix.errors import UserError
+from timemix.optim import learning_rate
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_round_trip(name, arch, tmp_path):
+    config = preset(name, arch)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert read_toml(path) == config
+
+
+def test_round_trip_keeps_what_differs_from_the_defaults(tmp_path):
+    model = architecture("rwkv1", token_shift=(0.25, 0.25), token_shift_top=(), dropout=0.1)
+    config = RunConfig(model=model, train=TrainConfig(betas=(0.8, 0.95), schedule="constant"))
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert read_toml(path) == config
+
+
+def test_seed_is_the_published_figure():
+    config = preset("seed", "mha_rotary")
+    assert (config.model.layers, config.model.heads, config.model.channels, config.model.ctx_len) == (5, 8, 512, 256)
+    assert config.train.steps * config.train.batch_size == pytest.approx(500_000, abs=64)
+    assert (config.train.lr, config.train.weight_decay) == (4e-4, 0.01)
+    assert (preset("seed").train.lr, preset("seed").train.weight_decay) == (6e-4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: preset("cpu-smal"), "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
+        (lambda: architecture("rwkv"), "unknown architecture 'rwkv'; did you mean 'rwkv1'?"),
+        (lambda: architecture("xyz"), "unknown architecture 'xyz'; known: rwkv1, mha_rotary, mha_shift, mha_pro"),
+        (lambda: ModelConfig(heads=5), "model.heads 5 does not divide model.channels 128; the nearest that does is 4"),
+        (lambda: ModelConfig(layers=0), "model.layers is 0; it must be at least 1"),
+        (lambda: ModelConfig(dropout=1.0), "model.dropout 1.0 is not in [0, 1)"),
+        (lambda: ModelConfig(token_shift=(0.6, 0.6)), "fractions lie in [0, 1] and sum to at most 1"),
+        (lambda: TrainConfig(lr=float("nan")), "train.lr is nan; it must be at least 0"),
+        (lambda: TrainConfig(batch_size=10, accumulation=3), "train.accumulation 3 does not divide"),
+        (lambda: from_dict(RunConfig, {"model": {"layer": 3}}), "unknown field 'model.layer'; did you mean 'layers'?"),
+        (lambda: from_dict(RunConfig, {"model": {"layers": "3"}}), "model.layers is '3'; it must be of type int"),
+        (lambda: from_dict(RunConfig, {"model": {"layers": True}}), "must be of type int"),
+        (lambda: from_dict(RunConfig, {"model": 3}), "model is 3; it must be a table"),
+        (lambda: from_dict(RunConfig, {"train": {"betas": 0.9}}), "train.betas is 0.9; it must be a list"),
+        (lambda: from_dict(RunConfig, {"train": {"schedule": "cosin"}}), "did you mean 'cosine'?"),
+        (
+            lambda: from_dict(RunConfig, {"model": {"arch": "mha"}}),
+            "unknown architecture 'mha'; did you mean 'mha_pro'?",
+        ),
+        (
+            lambda: from_dict(RunConfig, {"model": {"arch": "mha_rotary", "mixer": {"alpha": True}}}),
+            "unknown field 'model.mixer.alpha'",
+        ),
+    ],
+)
+def test_wrong_values_are_one_clear_sentence(call, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"format_version = 9\n", b"[model\n", b"\xff\xfe", b"format_version = 1\nx = 1\n"]
+)
+def test_damaged_config_files_name_the_file(content, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        read_toml(path)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_toml(tmp_path / "config.toml")
+
+
+def test_none_is_left_out_of_toml():
+    assert "token_shift_top" not in to_dict(ModelConfig())
+
+
+class TestLearningRate:
+    config = TrainConfig(steps=100, lr=1.0, lr_final=0.1)
+
+    def rate(self, step, **fields):
+        return learning_rate(dataclasses.replace(self.config, **fields), step)
+
+    def test_cosine_begins_at_lr_and_passes_the_middle(self):
+        assert self.rate(0) == 1.0
+        assert self.rate(50) == pytest.approx(0.55)
+        assert self.rate(99) == pytest.approx(0.1, abs=1e-3)
+
+    def test_linear(self):
+        assert self.rate(25, schedule="linear") == pytest.approx(0.775)
+
+    def test_constant_then_decay(self):
+        assert [self.rate(s, schedule="constant", decay=0.2) for s in (0, 50, 80)] == pytest.approx([1.0] * 3)
+        assert self.rate(90, schedule="constant", decay=0.2) == pytest.approx(0.55)
+
+    def test_warmup_rises_to_lr_and_never_starts_at_zero(self):
+        rates = [self.rate(s, warmup=0.1) for s in range(12)]
+        assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+        assert rates[10] == 1.0
+        assert rates[11] < 1.0

@@ -1,0 +1,85 @@
+"""Evaluation: every token once, units, unknown characters."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tests.runs import TEXT, small_trainer
+from tests.test_models import VARIANTS, build
+from timemix import checkpoint
+from timemix.errors import UserError
+from timemix.evaluate import evaluate, loss_per_token, windows
+
+
+@given(
+    st.integers(2, 200),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 25)),
+)
+def test_every_target_is_scored_once_with_enough_context(tokens, ctx_len, batch_size, stride):
+    text = np.arange(tokens, dtype=np.uint8)
+    scored = []
+    for inputs, targets, count in windows(text, ctx_len, batch_size, stride):
+        assert inputs.shape == targets.shape
+        assert inputs.shape[1] <= ctx_len
+        np.testing.assert_array_equal(inputs + 1, targets)
+        scored += targets[:, -count:].flatten().tolist()
+        if stride is not None and targets[0, 0] > 1:
+            assert inputs.shape[1] - count >= min(ctx_len - stride, inputs.shape[1] - 1)
+    assert sorted(scored) == list(range(1, tokens))
+
+
+def test_loss_is_the_mean_over_windows_side_by_side():
+    model = build(VARIANTS["rwkv1"])
+    text = np.random.default_rng(0).integers(0, 11, 31).astype(np.uint8)
+    total = 0.0
+    for start in range(0, 30, 12):
+        piece = torch.from_numpy(text[start : start + 13].astype(np.int64))
+        logits, _ = model(piece[None, :-1])
+        total += F.cross_entropy(logits[0], piece[1:], reduction="sum").item()
+    assert loss_per_token(model, text) == pytest.approx(total / 30)
+    assert loss_per_token(model, text, tokens_per_batch=12) == pytest.approx(total / 30)
+
+
+def test_stride_one_sees_the_whole_window_before_every_token():
+    model = build(VARIANTS["mha_rotary"])
+    text = np.random.default_rng(0).integers(0, 11, 20).astype(np.uint8)
+    total = 0.0
+    for t in range(1, 20):
+        piece = torch.from_numpy(text[max(0, t - 12) : t].astype(np.int64))
+        logits, _ = model(piece[None], logits="last")
+        total += F.cross_entropy(logits, torch.tensor([int(text[t])])).item()
+    assert loss_per_token(model, text, stride=1) == pytest.approx(total / 19)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    trainer = small_trainer(tmp_path_factory.mktemp("run"))
+    trainer.run()
+    return checkpoint.load(trainer.out)
+
+
+def test_units(loaded):
+    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:500])
+    assert result["bits_per_character"] == pytest.approx(result["nats_per_token"] / math.log(2))
+    assert result["bits_per_byte"] == pytest.approx(result["bits_per_character"])
+    assert (result["tokens"], result["characters"], result["bytes"], result["unknown"]) == (500, 500, 500, 0)
+
+
+def test_unknown_characters_are_left_out_and_counted(loaded):
+    known = evaluate(loaded.model, loaded.tokenizer, TEXT[:300])
+    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
+    assert result["unknown"] == 3
+    assert result["nats_per_token"] == pytest.approx(known["nats_per_token"])
+    assert (result["tokens"], result["characters"], result["bytes"]) == (300, 303, 307)
+
+
+def test_too_short_a_text(loaded):
+    with pytest.raises(UserError, match="the text has 1 tokens; at least 2 are needed"):
+        evaluate(loaded.model, loaded.tokenizer, "t")

@@ -1,0 +1,277 @@
+"""Training: it learns, its run folder holds what it should, it stops and goes on without loss."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import small_config, small_trainer, with_model, write_text_file
+from timemix import checkpoint
+from timemix.config import ARCHITECTURES, read_toml
+from timemix.data import open_corpus, prepare
+from timemix.errors import UserError
+from timemix.train import Interrupted, new_run, resume_run
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_it_learns_and_fills_the_run_folder(tmp_path, arch):
+    trainer = small_trainer(tmp_path, arch, steps=60, valid_every=20, save_every=30)
+    seen = []
+    newest = trainer.run(seen.append)
+    run = trainer.out
+
+    lines = metrics(run)
+    assert lines[0]["step"] == 0
+    assert abs(lines[0]["valid_loss"] - math.log(trainer.config.model.vocab_size)) < 0.3
+    assert lines[-1]["valid_loss"] < 0.6 * lines[0]["valid_loss"]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 20, 40, 60]
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "tokens", "seconds"} <= lines[1].keys()
+    assert lines[-1]["tokens"] == 60 * 4 * 16
+    assert [p.step for p in seen] == list(range(1, 61))
+
+    assert newest.name == "step-00000060"
+    assert {p.name for p in newest.iterdir()} == {
+        "model.safetensors",
+        "config.toml",
+        "tokenizer.json",
+        "training.safetensors",
+        "training.json",
+    }
+    assert read_toml(run / "config.toml") == trainer.config
+    loaded = checkpoint.load(run, checkpoint="newest")
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation": 2}, {"precision": "bfloat16"}, {"precision": "float64"}])
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_resuming_gives_the_undisturbed_run(tmp_path, options, order):
+    source = write_text_file(tmp_path)
+    config = with_model(small_config(source, **options), dropout=0.2)
+    config = type(config)(config.model, type(config.data)(source=str(source), order=order), config.train)
+    whole = new_run(config, tmp_path / "whole")
+    whole.run()
+
+    stopped = new_run(config, tmp_path / "stopped")
+
+    def stop(progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as interrupted:
+        stopped.run(stop)
+    assert interrupted.value.number == signal.SIGTERM
+    resumed = resume_run(tmp_path / "stopped")
+    assert resumed.step == 5
+    resumed.run()
+
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    a, b = metrics(whole.out), metrics(resumed.out)
+    steps = [line["step"] for line in b]
+    assert steps == sorted(set(steps))
+    assert a[-1]["valid_loss"] == b[-1]["valid_loss"]
+
+
+def test_lines_after_the_checkpoint_are_cut_on_resume(tmp_path):
+    trainer = small_trainer(tmp_path, steps=7, save_every=4, log_every=1, valid_every=100)
+
+    def crash(progress):
+        if progress.step == 6:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        trainer.run(crash)
+    run = trainer.out
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert checkpoint.newest(run).name == "step-00000004"
+    resume_run(run).run()
+    assert [line["step"] for line in metrics(run)] == list(range(8))
+
+
+def test_the_first_ctrl_c_saves_and_signals_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = small_trainer(tmp_path)
+    with pytest.raises(Interrupted) as interrupted:
+        trainer.run(lambda p: os.kill(os.getpid(), signal.SIGINT) if p.step == 3 else None)
+    assert interrupted.value.number == signal.SIGINT
+    assert checkpoint.newest(trainer.out).name == "step-00000003"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(tmp_path, what):
+    trainer = small_trainer(tmp_path)
+
+    def poison(progress):
+        if progress.step == 6:
+            if what == "loss":
+                trainer.model.head.weight.data.fill_(math.nan)
+            else:
+                trainer.model.head.weight.register_hook(lambda g: g * math.inf)
+
+    with pytest.raises(UserError, match=rf"the {what} is not finite at step 7; .*step-00000004; try a smaller"):
+        trainer.run(poison)
+    assert checkpoint.newest(trainer.out).name == "step-00000004"
+    checkpoint.load(trainer.out)
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    trainer = small_trainer(tmp_path, steps=40, valid_every=5, save_every=5, lr=0.5, lr_final=0.5, clip=0)
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.1])
+
+    def validate():
+        trainer.valid_loss = next(losses)
+        return trainer.valid_loss
+
+    trainer.validate = validate
+    trainer.run()
+    assert [c.name for c in checkpoint.checkpoints(trainer.out)] == ["step-00000005", "step-00000040"]
+    assert checkpoint.best(trainer.out).name == "step-00000005"
+    assert checkpoint.load(trainer.out).folder.name == "step-00000005"
+    assert checkpoint.load(trainer.out, checkpoint="40").folder.name == "step-00000040"
+    with pytest.raises(UserError, match="it has best, newest, 5, 40"):
+        checkpoint.load(trainer.out, checkpoint="7")
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    a = small_trainer(tmp_path, name="a", precision="float64")
+    b = small_trainer(tmp_path, name="b", precision="float64", accumulation=4)
+    assert a.train_step() == pytest.approx(b.train_step(), rel=1e-12)
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_same_seed_same_run_other_seed_another(tmp_path):
+    losses = [
+        small_trainer(tmp_path, name=name, seed=seed).train_step() for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_prepared_folder_is_used_where_it_lies(tmp_path):
+    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)))
+    trainer = new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
+    trainer.run()
+    assert not (tmp_path / "run" / "data").exists()
+    assert resume_run(tmp_path / "run").step == 8
+    assert len(trainer.corpus.train) == len(open_corpus(tmp_path / "tokens").train)
+
+
+def test_no_held_out_text_means_no_validation(tmp_path):
+    config = small_config(write_text_file(tmp_path))
+    config = type(config)(config.model, type(config.data)(source=config.data.source, valid_fraction=0.0), config.train)
+    trainer = new_run(config, tmp_path / "run")
+    trainer.run()
+    assert trainer.valid_loss is None
+    checkpoint.load(tmp_path / "run")
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="exists already; choose another --out, or go on with --resume"):
+        small_trainer(tmp_path)
+
+
+def test_a_batch_too_large_for_memory_is_refused_beforehand(tmp_path):
+    with pytest.raises(UserError, match=r"needs about .* GiB of memory and .* are free; lower --train.batch-size"):
+        small_trainer(tmp_path, batch_size=10_000_000)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_too_short_for_one_window_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="token"):
+        new_run(small_config(write_text_file(tmp_path, "ab c")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class TestDamagedCheckpoints:
+    @pytest.fixture
+    def run(self, tmp_path):
+        trainer = small_trainer(tmp_path)
+        trainer.run()
+        return trainer.out
+
+    def test_no_run(self, run):
+        with pytest.raises(UserError, match=r"there is no run folder .*nun; .* has run"):
+            checkpoint.load(run.with_name("nun"))
+
+    def test_no_checkpoint(self, run, tmp_path):
+        import shutil
+
+        shutil.rmtree(run / "checkpoints")
+        with pytest.raises(UserError, match="has no checkpoint yet"):
+            checkpoint.load(run)
+        with pytest.raises(UserError, match="is no run folder: it has no config.toml"):
+            checkpoint.load(tmp_path)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.toml", "training.json"])
+    @pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "noise"])
+    def test_damaged_files_are_named(self, run, name, damage):
+        path = checkpoint.newest(run) / name
+        content = path.read_bytes()
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(
+                {"truncate": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x00" * 50}[damage]
+            )
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
+            checkpoint.load(run)
+        assert "\n" not in str(error.value)
+
+    def test_damaged_training_state_is_named(self, run):
+        path = checkpoint.newest(run) / "training.safetensors"
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(UserError, match="training.safetensors is damaged"):
+            resume_run(run)
+
+    def test_weights_of_another_architecture(self, run, tmp_path):
+        other = small_trainer(tmp_path, "mha_rotary", name="other")
+        other.run()
+        (checkpoint.newest(run) / "model.safetensors").write_bytes(
+            (checkpoint.newest(other.out) / "model.safetensors").read_bytes()
+        )
+        with pytest.raises(UserError, match="holds another architecture than its config.toml names"):
+            checkpoint.load(run)
+
+    def test_another_tokenizer(self, run, tmp_path):
+        other = new_run(small_config(write_text_file(tmp_path, "xyz" * 100)), tmp_path / "other")
+        other.save()
+        (checkpoint.newest(run) / "tokenizer.json").write_bytes(
+            (checkpoint.newest(other.out) / "tokenizer.json").read_bytes()
+        )
+        with pytest.raises(UserError, match="it is not this model's tokenizer"):
+            checkpoint.load(run)
+
+    def test_weights_of_another_size(self, run):
+        path = checkpoint.newest(run) / "config.toml"
+        path.write_text(path.read_text().replace("channels = 16", "channels = 32"))
+        with pytest.raises(UserError, match="does not fit its config.toml"):
+            checkpoint.load(run)
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path)
+    trainer.train_step()
+    good = trainer.save()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    trainer.train_step()
+    monkeypatch.setattr("timemix.files._sync", full)
+    with pytest.raises(UserError, match="no space left on the device for .*step-00000002"):
+        trainer.save()
+    monkeypatch.undo()
+    assert [p.name for p in (trainer.out / "checkpoints").iterdir()] == [good.name]
+    checkpoint.load(trainer.out)

@@ -1,0 +1,92 @@
+"""Loss of a model on a text: every token predicted once."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from timemix.data import validation_windows
+from timemix.errors import UserError
+from timemix.models import LanguageModel
+from timemix.precision import autocast
+from timemix.tokenizer import Tokenizer
+
+
+def windows(tokens: np.ndarray, ctx_len: int, batch_size: int, stride: int | None) -> Iterator[tuple]:
+    """Batches (inputs, targets, scored): the last `scored` targets of each row count.
+
+    stride None: windows side by side. Else each window begins `stride` tokens after the one before and only
+    its targets that no earlier window had count, so that they see at least ctx_len - stride tokens.
+    """
+    if stride is None or stride >= ctx_len:
+        for inputs, targets in validation_windows(tokens, ctx_len, batch_size):
+            yield inputs, targets, targets.shape[1]
+        return
+    last = max(len(tokens) - 1 - ctx_len, 0)
+    head = tokens[: ctx_len + 1].astype(np.int64)
+    yield head[None, :-1], head[None, 1:], len(head) - 1
+    starts = list(range(stride, last + 1, stride))
+    for i in range(0, len(starts), batch_size):
+        rows = np.stack([tokens[s : s + ctx_len + 1] for s in starts[i : i + batch_size]]).astype(np.int64)
+        yield rows[:, :-1], rows[:, 1:], stride
+    scored = (starts[-1] if starts else 0) + ctx_len
+    if (rest := len(tokens) - 1 - scored) > 0:
+        row = tokens[-(ctx_len + 1) :].astype(np.int64)[None]
+        yield row[:, :-1], row[:, 1:], rest
+
+
+@torch.no_grad()
+def loss_per_token(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    precision: str = "float32",
+    stride: int | None = None,
+    tokens_per_batch: int = 8192,
+) -> float:
+    """Mean loss in nats over all tokens but the first, each predicted once.
+
+    Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config.
+    """
+    was_training = model.training
+    model.eval()
+    ctx_len = model.config.ctx_len
+    total = 0.0
+    for inputs, targets, scored in windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride):
+        x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+        with autocast(precision, model.device):
+            logits, _ = model(x)
+        wide = logits[:, -scored:].flatten(0, 1)
+        if wide.dtype == torch.bfloat16:
+            wide = wide.float()
+        total += F.cross_entropy(wide, y[:, -scored:].flatten(), reduction="sum").item()
+    model.train(was_training)
+    return total / (len(tokens) - 1)
+
+
+def evaluate(
+    model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
+) -> dict[str, float | int]:
+    """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
+
+    Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
+    number is reported. Characters and bytes are counted without the first token, which is not predicted.
+    Raises UserError when fewer than two tokens are left.
+    """
+    tokens, unknown = tokenizer.encode_lenient(text)
+    if len(tokens) < 2:
+        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
+    nats = loss_per_token(model, tokens, precision=precision, stride=stride)
+    first = tokenizer.decode(tokens[:1])
+    bits = nats * (len(tokens) - 1) / math.log(2)
+    return {
+        "nats_per_token": nats,
+        "bits_per_character": bits / max(len(text) - len(first), 1),
+        "bits_per_byte": bits / max(len(text.encode("utf-8")) - len(first.encode("utf-8")), 1),
+        "tokens": len(tokens),
+        "characters": len(text),
+        "bytes": len(text.encode("utf-8")),
+        "unknown": unknown,
+    }

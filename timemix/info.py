@@ -1,0 +1,93 @@
+"""What this machine has, and the size of a model before it is built: parameters, FLOPs, memory."""
+
+import platform
+from typing import Any
+
+import torch
+
+from timemix import __version__
+from timemix.config import ARCHITECTURES, ModelConfig, TimeMixConfig, TrainConfig, architecture
+from timemix.models import LanguageModel
+from timemix.ops import choose_backend
+from timemix.precision import choose_device, choose_precision
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of the embedding, of all mixers, of all feed-forward halves, of the head, and in total."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    counts = {"embedding": 0, "mixers": 0, "ffns": 0, "head": 0, "norms": 0}
+    for name, p in model.named_parameters():
+        part = "norms" if "norm" in name else name.split(".")[0]
+        if part == "blocks":
+            part = f"{name.split('.')[2]}s"
+        counts[part] += p.numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating-point operations per token of a forward pass over ctx_len tokens; training takes three times.
+
+    Two per weight of each matrix product, and 2 * ctx_len * channels for a time-mix's product with W, twice
+    that for attention, whole T x T matrices as they are computed.
+    """
+    C, T = config.channels, config.ctx_len
+    weights = config.vocab_size * C
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    weights += sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "weight" in name)  # type: ignore[attr-defined]
+    products = 2 * T * C * (1 if config.arch == "rwkv1" else 2)
+    return 2 * weights + config.layers * products
+
+
+def training_memory(model: ModelConfig, train: TrainConfig, precision: str) -> int:
+    """Bytes that a training step needs, estimated.
+
+    Weights, gradients and two moments; what a block keeps for its backward pass, counted in numbers per
+    token; logits and their gradient; W or attention matrices per head.
+    """
+    width = 8 if precision == "float64" else 4
+    rows = train.batch_size // train.accumulation
+    tokens = rows * model.ctx_len
+    per_token = model.layers * (24 * model.channels + 6 * model.ffn_hidden) + 4 * model.vocab_size
+    matrices = {"rwkv1": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 6 * rows + 4}[model.arch]
+    squares = model.layers * matrices * model.heads * model.ctx_len**2
+    return width * (4 * count_parameters(model)["total"] + tokens * per_token + squares)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, and what `auto` takes for device and precision, with the reason."""
+    device, device_reason = choose_device("auto")
+    precision, precision_reason = choose_precision("auto", device)
+    return {
+        "timemix": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": f"{device} ({device_reason})",
+        "precision": f"{precision} ({precision_reason})",
+    }
+
+
+def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
+    precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
+    report: dict[str, Any] = {
+        "arch": model.arch,
+        "size": f"{model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio {model.ffn_ratio},"
+        f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
+    }
+    if isinstance(model.mixer, TimeMixConfig):
+        name, reason = choose_backend(model.mixer.backend)
+        report["wkv1"] = f"{name} ({reason})"
+    report["parameters"] = count_parameters(model)
+    sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
+    same_size = {name: getattr(model, name) for name in sizes}
+    report["parameters_by_arch"] = {
+        arch: count_parameters(architecture(arch, **same_size))["total"] for arch in ARCHITECTURES
+    }
+    flops = flops_per_token(model)
+    report["flops_per_token"] = {"forward": flops, "training": 3 * flops}
+    report["training_memory_mib"] = training_memory(model, train, precision) // 2**20
+    report["batch_size"] = train.batch_size // train.accumulation
+    return report

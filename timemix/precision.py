@@ -1,0 +1,45 @@
+"""Number formats of the matrix products, and how `auto` chooses."""
+
+import contextlib
+
+import torch
+
+from timemix.errors import UserError
+
+
+def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """The precision that serves `precision` on a device, and the reason."""
+    if precision != "auto":
+        return precision, "asked for"
+    if device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older torch cannot tell; without native instructions bfloat16 is slower than float32.
+        capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+        has_it = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if has_it:
+        return "bfloat16", f"the {device.type} has bfloat16 instructions"
+    return "float32", f"the {device.type} has no bfloat16 instructions"
+
+
+def choose_device(device: str) -> tuple[torch.device, str]:
+    """The device that serves `device`, and the reason.
+
+    Raises UserError for a device that torch does not know or this machine does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), "there is a CUDA device"
+        return torch.device("cpu"), "there is no CUDA device"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used: {reason}") from None
+    return found, "asked for"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Matrix products in bfloat16 where the precision says so; nothing else changes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
