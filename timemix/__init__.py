@@ -1,3 +1,29 @@
-"""timemix: train, compare and run RWKV language models."""
+"""timemix: train, compare and run RWKV language models.
 
+run = timemix.load("runs/demo")
+timemix.generate(run, "The ", tokens=100)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from timemix.errors import UserError
+
+if TYPE_CHECKING:
+    from timemix.checkpoint import load
+    from timemix.generation import generate
+
+__all__ = ["UserError", "__version__", "generate", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the package must not import torch.
+    if name == "load":
+        from timemix.checkpoint import load
+
+        return load
+    if name == "generate":
+        from timemix.generation import generate
+
+        return generate
+    raise AttributeError(f"module 'timemix' has no attribute {name!r}")

@@ -1,0 +1,166 @@
+"""From logits to the next token: filters on the probabilities, and a draw that depends on nothing else.
+
+Shapes: B rows of a batch, V vocabulary. All arithmetic is float64 on the CPU, row by row, so that a row gives
+the same token on every device, alone or in any batch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timemix.errors import UserError
+
+PerRow = float | Sequence[float] | Tensor
+
+_ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("0 or more", lambda x: x >= 0),
+    "top_k": ("a whole number, 0 or more", lambda x: x >= 0 and x == int(x)),
+    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_a": ("from 0 to 1", lambda x: 0 <= x <= 1),
+    "top_a_power": ("0 or more", lambda x: x >= 0),
+    "repetition_penalty": ("above 0", lambda x: x > 0),
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How logits become the probabilities of the next token.
+
+    Each field is one number for all rows, or a sequence or tensor of B numbers, one per row. The order is
+    always:
+
+    1. `repetition_penalty` (CTRL, arXiv 1909.05858): positive logits of tokens seen in the context are
+       divided by it, negative ones multiplied; 1 = off.
+    2. `temperature`: p = softmax(logits / temperature); 0 = greedy, all probability on the largest logit, the
+       lowest id among equals.
+    3. The filters, each judging the same p (not what another filter left): a token stays if every filter
+       keeps it. Among equal tokens the lowest ids rank first.
+       - `top_k` (arXiv 1805.04833): keep the k most probable; 0 = off.
+       - `top_p` (arXiv 1904.09751): keep the most probable up to the first whose running sum reaches top_p;
+         1 = off.
+       - `min_p` (arXiv 2407.01082): keep p >= min_p * p_max; 0 = off.
+       - `top_a` (RWKV-LM 0.01, doi 10.5281/zenodo.5196577): remove p < top_a * p_max ** top_a_power; 0 = off.
+    4. What stays is renormalised. The most probable token always stays.
+
+    Raises UserError for a value out of its range.
+    """
+
+    temperature: PerRow = 1.0
+    top_k: PerRow = 0
+    top_p: PerRow = 1.0
+    min_p: PerRow = 0.0
+    top_a: PerRow = 0.0
+    top_a_power: PerRow = 2.0
+    repetition_penalty: PerRow = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            given = getattr(self, field.name)
+            values = torch.as_tensor(given, dtype=torch.float64).tolist()
+            allowed, accepts = _ALLOWED[field.name]
+            for value in values if isinstance(values, list) else [values]:
+                if not (math.isfinite(value) and accepts(value)):
+                    raise UserError(f"{field.name} must be {allowed}, not {value!r}")
+            # Plain numbers keep samplers comparable and hashable, which tensors are not.
+            object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Probabilities of the next token, (B, V) float64 on the CPU, each row summing to 1.
+
+        logits (B, V), any float type and device; infinite ones are limits: tokens at +inf share all
+        probability, -inf has none. seen (B, V) bool: tokens that occurred in the row's context.
+
+        Raises ValueError for a row that holds NaN or only -inf, for fields whose length is not B, and where
+        `repetition_penalty` is on without `seen`.
+        """
+        x = logits.detach().cpu().double()
+        B, V = x.shape
+        if self.repetition_penalty != 1:
+            if seen is None:
+                raise ValueError("repetition_penalty needs `seen`, the tokens of each row's context")
+            penalty = self._column("repetition_penalty", B)
+            x = torch.where(seen.cpu(), torch.where(x > 0, x / penalty, x * penalty), x)
+
+        largest = x.amax(-1, keepdim=True)
+        for row, value in enumerate(largest[:, 0].tolist()):
+            if not value > -math.inf:
+                raise ValueError(f"logits of row {row} {'hold NaN' if math.isnan(value) else 'are all -inf'}")
+
+        temperature = self._column("temperature", B)
+        greedy = temperature == 0
+        # The largest is set, not subtracted: inf - inf is NaN.
+        scaled = (x - largest).masked_fill(x == largest, 0) / temperature.masked_fill(greedy, 1)
+        p = scaled.softmax(-1)
+        p_max = p.amax(-1, keepdim=True)
+        keep = torch.ones_like(p, dtype=torch.bool)
+        if self.min_p != 0:
+            keep &= p >= self._column("min_p", B) * p_max
+        if self.top_a != 0:
+            threshold = self._column("top_a", B) * p_max ** self._column("top_a_power", B)
+            keep &= p >= threshold.minimum(p_max)
+        if self.top_k != 0 or self.top_p != 1:
+            top_k, top_p = self._column("top_k", B), self._column("top_p", B)
+            # Ranked by logit: two of them can differ where their probabilities round to the same.
+            order = x.argsort(dim=-1, descending=True, stable=True)
+            ranked = p.gather(-1, order)
+            sum_before = ranked.cumsum(-1) - ranked
+            in_top_k = (torch.arange(V) < top_k) | (top_k == 0)
+            in_top_p = (sum_before < top_p) | (top_p == 1)
+            keep &= torch.empty_like(keep).scatter_(-1, order, in_top_k & in_top_p)
+        if greedy.any():
+            # numpy's argmax promises the first of equals, torch's does not.
+            first_largest = torch.from_numpy(x.numpy().argmax(-1, keepdims=True))
+            keep &= (torch.arange(V) == first_largest) | ~greedy
+        return scaled.masked_fill(~keep, -math.inf).softmax(-1)
+
+    def _column(self, name: str, rows: int) -> Tensor:
+        """A field as (1, 1) or (B, 1), to broadcast over (B, V)."""
+        column = torch.tensor(getattr(self, name), dtype=torch.float64).reshape(-1, 1)
+        if len(column) not in (1, rows):
+            raise ValueError(f"{name} has {len(column)} values for {rows} rows")
+        return column
+
+
+def draw(
+    probabilities: Tensor,
+    *,
+    seed: int | Sequence[int] | Tensor,
+    sample: Sequence[int] | Tensor,
+    position: Sequence[int] | Tensor,
+) -> Tensor:
+    """One token per row, (B,) int64, by the inverse of the row's cumulative distribution.
+
+    probabilities (B, V); `seed` one for all rows or (B,); `sample` (B,) the number of the text being written;
+    `position` (B,) of the token in it. The randomness of a row is Philox (Salmon et al. 2011, "Parallel
+    random numbers: as easy as 1, 2, 3") with key (seed, sample) and counter position: it depends on nothing
+    else, and no state is carried. A token of probability 0 is never drawn.
+
+    Raises UserError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
+    """
+    seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
+    counters = zip(seeds, _integers(sample), _integers(position), strict=True)
+    u = np.array([_uniform(*counter) for counter in counters])
+
+    cumulative = probabilities.detach().cpu().double().numpy().cumsum(-1)
+    total = cumulative[:, -1]
+    if not (np.abs(total - 1) < 0.01).all():
+        raise ValueError(f"probabilities of each row must sum to 1, not {total.tolist()}")
+    # u < 1 also after rounding, so u * total < total: the count below stays inside the vocabulary.
+    return torch.from_numpy((cumulative <= (u * total)[:, None]).sum(-1))
+
+
+def _uniform(seed: int, sample: int, position: int) -> float:
+    """A number in [0, 1), a multiple of 2^-53."""
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
+    bits = np.random.Philox(key=seed | sample << 64, counter=position).random_raw()
+    return (bits >> 11) * 2.0**-53
+
+
+def _integers(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
