@@ -1,0 +1,201 @@
+"""Training and sampling speed against the original 2021 code, alternating in one process.
+
+    git clone --branch 0.01 https://github.com/BlinkDL/RWKV-LM original
+    python benchmarks/against_original.py original --json out.json
+
+The original runs as published, in float32: its model, its optimizer, its clipping, its recompute loop for
+sampling (a window of ctx_len for every character). Ours runs as `timemix train` and `timemix sample` do.
+Before anything is timed, both get the same weights and must give the same logits to 1e-4.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from timemix.config import ChannelMixConfig, RunConfig, TrainConfig, architecture
+from timemix.generation import generate_tokens
+from timemix.models import LanguageModel
+from timemix.optim import build_optimizer
+from timemix.precision import autocast, choose_precision
+from timemix.sampling import Sampler
+
+SIZES = {
+    "cpu-small": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "batch_size": 12},
+    "seed, ffn_ratio 2.5": {"layers": 5, "heads": 8, "channels": 512, "ctx_len": 256, "batch_size": 16},
+}
+VOCAB = 65
+
+
+def matmul_peak(dtype: torch.dtype) -> float:
+    """Best of several 2048^3 products, FLOP/s."""
+    a = torch.randn(2048, 2048, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def copy_weights(original: torch.nn.Module, ours: LanguageModel) -> None:
+    """The original's weights under our names (f is indexed by lag here, the other way round there)."""
+    theirs = dict(original.named_parameters())
+    table = {"mixer.f": "attn.time_w", "mixer_norm": "ln1", "ffn_norm": "ln2", "ffn.output": "mlp.weight"}
+    for half, their_half in (("mixer", "attn"), ("ffn", "mlp")):
+        for name in ("key", "value", "receptance", "output"):
+            table.setdefault(f"{half}.{name}", f"{their_half}.{name}")
+        for name in ("alpha", "beta", "gamma"):
+            table.setdefault(f"{half}.{name}", f"{their_half}.time_{name}")
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if name.startswith("blocks."):
+                _, layer, rest = name.split(".", 2)
+                known = max((k for k in table if rest.startswith(k)), key=len)
+                source = theirs[f"blocks.{layer}.{rest.replace(known, table[known], 1)}"]
+            else:
+                source = theirs[name.replace("embedding", "tok_emb").replace("norm", "ln_f")]
+            p.copy_((source.flip(-1) if name.endswith("mixer.f") else source).reshape(p.shape))
+
+
+def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
+    config = module.GPTConfig(
+        VOCAB,
+        sizes["ctx_len"],
+        model_type="RWKV",
+        n_layer=sizes["layers"],
+        n_head=sizes["heads"],
+        n_embd=sizes["channels"],
+    )
+    original = module.GPT(config)
+    fields = {k: v for k, v in sizes.items() if k != "batch_size"}
+    ours = LanguageModel(
+        architecture("rwkv1", vocab_size=VOCAB, ffn_ratio=2.5, ffn=ChannelMixConfig(activation="mish"), **fields)
+    )
+    with torch.no_grad():
+        for p in original.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    copy_weights(original, ours)
+    tokens = torch.randint(0, VOCAB, (2, sizes["ctx_len"]))
+    with torch.no_grad():
+        difference = (original(tokens)[0] - ours(tokens)[0]).abs().max().item()
+    if difference > 1e-4:
+        raise SystemExit(f"parity failed: logits differ by {difference:.2e}; nothing is timed")
+    return original, ours
+
+
+def alternate(a, b, rounds: int, warmup: int = 2) -> tuple[list[float], list[float]]:
+    """Seconds of each call, the two in turn."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds + warmup):
+        for call, kept in zip((a, b), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if i >= warmup:
+                kept.append(time.perf_counter() - start)
+    return times
+
+
+def summary(unit_count: int, original: list[float], ours: list[float]) -> dict:
+    ratios = sorted(a / b for a, b in zip(original, ours, strict=True))
+    return {
+        "original_per_second": unit_count / statistics.median(original),
+        "ours_per_second": unit_count / statistics.median(ours),
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+    }
+
+
+def training(module, sizes: dict, rounds: int) -> dict:
+    original, ours = build(module, sizes)
+    settings = RunConfig(train=TrainConfig(lr=6e-4)).train
+    their_settings = argparse.Namespace(weight_decay=0.0, learning_rate=6e-4, betas=(0.9, 0.99))
+    their_optimizer = original.configure_optimizers(their_settings)
+    our_optimizer = build_optimizer(ours, settings)
+    precision, reason = choose_precision("auto", torch.device("cpu"))
+    batch, ctx_len = sizes["batch_size"], sizes["ctx_len"]
+    x, y = (torch.randint(0, VOCAB, (batch, ctx_len)) for _ in range(2))
+
+    def their_step():
+        _, loss = original(x, y)
+        original.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(original.parameters(), 1.0)
+        their_optimizer.step()
+        loss.item()
+
+    def our_step():
+        with autocast(precision, torch.device("cpu")):
+            logits, _ = ours(x)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        our_optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        our_optimizer.step()
+        loss.item()
+
+    figures = summary(batch * ctx_len, *alternate(their_step, our_step, rounds))
+    matrix_weights = sum(p.numel() for n, p in ours.named_parameters() if p.ndim == 2 and "mixer.f" not in n)
+    peak = matmul_peak(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    figures["share_of_peak"] = 6 * matrix_weights * figures["ours_per_second"] / peak
+    return figures | {"precision": precision, "reason": reason, "peak_gflops": peak / 1e9}
+
+
+def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
+    original, ours = build(module, sizes)
+    ours.eval()
+    utils = importlib.import_module("src.utils")
+    ctx_len = sizes["ctx_len"]
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 32)
+
+    def their_loop():
+        x = np.pad(prompt, (0, ctx_len - len(prompt)))
+        length = len(prompt)
+        for _ in range(tokens):
+            with torch.no_grad():
+                out, _ = original(torch.tensor(x[-ctx_len:], dtype=torch.long)[None])
+            position = -1 if length >= ctx_len else length - 1
+            token = utils.sample_logits(out, position, temperature=1.0, min_p_pow=2.0, min_p_ratio=0.02)
+            x = np.append(x, token) if length >= ctx_len else x
+            if length < ctx_len:
+                x[length] = token
+            length += 1
+
+    def our_loop():
+        for _ in generate_tokens(ours, [prompt.tolist()], tokens, Sampler(top_a=0.02)):
+            pass
+
+    return summary(tokens, *alternate(their_loop, our_loop, rounds, warmup=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original", type=Path, help="clone of RWKV-LM at tag 0.01")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of training steps")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(arguments.original))
+    module = importlib.import_module("src.model")
+    torch.manual_seed(0)
+    results: dict = {"torch": torch.__version__, "threads": torch.get_num_threads(), "training": {}, "sampling": {}}
+    for name, sizes in SIZES.items():
+        rounds = arguments.rounds * (8 if name == "cpu-small" else 1)
+        results["training"][name] = training(module, sizes, rounds)
+        print(name, "training", json.dumps(results["training"][name]))
+    name, sizes = list(SIZES.items())[-1]
+    results["sampling"][name] = sampling(module, sizes, tokens=100, rounds=3)
+    print(name, "sampling", json.dumps(results["sampling"][name]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

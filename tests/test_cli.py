@@ -1,0 +1,285 @@
+"""The command line as a person uses it: verbs, output, error sentences, exit status."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TEXT
+from timemix.cli import main
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
+
+
+def run(*arguments, cwd=None, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "timemix", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Runs a command in this process, in an empty folder: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            main([str(a) for a in arguments])
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "my.txt").write_text(TEXT)
+    result = run("train", "cpu-small", "--data", "my.txt", "--out", "runs/mine", *QUICK, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_help_names_every_verb_quickly():
+    start = time.perf_counter()
+    result = run("--help")
+    assert time.perf_counter() - start < 5
+    for verb in ("train", "sample", "eval", "plot", "data", "info", "demo"):
+        assert f"  {verb} " in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "eval", "plot", "data", "info", "demo"])
+def test_every_verb_has_help(call, verb):
+    status, out, _ = call(verb, "--help")
+    assert status == 0
+    assert f"timemix {verb}" in out
+
+
+def test_train_writes_a_run_folder(trained):
+    names = {p.name for p in (trained / "runs/mine").iterdir()}
+    assert names == {"config.toml", "data", "metrics.jsonl", "checkpoints", "samples.txt", "loss.png"}
+    assert (trained / "runs/mine/samples.txt").read_text().startswith("--- step 6\n")
+
+
+def test_train_prints_plain_lines_and_its_choices_where_there_is_no_terminal(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    result = run("train", "--data", "my.txt", "--out", "r", *QUICK, cwd=tmp_path)
+    assert "rwkv1, " in result.stderr
+    assert "wkv1 dense (the only parallel form)" in result.stderr
+    assert re.search(r"step 6/6  loss \d\.\d{3}  valid \d\.\d{3}", result.stderr)
+    assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("arch", ["mha_rotary", "mha_pro"])
+def test_the_architecture_is_a_flag(call, tmp_path, arch):
+    (tmp_path / "my.txt").write_text(TEXT)
+    status, _, err = call("train", "--data", "my.txt", "--out", "r", "--model.arch", arch, *QUICK)
+    assert status == 0
+    assert f"{arch}, " in err
+    assert call("sample", "r", "--prompt", "the", "--tokens", "5")[0] == 0
+
+
+def test_sample_streams_prompt_and_text(trained):
+    result = run("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40", cwd=trained)
+    assert result.stdout.startswith("the cat")
+    assert len(result.stdout) == len("the cat") + 40 + 1
+    again = run("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40", cwd=trained)
+    assert again.stdout == result.stdout
+
+
+def test_sample_json_and_count(trained):
+    result = run("sample", "runs/mine", "--prompt", "the", "--tokens", "9", "--count", "3", "--json", cwd=trained)
+    report = json.loads(result.stdout)
+    assert [len(t) for t in report["texts"]] == [9, 9, 9]
+
+
+def test_eval_reports_units_and_json(trained):
+    plain = run("eval", "runs/mine", "--data", "my.txt", cwd=trained)
+    assert "nats per token" in plain.stdout
+    assert "bits per byte" in plain.stdout
+    report = json.loads(run("eval", "runs/mine", "--data", "my.txt", "--json", cwd=trained).stdout)
+    assert report["tokens"] == len(TEXT)
+    assert 0 < report["nats_per_token"] < 5
+
+
+def test_eval_counts_unknown_characters(trained):
+    (trained / "odd.txt").write_text("the cat Ω sat", encoding="utf-8")
+    result = run("eval", "runs/mine", "--data", "odd.txt", cwd=trained)
+    assert result.returncode == 0
+    assert "1 unknown" in result.stdout
+
+
+def test_a_long_prompt_is_taken_from_its_end_and_says_so(trained):
+    result = run("sample", "runs/mine", "--prompt", "the cat " * 20, "--tokens", "3", cwd=trained)
+    assert result.returncode == 0
+    assert "the prompt has 160 tokens, the context 64: the model sees the last 64" in result.stderr
+
+
+def test_info_shows_the_published_sizes(call):
+    _, out, _ = call("info", "seed")
+    for count in ("17,218,048", "18,563,328", "18,563,648"):
+        assert count in out
+    report = json.loads(call("info", "seed", "--model.arch", "mha_pro", "--json")[1])
+    assert report["parameters"]["total"] == 18_563_648
+
+
+def test_data_describes_and_prepares(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    status, out, _ = call("data", "my.txt", "--json")
+    assert status == 0
+    assert json.loads(out)["characters"] == len(TEXT)
+    assert call("data", "my.txt", "--out", "tokens", "--tokenizer", "byte")[0] == 0
+    assert call("train", "--data", "tokens", "--out", "r", *QUICK)[0] == 0
+
+
+def test_resume_of_a_complete_run_says_so(trained):
+    result = run("train", "--resume", "runs/mine", cwd=trained)
+    assert result.returncode == 0
+    assert "runs/mine is complete: 6 steps" in result.stdout
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timemix", "train", "--data", "my.txt", "--out", "r", *QUICK, "--train.steps", "3000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "r/metrics.jsonl").exists() or len((tmp_path / "r/metrics.jsonl").read_text()) < 200:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: timemix train --resume r" in err
+    assert "Traceback" not in err
+    stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
+    config = tmp_path / "r/config.toml"
+    config.write_text(config.read_text().replace("steps = 3000", f"steps = {stopped_at + 2}"))
+    result = run("train", "--resume", "r", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"going on with r after step {stopped_at}" in result.stderr
+
+
+def test_a_closed_pipe_is_quiet(trained):
+    command = f"{sys.executable} -m timemix sample runs/mine --prompt the --tokens 3000 | head -c 20"
+    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, check=False)
+    assert len(result.stdout) == 20
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
+        (["train", "cpu-smal", "--out", "r"], "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
+        (["train", "--model.arch", "rwkv2", "--out", "r"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["train", "--data", "nothing.txt", "--out", "r"], "nothing.txt"),
+        (["train", "--data", "mi.txt", "--out", "r"], "my.txt"),
+        (["train", "--data", "empty.txt", "--out", "r"], "empty"),
+        (["train", "--data", "binary.bin", "--out", "r"], "binary"),
+        (["train", "--data", "latin.txt", "--out", "r"], "byte 3"),
+        (["train", "--data", "latin.txt", "--data.encoding", "utf-7000", "--out", "r"], "utf-7000"),
+        (["train", "--data", "short.txt", "--out", "r"], "tokens"),
+        (["train", "--data", "my.txt", "--out", "my.txt"], "exists already"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.heads", "5"], "does not divide"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.layers", "0"], "must be at least 1"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.layer", "3"], "--model.layers"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.steps", "many"], "--train.steps"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.batch-size", "99999999"], "GiB are free"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.device", "gpu9"], "gpu9"),
+        (["train", "--data", "my.txt"], "--out"),
+        (["train", "--resume", "nothing"], "nothing"),
+        (["sample", "nothing"], "there is no run folder nothing"),
+        (["sample", "folder"], "is no run folder"),
+        (["eval", "nothing", "--data", "my.txt"], "there is no run folder nothing"),
+        (["plot", "nothing"], "nothing"),
+        (["plot"], "runs"),
+        (["data", "nothing.txt"], "nothing.txt"),
+        (["info", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words):
+    (tmp_path / "my.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    (tmp_path / "folder").mkdir()
+    status, out, err = call(*arguments)
+    assert status == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_prompt_characters_outside_the_vocabulary_are_named(trained):
+    result = run("sample", "runs/mine", "--prompt", "the Ωmega", cwd=trained)
+    assert result.returncode == 2
+    assert "Ω" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", "-1", "temperature must be 0 or more"),
+        ("--top-p", "0", "top_p"),
+        ("--tokens", "0", "at least 1"),
+        ("--prompt", "", "empty"),
+        ("--checkpoint", "77", "it has best, newest"),
+        ("--seed", "-1", "seed"),
+    ],
+)
+def test_wrong_sampling_values(trained, option, value, words):
+    result = run("sample", "runs/mine", option, value, cwd=trained)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_as_it_stands(tmp_path):
+    """Every command and every piece of Python of the README, the training shortened."""
+    (tmp_path / "my.txt").write_text(TEXT + "It was so.\n" * 40)
+    result = run("demo", "--steps", "20", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("writes:") == 3
+    next_commands = re.findall(r"^  timemix (.*)$", result.stdout, re.MULTILINE)
+    assert len(next_commands) == 3
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (commands,) = readme_blocks("sh")
+    lines = commands.splitlines() + [f"timemix {c}" for c in next_commands[:2]]
+    assert len(lines) > 6
+    for line in lines:
+        if line.startswith("timemix train cpu-small"):
+            line = line.partition("#")[0] + " ".join(QUICK)
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for block in readme_blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"

@@ -1,0 +1,3 @@
+from timemix.cli import main
+
+main()

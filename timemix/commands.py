@@ -1,0 +1,446 @@
+"""What each verb of the command line does, and its options (those of a run come from `config`)."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import tyro
+
+from timemix.config import DataConfig, ModelConfig, RunConfig, TimeMixConfig, TrainConfig, preset
+from timemix.errors import UserError
+from timemix.files import cannot_write
+
+if TYPE_CHECKING:
+    from timemix.checkpoint import Loaded
+    from timemix.train import Progress, Trainer, Watch
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see timemix.sampling.Sampler."""
+
+    tokens: int = 300
+    """Tokens to write."""
+    count: int = 1
+    """Samples to write, in one batch."""
+    seed: int = 0
+    """Same seed, same text."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the most probable tokens up to this total; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens of at least this share of the largest probability; 0 is off."""
+    top_a: float = 0.02
+    """Remove tokens below top_a * p_max ^ top_a_power; 0 is off."""
+    top_a_power: float = 2.0
+    """See top_a."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the context less likely; 1 is off."""
+    context: Literal["reanchor", "exact"] = "reanchor"
+    """Past ctx_len: go on from the newest half (constant cost), or recompute the whole window for each token."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "count"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a model. Name a preset first to start from its values: timemix train cpu-small --data FILE --out DIR"""
+
+    out: Path
+    """Folder to make for the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Go on with a run from its newest checkpoint."""
+
+    resume: Path
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Write text with a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    prompt: str = "\n"
+    """Text to go on from."""
+    checkpoint: str = "best"
+    """best, newest, or a step."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: cuda where there is one."""
+    json: bool = False
+    """Print one JSON object."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Loss of a trained model on a text: nats per token, bits per character, bits per byte."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    data: str
+    """A file, folder, glob, `builtin`, or a named download."""
+    encoding: str = "utf-8"
+    """Encoding of the text files."""
+    stride: int | None = None
+    """Move the window by this many tokens, so that each has context; None: windows side by side."""
+    checkpoint: str = "best"
+    """best, newest, or a step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of the matrix products."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: cuda where there is one."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class PlotArguments:
+    """Draw the loss curves of runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path | None = None
+    """PNG or SVG to write; None: loss.png in the first run."""
+    x: Literal["tokens", "steps", "seconds"] = "tokens"
+    """Horizontal axis."""
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """Describe a text; with --out, also write its tokens and tokenizer to a folder that `train --data` takes.
+
+    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are read as they are), `builtin`, or a
+    download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8.
+    """
+
+    source: tyro.conf.Positional[str]
+    """The text."""
+    out: Path | None = None
+    """Folder to make."""
+    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class InfoArguments:
+    """Versions, devices and backends; parameters, FLOPs and memory of a preset: timemix info seed"""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """Train a small rwkv1 on the built-in text for about two minutes, with samples and a picture."""
+
+    out: Path = Path("runs/demo")
+    """Folder to make for the run."""
+    steps: int | None = None
+    """Fewer steps, to try it out; None: those of the preset."""
+
+
+def _parse(kind: type[Arguments], arguments: Sequence[str], verb: str, default: Arguments | None = None) -> Arguments:
+    parsed = tyro.cli(
+        kind,
+        prog=f"timemix {verb}",
+        args=list(arguments),
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    assert parsed is not None
+    return parsed
+
+
+def _preset_of(arguments: list[str], default: str) -> tuple[RunConfig, list[str]]:
+    """The preset named first, or `default`, for the architecture of --model.arch; and the other arguments."""
+    name = default
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+    arch = "rwkv1"
+    for i, argument in enumerate(arguments):
+        if argument == "--model.arch" and i + 1 < len(arguments):
+            arch = arguments[i + 1]
+        elif argument.startswith("--model.arch="):
+            arch = argument.partition("=")[2]
+    return preset(name, arch), arguments
+
+
+def train(arguments: list[str]) -> int:
+    if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
+        from timemix.train import resume_run
+
+        out = _parse(ResumeArguments, arguments, "train").resume
+        trainer = resume_run(out)
+        if trainer.step >= trainer.config.train.steps:
+            print(f"{out} is complete: {trainer.step} steps")
+            return 0
+        print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
+    else:
+        config, arguments = _preset_of(arguments, "cpu-small")
+        arguments = ["--data.source" if a == "--data" else a for a in arguments]
+        default = TrainArguments(tyro.MISSING, config.model, config.data, config.train)
+        parsed = _parse(TrainArguments, arguments, "train", default)
+        from timemix.train import new_run
+
+        out = parsed.out
+        trainer = new_run(RunConfig(parsed.model, parsed.data, parsed.train), out)
+    status = _run(trainer)
+    if status == 0:
+        _write_sample(trainer)
+        print(f"the run is in {out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
+    return status
+
+
+def _run(trainer: "Trainer", during: "Watch | None" = None) -> int:
+    """Trains to the end and draws loss.png. Exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
+    from timemix.experiments.plot import plot_loss
+    from timemix.progress import watching
+    from timemix.train import Interrupted
+
+    config = trainer.config
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{config.model.arch}, {parameters:,} parameters, vocabulary {config.model.vocab_size};"
+        f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
+        f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason})"
+        + (f", wkv1 {_backend(config.model)}" if config.model.arch == "rwkv1" else ""),
+        file=sys.stderr,
+    )
+    try:
+        with watching(trainer.step, config.train.steps) as watch:
+
+            def both(progress: "Progress") -> None:
+                watch(progress)
+                if during is not None:
+                    during(progress)
+
+            trainer.run(both)
+    except Interrupted as stop:
+        print(f"timemix: {stop}; go on with: timemix train --resume {trainer.out}", file=sys.stderr)
+        return 128 + stop.number
+    plot_loss([trainer.out], trainer.out / "loss.png")
+    if trainer.valid_loss is not None:
+        print(
+            f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f})"
+            f" after {trainer.seconds:.0f} s of training",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _backend(model: ModelConfig) -> str:
+    from timemix.ops import choose_backend
+
+    assert isinstance(model.mixer, TimeMixConfig)
+    name, reason = choose_backend(model.mixer.backend)
+    return f"{name} ({reason})"
+
+
+def _write_sample(trainer: "Trainer", tokens: int = 300) -> str:
+    """Appends a sample of the model as it is to samples.txt and returns it."""
+    from timemix.checkpoint import Loaded
+    from timemix.generation import generate
+    from timemix.sampling import Sampler
+
+    valid = trainer.corpus.valid if len(trainer.corpus.valid) else trainer.corpus.train
+    start = trainer.corpus.tokenizer.decode(valid[:1])
+    trainer.model.eval()
+    loaded = Loaded(trainer.model, trainer.corpus.tokenizer, trainer.config, trainer.out)
+    text = start + generate(loaded, start, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
+    trainer.model.train()
+    path = trainer.out / "samples.txt"
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {trainer.step}\n{text}\n\n")
+    except OSError as error:
+        raise UserError(cannot_write(path, error)) from error
+    return text
+
+
+def sample(arguments: list[str]) -> int:
+    parsed = _parse(SampleArguments, arguments, "sample")
+    from timemix.checkpoint import load
+    from timemix.generation import generate, stream_text
+    from timemix.precision import choose_device
+    from timemix.sampling import Sampler
+
+    settings = parsed.sampling
+    sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
+    loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
+    prompt = _prompt_text(parsed.prompt, loaded)
+    options: dict[str, Any] = {
+        "tokens": settings.tokens,
+        "count": settings.count,
+        "sampler": sampler,
+        "seed": settings.seed,
+        "context": settings.context,
+    }
+    if parsed.json:
+        texts = generate(loaded, prompt, **options)
+        print(json.dumps({"prompt": prompt, "texts": texts}))
+    elif settings.count == 1:
+        sys.stdout.write(prompt)
+        for (piece,) in stream_text(loaded, prompt, **options):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    else:
+        for number, text in enumerate(generate(loaded, prompt, **options), 1):
+            print(f"--- sample {number}\n{prompt}{text}")
+    return 0
+
+
+def _prompt_text(prompt: str, loaded: "Loaded") -> str:
+    """The prompt, with a note where it is longer than the context."""
+    tokens = len(loaded.tokenizer.encode(prompt))
+    limit = loaded.model.max_position
+    if limit is not None and tokens > limit:
+        print(
+            f"timemix: the prompt has {tokens} tokens, the context {limit}: the model sees the last {limit}",
+            file=sys.stderr,
+        )
+    return prompt
+
+
+def eval(arguments: list[str]) -> int:
+    parsed = _parse(EvalArguments, arguments, "eval")
+    from timemix.checkpoint import load
+    from timemix.evaluate import evaluate
+    from timemix.precision import choose_device, choose_precision
+    from timemix.sources import read_source
+
+    device, _ = choose_device(parsed.device)
+    precision, _ = choose_precision(parsed.precision, device)
+    loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
+    text = read_source(parsed.data, encoding=parsed.encoding).text
+    result = evaluate(loaded.model, loaded.tokenizer, text, precision=precision, stride=parsed.stride)
+    if parsed.json:
+        print(json.dumps({"checkpoint": str(loaded.folder), "data": parsed.data, **result}))
+        return 0
+    print(
+        f"{result['nats_per_token']:.4f} nats per token, {result['bits_per_character']:.4f} bits per character,"
+        f" {result['bits_per_byte']:.4f} bits per byte\n"
+        f"{result['tokens']:,} tokens, {result['characters']:,} characters, {result['bytes']:,} bytes"
+        f" of {parsed.data}, {loaded.folder}"
+    )
+    if result["unknown"]:
+        share = 100 * result["unknown"] / result["characters"]
+        print(f"{result['unknown']:,} unknown characters or words ({share:.2g} %) {_unknown_fate(loaded)}")
+    return 0
+
+
+def _unknown_fate(loaded: "Loaded") -> str:
+    fates = {"unk": "read as <unk>", "byte": "read as their bytes"}
+    return fates.get(loaded.tokenizer.unknown, "left out: the vocabulary has no <unk>")
+
+
+def plot(arguments: list[str]) -> int:
+    parsed = _parse(PlotArguments, arguments, "plot")
+    from timemix.experiments.plot import plot_loss
+
+    if not parsed.runs:
+        raise UserError("name at least one run folder: timemix plot runs/NAME")
+    out = parsed.out or parsed.runs[0] / "loss.png"
+    plot_loss(list(parsed.runs), out, x=parsed.x)
+    print(out)
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    parsed = _parse(DataArguments, arguments, "data")
+    from timemix.data import describe, prepare
+
+    settings = parsed.data
+    options: dict[str, Any] = {
+        "source": parsed.source,
+        "valid_source": settings.valid,
+        "valid_fraction": settings.valid_fraction,
+        "tokenizer": settings.tokenizer,
+        "vocab_size": settings.vocab_size,
+        "unknown": settings.unknown,
+        "encoding": settings.encoding,
+        "progress": True,
+    }
+    if parsed.out is None:
+        report = describe(**options)
+    else:
+        report = prepare(parsed.out, **options).info | {"folder": str(parsed.out)}
+    if parsed.json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    config, rest = _preset_of(arguments, "cpu-small")
+    asked = rest != arguments or any(a.startswith("--model.") for a in arguments)
+    parsed = _parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
+    from timemix.info import describe_machine, describe_model
+
+    report: dict[str, Any] = describe_machine()
+    if asked:
+        report |= describe_model(parsed.model, parsed.train)
+    if parsed.json:
+        print(json.dumps(report))
+        return 0
+    _print_report(report)
+    return 0
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    for name, value in report.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for part, each in rows:
+            label = f"{name.replace('_', ' ')} {part}"
+            print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")
+
+
+def demo(arguments: list[str]) -> int:
+    parsed = _parse(DemoArguments, arguments, "demo")
+    from timemix.train import new_run
+
+    config = preset("demo")
+    if parsed.steps is not None:
+        config = replace(config, train=replace(config.train, steps=parsed.steps))
+    out = parsed.out
+    print("Training a small RWKV on the Python language reference, about two minutes on two cores.")
+    trainer = new_run(config, out)
+    halves = trainer.config.train.steps // 2
+
+    def during(progress: "Progress") -> None:
+        if progress.step == halves:
+            print(f"\nHalf way, it writes:\n\n{_write_sample(trainer)}\n")
+
+    print(f"Before training it writes:\n\n{_write_sample(trainer)}\n")
+    status = _run(trainer, during)
+    if status == 0:
+        print(f"\nNow it writes:\n\n{_write_sample(trainer)}\n")
+        print(
+            f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
+            f"  timemix sample {out} --prompt 'The ' --tokens 500\n"
+            f"  timemix eval {out} --data builtin\n"
+            f"  timemix train cpu-small --data YOUR.txt --out runs/mine"
+        )
+    return status
