@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Arguments = TypeVar("Arguments")
 
+DEMO_PROMPT = "The "
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -257,17 +259,19 @@ def _backend(model: ModelConfig) -> str:
     return f"{name} ({reason})"
 
 
-def _write_sample(trainer: "Trainer", tokens: int = 300) -> str:
-    """Appends a sample of the model as it is to samples.txt and returns it."""
+def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
+    """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
     from timemix.checkpoint import Loaded
     from timemix.generation import generate
     from timemix.sampling import Sampler
 
-    valid = trainer.corpus.valid if len(trainer.corpus.valid) else trainer.corpus.train
-    start = trainer.corpus.tokenizer.decode(valid[:1])
+    tokenizer = trainer.corpus.tokenizer
+    if prompt is None:
+        lenient, _ = tokenizer.encode_lenient("\n")
+        prompt = "\n" if len(lenient) else tokenizer.decode(trainer.corpus.train[:1])
     trainer.model.eval()
-    loaded = Loaded(trainer.model, trainer.corpus.tokenizer, trainer.config, trainer.out)
-    text = start + generate(loaded, start, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
+    loaded = Loaded(trainer.model, tokenizer, trainer.config, trainer.out)
+    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
     trainer.model.train()
     path = trainer.out / "samples.txt"
     try:
@@ -427,16 +431,16 @@ def demo(arguments: list[str]) -> int:
     out = parsed.out
     print("Training a small RWKV on the Python language reference, about two minutes on two cores.")
     trainer = new_run(config, out)
-    halves = trainer.config.train.steps // 2
+    half = max(1, trainer.config.train.steps // 2)
 
     def during(progress: "Progress") -> None:
-        if progress.step == halves:
-            print(f"\nHalf way, it writes:\n\n{_write_sample(trainer)}\n")
+        if progress.step == half:
+            print(f"\nHalf way, it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
 
-    print(f"Before training it writes:\n\n{_write_sample(trainer)}\n")
+    print(f"Before training it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
     status = _run(trainer, during)
     if status == 0:
-        print(f"\nNow it writes:\n\n{_write_sample(trainer)}\n")
+        print(f"\nNow it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
             f"  timemix sample {out} --prompt 'The ' --tokens 500\n"

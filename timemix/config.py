@@ -248,9 +248,9 @@ ARCHITECTURES = tuple(_ARCHITECTURE_PARTS)
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
-        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128, "ffn_ratio": 2.5},
+        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128, "ffn_ratio": 2.5, "dropout": 0.2},
         "data": {"order": "epoch"},
-        "train": {"steps": 2000, "batch_size": 16, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
+        "train": {"steps": 1400, "batch_size": 16, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
     },
     "cpu-small": {
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "ffn_ratio": 2.5},
