@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix import checkpoint
-from timemix.config import RunConfig, TrainConfig, read_toml, to_toml
+from timemix.config import RunConfig, read_toml, to_toml
 from timemix.data import Batches, Corpus, is_corpus, open_corpus, prepare
 from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
@@ -329,20 +329,17 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Gives a function that appends a line of JSON and flushes it.
+    """Gives a function that appends a line of JSON at once.
 
     Raises UserError when the disk is full.
     """
-    with path.open("a", encoding="utf-8") as file:
+    # Unbuffered: what a full disk refuses must not be tried again on closing.
+    with path.open("ab", buffering=0) as file:
 
         def write(line: dict) -> None:
             try:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+                file.write(json.dumps(line).encode() + b"\n")
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
 
         yield write
-
-
-__all__ = ["Interrupted", "Progress", "TrainConfig", "Trainer", "new_run", "resume_run"]
