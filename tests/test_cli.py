@@ -119,6 +119,19 @@ def test_eval_reports_units_and_json(trained):
     assert 0 < report["nats_per_token"] < 5
 
 
+def test_eval_without_data_takes_the_held_out_text(trained):
+    report = json.loads(run("eval", "runs/mine", "--json", cwd=trained).stdout)
+    last = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()][-1]
+    assert report["data"] == "the held-out text"
+    assert report["nats_per_token"] == pytest.approx(last["valid_loss"], abs=0.01)
+
+
+def test_a_vocabulary_without_line_ends_has_a_default_prompt(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT.replace("\n", " "))
+    assert call("train", "--data", "my.txt", "--out", "r", *QUICK)[0] == 0
+    assert call("sample", "r", "--tokens", "5")[0] == 0
+
+
 def test_eval_counts_unknown_characters(trained):
     (trained / "odd.txt").write_text("the cat Ω sat", encoding="utf-8")
     result = run("eval", "runs/mine", "--data", "odd.txt", cwd=trained)
@@ -206,6 +219,9 @@ def test_a_closed_pipe_is_quiet(trained):
         (["train", "--data", "my.txt", "--out", "r", "--train.batch-size", "99999999"], "GiB are free"),
         (["train", "--data", "my.txt", "--out", "r", "--train.device", "gpu9"], "gpu9"),
         (["train", "--data", "my.txt"], "--out"),
+        (["train", "--data=nothing.txt", "--out", "r"], "nothing.txt"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"], "model.ffn_ratio nan"),
         (["train", "--resume", "nothing"], "nothing"),
         (["sample", "nothing"], "there is no run folder nothing"),
         (["sample", "folder"], "is no run folder"),
@@ -227,6 +243,9 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     status, out, err = call(*arguments)
     assert status == 2
     assert words in err
+    if words[0] != "-":
+        assert err.startswith("timemix: ")
+        assert err.count("\n") == 1
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "r").exists()
@@ -248,6 +267,7 @@ def test_prompt_characters_outside_the_vocabulary_are_named(trained):
         ("--prompt", "", "empty"),
         ("--checkpoint", "77", "it has best, newest"),
         ("--seed", "-1", "seed"),
+        ("--count", "0", "--count is 0; it must be at least 1"),
     ],
 )
 def test_wrong_sampling_values(trained, option, value, words):

@@ -13,7 +13,7 @@ from tests.runs import TEXT, small_trainer
 from tests.test_models import VARIANTS, build
 from timemix import checkpoint
 from timemix.errors import UserError
-from timemix.evaluate import evaluate, loss_per_token, windows
+from timemix.evaluate import evaluate, evaluate_held_out, loss_per_token, windows
 
 
 @given(
@@ -77,7 +77,22 @@ def test_unknown_characters_are_left_out_and_counted(loaded):
     result = evaluate(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
     assert result["unknown"] == 3
     assert result["nats_per_token"] == pytest.approx(known["nats_per_token"])
+    assert result["bits_per_byte"] == pytest.approx(known["bits_per_byte"])
     assert (result["tokens"], result["characters"], result["bytes"]) == (300, 303, 307)
+
+
+@pytest.mark.parametrize("stride", [0, -1])
+def test_a_stride_below_one_is_refused(stride):
+    with pytest.raises(UserError, match="it must be at least 1 token"):
+        loss_per_token(build(VARIANTS["rwkv1"]), np.zeros(20, np.uint8), stride=stride)
+
+
+def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.run()
+    result = evaluate_held_out(trainer.model, trainer.corpus)
+    assert result["nats_per_token"] == pytest.approx(trainer.valid_loss)
+    assert result["tokens"] == len(trainer.corpus.valid)
 
 
 def test_too_short_a_text(loaded):

@@ -18,6 +18,7 @@ from timemix.config import (
     architecture,
     preset,
 )
+from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.models.attention import rotary
 from timemix.models.token_shift import TokenShift, shift_fractions
@@ -122,6 +123,19 @@ def test_padding_stays_out_and_rows_stand_at_different_positions(model):
             torch.testing.assert_close(padded[row, :n], alone[0, :n])
             torch.testing.assert_close(last[row], alone[0, n - 1])
             torch.testing.assert_close(after[row], alone[0, n:])
+
+
+def test_padding_may_lie_past_the_context(model):
+    """Rows near the end of the context beside rows with more to read."""
+    x = tokens(2)
+    with torch.no_grad():
+        whole, _ = model(x)
+        _, state = model(x, model.init_state(2), lengths=torch.tensor([CTX - 1, 4]))
+        rest = torch.stack([x[0, -1:].expand(CTX - 4), x[1, 4:]])
+        after, state = model(rest, state, lengths=torch.tensor([1, CTX - 4]))
+    assert state.position.tolist() == [CTX, CTX]
+    torch.testing.assert_close(after[0, 0], whole[0, -1])
+    torch.testing.assert_close(after[1], whole[1, 4:])
 
 
 def test_gradients_flow_through_a_carried_state(model):
@@ -299,5 +313,5 @@ def test_every_parameter_learns():
 
 
 def test_a_mixer_of_another_architecture_is_refused():
-    with pytest.raises(ValueError, match="rwkv1 takes TimeMixConfig"):
+    with pytest.raises(UserError, match="rwkv1 takes TimeMixConfig"):
         architecture("rwkv1", mixer=AttentionConfig())

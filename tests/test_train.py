@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import small_config, small_trainer, with_model, write_text_file
+from tests.runs import TEXT, small_config, small_trainer, with_model, write_text_file
 from timemix import checkpoint
 from timemix.config import ARCHITECTURES, read_toml
 from timemix.data import open_corpus, prepare
@@ -130,7 +131,7 @@ def test_newest_and_best_are_kept(tmp_path):
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.1])
 
     def validate():
-        trainer.valid_loss = next(losses)
+        trainer.valid_loss, trainer.valid_step = next(losses), trainer.step
         return trainer.valid_loss
 
     trainer.validate = validate
@@ -141,6 +142,57 @@ def test_newest_and_best_are_kept(tmp_path):
     assert checkpoint.load(trainer.out, checkpoint="40").folder.name == "step-00000040"
     with pytest.raises(UserError, match="it has best, newest, 5, 40"):
         checkpoint.load(trainer.out, checkpoint="7")
+
+
+def test_best_counts_only_losses_of_its_own_weights(tmp_path):
+    trainer = small_trainer(tmp_path, steps=12, valid_every=100, save_every=4)
+    with pytest.raises(RuntimeError):
+        trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 10 else None)
+    assert checkpoint.best(trainer.out).name == "step-00000008"
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)))
+    new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()
+    shutil.rmtree(tmp_path / "tokens")
+    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path, TEXT.replace("cat", "act"))))
+    with pytest.raises(UserError, match="the data are not those that .*run was trained on"):
+        resume_run(tmp_path / "run")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    trainer = small_trainer(tmp_path)
+    with pytest.raises(RuntimeError):
+        trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 3 else None)
+    resumed = resume_run(trainer.out)
+    assert resumed.step == 0
+    resumed.run()
+    assert [line["step"] for line in metrics(trainer.out)] == [0, 2, 4, 6, 8]
+
+
+def test_weights_gone_bad_are_not_saved(tmp_path):
+    trainer = small_trainer(tmp_path)
+
+    def poison(progress):
+        if progress.step == 7:
+            optimizer_step = trainer.optimizer.step
+
+            def step():
+                optimizer_step()
+                trainer.model.head.weight.data.fill_(math.nan)
+
+            trainer.optimizer.step = step
+
+    with pytest.raises(UserError, match="the validation loss is not finite at step 8; the last good checkpoint is"):
+        trainer.run(poison)
+    assert checkpoint.newest(trainer.out).name == "step-00000004"
+
+
+def test_a_prepared_folder_decides_what_the_config_says(tmp_path):
+    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)), tokenizer="byte")
+    new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
+    data = read_toml(tmp_path / "run" / "config.toml").data
+    assert (data.tokenizer, data.unknown, Path(data.source).is_absolute()) == ("byte", "byte", True)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
@@ -206,8 +258,6 @@ class TestDamagedCheckpoints:
             checkpoint.load(run.with_name("nun"))
 
     def test_no_checkpoint(self, run, tmp_path):
-        import shutil
-
         shutil.rmtree(run / "checkpoints")
         with pytest.raises(UserError, match="has no checkpoint yet"):
             checkpoint.load(run)

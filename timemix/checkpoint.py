@@ -70,8 +70,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 def _training_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    if model.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
@@ -85,21 +85,18 @@ def restore_training(folder: Path, model: LanguageModel, optimizer: torch.optim.
     """
     _fill(model, folder)
     tensors = read_tensors(folder / "training.safetensors")
-    progress = read_json(folder / "training.json")
-    for name in ("step", "seconds", "valid_loss", "best_loss"):
-        if name not in progress:
-            raise UserError(f"{folder / 'training.json'} is damaged: it has no {name}")
+    progress = read_progress(folder)
     try:
-        torch.set_rng_state(tensors.pop("random.cpu"))
-        if torch.cuda.is_available() and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors.pop("random.cuda"))
+        torch.set_rng_state(tensors["random.cpu"])
+        if model.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
         for name, parameter in model.named_parameters():
             optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
+                key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
-    except (KeyError, RuntimeError) as error:
+            if optimizer.state[parameter]["exp_avg"].shape != parameter.shape:
+                raise RuntimeError(f"{name} has another shape")
+    except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder / 'training.safetensors'} does not fit this run: {error}") from None
     return progress
 
@@ -127,6 +124,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_progress(folder: Path) -> dict[str, Any]:
+    """training.json of a checkpoint. Raises UserError when it is missing, damaged, or lacks a number."""
+    progress = read_json(folder / "training.json")
+    for name, may_be_none in (("step", False), ("seconds", False), ("valid_loss", True), ("valid_step", True)):
+        value = progress.get(name)
+        if not (isinstance(value, int | float) or (value is None and may_be_none and name in progress)):
+            raise UserError(f"{folder / 'training.json'} is damaged: {name} is {value!r}")
+    return progress
+
+
 def _fill(model: LanguageModel, folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors, ours = read_tensors(path), model.state_dict()
@@ -144,7 +151,7 @@ def _fill(model: LanguageModel, folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
 def newest(run: Path) -> Path:
@@ -156,9 +163,12 @@ def newest(run: Path) -> Path:
 
 
 def best(run: Path) -> Path:
-    """Checkpoint of the lowest validation loss, the newest where none was validated."""
-    scored = [(read_json(c / "training.json").get("valid_loss"), c) for c in checkpoints(run)]
-    scored = [(loss, c) for loss, c in scored if loss is not None]
+    """Checkpoint of the lowest validation loss, the newest where none was validated at its own step."""
+    scored = []
+    for folder in checkpoints(run):
+        progress = read_progress(folder)
+        if progress["valid_step"] == progress["step"] and progress["valid_loss"] is not None:
+            scored.append((progress["valid_loss"], folder))
     return min(scored)[1] if scored else newest(run)
 
 
@@ -173,10 +183,10 @@ def prune(run: Path) -> None:
                 raise UserError(cannot_write(folder, error)) from error
 
 
-def load(run: str | Path, *, checkpoint: str = "best", device: str = "cpu") -> Loaded:
+def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
     """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
 
-    `checkpoint`: "best" (lowest validation loss), "newest", or a step number.
+    `checkpoint`: "best" (lowest validation loss), "newest", or a step.
     Raises UserError when something is missing, damaged, or does not fit together.
     """
     path = Path(run)
@@ -189,10 +199,11 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str = "cpu") -> L
     elif checkpoint == "newest":
         folder = newest(path)
     else:
-        steps = [str(int(c.name.removeprefix("step-"))) for c in checkpoints(path)]
-        if checkpoint.lstrip("0") not in steps:
+        newest(path)
+        steps = {str(int(c.name.removeprefix("step-"))): c for c in checkpoints(path)}
+        if str(checkpoint) not in steps:
             raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
-        folder = path / "checkpoints" / f"step-{int(checkpoint):08d}"
+        folder = steps[str(checkpoint)]
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:

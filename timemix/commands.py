@@ -1,6 +1,7 @@
 """What each verb of the command line does, and its options (those of a run come from `config`)."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,8 @@ from timemix.files import cannot_write
 
 if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
+    from timemix.data import Corpus
+    from timemix.tokenizer import Tokenizer
     from timemix.train import Progress, Trainer, Watch
 
 Arguments = TypeVar("Arguments")
@@ -80,8 +83,8 @@ class SampleArguments:
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
-    prompt: str = "\n"
-    """Text to go on from."""
+    prompt: str | None = None
+    """Text to go on from; None: a line end, or the first token where the vocabulary has none."""
     checkpoint: str = "best"
     """best, newest, or a step."""
     device: str = "auto"
@@ -97,8 +100,8 @@ class EvalArguments:
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
-    data: str
-    """A file, folder, glob, `builtin`, or a named download."""
+    data: str | None = None
+    """A file, folder, glob, `builtin`, or a named download; None: the text that the run held out."""
     encoding: str = "utf-8"
     """Encoding of the text files."""
     stride: int | None = None
@@ -200,7 +203,8 @@ def train(arguments: list[str]) -> int:
         print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
     else:
         config, arguments = _preset_of(arguments, "cpu-small")
-        arguments = ["--data.source" if a == "--data" else a for a in arguments]
+        # --data is short for --data.source.
+        arguments = [re.sub(r"^--data(?==|$)", "--data.source", a) for a in arguments]
         default = TrainArguments(tyro.MISSING, config.model, config.data, config.train)
         parsed = _parse(TrainArguments, arguments, "train", default)
         from timemix.train import new_run
@@ -267,8 +271,7 @@ def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 3
 
     tokenizer = trainer.corpus.tokenizer
     if prompt is None:
-        lenient, _ = tokenizer.encode_lenient("\n")
-        prompt = "\n" if len(lenient) else tokenizer.decode(trainer.corpus.train[:1])
+        prompt = _default_prompt(tokenizer)
     trainer.model.eval()
     loaded = Loaded(trainer.model, tokenizer, trainer.config, trainer.out)
     text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
@@ -282,6 +285,12 @@ def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 3
     return text
 
 
+def _default_prompt(tokenizer: "Tokenizer") -> str:
+    """A line end, or the first token where the vocabulary has none."""
+    ids, _ = tokenizer.encode_lenient("\n")
+    return "\n" if len(ids) else tokenizer.decode([0])
+
+
 def sample(arguments: list[str]) -> int:
     parsed = _parse(SampleArguments, arguments, "sample")
     from timemix.checkpoint import load
@@ -292,7 +301,8 @@ def sample(arguments: list[str]) -> int:
     settings = parsed.sampling
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
-    prompt = _prompt_text(parsed.prompt, loaded)
+    prompt = _default_prompt(loaded.tokenizer) if parsed.prompt is None else parsed.prompt
+    _note_long_prompt(prompt, loaded)
     options: dict[str, Any] = {
         "tokens": settings.tokens,
         "count": settings.count,
@@ -315,8 +325,7 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-def _prompt_text(prompt: str, loaded: "Loaded") -> str:
-    """The prompt, with a note where it is longer than the context."""
+def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
     tokens = len(loaded.tokenizer.encode(prompt))
     limit = loaded.model.max_position
     if limit is not None and tokens > limit:
@@ -324,34 +333,45 @@ def _prompt_text(prompt: str, loaded: "Loaded") -> str:
             f"timemix: the prompt has {tokens} tokens, the context {limit}: the model sees the last {limit}",
             file=sys.stderr,
         )
-    return prompt
 
 
 def eval(arguments: list[str]) -> int:
     parsed = _parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
-    from timemix.evaluate import evaluate
+    from timemix.evaluate import evaluate, evaluate_held_out
     from timemix.precision import choose_device, choose_precision
     from timemix.sources import read_source
 
     device, _ = choose_device(parsed.device)
     precision, _ = choose_precision(parsed.precision, device)
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
-    text = read_source(parsed.data, encoding=parsed.encoding).text
-    result = evaluate(loaded.model, loaded.tokenizer, text, precision=precision, stride=parsed.stride)
+    options: dict[str, Any] = {"precision": precision, "stride": parsed.stride}
+    if parsed.data is None:
+        name, result = "the held-out text", evaluate_held_out(loaded.model, _corpus_of(loaded), **options)
+    else:
+        text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
+        name, result = parsed.data, evaluate(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "data": parsed.data, **result}))
+        print(json.dumps({"checkpoint": str(loaded.folder), "data": name, **result}))
         return 0
     print(
         f"{result['nats_per_token']:.4f} nats per token, {result['bits_per_character']:.4f} bits per character,"
         f" {result['bits_per_byte']:.4f} bits per byte\n"
         f"{result['tokens']:,} tokens, {result['characters']:,} characters, {result['bytes']:,} bytes"
-        f" of {parsed.data}, {loaded.folder}"
+        f" of {name}, {loaded.folder}"
     )
     if result["unknown"]:
-        share = 100 * result["unknown"] / result["characters"]
-        print(f"{result['unknown']:,} unknown characters or words ({share:.2g} %) {_unknown_fate(loaded)}")
+        what = "words" if loaded.tokenizer.kind == "word" else "characters"
+        print(f"{result['unknown']:,} unknown {what} {_unknown_fate(loaded)}")
     return 0
+
+
+def _corpus_of(loaded: "Loaded") -> "Corpus":
+    """The prepared folder that a run was trained on."""
+    from timemix.data import is_corpus, open_corpus
+
+    source = Path(loaded.config.data.source)
+    return open_corpus(source if is_corpus(source) else loaded.folder.parent.parent / "data")
 
 
 def _unknown_fate(loaded: "Loaded") -> str:
@@ -399,7 +419,7 @@ def data(arguments: list[str]) -> int:
 
 def info(arguments: list[str]) -> int:
     config, rest = _preset_of(arguments, "cpu-small")
-    asked = rest != arguments or any(a.startswith("--model.") for a in arguments)
+    asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
     parsed = _parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
     from timemix.info import describe_machine, describe_model
 
@@ -444,7 +464,7 @@ def demo(arguments: list[str]) -> int:
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
             f"  timemix sample {out} --prompt 'The ' --tokens 500\n"
-            f"  timemix eval {out} --data builtin\n"
+            f"  timemix eval {out}\n"
             f"  timemix train cpu-small --data YOUR.txt --out runs/mine"
         )
     return status

@@ -23,6 +23,7 @@ Initial = Literal["zero", "original"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 TokenizerKind = Literal["character", "byte", "word", "subword"]
+Unknown = Literal["error", "unk", "byte"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class AttentionConfig:
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 
+    def __post_init__(self) -> None:
+        if not self.rotary_base > 0:
+            raise UserError(f"model.mixer.rotary_base is {self.rotary_base}; it must be above 0")
+
 
 @dataclass(frozen=True)
 class ProAttentionConfig:
@@ -61,6 +66,10 @@ class ProAttentionConfig:
     """Learn gamma(t), the output weight of a position."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        if not self.rotary_base > 0:
+            raise UserError(f"model.mixer.rotary_base is {self.rotary_base}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,8 @@ class ModelConfig:
                 f"model.heads {self.heads} does not divide model.channels {self.channels};"
                 f" the nearest that does is {close}"
             )
-        if self.ffn_hidden < 1:
-            raise UserError(f"model.ffn_ratio {self.ffn_ratio} leaves the feed-forward half no channel")
+        if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
+            raise UserError(f"model.ffn_ratio {self.ffn_ratio} gives the feed-forward half no sensible size")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
         for name in ("token_shift", "token_shift_top"):
@@ -161,7 +170,7 @@ class DataConfig:
     """What a token is."""
     vocab_size: int = 4096
     """Largest vocabulary of a subword or word tokenizer."""
-    unknown: Literal["error", "unk", "byte"] = "error"
+    unknown: Unknown = "error"
     """What encodes text outside the vocabulary: nothing, <unk>, or its bytes."""
     order: Literal["random", "epoch"] = "random"
     """Batches: windows at random places, or each window once per epoch."""
@@ -218,6 +227,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "seed"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.seed >= 2**64:
+            raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
@@ -336,7 +347,7 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
     hints = typing.get_type_hints(cls)
     if cls is ModelConfig:
         arch = data.get("arch", "rwkv1")
-        if arch not in _ARCHITECTURE_PARTS:
+        if not isinstance(arch, str) or arch not in _ARCHITECTURE_PARTS:
             raise UserError(f"unknown architecture {arch!r}{nearest(str(arch), ARCHITECTURES)}")
         hints["mixer"], hints["ffn"] = _ARCHITECTURE_PARTS[arch]
     values: dict[str, Any] = {}

@@ -171,6 +171,8 @@ def open_corpus(folder: Path) -> Corpus:
             raise UserError(f"{path} has format_version {version}; this timemix reads {FORMAT_VERSION}")
         counts = {split: int(info[split]["tokens"]) for split in SPLITS}
         tokenizer_hash = info["tokenizer"]["sha256"]
+        if not all(isinstance(info[split]["sha256"], str) for split in SPLITS):
+            raise ValueError("a hash is no text")
     except UserError:
         raise
     except OSError as error:

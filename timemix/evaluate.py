@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from timemix.data import validation_windows
+from timemix.data import Corpus, validation_windows
 from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.precision import autocast
@@ -49,7 +49,10 @@ def loss_per_token(
     """Mean loss in nats over all tokens but the first, each predicted once.
 
     Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config.
+    Raises UserError for a stride below 1.
     """
+    if stride is not None and stride < 1:
+        raise UserError(f"stride is {stride}; it must be at least 1 token")
     was_training = model.training
     model.eval()
     ctx_len = model.config.ctx_len
@@ -72,21 +75,36 @@ def evaluate(
     """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
 
     Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
-    number is reported. Characters and bytes are counted without the first token, which is not predicted.
+    number is reported. What is not predicted, the first token and what was left out, counts in no denominator.
     Raises UserError when fewer than two tokens are left.
     """
     tokens, unknown = tokenizer.encode_lenient(text)
+    read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
+    counts = {"tokens": len(tokens), "characters": len(text), "bytes": len(text.encode("utf-8")), "unknown": unknown}
+    return _in_units(model, tokenizer, tokens, read, precision, stride) | counts
+
+
+def evaluate_held_out(
+    model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
+) -> dict[str, float | int]:
+    """The same for the validation tokens of a prepared folder."""
+    text = corpus.tokenizer.decode(corpus.valid)
+    counts = {name: corpus.info["valid"][name] for name in ("tokens", "characters", "bytes", "unknown")}
+    return _in_units(model, corpus.tokenizer, corpus.valid, text, precision, stride) | counts
+
+
+def _in_units(
+    model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray, text: str, precision: str, stride: int | None
+) -> dict[str, float | int]:
     if len(tokens) < 2:
         raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
-    first = tokenizer.decode(tokens[:1])
     bits = nats * (len(tokens) - 1) / math.log(2)
+    first = tokenizer.decode(tokens[:1])
+    # A first token that is part of a character decodes to U+FFFD: one byte of it is not predicted.
+    first_bytes = 1 if first == "\ufffd" else len(first.encode("utf-8"))
     return {
         "nats_per_token": nats,
         "bits_per_character": bits / max(len(text) - len(first), 1),
-        "bits_per_byte": bits / max(len(text.encode("utf-8")) - len(first.encode("utf-8")), 1),
-        "tokens": len(tokens),
-        "characters": len(text),
-        "bytes": len(text.encode("utf-8")),
-        "unknown": unknown,
+        "bits_per_byte": bits / max(len(text.encode("utf-8")) - first_bytes, 1),
     }

@@ -19,14 +19,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     with _explained(folder):
         try:
+            # A killed process may have left it.
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
                     _sync(path)
             if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
+                old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+                folder.rename(old)
+                temporary.rename(folder)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(folder)
             _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

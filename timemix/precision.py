@@ -33,7 +33,7 @@ def choose_device(device: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), "there is no CUDA device"
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used: {reason}") from None

@@ -1,16 +1,16 @@
 """What a person sees while a model trains: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from timemix.train import Progress, Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def watching(first_step: int, steps: int) -> Iterator[Watch]:
     """Gives the function that `Trainer.run` calls after each step."""
     if sys.stderr.isatty():
@@ -29,17 +29,20 @@ def _lines() -> Watch:
         if now - newest < SECONDS_BETWEEN_LINES and progress.step < progress.steps:
             return
         newest = now
-        print(
-            f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  valid {_loss(progress.valid_loss)}"
-            f"  {progress.tokens_per_second:,.0f} tokens/s  {_minutes(_seconds_left(progress))} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Whoever read the lines may have gone; the training goes on.
+        with contextlib.suppress(BrokenPipeError):
+            print(
+                f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}"
+                f"  valid {_loss(progress.valid_loss)}  {progress.tokens_per_second:,.0f} tokens/s"
+                f"  {_minutes(_seconds_left(progress))} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return watch
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(first_step: int, steps: int) -> Iterator[Watch]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn

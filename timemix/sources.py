@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from timemix.errors import UserError
+from timemix.files import write_text
 
 logger = logging.getLogger("timemix")
 
@@ -274,7 +275,7 @@ def _fetch(entry: Download, cache: Path | None, progress: Progress) -> Path:
         )
         if known is None:
             seen = pooch.file_hash(str(path))
-            pin.write_text(f"{seen}\n")
+            write_text(pin, f"{seen}\n")
             logger.warning("no hash of %s is published; it has sha256 %s, kept in %s", entry.url, seen, pin)
     except ValueError as error:
         where = f" (kept in {pin}; delete that to take the new file)" if entry.sha256 is None else ""

@@ -349,7 +349,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         document = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from error
     try:
         tokenizer = _from_document(document)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix import checkpoint
-from timemix.config import RunConfig, read_toml, to_toml
+from timemix.config import RunConfig, TokenizerKind, Unknown, read_toml, to_toml
 from timemix.data import Batches, Corpus, is_corpus, open_corpus, prepare
 from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
@@ -60,12 +60,16 @@ def new_run(config: RunConfig, out: Path) -> "Trainer":
 
     Raises UserError when `out` exists, the text does not serve, or the machine lacks the memory.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out, or go on with --resume {out}")
     _refuse_too_large(config)
     try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{out} exists already; choose another --out, or go on with --resume {out}") from None
+    except OSError as error:
+        raise UserError(cannot_write(out, error)) from None
+    try:
         corpus = _corpus(config, out)
-        config = replace(config, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
+        config = _resolved(config, corpus)
         _refuse_too_large(config)
         trainer = Trainer(config, out, corpus)
         write_text(out / "config.toml", to_toml(config))
@@ -73,6 +77,15 @@ def new_run(config: RunConfig, out: Path) -> "Trainer":
         shutil.rmtree(out, ignore_errors=True)
         raise
     return trainer
+
+
+def _resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
+    """The config with what the tokens decide: vocabulary and tokenizer, and where a prepared folder lies."""
+    made = corpus.tokenizer
+    data = replace(config.data, tokenizer=cast(TokenizerKind, made.kind), unknown=cast(Unknown, made.unknown))
+    if is_corpus(Path(data.source)):
+        data = replace(data, source=str(Path(data.source).resolve()))
+    return replace(config, model=replace(config.model, vocab_size=made.vocab_size), data=data)
 
 
 def _corpus(config: RunConfig, out: Path) -> Corpus:
@@ -94,15 +107,21 @@ def _corpus(config: RunConfig, out: Path) -> Corpus:
 
 
 def resume_run(out: Path) -> "Trainer":
-    """A run as its newest checkpoint left it.
+    """A run as its newest checkpoint left it, or at its start where it has none yet.
 
-    Raises UserError when there is none, or something in the folder is missing or damaged.
+    Raises UserError when something in the folder is missing or damaged, or its data are not those it began with.
     """
-    folder = checkpoint.newest(out)
+    if not (out / "config.toml").exists():
+        checkpoint.newest(out)
     config = read_toml(out / "config.toml")
-    corpus = open_corpus(out / "data" if is_corpus(out / "data") else Path(config.data.source))
-    trainer = Trainer(config, out, corpus)
-    trainer.restore(folder)
+    source = Path(config.data.source)
+    trainer = Trainer(config, out, open_corpus(source if is_corpus(source) else out / "data"))
+    if checkpoint.checkpoints(out):
+        trainer.restore(checkpoint.newest(out))
+    elif trainer.corpus.tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(f"the data of {out} have another vocabulary than its config.toml")
+    else:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
     return trainer
 
 
@@ -132,22 +151,34 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.valid_loss: float | None = None
+        self.valid_step: int | None = None
         self.best_loss = math.inf
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.train.batch_size * self.config.model.ctx_len
 
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """What identifies the training data: sha256 of both splits and of the tokenizer."""
+        info = self.corpus.info
+        splits = {split: info[split]["sha256"] for split in ("train", "valid")}
+        return splits | {"tokenizer": self.corpus.tokenizer.hash}
+
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint; lines of metrics.jsonl after it are cut off."""
         progress = checkpoint.restore_training(folder, self.model, self.optimizer)
+        if progress.get("data") != self.data_hashes:
+            raise UserError(f"the data are not those that {self.out} was trained on: their hashes differ")
         self.step = progress["step"]
         self.seconds = progress["seconds"]
         self.valid_loss = progress["valid_loss"]
-        self.best_loss = progress["best_loss"] if progress["best_loss"] is not None else math.inf
+        self.valid_step = progress["valid_step"]
+        best = checkpoint.read_progress(checkpoint.best(self.out))["valid_loss"]
+        self.best_loss = math.inf if best is None else best
         path = self.out / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= self.step))
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -177,22 +208,28 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            raise UserError(self._not_finite(what))
+            raise UserError(self._not_finite(what, self.step + 1))
         self.optimizer.step()
         self.step += 1
         return loss, norm
 
-    def _not_finite(self, what: str) -> str:
+    def _not_finite(self, what: str, step: int) -> str:
         kept = checkpoint.checkpoints(self.out)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
-        return f"the {what} is not finite at step {self.step + 1}; {last}; try a smaller --train.lr"
+        return f"the {what} is not finite at step {step}; {last}; try a smaller --train.lr"
 
     def validate(self) -> float | None:
-        """Loss on the whole held-out text in nats per token, None where there is none."""
+        """Loss on the whole held-out text in nats per token, None where there is none.
+
+        Raises UserError when it is not finite.
+        """
         if len(self.corpus.valid) < 2:
             return None
-        self.valid_loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision)
-        return self.valid_loss
+        loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision)
+        if not math.isfinite(loss):
+            raise UserError(self._not_finite("validation loss", self.step))
+        self.valid_loss, self.valid_step = loss, self.step
+        return loss
 
     def save(self) -> Path:
         """Writes a checkpoint and removes those that are neither newest nor best."""
@@ -207,7 +244,8 @@ class Trainer:
                 "tokens": self.step * self.tokens_per_step,
                 "seconds": self.seconds,
                 "valid_loss": self.valid_loss,
-                "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+                "valid_step": self.valid_step,
+                "data": self.data_hashes,
             },
         )
         checkpoint.prune(self.out)
@@ -274,7 +312,7 @@ class Trainer:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -46,4 +46,5 @@ def toeplitz(f: Tensor, T: int) -> Tensor:
 
 def weights_at(f: Tensor, lag: Tensor) -> Tensor:
     """f (H, ctx_len) looked up at lag (B, T, U), zero in the future: (B, H, T, U)."""
-    return torch.where(lag >= 0, f[:, lag.clamp(min=0)], 0).transpose(0, 1)
+    # Padding may lie past the table's end.
+    return torch.where(lag >= 0, f[:, lag.clamp(0, f.shape[1] - 1)], 0).transpose(0, 1)
