@@ -158,7 +158,7 @@ def test_data_describes_and_prepares(call, tmp_path):
     status, out, _ = call("data", "my.txt", "--json")
     assert status == 0
     assert json.loads(out)["characters"] == len(TEXT)
-    assert call("data", "my.txt", "--out", "tokens", "--tokenizer", "byte")[0] == 0
+    assert call("data", "my.txt", "--out", "tokens", "--data.tokenizer", "byte")[0] == 0
     assert call("train", "--data", "tokens", "--out", "r", *QUICK)[0] == 0
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timemix.config import DataConfig
 from timemix.data import Batches, describe, is_corpus, open_corpus, prepare, validation_windows
 from timemix.errors import UserError
 from timemix.sources import DOWNLOADS, Download
@@ -26,7 +27,7 @@ def _in_folder(tmp_path, monkeypatch):
     ("kind", "unknown"), [("character", "error"), ("character", "byte"), ("byte", "error"), ("subword", "error")]
 )
 def test_a_prepared_folder_holds_the_text(kind, unknown):
-    corpus = prepare(Path("out"), source="text.txt", tokenizer=kind, unknown=unknown, vocab_size=270)
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer=kind, unknown=unknown, vocab_size=270))
     assert corpus.tokenizer.decode(corpus.train) == TEXT[: int(0.9 * len(TEXT))]
     assert corpus.tokenizer.decode(corpus.valid) == TEXT[int(0.9 * len(TEXT)) :]
     assert isinstance(corpus.train, np.memmap)
@@ -42,7 +43,7 @@ def test_a_prepared_folder_holds_the_text(kind, unknown):
 
 
 def test_ids_lie_on_disk_in_little_endian():
-    corpus = prepare(Path("out"), source="text.txt", tokenizer="subword", vocab_size=270, valid_fraction=0)
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer="subword", vocab_size=270, valid_fraction=0))
     raw = Path("out/train.bin").read_bytes()
     assert int.from_bytes(raw[:2], "little") == corpus.tokenizer.encode(TEXT)[0]
 
@@ -50,18 +51,18 @@ def test_ids_lie_on_disk_in_little_endian():
 def test_the_alphabet_is_that_of_the_whole_text_and_words_of_the_training_part():
     Path("split.txt").write_text("one two three\n" * 9 + "six x seven é\n", encoding="utf-8")
     whole = Path("split.txt").read_text(encoding="utf-8")
-    assert prepare(Path("c"), source="split.txt").tokenizer.vocab_size == len(set(whole))
-    words = prepare(Path("w"), source="split.txt", tokenizer="word", unknown="unk")
+    assert prepare(Path("c"), DataConfig(source="split.txt")).tokenizer.vocab_size == len(set(whole))
+    words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
     assert words.info["valid"]["unknown"] == 4
     assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
     with pytest.raises(
         UserError, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* --data.unknown unk"
     ):
-        prepare(Path("v"), source="split.txt", tokenizer="word")
+        prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
 
 
 def test_no_validation():
-    corpus = prepare(Path("out"), source="text.txt", valid_fraction=0)
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", valid_fraction=0))
     assert (len(corpus.train), len(corpus.valid)) == (len(TEXT), 0)
     assert len(open_corpus(Path("out")).valid) == 0
 
@@ -69,10 +70,10 @@ def test_no_validation():
 def test_separate_validation_text():
     Path("valid.txt").write_text("abcxyx", encoding="utf-8")
     with pytest.raises(UserError, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* --data.unknown unk"):
-        prepare(Path("out"), source="text.txt", valid_source="valid.txt")
+        prepare(Path("out"), DataConfig(source="text.txt", valid="valid.txt"))
     assert not Path("out").exists()
     for unknown, tokens in (("unk", 6), ("byte", 6)):
-        corpus = prepare(Path(unknown), source="text.txt", valid_source="valid.txt", unknown=unknown)
+        corpus = prepare(Path(unknown), DataConfig(source="text.txt", valid="valid.txt", unknown=unknown))
         assert corpus.info["valid"]["unknown"] == 3
         assert (len(corpus.train), len(corpus.valid)) == (len(TEXT), tokens)
 
@@ -86,13 +87,13 @@ def test_the_validation_part_of_a_download(monkeypatch, tmp_path):
     with zipfile.ZipFile("cache/text.zip", "w") as archive:
         archive.writestr("train.txt", "train text")
         archive.writestr("valid.txt", "air")
-    corpus = prepare(Path("out"), source="served")
+    corpus = prepare(Path("out"), DataConfig(source="served"))
     assert corpus.tokenizer.decode(corpus.valid) == "air"
     assert corpus.tokenizer.decode(corpus.train) == "train text"
 
 
 def test_describe_counts():
-    report = describe(source="text.txt", tokenizer="byte")
+    report = describe(DataConfig(source="text.txt", tokenizer="byte"))
     assert report["characters"] == len(TEXT)
     assert report["bytes"] == report["train"]["tokens"] + report["valid"]["tokens"] == len(TEXT.encode())
     assert report["distinct_characters"] == len(set(TEXT))
@@ -107,14 +108,14 @@ def test_nothing_is_left_of_a_failed_preparation(monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left|no space left"):
-        prepare(Path("out"), source="text.txt")
+        prepare(Path("out"), DataConfig(source="text.txt"))
     assert [p.name for p in Path(".").iterdir()] == ["text.txt"]
 
 
 def test_an_existing_folder_is_left_alone():
     Path("out").mkdir()
     with pytest.raises(UserError, match="out exists already; choose another folder"):
-        prepare(Path("out"), source="text.txt")
+        prepare(Path("out"), DataConfig(source="text.txt"))
 
 
 def test_damaged_folders_are_refused():
@@ -122,9 +123,9 @@ def test_damaged_folders_are_refused():
         with pytest.raises(UserError, match=sentence):
             open_corpus(Path("out"))
         shutil.rmtree("out")
-        prepare(Path("out"), source="text.txt")
+        prepare(Path("out"), DataConfig(source="text.txt"))
 
-    prepare(Path("out"), source="text.txt")
+    prepare(Path("out"), DataConfig(source="text.txt"))
     Path("out/train.bin").write_bytes(Path("out/train.bin").read_bytes()[:-1])
     refused(r"out/train\.bin has \d+ bytes, not \d+: it is damaged")
     Path("out/train.bin").write_bytes(b"\xff" + Path("out/train.bin").read_bytes()[1:])
@@ -140,7 +141,7 @@ def test_damaged_folders_are_refused():
     refused(r"out/data\.json has format_version 9; this timemix reads 1")
     Path("out/tokenizer.json").unlink()
     refused(r"cannot read the tokenizer out/tokenizer\.json")
-    prepare(Path("other"), source="text.txt", tokenizer="byte")
+    prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))
     Path("out/tokenizer.json").write_bytes(Path("other/tokenizer.json").read_bytes())
     refused(r"out/tokenizer\.json is not the tokenizer that made the tokens")
     with pytest.raises(UserError, match=r"cannot read nowhere/data\.json: No such file"):
@@ -237,5 +238,5 @@ def test_tinyshakespeare_is_split_as_everywhere():
     path = Path(__file__).parents[2] / "shared/data/tinyshakespeare.txt"
     if not path.exists():
         pytest.skip("the shared data is not here")
-    corpus = prepare(Path("out"), source=str(path))
+    corpus = prepare(Path("out"), DataConfig(source=str(path)))
     assert (len(corpus.train), len(corpus.valid), corpus.tokenizer.vocab_size) == (1003854, 111540, 65)

@@ -164,7 +164,7 @@ def test_state_branches_and_selects_rows(model):
         for part, rows in ((state, [0, 1, 2]), (branch, [0, 1, 2]), (swapped, [2, 0])):
             logits, _ = model(x[rows, 5:], part)
             torch.testing.assert_close(logits, whole[rows, 5:])
-    assert all(len(t) == 3 for t in branch.tensors().values())
+    assert all(len(t) == 3 for layer in branch.layers for t in layer.values())
 
 
 def test_hidden_rows_give_the_logits(model):

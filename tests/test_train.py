@@ -12,7 +12,7 @@ import torch
 
 from tests.runs import TEXT, small_config, small_trainer, with_model, write_text_file
 from timemix import checkpoint
-from timemix.config import ARCHITECTURES, read_toml
+from timemix.config import ARCHITECTURES, DataConfig, read_toml
 from timemix.data import open_corpus, prepare
 from timemix.errors import UserError
 from timemix.train import Interrupted, new_run, resume_run
@@ -152,10 +152,10 @@ def test_best_counts_only_losses_of_its_own_weights(tmp_path):
 
 
 def test_resuming_on_other_data_is_refused(tmp_path):
-    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)))
+    prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path))))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()
     shutil.rmtree(tmp_path / "tokens")
-    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path, TEXT.replace("cat", "act"))))
+    prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path, TEXT.replace("cat", "act")))))
     with pytest.raises(UserError, match="the data are not those that .*run was trained on"):
         resume_run(tmp_path / "run")
 
@@ -189,7 +189,7 @@ def test_weights_gone_bad_are_not_saved(tmp_path):
 
 
 def test_a_prepared_folder_decides_what_the_config_says(tmp_path):
-    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)), tokenizer="byte")
+    prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path)), tokenizer="byte"))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
     data = read_toml(tmp_path / "run" / "config.toml").data
     assert (data.tokenizer, data.unknown, Path(data.source).is_absolute()) == ("byte", "byte", True)
@@ -211,7 +211,7 @@ def test_same_seed_same_run_other_seed_another(tmp_path):
 
 
 def test_a_prepared_folder_is_used_where_it_lies(tmp_path):
-    prepare(tmp_path / "tokens", source=str(write_text_file(tmp_path)))
+    prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path))))
     trainer = new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
     trainer.run()
     assert not (tmp_path / "run" / "data").exists()

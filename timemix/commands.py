@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -102,7 +102,7 @@ class EvalArguments:
     """Run folder, or one of its checkpoints."""
     data: str | None = None
     """A file, folder, glob, `builtin`, or a named download; None: the text that the run held out."""
-    encoding: str = "utf-8"
+    encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files."""
     stride: int | None = None
     """Move the window by this many tokens, so that each has context; None: windows side by side."""
@@ -130,17 +130,15 @@ class PlotArguments:
 
 @dataclass(frozen=True)
 class DataArguments:
-    """Describe a text; with --out, also write its tokens and tokenizer to a folder that `train --data` takes.
+    """Describe a text, named first: timemix data FILE. With --out, write its tokens for `train --data` instead.
 
     A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are read as they are), `builtin`, or a
     download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8.
     """
 
-    source: tyro.conf.Positional[str]
-    """The text."""
     out: Path | None = None
     """Folder to make."""
-    data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
     """Print one JSON object."""
 
@@ -392,24 +390,15 @@ def plot(arguments: list[str]) -> int:
 
 
 def data(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--data.source", *arguments]
     parsed = _parse(DataArguments, arguments, "data")
     from timemix.data import describe, prepare
 
-    settings = parsed.data
-    options: dict[str, Any] = {
-        "source": parsed.source,
-        "valid_source": settings.valid,
-        "valid_fraction": settings.valid_fraction,
-        "tokenizer": settings.tokenizer,
-        "vocab_size": settings.vocab_size,
-        "unknown": settings.unknown,
-        "encoding": settings.encoding,
-        "progress": True,
-    }
     if parsed.out is None:
-        report = describe(**options)
+        report = describe(parsed.data, progress=True)
     else:
-        report = prepare(parsed.out, **options).info | {"folder": str(parsed.out)}
+        report = prepare(parsed.out, parsed.data, progress=True).info | {"folder": str(parsed.out)}
     if parsed.json:
         print(json.dumps(report))
     else:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from timemix.config import DataConfig
 from timemix.errors import UserError
 from timemix.files import atomic_folder
 from timemix.sources import read_source
@@ -32,21 +33,10 @@ class Corpus:
     info: dict[str, Any]
 
 
-def prepare(
-    out: Path,
-    *,
-    source: str,
-    valid_source: str | None = None,
-    valid_fraction: float = 0.1,
-    tokenizer: str = "character",
-    vocab_size: int = 4096,
-    unknown: str = "error",
-    encoding: str = "utf-8",
-    progress: bool = False,
-) -> Corpus:
+def prepare(out: Path, config: DataConfig, *, progress: bool = False) -> Corpus:
     """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
 
-    Held out for validation is `valid_source`, or what a download brings along, or the last `valid_fraction` of the
+    Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
     characters. The tokenizer is made from the training text; one of characters, where the validation text is a part of
     the source, from all of it.
 
@@ -57,13 +47,11 @@ def prepare(
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
-    texts, files, made = _tokenize(
-        source, valid_source, valid_fraction, tokenizer, vocab_size, unknown, encoding, progress
-    )
+    texts, files, made = _tokenize(config, progress)
     info = {
         "format_version": FORMAT_VERSION,
         "files": files,
-        "encoding": encoding,
+        "encoding": config.encoding,
         "dtype": made.dtype.name,
         "tokenizer": {"kind": made.kind, "vocab_size": made.vocab_size, "sha256": made.hash},
     }
@@ -78,21 +66,9 @@ def prepare(
     return open_corpus(out)
 
 
-def describe(
-    *,
-    source: str,
-    valid_source: str | None = None,
-    valid_fraction: float = 0.1,
-    tokenizer: str = "character",
-    vocab_size: int = 4096,
-    unknown: str = "error",
-    encoding: str = "utf-8",
-    progress: bool = False,
-) -> dict[str, Any]:
+def describe(config: DataConfig, *, progress: bool = False) -> dict[str, Any]:
     """What `prepare` would make of a text, in numbers; raises as it does."""
-    texts, files, made = _tokenize(
-        source, valid_source, valid_fraction, tokenizer, vocab_size, unknown, encoding, progress
-    )
+    texts, files, made = _tokenize(config, progress)
     whole = "".join(texts.values())
     report: dict[str, Any] = {
         "files": len(files),
@@ -108,29 +84,20 @@ def describe(
     return report
 
 
-def _tokenize(
-    source: str,
-    valid_source: str | None,
-    valid_fraction: float,
-    tokenizer: str,
-    vocab_size: int,
-    unknown: str,
-    encoding: str,
-    progress: bool,
-) -> tuple[dict[str, str], list[str], Tokenizer]:
+def _tokenize(config: DataConfig, progress: bool) -> tuple[dict[str, str], list[str], Tokenizer]:
     """Text of each split, the files they came from, and the tokenizer."""
-    read = read_source(source, encoding=encoding, progress=progress)
+    read = read_source(config.source, encoding=config.encoding, progress=progress)
     valid = None if read.valid is None else replace(read, text=read.valid, files=())
-    if valid_source is not None:
-        valid = read_source(valid_source, encoding=encoding, progress=progress)
+    if config.valid is not None:
+        valid = read_source(config.valid, encoding=config.encoding, progress=progress)
     if valid is not None:
         texts = {"train": read.text, "valid": valid.text}
         basis = read.text
     else:
-        cut = int((1 - valid_fraction) * len(read.text))
+        cut = int((1 - config.valid_fraction) * len(read.text))
         texts = {"train": read.text[:cut], "valid": read.text[cut:]}
-        basis = read.text if tokenizer == "character" else texts["train"]
-    made = train_tokenizer(tokenizer, basis, vocab_size=vocab_size, unknown=unknown)
+        basis = read.text if config.tokenizer == "character" else texts["train"]
+    made = train_tokenizer(config.tokenizer, basis, vocab_size=config.vocab_size, unknown=config.unknown)
     return texts, [*read.files, *(valid.files if valid is not None else ())], made
 
 

@@ -90,20 +90,8 @@ def _resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
 
 def _corpus(config: RunConfig, out: Path) -> Corpus:
     """Tokens of a run: a prepared folder where it lies, else the text, prepared in the run folder."""
-    data = config.data
-    if is_corpus(Path(data.source)):
-        return open_corpus(Path(data.source))
-    return prepare(
-        out / "data",
-        source=data.source,
-        valid_source=data.valid,
-        valid_fraction=data.valid_fraction,
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        unknown=data.unknown,
-        encoding=data.encoding,
-        progress=True,
-    )
+    source = Path(config.data.source)
+    return open_corpus(source) if is_corpus(source) else prepare(out / "data", config.data, progress=True)
 
 
 def resume_run(out: Path) -> "Trainer":

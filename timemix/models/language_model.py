@@ -40,11 +40,6 @@ class State:
         """State of the rows with these indices (R,), in this order; a row may stand more than once."""
         return State(self.position[rows], [{n: x[rows] for n, x in layer.items()} for layer in self.layers])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Flat names to tensors, as saved in a safetensors file."""
-        named = {f"layers.{i}.{n}": x for i, layer in enumerate(self.layers) for n, x in layer.items()}
-        return {"position": self.position, **named}
-
 
 class Block(nn.Module):
     """x + mixer(shift(norm(x))), then x + ffn(shift(norm(x)))."""
