@@ -188,6 +188,14 @@ def test_weights_gone_bad_are_not_saved(tmp_path):
     assert checkpoint.newest(trainer.out).name == "step-00000004"
 
 
+def test_the_speed_shown_after_a_long_run_is_that_of_now(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.seconds = 1e6
+    seen = []
+    trainer.run(seen.append)
+    assert seen[0].tokens_per_second > 1
+
+
 def test_a_prepared_folder_decides_what_the_config_says(tmp_path):
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path)), tokenizer="byte"))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run")

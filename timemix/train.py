@@ -256,7 +256,8 @@ class Trainer:
             while self.step < config.steps:
                 start = time.perf_counter()
                 loss, norm = self.train_step()
-                self.seconds += time.perf_counter() - start
+                step_seconds = time.perf_counter() - start
+                self.seconds += step_seconds
                 losses.append(loss)
                 at_end = self.step == config.steps
                 line: dict[str, Any] = {}
@@ -287,7 +288,7 @@ class Trainer:
                         self.step * self.tokens_per_step,
                         self.seconds,
                         loss,
-                        speed or self.tokens_per_step / max(self.seconds, 1e-9),
+                        speed or self.tokens_per_step / step_seconds,
                         self.valid_loss,
                     )
                 )
