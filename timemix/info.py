@@ -41,7 +41,7 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str) -> int:
-    """Bytes that a training step needs, estimated; at most 40 % off where it was measured (docs/LOG.md).
+    """Bytes that a training step needs, estimated; within 45 % where it was measured (docs/LOG.md).
 
     Weights, gradients and two moments; what a block keeps for its backward pass, counted in numbers per
     token; logits and their gradient; W or attention matrices per head.
