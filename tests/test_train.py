@@ -151,6 +151,14 @@ def test_best_counts_only_losses_of_its_own_weights(tmp_path):
     assert checkpoint.best(trainer.out).name == "step-00000008"
 
 
+def test_the_loss_before_training_is_not_the_best_after_a_resume(tmp_path):
+    trainer = small_trainer(tmp_path, steps=12, valid_every=100, save_every=4)
+    with pytest.raises(RuntimeError):
+        trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 10 else None)
+    assert trainer.valid_loss is not None
+    assert resume_run(trainer.out).best_loss == math.inf
+
+
 def test_resuming_on_other_data_is_refused(tmp_path):
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path))))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()

@@ -6,6 +6,7 @@ runs/NAME/checkpoints/step-00000500/{model.safetensors, config.toml, tokenizer.j
 """
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,14 +163,21 @@ def newest(run: Path) -> Path:
     return found[-1]
 
 
+def _validated(run: Path) -> list[tuple[float, Path]]:
+    """Validation loss and folder of the checkpoints that were validated at their own step."""
+    found = [(read_progress(folder), folder) for folder in checkpoints(run)]
+    own = [(p["valid_loss"], folder) for p, folder in found if p["valid_step"] == p["step"]]
+    return [(loss, folder) for loss, folder in own if loss is not None]
+
+
 def best(run: Path) -> Path:
     """Checkpoint of the lowest validation loss, the newest where none was validated at its own step."""
-    scored = []
-    for folder in checkpoints(run):
-        progress = read_progress(folder)
-        if progress["valid_step"] == progress["step"] and progress["valid_loss"] is not None:
-            scored.append((progress["valid_loss"], folder))
-    return min(scored)[1] if scored else newest(run)
+    return min(_validated(run), default=(0.0, None))[1] or newest(run)
+
+
+def best_loss(run: Path) -> float:
+    """Lowest validation loss of a run's checkpoints in nats per token, infinite where none was validated."""
+    return min((loss for loss, _ in _validated(run)), default=math.inf)
 
 
 def prune(run: Path) -> None:

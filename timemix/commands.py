@@ -16,7 +16,6 @@ from timemix.files import cannot_write
 
 if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
-    from timemix.data import Corpus
     from timemix.tokenizer import Tokenizer
     from timemix.train import Progress, Trainer, Watch
 
@@ -336,6 +335,7 @@ def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
 def eval(arguments: list[str]) -> int:
     parsed = _parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
+    from timemix.data import open_run_corpus
     from timemix.evaluate import evaluate, evaluate_held_out
     from timemix.precision import choose_device, choose_precision
     from timemix.sources import read_source
@@ -345,7 +345,8 @@ def eval(arguments: list[str]) -> int:
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
     options: dict[str, Any] = {"precision": precision, "stride": parsed.stride}
     if parsed.data is None:
-        name, result = "the held-out text", evaluate_held_out(loaded.model, _corpus_of(loaded), **options)
+        corpus = open_run_corpus(loaded.folder.parent.parent, loaded.config.data.source)
+        name, result = "the held-out text", evaluate_held_out(loaded.model, corpus, **options)
     else:
         text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
         name, result = parsed.data, evaluate(loaded.model, loaded.tokenizer, text, **options)
@@ -362,14 +363,6 @@ def eval(arguments: list[str]) -> int:
         what = "words" if loaded.tokenizer.kind == "word" else "characters"
         print(f"{result['unknown']:,} unknown {what} {_unknown_fate(loaded)}")
     return 0
-
-
-def _corpus_of(loaded: "Loaded") -> "Corpus":
-    """The prepared folder that a run was trained on."""
-    from timemix.data import is_corpus, open_corpus
-
-    source = Path(loaded.config.data.source)
-    return open_corpus(source if is_corpus(source) else loaded.folder.parent.parent / "data")
 
 
 def _unknown_fate(loaded: "Loaded") -> str:

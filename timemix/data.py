@@ -125,6 +125,11 @@ def is_corpus(path: Path) -> bool:
     return (path / "data.json").is_file() and (path / "train.bin").is_file()
 
 
+def open_run_corpus(run: Path, source: str) -> Corpus:
+    """Tokens that a run was made with: its source where that is a prepared folder, else its own `data`."""
+    return open_corpus(Path(source) if is_corpus(Path(source)) else run / "data")
+
+
 def open_corpus(folder: Path) -> Corpus:
     """A prepared folder, its tokens memory-mapped.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from timemix.data import Corpus, validation_windows
@@ -37,6 +38,12 @@ def windows(tokens: np.ndarray, ctx_len: int, batch_size: int, stride: int | Non
         yield row[:, :-1], row[:, 1:], rest
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of targets (B, T) under logits (B, T, V), in at least float32."""
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
 @torch.no_grad()
 def loss_per_token(
     model: LanguageModel,
@@ -61,10 +68,7 @@ def loss_per_token(
         x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
         with autocast(precision, model.device):
             logits, _ = model(x)
-        wide = logits[:, -scored:].flatten(0, 1)
-        if wide.dtype == torch.bfloat16:
-            wide = wide.float()
-        total += F.cross_entropy(wide, y[:, -scored:].flatten(), reduction="sum").item()
+        total += cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
     model.train(was_training)
     return total / (len(tokens) - 1)
 

@@ -14,13 +14,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from timemix import checkpoint
 from timemix.config import RunConfig, TokenizerKind, Unknown, read_toml, to_toml
-from timemix.data import Batches, Corpus, is_corpus, open_corpus, prepare
+from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus, prepare
 from timemix.errors import UserError
-from timemix.evaluate import loss_per_token
+from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.files import cannot_write, write_text
 from timemix.info import training_memory
 from timemix.models import LanguageModel
@@ -102,8 +101,7 @@ def resume_run(out: Path) -> "Trainer":
     if not (out / "config.toml").exists():
         checkpoint.newest(out)
     config = read_toml(out / "config.toml")
-    source = Path(config.data.source)
-    trainer = Trainer(config, out, open_corpus(source if is_corpus(source) else out / "data"))
+    trainer = Trainer(config, out, open_run_corpus(out, config.data.source))
     if checkpoint.checkpoints(out):
         trainer.restore(checkpoint.newest(out))
     elif trainer.corpus.tokenizer.vocab_size != config.model.vocab_size:
@@ -147,6 +145,11 @@ class Trainer:
         return self.config.train.batch_size * self.config.model.ctx_len
 
     @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.tokens_per_step
+
+    @property
     def data_hashes(self) -> dict[str, str]:
         """What identifies the training data: sha256 of both splits and of the tokenizer."""
         info = self.corpus.info
@@ -162,8 +165,7 @@ class Trainer:
         self.seconds = progress["seconds"]
         self.valid_loss = progress["valid_loss"]
         self.valid_step = progress["valid_step"]
-        best = checkpoint.read_progress(checkpoint.best(self.out))["valid_loss"]
-        self.best_loss = math.inf if best is None else best
+        self.best_loss = checkpoint.best_loss(self.out)
         path = self.out / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -173,8 +175,7 @@ class Trainer:
         """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
         with autocast(self.precision, self.device):
             logits, _ = self.model(inputs)
-        logits = logits.flatten(0, 1)
-        return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, targets.flatten())
+        return cross_entropy(logits, targets)
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss in nats per token, before the update, and the gradient norm.
@@ -229,7 +230,7 @@ class Trainer:
             self.corpus.tokenizer,
             self.optimizer,
             {
-                "tokens": self.step * self.tokens_per_step,
+                "tokens": self.tokens,
                 "seconds": self.seconds,
                 "valid_loss": self.valid_loss,
                 "valid_step": self.valid_step,
@@ -279,13 +280,12 @@ class Trainer:
                     if valid_loss is not None and improved:
                         self.best_loss = valid_loss
                 if line:
-                    tokens = self.step * self.tokens_per_step
-                    write({"step": self.step, "tokens": tokens, "seconds": round(self.seconds, 3), **line})
+                    write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3), **line})
                 watch(
                     Progress(
                         self.step,
                         config.steps,
-                        self.step * self.tokens_per_step,
+                        self.tokens,
                         self.seconds,
                         loss,
                         speed or self.tokens_per_step / step_seconds,
