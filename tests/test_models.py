@@ -32,6 +32,8 @@ VARIANTS = {name: architecture(name) for name in ARCHITECTURES} | {
     "no tables, pro": architecture("mha_pro", mixer=ProAttentionConfig(alpha=False, beta=False, gamma=False)),
     "weighted": architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted")),
     "weighted, original": architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted"), initial="original"),
+    "free W": architecture("rwkv1", mixer=TimeMixConfig(weights="free")),
+    "free W, weighted": architecture("rwkv1", mixer=TimeMixConfig(weights="free", denominator="weighted")),
     "zero, rotary": architecture("mha_rotary", initial="zero"),
     "one head": architecture("rwkv1", heads=1),
     "a head per channel": architecture("rwkv1", heads=16),

@@ -16,8 +16,9 @@ def inputs(B=2, T=CTX, H=3, N=2, ctx_len=CTX, dtype=torch.float64, tables=True):
     def random(*shape):
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
-    named = {"k": random(B, T, H, N), "v": random(B, T, H, N), "f": random(H, ctx_len)}
-    if tables:
+    named = {"k": random(B, T, H, N), "v": random(B, T, H, N)}
+    named["f"] = random(H, ctx_len, ctx_len) if tables == "free" else random(H, ctx_len)
+    if tables is True:
         named |= {"alpha": random(H, ctx_len), "beta": random(H, ctx_len)}
     return named
 
@@ -69,6 +70,21 @@ def test_reference_is_the_formula():
         torch.testing.assert_close(y[0, t, h, n], expected)
 
 
+@pytest.mark.parametrize("denominator", ["plain", "weighted"])
+@pytest.mark.parametrize("backend", ["reference", "dense"])
+def test_a_free_w_of_the_tables_products_equals_the_tables(backend, denominator):
+    x = inputs()
+    lag = (torch.arange(CTX)[:, None] - torch.arange(CTX)).clamp(min=0)
+    f, alpha, beta = (x[n].detach() for n in ("f", "alpha", "beta"))
+    if denominator == "plain":
+        W = f[:, lag] * alpha[:, None, :] * beta[:, :, None]
+    else:
+        W = f[:, lag] + alpha[:, None, :] + beta[:, :, None]
+    expected, _ = wkv1(**x, denominator=denominator)
+    y, _ = wkv1(x["k"], x["v"], W, denominator=denominator, backend=backend)
+    torch.testing.assert_close(y, expected)
+
+
 def test_weighted_denominator_is_an_average():
     """With W in the denominator too, y is a weighted mean of v: constants pass, bounds hold."""
     x = inputs()
@@ -96,7 +112,7 @@ def test_reference_gradcheck(denominator):
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize("tables", [True, False])
+@pytest.mark.parametrize("tables", [True, False, "free"])
 @pytest.mark.parametrize("T", [1, 5, CTX])
 def test_dense_equals_reference(T, tables, denominator):
     x = inputs(T=T, tables=tables)
@@ -105,24 +121,26 @@ def test_dense_equals_reference(T, tables, denominator):
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
+@pytest.mark.parametrize("tables", [True, "free"])
 @pytest.mark.parametrize(("start", "T"), [(0, CTX), (0, 1), (4, 1), (3, 5), (CTX - 1, 1)])
-def test_dense_equals_reference_from_a_state(start, T, denominator):
-    x = inputs(T=T)
+def test_dense_equals_reference_from_a_state(start, T, tables, denominator):
+    x = inputs(T=T, tables=tables)
     state = from_state(2, start, 3, 2, denominator)
     expected = outputs_and_gradients(x, "reference", state, denominator)
     assert_same(outputs_and_gradients(x, "dense", state, denominator), expected)
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
-def test_rows_at_different_positions_with_padding(denominator):
+@pytest.mark.parametrize("tables", [True, "free"])
+def test_rows_at_different_positions_with_padding(tables, denominator):
     with torch.no_grad():
         _, state = wkv1(
-            **inputs(B=3, T=4),
+            **inputs(B=3, T=4, tables=tables),
             state=wkv1_state(3, 3, 2, CTX, denominator=denominator, dtype=torch.float64),
             lengths=torch.tensor([4, 1, 2]),
             denominator=denominator,
         )
-    x = inputs(B=3, T=5)
+    x = inputs(B=3, T=5, tables=tables)
     state = Wkv1State(state.numerators.requires_grad_(), state.denominators.requires_grad_(), state.position)
     lengths = torch.tensor([5, 2, 3])
     expected = outputs_and_gradients(x, "reference", state, denominator, lengths)
@@ -235,6 +253,7 @@ def test_the_state_is_written_into_only_without_gradients():
         ({"v": torch.zeros(2, 8, 3, 2)}, ValueError, "must both be"),
         ({"f": torch.zeros(3, 5), "alpha": None, "beta": None}, ValueError, "past ctx_len 5"),
         ({"alpha": torch.zeros(2, 9)}, ValueError, "alpha"),
+        ({"f": torch.zeros(3, 9, 8), "alpha": None, "beta": None}, ValueError, "or \\(heads, ctx_len, ctx_len\\)"),
         ({"backend": "fft"}, ValueError, "known: auto, reference, dense"),
     ],
 )

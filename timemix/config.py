@@ -36,6 +36,8 @@ class TimeMixConfig:
     """Learn beta_h(t), the weight of a target position."""
     gamma: bool = True
     """Learn gamma(t), the output weight of a position."""
+    weights: Literal["decomposed", "free"] = "decomposed"
+    """decomposed: f_h(t-u) alpha_h(u) beta_h(t); free: one number W_h[t,u] for each pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
     """plain: running sum of exp(k); weighted: W = exp(f + alpha + beta) in it too (AFT's form)."""
     backend: Literal["auto", "dense", "reference"] = "auto"
@@ -172,6 +174,8 @@ class DataConfig:
     """Largest vocabulary of a subword or word tokenizer."""
     unknown: Unknown = "error"
     """What encodes text outside the vocabulary: nothing, <unk>, or its bytes."""
+    valid_tokens: int | None = None
+    """Keep at most this many tokens of the held-out text, in 20 pieces spread evenly over it; None: all."""
     order: Literal["random", "epoch"] = "random"
     """Batches: windows at random places, or each window once per epoch."""
 
@@ -179,6 +183,8 @@ class DataConfig:
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"data.valid_fraction {self.valid_fraction} is not in [0, 1)")
         _at_least("data.vocab_size", self.vocab_size, 1)
+        if self.valid_tokens is not None:
+            _at_least("data.valid_tokens", self.valid_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -354,17 +360,23 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
     for name, value in data.items():
         if name not in hints:
             raise UserError(f"unknown field {path + name!r}{nearest(name, hints)}")
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise UserError(f"{path + name} is {value!r}; it must be a table")
-            values[name] = from_dict(typing.cast(type, hints[name]), value, f"{path}{name}.")
-        else:
-            values[name] = _checked(f"{path}{name}", value, hints[name])
+        values[name] = _checked(f"{path}{name}", value, hints[name])
+    missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in values and _required(f)]
+    if missing:
+        raise UserError(f"{path + missing[0]} is missing")
     return cls(**values)
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {value!r}; it must be a table")
+        return value if origin is dict else from_dict(typing.cast(type, hint), value, f"{name}.")
     if origin is Literal:
         if value not in args:
             raise UserError(f"{name} is {value!r}{nearest(str(value), args)}")
@@ -386,17 +398,22 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps({"format_version": FORMAT_VERSION} | to_dict(config))
 
 
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Contents of a TOML file. Raises UserError when it is missing or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
 def read_toml(path: Path) -> RunConfig:
     """Run config of a `config.toml`.
 
     Raises UserError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    data = parse_toml(path)
     version = data.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}; this timemix reads {FORMAT_VERSION}")

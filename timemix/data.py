@@ -48,19 +48,54 @@ def prepare(out: Path, config: DataConfig, *, progress: bool = False) -> Corpus:
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
     texts, files, made = _tokenize(config, progress)
-    info = {
+    splits = {}
+    for split, text in texts.items():
+        ids, unknown = _encode(made, split, text)
+        splits[split] = ids, _counts(text, ids, unknown)
+    if config.valid_tokens is not None and len(splits["valid"][0]) > config.valid_tokens:
+        kept = spread(splits["valid"][0], config.valid_tokens)
+        splits["valid"] = kept, _counts(made.decode(kept), kept, 0)
+    return _write(out, made, splits, {"files": files, "encoding": config.encoding})
+
+
+def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens: int | None = None) -> Corpus:
+    """Writes a prepared folder whose validation text is the end of the training text of `corpus`.
+
+    `share` of its tokens are held out, then thinned to `valid_tokens` as by `prepare`: choices made on it leave the
+    validation text of `corpus` unseen. Raises UserError as `prepare` does.
+    """
+    cut = int((1 - share) * len(corpus.train))
+    parts = {"train": corpus.train[:cut], "valid": spread(corpus.train[cut:], valid_tokens)}
+    splits = {split: (ids, _counts(corpus.tokenizer.decode(ids), ids, 0)) for split, ids in parts.items()}
+    return _write(out, corpus.tokenizer, splits, {name: corpus.info[name] for name in ("files", "encoding")})
+
+
+def spread(ids: np.ndarray, tokens: int | None, pieces: int = 20) -> np.ndarray:
+    """At most `tokens` of `ids`, in pieces of like length spread evenly from its beginning to its end; None: all."""
+    if tokens is None or len(ids) <= tokens:
+        return ids
+    pieces = min(pieces, tokens)
+    ends = [tokens * i // pieces for i in range(pieces + 1)]
+    gap = len(ids) - tokens
+    starts = [a + gap * i // max(pieces - 1, 1) for i, a in enumerate(ends[:-1])]
+    return np.concatenate([ids[s : s + b - a] for s, a, b in zip(starts, ends, ends[1:], strict=False)])
+
+
+def _write(out: Path, made: Tokenizer, splits: dict[str, tuple[np.ndarray, dict]], origin: dict[str, Any]) -> Corpus:
+    """A prepared folder of the tokens and counts of each split."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder")
+    info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "files": files,
-        "encoding": config.encoding,
+        **origin,
         "dtype": made.dtype.name,
         "tokenizer": {"kind": made.kind, "vocab_size": made.vocab_size, "sha256": made.hash},
     }
     with atomic_folder(out) as folder:
-        for split, text in texts.items():
-            ids, missing = _encode(made, split, text)
+        for split, (ids, counts) in splits.items():
             raw = ids.astype(made.dtype.newbyteorder("<")).tobytes()
             (folder / f"{split}.bin").write_bytes(raw)
-            info[split] = _counts(text, ids, missing) | {"sha256": hashlib.sha256(raw).hexdigest()}
+            info[split] = counts | {"sha256": hashlib.sha256(raw).hexdigest()}
         made.save(folder / "tokenizer.json")
         (folder / "data.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     return open_corpus(out)
@@ -99,6 +134,19 @@ def _tokenize(config: DataConfig, progress: bool) -> tuple[dict[str, str], list[
         basis = read.text if config.tokenizer == "character" else texts["train"]
     made = train_tokenizer(config.tokenizer, basis, vocab_size=config.vocab_size, unknown=config.unknown)
     return texts, [*read.files, *(valid.files if valid is not None else ())], made
+
+
+def text_hash(config: DataConfig) -> str:
+    """sha256 of the text that a config names, or of the tokens of a prepared folder; raises as `prepare` does."""
+    if is_corpus(Path(config.source)):
+        info = open_corpus(Path(config.source)).info
+        parts = [info[split]["sha256"] for split in SPLITS]
+    else:
+        read = read_source(config.source, encoding=config.encoding)
+        parts = [read.text, read.valid or ""]
+        if config.valid is not None:
+            parts[1] = read_source(config.valid, encoding=config.encoding).text
+    return hashlib.sha256("\0".join(parts).encode("utf-8")).hexdigest()
 
 
 def _encode(tokenizer: Tokenizer, split: str, text: str) -> tuple[np.ndarray, int]:

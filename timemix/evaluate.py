@@ -73,6 +73,32 @@ def loss_per_token(
     return total / (len(tokens) - 1)
 
 
+@torch.no_grad()
+def loss_by_position(
+    model: LanguageModel, tokens: np.ndarray, *, precision: str = "float32", tokens_per_batch: int = 8192
+) -> np.ndarray:
+    """Mean loss in nats (ctx_len,) at each position of windows of ctx_len side by side; a shorter rest is left out.
+
+    Raises UserError for a text shorter than a window and its next token.
+    """
+    ctx_len = model.config.ctx_len
+    if len(tokens) < ctx_len + 1:
+        raise UserError(f"the text has {len(tokens)} tokens; a window of ctx_len {ctx_len} needs {ctx_len + 1}")
+    was_training = model.training
+    model.eval()
+    total = np.zeros(ctx_len)
+    rows = 0
+    for inputs, targets in validation_windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len)):
+        if inputs.shape[1] == ctx_len:
+            x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+            with autocast(precision, model.device):
+                logits, _ = model(x)
+            total += cross_entropy(logits, y, reduction="none").view(y.shape).double().sum(0).cpu().numpy()
+            rows += len(inputs)
+    model.train(was_training)
+    return total / rows
+
+
 def evaluate(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
 ) -> dict[str, float | int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.config import TimeMixConfig
+from timemix.ops.history import toeplitz
 
 if TYPE_CHECKING:
     from timemix.models.language_model import LanguageModel
@@ -49,7 +50,7 @@ def set_initial_values(model: "LanguageModel") -> None:
         if config.arch == "rwkv1":
             mixer.key.weight.zero_()
         if zero and hasattr(mixer, "f"):
-            mixer.f.copy_(log_decay(config.heads, config.ctx_len).exp())
+            mixer.f.copy_(_like(mixer.f, log_decay(config.heads, config.ctx_len)).exp())
     if isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted":
         _take_logarithms(model)
 
@@ -69,11 +70,17 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
 
 
+def _like(f: Tensor, by_lag: Tensor) -> Tensor:
+    """A table by lag in the shape of f: itself, or written out for each pair (t, u)."""
+    return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1])
+
+
 def _take_logarithms(model: "LanguageModel") -> None:
     """Tables of the weighted denominator, whose W is exp(f + alpha + beta), with the same W as the plain one."""
     zero = model.config.initial == "zero"
     for block in model.blocks:
         mixer: Any = block.mixer
-        mixer.f.copy_(log_decay(*mixer.f.shape) if zero else torch.zeros_like(mixer.f))
+        decay = log_decay(model.config.heads, model.config.ctx_len)
+        mixer.f.copy_(_like(mixer.f, decay) if zero else torch.zeros_like(mixer.f))
         if mixer.alpha is not None:
             mixer.alpha.zero_()

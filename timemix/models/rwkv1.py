@@ -46,10 +46,11 @@ class TimeMix(nn.Module):
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
-        self.f = nn.Parameter(torch.ones(config.heads, config.ctx_len))
-        self.alpha = time_table(config, self.mixer.alpha)
-        # In the weighted form beta cancels between numerator and denominator.
-        self.beta = time_table(config, self.mixer.beta and self.mixer.denominator == "plain")
+        # A free W holds alpha and beta already; in the weighted form beta cancels between numerator and denominator.
+        free = self.mixer.weights == "free"
+        self.f = nn.Parameter(torch.ones(config.heads, *[config.ctx_len] * (2 if free else 1)))
+        self.alpha = time_table(config, self.mixer.alpha and not free)
+        self.beta = time_table(config, self.mixer.beta and not free and self.mixer.denominator == "plain")
         self.gamma = time_gamma(config, self.mixer.gamma)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:

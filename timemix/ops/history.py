@@ -48,3 +48,9 @@ def weights_at(f: Tensor, lag: Tensor) -> Tensor:
     """f (H, ctx_len) looked up at lag (B, T, U), zero in the future: (B, H, T, U)."""
     # Padding may lie past the table's end.
     return torch.where(lag >= 0, f[:, lag.clamp(0, f.shape[1] - 1)], 0).transpose(0, 1)
+
+
+def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
+    """f (H, ctx_len, ctx_len) at each row's next T positions and U sources, zero in the future: (B, H, T, U)."""
+    target = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=f.shape[1] - 1)
+    return f.tril()[:, target, :U].transpose(0, 1)

@@ -6,7 +6,9 @@
 With `denominator="weighted"` W stands in the denominator too, as in AFT (arXiv 2105.14103), and is made
 positive: W[t,u] = exp(f_h(t-u) + alpha_h(u) + beta_h(t)); beta then cancels.
 
-Shapes: k, v (B, T, H, N); f, alpha, beta (H, ctx_len), f indexed by lag.
+With f of shape (H, ctx_len, ctx_len) that table stands for f_h(t-u): one free weight for each pair, as in AFT-full.
+
+Shapes: k, v (B, T, H, N); f, alpha, beta (H, ctx_len), f indexed by lag; or f (H, ctx_len, ctx_len) indexed by (t, u).
 """
 
 from typing import Literal, NamedTuple
@@ -14,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from timemix.ops.history import append, lags, toeplitz, weights_at
+from timemix.ops.history import append, lags, pairs_at, toeplitz, weights_at
 
 Denominator = Literal["plain", "weighted"]
 
@@ -70,9 +72,10 @@ def wkv1(
     """Weighted average of the past of each channel (formula above).
 
     k, v (B, T, H, N) in float32, bfloat16 or float64; f, alpha, beta (H, ctx_len), alpha and beta None for 1
-    (weighted: for 0). Returns y (B, T, H, N) in v's dtype, and the state after these tokens, or None where
-    `state` is None (training). `lengths` (B,), each from 1 to T: only the first `lengths` tokens of a row
-    count; y is meaningless after them. The state is consumed: without gradients its tensors are written into.
+    (weighted: for 0); f also (H, ctx_len, ctx_len), of which [:, t, u] counts where u <= t. Returns y (B, T, H, N)
+    in v's dtype, and the state after these tokens, or None where `state` is None (training). `lengths` (B,), each
+    from 1 to T: only the first `lengths` tokens of a row count; y is meaningless after them. The state is consumed:
+    without gradients its tensors are written into.
 
     k is clamped to [-60, 30]; exp, sums and the division run in at least float32, outside autocast. Products
     W * (exp(k) v) run in v's dtype with float32 accumulation.
@@ -115,8 +118,8 @@ def _reference(
     """The formula, position by position, row by row."""
     B, T, H, N = k.shape
     dtype = _compute_dtype(v)
-    past = state or wkv1_state(B, H, N, f.shape[1], denominator=denominator, dtype=dtype, device=k.device)
-    ones = torch.ones_like(f)
+    past = state or wkv1_state(B, H, N, f.shape[-1], denominator=denominator, dtype=dtype, device=k.device)
+    ones = f.new_ones(H, f.shape[-1])
     alpha = ones if alpha is None else alpha
     beta = ones if beta is None else beta
 
@@ -133,12 +136,13 @@ def _reference(
         for t in range(start, start + length):
             exp_k = k[b, t - start].to(dtype).clamp(K_MIN, K_MAX).exp()
             numerator.append(alpha[:, t, None] * exp_k * v[b, t - start])
-            weighted_sum = torch.stack([f[:, t - u, None] * numerator[u] for u in range(t + 1)]).sum(0)
+            f_t = [f[:, t - u, None] if f.ndim == 2 else f[:, t, u, None] for u in range(t + 1)]
+            weighted_sum = torch.stack([f_t[u] * numerator[u] for u in range(t + 1)]).sum(0)
             if denominator == "plain":
                 total = total + exp_k
             else:
                 weights.append(alpha[:, t, None] * exp_k)
-                total = torch.stack([f[:, t - u, None] * weights[u] for u in range(t + 1)]).sum(0)
+                total = torch.stack([f_t[u] * weights[u] for u in range(t + 1)]).sum(0)
             y_row.append(beta[:, t, None] * weighted_sum / total)
         y_row += [torch.zeros_like(k[b, 0])] * (T - length)
         y.append(torch.stack(y_row).to(v.dtype))
@@ -168,7 +172,8 @@ def _dense(
         return _dense_from_state(k, v, f, alpha, beta, state, lengths, denominator)
     T = k.shape[1]
     exp_k = k.to(_compute_dtype(v)).clamp(K_MIN, K_MAX).exp()
-    W = toeplitz(f.to(exp_k.dtype), T)
+    f = f.to(exp_k.dtype)
+    W = toeplitz(f, T) if f.ndim == 2 else f[:, :T, :T].tril()
     source = exp_k if alpha is None else exp_k * alpha[:, :T].t()[:, :, None]
     # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
     product = (source * v.to(source.dtype)).to(v.dtype)
@@ -196,8 +201,8 @@ def _dense_from_state(
     """Prefill (T > 1) or one step (T = 1): the tokens join the history, then look back over all of it."""
     T = k.shape[1]
     position = state.position
-    U = min(int(position.max()) + T, f.shape[1])
-    target = (position[:, None] + torch.arange(T, device=k.device)).clamp(max=f.shape[1] - 1)
+    U = min(int(position.max()) + T, f.shape[-1])
+    target = (position[:, None] + torch.arange(T, device=k.device)).clamp(max=f.shape[-1] - 1)
 
     exp_k = k.to(state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
     if lengths is not None:
@@ -207,7 +212,8 @@ def _dense_from_state(
     source = exp_k if alpha is None else exp_k * alpha[:, target].transpose(0, 1)[..., None]
     numerators = append(state.numerators, source * v.transpose(1, 2), position, lengths)
 
-    W = weights_at(f.to(exp_k.dtype), lags(position, T, U))
+    f = f.to(exp_k.dtype)
+    W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
     y = W @ numerators[:, :, :U]
     if denominator == "plain":
         total = state.denominators[:, :, None] + exp_k.cumsum(2)
@@ -242,12 +248,14 @@ def _check(
         raise TypeError("wkv1 refuses float16: exp(k) leaves its range; use bfloat16 or float32")
     if k.ndim != 4 or k.shape != v.shape or k.shape[1] == 0:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be (batch, time >= 1, heads, head size)")
-    tables = {"f": f, "alpha": alpha, "beta": beta}
+    if f.ndim == 3 and f.shape[1] != f.shape[2]:
+        raise ValueError(f"f {tuple(f.shape)} must be (heads, ctx_len) or (heads, ctx_len, ctx_len)")
+    tables = {"f": f if f.ndim == 2 else f[:, 0], "alpha": alpha, "beta": beta}
     for name, table in tables.items():
         if table is not None and table.shape != (k.shape[2], f.shape[-1]):
             raise ValueError(f"{name} {tuple(table.shape)} must be (heads, ctx_len), heads {k.shape[2]}")
     end = k.shape[1]
     if state is not None:
         end = int((state.position + (k.shape[1] if lengths is None else lengths)).max())
-    if end > f.shape[1]:
-        raise ValueError(f"position {end} is past ctx_len {f.shape[1]}, where the tables end")
+    if end > f.shape[-1]:
+        raise ValueError(f"position {end} is past ctx_len {f.shape[-1]}, where the tables end")
