@@ -15,6 +15,7 @@ from tests.runs import TEXT
 from timemix.cli import main
 
 ROOT = Path(__file__).parent.parent
+VERBS = ("demo", "train", "sample", "eval", "compare", "inspect", "plot", "data", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 
 
@@ -61,11 +62,11 @@ def test_help_names_every_verb_quickly():
     start = time.perf_counter()
     result = run("--help")
     assert time.perf_counter() - start < 5
-    for verb in ("train", "sample", "eval", "plot", "data", "info", "demo"):
+    for verb in VERBS:
         assert f"  {verb} " in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "eval", "plot", "data", "info", "demo"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(call, verb):
     status, out, _ = call(verb, "--help")
     assert status == 0
@@ -228,6 +229,24 @@ def test_a_closed_pipe_is_quiet(trained):
         (["eval", "nothing", "--data", "my.txt"], "there is no run folder nothing"),
         (["plot", "nothing"], "nothing"),
         (["plot"], "runs"),
+        (["plot", "folder", "--smoothing", "2"], "smoothing must be from 0 to 1"),
+        (["compare"], "name an experiment file, one of activation, architectures"),
+        (["compare", "head"], "there is no experiment 'head'; did you mean 'heads'?"),
+        (["compare", "heads", "--arch", "rwkv1"], "name an experiment file"),
+        (["compare", "nothing.toml"], "cannot read nothing.toml"),
+        (["compare", "empty.toml"], "empty.toml: title is missing"),
+        (["compare", "my.txt"], "my.txt is damaged"),
+        (["compare", "binary.bin"], "binary.bin is damaged"),
+        (["compare", "heads", "--data", "nothing.txt"], "nothing.txt"),
+        (["compare", "heads", "--data", "my.txt", "--out", "folder"], "folder is no comparison's folder and not empty"),
+        (["compare", "--arch", "rwkv2"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["compare", "--arch", "rwkv1", "rwkv1"], "two variants have the name 'rwkv1'"),
+        (["compare", "--arch", "rwkv1", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["compare", "--arch", "rwkv1", "--size", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
+        (["compare", "long-context", "--seeds", "3"], "--seeds and --tokens say nothing to it"),
+        (["inspect", "nothing"], "there is no run folder nothing"),
+        (["inspect", "folder"], "is no run folder"),
+        (["inspect", "folder", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
         (["data", "nothing.txt"], "nothing.txt"),
         (["info", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
     ],
@@ -240,6 +259,8 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/letter.txt").write_text("dear")
+    (tmp_path / "empty.toml").write_text("")
     status, out, err = call(*arguments)
     assert status == 2
     assert words in err
@@ -249,6 +270,52 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "r").exists()
+
+
+def test_compare_architectures_and_call_it_again(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1536", "--seeds", "2", "--no-tune"]
+    status, out, err = call("compare", *options, "--out", "c", "--json")
+    assert status == 0
+    table = json.loads(out)
+    assert [(row["name"], row["chosen"]) for row in table["variants"]] == [("rwkv1", {}), ("mha_shift", {})]
+    assert err.splitlines()[-1] == "the comparison is in c: loss.png, report.html, table.md"
+    status, out, err = call("compare", *options, "--out", "c")
+    assert status == 0
+    assert out == (tmp_path / "c/table.md").read_text()
+    assert "held-out loss" not in err
+    assert (
+        call("plot", "c/variants/rwkv1/seed-1", "c/variants/rwkv1/seed-2", "--out", "p.svg", "--smoothing", "0")[0] == 0
+    )
+    # The runs are ordinary runs.
+    assert call("sample", "c/variants/mha_shift/seed-1", "--prompt", "the", "--tokens", "3")[0] == 0
+
+
+def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    options = ["--data", "my.txt", "--arch", "rwkv1", "--seeds", "1", "--no-tune", "--out", "c"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timemix", "compare", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "c/variants/rwkv1/seed-1/metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text()) < 200:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "timemix: stopped; the same command goes on with c\n"
+    assert list((tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir())
+
+
+def test_inspect_prints_draws_and_gives_json(trained):
+    result = run("inspect", "runs/mine", "--tokens", "200", cwd=trained)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^    3  ffn    value ", result.stdout, re.MULTILINE)
+    pictures = [line for line in result.stdout.splitlines() if line.endswith(".png")]
+    assert pictures == [f"runs/mine/inspect/{name}.png" for name in ("tables", "projections", "shift")]
+    assert all((trained / p).stat().st_size > 3000 for p in pictures)
+    result = run("inspect", "runs/mine", "--data", "my.txt", "--tokens", "200", "--json", "--out", "i", cwd=trained)
+    assert len(json.loads(result.stdout)["projections"]) == 4 * 6
 
 
 def test_prompt_characters_outside_the_vocabulary_are_named(trained):

@@ -13,7 +13,7 @@ PACKAGE = Path(timemix.__file__).parent
 
 # A module may import from the layers before its own; the leaves also from one another.
 LAYERS = [
-    {"errors", "config", "files", "tokenizer", "sources", "data", "sampling"},
+    {"errors", "config", "files", "tokenizer", "sources", "data", "sampling", "arguments"},
     {"ops"},
     {"models"},
     {"optim", "precision", "checkpoint", "evaluate", "generation", "info"},

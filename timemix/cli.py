@@ -14,14 +14,18 @@ VERBS = {
     "train": "train a model on your text, or go on with a run",
     "sample": "write text with a trained model",
     "eval": "loss of a trained model on a text",
+    "compare": "train variants side by side, and say which learns better",
+    "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "draw the loss curves of runs",
     "data": "describe a text, or prepare it for training",
     "info": "versions, devices, backends; size of a model",
 }
+# Of the verbs that are not in timemix.commands.
+MODULES = dict.fromkeys(("compare", "inspect", "plot"), "timemix.experiments.commands")
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {verb:<8}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
     return (
         "timemix trains, compares and runs RWKV language models.\n\n"
         f"usage: timemix VERB [options]\n\n{verbs}\n\n"
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
             from timemix.config import nearest
 
             raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
-        commands = importlib.import_module("timemix.commands")
+        commands = importlib.import_module(MODULES.get(verb, "timemix.commands"))
         sys.exit(getattr(commands, verb)(arguments[1:]))
     except UserError as error:
         print(f"timemix: {error}", file=sys.stderr)

@@ -3,13 +3,13 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from timemix.arguments import parse, preset_of, print_report
 from timemix.config import DataConfig, ModelConfig, RunConfig, TimeMixConfig, TrainConfig, preset
 from timemix.errors import UserError
 from timemix.files import cannot_write
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
     from timemix.tokenizer import Tokenizer
     from timemix.train import Progress, Trainer, Watch
-
-Arguments = TypeVar("Arguments")
 
 DEMO_PROMPT = "The "
 
@@ -116,18 +114,6 @@ class EvalArguments:
 
 
 @dataclass(frozen=True)
-class PlotArguments:
-    """Draw the loss curves of runs."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
-    out: Path | None = None
-    """PNG or SVG to write; None: loss.png in the first run."""
-    x: Literal["tokens", "steps", "seconds"] = "tokens"
-    """Horizontal axis."""
-
-
-@dataclass(frozen=True)
 class DataArguments:
     """Describe a text, named first: timemix data FILE. With --out, write its tokens for `train --data` instead.
 
@@ -162,48 +148,22 @@ class DemoArguments:
     """Fewer steps, to try it out; None: those of the preset."""
 
 
-def _parse(kind: type[Arguments], arguments: Sequence[str], verb: str, default: Arguments | None = None) -> Arguments:
-    parsed = tyro.cli(
-        kind,
-        prog=f"timemix {verb}",
-        args=list(arguments),
-        default=default,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    assert parsed is not None
-    return parsed
-
-
-def _preset_of(arguments: list[str], default: str) -> tuple[RunConfig, list[str]]:
-    """The preset named first, or `default`, for the architecture of --model.arch; and the other arguments."""
-    name = default
-    if arguments and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-    arch = "rwkv1"
-    for i, argument in enumerate(arguments):
-        if argument == "--model.arch" and i + 1 < len(arguments):
-            arch = arguments[i + 1]
-        elif argument.startswith("--model.arch="):
-            arch = argument.partition("=")[2]
-    return preset(name, arch), arguments
-
-
 def train(arguments: list[str]) -> int:
     if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
         from timemix.train import resume_run
 
-        out = _parse(ResumeArguments, arguments, "train").resume
+        out = parse(ResumeArguments, arguments, "train").resume
         trainer = resume_run(out)
         if trainer.step >= trainer.config.train.steps:
             print(f"{out} is complete: {trainer.step} steps")
             return 0
         print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
     else:
-        config, arguments = _preset_of(arguments, "cpu-small")
+        config, arguments = preset_of(arguments, "cpu-small")
         # --data is short for --data.source.
         arguments = [re.sub(r"^--data(?==|$)", "--data.source", a) for a in arguments]
         default = TrainArguments(tyro.MISSING, config.model, config.data, config.train)
-        parsed = _parse(TrainArguments, arguments, "train", default)
+        parsed = parse(TrainArguments, arguments, "train", default)
         from timemix.train import new_run
 
         out = parsed.out
@@ -289,7 +249,7 @@ def _default_prompt(tokenizer: "Tokenizer") -> str:
 
 
 def sample(arguments: list[str]) -> int:
-    parsed = _parse(SampleArguments, arguments, "sample")
+    parsed = parse(SampleArguments, arguments, "sample")
     from timemix.checkpoint import load
     from timemix.generation import generate, stream_text
     from timemix.precision import choose_device
@@ -333,7 +293,7 @@ def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
 
 
 def eval(arguments: list[str]) -> int:
-    parsed = _parse(EvalArguments, arguments, "eval")
+    parsed = parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
     from timemix.data import open_run_corpus
     from timemix.evaluate import evaluate, evaluate_held_out
@@ -370,22 +330,10 @@ def _unknown_fate(loaded: "Loaded") -> str:
     return fates.get(loaded.tokenizer.unknown, "left out: the vocabulary has no <unk>")
 
 
-def plot(arguments: list[str]) -> int:
-    parsed = _parse(PlotArguments, arguments, "plot")
-    from timemix.experiments.plot import plot_loss
-
-    if not parsed.runs:
-        raise UserError("name at least one run folder: timemix plot runs/NAME")
-    out = parsed.out or parsed.runs[0] / "loss.png"
-    plot_loss(list(parsed.runs), out, x=parsed.x)
-    print(out)
-    return 0
-
-
 def data(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data.source", *arguments]
-    parsed = _parse(DataArguments, arguments, "data")
+    parsed = parse(DataArguments, arguments, "data")
     from timemix.data import describe, prepare
 
     if parsed.out is None:
@@ -395,14 +343,14 @@ def data(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(report))
     else:
-        _print_report(report)
+        print_report(report)
     return 0
 
 
 def info(arguments: list[str]) -> int:
-    config, rest = _preset_of(arguments, "cpu-small")
+    config, rest = preset_of(arguments, "cpu-small")
     asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
-    parsed = _parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
+    parsed = parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
     from timemix.info import describe_machine, describe_model
 
     report: dict[str, Any] = describe_machine()
@@ -411,20 +359,12 @@ def info(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(report))
         return 0
-    _print_report(report)
+    print_report(report)
     return 0
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    for name, value in report.items():
-        rows = value.items() if isinstance(value, dict) else [("", value)]
-        for part, each in rows:
-            label = f"{name.replace('_', ' ')} {part}"
-            print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")
-
-
 def demo(arguments: list[str]) -> int:
-    parsed = _parse(DemoArguments, arguments, "demo")
+    parsed = parse(DemoArguments, arguments, "demo")
     from timemix.train import new_run
 
     config = preset("demo")

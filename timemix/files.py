@@ -62,6 +62,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock file `path` during the block and gives True; False where another process holds it.
+
+    `wait` until that process lets go, rather than give False.
+    The lock ends with its process, however that ends.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from timemix.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 XAxis = Literal["tokens", "steps", "seconds"]
 
@@ -76,32 +77,116 @@ def plot_loss(
     Raises UserError for an unknown x or suffix, a smoothing outside 0 to 1, no run, a run without losses,
     whatever `read_metrics` raises it for, and where `out` cannot be written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-    from PIL import Image
-
-    suffix = out.suffix.lower()
-    if suffix not in (".png", ".svg"):
-        raise UserError(f"cannot tell the picture's format from {out}; end its name in .png or .svg")
-    if x not in _X_AXES:
-        raise UserError(f"x must be one of {', '.join(_X_AXES)}, not {x!r}")
-    if not 0 <= smoothing <= 1:
-        raise UserError(f"smoothing must be from 0 to 1, not {smoothing}")
+    _check(out, x, smoothing)
     if not runs:
         raise UserError("there is no run to plot; name one or more run folders")
 
-    key, x_label = _X_AXES[x]
+    key, _ = _X_AXES[x]
     curves = [_curve(run, key, smoothing) for run in runs]
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]
+    figure, axes = _loss_axes(x, max(curve.last_x for curve in curves), _loss_limits(curves), title)
+    _draw(axes, names, curves)
+    ends = [curve.valid[1, -1] if curve.valid.size else None for curve in curves]
+    _label_ends(axes, ends, [_COLORS[1]] if len(curves) == 1 else cycle(_COLORS))
+    save_picture(figure, out)
+
+
+def plot_bands(
+    groups: Mapping[str, Sequence[Path]],
+    out: Path,
+    *,
+    colors: dict[str, str] | None = None,
+    x: XAxis = "tokens",
+    smoothing: float = 0.03,
+    title: str | None = None,
+) -> None:
+    """Draws the training loss of groups of like runs, seeds of one variant say, to `out` (.png or .svg).
+
+    A line is the mean over a group's runs, its band one standard deviation to each side, both of smoothed losses;
+    held-out losses at the end, mean over the runs, stand at the right edge. `colors`: of groups by name, where not
+    the usual ones. Runs of one group must have logged the same steps.
+
+    Raises UserError as `plot_loss` does, and for a group without runs.
+    """
+    _check(out, x, smoothing)
+    if not groups or not all(groups.values()):
+        raise UserError("there is no run to plot; name one or more run folders")
+    bands = {name: mean_over_runs(runs, smoothing) for name, runs in groups.items()}
+    ends = {name: _last_losses(runs) for name, runs in groups.items()}
+    last_x = max(positions[x][-1] for positions, _, _ in bands.values())
+    shown = [mean[positions[x] >= 0.1 * positions[x][-1]] for positions, mean, _ in bands.values()]
+    figure, axes = _loss_axes(x, last_x, _limits([*np.concatenate(shown), *filter(None, ends.values())]), title)
+    spare = spare_colors((colors or {}).values())
+    chosen = [(colors or {}).get(name) or next(spare) for name in groups]
+    for i, (name, (positions, mean, deviation)) in enumerate(bands.items()):
+        axes.fill_between(positions[x], mean - deviation, mean + deviation, color=chosen[i], alpha=0.2, linewidth=0)
+        every = len(mean) // 8 + 1
+        marks: dict[str, Any] = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5, "markeredgecolor": "white"}
+        # Shifted, so that markers of curves that lie together stay apart.
+        start = (i + 1) * every // (len(bands) + 1)
+        axes.plot(positions[x], mean, color=chosen[i], linewidth=1.3, markevery=(start, every), label=name, **marks)
+    _label_ends(axes, list(ends.values()), chosen)
+    legend = axes.legend(loc="upper right", edgecolor="none")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    save_picture(figure, out)
+
+
+def mean_over_runs(
+    runs: Sequence[Path], smoothing: float = 0.03
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Tokens, steps and seconds (points,) by name, and mean and standard deviation of the smoothed training loss.
+
+    Over runs that logged the same steps, as far as all of them go; seconds are their mean.
+    Raises UserError as `plot_loss` does.
+    """
+    curves = {name: [_curve(run, key, smoothing).smoothed for run in runs] for name, (key, _) in _X_AXES.items()}
+    points = min(c.shape[1] for c in curves["tokens"])
+    if points == 0:
+        raise UserError(f"{runs[0] / 'metrics.jsonl'} holds no training losses yet")
+    x = {name: np.mean([c[0, :points] for c in each], axis=0) for name, each in curves.items()}
+    losses = np.stack([c[1, :points] for c in curves["tokens"]])
+    deviation = losses.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(points)
+    return x, losses.mean(axis=0), deviation
+
+
+def spare_colors(taken: Iterable[str]) -> Iterator[str]:
+    """Colors without end that the colour-blind can tell apart, without those taken."""
+    used = set(taken)
+    return cycle([color for color in _COLORS if color not in used] or _COLORS)
+
+
+def _last_losses(runs: Sequence[Path]) -> float | None:
+    """Mean of the runs' last validation losses, None where one has none."""
+    last = [_curve(run, "tokens", 0).valid for run in runs]
+    return float(np.mean([v[1, -1] for v in last])) if all(v.size for v in last) else None
+
+
+def _check(out: Path, x: str, smoothing: float) -> None:
+    check_picture_name(out)
+    if x not in _X_AXES:
+        raise UserError(f"x must be one of {', '.join(_X_AXES)}, not {x!r}")
+    if not 0 <= smoothing <= 1:
+        raise UserError(f"smoothing must be from 0 to 1, not {smoothing}")
+
+
+def check_picture_name(out: Path) -> None:
+    """Raises UserError for a file name whose suffix is not a picture's."""
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"cannot tell the picture's format from {out}; end its name in .png or .svg")
+
+
+def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str | None) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     figure = Figure(figsize=(7.2, 4.3), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlim(0, 1.01 * max(curve.last_x for curve in curves) or 1)
-    axes.set_ylim(_loss_limits(curves))
-    _draw(axes, names, curves)
-    _label_last_losses(axes, curves)
-    axes.set_xlabel(x_label)
+    axes.set_xlim(0, 1.01 * last_x or 1)
+    axes.set_ylim(limits)
+    axes.set_xlabel(_X_AXES[x][1])
     axes.set_ylabel("loss (nats per token)")
     if x != "seconds":
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -110,7 +195,15 @@ def plot_loss(
     axes.set_axisbelow(True)
     if title:
         axes.set_title(title, loc="left", parse_math=False)
+    return figure, axes
 
+
+def save_picture(figure: "Figure", out: Path) -> None:
+    """Writes a figure as .png, of few colors to keep it small, or .svg. Raises UserError where it cannot."""
+    from PIL import Image
+
+    check_picture_name(out)
+    suffix = out.suffix.lower()
     with atomic_file(out) as temporary:
         figure.savefig(temporary, format=suffix[1:])
         if suffix == ".png":
@@ -167,6 +260,10 @@ def _loss_limits(curves: list[_Curve]) -> tuple[float, float]:
         shown += [*smoothed, *valid]
         if train.size:
             shown += np.quantile(train, (0.002, 0.998)).tolist()
+    return _limits(shown)
+
+
+def _limits(shown: Sequence[float]) -> tuple[float, float]:
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     return min(shown) - margin, max(shown) + margin
 
@@ -205,13 +302,11 @@ def _thinned(points: np.ndarray, most: int) -> np.ndarray:
     return points[:, :: -(math.ceil(points.shape[1] / most) or 1)]
 
 
-def _label_last_losses(axes: "Axes", curves: list[_Curve]) -> None:
+def _label_ends(axes: "Axes", losses: list[float | None], colors: Iterable[str]) -> None:
     """Last validation losses beside the right edge, moved up where they would overlap."""
     low, high = axes.get_ylim()
     line = 0.045 * (high - low)
-    ends = [(curve.valid[1, -1], color) for curve, color in zip(curves, cycle(_COLORS)) if curve.valid.size]
     y = -math.inf
-    for loss, color in sorted(ends):
+    for loss, color in sorted((loss, color) for loss, color in zip(losses, colors, strict=False) if loss is not None):
         y = max(loss, y + line)
-        color = _COLORS[1] if len(curves) == 1 else color
         axes.text(1.01, y, f"{loss:.3f}", color=color, va="center", fontsize=9, transform=axes.get_yaxis_transform())

@@ -1,0 +1,142 @@
+"""Experiment files: what is read, what is refused and how, and that the shipped ones are fair."""
+
+from dataclasses import replace
+
+import pytest
+
+from timemix.config import TimeMixConfig
+from timemix.errors import UserError
+from timemix.experiments.experiment import (
+    Experiment,
+    SpeedExperiment,
+    Variant,
+    find_experiment,
+    read_experiment,
+    shipped,
+    with_data,
+)
+from timemix.info import count_parameters
+
+FILE = """
+title = "two"
+tokens = 6400
+seeds = [1, 2]
+[base]
+model = { layers = 2, channels = 32 }
+[tune]
+train.lr = [1e-3, 2e-3]
+model.initial = ["original", "zero"]
+[[variants]]
+name = "plain"
+[[variants]]
+name = "weighted"
+set.model.mixer.denominator = "weighted"
+[[verdicts]]
+claim = "plain is better"
+better = "plain"
+worse = "weighted"
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "two.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_experiment(path)
+
+
+def test_a_variant_is_preset_then_base_then_its_own_then_the_tuning_point(tmp_path):
+    experiment = read(tmp_path, FILE)
+    assert [tuple(p.values()) for p in experiment.tuning_points()] == [
+        (1e-3, "original"),
+        (1e-3, "zero"),
+        (2e-3, "original"),
+        (2e-3, "zero"),
+    ]
+    config = experiment.config(experiment.variants[1], experiment.tuning_points()[2], seed=7)
+    assert (config.model.layers, config.model.channels, config.model.ffn_ratio) == (2, 32, 2.5)
+    assert config.model.mixer == TimeMixConfig(denominator="weighted")
+    assert (config.train.lr, config.model.initial, config.train.seed) == (2e-3, "original", 7)
+    # 12 windows of 64 tokens a step, from the preset.
+    assert config.train.steps == round(6400 / (12 * 64))
+
+
+def test_another_text_changes_the_source_alone(tmp_path):
+    experiment = read(tmp_path, FILE)
+    other = with_data(experiment, "a.txt", None)
+    assert other.base == experiment.base | {"data": {"source": "a.txt"}}
+    assert with_data(experiment, None, None) is experiment
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('title = "two"', 'titel = "two"', "unknown field 'titel'; did you mean 'title'?"),
+        ('title = "two"\n', "", "title is missing"),
+        ('name = "weighted"', 'name = "plain"', "two variants have the name 'plain'"),
+        ('name = "weighted"', 'name = "a/b"', "'a/b' cannot name a folder"),
+        ('name = "weighted"\n', "", "name is missing"),
+        ("mixer.denominator", "mixer.denominators", "variant 'weighted': unknown field 'model.mixer.denominators'"),
+        ('"weighted"\n[[verdicts]]', '"wieghted"\n[[verdicts]]', "did you mean 'weighted'?"),
+        ("channels = 32", "channels = 30", "variant 'plain': model.heads 4 does not divide model.channels 30"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "one stands twice"),
+        ("seeds = [1, 2]", "seeds = [0, 1]", "tuning takes seed 0"),
+        ("seeds = [1, 2]", "seeds = []", "it has no seeds"),
+        ("seeds = [1, 2]", "seeds = 3", "seeds is 3; it must be a list"),
+        ("tokens = 6400", "", "give a budget: either tokens or seconds"),
+        ("tokens = 6400", "tokens = 6400\nseconds = 5", "give a budget: either tokens or seconds"),
+        ("tokens = 6400", "tokens = -1", "the budget must be above 0"),
+        ("train.lr = [1e-3, 2e-3]", "train.lr = 1e-3", "tune.train.lr is 0.001; it must be a list of values"),
+        ("train.lr = [1e-3, 2e-3]", "train.lrr = [1e-3]", "unknown field 'train.lrr'; did you mean 'lr'?"),
+        ('worse = "weighted"', 'worse = "weigted"', "a verdict names the variant 'weigted'; did you mean 'weighted'?"),
+        ('title = "two"', 'title = "two"\npreset = "small"', "unknown preset 'small'"),
+        ('title = "two"', 'title = "two"\nkind = "sped"', "unknown kind 'sped'; did you mean 'speed'?"),
+        ("[base]", "[base", "is damaged"),
+        ("model = {", "model = 3 #", "variant 'plain': model is 3; it must be a table"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, old, new, words):
+    assert old in FILE
+    with pytest.raises(UserError) as error:
+        read(tmp_path, FILE.replace(old, new, 1))
+    assert str(tmp_path / "two.toml") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert words in str(error.value)
+
+
+def test_no_variant(tmp_path):
+    with pytest.raises(UserError, match="it has no variant"):
+        read(tmp_path, 'title = "none"\ntokens = 10\nvariants = []\n')
+
+
+def test_an_unknown_experiment_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'heads'"):
+        find_experiment("head")
+    with pytest.raises(UserError, match="cannot read missing.toml"):
+        read_experiment(find_experiment("missing.toml"))
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: p.stem)
+def test_the_shipped_experiments_compare_like_with_like(path):
+    experiment = read_experiment(path)
+    if not isinstance(experiment, Experiment):
+        return
+    assert len(experiment.seeds) >= 3
+    assert len({p["train.lr"] for p in experiment.tuning_points()}) == 3
+    styles = {p.get("model.initial") for p in experiment.tuning_points()}
+    assert styles == ({None} if path.stem == "initial" else {"original", "zero"})
+    judged = {name for v in experiment.verdicts for name in (v.better, v.worse)}
+    sizes = {}
+    for variant in experiment.variants:
+        model = experiment.config(variant, experiment.tuning_points()[0], 1).model
+        sizes[variant.name] = count_parameters(replace(model, vocab_size=79))["total"]
+    first = sizes[experiment.variants[0].name]
+    # "narrow" and "wide" variants stand beside one of like size, to show what the parameters do.
+    unlike = {name for name in judged if abs(sizes[name] / first - 1) > 0.01}
+    assert unlike <= {"mha_rotary-narrow"}
+
+
+def test_a_speed_experiment_keeps_the_tokens_of_a_step():
+    experiment = SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(16, 64), tokens=128)
+    assert [experiment.config(experiment.variants[0], t).train.batch_size for t in (16, 64)] == [8, 2]
+    with pytest.raises(UserError, match="ctx_lens must divide tokens"):
+        SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(48,), tokens=128)

@@ -1,0 +1,169 @@
+"""report.html in a real browser: what a person reads, hovers over and switches."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.runs import write_text_file
+from tests.test_compare import finish, small
+from timemix.experiments.compare import Comparison
+from timemix.experiments.experiment import Variant, Verdict
+from timemix.experiments.report import write_report
+
+BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    variants = (
+        Variant("rwkv1", color="red"),
+        Variant("odd", {"model": {"arch": "mha_rotary"}}, label="</script><b>attention & more"),
+        Variant("fails", {"train": {"lr_final": 1e30, "schedule": "linear"}}),
+    )
+    verdicts = (Verdict("rwkv1 is better", "rwkv1", "odd"),)
+    source = write_text_file(folder)
+    experiment = small(source, variants=variants, verdicts=verdicts, prompts=("the <i>", "cat"), by_position=True)
+    base = experiment.base | {"data": {"source": str(source), "tokenizer": "byte"}}
+    from dataclasses import replace
+
+    found = Comparison(replace(experiment, base=base), folder / "out")
+    finish(found)
+    write_report(found)
+    return found
+
+
+def test_it_is_one_file_without_the_outside(comparison):
+    page = (comparison.out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?!data:,)[\w/.:]""", page)
+    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
+    assert page.count("</script>") == 2
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (BROWSER and DRIVER):
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    folder = tmp_path_factory.mktemp("browser")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1000,1400",
+        f"--user-data-dir={folder}",
+    ):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, comparison):
+    """The opened report; afterwards the console must have stayed empty."""
+    browser.get((comparison.out / "report.html").as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def find(page, css):
+    return page.find_elements("css selector", css)
+
+
+def hover(page, share):
+    """Moves the pointer over the loss chart, `share` of its width from the left."""
+    from selenium.webdriver import ActionChains
+
+    (chart,) = find(page, "#loss svg")
+    ActionChains(page).move_to_element_with_offset(chart, int((share - 0.5) * chart.size["width"]), 0).perform()
+    return find(page, "#loss .readout")[0]
+
+
+def test_hovering_reads_the_curves_off(page, comparison):
+    readout = find(page, "#loss .readout")[0]
+    assert not readout.is_displayed()
+    readout = hover(page, 0.97)
+    assert readout.is_displayed()
+    lines = readout.text.splitlines()
+    assert lines[0] == "training tokens 512"
+    assert {re.sub(r": .*", "", line) for line in lines[1:]} == {"rwkv1", "</script><b>attention & more"}
+    data = json.loads(page.execute_script("return document.getElementById('data').textContent"))
+    curve = next(c for c in data["curves"] if c["label"] == "rwkv1")
+    assert f"rwkv1: {curve['mean'][-1]:.4f} ± {curve['deviation'][-1]:.4f}" in lines
+    # Losses of one place stand in order, the highest first.
+    losses = [float(re.search(r": ([\d.]+)", line)[1]) for line in lines[1:]]
+    assert losses == sorted(losses, reverse=True)
+    hover(page, 0.3)
+    assert readout.text.splitlines()[0] != lines[0]
+
+
+def test_the_axis_switches(page):
+    labels = []
+    for button in find(page, ".switch button"):
+        button.click()
+        assert [b.text for b in find(page, ".switch button[aria-pressed=true]")] == [button.text]
+        labels.append(hover(page, 0.97).text.splitlines()[0])
+    assert labels[:2] == ["training tokens 512", "training steps 8"]
+    assert labels[2].startswith("training time (seconds) ")
+
+
+def test_the_keyboard_moves_the_cursor_too(page):
+    page.execute_script("document.querySelector('#loss svg').focus()")
+    from selenium.webdriver.common.keys import Keys
+
+    (chart,) = find(page, "#loss svg")
+    seen = []
+    for _ in range(3):
+        chart.send_keys(Keys.ARROW_RIGHT)
+        seen.append(find(page, "#loss .readout")[0].text.splitlines()[0])
+    assert seen == ["training tokens 64", "training tokens 128", "training tokens 192"]
+
+
+def test_tables_samples_and_configs_are_there(page, comparison):
+    headings = [h.text for h in find(page, "h2")]
+    assert headings == [
+        "Training loss",
+        "Held-out loss by position in the window",
+        "Results",
+        "Verdicts",
+        "Tuning",
+        "Samples",
+        "Configs",
+    ]
+    table = json.loads((comparison.out / "table.json").read_text())
+    cells = [c.text for c in find(page, "#table td")]
+    assert f"{table['variants'][0]['parameters']:,}" in cells
+    assert "</script><b>attention & more" in cells
+    assert any(note.text.startswith("fails, seed 1, failed") for note in find(page, "#notes li"))
+    assert [p.text for p in find(page, ".samples b")] == ["the <i>"] * 2 + ["cat"] * 2
+    (config, *_) = find(page, "#configs details")
+    assert not config.find_element("css selector", "pre").is_displayed()
+    config.find_element("css selector", "summary").click()
+    assert 'arch = "rwkv1"' in config.find_element("css selector", "pre").text
+
+
+def test_nothing_is_cut_off_on_a_small_screen(page):
+    page.set_window_size(500, 900)
+    page.refresh()
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    finally:
+        page.set_window_size(1000, 1400)
+
+
+def test_the_page_stands_alone(comparison, tmp_path):
+    copy = shutil.copy(comparison.out / "report.html", tmp_path / "elsewhere.html")
+    assert Path(copy).stat().st_size < 300_000

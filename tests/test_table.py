@@ -1,0 +1,104 @@
+"""Statistics and verdicts against published values and by their definition; what the table says."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timemix.experiments.experiment import Verdict
+from timemix.experiments.table import (
+    interval,
+    judge,
+    markdown_table,
+    mean_and_deviation,
+    paired_difference,
+    point_words,
+    t_quantile,
+    verdict_word,
+    warnings,
+)
+
+
+# Student's t, two-sided 95 %, as in every printed table (Abramowitz and Stegun 26.10).
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_t_quantile(degrees, t):
+    assert t_quantile(0.975, degrees) == pytest.approx(t, abs=6e-4)
+    assert t_quantile(0.95, 10) == pytest.approx(1.812, abs=6e-4)
+
+
+def test_the_interval_of_a_hand_computed_example():
+    # Differences 1, 2, 3: mean 2, deviation 1, half width 4.303 / sqrt(3).
+    found = paired_difference({1: 0.0, 2: 0.0, 3: 0.0}, {1: 1.0, 2: 2.0, 3: 3.0})
+    assert found["mean"] == pytest.approx(2)
+    assert found["high"] - 2 == pytest.approx(2 - found["low"]) == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+
+
+def test_only_seeds_that_both_have_count():
+    assert paired_difference({1: 1.0, 2: 9.0}, {1: 1.5, 3: 0.0}) == {"mean": 0.5, "low": None, "high": None}
+    assert paired_difference({1: 1.0}, {2: 1.0}) is None
+
+
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=8), st.floats(-3, 3))
+def test_what_all_variants_share_cancels(noise, gain):
+    """Paired: a loss that a seed adds to both variants leaves the interval as it is."""
+    first = dict(enumerate(noise))
+    other = {i: x + gain + 0.01 * (i % 2) for i, x in enumerate(noise)}
+    found = paired_difference(first, other)
+    alone = paired_difference(dict.fromkeys(first, 0.0), {i: gain + 0.01 * (i % 2) for i in first})
+    assert found["mean"] == pytest.approx(alone["mean"], abs=1e-9)
+    assert found["low"] == pytest.approx(alone["low"], abs=1e-6)
+    assert found["low"] <= found["mean"] <= found["high"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "word"),
+    [
+        ({"mean": 1, "low": 0.1, "high": 2}, "holds"),
+        ({"mean": -1, "low": -2, "high": -0.1}, "does not hold"),
+        ({"mean": 1, "low": -0.1, "high": 2}, "undecided"),
+        ({"mean": 1, "low": None, "high": None}, "undecided"),
+        (None, "not run"),
+    ],
+)
+def test_a_verdict_follows_from_its_interval(gain, word):
+    assert verdict_word(gain) == word
+
+
+def test_a_verdict_may_ask_for_a_step():
+    better = {"valid_losses": {1: 5.0, 2: 5.0}, "valid_at": {1: {"100": 1.0}, 2: {"100": 1.1}}}
+    worse = {"valid_losses": {1: 4.0, 2: 4.1}, "valid_at": {1: {"100": 2.0}, 2: {"100": 2.1}}}
+    at_end, early = Verdict("c", "a", "b"), Verdict("c", "a", "b", at_step=100)
+    assert judge(at_end, better, worse)["gain"]["mean"] == pytest.approx(-0.95)
+    assert judge(early, better, worse)["gain"]["mean"] == pytest.approx(1.0)
+    assert judge(early, better, worse)["verdict"] == "holds"
+
+
+def test_how_numbers_read():
+    assert mean_and_deviation([1.0, 2.0]) == "1.5000 ± 0.7071"
+    assert mean_and_deviation([]) == "-"
+    assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}) == "+0.5000 (+0.2500 to +0.7500)"
+    assert interval({"mean": 0.5, "low": None, "high": None}) == "+0.5000 (one seed)"
+    assert point_words({"train.lr": 0.002, "model.initial": "zero"}) == "lr 0.002, zero"
+    assert markdown_table([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_what_is_unfair_is_said():
+    def row(label, parameters, lr, failed=()):
+        tuning = [{"train.lr": x, "valid_loss": 1.0} for x in (1e-3, 2e-3, 4e-3)]
+        return {
+            "label": label,
+            "parameters": parameters,
+            "failed": dict(failed),
+            "chosen": {"train.lr": lr},
+            "tuning": tuning,
+            "own_tokens": label == "c",
+        }
+
+    said = warnings({"variants": [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]})
+    assert said == [
+        "c, seed 3, failed: no",
+        "c has other tokens than the first: compare bits per byte.",
+        "b has +2.0% parameters against the first.",
+        "b chose train.lr 0.004 at the edge of its grid.",
+    ]

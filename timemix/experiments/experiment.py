@@ -1,0 +1,252 @@
+"""Experiment files: what is compared, on equal terms, and what would confirm a claim."""
+
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from timemix.config import RunConfig, from_dict, nearest, parse_toml, preset, to_dict
+from timemix.errors import UserError
+
+TUNING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things compared: `set` holds the fields of a run's config in which it differs from the rest."""
+
+    name: str
+    set: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    color: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim that one variant does better than another: a lower held-out loss, at the end or at a validated step."""
+
+    claim: str
+    better: str
+    worse: str
+    at_step: int | None = None
+    of: Literal["tokens_per_second", "memory"] = "tokens_per_second"
+    """What a speed experiment compares."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file. Every variant is `preset`, then `base`, then its own `set`, then the best tuning point."""
+
+    title: str
+    variants: tuple[Variant, ...]
+    tokens: int | None = None
+    """Training tokens of every run."""
+    seconds: float | None = None
+    """Training time of every run instead: the steps that fit are measured once per variant."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    preset: str = "cpu-small"
+    base: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
+    """Grid of config fields, `train.lr = [1e-3, 3e-3]`; tried with seed 0 on the last 5 % of the training text."""
+    prompts: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    by_position: bool = False
+    """Also measure the held-out loss at each position of the window."""
+
+    def __post_init__(self) -> None:
+        _check_variants(self.variants, self.verdicts)
+        if (self.tokens is None) == (self.seconds is None):
+            raise UserError("give a budget: either tokens or seconds")
+        if (self.tokens if self.tokens is not None else self.seconds or 0) <= 0:
+            raise UserError("the budget must be above 0")
+        if not self.seeds:
+            raise UserError("it has no seeds")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds {list(self.seeds)}: one stands twice")
+        if min(self.seeds) < 0 or (self.tune and TUNING_SEED in self.seeds):
+            raise UserError(f"seeds {list(self.seeds)}: they start at 1, since tuning takes seed {TUNING_SEED}")
+        for key, values in _flat(self.tune).items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"tune.{key} is {values!r}; it must be a list of values")
+        for variant in self.variants:
+            for point in self.tuning_points():
+                self.config(variant, point, self.seeds[0])
+
+    def tuning_points(self) -> list[dict[str, Any]]:
+        """Every combination of the tuning grid; one empty point where there is none."""
+        grid = _flat(self.tune)
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def config(self, variant: Variant, point: dict[str, Any], seed: int, steps: int | None = None) -> RunConfig:
+        """The run of a variant at a tuning point. `steps` overrides the budget in tokens.
+
+        Raises UserError, naming the variant, for fields or values that no run takes.
+        """
+        config = variant_config(self.preset, self.base, variant, point)
+        if steps is None:
+            steps = config.train.steps
+            if self.tokens is not None:
+                steps = max(1, round(self.tokens / (config.train.batch_size * config.model.ctx_len)))
+        return replace(config, train=replace(config.train, seed=seed, steps=steps))
+
+
+@dataclass(frozen=True)
+class SamplingExperiment:
+    """Filters of a trained model's probabilities, compared at like entropy, and a sweep over the factors of top-a.
+
+    `writer` and `judge` are variants of a run's config, trained first: the judge, a larger model, measures what the
+    writer writes.
+    """
+
+    title: str
+    writer: Variant
+    judge: Variant
+    temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
+    top_a: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2)
+    powers: tuple[float, ...] = (1.0, 2.0, 3.0)
+    samples: int = 64
+    """Texts written per setting."""
+    tokens: int = 256
+    """Tokens of each."""
+    preset: str = "cpu-small"
+    base: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.tokens < 8 or not (self.temperatures and self.top_a and self.powers):
+            raise UserError("give at least 2 samples of 8 tokens, and values of temperatures, top_a and powers")
+        for variant in (self.writer, self.judge):
+            variant_config(self.preset, self.base, variant, {})
+
+
+@dataclass(frozen=True)
+class SpeedExperiment:
+    """Speed and memory of a training step, each variant at each context length, the same tokens per step throughout."""
+
+    title: str
+    variants: tuple[Variant, ...]
+    ctx_lens: tuple[int, ...]
+    tokens: int
+    """Tokens of a step: the batch is tokens / ctx_len windows."""
+    rounds: int = 3
+    """Measurements of each, taken in turn; at least 2 give an interval."""
+    preset: str = "cpu-small"
+    base: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int = 80
+    verdicts: tuple[Verdict, ...] = ()
+    """At the longest ctx_len: `of` = "tokens_per_second" (the default) or "memory"."""
+
+    def __post_init__(self) -> None:
+        _check_variants(self.variants, self.verdicts)
+        if self.rounds < 1 or not self.ctx_lens or any(t < 1 or self.tokens % t for t in self.ctx_lens):
+            raise UserError("ctx_lens must divide tokens, and rounds be at least 1")
+        for variant in self.variants:
+            self.config(variant, self.ctx_lens[0])
+
+    def config(self, variant: Variant, ctx_len: int) -> RunConfig:
+        """Run config of a variant at a context length. Raises UserError for fields or values that no run takes."""
+        config = variant_config(self.preset, self.base, variant, {})
+        model = replace(config.model, ctx_len=ctx_len, vocab_size=self.vocab_size)
+        return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
+
+
+def _check_variants(variants: tuple[Variant, ...], verdicts: tuple[Verdict, ...]) -> None:
+    names = [v.name for v in variants]
+    if not names:
+        raise UserError("it has no variant; add [[variants]] with a name")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UserError(f"two variants have the name {name!r}")
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
+            raise UserError(f"variant name {name!r} cannot name a folder")
+    for verdict in verdicts:
+        for name in (verdict.better, verdict.worse):
+            if name not in names:
+                raise UserError(f"a verdict names the variant {name!r}{nearest(name, names)}")
+
+
+def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
+    """A preset with the fields of `base`, of the variant and of a tuning point over it.
+
+    Raises UserError, naming the variant, for fields or values that no run takes.
+    """
+    try:
+        own: dict[str, Any] = {}
+        for layer in (base, variant.set, _nested(point)):
+            own = merged(own, layer)
+        model = own.get("model", {})
+        arch = model.get("arch", "rwkv1") if isinstance(model, dict) else "rwkv1"
+        return from_dict(RunConfig, merged(to_dict(preset(preset_name, str(arch))), own))
+    except UserError as error:
+        raise UserError(f"variant {variant.name!r}: {error}") from None
+
+
+def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables of both; where they meet, the value of `high`.
+
+    Raises UserError where one has a table and the other a value.
+    """
+    both = dict(low)
+    for name, value in high.items():
+        old = both.get(name)
+        if name in both and isinstance(old, dict) != isinstance(value, dict):
+            raise UserError(f"{name} is {(value if isinstance(old, dict) else old)!r}; it must be a table")
+        both[name] = merged(old, value) if isinstance(old, dict) else value
+    return both
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return leaves
+
+
+def _nested(point: dict[str, Any]) -> dict[str, Any]:
+    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`."""
+    tree: dict[str, Any] = {}
+    for path, value in point.items():
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return tree
+
+
+def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None) -> "AnyExperiment":
+    """The experiment on another text."""
+    data = {name: text for name, text in (("source", source), ("valid", valid)) if text is not None}
+    return replace(experiment, base=merged(experiment.base, {"data": data})) if data else experiment
+
+
+def shipped() -> list[Path]:
+    """Experiment files that come with the package."""
+    return sorted(Path(__file__).parent.glob("*.toml"))
+
+
+def find_experiment(name: str) -> Path:
+    """A file by its path, or one that comes with the package by its name. Raises UserError for neither."""
+    known = {path.stem: path for path in shipped()}
+    if Path(name).suffix == ".toml" or Path(name).exists():
+        return Path(name)
+    if name not in known:
+        raise UserError(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
+    return known[name]
+
+
+KINDS: dict[str, type] = {"training": Experiment, "speed": SpeedExperiment, "sampling": SamplingExperiment}
+AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
+
+
+def read_experiment(path: Path) -> AnyExperiment:
+    """An experiment file; its `kind` is one of KINDS, training where it names none.
+
+    Raises UserError, naming the file, for a missing file, no TOML, an unknown field, or values that do not serve.
+    """
+    data = parse_toml(path)
+    kind = data.pop("kind", "training")
+    try:
+        if kind not in KINDS:
+            raise UserError(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
+        return from_dict(KINDS[kind], data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,280 @@
+"""A look inside a trained model: its tables over time, what its projections give, and which of them use token-shift."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from timemix.checkpoint import Loaded
+from timemix.config import ModelConfig
+from timemix.data import validation_windows
+from timemix.errors import UserError
+from timemix.evaluate import loss_per_token
+from timemix.experiments.plot import save_picture, spare_colors
+from timemix.models import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TABLES = ("f", "alpha", "beta", "gamma")
+HALVES = ("mixer", "ffn")
+# Projections that read the token-shifted input, under the letters of the papers.
+PROJECTIONS = {"query": "Q", "receptance": "R", "key": "K", "value": "V"}
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+
+
+def inspect_run(loaded: Loaded, tokens: np.ndarray) -> dict[str, Any]:
+    """Everything that can be shown of a model, read off the text `tokens`, as one JSON object.
+
+    `tables`: per layer, each table as numbers, f (heads, ctx_len) by lag or (heads, ctx_len, ctx_len), alpha and beta
+    (heads, ctx_len), gamma (ctx_len). `projections`: see `measure_projections`. `loss`: nats per token on `tokens`.
+    `not_shown`: what this architecture lacks, each with the reason.
+
+    Raises UserError for a text shorter than two tokens.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
+    model = loaded.model
+    # The same draw as at the start of the run.
+    torch.manual_seed(loaded.config.train.seed)
+    start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
+    tables = [_tables(block.mixer) for block in model.blocks]
+    not_shown = {}
+    if not any(tables):
+        not_shown["tables"] = f"{model.config.arch} has no f, alpha, beta or gamma"
+    if not any(block.shift.shifted for block in model.blocks):
+        not_shown["token-shift"] = (
+            f"this {model.config.arch} has no token-shift: no channel is taken from earlier tokens"
+        )
+    return {
+        "run": str(loaded.folder),
+        "arch": model.config.arch,
+        "tokens": len(tokens),
+        "loss": loss_per_token(model, tokens),
+        "tables": tables,
+        "projections": measure_projections(model, start, tokens),
+        "not_shown": not_shown,
+    }
+
+
+def _tables(mixer: nn.Module) -> dict[str, list]:
+    found = {name: getattr(mixer, name, None) for name in TABLES}
+    return {name: table.tolist() for name, table in found.items() if table is not None}
+
+
+def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Of every projection in every layer, one row: what it gives on a text, and how it uses the shifted channels.
+
+    `mean`, `deviation` and `quantiles` (those of QUANTILES) of its outputs, a receptance's after the sigmoid.
+    `shifted` and `unshifted`: |weight| times the standard deviation of the input channel that it meets, mean over
+    outputs and over the shifted or the other channels; `shifted_at_start` and `unshifted_at_start`: of the model
+    `start`. `share`: shifted / (shifted + unshifted), None where both are zero. `loss_without_shifted`: nats per token
+    when the shifted inputs of this projection alone are zero. A layer without shifted channels has None in these.
+    """
+    now, before = _observe(model, tokens), _observe(start, tokens)
+    rows = []
+    for (layer, half, name), seen in now.items():
+        block = model.blocks[layer]
+        linear, shifted = getattr(getattr(block, half), name), block.shift.shifted
+        row: dict[str, Any] = {"layer": layer, "half": half, "projection": name, **seen.summary(name)}
+        use, use_before = _use(linear, seen.deviation, shifted), None
+        if use is not None:
+            old = getattr(getattr(start.blocks[layer], half), name)
+            use_before = _use(old, before[layer, half, name].deviation, shifted)
+            with _without(linear, shifted):
+                row["loss_without_shifted"] = loss_per_token(model, tokens)
+        for key, pair in (("", use), ("_at_start", use_before)):
+            row[f"shifted{key}"], row[f"unshifted{key}"] = pair or (None, None)
+            row[f"share{key}"] = pair[0] / sum(pair) if pair and sum(pair) > 0 else None
+        rows.append(row)
+    return rows
+
+
+class _Seen:
+    """Inputs and outputs of a projection on a text."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of each input channel (C,)."""
+        return torch.cat(self.inputs).std(0, correction=0)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        values = torch.cat(self.outputs)
+        values = values.sigmoid() if name == "receptance" else values
+        spread = np.quantile(values.numpy(), QUANTILES)
+        return {"mean": float(values.mean()), "deviation": float(values.std()), "quantiles": spread.tolist()}
+
+
+@torch.no_grad()
+def _observe(model: LanguageModel, tokens: np.ndarray, most: int = 2048) -> dict[tuple[int, str, str], _Seen]:
+    """What every projection meets and gives over at most `most` tokens."""
+    seen: dict[tuple[int, str, str], _Seen] = {}
+    hooks = []
+    for layer, block in enumerate(model.blocks):
+        for half in HALVES:
+            for name in PROJECTIONS:
+                if hasattr(getattr(block, half), name):
+                    here = seen[layer, half, name] = _Seen()
+                    hooks.append(getattr(getattr(block, half), name).register_forward_hook(_recorder(here)))
+    try:
+        ctx_len = model.config.ctx_len
+        for inputs, _ in validation_windows(tokens[: most + 1], ctx_len, max(1, most // ctx_len)):
+            model(torch.from_numpy(inputs).to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen.inputs.append(inputs[0].flatten(0, 1).float().cpu())
+        seen.outputs.append(output.flatten().float().cpu())
+
+    return record
+
+
+def _use(linear: nn.Linear, deviation: Tensor, shifted: int) -> tuple[float, float] | None:
+    """|weight| x deviation of the channel, mean over the shifted channels and over the others; None without shift."""
+    if shifted == 0:
+        return None
+    strength = linear.weight.detach().abs().float().cpu().mean(0) * deviation
+    rest = strength[shifted:]
+    return float(strength[:shifted].mean()), float(rest.mean()) if len(rest) else 0.0
+
+
+@contextmanager
+def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
+    """The first `shifted` input channels of a linear map are zero during the block."""
+
+    def zero(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        x = inputs[0].clone()
+        x[..., :shifted] = 0
+        return (x,)
+
+    hook = linear.register_forward_pre_hook(zero)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def draw(report: dict[str, Any], config: ModelConfig, out: Path) -> list[Path]:
+    """Pictures of an `inspect_run` report in the folder `out`: tables.png, projections.png, shift.png, as far as the
+    architecture has what they show. Returns their paths. Raises UserError where one cannot be written."""
+    pictures = []
+    for name, shown, drawing in (
+        ("tables.png", "tables" not in report["not_shown"], _draw_tables),
+        ("projections.png", True, _draw_projections),
+        ("shift.png", "token-shift" not in report["not_shown"], _draw_shift),
+    ):
+        if shown:
+            drawing(report, config, out / name)
+            pictures.append(out / name)
+    return pictures
+
+
+def _draw_tables(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+    """A row per layer: f by lag, alpha by source, beta by target, gamma by target; a line per head."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    layers = report["tables"]
+    names = [name for name in TABLES if any(name in tables for tables in layers)]
+    labels = {"f": "lag", "alpha": "source position", "beta": "target position", "gamma": "target position"}
+    figure = Figure(figsize=(2.6 * len(names) + 0.6, 1.55 * len(layers) + 0.6), dpi=130, layout="constrained")
+    grid = figure.subplots(len(layers), len(names), squeeze=False)
+    for layer, tables in enumerate(layers):
+        for axes, name in zip(grid[layer], names, strict=True):
+            table = np.array(tables[name])
+            if table.ndim == 3:
+                # A free W is drawn as the matrix of its first head.
+                reach = np.abs(np.tril(table[0])).max()
+                axes.imshow(np.tril(table[0]), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+                axes.set_xlabel("source position", fontsize=8)
+            else:
+                curves = np.atleast_2d(table)
+                for head, curve in enumerate(curves):
+                    color = "black" if len(curves) == 1 else colormaps["viridis"](head / max(1, len(curves) - 1) * 0.9)
+                    axes.plot(curve, color=color, linewidth=1, label=f"head {head}")
+            if layer == 0:
+                axes.set_title({"f": "f (W)" if table.ndim == 3 else "f"}.get(name, name), fontsize=10)
+                if name == "f" and table.ndim == 2 and 1 < len(table) <= 8:
+                    axes.legend(fontsize=6, frameon=False, ncols=2)
+            if layer == len(layers) - 1 and table.ndim < 3:
+                axes.set_xlabel(labels[name], fontsize=8)
+            if axes is grid[layer][0]:
+                axes.set_ylabel(f"layer {layer}", fontsize=9)
+            _plain(axes)
+    save_picture(figure, out)
+
+
+def _draw_projections(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+    """Of every projection and layer the median, the middle half and the middle 98 % of what it gives."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys((row["half"], row["projection"]) for row in report["projections"]))
+    columns = max(sum(half == h for h, _ in kinds) for half in HALVES)
+    figure = Figure(figsize=(2.4 * columns + 0.6, 4.6), dpi=130, layout="constrained")
+    grid = figure.subplots(len(HALVES), columns, squeeze=False)
+    for i, half in enumerate(HALVES):
+        here = [name for h, name in kinds if h == half]
+        for axes, name in zip(grid[i], here, strict=False):
+            rows = [r for r in report["projections"] if (r["half"], r["projection"]) == (half, name)]
+            for row in rows:
+                low, lower, middle, upper, high = row["quantiles"]
+                axes.plot([row["layer"]] * 2, [low, high], color="#0072B2", linewidth=1)
+                axes.plot([row["layer"]] * 2, [lower, upper], color="#0072B2", linewidth=6, solid_capstyle="butt")
+                axes.plot(row["layer"], middle, "o", color="white", markeredgecolor="#0072B2", markersize=4)
+            axes.set_title(f"{half}: " + ("sigmoid(receptance)" if name == "receptance" else name), fontsize=9)
+            axes.set_xticks([r["layer"] for r in rows])
+            _plain(axes)
+        for axes in grid[i][len(here) :]:
+            axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("layer", fontsize=8)
+    save_picture(figure, out)
+
+
+def _draw_shift(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+    """Share of the shifted channels in what each projection reads, and the loss added when they are zeroed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.2, 5.2), dpi=130, layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row", squeeze=False)
+    for column, half in enumerate(HALVES):
+        rows = [r for r in report["projections"] if r["half"] == half and r["shifted"] is not None]
+        names = list(dict.fromkeys(r["projection"] for r in rows))
+        colors = spare_colors(())
+        top, bottom = grid[0][column], grid[1][column]
+        for i, (name, color) in enumerate(zip(names, colors, strict=False)):
+            own = [r for r in rows if r["projection"] == name]
+            x = np.array([r["layer"] for r in own]) + (i - (len(names) - 1) / 2) * 0.25
+            share = np.array([np.nan if r["share"] is None else r["share"] for r in own])
+            start = np.array([np.nan if r["share_at_start"] is None else r["share_at_start"] for r in own])
+            top.bar(x, share, 0.22, color=color, label=f"{PROJECTIONS[name]} ({name})")
+            top.plot(x, start, "_", color="black", markersize=9)
+            bottom.bar(x, [r["loss_without_shifted"] - report["loss"] for r in own], 0.22, color=color)
+        top.set_title(half, fontsize=10)
+        top.set_ylim(0, 1)
+        top.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
+        bottom.set_xlabel("layer", fontsize=9)
+        for axes in (top, bottom):
+            axes.set_xticks(range(config.layers))
+            _plain(axes)
+    grid[0][0].set_ylabel("share of the shifted channels\n(black: at the start)", fontsize=9)
+    grid[1][0].set_ylabel("nats per token added\nwithout them", fontsize=9)
+    save_picture(figure, out)
+
+
+def _plain(axes: "Axes") -> None:
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,106 @@
+"""Speed and peak memory of a training step, each size in a fresh process, so that no other run's memory counts."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from timemix.config import RunConfig, from_dict, to_dict
+from timemix.evaluate import cross_entropy
+from timemix.models import LanguageModel
+from timemix.optim import build_optimizer
+from timemix.precision import autocast, choose_device, choose_precision
+from timemix.train import free_memory
+
+
+def measure_training(config: RunConfig, steps: int = 3) -> dict[str, Any]:
+    """Training steps on random tokens: `step_seconds` (the fastest), `tokens_per_second`, `peak_memory` in bytes.
+
+    Peak memory: resident memory on the CPU, allocated memory on a GPU, above what stands before the model is built;
+    None where the system does not tell. `{"error": ...}` where a step fails, for want of memory say.
+    """
+    asked = {"config": to_dict(config), "steps": steps, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "timemix.experiments.measure"]
+    child = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if child.returncode == 0:
+        return json.loads(child.stdout)
+    # Linux ends a process that takes too much memory with SIGKILL.
+    if child.returncode == -9 or "memory" in child.stderr:
+        return {"error": "out of memory"}
+    return {"error": (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]}
+
+
+def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
+    train = config.train
+    device, _ = choose_device(train.device)
+    precision, _ = choose_precision(train.precision, device)
+    on_gpu = device.type == "cuda"
+    # A first small step, so that code which is loaded when first used does not count.
+    small = replace(config.model, layers=1, channels=4 * config.model.heads, ctx_len=8)
+    _step(small_model := LanguageModel(small).to(device), build_optimizer(small_model, train), 2, 1, precision)
+    if not on_gpu:
+        _limit_memory(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else _status("VmRSS")
+    model = LanguageModel(config.model).to(device)
+    optimizer = build_optimizer(model, train)
+    rows, ctx_len = train.batch_size // train.accumulation, config.model.ctx_len
+    fastest = math.inf
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        _step(model, optimizer, rows, train.accumulation, precision)
+        # The first step also allocates.
+        if step > 0:
+            fastest = min(fastest, time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _status("VmHWM")
+    return {
+        "step_seconds": fastest,
+        "tokens_per_second": train.batch_size * ctx_len / fastest,
+        "peak_memory": None if peak is None or before is None else peak - before,
+    }
+
+
+def _step(model: LanguageModel, optimizer: torch.optim.Optimizer, rows: int, pieces: int, precision: str) -> None:
+    """One training step on random tokens, finished when it returns."""
+    config = model.config
+    for _ in range(pieces):
+        tokens = torch.randint(config.vocab_size, (rows, config.ctx_len + 1), device=model.device)
+        with autocast(precision, model.device):
+            logits, _ = model(tokens[:, :-1])
+        cross_entropy(logits, tokens[:, 1:]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _limit_memory(device: torch.device) -> None:
+    """Makes a want of memory an error of this process, before the system ends processes of its choice."""
+    free, size = free_memory(device), _status("VmSize")
+    if free is None or size is None:
+        return
+    import resource
+
+    limit = size + int(0.9 * free)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _status(name: str) -> int | None:
+    """Bytes of a line of /proc/self/status, None where there is none."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields[name].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    print(json.dumps(_measure(from_dict(RunConfig, asked["config"]), asked["steps"])))

@@ -1,0 +1,93 @@
+"""The files that a finished comparison is read from: table.json, table.md, loss.png and report.html."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timemix.checkpoint import load
+from timemix.config import to_toml
+from timemix.experiments.compare import Comparison
+from timemix.experiments.experiment import Experiment
+from timemix.experiments.plot import mean_over_runs, plot_bands, spare_colors
+from timemix.experiments.table import (
+    build_table,
+    result_rows,
+    summary,
+    to_markdown,
+    tuning_rows,
+    verdict_rows,
+    warnings,
+)
+from timemix.files import write_text
+
+MOST_POINTS = 400
+
+
+def write_report(comparison: Comparison) -> dict[str, Any]:
+    """Writes every file of the report and returns the table. Failed runs are named in it."""
+    out, table = comparison.out, build_table(comparison)
+    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / "table.md", to_markdown(table))
+    runs = finished_runs(comparison)
+    if runs:
+        colors = variant_colors(comparison.experiment)
+        plot_bands(runs, out / "loss.png", colors=colors, title=table["title"])
+    write_text(out / "report.html", to_html(comparison, table))
+    return table
+
+
+def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
+    """Run folders of each variant by its label, where one has ended well."""
+    runs = {
+        v.label or v.name: [
+            comparison.folder(j)
+            for j in comparison.seed_jobs(v)
+            if "error" not in (comparison.result(j) or {"error": ""})
+        ]
+        for v in comparison.experiment.variants
+    }
+    return {label: folders for label, folders in runs.items() if folders}
+
+
+def variant_colors(experiment: Experiment) -> dict[str, str]:
+    """A color for each label: the file's own, else one of those that the colour-blind can tell apart."""
+    spare = spare_colors(v.color for v in experiment.variants)
+    return {v.label or v.name: v.color or next(spare) for v in experiment.variants}
+
+
+def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
+    """One page without any reference to the outside."""
+    experiment, colors = comparison.experiment, variant_colors(comparison.experiment)
+    curves, configs = [], {}
+    for label, runs in finished_runs(comparison).items():
+        x, mean, deviation = mean_over_runs(runs)
+        kept = slice(None, None, -(-len(mean) // MOST_POINTS))
+        curve = {name: np.round(values[kept], 5).tolist() for name, values in x.items()}
+        curve |= {"mean": np.round(mean[kept], 5).tolist(), "deviation": np.round(deviation[kept], 5).tolist()}
+        curves.append({"label": label, "color": colors[label], **curve})
+        configs[label] = to_toml(load(runs[0]).config)
+    samples: dict[str, dict[str, str]] = {prompt: {} for prompt in comparison.prompts}
+    for variant in experiment.variants:
+        for prompt, text in comparison.samples(variant).items():
+            samples[prompt][variant.label or variant.name] = text
+    page = {
+        "title": table["title"],
+        "summary": summary(table),
+        "curves": curves,
+        "by_position": [
+            {"label": row["label"], "color": colors[row["label"]], "y": np.round(row["by_position"], 4).tolist()}
+            for row in table["variants"]
+            if "by_position" in row
+        ],
+        "table": result_rows(table),
+        "verdicts": verdict_rows(table),
+        "tuning": tuning_rows(table),
+        "notes": warnings(table),
+        "samples": {prompt: texts for prompt, texts in samples.items() if texts},
+        "configs": configs,
+    }
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    # A "</script>" in a sample must not end the script.
+    return template.replace("DATA", json.dumps(page).replace("<", "\\u003c"), 1)

@@ -1,0 +1,244 @@
+"""What a comparison found: means, paired differences with their intervals, verdicts; as JSON and as Markdown."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from timemix.experiments.compare import Comparison
+from timemix.experiments.experiment import Variant, Verdict
+
+CONFIDENCE = 0.95
+Difference = dict[str, float | None]
+
+
+def build_table(comparison: Comparison) -> dict[str, Any]:
+    """Everything that a comparison found, as one JSON object; losses in nats per token, memory in bytes.
+
+    Differences are paired by seed, a variant's loss minus the first variant's, with a 95 % t-interval.
+    """
+    experiment = comparison.experiment
+    rows = [_row(comparison, variant) for variant in experiment.variants]
+    first = rows[0]["valid_losses"]
+    for row in rows[1:]:
+        row["difference"] = paired_difference(first, row["valid_losses"])
+    losses = {row["name"]: row for row in rows}
+    return {
+        "title": experiment.title,
+        "tokens": experiment.tokens,
+        "seconds": experiment.seconds,
+        "seeds": list(experiment.seeds),
+        "variants": rows,
+        "verdicts": [judge(verdict, losses[verdict.better], losses[verdict.worse]) for verdict in experiment.verdicts],
+    }
+
+
+def _row(comparison: Comparison, variant: Variant) -> dict[str, Any]:
+    jobs = comparison.seed_jobs(variant)
+    results = {job.number: comparison.result(job) or {"error": "not run"} for job in jobs}
+    good = {seed: r for seed, r in results.items() if "error" not in r}
+    row: dict[str, Any] = {
+        "name": variant.name,
+        "label": variant.label or variant.name,
+        "parameters": next((r["parameters"] for r in good.values()), None),
+        "chosen": comparison.best_point(variant),
+        "tuning": [
+            {**comparison.point(job), "valid_loss": (comparison.result(job) or {}).get("valid_loss")}
+            for job in comparison.tuning_jobs(variant)
+        ],
+        "train_losses": {seed: r["train_loss"] for seed, r in good.items()},
+        "valid_losses": {seed: r["valid_loss"] for seed, r in good.items()},
+        "valid_at": {seed: r["valid_at"] for seed, r in good.items()},
+        "tokens_per_second": statistics.median([r["tokens_per_second"] for r in good.values()]) if good else None,
+        "seconds": sum(r["seconds"] for r in good.values()),
+        "peak_memory": comparison.memory(variant),
+        "failed": {seed: r["error"] for seed, r in results.items() if "error" in r},
+        "own_tokens": comparison.tokenizer_hash(variant)
+        != comparison.tokenizer_hash(comparison.experiment.variants[0]),
+    }
+    if comparison.experiment.by_position and good:
+        windows = [r["by_position"] for r in good.values()]
+        row["by_position"] = [statistics.fmean(column) for column in zip(*windows, strict=True)]
+    return row
+
+
+def paired_difference(first: dict[int, float], other: dict[int, float]) -> Difference | None:
+    """Mean of `other` minus `first` over the seeds that both have, and its 95 % t-interval; None without a seed.
+
+    A single seed has no interval: low and high are None.
+    """
+    differences = [other[seed] - first[seed] for seed in first if seed in other]
+    if not differences:
+        return None
+    mean, n = statistics.fmean(differences), len(differences)
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None}
+    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """Quantile of Student's t for p in (0.5, 1), by bisection of its distribution function."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, degrees) < p else (low, middle)
+    return low
+
+
+def _t_cdf(t: float, degrees: int) -> float:
+    """Distribution function of Student's t at t >= 0: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine = math.cos(angle) ** 2
+    odd = degrees % 2
+    term = total = 0.0
+    for j in range(degrees // 2 if not odd else (degrees - 1) // 2):
+        if j == 0:
+            term = math.cos(angle) if odd else 1.0
+        else:
+            term *= cosine * (2 * j if odd else 2 * j - 1) / (2 * j + 1 if odd else 2 * j)
+        total += term
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + inside) / 2
+
+
+def judge(verdict: Verdict, better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
+    """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run."""
+    difference = paired_difference(_losses(better, verdict.at_step), _losses(worse, verdict.at_step))
+    return {
+        "claim": verdict.claim,
+        "better": verdict.better,
+        "worse": verdict.worse,
+        "gain": difference,
+        "verdict": verdict_word(difference),
+    }
+
+
+def verdict_word(gain: Difference | None) -> str:
+    """holds where the whole interval is above 0, does not hold where it is below, undecided between, else not run."""
+    if gain is None:
+        return "not run"
+    if gain["low"] is None or gain["high"] is None or gain["low"] <= 0 <= gain["high"]:
+        return "undecided"
+    return "holds" if gain["low"] > 0 else "does not hold"
+
+
+def _losses(row: dict[str, Any], step: int | None) -> dict[int, float]:
+    if step is None:
+        return row["valid_losses"]
+    return {seed: losses[str(step)] for seed, losses in row["valid_at"].items() if str(step) in losses}
+
+
+def summary(table: dict[str, Any]) -> str:
+    """Budget, seeds and units in one sentence."""
+    budget = f"{table['tokens']:,} tokens" if table["tokens"] else f"{table['seconds']:g} s of training"
+    return (
+        f"{budget} per run, seeds {', '.join(map(str, table['seeds']))}; losses in nats per token, mean ± standard"
+        " deviation over seeds; difference to the first row, paired by seed, with its 95 % interval."
+    )
+
+
+def result_rows(table: dict[str, Any]) -> list[list[str]]:
+    """The main table as text, its heading first."""
+    rows = [["variant", "parameters", "chosen", "training loss", "held-out loss", "difference", "tokens/s", "memory"]]
+    for row in table["variants"]:
+        memory, speed = row["peak_memory"], row["tokens_per_second"]
+        rows.append(
+            [
+                row["label"],
+                "-" if row["parameters"] is None else f"{row['parameters']:,}",
+                point_words(row["chosen"]),
+                mean_and_deviation(row["train_losses"].values()),
+                mean_and_deviation(row["valid_losses"].values()),
+                interval(row.get("difference")),
+                "-" if speed is None else f"{speed:,.0f}",
+                "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
+            ]
+        )
+    return rows
+
+
+def verdict_rows(table: dict[str, Any]) -> list[list[str]]:
+    """The verdicts as text, heading first."""
+    return [["claim", "better by", "verdict"]] + [
+        [v["claim"], interval(v["gain"]), v["verdict"]] for v in table["verdicts"]
+    ]
+
+
+def tuning_rows(table: dict[str, Any]) -> list[list[str]]:
+    """The tuning grid as text, heading first, a star at each row's lowest loss; nothing where none was tuned."""
+    points = table["variants"][0]["tuning"]
+    if not points:
+        return []
+    rows = [["variant", *(point_words({k: v for k, v in p.items() if k != "valid_loss"}) for p in points)]]
+    for row in table["variants"]:
+        losses = [p["valid_loss"] for p in row["tuning"]]
+        best = min((x for x in losses if x is not None), default=None)
+        rows.append([row["label"], *("failed" if x is None else f"{x:.4f}{' *' * (x == best)}" for x in losses)])
+    return rows
+
+
+def to_markdown(table: dict[str, Any]) -> str:
+    """The table as a person reads it."""
+    parts = [f"# {table['title']}", summary(table), markdown_table(result_rows(table), words=(0, 2))]
+    if table["verdicts"]:
+        parts.append(markdown_table(verdict_rows(table), words=(0, 2)))
+    if grid := tuning_rows(table):
+        parts += ["Tuning: loss on the last 5 % of the training text, seed 0; the starred point was taken."]
+        parts.append(markdown_table(grid))
+    if said := warnings(table):
+        parts.append("\n".join(f"- {each}" for each in said))
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
+    """Rows as a Markdown table, the first its heading; columns of `words` to the left, of numbers to the right."""
+    rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
+
+
+def warnings(table: dict[str, Any]) -> list[str]:
+    """What keeps the comparison from being fair or whole: failures, unlike parameters, a best point at the edge."""
+    said = []
+    for row in table["variants"]:
+        said += [f"{row['label']}, seed {seed}, failed: {error}" for seed, error in row["failed"].items()]
+    said += [
+        f"{r['label']} has other tokens than the first: compare bits per byte."
+        for r in table["variants"]
+        if r["own_tokens"]
+    ]
+    counts = [row["parameters"] for row in table["variants"] if row["parameters"]]
+    for row in table["variants"]:
+        if row["parameters"] and abs(row["parameters"] / counts[0] - 1) > 0.01:
+            said.append(f"{row['label']} has {row['parameters'] / counts[0] - 1:+.1%} parameters against the first.")
+        tried = {k: [p[k] for p in row["tuning"]] for k in (row["chosen"] or {}) if row["tuning"]}
+        for name, values in tried.items():
+            value = row["chosen"][name]
+            if isinstance(value, int | float) and len(set(values)) > 2 and value in (min(values), max(values)):
+                said.append(f"{row['label']} chose {name} {value:g} at the edge of its grid.")
+    return said
+
+
+def point_words(point: dict[str, Any] | None) -> str:
+    """A tuning point in a few words, `lr 0.004, zero`."""
+    if point is None:
+        return "-"
+    names = {name: name.rpartition(".")[2] for name in point}
+    return ", ".join(v if isinstance(v, str) else f"{names[k]} {v:g}" for k, v in point.items())
+
+
+def mean_and_deviation(values: Sequence[float] | Any) -> str:
+    values = list(values)
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+def interval(difference: Difference | None) -> str:
+    if difference is None:
+        return "-"
+    if difference["low"] is None:
+        return f"{difference['mean']:+.4f} (one seed)"
+    return f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
