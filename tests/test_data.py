@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timemix.config import DataConfig
-from timemix.data import Batches, describe, is_corpus, open_corpus, prepare, validation_windows
+from timemix.data import (
+    Batches,
+    describe,
+    hold_out_end,
+    is_corpus,
+    open_corpus,
+    prepare,
+    spread,
+    text_hash,
+    validation_windows,
+)
 from timemix.errors import UserError
 from timemix.sources import DOWNLOADS, Download
 
@@ -40,6 +50,57 @@ def test_a_prepared_folder_holds_the_text(kind, unknown):
     assert is_corpus(Path("out"))
     assert not is_corpus(Path("."))
     assert not is_corpus(Path("text.txt"))
+
+
+@given(st.integers(0, 300), st.integers(1, 400), st.integers(1, 30))
+def test_spread_takes_pieces_in_order_from_beginning_to_end(tokens, most, pieces):
+    ids = np.arange(tokens)
+    kept = spread(ids, most, pieces)
+    assert len(kept) == min(tokens, most)
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(kept) > 1).sum() < pieces
+    if tokens > most >= pieces > 1:
+        assert (kept[0], kept[-1]) == (0, tokens - 1)
+    np.testing.assert_array_equal(spread(ids, None), ids)
+
+
+def test_held_out_text_can_be_thinned():
+    Path("long.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    whole = prepare(Path("whole"), DataConfig(source="long.txt"))
+    thin = prepare(Path("thin"), DataConfig(source="long.txt", valid_tokens=100))
+    assert len(whole.valid) > 300
+    np.testing.assert_array_equal(thin.valid, spread(whole.valid, 100))
+    np.testing.assert_array_equal(thin.train, whole.train)
+    assert thin.info["valid"]["tokens"] == thin.info["valid"]["characters"] == 100
+
+
+def test_unknown_characters_of_thinned_text_are_counted():
+    Path("train.txt").write_text("abcdefgh" * 100)
+    Path("valid.txt").write_text("abcdefgx" * 100)
+    config = DataConfig(source="train.txt", valid="valid.txt", unknown="unk", valid_tokens=80)
+    thin = prepare(Path("thin"), config)
+    assert thin.info["valid"]["unknown"] == int((thin.valid == thin.tokenizer.vocab_size - 1).sum()) > 0
+
+
+def test_the_end_of_the_training_text_can_be_held_out():
+    Path("long.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    whole = prepare(Path("whole"), DataConfig(source="long.txt"))
+    tuning = hold_out_end(whole, Path("tuning"), share=0.1)
+    np.testing.assert_array_equal(np.concatenate([tuning.train, tuning.valid]), whole.train)
+    assert len(tuning.train) == int(0.9 * len(whole.train))
+    assert tuning.tokenizer.hash == whole.tokenizer.hash
+    assert is_corpus(Path("tuning"))
+    assert len(hold_out_end(whole, Path("less"), valid_tokens=30).valid) == 30
+
+
+def test_the_hash_is_of_the_text_not_of_its_place():
+    Path("again.txt").write_bytes(TEXT.encode())
+    one = text_hash(DataConfig(source="text.txt"))
+    assert one == text_hash(DataConfig(source="again.txt"))
+    assert one != text_hash(DataConfig(source="text.txt", valid="again.txt"))
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    prepare(Path("other"), DataConfig(source="text.txt", valid_fraction=0.2))
+    assert text_hash(DataConfig(source="out")) != text_hash(DataConfig(source="other"))
 
 
 def test_ids_lie_on_disk_in_little_endian():

@@ -13,7 +13,7 @@ from tests.runs import TEXT, small_trainer
 from tests.test_models import VARIANTS, build
 from timemix import checkpoint
 from timemix.errors import UserError
-from timemix.evaluate import evaluate, evaluate_held_out, loss_per_token, windows
+from timemix.evaluate import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
 
 
 @given(
@@ -33,6 +33,20 @@ def test_every_target_is_scored_once_with_enough_context(tokens, ctx_len, batch_
         if stride is not None and targets[0, 0] > 1:
             assert inputs.shape[1] - count >= min(ctx_len - stride, inputs.shape[1] - 1)
     assert sorted(scored) == list(range(1, tokens))
+
+
+def test_loss_by_position_splits_the_loss_of_whole_windows():
+    model = build(VARIANTS["rwkv1"])
+    text = np.random.default_rng(0).integers(0, 11, 5 * 12 + 1).astype(np.uint8)
+    by_position = loss_by_position(model, text)
+    assert by_position.shape == (12,)
+    assert by_position.mean() == pytest.approx(loss_per_token(model, text), rel=1e-6)
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(text[:-1].astype(np.int64)).view(5, 12))
+    targets = torch.from_numpy(text[1:].astype(np.int64)).view(5, 12)
+    assert by_position[3] == pytest.approx(float(F.cross_entropy(logits[:, 3], targets[:, 3])), rel=1e-6)
+    with pytest.raises(UserError, match="needs 13"):
+        loss_by_position(model, text[:12])
 
 
 def test_loss_is_the_mean_over_windows_side_by_side():

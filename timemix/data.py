@@ -17,7 +17,7 @@ from timemix.config import DataConfig
 from timemix.errors import UserError
 from timemix.files import atomic_folder
 from timemix.sources import read_source
-from timemix.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from timemix.tokenizer import UNKNOWN, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
@@ -54,7 +54,7 @@ def prepare(out: Path, config: DataConfig, *, progress: bool = False) -> Corpus:
         splits[split] = ids, _counts(text, ids, unknown)
     if config.valid_tokens is not None and len(splits["valid"][0]) > config.valid_tokens:
         kept = spread(splits["valid"][0], config.valid_tokens)
-        splits["valid"] = kept, _counts(made.decode(kept), kept, 0)
+        splits["valid"] = kept, _counts_of_ids(made, kept)
     return _write(out, made, splits, {"files": files, "encoding": config.encoding})
 
 
@@ -66,7 +66,7 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     """
     cut = int((1 - share) * len(corpus.train))
     parts = {"train": corpus.train[:cut], "valid": spread(corpus.train[cut:], valid_tokens)}
-    splits = {split: (ids, _counts(corpus.tokenizer.decode(ids), ids, 0)) for split, ids in parts.items()}
+    splits = {split: (ids, _counts_of_ids(corpus.tokenizer, ids)) for split, ids in parts.items()}
     return _write(out, corpus.tokenizer, splits, {name: corpus.info[name] for name in ("files", "encoding")})
 
 
@@ -166,6 +166,11 @@ def _counts(text: str, ids: np.ndarray, unknown: int) -> dict[str, int]:
         "bytes": len(text.encode("utf-8")),
         "unknown": unknown,
     }
+
+
+def _counts_of_ids(tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, int]:
+    text = tokenizer.decode(ids)
+    return _counts(text, ids, text.count(UNKNOWN) if tokenizer.unknown == "unk" else 0)
 
 
 def is_corpus(path: Path) -> bool:

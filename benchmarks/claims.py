@@ -1,0 +1,176 @@
+"""Runs every experiment that comes with timemix and writes what came out into docs/claims.md and README.md.
+
+    python benchmarks/claims.py --data FOLDER [--out runs/claims] [--only heads top-a ...] [--write-only]
+
+FOLDER holds pgbooks_small_train.txt.xz, pgbooks_valid.txt, zh_novels_train.txt.xz and zh_novels_valid.txt. Stopped, it
+goes on where it was. Training experiments run in two processes of one thread each, on two cores faster than one process
+of two; speed is measured by one process with nothing else running.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from timemix.experiments.experiment import Experiment, SpeedExperiment, find_experiment, read_experiment
+from timemix.experiments.speed import ratio_words
+from timemix.experiments.table import interval, markdown_table, paired_difference, verdict_word
+
+ROOT = Path(__file__).parent.parent
+# In the order of the page; the speed experiment last but one, when nothing else runs.
+NAMES = (
+    "architectures",
+    "activation",
+    "normalization",
+    "heads",
+    "tables",
+    "token-shift-en",
+    "token-shift-zh",
+    "token-shift-layers",
+    "initial",
+    "long-context",
+    "top-a",
+)
+INSPECTED = ("rwkv1", "mha_shift", "mha_pro")
+
+
+def run(name: str, data: Path, out: Path) -> None:
+    experiment = read_experiment(find_experiment(name))
+    text = "zh_novels_train.txt.xz" if name.endswith("-zh") else "pgbooks_small_train.txt.xz"
+    valid = text.replace("_small", "").replace("_train.txt.xz", "_valid.txt")
+    options = ["-m", "timemix", "compare", name, "--out", str(out / name)]
+    environment = dict(os.environ)
+    command = [sys.executable]
+    if not isinstance(experiment, SpeedExperiment):
+        options += ["--data", str(data / text), "--valid", str(data / valid)]
+    if isinstance(experiment, Experiment):
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        options += ["--reuse", str(out)]
+        environment["OMP_NUM_THREADS"] = "1"
+    subprocess.run([*command, *options], check=True, env=environment)
+
+
+def inspect(out: Path) -> None:
+    """What the trained weights of the architectures say about token-shift, seed by seed, into OUT/inspect.json."""
+    found: dict[str, dict[str, dict]] = {}
+    seeds = read_experiment(find_experiment("architectures")).seeds
+    for arch in INSPECTED:
+        for seed in seeds:
+            run_ = out / "architectures" / "variants" / arch / f"seed-{seed}"
+            command = [sys.executable, "-m", "timemix", "inspect", str(run_), "--tokens", "8192", "--json"]
+            told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found.setdefault(arch, {})[str(seed)] = {key: told[key] for key in ("loss", "projections")}
+    (out / "inspect.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def weights_rows(out: Path) -> list[list[str]]:
+    """Claims about the weights: differences over layers, paired by seed."""
+    found = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
+
+    def mean(arch: str, projection: str, what: str, layers: slice = slice(None)) -> dict[int, float]:
+        values = {}
+        for seed, told in found[arch].items():
+            rows = [r for r in told["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]
+            each = [r["share"] if what == "share" else r["loss_without_shifted"] - told["loss"] for r in rows]
+            values[int(seed)] = sum(each[layers]) / len(each[layers])
+        return values
+
+    rows = [["claim", "by", "verdict"]]
+    for arch, low in (("mha_shift", "query"), ("mha_pro", "query"), ("rwkv1", "receptance")):
+        letter = low[0].upper()
+        for what, words in (("share", "share of the shifted channels"), ("added", "nats added without them")):
+            gain = paired_difference(mean(arch, low, what), mean(arch, "value", what))
+            rows.append(
+                [
+                    f"{arch}: V likes the shifted channels more than {letter}: {words}",
+                    interval(gain),
+                    verdict_word(gain),
+                ]
+            )
+    for arch in INSPECTED:
+        gain = paired_difference(mean(arch, "value", "share", slice(-1, None)), mean(arch, "value", "share", slice(1)))
+        rows.append(
+            [
+                f"{arch}: V uses the shifted channels less in the last layer than in the first: share",
+                interval(gain),
+                verdict_word(gain),
+            ]
+        )
+    return rows
+
+
+def verdict_rows(name: str, out: Path) -> list[list[str]]:
+    """Claim, gain and verdict of one experiment, as text."""
+    table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
+    return [[v["claim"], ratio_words(v["ratio"]) + " times" if "ratio" in v else interval(v["gain"]), v["verdict"]]
+            for v in table["verdicts"]]  # fmt: skip
+
+
+def blocks(out: Path) -> dict[str, str]:
+    """What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the documents."""
+    found, summary, short = {}, [["claim", "better by", "verdict", "experiment"]], [["claim", "verdict"]]
+    for name in NAMES:
+        if not (out / name / "table.json").exists():
+            summary.append([f"({name})", "-", "not run", f"[{name}](#{name})"])
+            continue
+        rows = verdict_rows(name, out)
+        summary += [[*row, f"[{name}](#{name})"] for row in rows]
+        short += [[row[0], row[2]] for row in rows]
+        text = (out / name / "table.md").read_text(encoding="utf-8").partition("\n")[2].strip()
+        found[name] = f"{text}\n\n{cost(name, out)}\n\n![{name}](claims-{name}.png)"
+        pictures = [out / name / p for p in ("loss.png", "speed.png", "top-a.png")]
+        shutil.copy(next(p for p in pictures if p.exists()), ROOT / "docs" / f"claims-{name}.png")
+    if (out / "inspect.json").exists():
+        rows = weights_rows(out)
+        summary += [[*row, "[weights](#weights)"] for row in rows[1:]]
+        short += [[row[0], row[2]] for row in rows[1:]]
+        found["weights"] = markdown_table(rows, words=(0, 2)) + "\n\n![weights](claims-weights.png)"
+        picture = out / "architectures/variants/mha_shift/seed-1/inspect/shift.png"
+        shutil.copy(picture, ROOT / "docs" / "claims-weights.png")
+    found["verdicts"] = markdown_table(summary, words=(0, 2, 3))
+    found["short"] = markdown_table(short, words=(0, 1))
+    return found
+
+
+def cost(name: str, out: Path) -> str:
+    """How many runs and how much training an experiment took."""
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in (out / name / "variants").glob("*/*/result.json")]
+    trained = [r for r in results if "seconds" in r and "taken_from" not in r]
+    if not results:
+        return "Measured by `python benchmarks/claims.py`."
+    taken = len(results) - len(trained)
+    also = f", and {taken} taken over from other experiments" if taken else ""
+    return f"{len(trained)} runs{also}; {sum(r['seconds'] for r in trained) / 60:.0f} minutes of one core."
+
+
+def write(out: Path) -> None:
+    found = blocks(out)
+    for path in (ROOT / "docs" / "claims.md", ROOT / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        for name, block in found.items():
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+            text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+        path.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--write-only", action="store_true")
+    options = parser.parse_args()
+    if not options.write_only:
+        for name in options.only:
+            run(name, options.data, options.out)
+        if "architectures" in options.only:
+            inspect(options.out)
+    write(options.out)
+
+
+if __name__ == "__main__":
+    main()
