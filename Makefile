@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo claims test test-slow check clean
 
 demo: .venv/installed
 	$(BIN)/timemix demo
+
+# DATA: a folder with the texts that benchmarks/claims.py names. Stopped, it goes on where it was.
+claims: .venv/installed
+	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
 
 test: check
 	$(BIN)/pytest

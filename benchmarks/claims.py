@@ -35,6 +35,8 @@ NAMES = (
     "long-context",
     "top-a",
 )
+# Of these the README shows every verdict, of the others the first.
+WHOLE = ("architectures", "long-context")
 INSPECTED = ("rwkv1", "mha_shift", "mha_pro")
 
 
@@ -119,15 +121,18 @@ def blocks(out: Path) -> dict[str, str]:
             continue
         rows = verdict_rows(name, out)
         summary += [[*row, f"[{name}](#{name})"] for row in rows]
-        short += [[row[0], row[2]] for row in rows]
+        short += [[row[0], row[2]] for row in (rows if name in WHOLE else rows[:1])]
         text = (out / name / "table.md").read_text(encoding="utf-8").partition("\n")[2].strip()
         found[name] = f"{text}\n\n{cost(name, out)}\n\n![{name}](claims-{name}.png)"
         pictures = [out / name / p for p in ("loss.png", "speed.png", "top-a.png")]
         shutil.copy(next(p for p in pictures if p.exists()), ROOT / "docs" / f"claims-{name}.png")
+        if (position := out / name / "position.png").exists():
+            shutil.copy(position, ROOT / "docs" / f"claims-{name}-position.png")
+            found[name] += f"\n\n![{name} by position](claims-{name}-position.png)"
     if (out / "inspect.json").exists():
         rows = weights_rows(out)
         summary += [[*row, "[weights](#weights)"] for row in rows[1:]]
-        short += [[row[0], row[2]] for row in rows[1:]]
+        short.append([rows[1][0], rows[1][2]])
         found["weights"] = markdown_table(rows, words=(0, 2)) + "\n\n![weights](claims-weights.png)"
         picture = out / "architectures/variants/mha_shift/seed-1/inspect/shift.png"
         shutil.copy(picture, ROOT / "docs" / "claims-weights.png")

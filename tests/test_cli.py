@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from tests.runs import TEXT
 from timemix.cli import main
+from timemix.experiments.experiment import read_experiment
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("demo", "train", "sample", "eval", "compare", "inspect", "plot", "data", "info")
@@ -318,6 +320,15 @@ def test_inspect_prints_draws_and_gives_json(trained):
     assert len(json.loads(result.stdout)["projections"]) == 4 * 6
 
 
+def test_inspect_of_a_run_without_weights_says_what_can_be_shown(trained, tmp_path):
+    shutil.copytree(trained / "runs/mine", tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine/checkpoints")
+    result = run("inspect", "mine", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "mine has no weights" in result.stderr
+    assert result.stderr.endswith("its losses can: timemix plot mine\n")
+
+
 def test_prompt_characters_outside_the_vocabulary_are_named(trained):
     result = run("sample", "runs/mine", "--prompt", "the Ωmega", cwd=trained)
     assert result.returncode == 2
@@ -363,10 +374,14 @@ def test_the_readme_as_it_stands(tmp_path):
     for line in lines:
         if line.startswith("timemix train cpu-small"):
             line = line.partition("#")[0] + " ".join(QUICK)
+        if line.startswith("timemix compare"):
+            line = line.partition("#")[0] + "--tokens 3072 --seeds 2 --no-tune"
         done = subprocess.run(
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+    (tmp_path / "shift.toml").write_text(readme_blocks("toml")[0])
+    assert len(read_experiment(tmp_path / "shift.toml").variants) == 2
     for block in readme_blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"

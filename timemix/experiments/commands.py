@@ -218,12 +218,17 @@ def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
 
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
-    from timemix.checkpoint import load
+    from timemix.checkpoint import checkpoints, load
     from timemix.data import open_run_corpus, spread
     from timemix.experiments.inspect import draw, inspect_run
     from timemix.precision import choose_device
     from timemix.sources import read_source
 
+    if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
+        raise UserError(
+            f"{parsed.run} has no weights, so neither tables nor projections can be shown; its losses can:"
+            f" timemix plot {parsed.run}"
+        )
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
     run = loaded.folder.parent.parent
     if parsed.data is None:

@@ -134,6 +134,32 @@ def plot_bands(
     save_picture(figure, out)
 
 
+def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: Mapping[str, str]) -> None:
+    """Draws how much more each variant loses than the first at each position of the window, to `out` (.png or .svg).
+
+    losses: nats per token by position, by name; neighbours are averaged under a Gaussian of 1.5 positions.
+    Raises UserError where `out` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.4), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    first, *others = losses
+    axes.axhline(0, color=colors[first], linewidth=1.3, label=first)
+    for i, name in enumerate(others, 1):
+        added = _gaussian(np.subtract(losses[name], losses[first]), 1.5)
+        style: dict[str, Any] = {"marker": _MARKERS[i % len(_MARKERS)], "markevery": len(added) // 8 + 1}
+        axes.plot(added, color=colors[name], linewidth=1.3, markersize=5, markeredgecolor="white", label=name, **style)
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel(f"loss added to that of\n{first} (nats per token)", parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.7)
+    legend = axes.legend(edgecolor="none", fontsize=9)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    save_picture(figure, out)
+
+
 def mean_over_runs(
     runs: Sequence[Path], smoothing: float = 0.03
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:

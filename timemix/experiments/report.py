@@ -10,7 +10,7 @@ from timemix.checkpoint import load
 from timemix.config import to_toml
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment
-from timemix.experiments.plot import mean_over_runs, plot_bands, spare_colors
+from timemix.experiments.plot import mean_over_runs, plot_bands, plot_positions, spare_colors
 from timemix.experiments.table import (
     build_table,
     result_rows,
@@ -34,6 +34,12 @@ def write_report(comparison: Comparison) -> dict[str, Any]:
     if runs:
         colors = variant_colors(comparison.experiment)
         plot_bands(runs, out / "loss.png", colors=colors, title=table["title"])
+    if any("by_position" in row for row in table["variants"][1:]):
+        plot_positions(
+            {row["label"]: row["by_position"] for row in table["variants"] if "by_position" in row},
+            out / "position.png",
+            colors=variant_colors(comparison.experiment),
+        )
     write_text(out / "report.html", to_html(comparison, table))
     return table
 
