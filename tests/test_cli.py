@@ -245,6 +245,9 @@ def test_a_closed_pipe_is_quiet(trained):
         (["compare", "--arch", "rwkv1", "rwkv1"], "two variants have the name 'rwkv1'"),
         (["compare", "--arch", "rwkv1", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--arch", "rwkv1", "--size", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
+        (["compare", "heads", "--no-tune", "--data", "my.txt"], "--size and --no-tune go with --arch"),
+        (["compare", "heads", "--device", "cuda:77", "--data", "long.txt"], "device 'cuda:77' cannot be used"),
+        (["compare", "heads", "--reuse", "nowhere", "--data", "long.txt"], "there is no folder nowhere"),
         (["compare", "long-context", "--seeds", "3"], "--seeds and --tokens say nothing to it"),
         (["inspect", "nothing"], "there is no run folder nothing"),
         (["inspect", "folder"], "is no run folder"),
@@ -263,6 +266,7 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/letter.txt").write_text("dear")
     (tmp_path / "empty.toml").write_text("")
+    (tmp_path / "long.txt").write_text(TEXT * 9)
     status, out, err = call(*arguments)
     assert status == 2
     assert words in err
@@ -300,13 +304,18 @@ def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
         [sys.executable, "-m", "timemix", "compare", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "c/variants/rwkv1/seed-1/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text()) < 200:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text()) > 200:
+            break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "timemix: stopped; the same command goes on with c\n"
-    assert list((tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir())
+    (saved,) = (tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir()
+    config = metrics.with_name("config.toml")
+    assert int(saved.name[5:]) < int(re.search(r"steps = (\d+)", config.read_text())[1])
 
 
 def test_inspect_prints_draws_and_gives_json(trained):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from tests.runs import write_text_file
 from tests.test_compare import finish, small
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Variant, Verdict
-from timemix.experiments.report import write_report
+from timemix.experiments.report import to_html, write_report
+from timemix.experiments.table import build_table
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
@@ -28,12 +30,19 @@ def comparison(tmp_path_factory):
     source = write_text_file(folder)
     experiment = small(source, variants=variants, verdicts=verdicts, prompts=("the <i>", "cat"), by_position=True)
     base = experiment.base | {"data": {"source": str(source), "tokenizer": "byte"}}
-    from dataclasses import replace
-
     found = Comparison(replace(experiment, base=base), folder / "out")
     finish(found)
     write_report(found)
     return found
+
+
+def test_long_curves_are_thinned_and_keep_their_end(comparison, monkeypatch):
+    monkeypatch.setattr("timemix.experiments.report.MOST_POINTS", 3)
+    page = to_html(comparison, build_table(comparison))
+    curve = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])["curves"][0]
+    # 8 logged steps of 64 tokens, every third from the last.
+    assert curve["tokens"] == [128, 320, 512]
+    assert len(curve["mean"]) == len(curve["deviation"]) == 3
 
 
 def test_it_is_one_file_without_the_outside(comparison):
@@ -164,6 +173,20 @@ def test_nothing_is_cut_off_on_a_small_screen(page):
         page.set_window_size(1000, 1400)
 
 
-def test_the_page_stands_alone(comparison, tmp_path):
+def test_the_page_stands_alone(browser, comparison, tmp_path):
     copy = shutil.copy(comparison.out / "report.html", tmp_path / "elsewhere.html")
     assert Path(copy).stat().st_size < 300_000
+    browser.get(Path(copy).as_uri())
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert len(find(browser, "#loss polyline")) == 2
+
+
+def test_a_report_without_any_finished_run(browser, tmp_path):
+    fails = Variant("fails", {"train": {"lr_final": 1e30, "schedule": "linear"}})
+    experiment = small(write_text_file(tmp_path), variants=(fails,), verdicts=(), seeds=(1,))
+    found = Comparison(experiment, tmp_path / "out")
+    finish(found)
+    write_report(found)
+    browser.get((tmp_path / "out/report.html").as_uri())
+    assert [h.text for h in find(browser, "h2") if h.is_displayed()] == ["Results", "Tuning", "Configs"]
+    assert browser.get_log("browser") == []

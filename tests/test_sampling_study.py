@@ -9,7 +9,7 @@ import torch
 
 from tests.runs import TEXT, write_text_file
 from timemix.errors import UserError
-from timemix.experiments.experiment import SamplingExperiment, Variant
+from timemix.experiments.experiment import SamplingExperiment
 from timemix.experiments.sampling_study import (
     like_entropy,
     mean_entropy,
@@ -28,8 +28,8 @@ TRAIN = {"steps": 6, "batch_size": 4, "precision": "float32"}
 def experiment(source, **fields):
     settings = {
         "title": "sampling",
-        "writer": Variant("writer", {"model": MODEL, "train": TRAIN}),
-        "judge": Variant("judge", {"model": MODEL | {"channels": 32}, "train": TRAIN}),
+        "writer": {"model": MODEL, "train": TRAIN},
+        "judge": {"model": MODEL | {"channels": 32}, "train": TRAIN},
         "temperatures": (1.0, 1.5),
         "top_a": (0.02, 0.2),
         "powers": (1.0, 2.0),
@@ -112,11 +112,28 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds another experiment"):
         run_sampling(replace(study, samples=5), tmp_path / "out", lines.append)
     source.write_text(TEXT * 2)
-    with pytest.raises(UserError, match="an experiment on another text"):
+    with pytest.raises(UserError, match="holds this experiment on another text"):
         run_sampling(study, tmp_path / "out", lines.append)
 
 
-def test_a_judge_too_short_for_the_texts_is_refused(tmp_path):
-    study = experiment(write_text_file(tmp_path), tokens=64)
-    with pytest.raises(UserError, match="prompt and text have 96 tokens; the judge's ctx_len is 64"):
-        run_sampling(study, tmp_path / "out", lambda line: None)
+def test_a_killed_beginning_is_begun_again(tmp_path):
+    study, lines = experiment(write_text_file(tmp_path)), []
+    # As kill -9 leaves it while the run's folder is made.
+    (tmp_path / "out" / "writer" / "data").mkdir(parents=True)
+    run_sampling(study, tmp_path / "out", lines.append)
+    assert lines[0] == "training writer: 6 steps"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokens": 64}, "32 tokens of prompt and 64 of text are more than the judge's ctx_len 64"),
+        ({"temperatures": (0.0,)}, "must be above 0"),
+        ({"top_a": (2.0,)}, "top_a must lie above 0 and be at most 1"),
+        ({"samples": 1}, "at least 2 samples"),
+        ({"writer": {"model": {"layerz": 1}}}, "variant 'writer': unknown field 'model.layerz'"),
+    ],
+)
+def test_what_cannot_serve_is_refused_before_training(fields, words):
+    with pytest.raises(UserError, match=words):
+        experiment("x", **fields)

@@ -8,7 +8,7 @@ import pytest
 from timemix.config import RunConfig, TrainConfig, architecture
 from timemix.errors import UserError
 from timemix.experiments import speed
-from timemix.experiments.experiment import SpeedExperiment, Variant, Verdict
+from timemix.experiments.experiment import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.measure import measure_training
 from timemix.experiments.speed import build_table, run_speed, slope
 
@@ -46,12 +46,12 @@ EXPERIMENT = SpeedExperiment(
     tokens=64,
     rounds=3,
     verdicts=(
-        Verdict("faster", "fast", "slow"),
-        Verdict("slower", "slow", "fast"),
-        Verdict("the same", "fast", "fast"),
-        Verdict("smaller", "fast", "slow", of="memory"),
-        Verdict("fits", "fast", "large"),
-        Verdict("does not", "large", "fast"),
+        SpeedVerdict("faster", "fast", "slow"),
+        SpeedVerdict("slower", "slow", "fast"),
+        SpeedVerdict("the same", "fast", "fast"),
+        SpeedVerdict("smaller", "fast", "slow", of="memory"),
+        SpeedVerdict("fits", "fast", "large"),
+        SpeedVerdict("does not", "large", "fast"),
     ),
 )
 
@@ -106,8 +106,17 @@ def test_what_is_measured_is_not_measured_again(counted, tmp_path):
         run_speed(other, tmp_path / "out", lines.append)
 
 
+def test_other_failures_are_measured_again_and_decide_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed, "measure_training", lambda config, steps: {"error": "illegal memory access"})
+    table = run_speed(EXPERIMENT, tmp_path / "out", lambda line: None)
+    assert {v["verdict"] for v in table["verdicts"]} == {"not run"}
+    assert json.loads((tmp_path / "out" / "measurements.json").read_text()) == {}
+    with pytest.raises(UserError, match="device 'cuda:99'"):
+        run_speed(EXPERIMENT, tmp_path / "other", lambda line: None, device="cuda:99")
+
+
 def test_a_table_of_one_round_decides_nothing():
     one = SpeedExperiment(title="x", variants=(Variant("a"), Variant("b")), ctx_lens=(16,), tokens=64, rounds=1,
-                          verdicts=(Verdict("c", "a", "b"),))  # fmt: skip
+                          verdicts=(SpeedVerdict("c", "a", "b"),))  # fmt: skip
     found = {f"{n} 16 0": {"tokens_per_second": s, "peak_memory": None} for n, s in (("a", 2.0), ("b", 1.0))}
     assert build_table(one, found)["verdicts"][0]["verdict"] == "undecided"

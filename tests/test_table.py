@@ -66,12 +66,20 @@ def test_a_verdict_follows_from_its_interval(gain, word):
 
 
 def test_a_verdict_may_ask_for_a_step():
-    better = {"valid_losses": {1: 5.0, 2: 5.0}, "valid_at": {1: {"100": 1.0}, 2: {"100": 1.1}}}
-    worse = {"valid_losses": {1: 4.0, 2: 4.1}, "valid_at": {1: {"100": 2.0}, 2: {"100": 2.1}}}
+    better = {"comparable": True, "valid_losses": {1: 5.0, 2: 5.0}, "valid_at": {1: {"100": 1.0}, 2: {"100": 1.1}}}
+    worse = {"comparable": True, "valid_losses": {1: 4.0, 2: 4.1}, "valid_at": {1: {"100": 2.0}, 2: {"100": 2.1}}}
     at_end, early = Verdict("c", "a", "b"), Verdict("c", "a", "b", at_step=100)
     assert judge(at_end, better, worse)["gain"]["mean"] == pytest.approx(-0.95)
     assert judge(early, better, worse)["gain"]["mean"] == pytest.approx(1.0)
     assert judge(early, better, worse)["verdict"] == "holds"
+    assert judge(early, better, worse | {"comparable": False})["verdict"] == "not run"
+
+
+def test_a_verdict_may_ask_for_the_first_positions():
+    better = {"comparable": True, "by_position": {1: [1.0, 2.0, 9.0], 2: [1.0, 2.0, 9.0]}}
+    worse = {"comparable": True, "by_position": {1: [2.0, 3.0, 0.0], 2: [2.5, 3.5, 0.0]}}
+    gain = judge(Verdict("c", "a", "b", first_positions=2), better, worse)["gain"]
+    assert gain["mean"] == pytest.approx((1.0 + 1.5) / 2)
 
 
 def test_how_numbers_read():
@@ -80,6 +88,7 @@ def test_how_numbers_read():
     assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}) == "+0.5000 (+0.2500 to +0.7500)"
     assert interval({"mean": 0.5, "low": None, "high": None}) == "+0.5000 (one seed)"
     assert point_words({"train.lr": 0.002, "model.initial": "zero"}) == "lr 0.002, zero"
+    assert point_words({"model.token_shift": [0.5], "model.layers": 2}) == "token_shift [0.5], layers 2"
     assert markdown_table([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
@@ -92,13 +101,13 @@ def test_what_is_unfair_is_said():
             "failed": dict(failed),
             "chosen": {"train.lr": lr},
             "tuning": tuning,
-            "own_tokens": label == "c",
+            "comparable": label != "c",
         }
 
     said = warnings({"variants": [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]})
     assert said == [
         "c, seed 3, failed: no",
-        "c has other tokens than the first: compare bits per byte.",
+        "c reads other text or tokens: not compared.",
         "b has +2.0% parameters against the first.",
         "b chose train.lr 0.004 at the edge of its grid.",
     ]

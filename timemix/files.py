@@ -71,15 +71,13 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     import filelock
 
     lock = filelock.FileLock(path)
-    try:
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Its Timeout is an OSError too, and no failure here.
+        with contextlib.suppress(filelock.Timeout):
             lock.acquire(blocking=wait)
-    except filelock.Timeout:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -46,6 +46,10 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
+class NotFinite(UserError):
+    """A loss or gradient that is not finite: the run would fail in the same way again."""
+
+
 class Interrupted(Exception):
     """A signal ended the run after its step was saved."""
 
@@ -197,7 +201,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            raise UserError(self._not_finite(what, self.step + 1))
+            raise NotFinite(self._not_finite(what, self.step + 1))
         self.optimizer.step()
         self.step += 1
         return loss, norm
@@ -216,7 +220,7 @@ class Trainer:
             return None
         loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision)
         if not math.isfinite(loss):
-            raise UserError(self._not_finite("validation loss", self.step))
+            raise NotFinite(self._not_finite("validation loss", self.step))
         self.valid_loss, self.valid_step = loss, self.step
         return loss
 

@@ -159,6 +159,8 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
     if (parsed.experiment is None) == (not parsed.arch):
         known = ", ".join(path.stem for path in shipped())
         raise UserError(f"name an experiment file, one of {known}, or architectures with --arch")
+    if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
+        raise UserError("--size and --no-tune go with --arch; an experiment file says these itself")
     if parsed.experiment is not None:
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)

@@ -11,20 +11,22 @@ Work is claimed by lock files, so any number of processes may run one comparison
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from timemix.checkpoint import load, read_json
-from timemix.config import DataConfig, RunConfig, to_dict
-from timemix.data import Corpus, hold_out_end, is_corpus, open_corpus, prepare, text_hash
+from timemix.config import DataConfig, ModelConfig, RunConfig, TokenizerKind, Unknown, read_toml, to_dict, to_toml
+from timemix.data import Batches, Corpus, hold_out_end, is_corpus, open_corpus, prepare, text_hash
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
@@ -32,7 +34,8 @@ from timemix.experiments.measure import measure_training
 from timemix.experiments.plot import read_metrics
 from timemix.files import claimed, write_text
 from timemix.precision import choose_device
-from timemix.train import Interrupted, Trainer, Watch, new_run, resume_run
+from timemix.tokenizer import Tokenizer
+from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resume_run
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -58,77 +61,96 @@ class Comparison:
 
     `prompts`: those of the experiment, or the beginning of the held-out text.
 
-    Raises UserError when the folder holds something else, the text changed since it was begun, or the vocabulary lacks
-    a character of a prompt.
+    Raises UserError for what no run could mend: the folder holds something else, the text changed since it was begun or
+    is too short, the vocabulary lacks a character of a prompt, the device is not there.
     """
 
     def __init__(self, experiment: Experiment, out: Path, *, reuse: Path | None = None, device: str = "auto") -> None:
         self.experiment, self.out, self.device = experiment, out, device
         self._reuse = reuse
-        self._began = time.time()
+        self._call = _call_name()
         self._points = experiment.tuning_points()
+        choose_device(device)
+        if reuse is not None and not reuse.is_dir():
+            raise UserError(f"there is no folder {reuse} to reuse runs of")
         with claimed(out / ".data.lock", wait=True):
             self._check_folder()
             self._corpora = {data: self._corpus(i, data) for i, data in enumerate(self._data_configs())}
-        corpora = [corpus for _, corpus in (pair[False] for pair in self._corpora.values())]
-        self.prompts = experiment.prompts or (corpora[0].tokenizer.decode(corpora[0].valid[:PROMPT_TOKENS]),)
-        for corpus, prompt in itertools.product(corpora, experiment.prompts):
+            self._step_counts = {v.name: self._count_steps(v) for v in experiment.variants}
+        corpora = [self.corpus(v) for v in experiment.variants]
+        self.prompts = experiment.prompts or (_beginning(corpora),)
+        for corpus, prompt in itertools.product(corpora, self.prompts):
             corpus.tokenizer.encode(prompt)
+        for variant, tuning in itertools.product(experiment.variants, {False, len(self._points) > 1}):
+            self._check_length(variant, self.corpus(variant, tuning))
+
+    def _check_length(self, variant: Variant, corpus: Corpus) -> None:
+        config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
+        train, ctx_len = config.train, config.model.ctx_len
+        Batches(corpus.train, batch_size=train.batch_size, ctx_len=ctx_len, seed=0, order=config.data.order)
+        least = ctx_len + 1 if self.experiment.by_position else 2
+        if len(corpus.valid) < least:
+            raise UserError(f"the held-out text has {len(corpus.valid)} tokens; {variant.name!r} needs {least}")
 
     def _data_configs(self) -> list[DataConfig]:
-        first = [self.experiment.config(v, self._points[0], self.experiment.seeds[0]) for v in self.experiment.variants]
-        # Only what decides the tokens; the order of batches does not.
-        return list(dict.fromkeys(replace(config.data, order="random") for config in first))
+        return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
+
+    def _data_config(self, variant: Variant) -> DataConfig:
+        """What decides the tokens of a variant; the order of its batches does not."""
+        config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
+        return replace(config.data, order="random")
 
     def _check_folder(self) -> None:
         path = self.out / "experiment.json"
         texts = [text_hash(data) for data in self._data_configs()]
         ours = json.loads(json.dumps({"experiment": asdict(self.experiment), "texts": texts}))
-        # Words and verdicts may be mended later; what a run is may not.
         if not path.exists():
             if any(not p.name.startswith(".") for p in self.out.iterdir()):
                 raise UserError(f"{self.out} is no comparison's folder and not empty; choose another --out")
             write_text(path, json.dumps(ours, indent=1))
             return
         theirs = read_json(path)
+        # Words and verdicts may be mended later; what a run is may not.
         if other := _difference(theirs.get("experiment"), ours["experiment"]):
             raise UserError(f"{self.out} holds another experiment (different: {other}); choose another --out")
         if theirs.get("texts") != texts:
             raise UserError(f"the text changed since {self.out} was begun: its hash differs; choose another --out")
 
     def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
-        """Prepared folder and tokens, for the seeds (False) and for tuning (True)."""
+        """Prepared folder and tokens, for the seeds (False) and, where there is a grid, for tuning (True)."""
         source = Path(config.source)
         if is_corpus(source):
             whole, corpus = source.resolve(), open_corpus(source)
         else:
             whole = (self.out / "data" / str(number)).resolve()
             corpus = open_corpus(whole) if is_corpus(whole) else prepare(whole, config, progress=True)
-        tuning = (self.out / "data" / f"{number}-tuning").resolve()
-        held_out = (
-            open_corpus(tuning)
-            if is_corpus(tuning)
-            else hold_out_end(corpus, tuning, valid_tokens=config.valid_tokens or len(corpus.valid))
-        )
-        return {False: (whole, corpus), True: (tuning, held_out)}
+        found = {False: (whole, corpus)}
+        if len(self._points) > 1:
+            tuning = (self.out / "data" / f"{number}-tuning").resolve()
+            if not is_corpus(tuning):
+                hold_out_end(corpus, tuning, valid_tokens=config.valid_tokens or max(2, len(corpus.valid)))
+            found[True] = tuning, open_corpus(tuning)
+        return found
 
-    def tokenizer_hash(self, variant: Variant) -> str:
-        """What identifies the tokens that a variant's losses are per."""
-        config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
-        return self._corpora[replace(config.data, order="random")][False][1].tokenizer.hash
+    def corpus(self, variant: Variant, tuning: bool = False) -> Corpus:
+        """Tokens of a variant."""
+        return self._corpora[self._data_config(variant)][tuning][1]
+
+    def same_text(self, variant: Variant) -> bool:
+        """Whether a variant's losses are per the same tokens of the same held-out text as the first variant's."""
+        a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
+        return (a.tokenizer.hash, a.info["valid"]["sha256"]) == (b.tokenizer.hash, b.info["valid"]["sha256"])
 
     def folder(self, job: Job) -> Path:
         return self.out / "variants" / job.variant.name / f"{'tuning' if job.tuning else 'seed'}-{job.number}"
 
     def config(self, job: Job) -> RunConfig:
         """The run of a job, its tokens in a prepared folder."""
-        point = self.point(job)
         seed = TUNING_SEED if job.tuning else job.number
-        config = self.experiment.config(job.variant, point, seed, self._steps(job.variant))
-        source, _ = self._corpora[replace(config.data, order="random")][job.tuning]
-        # The prepared folder holds what the other fields of `data` decide.
-        data = DataConfig(source=str(source), order=config.data.order)
-        return replace(config, data=data, train=replace(config.train, device=self.device))
+        steps = self._step_counts[job.variant.name]
+        config = self.experiment.config(job.variant, self.point(job), seed, steps)
+        source, corpus = self._corpora[self._data_config(job.variant)][job.tuning]
+        return on_corpus(config, source, corpus.tokenizer, self.device)
 
     def point(self, job: Job) -> dict[str, Any]:
         """Tuning point of a job; empty where every tuning run failed."""
@@ -143,7 +165,12 @@ class Comparison:
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a job reached, `{"error": ...}` where it failed, None where it has not ended."""
         path = self.folder(job) / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        result = read_json(path)
+        if "error" not in result and not isinstance(result.get("valid_loss"), float):
+            raise UserError(f"{path} is damaged: remove it to run {job.name} again")
+        return result
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
         """The tuning point of the lowest held-out loss, None where tuning is not complete or every run failed."""
@@ -159,8 +186,8 @@ class Comparison:
     def run(self, watching: Callable[[Job, RunConfig], Any], say: Say) -> None:
         """Runs what no other process runs, until every job has ended, here or elsewhere.
 
-        A run that fails is noted in its result.json and tried again by the next call. Raises Interrupted on Ctrl-C
-        or SIGTERM; the next call goes on from there.
+        A run that fails is noted in its result.json, and tried again by the next call unless its loss diverged, which
+        it would again. Raises Interrupted on Ctrl-C or SIGTERM; the next call goes on from there.
         """
         jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
         jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]
@@ -172,10 +199,17 @@ class Comparison:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))
 
     def _ended(self, job: Job) -> bool:
-        path = self.folder(job) / "result.json"
-        if not path.exists():
+        """Whether nothing is left to do: done as its config is now, diverged, or failed in this call."""
+        result = self.result(job)
+        if result is None:
             return False
-        return "error" not in read_json(path) or path.stat().st_mtime >= self._began
+        if "error" in result:
+            return bool(result.get("diverged")) or result.get("call") == self._call
+        # Tuning that was mended later may have chosen another point.
+        return job.tuning or self.best_point(job.variant) is None or result.get("key") == self._key(job)
+
+    def _key(self, job: Job) -> str:
+        return _key(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
         """Runs a job unless another process does or did; whether it ran."""
@@ -187,11 +221,13 @@ class Comparison:
                 result = self._run(job, watching)
             except Interrupted:
                 raise
-            except UserError as error:
-                result = {"error": str(error)}
+            except (UserError, OSError) as error:
+                result = {"error": str(error), "diverged": isinstance(error, NotFinite)}
             except Exception as error:
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"}
+            if "error" in result:
+                result["call"] = self._call
             write_text(folder / "result.json", json.dumps(result))
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -205,28 +241,17 @@ class Comparison:
         if not job.tuning and self.best_point(job.variant) is None:
             errors = [r["error"] for j in self.tuning_jobs(job.variant) if (r := self.result(j)) and "error" in r]
             raise UserError(f"every tuning run failed: {errors[-1]}")
-        config = self.config(job)
-        _, corpus = self._corpora_of(config)
-        key = _key(config, corpus)
+        config, key = self.config(job), self._key(job)
         if (same := self._same_run(key)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(same, folder)
-            return read_json(folder / "result.json") | {"taken_from": str(same)}
-        if (folder / "config.toml").exists():
-            trainer = resume_run(folder)
-        else:
-            # A process killed while it made the folder left no config.
-            shutil.rmtree(folder, ignore_errors=True)
-            trainer = new_run(config, folder)
+            # Its result last, written by the caller: a copy cut short has not ended.
+            shutil.copytree(same, folder, ignore=shutil.ignore_patterns("result.json"))
+            return read_json(same / "result.json") | {"taken_from": str(same)}
+        trainer = begin_or_resume(config, folder)
         with watching(job, config) as watch:
-            return self._train(trainer, watch) | {"key": key}
+            return self._train(trainer, watch, job) | {"key": key}
 
-    def _corpora_of(self, config: RunConfig) -> tuple[Path, Corpus]:
-        return next(
-            pair for both in self._corpora.values() for pair in both.values() if str(pair[0]) == config.data.source
-        )
-
-    def _train(self, trainer: Trainer, watch: Watch) -> dict[str, Any]:
+    def _train(self, trainer: Trainer, watch: Watch, job: Job) -> dict[str, Any]:
         trainer.run(watch)
         rows = read_metrics(trainer.out)
         losses = [row["loss"] for row in rows if "loss" in row]
@@ -240,7 +265,7 @@ class Comparison:
             "valid_loss": trainer.valid_loss,
             "valid_at": {str(row["step"]): row["valid_loss"] for row in rows if "valid_loss" in row},
         }
-        if self.experiment.by_position:
+        if self.experiment.by_position and not job.tuning:
             by_position = loss_by_position(trainer.model, trainer.corpus.valid, precision=trainer.precision)
             result["by_position"] = [round(x, 5) for x in by_position.tolist()]
         return result
@@ -257,30 +282,36 @@ class Comparison:
                 return path.parent
         return None
 
-    def _steps(self, variant: Variant) -> int | None:
-        """Steps that fit into a budget of seconds, measured once per variant; None for a budget of tokens."""
+    def _count_steps(self, variant: Variant) -> int | None:
+        """Steps that fit into a budget of seconds, measured before any training; None for a budget of tokens."""
         seconds = self.experiment.seconds
         if seconds is None:
             return None
         path = self.out / "variants" / variant.name / "budget.json"
-        with claimed(path.with_name(".budget.lock"), wait=True):
-            if not path.exists():
-                config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
-                (_, corpus) = self._corpora[replace(config.data, order="random")][False]
-                model = replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
-                measured = measure_training(replace(config, model=model), steps=20)
-                if "error" in measured:
-                    raise UserError(measured["error"])
-                steps = max(1, int(seconds / measured["step_seconds"]))
-                write_text(path, json.dumps({"steps": steps, "step_seconds": measured["step_seconds"]}))
-            return int(read_json(path)["steps"])
+        if not path.exists():
+            measured = self._measured(variant, steps=20)
+            if "error" in measured:
+                raise UserError(f"a step of variant {variant.name!r} failed: {measured['error']}")
+            steps = max(1, int(seconds / measured["step_seconds"]))
+            write_text(path, json.dumps({"steps": steps, "step_seconds": measured["step_seconds"]}))
+        counted = read_json(path).get("steps")
+        if not isinstance(counted, int):
+            raise UserError(f"{path} is damaged: remove it to measure again")
+        return counted
+
+    def _measured(self, variant: Variant, steps: int) -> dict[str, Any]:
+        config = self.experiment.config(variant, self.best_point(variant) or self._points[0], self.experiment.seeds[0])
+        model = replace(config.model, vocab_size=self.corpus(variant).tokenizer.vocab_size)
+        train = replace(config.train, device=self.device)
+        return measure_training(replace(config, model=model, train=train), steps=steps)
 
     def memory(self, variant: Variant) -> int | None:
-        """Peak memory in bytes of a training step of a variant, measured once."""
+        """Peak memory in bytes of a training step of a variant, measured once; None where it could not be."""
         path = self.out / "variants" / variant.name / "memory.json"
         if not path.exists():
-            run = next((self.folder(j) for j in self.seed_jobs(variant) if "error" not in (self.result(j) or {})), None)
-            measured = {} if run is None else measure_training(load(run).config, steps=1)
+            measured = self._measured(variant, steps=1)
+            if "error" in measured:
+                return None
             write_text(path, json.dumps(measured))
         return read_json(path).get("peak_memory")
 
@@ -301,24 +332,75 @@ class Comparison:
         return read_json(path)
 
 
+def on_corpus(config: RunConfig, source: Path, tokenizer: Tokenizer, device: str) -> RunConfig:
+    """A run's config on a prepared folder, as `new_run` resolves it: that decides what `data` says of the text."""
+    kind, unknown = cast(TokenizerKind, tokenizer.kind), cast(Unknown, tokenizer.unknown)
+    data = DataConfig(source=str(source.resolve()), order=config.data.order, tokenizer=kind, unknown=unknown)
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    return replace(config, model=model, data=data, train=replace(config.train, device=device))
+
+
+def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
+    """The run of a config in a folder: as its newest checkpoint left it, or from its start.
+
+    A folder without a config, as a process leaves it that is killed while making one, or with another one, is begun
+    anew. Device and place of the tokens are those of `config`. Raises UserError as `new_run` and `resume_run` do.
+    """
+    path = folder / "config.toml"
+    if path.exists():
+        theirs = read_toml(path)
+        moved = replace(theirs.data, source=config.data.source)
+        if replace(theirs, data=moved, train=replace(theirs.train, device=config.train.device)) == config:
+            write_text(path, to_toml(config))
+            return resume_run(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return new_run(config, folder)
+
+
+def _call_name() -> str:
+    """A name that the processes of one call share: torchrun's, else one of its own."""
+    if run := os.environ.get("TORCHELASTIC_RUN_ID"):
+        return f"{run} {os.getppid()}"
+    return uuid.uuid4().hex
+
+
+def _beginning(corpora: list[Corpus]) -> str:
+    """A prompt that every vocabulary has: the beginning of the first held-out text, cut where one lacks a character."""
+    first = corpora[0]
+    text = first.tokenizer.decode(first.valid[:PROMPT_TOKENS])
+    for end in range(len(text), 0, -1):
+        if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
+            return text[:end]
+    raise UserError("the held-out text begins with no prompt that every variant can read; give prompts")
+
+
 def _key(config: RunConfig, corpus: Corpus) -> str:
-    """Identifies what a run computes: its config and tokens, not where they lie or what device is used."""
+    """Identifies what a run computes: its config as written and its tokens, not where they lie or what runs it."""
     info = corpus.info
     hashes = [info["train"]["sha256"], info["valid"]["sha256"], info["tokenizer"]["sha256"]]
-    plain = replace(config, data=replace(config.data, source=""), train=replace(config.train, device=""))
+    # The tokens' hashes say what the other fields of `data` and the vocabulary do.
+    plain = replace(
+        config,
+        model=replace(config.model, vocab_size=ModelConfig.vocab_size),
+        data=DataConfig(source="", order=config.data.order),
+        train=replace(config.train, device=""),
+    )
     return sha256(json.dumps([to_dict(plain), hashes], sort_keys=True).encode()).hexdigest()
 
 
 def _difference(theirs: Any, ours: dict[str, Any]) -> str:
     """Names of the fields that decide a run and differ; empty where none does."""
-    if not isinstance(theirs, dict):
-        return "damaged"
-    differ = [n for n in ("tokens", "seconds", "seeds", "preset", "tune") if theirs.get(n) != ours[n]]
-    if _without_source(theirs.get("base")) != _without_source(ours["base"]):
-        differ.append("base")
-    if [(v["name"], v["set"]) for v in theirs.get("variants", [])] != [(v["name"], v["set"]) for v in ours["variants"]]:
-        differ.append("variants")
-    return ", ".join(differ)
+
+    def runs(experiment: Any) -> dict[str, Any]:
+        fields = {n: experiment[n] for n in ("tokens", "seconds", "seeds", "preset", "tune")}
+        fields["base"] = _without_source(experiment["base"])
+        return fields | {"variants": [(v["name"], v["set"]) for v in experiment["variants"]]}
+
+    try:
+        old, new = runs(theirs), runs(ours)
+    except (KeyError, TypeError, AttributeError):
+        return "it is of another kind, or damaged"
+    return ", ".join(name for name in new if old[name] != new[name])
 
 
 def _without_source(base: Any) -> Any:

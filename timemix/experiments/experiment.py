@@ -1,6 +1,8 @@
 """Experiment files: what is compared, on equal terms, and what would confirm a claim."""
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +11,8 @@ from timemix.config import RunConfig, from_dict, nearest, parse_toml, preset, to
 from timemix.errors import UserError
 
 TUNING_SEED = 0
+# Tokens of held-out text that the texts of a sampling experiment go on from.
+PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,25 @@ class Variant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim that one variant does better than another: a lower held-out loss, at the end or at a validated step."""
+    """A claim that one variant reaches a lower held-out loss than another."""
 
     claim: str
     better: str
     worse: str
     at_step: int | None = None
+    """After this step, which must be validated, rather than at the end."""
+    first_positions: int | None = None
+    """Over so many first positions of the window rather than all; needs `by_position`."""
+
+
+@dataclass(frozen=True)
+class SpeedVerdict:
+    """A claim that one variant is faster than another, or needs less memory, at the longest context length."""
+
+    claim: str
+    better: str
+    worse: str
     of: Literal["tokens_per_second", "memory"] = "tokens_per_second"
-    """What a speed experiment compares."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +72,8 @@ class Experiment:
         _check_variants(self.variants, self.verdicts)
         if (self.tokens is None) == (self.seconds is None):
             raise UserError("give a budget: either tokens or seconds")
-        if (self.tokens if self.tokens is not None else self.seconds or 0) <= 0:
-            raise UserError("the budget must be above 0")
+        if not 0 < (self.tokens if self.tokens is not None else self.seconds or 0) < math.inf:
+            raise UserError("the budget must be above 0, and finite")
         if not self.seeds:
             raise UserError("it has no seeds")
         if len(set(self.seeds)) < len(self.seeds):
@@ -68,9 +83,19 @@ class Experiment:
         for key, values in _flat(self.tune).items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"tune.{key} is {values!r}; it must be a list of values")
+            if key.startswith("data."):
+                raise UserError(f"tune.{key}: the text is the same for all points of a grid")
+        if "" in self.prompts:
+            raise UserError("a prompt is empty; it needs at least one character")
         for variant in self.variants:
             for point in self.tuning_points():
-                self.config(variant, point, self.seeds[0])
+                train = self.config(variant, point, self.seeds[0]).train
+            for verdict in self.verdicts:
+                step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
+                if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
+                    raise UserError(f"a verdict asks for step {step}, which is not validated")
+        if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
+            raise UserError("a verdict on the first positions needs by_position = true")
 
     def tuning_points(self) -> list[dict[str, Any]]:
         """Every combination of the tuning grid; one empty point where there is none."""
@@ -94,13 +119,13 @@ class Experiment:
 class SamplingExperiment:
     """Filters of a trained model's probabilities, compared at like entropy, and a sweep over the factors of top-a.
 
-    `writer` and `judge` are variants of a run's config, trained first: the judge, a larger model, measures what the
+    `writer` and `judge` are fields of a run's config, trained first: the judge, a larger model, measures what the
     writer writes.
     """
 
     title: str
-    writer: Variant
-    judge: Variant
+    writer: dict[str, Any]
+    judge: dict[str, Any]
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
     top_a: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2)
     powers: tuple[float, ...] = (1.0, 2.0, 3.0)
@@ -114,8 +139,19 @@ class SamplingExperiment:
     def __post_init__(self) -> None:
         if self.samples < 2 or self.tokens < 8 or not (self.temperatures and self.top_a and self.powers):
             raise UserError("give at least 2 samples of 8 tokens, and values of temperatures, top_a and powers")
-        for variant in (self.writer, self.judge):
-            variant_config(self.preset, self.base, variant, {})
+        if not all(0 < t < math.inf for t in self.temperatures):
+            raise UserError(f"temperatures {list(self.temperatures)} must be above 0")
+        if not (all(0 < a <= 1 for a in self.top_a) and all(0 <= p < math.inf for p in self.powers)):
+            raise UserError("top_a must lie above 0 and be at most 1, powers be 0 or more")
+        self.config("writer")
+        limit = self.config("judge").model.ctx_len
+        if PROMPT_TOKENS + self.tokens > limit:
+            length = f"{PROMPT_TOKENS} tokens of prompt and {self.tokens} of text"
+            raise UserError(f"{length} are more than the judge's ctx_len {limit}")
+
+    def config(self, name: Literal["writer", "judge"]) -> RunConfig:
+        """Run config of writer or judge. Raises UserError for fields or values that no run takes."""
+        return variant_config(self.preset, self.base, Variant(name, getattr(self, name)), {})
 
 
 @dataclass(frozen=True)
@@ -132,8 +168,7 @@ class SpeedExperiment:
     preset: str = "cpu-small"
     base: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 80
-    verdicts: tuple[Verdict, ...] = ()
-    """At the longest ctx_len: `of` = "tokens_per_second" (the default) or "memory"."""
+    verdicts: tuple[SpeedVerdict, ...] = ()
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
@@ -149,7 +184,7 @@ class SpeedExperiment:
         return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
 
 
-def _check_variants(variants: tuple[Variant, ...], verdicts: tuple[Verdict, ...]) -> None:
+def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | SpeedVerdict]) -> None:
     names = [v.name for v in variants]
     if not names:
         raise UserError("it has no variant; add [[variants]] with a name")
@@ -158,10 +193,23 @@ def _check_variants(variants: tuple[Variant, ...], verdicts: tuple[Verdict, ...]
             raise UserError(f"two variants have the name {name!r}")
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
             raise UserError(f"variant name {name!r} cannot name a folder")
+    labels = [v.label or v.name for v in variants]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise UserError(f"two variants have the label {label!r}")
+    for variant in variants:
+        if variant.color and not _is_color(variant.color):
+            raise UserError(f"variant {variant.name!r}: {variant.color!r} is no color that matplotlib knows")
     for verdict in verdicts:
         for name in (verdict.better, verdict.worse):
             if name not in names:
                 raise UserError(f"a verdict names the variant {name!r}{nearest(name, names)}")
+
+
+def _is_color(color: str) -> bool:
+    from matplotlib.colors import is_color_like
+
+    return is_color_like(color)
 
 
 def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
@@ -226,11 +274,11 @@ def shipped() -> list[Path]:
 def find_experiment(name: str) -> Path:
     """A file by its path, or one that comes with the package by its name. Raises UserError for neither."""
     known = {path.stem: path for path in shipped()}
-    if Path(name).suffix == ".toml" or Path(name).exists():
+    if name in known:
+        return known[name]
+    if Path(name).suffix == ".toml" or Path(name).is_file():
         return Path(name)
-    if name not in known:
-        raise UserError(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
-    return known[name]
+    raise UserError(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
 
 
 KINDS: dict[str, type] = {"training": Experiment, "speed": SpeedExperiment, "sampling": SamplingExperiment}
@@ -245,7 +293,7 @@ def read_experiment(path: Path) -> AnyExperiment:
     data = parse_toml(path)
     kind = data.pop("kind", "training")
     try:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
         return from_dict(KINDS[kind], data)
     except UserError as error:

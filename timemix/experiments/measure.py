@@ -17,6 +17,10 @@ from timemix.optim import build_optimizer
 from timemix.precision import autocast, choose_device, choose_precision
 from timemix.train import free_memory
 
+OUT_OF_MEMORY = "out of memory"
+# What torch says on a GPU and on the CPU, and Python.
+_WANT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
+
 
 def measure_training(config: RunConfig, steps: int = 3) -> dict[str, Any]:
     """Training steps on random tokens: `step_seconds` (the fastest), `tokens_per_second`, `peak_memory` in bytes.
@@ -30,8 +34,8 @@ def measure_training(config: RunConfig, steps: int = 3) -> dict[str, Any]:
     if child.returncode == 0:
         return json.loads(child.stdout)
     # Linux ends a process that takes too much memory with SIGKILL.
-    if child.returncode == -9 or "memory" in child.stderr:
-        return {"error": "out of memory"}
+    if child.returncode == -9 or any(words in child.stderr for words in _WANT_OF_MEMORY):
+        return {"error": OUT_OF_MEMORY}
     return {"error": (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]}
 
 

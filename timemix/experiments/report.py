@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from timemix.checkpoint import load
-from timemix.config import to_toml
+from timemix.config import read_toml, to_toml
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment
 from timemix.experiments.plot import mean_over_runs, plot_bands, plot_positions, spare_colors
@@ -36,12 +35,17 @@ def write_report(comparison: Comparison) -> dict[str, Any]:
         plot_bands(runs, out / "loss.png", colors=colors, title=table["title"])
     if any("by_position" in row for row in table["variants"][1:]):
         plot_positions(
-            {row["label"]: row["by_position"] for row in table["variants"] if "by_position" in row},
+            {row["label"]: _by_position(row) for row in table["variants"] if "by_position" in row},
             out / "position.png",
             colors=variant_colors(comparison.experiment),
         )
     write_text(out / "report.html", to_html(comparison, table))
     return table
+
+
+def _by_position(row: dict[str, Any]) -> list[float]:
+    """Mean over the seeds."""
+    return np.mean(list(row["by_position"].values()), axis=0).tolist()
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
@@ -69,11 +73,12 @@ def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
     curves, configs = [], {}
     for label, runs in finished_runs(comparison).items():
         x, mean, deviation = mean_over_runs(runs)
-        kept = slice(None, None, -(-len(mean) // MOST_POINTS))
+        # From the end backwards, so that the last point stays.
+        kept = np.arange(len(mean) - 1, -1, -len(mean) // MOST_POINTS)[::-1]
         curve = {name: np.round(values[kept], 5).tolist() for name, values in x.items()}
         curve |= {"mean": np.round(mean[kept], 5).tolist(), "deviation": np.round(deviation[kept], 5).tolist()}
         curves.append({"label": label, "color": colors[label], **curve})
-        configs[label] = to_toml(load(runs[0]).config)
+        configs[label] = to_toml(read_toml(runs[0] / "config.toml"))
     samples: dict[str, dict[str, str]] = {prompt: {} for prompt in comparison.prompts}
     for variant in experiment.variants:
         for prompt, text in comparison.samples(variant).items():
@@ -83,7 +88,7 @@ def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
         "summary": summary(table),
         "curves": curves,
         "by_position": [
-            {"label": row["label"], "color": colors[row["label"]], "y": np.round(row["by_position"], 4).tolist()}
+            {"label": row["label"], "color": colors[row["label"]], "y": np.round(_by_position(row), 4).tolist()}
             for row in table["variants"]
             if "by_position" in row
         ],

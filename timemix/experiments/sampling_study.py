@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.checkpoint import checkpoints, load, newest, read_json, read_progress
-from timemix.config import DataConfig
+from timemix.checkpoint import load, newest, read_json, read_progress
+from timemix.config import RunConfig
 from timemix.data import Corpus, is_corpus, open_corpus, prepare, text_hash, validation_windows
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy
-from timemix.experiments.experiment import SamplingExperiment, Variant, variant_config
+from timemix.experiments.compare import begin_or_resume, on_corpus
+from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
 from timemix.files import claimed, write_text
 from timemix.generation import generate_tokens
 from timemix.models import LanguageModel
 from timemix.sampling import Sampler
-from timemix.train import new_run, resume_run
 
 TOP_A, POWER = 0.02, 2.0
-PROMPT_TOKENS = 32
 POSITIONS = 8192
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
@@ -61,7 +60,8 @@ def run_sampling(
         if not mine:
             raise UserError(f"another process is working in {out}")
         corpus = _corpus(experiment, out)
-        writer, judge = (_trained(experiment, v, out, device, say) for v in (experiment.writer, experiment.judge))
+        writer = _trained(experiment.config("writer"), corpus, out, "writer", device, say)
+        judge = _trained(experiment.config("judge"), corpus, out, "judge", device, say)
         prompts = _prompts(corpus, experiment.samples)
         logits = held_out_logits(writer, corpus.valid)
         settings = like_entropy(experiment, logits) + sweep(experiment)
@@ -82,7 +82,7 @@ def run_sampling(
 
 
 def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
-    config = variant_config(experiment.preset, experiment.base, experiment.writer, {}).data
+    config = experiment.config("writer").data
     path = out / "experiment.json"
     plain = json.loads(json.dumps(asdict(experiment)))
     plain["base"].get("data", {}).pop("source", None)
@@ -91,7 +91,8 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
     if not path.exists():
         write_text(path, json.dumps(ours, indent=1))
     elif (theirs := read_json(path)) != ours:
-        what = "another experiment" if theirs.get("text") == ours["text"] else "an experiment on another text"
+        same = theirs.get("experiment") == ours["experiment"]
+        what = "this experiment on another text" if same else "another experiment"
         raise UserError(f"{out} holds {what}; choose another --out")
     if is_corpus(Path(config.source)):
         return open_corpus(Path(config.source))
@@ -100,21 +101,16 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
 
 
 def _trained(
-    experiment: SamplingExperiment, variant: Variant, out: Path, device: str, say: Callable[[str], None]
+    config: RunConfig, corpus: Corpus, out: Path, name: str, device: str, say: Callable[[str], None]
 ) -> LanguageModel:
-    config = variant_config(experiment.preset, experiment.base, variant, {})
-    source = config.data.source if is_corpus(Path(config.data.source)) else str((out / "data").resolve())
-    data = DataConfig(source=source, order=config.data.order)
-    run = out / variant.name
-    trainer = resume_run(run) if run.exists() else new_run(
-        replace(config, data=data, train=replace(config.train, device=device)), run
-    )  # fmt: skip
+    """The model of a run in OUT/NAME, trained to its end; goes on with one that was begun."""
+    source = Path(config.data.source) if is_corpus(Path(config.data.source)) else out / "data"
+    trainer = begin_or_resume(on_corpus(config, source, corpus.tokenizer, device), out / name)
     if trainer.step < trainer.config.train.steps:
-        say(f"training {variant.name}: {trainer.config.train.steps - trainer.step} steps")
+        say(f"training {name}: {trainer.config.train.steps - trainer.step} steps")
         trainer.run()
-    assert checkpoints(run)
-    say(f"{variant.name}: held-out loss {read_progress(newest(run))['valid_loss']:.4f}")
-    return load(run, device=str(trainer.device)).model
+    say(f"{name}: held-out loss {read_progress(newest(out / name))['valid_loss']:.4f}")
+    return load(out / name, device=str(trainer.device)).model
 
 
 def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
@@ -154,10 +150,7 @@ def like_entropy(experiment: SamplingExperiment, logits: Tensor) -> list[Setting
             "top-a": ours,
             "top-p": _solve(partial(_top_p, t), 1e-3, 1.0, target, logits),
             "min-p": _solve(partial(_min_p, t), 0.0, 1.0, target, logits),
-            "top-k": min(
-                (Sampler(temperature=t, top_k=k) for k in range(1, logits.shape[1] + 1)),
-                key=lambda s: abs(mean_entropy(s, logits) - target),
-            ),
+            "top-k": _nearest_top_k(t, target, logits),
             "plain": _solve(lambda x: Sampler(temperature=x), 1e-3, t, target, logits),
         }
         settings += [Setting(f"{name} at {t:g}", t, sampler) for name, sampler in found.items()]
@@ -178,6 +171,17 @@ def _solve(make: Callable[[float], Sampler], low: float, high: float, target: fl
         middle = (low + high) / 2
         low, high = (middle, high) if mean_entropy(make(middle), logits) < target else (low, middle)
     return make(high)
+
+
+def _nearest_top_k(temperature: float, target: float, logits: Tensor) -> Sampler:
+    """The whole number of tokens kept whose mean entropy, which rises with it, comes nearest to `target`."""
+    low, high = 1, logits.shape[1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        above = mean_entropy(Sampler(temperature=temperature, top_k=middle), logits) > target
+        low, high = (low, middle) if above else (middle, high)
+    around = [Sampler(temperature=temperature, top_k=k) for k in (low, high)]
+    return min(around, key=lambda s: abs(mean_entropy(s, logits) - target))
 
 
 def sweep(experiment: SamplingExperiment) -> list[Setting]:
@@ -216,9 +220,6 @@ def _distinct(tokens: list[int], n: int) -> float:
 @torch.no_grad()
 def _judge_loss(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> list[float]:
     rows = torch.tensor([p + t for p, t in zip(prompts, texts, strict=True)])
-    limit = judge.max_position or rows.shape[1]
-    if rows.shape[1] - 1 > limit:
-        raise UserError(f"prompt and text have {rows.shape[1]} tokens; the judge's ctx_len is {limit}")
     losses = []
     for piece in rows.split(16):
         piece = piece.to(judge.device)

@@ -16,10 +16,11 @@ import numpy as np
 from timemix.checkpoint import read_json
 from timemix.errors import UserError
 from timemix.experiments.experiment import SpeedExperiment
-from timemix.experiments.measure import measure_training
+from timemix.experiments.measure import OUT_OF_MEMORY, measure_training
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, markdown_table, paired_difference, verdict_word
 from timemix.files import claimed, write_text
+from timemix.precision import choose_device
 
 
 def run_speed(
@@ -30,6 +31,7 @@ def run_speed(
     Variants take turns within a round, so that what else the machine does falls on all of them.
     Raises UserError where `out` holds another experiment, or another process measures into it.
     """
+    choose_device(device)
     with claimed(out / ".lock") as mine:
         if not mine:
             raise UserError(f"another process is measuring into {out}")
@@ -45,12 +47,15 @@ def run_speed(
                     config = experiment.config(variant, ctx_len)
                     config = replace(config, train=replace(config.train, device=device))
                     found[key] = measure_training(config, steps=2)
-                    write_text(path, json.dumps(found, indent=1))
                     say(f"{key}: " + _words(found[key]))
+                    # What failed for another reason than its size is measured again by the next call.
+                    kept = {k: v for k, v in found.items() if v.get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY}
+                    write_text(path, json.dumps(kept, indent=1))
         table = build_table(experiment, found)
         write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
         write_text(out / "table.md", to_markdown(table))
-        _draw(experiment, table, out / "speed.png")
+        if any("error" not in measured for measured in found.values()):
+            _draw(experiment, table, out / "speed.png")
     return table
 
 
@@ -93,6 +98,10 @@ def build_table(experiment: SpeedExperiment, found: dict[str, Any]) -> dict[str,
         rows.append(row)
     by_name = {row["name"]: row for row in rows}
     longest = max(experiment.ctx_lens)
+    fails = {
+        v.name: {found[f"{v.name} {longest} {r}"].get("error") for r in range(experiment.rounds)}
+        for v in experiment.variants
+    }
     verdicts = []
     for verdict in experiment.verdicts:
         better, worse = (_logarithms(by_name[name][verdict.of][longest]) for name in (verdict.better, verdict.worse))
@@ -102,9 +111,9 @@ def build_table(experiment: SpeedExperiment, found: dict[str, Any]) -> dict[str,
         if difference is not None:
             ratio = {k: None if v is None else math.exp(v) for k, v in difference.items()}
         word = verdict_word(difference)
-        if not worse and better:
+        if better and fails[verdict.worse] == {OUT_OF_MEMORY}:
             word = "holds: the other runs out of memory"
-        elif worse and not better:
+        elif worse and fails[verdict.better] == {OUT_OF_MEMORY}:
             word = "does not hold: it runs out of memory"
         verdicts.append({"claim": verdict.claim, "at": longest, "ratio": ratio, "verdict": word})
     return {"title": experiment.title, "tokens": experiment.tokens, "variants": rows, "verdicts": verdicts}

@@ -19,9 +19,8 @@ def build_table(comparison: Comparison) -> dict[str, Any]:
     """
     experiment = comparison.experiment
     rows = [_row(comparison, variant) for variant in experiment.variants]
-    first = rows[0]["valid_losses"]
     for row in rows[1:]:
-        row["difference"] = paired_difference(first, row["valid_losses"])
+        row["difference"] = paired_difference(_losses(rows[0]), _losses(row)) if row["comparable"] else None
     losses = {row["name"]: row for row in rows}
     return {
         "title": experiment.title,
@@ -53,12 +52,10 @@ def _row(comparison: Comparison, variant: Variant) -> dict[str, Any]:
         "seconds": sum(r["seconds"] for r in good.values()),
         "peak_memory": comparison.memory(variant),
         "failed": {seed: r["error"] for seed, r in results.items() if "error" in r},
-        "own_tokens": comparison.tokenizer_hash(variant)
-        != comparison.tokenizer_hash(comparison.experiment.variants[0]),
+        "comparable": comparison.same_text(variant),
     }
     if comparison.experiment.by_position and good:
-        windows = [r["by_position"] for r in good.values()]
-        row["by_position"] = [statistics.fmean(column) for column in zip(*windows, strict=True)]
+        row["by_position"] = {seed: r["by_position"] for seed, r in good.items()}
     return row
 
 
@@ -103,8 +100,13 @@ def _t_cdf(t: float, degrees: int) -> float:
 
 
 def judge(verdict: Verdict, better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
-    """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run."""
-    difference = paired_difference(_losses(better, verdict.at_step), _losses(worse, verdict.at_step))
+    """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run.
+
+    Losses per different tokens, or of different texts, are not compared.
+    """
+    difference = None
+    if better["comparable"] == worse["comparable"]:
+        difference = paired_difference(_losses(better, verdict), _losses(worse, verdict))
     return {
         "claim": verdict.claim,
         "better": verdict.better,
@@ -123,10 +125,15 @@ def verdict_word(gain: Difference | None) -> str:
     return "holds" if gain["low"] > 0 else "does not hold"
 
 
-def _losses(row: dict[str, Any], step: int | None) -> dict[int, float]:
-    if step is None:
-        return row["valid_losses"]
-    return {seed: losses[str(step)] for seed, losses in row["valid_at"].items() if str(step) in losses}
+def _losses(row: dict[str, Any], verdict: Verdict | None = None) -> dict[int, float]:
+    """Held-out losses by seed: at the end, at a verdict's step, or over its first positions of the window."""
+    if verdict is not None and verdict.at_step is not None:
+        step = str(verdict.at_step)
+        return {seed: losses[step] for seed, losses in row["valid_at"].items() if step in losses}
+    if verdict is not None and verdict.first_positions is not None:
+        n = verdict.first_positions
+        return {seed: statistics.fmean(losses[:n]) for seed, losses in row["by_position"].items()}
+    return row["valid_losses"]
 
 
 def summary(table: dict[str, Any]) -> str:
@@ -204,9 +211,9 @@ def warnings(table: dict[str, Any]) -> list[str]:
     for row in table["variants"]:
         said += [f"{row['label']}, seed {seed}, failed: {error}" for seed, error in row["failed"].items()]
     said += [
-        f"{r['label']} has other tokens than the first: compare bits per byte."
-        for r in table["variants"]
-        if r["own_tokens"]
+        f"{row['label']} reads other text or tokens: not compared."
+        for row in table["variants"]
+        if not row["comparable"]
     ]
     counts = [row["parameters"] for row in table["variants"] if row["parameters"]]
     for row in table["variants"]:
@@ -215,7 +222,8 @@ def warnings(table: dict[str, Any]) -> list[str]:
         tried = {k: [p[k] for p in row["tuning"]] for k in (row["chosen"] or {}) if row["tuning"]}
         for name, values in tried.items():
             value = row["chosen"][name]
-            if isinstance(value, int | float) and len(set(values)) > 2 and value in (min(values), max(values)):
+            numbers = isinstance(value, int | float) and not isinstance(value, bool)
+            if numbers and len(set(values)) > 2 and value in (min(values), max(values)):
                 said.append(f"{row['label']} chose {name} {value:g} at the edge of its grid.")
     return said
 
@@ -225,7 +233,8 @@ def point_words(point: dict[str, Any] | None) -> str:
     if point is None:
         return "-"
     names = {name: name.rpartition(".")[2] for name in point}
-    return ", ".join(v if isinstance(v, str) else f"{names[k]} {v:g}" for k, v in point.items())
+    values = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in point.items()}
+    return ", ".join(v if isinstance(v, str) else f"{names[k]} {values[k]}" for k, v in point.items())
 
 
 def mean_and_deviation(values: Sequence[float] | Any) -> str:
