@@ -133,6 +133,18 @@ def test_called_again_it_runs_nothing(done, monkeypatch):
     write_report(comparison)
 
 
+def test_what_is_asked_for_later_is_measured_without_training(tmp_path, monkeypatch):
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    finish(Comparison(experiment, tmp_path / "out"))
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
+    later = Comparison(replace(experiment, by_position=True), tmp_path / "out")
+    assert len(finish(later)) == 2
+    table = write_report(later)
+    (losses,) = table["variants"][0]["by_position"].values()
+    assert len(losses) == 16
+    assert (tmp_path / "out" / "position.png").exists()
+
+
 def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
     comparison, _, _, table = done
     third = Variant("third", {"model": {"ffn": {"activation": "relu2"}}})

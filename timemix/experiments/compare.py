@@ -69,6 +69,7 @@ class Comparison:
         self.experiment, self.out, self.device = experiment, out, device
         self._reuse = reuse
         self._call = _call_name()
+        self._known_to_have_ended: set[Path] = set()
         self._points = experiment.tuning_points()
         choose_device(device)
         if reuse is not None and not reuse.is_dir():
@@ -200,13 +201,23 @@ class Comparison:
 
     def _ended(self, job: Job) -> bool:
         """Whether nothing is left to do: done as its config is now, diverged, or failed in this call."""
-        result = self.result(job)
-        if result is None:
-            return False
-        if "error" in result:
-            return bool(result.get("diverged")) or result.get("call") == self._call
-        # Tuning that was mended later may have chosen another point.
-        return job.tuning or self.best_point(job.variant) is None or result.get("key") == self._key(job)
+        if self.folder(job) not in self._known_to_have_ended:
+            result = self.result(job)
+            if result is None:
+                return False
+            if "error" in result:
+                ended = bool(result.get("diverged")) or result.get("call") == self._call
+            else:
+                # Tuning that was mended later may have chosen another point.
+                ended = job.tuning or (result.get("key") == self._key(job) and self._whole(result, job))
+            if not ended:
+                return False
+            self._known_to_have_ended.add(self.folder(job))
+        return True
+
+    def _whole(self, result: dict[str, Any], job: Job) -> bool:
+        """Whether a result holds all that the experiment asks for."""
+        return job.tuning or not self.experiment.by_position or "by_position" in result
 
     def _key(self, job: Job) -> str:
         return _key(self.config(job), self.corpus(job.variant, job.tuning))
@@ -231,6 +242,9 @@ class Comparison:
             write_text(folder / "result.json", json.dumps(result))
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            else:
+                # Written by an older model.
+                folder.with_name("samples.json").unlink(missing_ok=True)
         ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
         told = f"failed: {result['error']}" if "error" in result else f"held-out loss {result['valid_loss']:.4f}"
         say(f"{job.name}: {told} ({ended} of {of})")
@@ -242,7 +256,7 @@ class Comparison:
             errors = [r["error"] for j in self.tuning_jobs(job.variant) if (r := self.result(j)) and "error" in r]
             raise UserError(f"every tuning run failed: {errors[-1]}")
         config, key = self.config(job), self._key(job)
-        if (same := self._same_run(key)) is not None:
+        if (same := self._same_run(key, job)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             # Its result last, written by the caller: a copy cut short has not ended.
             shutil.copytree(same, folder, ignore=shutil.ignore_patterns("result.json"))
@@ -270,7 +284,7 @@ class Comparison:
             result["by_position"] = [round(x, 5) for x in by_position.tolist()]
         return result
 
-    def _same_run(self, key: str) -> Path | None:
+    def _same_run(self, key: str, job: Job) -> Path | None:
         """A finished run of another comparison under `reuse` with the same config and tokens."""
         if self._reuse is None:
             return None
@@ -278,7 +292,7 @@ class Comparison:
             if path.is_relative_to(self.out):
                 continue
             result = read_json(path)
-            if result.get("key") == key and ("by_position" in result or not self.experiment.by_position):
+            if result.get("key") == key and self._whole(result, job):
                 return path.parent
         return None
 
