@@ -1,0 +1,67 @@
+"""What `timemix compare` costs beside the training it does: all of its time, less that spent in the runs.
+
+    python benchmarks/compare_overhead.py TEXT [--tokens 500000]
+
+Two architectures at cpu-small size, one seed, no tuning; then what that means for a comparison of any size.
+"""
+
+import argparse
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+
+from timemix.experiments.compare import Comparison
+from timemix.experiments.experiment import Experiment, Variant
+from timemix.experiments.report import write_report
+from timemix.train import Trainer
+
+
+@contextlib.contextmanager
+def unwatched(job, config):
+    yield lambda progress: None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--tokens", type=int, default=500_000)
+    options = parser.parse_args()
+    in_runs = 0.0
+    run = Trainer.run
+
+    def timed(self, *arguments):
+        nonlocal in_runs
+        start = time.perf_counter()
+        try:
+            return run(self, *arguments)
+        finally:
+            in_runs += time.perf_counter() - start
+
+    Trainer.run = timed
+    experiment = Experiment(
+        title="overhead",
+        variants=(Variant("rwkv1"), Variant("mha_rotary", {"model": {"arch": "mha_rotary"}})),
+        tokens=options.tokens,
+        seeds=(1,),
+        base={"data": {"source": options.text}, "train": {"valid_every": 10**6}},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        comparison = Comparison(experiment, Path(folder))
+        began = time.perf_counter() - start
+        comparison.run(unwatched, print)
+        ran = time.perf_counter() - start - began
+        write_report(comparison)
+        whole = time.perf_counter() - start
+    report = whole - began - ran
+    between = (ran - in_runs) / 2
+    print(f"begin {began:.1f} s, between runs {between:.2f} s a run, report {report / 2:.1f} s a variant")
+    for runs in (1, 3, 9):
+        per_run = in_runs / 2
+        cost = (began + report + 2 * runs * between) / (2 * runs * per_run)
+        print(f"2 variants of {runs} runs of {per_run:.0f} s each: {cost:.1%} of the time of the runs")
+
+
+if __name__ == "__main__":
+    main()
