@@ -108,7 +108,7 @@ def weights_rows(out: Path) -> list[list[str]]:
 def verdict_rows(name: str, out: Path) -> list[list[str]]:
     """Claim, gain and verdict of one experiment, as text."""
     table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
-    return [[v["claim"], ratio_words(v["ratio"]) + " times" if "ratio" in v else interval(v["gain"]), v["verdict"]]
+    return [[v["claim"], ratio_words(v["ratio"], " times") if "ratio" in v else interval(v["gain"]), v["verdict"]]
             for v in table["verdicts"]]  # fmt: skip
 
 

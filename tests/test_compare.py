@@ -46,6 +46,12 @@ def small(source, **fields):
     return Experiment(**(settings | fields))
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """No process of its own for the memory of a step: three seconds each, and measured in `done`."""
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+
+
 @contextlib.contextmanager
 def unwatched(job, config):
     yield lambda progress: None
@@ -133,6 +139,7 @@ def test_called_again_it_runs_nothing(done, monkeypatch):
     write_report(comparison)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_what_is_asked_for_later_is_measured_without_training(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     finish(Comparison(experiment, tmp_path / "out"))
@@ -145,6 +152,7 @@ def test_what_is_asked_for_later_is_measured_without_training(tmp_path, monkeypa
     assert (tmp_path / "out" / "position.png").exists()
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
     comparison, _, _, table = done
     third = Variant("third", {"model": {"ffn": {"activation": "relu2"}}})
@@ -161,6 +169,7 @@ def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
     assert write_report(other)["variants"][1]["valid_losses"] == table["variants"][1]["valid_losses"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     whole = Comparison(experiment, tmp_path / "whole")
@@ -185,6 +194,7 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
         assert a["valid_losses"] == b["valid_losses"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     # A rate that rises to 1e30 makes the loss infinite.
     fails = Variant("fails", {"train": {"lr_final": 1e30, "schedule": "linear"}})
@@ -198,6 +208,7 @@ def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     assert [line.split(":")[0] for line in finish(Comparison(experiment, tmp_path / "out"))] == ["fails seed 1"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkeypatch, capsys):
     step = Trainer.train_step
 

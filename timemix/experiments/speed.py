@@ -163,11 +163,11 @@ def to_markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ratio_words(ratio: Difference | None) -> str:
+def ratio_words(ratio: Difference | None, unit: str = "") -> str:
     if ratio is None:
         return "-"
     spread = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    return f"{ratio['mean']:.2f}{spread}"
+    return f"{ratio['mean']:.2f}{unit}{spread}"
 
 
 def _draw(experiment: SpeedExperiment, table: dict[str, Any], out: Path) -> None:
