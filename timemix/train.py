@@ -72,7 +72,7 @@ def new_run(config: RunConfig, out: Path) -> "Trainer":
         raise UserError(cannot_write(out, error)) from None
     try:
         corpus = _corpus(config, out)
-        config = _resolved(config, corpus)
+        config = resolved(config, corpus)
         _refuse_too_large(config)
         trainer = Trainer(config, out, corpus)
         write_text(out / "config.toml", to_toml(config))
@@ -82,7 +82,7 @@ def new_run(config: RunConfig, out: Path) -> "Trainer":
     return trainer
 
 
-def _resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
+def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
     """The config with what the tokens decide: vocabulary and tokenizer, and where a prepared folder lies."""
     made = corpus.tokenizer
     data = replace(config.data, tokenizer=cast(TokenizerKind, made.kind), unknown=cast(Unknown, made.unknown))

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from timemix.checkpoint import load, read_json
-from timemix.config import DataConfig, ModelConfig, RunConfig, TokenizerKind, Unknown, read_toml, to_dict, to_toml
+from timemix.config import DataConfig, ModelConfig, RunConfig, read_toml, to_dict, to_toml
 from timemix.data import Batches, Corpus, hold_out_end, is_corpus, open_corpus, prepare, text_hash
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
@@ -34,8 +34,7 @@ from timemix.experiments.measure import measure_training
 from timemix.experiments.plot import read_metrics
 from timemix.files import claimed, write_text
 from timemix.precision import choose_device
-from timemix.tokenizer import Tokenizer
-from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resume_run
+from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resolved, resume_run
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -151,7 +150,7 @@ class Comparison:
         steps = self._step_counts[job.variant.name]
         config = self.experiment.config(job.variant, self.point(job), seed, steps)
         source, corpus = self._corpora[self._data_config(job.variant)][job.tuning]
-        return on_corpus(config, source, corpus.tokenizer, self.device)
+        return on_corpus(config, source, corpus, self.device)
 
     def point(self, job: Job) -> dict[str, Any]:
         """Tuning point of a job; empty where every tuning run failed."""
@@ -346,12 +345,10 @@ class Comparison:
         return read_json(path)
 
 
-def on_corpus(config: RunConfig, source: Path, tokenizer: Tokenizer, device: str) -> RunConfig:
+def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
     """A run's config on a prepared folder, as `new_run` resolves it: that decides what `data` says of the text."""
-    kind, unknown = cast(TokenizerKind, tokenizer.kind), cast(Unknown, tokenizer.unknown)
-    data = DataConfig(source=str(source.resolve()), order=config.data.order, tokenizer=kind, unknown=unknown)
-    model = replace(config.model, vocab_size=tokenizer.vocab_size)
-    return replace(config, model=model, data=data, train=replace(config.train, device=device))
+    data = DataConfig(source=str(source), order=config.data.order)
+    return resolved(replace(config, data=data, train=replace(config.train, device=device)), corpus)
 
 
 def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:

@@ -24,6 +24,11 @@ class Variant:
     label: str = ""
     color: str = ""
 
+    @property
+    def heading(self) -> str:
+        """What tables and pictures call it."""
+        return self.label or self.name
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -193,7 +198,7 @@ def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | 
             raise UserError(f"two variants have the name {name!r}")
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
             raise UserError(f"variant name {name!r} cannot name a folder")
-    labels = [v.label or v.name for v in variants]
+    labels = [v.heading for v in variants]
     for i, label in enumerate(labels):
         if label in labels[:i]:
             raise UserError(f"two variants have the label {label!r}")

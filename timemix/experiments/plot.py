@@ -128,9 +128,7 @@ def plot_bands(
         start = (i + 1) * every // (len(bands) + 1)
         axes.plot(positions[x], mean, color=chosen[i], linewidth=1.3, markevery=(start, every), label=name, **marks)
     _label_ends(axes, list(ends.values()), chosen)
-    legend = axes.legend(loc="upper right", edgecolor="none")
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(axes, loc="upper right")
     save_picture(figure, out)
 
 
@@ -154,9 +152,7 @@ def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: 
     axes.set_ylabel(f"loss added to that of\n{first} (nats per token)", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.7)
-    legend = axes.legend(edgecolor="none", fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(axes, fontsize=9)
     save_picture(figure, out)
 
 
@@ -318,8 +314,12 @@ def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
     train_color, valid_color = _COLORS[:2] if alone else ("0.4", "0.4")
     handles.append(Line2D([], [], color=train_color, **solid))
     handles.append(Line2D([], [], color=valid_color, marker=_MARKERS[0], **dashed))
-    legend = axes.legend(handles, [*labels, "training", "validation"], loc="upper right", edgecolor="none")
-    for text in legend.get_texts():
+    _legend(axes, handles, [*labels, "training", "validation"], loc="upper right")
+
+
+def _legend(axes: "Axes", *entries: Any, **options: Any) -> None:
+    """A legend without a frame whose names are text, not mathematics: a run may be called a$b$c."""
+    for text in axes.legend(*entries, edgecolor="none", **options).get_texts():
         text.set_parse_math(False)
 
 

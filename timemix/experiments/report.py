@@ -51,7 +51,7 @@ def _by_position(row: dict[str, Any]) -> list[float]:
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
     """Run folders of each variant by its label, where one has ended well."""
     runs = {
-        v.label or v.name: [
+        v.heading: [
             comparison.folder(j)
             for j in comparison.seed_jobs(v)
             if "error" not in (comparison.result(j) or {"error": ""})
@@ -64,7 +64,7 @@ def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
 def variant_colors(experiment: Experiment) -> dict[str, str]:
     """A color for each label: the file's own, else one of those that the colour-blind can tell apart."""
     spare = spare_colors(v.color for v in experiment.variants)
-    return {v.label or v.name: v.color or next(spare) for v in experiment.variants}
+    return {v.heading: v.color or next(spare) for v in experiment.variants}
 
 
 def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
@@ -82,7 +82,7 @@ def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
     samples: dict[str, dict[str, str]] = {prompt: {} for prompt in comparison.prompts}
     for variant in experiment.variants:
         for prompt, text in comparison.samples(variant).items():
-            samples[prompt][variant.label or variant.name] = text
+            samples[prompt][variant.heading] = text
     page = {
         "title": table["title"],
         "summary": summary(table),

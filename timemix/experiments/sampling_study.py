@@ -105,7 +105,7 @@ def _trained(
 ) -> LanguageModel:
     """The model of a run in OUT/NAME, trained to its end; goes on with one that was begun."""
     source = Path(config.data.source) if is_corpus(Path(config.data.source)) else out / "data"
-    trainer = begin_or_resume(on_corpus(config, source, corpus.tokenizer, device), out / name)
+    trainer = begin_or_resume(on_corpus(config, source, corpus, device), out / name)
     if trainer.step < trainer.config.train.steps:
         say(f"training {name}: {trainer.config.train.steps - trainer.step} steps")
         trainer.run()

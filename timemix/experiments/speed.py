@@ -89,7 +89,7 @@ def build_table(experiment: SpeedExperiment, found: dict[str, Any]) -> dict[str,
     """
     rows = []
     for variant in experiment.variants:
-        row: dict[str, Any] = {"name": variant.name, "label": variant.label or variant.name}
+        row: dict[str, Any] = {"name": variant.name, "label": variant.heading}
         for what, key in (("tokens_per_second", "tokens_per_second"), ("memory", "peak_memory")):
             row[what] = {t: [found[f"{variant.name} {t} {r}"].get(key) for r in range(experiment.rounds)]
                          for t in experiment.ctx_lens}  # fmt: skip

@@ -38,7 +38,7 @@ def _row(comparison: Comparison, variant: Variant) -> dict[str, Any]:
     good = {seed: r for seed, r in results.items() if "error" not in r}
     row: dict[str, Any] = {
         "name": variant.name,
-        "label": variant.label or variant.name,
+        "label": variant.heading,
         "parameters": next((r["parameters"] for r in good.values()), None),
         "chosen": comparison.best_point(variant),
         "tuning": [
