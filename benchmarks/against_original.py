@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from timemix.config import ChannelMixConfig, RunConfig, TrainConfig, architecture
 from timemix.generation import generate_tokens
 from timemix.models import LanguageModel
-from timemix.optim import build_optimizer
+from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_precision
 from timemix.sampling import Sampler
 
@@ -119,7 +119,7 @@ def training(module, sizes: dict, rounds: int) -> dict:
     settings = RunConfig(train=TrainConfig(lr=6e-4)).train
     their_settings = argparse.Namespace(weight_decay=0.0, learning_rate=6e-4, betas=(0.9, 0.99))
     their_optimizer = original.configure_optimizers(their_settings)
-    our_optimizer = build_optimizer(ours, settings)
+    (our_optimizer,) = build_optimizers(ours, settings)
     precision, reason = choose_precision("auto", torch.device("cpu"))
     batch, ctx_len = sizes["batch_size"], sizes["ctx_len"]
     x, y = (torch.randint(0, VOCAB, (batch, ctx_len)) for _ in range(2))

@@ -77,7 +77,7 @@ def test_every_verb_has_help(call, verb):
 
 def test_train_writes_a_run_folder(trained):
     names = {p.name for p in (trained / "runs/mine").iterdir()}
-    assert names == {"config.toml", "data", "metrics.jsonl", "checkpoints", "samples.txt", "loss.png"}
+    assert names == {".lock", "config.toml", "data", "metrics.jsonl", "checkpoints", "samples.txt", "loss.png"}
     assert (trained / "runs/mine/samples.txt").read_text().startswith("--- step 6\n")
 
 

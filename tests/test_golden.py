@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from timemix.config import ChannelMixConfig, TrainConfig, architecture
 from timemix.models import LanguageModel
-from timemix.optim import build_optimizer, parameter_groups
+from timemix.optim import build_optimizers
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = {"RWKV": "rwkv1", "MHA_rotary": "mha_rotary", "MHA_shift": "mha_shift", "MHA_pro": "mha_pro"}
@@ -116,7 +116,7 @@ def test_carried_state_gives_the_same_logits(golden, dtype):
 def test_training_trajectory(golden, dtype):
     """20 steps of the real optimizer: loss before each step, logits after the last."""
     model = golden.model
-    optimizer = build_optimizer(model, TrainConfig(lr=2e-3, weight_decay=0.01))
+    (optimizer,) = build_optimizers(model, TrainConfig(lr=2e-3, weight_decay=0.01))
     losses = []
     for batch in golden.tensors["train.batches"]:
         logits, _ = model(batch[:, :-1])
@@ -134,7 +134,8 @@ def test_training_trajectory(golden, dtype):
 
 
 def test_weight_decay_falls_on_the_same_parameters(golden):
-    decayed, rest = parameter_groups(golden.model, 0.01)
+    (optimizer,) = build_optimizers(golden.model, TrainConfig(weight_decay=0.01))
+    decayed, rest = optimizer.param_groups
     names = {id(p): n for n, p in golden.model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == golden.decayed
     assert len(decayed["params"]) + len(rest["params"]) == len(names)

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "config", "files", "tokenizer", "sources", "data", "sampling", "arguments"},
     {"ops"},
     {"models"},
-    {"optim", "precision", "checkpoint", "evaluate", "generation", "info"},
+    {"distributed", "optim", "precision", "checkpoint", "evaluate", "generation", "info", "tracking"},
     {"train", "progress"},
     {"experiments"},
     {"commands"},

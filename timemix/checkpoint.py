@@ -5,22 +5,26 @@ runs/NAME/checkpoints/step-00000500/{model.safetensors, config.toml, tokenizer.j
                                      training.safetensors, training.json}
 """
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from timemix.config import RunConfig, read_toml, to_toml
+from timemix.distributed import World, part_like, whole
 from timemix.errors import UserError
 from timemix.files import atomic_folder, cannot_write
 from timemix.models import LanguageModel
+from timemix.optim import state_names
 from timemix.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -37,25 +41,49 @@ class Loaded:
 def save_checkpoint(
     run: Path,
     step: int,
-    model: LanguageModel,
+    weights: dict[str, Tensor],
+    training: dict[str, Tensor],
     config: RunConfig,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
 ) -> Path:
     """Writes checkpoints/step-NNNNNNNN of a run folder and returns its path.
 
-    `progress`: what resuming needs besides tensors (step, seconds, validation loss ...).
-    Raises UserError when the disk is full.
+    `weights` and `training` as `gathered` gives them; `progress`: what resuming needs besides tensors (seconds,
+    validation loss ...). Raises CannotWrite when the disk is full.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     with atomic_folder(folder) as temporary:
-        _write_tensors(temporary / "model.safetensors", model.state_dict(), {"format": "pt"})
+        _write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
-        _write_tensors(temporary / "training.safetensors", _training_tensors(model, optimizer), {})
+        _write_tensors(temporary / "training.safetensors", training, {})
         (temporary / "training.json").write_text(json.dumps({"step": step, **progress}, indent=1), encoding="utf-8")
     return folder
+
+
+def gathered(
+    model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer], world: World
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole tensors of the weights and of the optimizers' state, on the CPU, in process 0; all processes call.
+
+    So a checkpoint looks the same whatever number of processes made it, and any number goes on with it.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = {
+        f"{key}.{names[id(p)]}": torch.as_tensor(value)
+        for optimizer in optimizers
+        for p, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    weights: dict[str, Tensor] = {}
+    training: dict[str, Tensor] = {}
+    for source, found in ((model.state_dict(), weights), (state, training)):
+        for name, tensor in source.items():
+            full = whole(tensor)
+            if world.first:
+                found[name] = full.cpu()
+    return weights, training
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -68,48 +96,50 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         raise OSError(5, str(error)) from None
 
 
-def _training_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {"random.cpu": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(model.device)
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
-    return tensors
-
-
-def restore_training(folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts weights, optimizer and random states of a checkpoint back; returns its training.json.
+def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Puts weights and optimizer state of a checkpoint back; returns its training.json.
 
     Raises UserError when a file is missing, damaged or does not fit the model.
     """
-    _fill(model, folder)
-    tensors = read_tensors(folder / "training.safetensors")
+    _fill_from(folder, model)
+    path = folder / "training.safetensors"
     progress = read_progress(folder)
-    try:
-        torch.set_rng_state(tensors["random.cpu"])
-        if model.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], model.device)
-        for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            if optimizer.state[parameter]["exp_avg"].shape != parameter.shape:
-                raise RuntimeError(f"{name} has another shape")
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder / 'training.safetensors'} does not fit this run: {error}") from None
+    if progress["step"] == 0:
+        return progress
+    names = {id(p): name for name, p in model.named_parameters()}
+    with _opened(path) as tensors:
+        for optimizer in optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                for key in state_names(optimizer):
+                    name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
+                    if not _fits(tensors, name, shape):
+                        raise UserError(f"{path} does not fit this run: {name} is missing or of another shape")
+                    tensor = tensors.get_tensor(name)
+                    optimizer.state[parameter][key] = tensor if key == "step" else part_like(tensor, parameter)
     return progress
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises UserError when it is missing, truncated or something else."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one by one.
+
+    Raises UserError when it is missing, truncated or something else.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _fits(tensors: Any, name: str, shape: Sequence[int]) -> bool:
+    """Whether an open file has a tensor of this name and shape, of floating-point numbers; reads no content."""
+    if name not in tensors.keys():  # noqa: SIM118
+        return False
+    found = tensors.get_slice(name)
+    return list(found.get_shape()) == list(shape) and found.get_dtype() in ("F32", "F64", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,22 +162,40 @@ def read_progress(folder: Path) -> dict[str, Any]:
         value = progress.get(name)
         if not (isinstance(value, int | float) or (value is None and may_be_none and name in progress)):
             raise UserError(f"{folder / 'training.json'} is damaged: {name} is {value!r}")
+    for name, default in (("losses_since_line", []), ("usual_loss", [0.0, 0.0, 0])):
+        value = progress.setdefault(name, default)
+        if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
+            raise UserError(f"{folder / 'training.json'} is damaged: {name} is {value!r}")
     return progress
 
 
-def _fill(model: LanguageModel, folder: Path) -> None:
-    path = folder / "model.safetensors"
-    tensors, ours = read_tensors(path), model.state_dict()
-    if tensors.keys() != ours.keys():
-        name = sorted(tensors.keys() ^ ours.keys())[0]
-        where = "only in the file" if name in tensors else "missing from it"
-        raise UserError(f"{path} holds another architecture than its config.toml names: {name} is {where}")
-    for name, tensor in tensors.items():
-        if tensor.shape != ours[name].shape:
-            raise UserError(
-                f"{path} does not fit its config.toml: {name} is {list(tensor.shape)}, not {list(ours[name].shape)}"
-            )
-    model.load_state_dict(tensors)
+@torch.no_grad()
+def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
+    """Puts the whole weights that `weight` gives by name into a model, which may be cut up over processes."""
+    for name, own in model.state_dict().items():
+        own.copy_(part_like(weight(name).to(own.dtype), own))
+
+
+def _fill_from(folder: Path, model: LanguageModel) -> None:
+    _check_weights(model, folder)
+    with _opened(folder / "model.safetensors") as tensors:
+        fill(model, tensors.get_tensor)
+
+
+def _check_weights(model: LanguageModel, folder: Path) -> None:
+    """Raises UserError where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
+    path, ours = folder / "model.safetensors", model.state_dict()
+    with _opened(path) as tensors:
+        if other := sorted(set(tensors.keys()) ^ ours.keys()):
+            where = "missing from it" if other[0] in ours else "only in the file"
+            raise UserError(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
+        for name, own in ours.items():
+            if not _fits(tensors, name, own.shape):
+                found = tensors.get_slice(name)
+                raise UserError(
+                    f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
+                    f" not {list(own.shape)}"
+                )
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -191,27 +239,33 @@ def prune(run: Path) -> None:
                 raise UserError(cannot_write(folder, error)) from error
 
 
-def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
-    """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
+def find(run: str | Path, checkpoint: str | int = "best") -> Path:
+    """Folder of a checkpoint: of a run folder ("best", of the lowest validation loss, "newest", or a step), or itself.
 
-    `checkpoint`: "best" (lowest validation loss), "newest", or a step.
-    Raises UserError when something is missing, damaged, or does not fit together.
+    Raises UserError when there is none.
     """
     path = Path(run)
     if not path.is_dir():
         raise UserError(f"there is no run folder {path}{_similar(path)}")
     if (path / "model.safetensors").exists():
-        folder = path
-    elif checkpoint == "best":
-        folder = best(path)
-    elif checkpoint == "newest":
-        folder = newest(path)
-    else:
-        newest(path)
-        steps = {str(int(c.name.removeprefix("step-"))): c for c in checkpoints(path)}
-        if str(checkpoint) not in steps:
-            raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
-        folder = steps[str(checkpoint)]
+        return path
+    if checkpoint == "best":
+        return best(path)
+    if checkpoint == "newest":
+        return newest(path)
+    newest(path)
+    steps = {str(int(c.name.removeprefix("step-"))): c for c in checkpoints(path)}
+    if str(checkpoint) not in steps:
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
+    return steps[str(checkpoint)]
+
+
+def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
+    """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
+
+    `checkpoint`: as for `find`. Raises UserError when something is missing, damaged, or does not fit together.
+    """
+    folder = find(run, checkpoint)
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:
@@ -221,9 +275,11 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         )
     with torch.device("meta"):
         model = LanguageModel(config.model)
+    # Before memory of the size that config.toml names is taken.
+    _check_weights(model, folder)
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = model.to(dtype).to_empty(device=device)
-    _fill(model, folder)
+    _fill_from(folder, model)
     return Loaded(model.eval(), tokenizer, config, folder)
 
 

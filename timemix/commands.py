@@ -3,20 +3,25 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from timemix.arguments import parse, preset_of, print_report
-from timemix.config import DataConfig, ModelConfig, RunConfig, TimeMixConfig, TrainConfig, preset
+from timemix.config import DataConfig, ModelConfig, RunConfig, TimeMixConfig, TrainConfig, preset, read_toml
 from timemix.errors import UserError
 from timemix.files import cannot_write
 
 if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
+    from timemix.distributed import World
     from timemix.tokenizer import Tokenizer
+    from timemix.tracking import Hook
     from timemix.train import Progress, Trainer, Watch
 
 DEMO_PROMPT = "The "
@@ -56,6 +61,16 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Where the lines of metrics.jsonl go besides."""
+
+    tensorboard: bool = False
+    """Write them for TensorBoard too, to the run folder's tensorboard/."""
+    hook: str | None = None
+    """A function, as module:function, that gets each of them as a dictionary; for tracking services."""
+
+
+@dataclass(frozen=True)
 class TrainArguments:
     """Train a model. Name a preset first to start from its values: timemix train cpu-small --data FILE --out DIR"""
 
@@ -64,6 +79,9 @@ class TrainArguments:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Begin with the weights and the tokenizer of this run, or of one of its checkpoints."""
+    tracking: tyro.conf.OmitArgPrefixes[Tracking] = field(default_factory=Tracking)
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,7 @@ class ResumeArguments:
 
     resume: Path
     """Run folder."""
+    tracking: tyro.conf.OmitArgPrefixes[Tracking] = field(default_factory=Tracking)
 
 
 @dataclass(frozen=True)
@@ -148,60 +167,105 @@ class DemoArguments:
     """Fewer steps, to try it out; None: those of the preset."""
 
 
-def train(arguments: list[str]) -> int:
-    if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
-        from timemix.train import resume_run
+def _defaults(arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """What flags change: the config of the run after --from, else of a preset; and the arguments but its name."""
+    start = next((a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if re.match("--from(=|$)", a)), None)
+    if start is None:
+        return preset_of(arguments, "cpu-small")
+    if not arguments[0].startswith("-"):
+        raise UserError(f"--from {start} brings its own settings: leave out the preset {arguments[0]!r}")
+    from timemix.checkpoint import find
 
-        out = parse(ResumeArguments, arguments, "train").resume
-        trainer = resume_run(out)
-        if trainer.step >= trainer.config.train.steps:
-            print(f"{out} is complete: {trainer.step} steps")
-            return 0
-        print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
+    config = read_toml(find(start) / "config.toml")
+    # The text may be another one; where it lies, and what is held out of it, are not.
+    data = DataConfig(source=config.data.source, order=config.data.order)
+    return replace(config, data=data, train=replace(config.train, device="auto")), arguments
+
+
+def train(arguments: list[str]) -> int:
+    # Options first: under torchrun, what is wrong with them needs no other process.
+    if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
+        asked: ResumeArguments | TrainArguments = parse(ResumeArguments, arguments, "train")
     else:
-        config, arguments = preset_of(arguments, "cpu-small")
+        config, arguments = _defaults(arguments)
         # --data is short for --data.source.
         arguments = [re.sub(r"^--data(?==|$)", "--data.source", a) for a in arguments]
-        default = TrainArguments(tyro.MISSING, config.model, config.data, config.train)
-        parsed = parse(TrainArguments, arguments, "train", default)
-        from timemix.train import new_run
+        asked = parse(
+            TrainArguments, arguments, "train", TrainArguments(tyro.MISSING, config.model, config.data, config.train)
+        )
+    from timemix.distributed import Elsewhere, joined
+    from timemix.tracking import load_hook
 
-        out = parsed.out
-        trainer = new_run(RunConfig(parsed.model, parsed.data, parsed.train), out)
-    status = _run(trainer)
-    if status == 0:
+    hook = None if asked.tracking.hook is None else load_hook(asked.tracking.hook)
+    with joined() as world:
+        try:
+            return _train(asked, hook, world)
+        except Elsewhere:
+            return 2
+        except UserError:
+            # What is wrong in one process is most often wrong in all.
+            if world.says_first():
+                raise
+            return 2
+
+
+def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world: "World") -> int:
+    from timemix.tracking import tensorboard
+    from timemix.train import new_run, resume_run
+
+    if isinstance(asked, ResumeArguments):
+        out = asked.resume
+        trainer = resume_run(out, world)
+        if world.first and trainer.lock.taken_over:
+            print(f"{trainer.lock.taken_over} held {out} and ended without letting go", file=sys.stderr)
+        if trainer.step >= trainer.config.train.steps:
+            if world.first:
+                print(f"{out} is complete: {trainer.step} steps")
+            return 0
+        if world.first:
+            print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
+    else:
+        out = asked.out
+        start = None if asked.from_ is None else str(asked.from_)
+        trainer = new_run(RunConfig(asked.model, asked.data, asked.train, start), out, world)
+    hooks = [hook] if hook is not None else []
+    if asked.tracking.tensorboard and world.first:
+        hooks.append(tensorboard(out / "tensorboard", trainer.step))
+    status = _run(trainer, hooks=hooks)
+    if status == 0 and world.first:
         _write_sample(trainer)
         print(f"the run is in {out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
     return status
 
 
-def _run(trainer: "Trainer", during: "Watch | None" = None) -> int:
-    """Trains to the end and draws loss.png. Exit status: 0, or 128 + signal after Ctrl-C or SIGTERM."""
+def _run(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
+    """Trains with progress on stderr and draws the loss curve; returns the exit status."""
     from timemix.experiments.plot import plot_loss
     from timemix.progress import watching
     from timemix.train import Interrupted
 
-    config = trainer.config
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(
-        f"{config.model.arch}, {parameters:,} parameters, vocabulary {config.model.vocab_size};"
-        f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
-        f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason})"
-        + (f", wkv1 {_backend(config.model)}" if config.model.arch == "rwkv1" else ""),
-        file=sys.stderr,
-    )
+    config, world = trainer.config, trainer.world
+    if world.first:
+        _introduce(trainer)
     try:
-        with watching(trainer.step, config.train.steps) as watch:
+        with watching(trainer.step, config.train.steps) if world.first else nullcontext(_ignore) as watch:
 
             def both(progress: "Progress") -> None:
                 watch(progress)
                 if during is not None:
                     during(progress)
 
-            trainer.run(both)
+            def hook(line: dict[str, Any]) -> None:
+                for each in hooks:
+                    each(line)
+
+            trainer.run(both, hook)
     except Interrupted as stop:
-        print(f"timemix: {stop}; go on with: timemix train --resume {trainer.out}", file=sys.stderr)
+        if world.first:
+            print(f"timemix: {stop}; go on with: timemix train --resume {trainer.out}", file=sys.stderr)
         return 128 + stop.number
+    if not world.first:
+        return 0
     plot_loss([trainer.out], trainer.out / "loss.png")
     if trainer.valid_loss is not None:
         print(
@@ -210,6 +274,23 @@ def _run(trainer: "Trainer", during: "Watch | None" = None) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _ignore(progress: "Progress") -> None:
+    """For the processes that do not speak."""
+
+
+def _introduce(trainer: "Trainer") -> None:
+    config, world = trainer.config, trainer.world
+    processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
+    print(
+        f"{config.model.arch}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters,"
+        f" vocabulary {config.model.vocab_size};"
+        f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
+        f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
+        + (f", wkv1 {_backend(config.model)}" if config.model.arch == "rwkv1" else ""),
+        file=sys.stderr,
+    )
 
 
 def _backend(model: ModelConfig) -> str:
@@ -222,17 +303,20 @@ def _backend(model: ModelConfig) -> str:
 
 def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
     """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
-    from timemix.checkpoint import Loaded
+    from timemix.checkpoint import Loaded, load
     from timemix.generation import generate
     from timemix.sampling import Sampler
 
     tokenizer = trainer.corpus.tokenizer
     if prompt is None:
         prompt = _default_prompt(tokenizer)
-    trainer.model.eval()
-    loaded = Loaded(trainer.model, tokenizer, trainer.config, trainer.out)
+    # A model that is cut up over processes can write in none of them alone.
+    alone = trainer.world.size == 1
+    model = trainer.model if alone else load(trainer.out, checkpoint="newest").model
+    model.eval()
+    loaded = Loaded(model, tokenizer, trainer.config, trainer.out)
     text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
-    trainer.model.train()
+    model.train()
     path = trainer.out / "samples.txt"
     try:
         with path.open("a", encoding="utf-8", newline="") as file:

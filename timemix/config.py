@@ -24,6 +24,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 TokenizerKind = Literal["character", "byte", "word", "subword"]
 Unknown = Literal["error", "unk", "byte"]
+OptimizerName = Literal["adamw", "muon"]
+Strategy = Literal["replicate", "shard"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ class TrainConfig:
     """Share of the run's tokens over which the learning rate rises from 0."""
     decay: float = 0.2
     """Share of the run's tokens over which `constant` decays linearly."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; or muon for the matrices inside blocks, with AdamW for all the rest."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -219,6 +223,8 @@ class TrainConfig:
     """Of the matrix products; auto: bfloat16 where the processor has it, else float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    strategy: Strategy = "replicate"
+    """Of several processes under torchrun: replicate holds the model in each, shard cuts it up over them."""
     seed: int = 1
     """Seed of initial values, batches and dropout."""
     log_every: int = 10
@@ -227,11 +233,17 @@ class TrainConfig:
     """Steps between validations on the whole held-out text."""
     save_every: int = 500
     """Steps between checkpoints; the newest and the best are kept."""
+    full_disk: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop, or go on with the last good one and try again at the next."""
+    spike: float = 6.0
+    """Report a loss this many standard deviations above those of the steps before; 0 reports none."""
+    save_bad_batches: bool = False
+    """Write the batch of a loss that spikes or is not finite to bad-batches/ in the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "valid_every", "save_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "seed"):
+        for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "spike", "seed"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.seed >= 2**64:
             raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
@@ -253,6 +265,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    start: str | None = None
+    """Run, or checkpoint, whose weights and tokenizer it begins with."""
 
 
 _ARCHITECTURE_PARTS: dict[str, tuple[type[MixerConfig], type[FfnConfig]]] = {

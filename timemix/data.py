@@ -33,21 +33,21 @@ class Corpus:
     info: dict[str, Any]
 
 
-def prepare(out: Path, config: DataConfig, *, progress: bool = False) -> Corpus:
+def prepare(out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: bool = False) -> Corpus:
     """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
 
     Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
     characters. The tokenizer is made from the training text; one of characters, where the validation text is a part of
     the source, from all of it.
 
-    `progress` shows downloads on stderr.
+    `tokenizer`: one that is made already. `progress` shows downloads on stderr.
 
     Raises UserError as `read_source` and `train_tokenizer` do, for validation characters outside the vocabulary, and
     when `out` exists.
     """
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder")
-    texts, files, made = _tokenize(config, progress)
+    texts, files, made = _tokenize(config, progress, tokenizer)
     splits = {}
     for split, text in texts.items():
         ids, unknown = _encode(made, split, text)
@@ -119,7 +119,9 @@ def describe(config: DataConfig, *, progress: bool = False) -> dict[str, Any]:
     return report
 
 
-def _tokenize(config: DataConfig, progress: bool) -> tuple[dict[str, str], list[str], Tokenizer]:
+def _tokenize(
+    config: DataConfig, progress: bool, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, str], list[str], Tokenizer]:
     """Text of each split, the files they came from, and the tokenizer."""
     read = read_source(config.source, encoding=config.encoding, progress=progress)
     valid = None if read.valid is None else replace(read, text=read.valid, files=())
@@ -132,7 +134,7 @@ def _tokenize(config: DataConfig, progress: bool) -> tuple[dict[str, str], list[
         cut = int((1 - config.valid_fraction) * len(read.text))
         texts = {"train": read.text[:cut], "valid": read.text[cut:]}
         basis = read.text if config.tokenizer == "character" else texts["train"]
-    made = train_tokenizer(config.tokenizer, basis, vocab_size=config.vocab_size, unknown=config.unknown)
+    made = tokenizer or train_tokenizer(config.tokenizer, basis, vocab_size=config.vocab_size, unknown=config.unknown)
     return texts, [*read.files, *(valid.files if valid is not None else ())], made
 
 
@@ -231,7 +233,7 @@ class Batches:
 
     order "random": windows at uniformly random places, as the 2021 code took them. "epoch": windows side by side, each
     once per epoch, in a new order and from a new starting point in every epoch. Calling with a step gives (inputs,
-    targets), each (batch_size, ctx_len) int64, targets one token later.
+    targets), each (batch_size, ctx_len) int64, targets one token later; with a step and a slice, those rows of it.
 
     Raises UserError for a text shorter than a window and its next token.
     """
@@ -250,8 +252,9 @@ class Batches:
         self._epoch = -1
         self._epoch_starts = np.empty(0, np.int64)
 
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in self._starts(step)]).astype(np.int64)
+    def __call__(self, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        starts = self._starts(step)[part]
+        rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
         return rows[:, :-1], rows[:, 1:]
 
     def _starts(self, step: int) -> np.ndarray:

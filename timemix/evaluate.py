@@ -1,5 +1,6 @@
 """Loss of a model on a text: every token predicted once."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix.data import Corpus, validation_windows
+from timemix.distributed import ALONE, World
 from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.precision import autocast
@@ -52,10 +54,12 @@ def loss_per_token(
     precision: str = "float32",
     stride: int | None = None,
     tokens_per_batch: int = 8192,
+    world: World = ALONE,
 ) -> float:
     """Mean loss in nats over all tokens but the first, each predicted once.
 
-    Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config.
+    Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config. The
+    processes of a `world` take turns at the batches; each gets the loss of the whole.
     Raises UserError for a stride below 1.
     """
     if stride is not None and stride < 1:
@@ -64,12 +68,17 @@ def loss_per_token(
     model.eval()
     ctx_len = model.config.ctx_len
     total = 0.0
-    for inputs, targets, scored in windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride):
+    batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
+    while turns := list(itertools.islice(batches, world.size)):
+        # Where the batches end unevenly one is computed twice: all processes must call a model that is cut up.
+        inputs, targets, scored = turns[world.rank % len(turns)]
         x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
         with autocast(precision, model.device):
             logits, _ = model(x)
-        total += cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
+        loss = cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
+        total += loss if world.rank < len(turns) else 0.0
     model.train(was_training)
+    (total,) = world.sum(total)
     return total / (len(tokens) - 1)
 
 

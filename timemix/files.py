@@ -2,19 +2,26 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from timemix.errors import UserError
 
 
+class CannotWrite(UserError):
+    """A disk that is full, or a place that cannot be written."""
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`; when the block ends well, synced and renamed to it.
 
-    An older `folder` is replaced. Raises UserError when the disk is full or the place cannot be written.
+    An older `folder` is replaced. Raises CannotWrite when the disk is full or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     with _explained(folder):
@@ -42,7 +49,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, of the same suffix; when the block ends well, synced and renamed.
 
-    Raises UserError when the disk is full or the place cannot be written.
+    Raises CannotWrite when the disk is full or the place cannot be written.
     """
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     with _explained(path):
@@ -82,12 +89,64 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
+class FolderLock:
+    """Says that one process works in a folder, and which. The lock ends with its process, however that ends.
+
+    `taken_over`: the process that held the folder before and ended without letting go, killed say; else None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import filelock
+
+        self.folder = folder
+        self.taken_over: str | None = None
+        self._lock = filelock.FileLock(folder / ".lock")
+        # Beside the lock file, whose content a process that tries to take the lock may empty.
+        self._holder = folder / ".lock.json"
+
+    def take(self) -> None:
+        """Holds the folder. Raises UserError, naming the holder, where another process (or a lock) holds it."""
+        import filelock
+
+        if self._lock.is_locked:
+            return
+        with _explained(self.folder):
+            try:
+                self._lock.acquire(blocking=False)
+            except filelock.Timeout:
+                raise UserError(f"{self.folder} is in use by {self._named()}; wait for its end, or stop it") from None
+            self.taken_over = self._named() if self._holder.exists() else None
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+            self._holder.write_text(json.dumps(holder), encoding="utf-8")
+
+    def release(self) -> None:
+        """Lets go; nothing where it was not held."""
+        if self._lock.is_locked:
+            self._holder.unlink(missing_ok=True)
+            self._lock.release()
+
+    def _named(self) -> str:
+        try:
+            holder = json.loads(self._holder.read_text(encoding="utf-8"))
+            return f"process {holder['process']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "another process"
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(cannot_write(path, error)) from error
+        raise CannotWrite(cannot_write(path, error)) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `atomic_folder` left of folders in `folder` when its process was killed."""
+    for name in (".*.partial-*", ".*.replaced-*"):
+        for path in folder.glob(name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: OSError) -> str:

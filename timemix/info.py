@@ -40,21 +40,22 @@ def flops_per_token(config: ModelConfig) -> int:
     return 2 * weights + config.layers * products
 
 
-def training_memory(model: ModelConfig, train: TrainConfig, precision: str) -> int:
-    """Bytes that a training step needs, estimated; within 45 % where it was measured (docs/LOG.md).
+def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
+    """Bytes that a training step needs in each process, estimated; within 45 % where measured (docs/LOG.md).
 
     Weights, gradients and two moments; what a block keeps for its backward pass, counted in numbers per
     token; logits and their gradient; W or attention matrices per head.
     """
     width = 8 if precision == "float64" else 4
-    rows = train.batch_size // train.accumulation
+    rows = max(1, train.batch_size // train.accumulation // processes)
     tokens = rows * model.ctx_len
     # In bfloat16 the inputs and outputs of products are half as wide, the rest is not.
     kept = 0.7 if precision == "bfloat16" else 1.0
     per_token = kept * model.layers * (25 * model.channels + 6 * model.ffn_hidden) + 4 * model.vocab_size
     matrices = {"rwkv1": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
     squares = model.layers * matrices * model.heads * model.ctx_len**2
-    return int(width * (4 * count_parameters(model)["total"] + tokens * per_token + squares))
+    held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
+    return int(width * (held + tokens * per_token + squares))
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The optimizer, what it decays, and the learning rate over a run."""
+"""The optimizers, what it decays, and the learning rate over a run."""
 
 import math
 
@@ -6,31 +6,48 @@ import torch
 from torch import nn
 
 from timemix.config import TrainConfig
+from timemix.errors import UserError
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two AdamW groups: the weights of linear layers inside blocks, which are decayed, and all the rest."""
-    decayed = {
+def _is_matrix(model: nn.Module) -> dict[str, bool]:
+    """Of each parameter by name, whether it is the weight of a linear layer inside a block."""
+    matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("blocks.")
     }
-    named = dict(model.named_parameters())
-    return [
-        {"params": [p for name, p in named.items() if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
-    ]
+    return {name: name in matrices for name, _ in model.named_parameters()}
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over `parameter_groups`, in the framework's fused form."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run: each parameter in one of them.
+
+    AdamW (arXiv 1711.05101), in the framework's fused form, decays only the weights of linear layers inside blocks.
+    With `muon` these go to Muon (https://kellerjordan.github.io/posts/muon/), whose updates are scaled to the size of
+    AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.
+
+    Raises UserError for `muon` where the framework has none.
+    """
+    named, is_matrix = dict(model.named_parameters()), _is_matrix(model)
+    matrices = [p for name, p in named.items() if is_matrix[name]]
+    rest = [p for name, p in named.items() if not is_matrix[name]]
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"train.optimizer muon needs torch 2.9 or later; this is {torch.__version__}")
+        muon = torch.optim.Muon(
+            matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    else:
+        groups.insert(0, {"params": matrices, "weight_decay": config.weight_decay})
+    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors that an optimizer of `build_optimizers` keeps for each parameter."""
+    return ("momentum_buffer",) if type(optimizer).__name__ == "Muon" else ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

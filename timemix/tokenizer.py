@@ -102,6 +102,18 @@ class Tokenizer(ABC):
         """Decodes one token at a time."""
         return StreamDecoder(self._pieces, self.spaced)
 
+    def differences(self, other: "Tokenizer") -> str:
+        """What two vocabularies do not share, for a sentence: characters (or words) that only one of them has."""
+        if self.kind != other.kind:
+            return f"one is of kind {self.kind}, the other {other.kind}"
+        ours, theirs = set(self._pieces), set(other._pieces)
+        parts = [
+            f"{where} {_names(Counter(piece.decode('utf-8', 'replace') for piece in sorted(pieces)))}"
+            for where, pieces in (("only the first has", ours - theirs), ("only the second has", theirs - ours))
+            if pieces
+        ]
+        return ", ".join(parts) or "the same entries under other numbers, or another way with unknown text"
+
     def to_json(self) -> str:
         """Content of `tokenizer.json`."""
         return self._json

@@ -1,12 +1,13 @@
 """Training: one loop for every architecture, from token files to a run folder."""
 
 import json
+import logging
 import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +17,22 @@ import torch
 from torch import Tensor
 
 from timemix import checkpoint
-from timemix.config import RunConfig, TokenizerKind, Unknown, read_toml, to_toml
+from timemix.config import ModelConfig, RunConfig, TokenizerKind, TrainConfig, Unknown, read_toml, to_dict, to_toml
 from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus, prepare
+from timemix.distributed import ALONE, World, my_rows, whole, without_exchange
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
-from timemix.files import cannot_write, write_text
-from timemix.info import training_memory
+from timemix.files import CannotWrite, FolderLock, cannot_write, remove_unfinished, write_text
+from timemix.info import flops_per_token, training_memory
 from timemix.models import LanguageModel
-from timemix.optim import build_optimizer, learning_rate
-from timemix.precision import autocast, choose_device, choose_precision
+from timemix.models.context import with_ctx_len
+from timemix.optim import build_optimizers, learning_rate
+from timemix.precision import autocast, choose_device, choose_precision, matrix_product_peak
+from timemix.tracking import Hook, Line, Metrics, SpikeWatch, peak_memory
+
+logger = logging.getLogger("timemix")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -53,33 +61,73 @@ class NotFinite(UserError):
 class Interrupted(Exception):
     """A signal ended the run after its step was saved."""
 
-    def __init__(self, number: int, saved: Path) -> None:
+    def __init__(self, number: int, saved: Path | None) -> None:
         super().__init__(f"stopped; saved {saved}")
         self.number = number
 
 
-def new_run(config: RunConfig, out: Path) -> "Trainer":
+def new_run(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
     """Run folder `out` for a config: prepares its tokens and writes config.toml; nothing is trained yet.
 
-    Raises UserError when `out` exists, the text does not serve, or the machine lacks the memory.
+    Where `config.start` names a trained model, training goes on from its weights, with its tokenizer. The config's
+    model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`models.context`).
+
+    Raises UserError when `out` exists, text or start do not serve, or the machine lacks the memory.
     """
-    _refuse_too_large(config)
+    start = None if config.start is None else checkpoint.load(config.start)
+    if start is not None:
+        _check_start(config.model, start)
+    _check_shares(config.train, world)
+    _refuse_too_large(config, world)
+    world.first_does(lambda: _make_folder(out))
+    try:
+        made = world.first_does(lambda: _fill_folder(config, out, start, world))
+        if made is None:
+            made = read_toml(out / "config.toml"), out, open_run_corpus(out, config.data.source), None
+        trainer = Trainer(*made, world)
+        if start is not None:
+            weights = with_ctx_len(start.model.state_dict(), start.config.model, config.model.ctx_len)
+            checkpoint.fill(trainer.model, weights.__getitem__)
+            # So that a run killed before its first checkpoint begins with them again.
+            trainer.save()
+    except BaseException:
+        if world.first:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    return trainer
+
+
+def _check_start(model: ModelConfig, start: checkpoint.Loaded) -> None:
+    ours, theirs = to_dict(model), to_dict(start.config.model)
+    for name in sorted((ours.keys() | theirs.keys()) - {"ctx_len", "dropout", "vocab_size", "initial"}):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"model.{name} {ours.get(name)} is not that of {start.folder}, {theirs.get(name)}; leave it out:"
+                " only ctx_len and dropout may differ"
+            )
+
+
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True)
     except FileExistsError:
         raise UserError(f"{out} exists already; choose another --out, or go on with --resume {out}") from None
     except OSError as error:
         raise UserError(cannot_write(out, error)) from None
-    try:
-        corpus = _corpus(config, out)
-        config = resolved(config, corpus)
-        _refuse_too_large(config)
-        trainer = Trainer(config, out, corpus)
-        write_text(out / "config.toml", to_toml(config))
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
-    return trainer
+
+
+def _fill_folder(
+    config: RunConfig, out: Path, start: checkpoint.Loaded | None, world: World
+) -> tuple[RunConfig, Path, Corpus, FolderLock | None]:
+    """Prepares the tokens of a run and writes its config."""
+    lock = FolderLock(out)
+    lock.take()
+    corpus = _corpus(config, out, start)
+    config = resolved(config, corpus)
+    _batches(config, corpus)
+    _refuse_too_large(config, world)
+    write_text(out / "config.toml", to_toml(config))
+    return config, out, corpus, lock
 
 
 def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
@@ -91,58 +139,101 @@ def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=made.vocab_size), data=data)
 
 
-def _corpus(config: RunConfig, out: Path) -> Corpus:
+def _corpus(config: RunConfig, out: Path, start: checkpoint.Loaded | None) -> Corpus:
     """Tokens of a run: a prepared folder where it lies, else the text, prepared in the run folder."""
     source = Path(config.data.source)
-    return open_corpus(source) if is_corpus(source) else prepare(out / "data", config.data, progress=True)
+    tokenizer = None if start is None else start.tokenizer
+    if not is_corpus(source):
+        return prepare(out / "data", config.data, tokenizer=tokenizer, progress=True)
+    corpus = open_corpus(source)
+    if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
+        raise UserError(
+            f"{source} was prepared with another vocabulary than that of {config.start}:"
+            f" {corpus.tokenizer.differences(tokenizer)}; name the text instead"
+        )
+    return corpus
 
 
-def resume_run(out: Path) -> "Trainer":
+def _check_shares(train: TrainConfig, world: World) -> None:
+    """Raises UserError where the processes cannot take equal parts of a batch."""
+    if train.batch_size % (train.accumulation * world.size):
+        raise UserError(
+            f"--train.batch-size {train.batch_size} cannot be cut into {world.size} equal parts for the processes,"
+            f" each in {train.accumulation} pieces; take a multiple of {train.accumulation * world.size}"
+        )
+
+
+def _batches(config: RunConfig, corpus: Corpus) -> Batches:
+    train = config.train
+    return Batches(
+        corpus.train,
+        batch_size=train.batch_size,
+        ctx_len=config.model.ctx_len,
+        seed=train.seed,
+        order=config.data.order,
+    )
+
+
+def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     """A run as its newest checkpoint left it, or at its start where it has none yet.
 
-    Raises UserError when something in the folder is missing or damaged, or its data are not those it began with.
+    Any number of processes goes on with what any number began. Raises UserError when another process works on the run,
+    when something in the folder is missing or damaged, or its data are not those it began with.
     """
-    if not (out / "config.toml").exists():
-        checkpoint.newest(out)
+    lock = world.first_does(lambda: _take(out))
     config = read_toml(out / "config.toml")
-    trainer = Trainer(config, out, open_run_corpus(out, config.data.source))
+    trainer = Trainer(config, out, open_run_corpus(out, config.data.source), lock, world)
     if checkpoint.checkpoints(out):
         trainer.restore(checkpoint.newest(out))
     elif trainer.corpus.tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(f"the data of {out} have another vocabulary than its config.toml")
-    else:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+    if world.first:
+        trainer.metrics.cut(trainer.step if trainer.step else -1)
     return trainer
 
 
-class Trainer:
-    """A model in training, its optimizer and its place in the data.
+def _take(out: Path) -> FolderLock:
+    """Holds a run folder, free of what a killed process left half-written."""
+    if not (out / "config.toml").exists():
+        checkpoint.newest(out)
+    lock = FolderLock(out)
+    lock.take()
+    remove_unfinished(out / "checkpoints")
+    return lock
 
-    `step` counts finished optimizer steps. Batches are a function of (seed, step), so the step is the
-    position in the data.
+
+class Trainer:
+    """A model in training, its optimizers and its place in the data, in each process of a `world`.
+
+    `step` counts finished optimizer steps. Batches and dropout are functions of (seed, step), so the step is the
+    position in the data and in the random numbers.
+
+    The processes take equal parts of each batch. Process 0 alone writes: metrics, checkpoints, what went wrong.
     """
 
-    def __init__(self, config: RunConfig, out: Path, corpus: Corpus) -> None:
+    def __init__(
+        self, config: RunConfig, out: Path, corpus: Corpus, lock: FolderLock | None = None, world: World = ALONE
+    ) -> None:
         train = config.train
-        self.config, self.out, self.corpus = config, out, corpus
-        self.device, self.device_reason = choose_device(train.device)
+        self.config, self.out, self.corpus, self.world = config, out, corpus, world
+        self.lock = lock or FolderLock(out)
+        self.device, self.device_reason = choose_device(train.device, world.local_rank)
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
+        _check_shares(train, world)
+        self.batches = _batches(config, corpus)
         torch.manual_seed(train.seed)
-        model = LanguageModel(config.model)
-        self.model = model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
-        self.optimizer = build_optimizer(self.model, train)
-        self.batches = Batches(
-            corpus.train,
-            batch_size=train.batch_size,
-            ctx_len=config.model.ctx_len,
-            seed=train.seed,
-            order=config.data.order,
-        )
+        self.model = LanguageModel(config.model)
+        self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
+        self._parallel_model = world.parallel(self.model, train.strategy)
+        self.optimizers = build_optimizers(self.model, train)
+        self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
         self.seconds = 0.0
         self.valid_loss: float | None = None
         self.valid_step: int | None = None
         self.best_loss = math.inf
+        self._losses: list[float] = []
+        self._spikes = SpikeWatch(train.spike)
 
     @property
     def tokens_per_step(self) -> int:
@@ -161,8 +252,8 @@ class Trainer:
         return splits | {"tokenizer": self.corpus.tokenizer.hash}
 
     def restore(self, folder: Path) -> None:
-        """Goes back to a checkpoint; lines of metrics.jsonl after it are cut off."""
-        progress = checkpoint.restore_training(folder, self.model, self.optimizer)
+        """Goes back to a checkpoint. Raises UserError where it is damaged or of other data."""
+        progress = checkpoint.restore_training(folder, self.model, self.optimizers)
         if progress.get("data") != self.data_hashes:
             raise UserError(f"the data are not those that {self.out} was trained on: their hashes differ")
         self.step = progress["step"]
@@ -170,121 +261,182 @@ class Trainer:
         self.valid_loss = progress["valid_loss"]
         self.valid_step = progress["valid_step"]
         self.best_loss = checkpoint.best_loss(self.out)
-        path = self.out / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= self.step))
+        self._losses = progress["losses_since_line"]
+        self._spikes.state = progress["usual_loss"]
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
         with autocast(self.precision, self.device):
-            logits, _ = self.model(inputs)
+            logits, _ = self._parallel_model(inputs)
         return cross_entropy(logits, targets)
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss in nats per token, before the update, and the gradient norm.
 
-        Raises UserError, with weights unchanged, when loss or gradient is not finite.
+        Raises NotFinite, with weights unchanged, when loss or gradient is not finite.
         """
         config = self.config.train
         lr = learning_rate(config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        inputs, targets = (torch.from_numpy(a).to(self.device) for a in self.batches(self.step))
-        loss = 0.0
-        pieces = zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True)
-        for piece_inputs, piece_targets in pieces:
-            piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
-            piece.backward()
-            loss += piece.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad(set_to_none=True)
+        seeds = np.random.SeedSequence([config.seed, self.step, self.world.rank])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+        batch = self.batches(self.step, my_rows(config.batch_size, self.world))
+        inputs, targets = (torch.from_numpy(a).to(self.device) for a in batch)
+        local_loss = 0.0
+        pieces = list(zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True))
+        for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
+            with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
+                piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
+                piece.backward()
+            local_loss += piece.item()
+        (loss,) = self.world.sum(local_loss / self.world.size)
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            raise NotFinite(self._not_finite(what, self.step + 1))
-        self.optimizer.step()
+            self._keep_batch(self.step, f"the {what} is not finite")
+            raise NotFinite(f"{self._not_finite(what, self.step + 1)}; try a smaller --train.lr")
+        if spike := self._spikes(loss):
+            self._keep_batch(self.step, spike)
+            self._warn(f"step {self.step + 1}: {spike}")
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         return loss, norm
 
+    def _warn(self, sentence: str) -> None:
+        if self.world.first:
+            logger.warning("%s", sentence)
+
+    def _keep_batch(self, step: int, why: str) -> None:
+        """Writes the batch after `step` steps to bad-batches, where the config asks for it."""
+        if not (self.config.train.save_bad_batches and self.world.first):
+            return
+        inputs, targets = self.batches(step)
+        windows = np.concatenate([inputs, targets[:, -1:]], 1)
+        texts = [self.corpus.tokenizer.decode(row) for row in windows]
+        record = {"step": step + 1, "why": why, "tokens": windows.tolist(), "texts": texts}
+        path = self.out / "bad-batches" / f"step-{step + 1:08d}.json"
+        write_text(path, json.dumps(record, ensure_ascii=False, indent=1))
+
     def _not_finite(self, what: str, step: int) -> str:
+        return f"the {what} is not finite at step {step}; {self._last_good()}"
+
+    def _last_good(self) -> str:
         kept = checkpoint.checkpoints(self.out)
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
-        return f"the {what} is not finite at step {step}; {last}; try a smaller --train.lr"
+        return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
 
     def validate(self) -> float | None:
         """Loss on the whole held-out text in nats per token, None where there is none.
 
-        Raises UserError when it is not finite.
+        Raises NotFinite when it is not finite.
         """
         if len(self.corpus.valid) < 2:
             return None
-        loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision)
+        loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision, world=self.world)
         if not math.isfinite(loss):
-            raise NotFinite(self._not_finite("validation loss", self.step))
+            raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller --train.lr")
         self.valid_loss, self.valid_step = loss, self.step
         return loss
 
-    def save(self) -> Path:
-        """Writes a checkpoint and removes those that are neither newest nor best."""
-        folder = checkpoint.save_checkpoint(
-            self.out,
-            self.step,
-            self.model,
-            self.config,
-            self.corpus.tokenizer,
-            self.optimizer,
-            {
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "valid_loss": self.valid_loss,
-                "valid_step": self.valid_step,
-                "data": self.data_hashes,
-            },
-        )
-        checkpoint.prune(self.out)
-        return folder
+    def save(self, *, go_on: bool = False) -> Path | None:
+        """Writes a checkpoint and removes those that are neither newest nor best; returns it, in process 0.
 
-    def run(self, watch: Watch = lambda progress: None) -> Path:
+        When the disk is full the checkpoints before stay; raises CannotWrite then, or, to `go_on`, warns.
+        """
+        weights, training = checkpoint.gathered(self.model, self.optimizers, self.world)
+        progress = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "valid_loss": self.valid_loss,
+            "valid_step": self.valid_step,
+            "losses_since_line": self._losses,
+            "usual_loss": self._spikes.state,
+            "data": self.data_hashes,
+        }
+
+        def write() -> Path | None:
+            tokenizer = self.corpus.tokenizer
+            try:
+                saved = checkpoint.save_checkpoint(
+                    self.out, self.step, weights, training, self.config, tokenizer, progress
+                )
+            except CannotWrite as error:
+                sentence = f"step {self.step}: {error}; {self._last_good()}"
+                if not go_on:
+                    raise CannotWrite(f"{sentence}, from which --resume {self.out} goes on") from None
+                self._warn(f"{sentence}; training goes on")
+                return None
+            checkpoint.prune(self.out)
+            return saved
+
+        return self.world.first_does(write)
+
+    def run(self, watch: Watch = lambda progress: None, hook: Hook | None = None) -> Path:
         """Trains to the last step; returns the newest checkpoint.
 
-        Writes metrics.jsonl and checkpoints. `seconds` counts training steps alone, not validation or
-        saving. On Ctrl-C or SIGTERM saves and raises `Interrupted`; raises UserError when the loss is not
-        finite or the disk is full.
+        Writes metrics.jsonl and checkpoints; `watch` is called after each step, `hook` with each line of metrics.jsonl,
+        both in process 0. `seconds` counts training steps alone, not validation or saving.
+
+        On Ctrl-C or SIGTERM saves and raises Interrupted. Raises NotFinite when the loss is not finite, CannotWrite
+        when the disk is full, UserError when another process works on the run or one of this run's has gone.
         """
+        self.world.first_does(self.lock.take)
+        try:
+            with _signals(escalate=self.world.size == 1) as received:
+                self._run(watch, hook, received)
+        except RuntimeError as error:
+            if not self.world.lost(error):
+                raise
+            raise UserError(
+                f"a process of this run has gone or does not answer; {self._last_good()};"
+                f" go on with --resume {self.out}, with any number of processes"
+            ) from None
+        finally:
+            self.lock.release()
+        return checkpoint.newest(self.out)
+
+    def _run(self, watch: Watch, hook: Hook | None, received: list[int]) -> None:
         config = self.config.train
-        with _signals() as received, _appending(self.out / "metrics.jsonl") as write:
-            if self.step == 0:
-                write({"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": self.validate()})
-            losses: list[float] = []
-            seconds_then = self.seconds
-            speed = 0.0
-            while self.step < config.steps:
-                start = time.perf_counter()
-                loss, norm = self.train_step()
-                step_seconds = time.perf_counter() - start
-                self.seconds += step_seconds
-                losses.append(loss)
-                at_end = self.step == config.steps
-                line: dict[str, Any] = {}
-                if self.step % config.log_every == 0 or at_end:
-                    elapsed = self.seconds - seconds_then
-                    speed = len(losses) * self.tokens_per_step / elapsed
-                    line |= {
-                        "loss": float(np.mean(losses)),
-                        "lr": learning_rate(config, self.step - 1),
-                        "grad_norm": norm,
-                        "tokens_per_second": speed,
-                    }
-                    losses, seconds_then = [], self.seconds
-                improved = False
-                if self.step % config.valid_every == 0 or at_end:
-                    valid_loss = self.validate()
-                    line |= {"valid_loss": valid_loss}
-                    improved = valid_loss is not None and valid_loss < self.best_loss
-                    if valid_loss is not None and improved:
-                        self.best_loss = valid_loss
-                if line:
-                    write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3), **line})
+        (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
+        flops = 3 * flops_per_token(self.config.model)
+        if self.step == 0:
+            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": self.validate()}, hook)
+        seconds_then = self.seconds
+        steps_then = self.step
+        speed = 0.0
+        while self.step < config.steps:
+            start = time.perf_counter()
+            loss, norm = self.train_step()
+            step_seconds = time.perf_counter() - start
+            self.seconds += step_seconds
+            self._losses.append(loss)
+            at_end = self.step == config.steps
+            line: Line = {}
+            if self.step % config.log_every == 0 or at_end:
+                speed = (self.step - steps_then) * self.tokens_per_step / (self.seconds - seconds_then)
+                line |= {
+                    "loss": float(np.mean(self._losses)),
+                    "lr": learning_rate(config, self.step - 1),
+                    "grad_norm": norm,
+                    "tokens_per_second": speed,
+                    "peak_share": flops * speed / peak,
+                    "memory": peak_memory(self.device),
+                }
+                self._losses, seconds_then, steps_then = [], self.seconds, self.step
+            improved = False
+            if self.step % config.valid_every == 0 or at_end:
+                valid_loss = self.validate()
+                line |= {"valid_loss": valid_loss}
+                improved = valid_loss is not None and valid_loss < self.best_loss
+                if valid_loss is not None and improved:
+                    self.best_loss = valid_loss
+            if line:
+                place = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+                self._write(place | line, hook)
+            if self.world.first:
                 watch(
                     Progress(
                         self.step,
@@ -296,25 +448,34 @@ class Trainer:
                         self.valid_loss,
                     )
                 )
-                if received:
-                    raise Interrupted(received[0], self.save())
-                if improved or self.step % config.save_every == 0 or at_end:
-                    self.save()
-        return checkpoint.newest(self.out)
+            told = self.world.sum(*(float(number in received) for number in _SIGNALS))
+            if any(told):
+                saved = self.save()
+                raise Interrupted(_SIGNALS[told.index(max(told))], saved)
+            if improved or self.step % config.save_every == 0 or at_end:
+                self.save(go_on=config.full_disk == "continue" and not at_end)
+
+    def _write(self, line: Line, hook: Hook | None) -> None:
+        """A line of metrics.jsonl, and for the hook."""
+        if not self.world.first:
+            return
+        try:
+            self.metrics.write(line)
+        except CannotWrite as error:
+            if self.config.train.full_disk == "stop":
+                raise
+            self._warn(f"{error}; training goes on")
+        if hook is not None:
+            hook(line)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def _refuse_too_large(config: RunConfig) -> None:
+def _refuse_too_large(config: RunConfig, world: World) -> None:
     """Raises UserError when the run would not fit the memory that is free now."""
-    device, _ = choose_device(config.train.device)
+    device, _ = choose_device(config.train.device, world.local_rank)
     precision, _ = choose_precision(config.train.precision, device)
-    needed = training_memory(config.model, config.train, precision)
+    needed = training_memory(config.model, config.train, precision, world.size)
+    if device.type == "cpu":
+        needed *= world.local_size
     free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
@@ -336,18 +497,22 @@ def free_memory(device: torch.device) -> int | None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying of it; a second one acts as usual."""
+def _signals(*, escalate: bool) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; to `escalate`, a second one acts as usual.
+
+    Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun, which ends by itself what does not end.
+    """
     received: list[int] = []
     old: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        for each, handler in old.items():
-            signal.signal(each, handler)
+        if escalate:
+            for each, handler in old.items():
+                signal.signal(each, handler)
 
     try:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in _SIGNALS:
             old[each] = signal.signal(each, note)
     except ValueError:
         pass  # Only the main thread may take signals; elsewhere they are not ours.
@@ -356,21 +521,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for each, handler in old.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Gives a function that appends a line of JSON at once.
-
-    Raises UserError when the disk is full.
-    """
-    # Unbuffered: what a full disk refuses must not be tried again on closing.
-    with path.open("ab", buffering=0) as file:
-
-        def write(line: dict) -> None:
-            try:
-                file.write(json.dumps(line).encode() + b"\n")
-            except OSError as error:
-                raise UserError(cannot_write(path, error)) from error
-
-        yield write

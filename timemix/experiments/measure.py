@@ -13,7 +13,7 @@ import torch
 from timemix.config import RunConfig, from_dict, to_dict
 from timemix.evaluate import cross_entropy
 from timemix.models import LanguageModel
-from timemix.optim import build_optimizer
+from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_device, choose_precision
 from timemix.train import free_memory
 
@@ -46,17 +46,17 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     # A first small step, so that code which is loaded when first used does not count.
     small = replace(config.model, layers=1, channels=4 * config.model.heads, ctx_len=8)
-    _step(small_model := LanguageModel(small).to(device), build_optimizer(small_model, train), 2, 1, precision)
+    _step(small_model := LanguageModel(small).to(device), build_optimizers(small_model, train), 2, 1, precision)
     if not on_gpu:
         _limit_memory(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else _status("VmRSS")
     model = LanguageModel(config.model).to(device)
-    optimizer = build_optimizer(model, train)
+    optimizers = build_optimizers(model, train)
     rows, ctx_len = train.batch_size // train.accumulation, config.model.ctx_len
     fastest = math.inf
     for step in range(steps + 1):
         start = time.perf_counter()
-        _step(model, optimizer, rows, train.accumulation, precision)
+        _step(model, optimizers, rows, train.accumulation, precision)
         # The first step also allocates.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
@@ -68,7 +68,9 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def _step(model: LanguageModel, optimizer: torch.optim.Optimizer, rows: int, pieces: int, precision: str) -> None:
+def _step(
+    model: LanguageModel, optimizers: list[torch.optim.Optimizer], rows: int, pieces: int, precision: str
+) -> None:
     """One training step on random tokens, finished when it returns."""
     config = model.config
     for _ in range(pieces):
@@ -77,8 +79,9 @@ def _step(model: LanguageModel, optimizer: torch.optim.Optimizer, rows: int, pie
             logits, _ = model(tokens[:, :-1])
         cross_entropy(logits, tokens[:, 1:]).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
 

@@ -1,0 +1,204 @@
+"""Several processes train what one process trains: same losses, same weights, each token once; they end together."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.process_group import SETTINGS, config
+from tests.runs import TEXT, small_config, write_text_file
+from timemix import checkpoint
+from timemix.data import Batches, prepare
+from timemix.distributed import World, my_rows
+from timemix.errors import UserError
+from timemix.evaluate import loss_per_token
+from timemix.train import Interrupted, new_run, resume_run
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+STRATEGIES = ("replicate", "shard")
+
+
+def torchrun(*arguments, **options):
+    # A port of its own, so that two launches at once do not meet.
+    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def curve(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(k, math.nan) for k in ("step", "loss", "grad_norm", "valid_loss")) for line in lines]
+
+
+def same_curve(a: Path, b: Path, tolerance: float) -> None:
+    for x, y in zip(curve(a), curve(b), strict=True):
+        assert x == pytest.approx(y, rel=tolerance, nan_ok=True)
+    ours, theirs = (checkpoint.load(run, checkpoint="newest").model.state_dict() for run in (a, b))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=100 * tolerance, rtol=100 * tolerance)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of two processes, and what one process began for them to go on with."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_text_file(folder)
+    prepare(folder / "tokens", small_config(folder / "text.txt").data)
+    for strategy in STRATEGIES:
+
+        def stop(progress):
+            if progress.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Interrupted):
+            new_run(config(folder, "plain", strategy), folder / f"handed-{strategy}").run(stop)
+    group = torchrun("tests.process_group", folder)
+    _, errors = group.communicate(timeout=300)
+    assert group.returncode == 0, errors
+    for name in SETTINGS:
+        new_run(config(folder, name, "replicate"), folder / name).run()
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_learn_what_one_does(folder, name, strategy):
+    tolerance = 1e-12 if name == "float64" else 1e-5
+    if name == "muon":
+        # Its orthogonalisation computes in bfloat16.
+        tolerance = 1e-3
+    same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_process_goes_on_with_what_two_began(folder, strategy):
+    trainer = resume_run(folder / f"stopped-{strategy}")
+    assert trainer.step == 3
+    trainer.run()
+    same_curve(folder / "plain", trainer.out, 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_go_on_with_what_one_began(folder, strategy):
+    same_curve(folder / "plain", folder / f"handed-{strategy}", 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_process_knows_the_loss_of_the_whole_text(folder, strategy):
+    model = checkpoint.load(folder / f"handed-{strategy}", checkpoint="newest").model
+    alone = [loss_per_token(model, np.arange(n) % 7, tokens_per_batch=16) for n in (17, 50, 81)]
+    for rank in range(2):
+        assert json.loads((folder / f"losses-{strategy}-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_checkpoint_looks_the_same_whoever_wrote_it(folder):
+    runs = [folder / "plain", *(folder / f"plain-{s}-2" for s in STRATEGIES)]
+    listings = [sorted((p.name, p.stat().st_size) for p in checkpoint.newest(r).glob("*.safetensors")) for r in runs]
+    assert listings[0] == listings[1] == listings[2]
+
+
+@given(
+    size=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    windows=st.integers(2, 40),
+    order=st.sampled_from(["epoch", "random"]),
+)
+def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, order):
+    tokens = np.arange(8 * (windows + 1) + 1)
+    batch_size = size * rows
+    batches = Batches(tokens, batch_size=batch_size, ctx_len=8, seed=3, order=order)
+    seen: list[int] = []
+    for step in range(math.ceil(windows / batch_size)):
+        parts = [batches(step, my_rows(batch_size, World(rank, size)))[0] for rank in range(size)]
+        assert [len(p) for p in parts] == [rows] * size
+        np.testing.assert_array_equal(np.concatenate(parts), batches(step)[0])
+        seen += np.concatenate(parts)[:, 0].tolist()
+    if order == "epoch":
+        epoch = seen[:windows]
+        assert len(set(epoch)) == windows
+        assert np.diff(sorted(epoch)).tolist() == [8] * (windows - 1)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--train.batch-size 4 cannot be cut into 3 equal parts .* a multiple of 3"):
+        new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
+    assert not (tmp_path / "run").exists()
+
+
+def long_run(tmp_path: Path) -> tuple[list, Path]:
+    out = tmp_path / "run"
+    options = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
+    often = "--train.steps 100000 --train.save-every 20 --train.valid-every 1000 --train.precision float32"
+    text = write_text_file(tmp_path, TEXT)
+    return ["timemix", "train", "cpu-small", "--data", text, "--out", out, *options.split(), *often.split()], out
+
+
+def wait_for_checkpoint(run: Path, group: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not (checkpoint.checkpoints(run) if run.exists() else []):
+        assert group.poll() is None, group.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def children(parent: int) -> list[int]:
+    """Processes that a process started, oldest first."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
+    return sorted(int(word) for word in listed.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="finds the processes of the run with ps")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
+    command, out = long_run(tmp_path)
+    group = torchrun(*command)
+    wait_for_checkpoint(out, group)
+    started = time.monotonic()
+    os.kill(children(group.pid)[rank], signal.SIGKILL)
+    _, errors = group.communicate(timeout=60)
+    assert time.monotonic() - started < 60
+    assert group.returncode != 0
+    told = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
+    assert len(told) == 1, errors
+    assert re.search(
+        r"a process of this run has gone .*; the last good checkpoint is .*step-\d+; go on with --res", told[0]
+    )
+    assert "trainer.run" not in errors
+    trainer = resume_run(out)
+    before = trainer.step
+    assert before >= 20
+    trainer.train_step()
+    assert trainer.step == before + 1
+
+
+def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
+    command, out = long_run(tmp_path)
+    group = torchrun(*command, start_new_session=True)
+    wait_for_checkpoint(out, group)
+    # As a terminal does: to all processes at once.
+    os.killpg(group.pid, signal.SIGINT)
+    _, errors = group.communicate(timeout=60)
+    assert len(re.findall(r"^timemix: stopped; saved .*step-\d+; go on with: ", errors, re.MULTILINE)) == 1, errors
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+    again = torchrun(*command)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode != 0
+    assert len(re.findall(r"^timemix: .*run exists already; choose another --out", errors, re.MULTILINE)) == 1, errors
+    assert "Traceback" not in errors.split("ChildFailedError")[0].split("torch/distributed")[0]

@@ -1,0 +1,74 @@
+"""Weights of a model for another context length: its tables over time cut, or extended by their last quarter's mean.
+
+A table of W = f(t-u) alpha(u) beta(t) says little by itself: W stays the same when f(lag) is multiplied by c^lag,
+alpha(u) by c^u and beta(t) by c^-t. So before a table is extended c is chosen, for each head, such that alpha and beta
+run as level as they can: the slopes of their logarithms sum to zero in squares. Where alpha or beta is left out or has
+values at or below 0, c is 1.
+"""
+
+import torch
+from torch import Tensor
+
+from timemix.config import ModelConfig, TimeMixConfig
+from timemix.errors import UserError
+
+TABLES = ("f", "alpha", "beta", "gamma")
+
+
+def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) -> dict[str, Tensor]:
+    """Weights by name of the same model with tables for `ctx_len` positions; within the old ones W is the same.
+
+    Raises UserError for a time-mix with a free W, which says nothing of positions that it was not trained on.
+    """
+    old = config.ctx_len
+    result = dict(weights)
+    mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
+    for mixer in mixers:
+        tables = {name: weights[f"{mixer}.{name}"] for name in TABLES if f"{mixer}.{name}" in weights}
+        if tables["f"].ndim == 3:
+            if ctx_len > old:
+                raise UserError(
+                    f"a free W cannot be extended from ctx_len {old} to {ctx_len}; keep --model.ctx-len {old}"
+                )
+            tables["f"] = tables["f"][:, :ctx_len, :ctx_len]
+        elif ctx_len > old:
+            tables = _level(tables, config)
+        result |= {f"{mixer}.{name}": _resized(table, ctx_len) for name, table in tables.items()}
+    return result
+
+
+def _resized(table: Tensor, ctx_len: int) -> Tensor:
+    """A table (..., ctx_len): its beginning, or itself and then the mean of its last quarter."""
+    old = table.shape[-1]
+    if ctx_len <= old:
+        return table[..., :ctx_len].clone()
+    rest = table[..., -max(1, old // 4) :].mean(-1, keepdim=True)
+    return torch.cat([table, rest.expand(*table.shape[:-1], ctx_len - old)], -1)
+
+
+def _level(tables: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tables with the c of each head (see above) worked in."""
+    logarithms = isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted"
+    f, alpha, beta = (tables.get(name) for name in ("f", "alpha", "beta"))
+    assert f is not None
+    if alpha is None or (beta is None and not logarithms):
+        return tables
+    if not logarithms and not ((alpha > 0).all() and beta is not None and (beta > 0).all()):
+        return tables
+    time = torch.arange(f.shape[-1], dtype=torch.float64)
+    if logarithms:
+        # beta cancels between numerator and denominator, so that alpha alone can be made level.
+        log_c = -_slope(alpha.double())
+        return tables | {name: (tables[name].double() + log_c * time).to(f.dtype) for name in ("f", "alpha")}
+    assert beta is not None
+    log_c = (_slope(beta.double().log()) - _slope(alpha.double().log())) / 2
+    growth = (log_c * time).exp()
+    level = {"f": f.double() * growth, "alpha": alpha.double() * growth, "beta": beta.double() / growth}
+    return tables | {name: table.to(f.dtype) for name, table in level.items()}
+
+
+def _slope(y: Tensor) -> Tensor:
+    """Least-squares slope (H, 1) of rows (H, T) over 0 ... T - 1; 0 for a single column."""
+    time = torch.arange(y.shape[-1], dtype=y.dtype)
+    time -= time.mean()
+    return (y * time).sum(-1, keepdim=True) / (time**2).sum().clamp(min=1)
