@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timemix.config import DataConfig
-from timemix.data import (
-    Batches,
-    describe,
-    hold_out_end,
-    is_corpus,
-    open_corpus,
-    prepare,
-    spread,
-    text_hash,
-    validation_windows,
-)
+from timemix.data import Batches, is_corpus, open_corpus, spread, validation_windows
+from timemix.downloads import DOWNLOADS, Download
 from timemix.errors import UserError
-from timemix.sources import DOWNLOADS, Download
+from timemix.prepare import describe, hold_out_end, prepare, text_hash
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 

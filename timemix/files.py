@@ -17,7 +17,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     An older `folder` is replaced. Raises UserError when the disk is full or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with _explained(folder):
+    with explained(folder):
         try:
             # A killed process may have left it.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -31,11 +31,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 folder.rename(old)
                 temporary.rename(folder)
                 shutil.rmtree(old)
+                _sync(folder.parent)
             else:
-                temporary.rename(folder)
-            _sync(folder.parent)
+                appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def appear(temporary: Path, folder: Path) -> None:
+    """Renames a folder whose files are synced to a new place."""
+    _sync(temporary)
+    temporary.rename(folder)
+    _sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -45,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises UserError when the disk is full or the place cannot be written.
     """
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -71,7 +78,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     import filelock
 
     lock = filelock.FileLock(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Its Timeout is an OSError too, and no failure here.
         with contextlib.suppress(filelock.Timeout):
@@ -83,7 +90,8 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Raises UserError for a block that fails to write `path`."""
     try:
         yield
     except OSError as error:

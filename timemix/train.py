@@ -17,7 +17,7 @@ from torch import Tensor
 
 from timemix import checkpoint
 from timemix.config import RunConfig, TokenizerKind, Unknown, read_toml, to_toml
-from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus, prepare
+from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.files import cannot_write, write_text
@@ -25,6 +25,7 @@ from timemix.info import training_memory
 from timemix.models import LanguageModel
 from timemix.optim import build_optimizer, learning_rate
 from timemix.precision import autocast, choose_device, choose_precision
+from timemix.prepare import prepare
 
 
 @dataclass
