@@ -36,7 +36,7 @@ def peak_memory() -> int:
 
 def prepared(folder: Path) -> Path:
     from timemix.config import DataConfig
-    from timemix.data import prepare
+    from timemix.prepare import prepare
 
     if not (folder / "tokens").exists():
         prepare(folder / "tokens", DataConfig(source="builtin"))

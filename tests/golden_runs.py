@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from timemix.config import ARCHITECTURES, PRESETS, DataConfig, RunConfig, preset
-from timemix.data import is_corpus, prepare
+from timemix.data import is_corpus
+from timemix.prepare import prepare
 from timemix.train import Trainer, new_run
 
 PATH = Path(__file__).parent / "golden" / "runs.json"

@@ -10,11 +10,11 @@ import torch
 
 from tests.runs import TEXT, small_config, small_trainer, with_model
 from timemix import checkpoint
-from timemix.config import TimeMixConfig, architecture
-from timemix.data import DataConfig, prepare
+from timemix.config import DataConfig, TimeMixConfig, architecture
 from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.models.context import with_ctx_len
+from timemix.prepare import prepare
 from timemix.train import new_run, resume_run
 
 

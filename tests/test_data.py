@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timemix.config import DataConfig
-from timemix.data import (
-    Batches,
-    describe,
-    hold_out_end,
-    is_corpus,
-    open_corpus,
-    prepare,
-    spread,
-    text_hash,
-    validation_windows,
-)
+from timemix.data import Batches, is_corpus, open_corpus, spread, validation_windows
+from timemix.downloads import DOWNLOADS, Download
 from timemix.errors import UserError
-from timemix.sources import DOWNLOADS, Download
+from timemix.prepare import describe, hold_out_end, prepare, text_hash
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 
@@ -40,9 +31,10 @@ def test_a_prepared_folder_holds_the_text(kind, unknown):
     corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer=kind, unknown=unknown, vocab_size=270))
     assert corpus.tokenizer.decode(corpus.train) == TEXT[: int(0.9 * len(TEXT))]
     assert corpus.tokenizer.decode(corpus.valid) == TEXT[int(0.9 * len(TEXT)) :]
-    assert isinstance(corpus.train, np.memmap)
+    # A view of the file, not a copy in memory.
+    assert not corpus.train[:].flags.writeable
     assert corpus.train.dtype == corpus.tokenizer.dtype
-    assert Path("out/train.bin").stat().st_size == len(corpus.train) * corpus.tokenizer.dtype.itemsize
+    assert Path("out/train-00000.bin").stat().st_size == len(corpus.train) * corpus.tokenizer.dtype.itemsize
     assert corpus.info["train"]["bytes"] + corpus.info["valid"]["bytes"] == len(TEXT.encode())
     again = open_corpus(Path("out"))
     assert again.tokenizer.hash == corpus.tokenizer.hash
@@ -79,7 +71,7 @@ def test_unknown_characters_of_thinned_text_are_counted():
     Path("valid.txt").write_text("abcdefgx" * 100)
     config = DataConfig(source="train.txt", valid="valid.txt", unknown="unk", valid_tokens=80)
     thin = prepare(Path("thin"), config)
-    assert thin.info["valid"]["unknown"] == int((thin.valid == thin.tokenizer.vocab_size - 1).sum()) > 0
+    assert thin.info["valid"]["unknown"] == int((thin.valid[:] == thin.tokenizer.vocab_size - 1).sum()) > 0
 
 
 def test_the_end_of_the_training_text_can_be_held_out():
@@ -97,7 +89,8 @@ def test_the_hash_is_of_the_text_not_of_its_place():
     Path("again.txt").write_bytes(TEXT.encode())
     one = text_hash(DataConfig(source="text.txt"))
     assert one == text_hash(DataConfig(source="again.txt"))
-    assert one != text_hash(DataConfig(source="text.txt", valid="again.txt"))
+    Path("valid.txt").write_text("a\n")
+    assert one != text_hash(DataConfig(source="text.txt", valid="valid.txt"))
     prepare(Path("out"), DataConfig(source="text.txt"))
     prepare(Path("other"), DataConfig(source="text.txt", valid_fraction=0.2))
     assert text_hash(DataConfig(source="out")) != text_hash(DataConfig(source="other"))
@@ -105,7 +98,7 @@ def test_the_hash_is_of_the_text_not_of_its_place():
 
 def test_ids_lie_on_disk_in_little_endian():
     corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer="subword", vocab_size=270, valid_fraction=0))
-    raw = Path("out/train.bin").read_bytes()
+    raw = Path("out/train-00000.bin").read_bytes()
     assert int.from_bytes(raw[:2], "little") == corpus.tokenizer.encode(TEXT)[0]
 
 
@@ -163,14 +156,17 @@ def test_describe_counts():
     json.dumps(report)
 
 
-def test_nothing_is_left_of_a_failed_preparation(monkeypatch):
+def test_a_failed_preparation_can_be_made_again_and_leaves_nothing(monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="No space left|no space left"):
-        prepare(Path("out"), DataConfig(source="text.txt"))
-    assert [p.name for p in Path(".").iterdir()] == ["text.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match="no space left on the device for .*out"):
+            prepare(Path("out"), DataConfig(source="text.txt"))
+    assert not Path("out").exists()
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    assert sorted(p.name for p in Path(".").iterdir()) == ["out", "text.txt"]
 
 
 def test_an_existing_folder_is_left_alone():
@@ -187,19 +183,21 @@ def test_damaged_folders_are_refused():
         prepare(Path("out"), DataConfig(source="text.txt"))
 
     prepare(Path("out"), DataConfig(source="text.txt"))
-    Path("out/train.bin").write_bytes(Path("out/train.bin").read_bytes()[:-1])
-    refused(r"out/train\.bin has \d+ bytes, not \d+: it is damaged")
-    Path("out/train.bin").write_bytes(b"\xff" + Path("out/train.bin").read_bytes()[1:])
-    refused(r"out/train\.bin holds the id 255, outside the vocabulary: it is damaged")
-    Path("out/valid.bin").unlink()
-    refused(r"cannot read out/valid\.bin: No such file")
+    Path("out/train-00000.bin").write_bytes(Path("out/train-00000.bin").read_bytes()[:-1])
+    refused(r"out/train-00000\.bin has \d+ bytes, not \d+: it is damaged")
+    Path("out/train-00000.bin").write_bytes(b"\xff" + Path("out/train-00000.bin").read_bytes()[1:])
+    refused(r"out/train-00000\.bin holds the id 255, outside the vocabulary: it is damaged")
+    Path("out/train-00000.bin").write_bytes(b"\0" + Path("out/train-00000.bin").read_bytes()[1:])
+    refused(r"out/train-00000\.bin is damaged: its content is not what was written")
+    Path("out/valid-00000.bin").unlink()
+    refused(r"cannot read out/valid-00000\.bin: No such file")
     for text in ("", "{", "[]", "{}", '{"format_version": 1}'):
         Path("out/data.json").write_text(text)
         refused(r"out/data\.json is damaged")
     Path("out/data.json").write_text(
-        Path("out/data.json").read_text().replace('"format_version": 1', '"format_version": 9')
+        Path("out/data.json").read_text().replace('"format_version": 2', '"format_version": 9')
     )
-    refused(r"out/data\.json has format_version 9; this timemix reads 1")
+    refused(r"out/data\.json has format_version 9; this timemix reads 1 and 2")
     Path("out/tokenizer.json").unlink()
     refused(r"cannot read the tokenizer out/tokenizer\.json")
     prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from timemix import sources
+from timemix import decoding
+from timemix.downloads import DOWNLOADS, Download
 from timemix.errors import UserError
-from timemix.sources import DOWNLOADS, Download, read_source
+from timemix.sources import read_source
 
 TEXT = "first line\r\nsecond, with é and 鱼\n\tthird 🐈\n"
 
@@ -150,7 +151,7 @@ def test_unreadable_places(monkeypatch):
         patch.setattr("os.scandir", denied)
         refused("folder", "cannot read the folder folder: Permission denied")
     monkeypatch.setattr("builtins.open", denied)
-    monkeypatch.setattr(sources, "OPENERS", {".txt": denied})
+    monkeypatch.setattr(decoding, "OPENERS", {".txt": denied})
     refused("folder/a.txt", r"cannot read folder/a\.txt: Permission denied")
 
 

@@ -11,8 +11,10 @@ import torch
 
 from tests.runs import small_config, small_trainer, write_text_file
 from timemix import precision
+from timemix.config import DataConfig
 from timemix.errors import UserError
 from timemix.info import flops_per_token
+from timemix.prepare import prepare
 from timemix.tracking import Metrics, SpikeWatch, load_hook, peak_memory, tensorboard
 from timemix.train import NotFinite, new_run, resume_run
 
@@ -206,6 +208,12 @@ def test_metrics_that_could_not_be_written_come_with_the_next(tmp_path, monkeypa
     monkeypatch.setattr(metrics, "path", tmp_path / "metrics.jsonl")
     metrics.write({"step": 3})
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_validation_on_the_training_text_is_refused(tmp_path):
+    text = write_text_file(tmp_path)
+    with pytest.raises(UserError, match="the validation text is the training text"):
+        prepare(tmp_path / "tokens", DataConfig(source=str(text), valid=str(text)))
 
 
 def test_the_held_out_text_is_no_part_of_any_batch(tmp_path):

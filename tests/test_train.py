@@ -13,8 +13,9 @@ import torch
 from tests.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix import checkpoint
 from timemix.config import ARCHITECTURES, DataConfig, read_toml
-from timemix.data import open_corpus, prepare
+from timemix.data import open_corpus
 from timemix.errors import UserError
+from timemix.prepare import prepare
 from timemix.train import Interrupted, new_run, resume_run
 
 

@@ -418,7 +418,7 @@ def data(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data.source", *arguments]
     parsed = parse(DataArguments, arguments, "data")
-    from timemix.data import describe, prepare
+    from timemix.prepare import describe, prepare
 
     if parsed.out is None:
         report = describe(parsed.data, progress=True)

@@ -32,6 +32,10 @@ class Elsewhere(Exception):
     """Another process of the run tells why it ends; this one ends with it, quietly."""
 
 
+class ProcessLost(UserError):
+    """Another process of the run has gone or does not answer."""
+
+
 class World:
     """The processes of a run.
 

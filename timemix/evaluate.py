@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.data import Corpus, validation_windows
+from timemix.data import Corpus, text_size, validation_windows
 from timemix.distributed import ALONE, World
 from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.precision import autocast
+from timemix.shards import Tokens
 from timemix.tokenizer import Tokenizer
 
 
-def windows(tokens: np.ndarray, ctx_len: int, batch_size: int, stride: int | None) -> Iterator[tuple]:
+def windows(tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None) -> Iterator[tuple]:
     """Batches (inputs, targets, scored): the last `scored` targets of each row count.
 
     stride None: windows side by side. Else each window begins `stride` tokens after the one before and only
@@ -49,7 +50,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 @torch.no_grad()
 def loss_per_token(
     model: LanguageModel,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     *,
     precision: str = "float32",
     stride: int | None = None,
@@ -84,7 +85,7 @@ def loss_per_token(
 
 @torch.no_grad()
 def loss_by_position(
-    model: LanguageModel, tokens: np.ndarray, *, precision: str = "float32", tokens_per_batch: int = 8192
+    model: LanguageModel, tokens: np.ndarray | Tokens, *, precision: str = "float32", tokens_per_batch: int = 8192
 ) -> np.ndarray:
     """Mean loss in nats (ctx_len,) at each position of windows of ctx_len side by side; a shorter rest is left out.
 
@@ -120,21 +121,28 @@ def evaluate(
     tokens, unknown = tokenizer.encode_lenient(text)
     read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
     counts = {"tokens": len(tokens), "characters": len(text), "bytes": len(text.encode("utf-8")), "unknown": unknown}
-    return _in_units(model, tokenizer, tokens, read, precision, stride) | counts
+    size = len(read), len(read.encode("utf-8"))
+    return _in_units(model, tokenizer, tokens, size, precision, stride) | counts
 
 
 def evaluate_held_out(
     model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
 ) -> dict[str, float | int]:
     """The same for the validation tokens of a prepared folder."""
-    text = corpus.tokenizer.decode(corpus.valid)
+    size = text_size(corpus.tokenizer, corpus.valid)
     counts = {name: corpus.info["valid"][name] for name in ("tokens", "characters", "bytes", "unknown")}
-    return _in_units(model, corpus.tokenizer, corpus.valid, text, precision, stride) | counts
+    return _in_units(model, corpus.tokenizer, corpus.valid, size, precision, stride) | counts
 
 
 def _in_units(
-    model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarray, text: str, precision: str, stride: int | None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tokens: np.ndarray | Tokens,
+    size: tuple[int, int],
+    precision: str,
+    stride: int | None,
 ) -> dict[str, float | int]:
+    """Loss of tokens, whose text has `size` characters and bytes."""
     if len(tokens) < 2:
         raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
@@ -144,6 +152,6 @@ def _in_units(
     first_bytes = 1 if first == "\ufffd" else len(first.encode("utf-8"))
     return {
         "nats_per_token": nats,
-        "bits_per_character": bits / max(len(text) - len(first), 1),
-        "bits_per_byte": bits / max(len(text.encode("utf-8")) - first_bytes, 1),
+        "bits_per_character": bits / max(size[0] - len(first), 1),
+        "bits_per_byte": bits / max(size[1] - first_bytes, 1),
     }

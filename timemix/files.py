@@ -24,7 +24,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     An older `folder` is replaced. Raises CannotWrite when the disk is full or the place cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with _explained(folder):
+    with explained(folder):
         try:
             # A killed process may have left it.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -38,11 +38,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 folder.rename(old)
                 temporary.rename(folder)
                 shutil.rmtree(old)
+                _sync(folder.parent)
             else:
-                temporary.rename(folder)
-            _sync(folder.parent)
+                appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def appear(temporary: Path, folder: Path) -> None:
+    """Renames a folder whose files are synced to a new place."""
+    _sync(temporary)
+    temporary.rename(folder)
+    _sync(folder.parent)
 
 
 @contextlib.contextmanager
@@ -52,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises CannotWrite when the disk is full or the place cannot be written.
     """
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -78,7 +85,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     import filelock
 
     lock = filelock.FileLock(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Its Timeout is an OSError too, and no failure here.
         with contextlib.suppress(filelock.Timeout):
@@ -110,7 +117,7 @@ class FolderLock:
 
         if self._lock.is_locked:
             return
-        with _explained(self.folder):
+        with explained(self.folder):
             try:
                 self._lock.acquire(blocking=False)
             except filelock.Timeout:
@@ -135,7 +142,8 @@ class FolderLock:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Raises UserError for a block that fails to write `path`."""
     try:
         yield
     except OSError as error:

@@ -6,11 +6,12 @@ kind and what happens to unknown text are read back from that file's structure.
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ WORD = re.compile(f"[{re.escape(STANDING_ALONE)}]|[^ {re.escape(STANDING_ALONE)}
 
 PIECE = 1 << 16
 """Characters encoded at a time, at least."""
+
+PART = 1 << 20
+"""Characters that a process is given at a time, at least."""
 
 
 class Tokenizer(ABC):
@@ -68,24 +72,29 @@ class Tokenizer(ABC):
         Raises UserError for a lone surrogate, and under unknown="error" for characters or words outside the
         vocabulary.
         """
-        ids, unknown = self._checked_encode(text)
+        ids, unknown = self.encode_counted(text)
+        self.refuse(unknown)
+        return ids
+
+    def refuse(self, unknown: Counter[str]) -> None:
+        """Raises UserError, which names them, where there are `unknown` characters or words and none may be."""
         if unknown and self.unknown == "error":
             raise UserError(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
                 " the text, or train with --data.unknown unk"
             )
-        return ids
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
         """Ids of `text`, 1-D, of `self.dtype`, and the number of unknown characters (or words) in it.
 
         For evaluation: under unknown="error" these are left out. Raises UserError for a lone surrogate.
         """
-        ids, unknown = self._checked_encode(text)
+        ids, unknown = self.encode_counted(text)
         return ids, unknown.total()
 
-    def _checked_encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
-        _refuse_surrogates(text)
+    def encode_counted(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        """Ids of `text` and how often each unknown character or word was met, as `encode_lenient` takes them."""
+        refuse_surrogates(text)
         ids, unknown = self._encode(text)
         return ids.astype(self.dtype, copy=False), unknown
 
@@ -95,8 +104,14 @@ class Tokenizer(ABC):
         The inverse of `encode`, except that words do not restore case and spacing (but encode to the same ids
         again). Raises UserError for an id outside the vocabulary.
         """
+        return "".join(self.texts([np.asarray(ids)]))
+
+    def texts(self, blocks: Iterable[np.ndarray]) -> Iterator[str]:
+        """The text of ids that come in blocks (tokens,), in as many parts and one more."""
         stream = self.stream()
-        return "".join([stream.push(token) for token in np.asarray(ids).tolist()]) + stream.flush()
+        for ids in blocks:
+            yield stream.push_all(ids)
+        yield stream.flush()
 
     def stream(self) -> "StreamDecoder":
         """Decodes one token at a time."""
@@ -145,6 +160,19 @@ class StreamDecoder:
         space = b" " if self._space_due else b""
         self._space_due = piece != b"\n"
         return self._utf8.decode(space + piece)
+
+    def push_all(self, ids: np.ndarray) -> str:
+        """What `push` gives for all of `ids` (tokens,), joined."""
+        outside = (ids < 0) | (ids >= len(self._pieces))
+        if outside.any():
+            raise UserError(f"token {ids[outside][0]} is outside the vocabulary of {len(self._pieces)}")
+        found = [self._pieces[token] for token in ids.astype(np.int64).tolist()]
+        if not self._spaced or not found:
+            return self._utf8.decode(b"".join(found))
+        # No word has a space or newline in it.
+        joined = b" ".join([b"", *found] if self._space_due else found).replace(b"\n ", b"\n")
+        self._space_due = found[-1] != b"\n"
+        return self._utf8.decode(joined)
 
     def flush(self) -> str:
         """U+FFFD where the last character is incomplete, else nothing."""
@@ -287,7 +315,7 @@ class SubwordTokenizer(Tokenizer):
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         ids = [np.empty(0, self.dtype)]
         batch: list[str] = []
-        for piece in _pieces(text):
+        for piece in pieces([text]):
             batch.append(piece)
             if len(batch) == 64:
                 ids += self._encode_batch(batch)
@@ -298,12 +326,20 @@ class SubwordTokenizer(Tokenizer):
         return [np.array(encoding.ids, self.dtype) for encoding in self._library.encode_batch_fast(batch)]
 
 
-def train_tokenizer(kind: str, text: str, *, vocab_size: int = 4096, unknown: str = "error") -> Tokenizer:
-    """A tokenizer whose vocabulary comes from `text`.
+def train_tokenizer(
+    kind: str,
+    text: str | Iterable[str],
+    *,
+    vocab_size: int = 4096,
+    unknown: str = "error",
+    each: Callable[[Callable[[str], Counter[str]], Iterable[str]], Iterable[Counter[str]]] = map,
+) -> Tokenizer:
+    """A tokenizer whose vocabulary comes from `text`, a string or its parts in order.
 
     vocab_size: tokens, at most; for subwords, and for words with unknown="unk" (the most frequent ones).
         Otherwise the vocabulary is every distinct character or word of the text, in sorted order.
     unknown: see Tokenizer; "byte" is not for words.
+    each: `map`, or the like in several processes, for counting words.
 
     Raises UserError when the text is empty or holds a lone surrogate, or when a choice cannot be served.
     """
@@ -311,24 +347,36 @@ def train_tokenizer(kind: str, text: str, *, vocab_size: int = 4096, unknown: st
         raise UserError(f"there is no tokenizer {kind!r}; choose one of {', '.join(KINDS)}")
     if unknown not in ("error", "unk", "byte"):
         raise UserError(f"there is no choice {unknown!r} for unknown text; choose error, unk or byte")
-    if not text:
+    parts = _without_surrogates([text] if isinstance(text, str) else text)
+    first = next(parts, "")
+    if not first:
         raise UserError(f"a {kind} tokenizer cannot be made from an empty text; give a text to train it on")
-    _refuse_surrogates(text)
+    parts = itertools.chain([first], parts)
     if kind == "character":
-        return CharacterTokenizer(sorted(set(text)), unknown)
+        return CharacterTokenizer(sorted(set().union(*parts)), unknown)
     if kind == "byte":
         return ByteTokenizer()
     if kind == "word":
-        return _train_words(text, vocab_size, unknown)
-    return _train_subwords(text, vocab_size)
+        return _train_words(parts, vocab_size, unknown, each)
+    return _train_subwords(parts, vocab_size)
 
 
-def _train_words(text: str, vocab_size: int, unknown: str) -> WordTokenizer:
+def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
+    """The parts that are not empty."""
+    before = 0
+    for part in parts:
+        refuse_surrogates(part, before)
+        before += len(part)
+        if part:
+            yield part
+
+
+def _train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
     if unknown == "byte":
         raise UserError("a word tokenizer cannot spell unknown words as bytes; choose --data.unknown unk or error")
     counts: Counter[str] = Counter()
-    for words in _words(text):
-        counts.update(words)
+    for counted in each(count_words, pieces(parts, PART)):
+        counts.update(counted)
     if not counts:
         raise UserError("a word tokenizer cannot be made from a text of spaces; give a text with words")
     if unknown == "error":
@@ -339,7 +387,12 @@ def _train_words(text: str, vocab_size: int, unknown: str) -> WordTokenizer:
     return WordTokenizer(sorted(frequent), unknown)
 
 
-def _train_subwords(text: str, vocab_size: int) -> SubwordTokenizer:
+def count_words(text: str) -> Counter[str]:
+    """How often each word comes in a text, by the 2021 code's rule."""
+    return Counter(itertools.chain.from_iterable(_words(text)))
+
+
+def _train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     if vocab_size < 256:
         raise UserError(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise --data.vocab-size")
     library = tokenizers.Tokenizer(models.BPE())
@@ -347,9 +400,14 @@ def _train_subwords(text: str, vocab_size: int) -> SubwordTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=_byte_symbols(), special_tokens=[], show_progress=False
     )
-    library.train_from_iterator(_pieces(text), trainer)
+    library.train_from_iterator(pieces(parts), trainer)
     model = json.loads(library.to_str())["model"]
     return SubwordTokenizer(_in_order(model["vocab"]), model["merges"])
+
+
+def tokenizer_from_json(document: str) -> Tokenizer:
+    """The tokenizer of a `to_json()`."""
+    return _from_document(json.loads(document))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -449,23 +507,47 @@ def _in_order(vocabulary: dict[str, int]) -> list[str]:
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut where a space or newline follows something else, into PIECE characters or a little more.
+_BORDER = re.compile(r"\S(?=[ \n])")
 
-    No word, and no match of the byte-level splitting rule, reaches over such a place, and none looks back.
+
+def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
+    """The text of `parts`, cut where a space or newline follows something else, into `size` characters or a few more.
+
+    No word, and no match of the byte-level splitting rule, reaches over such a place, and none looks back: the ids of
+    the pieces are those of the text. `size` None: PIECE. The places do not depend on the parts. A text without such
+    a place is one piece, in memory, however long.
     """
-    border = re.compile(r"\S(?=[ \n])")
-    start = 0
-    while start < len(text):
-        match = border.search(text, start + PIECE)
-        end = match.end() if match else len(text)
-        yield text[start:end]
-        start = end
+    size = PIECE if size is None else size
+    rest, searched = "", 0
+    for part in parts:
+        rest += part
+        start = 0
+        while match := _BORDER.search(rest, max(start + size, searched)):
+            yield rest[start : match.end()]
+            start = match.end()
+        rest = rest[start:]
+        # Whether the last character is such a place shows the next part.
+        searched = max(0, len(rest) - 1)
+    if rest:
+        yield rest
+
+
+def equal_pieces(parts: Iterable[str], size: int) -> Iterator[str]:
+    """The text of `parts` in pieces of `size` characters, the last one shorter."""
+    rest = ""
+    for part in parts:
+        rest += part
+        whole = len(rest) - len(rest) % size
+        for start in range(0, whole, size):
+            yield rest[start : start + size]
+        rest = rest[whole:]
+    if rest:
+        yield rest
 
 
 def _words(text: str) -> Iterator[list[str]]:
     """The words of `text` in lists, by the 2021 code's rule."""
-    for piece in _pieces(text):
+    for piece in pieces([text]):
         yield WORD.findall(_lower(piece))
 
 
@@ -477,12 +559,13 @@ def _lower(text: str) -> str:
     return text.translate({ord(character): lowercase.normalize_str(character) for character in set(text)})
 
 
-def _refuse_surrogates(text: str) -> None:
+def refuse_surrogates(text: str, before: int = 0) -> bytes:
+    """UTF-8 of a text, which `before` characters precede; raises UserError for a lone surrogate."""
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}:"
+            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {before + error.start}:"
             " UTF-8 cannot hold it; remove it"
         ) from error
 

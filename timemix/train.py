@@ -18,8 +18,8 @@ from torch import Tensor
 
 from timemix import checkpoint
 from timemix.config import ModelConfig, RunConfig, TokenizerKind, TrainConfig, Unknown, read_toml, to_dict, to_toml
-from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus, prepare
-from timemix.distributed import ALONE, World, my_rows, whole, without_exchange
+from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus
+from timemix.distributed import ALONE, ProcessLost, World, my_rows, whole, without_exchange
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.files import CannotWrite, FolderLock, cannot_write, remove_unfinished, write_text
@@ -28,6 +28,7 @@ from timemix.models import LanguageModel
 from timemix.models.context import with_ctx_len
 from timemix.optim import build_optimizers, learning_rate
 from timemix.precision import autocast, choose_device, choose_precision, matrix_product_peak
+from timemix.prepare import prepare
 from timemix.tracking import Hook, Line, Metrics, SpikeWatch, peak_memory
 
 logger = logging.getLogger("timemix")
@@ -386,17 +387,21 @@ class Trainer:
         self.world.first_does(self.lock.take)
         try:
             with _signals(escalate=self.world.size == 1) as received:
-                self._run(watch, hook, received)
-        except RuntimeError as error:
-            if not self.world.lost(error):
-                raise
-            raise UserError(
-                f"a process of this run has gone or does not answer; {self._last_good()};"
-                f" go on with --resume {self.out}, with any number of processes"
-            ) from None
+                self._run_or_tell(watch, hook, received)
         finally:
             self.lock.release()
         return checkpoint.newest(self.out)
+
+    def _run_or_tell(self, watch: Watch, hook: Hook | None, received: list[int]) -> None:
+        try:
+            self._run(watch, hook, received)
+        except RuntimeError as error:
+            if not self.world.lost(error):
+                raise
+            raise ProcessLost(
+                f"a process of this run has gone or does not answer; {self._last_good()};"
+                f" go on with --resume {self.out}, with any number of processes"
+            ) from None
 
     def _run(self, watch: Watch, hook: Hook | None, received: list[int]) -> None:
         config = self.config.train
@@ -518,6 +523,10 @@ def _signals(*, escalate: bool) -> Iterator[list[int]]:
         pass  # Only the main thread may take signals; elsewhere they are not ours.
     try:
         yield received
+    except ProcessLost:
+        # torchrun then ends the others too, with SIGTERM; this one has something to say first.
+        old.clear()
+        raise
     finally:
         for each, handler in old.items():
             signal.signal(each, handler)

@@ -234,7 +234,7 @@ def inspect(arguments: list[str]) -> int:
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
     run = loaded.folder.parent.parent
     if parsed.data is None:
-        tokens = open_run_corpus(run, loaded.config.data.source).valid
+        tokens: Any = open_run_corpus(run, loaded.config.data.source).valid
     else:
         tokens, _ = loaded.tokenizer.encode_lenient(read_source(parsed.data, encoding=parsed.encoding).text)
     report = inspect_run(loaded, spread(tokens, parsed.tokens))

@@ -26,7 +26,7 @@ import numpy as np
 
 from timemix.checkpoint import load, read_json
 from timemix.config import DataConfig, ModelConfig, RunConfig, read_toml, to_dict, to_toml
-from timemix.data import Batches, Corpus, hold_out_end, is_corpus, open_corpus, prepare, text_hash
+from timemix.data import Batches, Corpus, is_corpus, open_corpus
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
@@ -34,6 +34,7 @@ from timemix.experiments.measure import measure_training
 from timemix.experiments.plot import read_metrics
 from timemix.files import claimed, write_text
 from timemix.precision import choose_device
+from timemix.prepare import hold_out_end, prepare, text_hash
 from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resolved, resume_run
 
 Say = Callable[[str], None]

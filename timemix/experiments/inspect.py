@@ -16,6 +16,7 @@ from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.models import LanguageModel
+from timemix.shards import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ PROJECTIONS = {"query": "Q", "receptance": "R", "key": "K", "value": "V"}
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
-def inspect_run(loaded: Loaded, tokens: np.ndarray) -> dict[str, Any]:
+def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
     """Everything that can be shown of a model, read off the text `tokens`, as one JSON object.
 
     `tables`: per layer, each table as numbers, f (heads, ctx_len) by lag or (heads, ctx_len, ctx_len), alpha and beta
@@ -66,7 +67,9 @@ def _tables(mixer: nn.Module) -> dict[str, list]:
     return {name: table.tolist() for name, table in found.items() if table is not None}
 
 
-def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.ndarray) -> list[dict[str, Any]]:
+def measure_projections(
+    model: LanguageModel, start: LanguageModel, tokens: np.ndarray | Tokens
+) -> list[dict[str, Any]]:
     """Of every projection in every layer, one row: what it gives on a text, and how it uses the shifted channels.
 
     `mean`, `deviation` and `quantiles` (those of QUANTILES) of its outputs, a receptance's after the sigmoid.
@@ -114,7 +117,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def _observe(model: LanguageModel, tokens: np.ndarray, most: int = 2048) -> dict[tuple[int, str, str], _Seen]:
+def _observe(model: LanguageModel, tokens: np.ndarray | Tokens, most: int = 2048) -> dict[tuple[int, str, str], _Seen]:
     """What every projection meets and gives over at most `most` tokens."""
     seen: dict[tuple[int, str, str], _Seen] = {}
     hooks = []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from timemix.checkpoint import load, newest, read_json, read_progress
 from timemix.config import RunConfig
-from timemix.data import Corpus, is_corpus, open_corpus, prepare, text_hash, validation_windows
+from timemix.data import Corpus, is_corpus, open_corpus, validation_windows
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
@@ -31,7 +31,9 @@ from timemix.experiments.table import Difference, interval, markdown_table, pair
 from timemix.files import claimed, write_text
 from timemix.generation import generate_tokens
 from timemix.models import LanguageModel
+from timemix.prepare import prepare, text_hash
 from timemix.sampling import Sampler
+from timemix.shards import Tokens
 
 TOP_A, POWER = 0.02, 2.0
 POSITIONS = 8192
@@ -122,7 +124,7 @@ def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def held_out_logits(model: LanguageModel, tokens: np.ndarray) -> Tensor:
+def held_out_logits(model: LanguageModel, tokens: np.ndarray | Tokens) -> Tensor:
     """The model's logits (positions, V) over the first held-out windows."""
     ctx_len = model.config.ctx_len
     rows = []

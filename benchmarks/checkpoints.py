@@ -1,0 +1,54 @@
+"""What saving costs: python benchmarks/checkpoints.py [FOLDER]
+
+Median time of a training step and of writing a checkpoint, synced to the disk of FOLDER (the current one). At the
+default intervals a run saves every 500 steps, and at each validation, every 250, that is the best so far: at most twice
+in 500.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from timemix.checkpoint import newest
+from timemix.config import DataConfig, TrainConfig, preset
+from timemix.train import Trainer, new_run
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    place = sys.argv[1] if len(sys.argv) > 1 else "."
+    default = TrainConfig()
+    saves = default.save_every // default.valid_every
+    for name, steps in (("cpu-small", 200), ("seed", 3)):
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            config = preset(name)
+            config = replace(config, data=replace(config.data, source=DataConfig.source))
+            trainer = new_run(config, Path(folder) / "run")
+            trainer.train_step()
+            step = median(timed(trainer.train_step) for _ in range(steps))
+            save = median(timed_save(trainer) for _ in range(5))
+            size = sum(p.stat().st_size for p in newest(trainer.out).iterdir())
+            share = saves * save / (default.save_every * step)
+            print(
+                f"{name}: {size / 2**20:.1f} MiB in {save * 1e3:.0f} ms, a step {step * 1e3:.0f} ms:"
+                f" at most {share:.2%} of training"
+            )
+
+
+def timed_save(trainer: Trainer) -> float:
+    # A new step each time, so that each save also removes the one before.
+    trainer.step += 1
+    return timed(trainer.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Seconds and resident memory of preparing a large synthetic text, stopped by force half way and gone on with.
+
+    python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword] [--keep]
+
+FOLDER gets the text (seeded words of letters, some of them not ASCII, in lines and sentences) and the prepared folders;
+both are deleted in the end. Memory is what Linux says (VmHWM of the main process and of each other one; the sum at
+any one time is sampled ten times a second, counted in full for each process although they share pages).
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+SETTINGS = {
+    "character": [],
+    "word": ["--data.tokenizer", "word", "--data.unknown", "unk"],
+    "subword": ["--data.tokenizer", "subword", "--data.vocab-size", "4096"],
+}
+
+
+def words(generator: np.random.Generator, count: int = 30_000) -> np.ndarray:
+    """UTF-8 of distinct words, each with what follows it."""
+    letters = np.array(list("etaoinshrdlcumwfgypbvkjxqzéüñßжя鱼"))
+    odds = 1 / (np.arange(len(letters)) + 2.0)
+    made = {"".join(generator.choice(letters, n, p=odds / odds.sum())) for n in generator.integers(1, 11, count)}
+    ends = [" "] * 14 + [", ", ". ", ".\n", "\n"]
+    followed = [
+        (word + ends[i]).encode() for word, i in zip(sorted(made), generator.integers(0, 18, len(made)), strict=True)
+    ]
+    return np.array(followed, object)
+
+
+def write_text(path: Path, size: int) -> None:
+    """At least `size` bytes, in pieces of a few megabytes, words by Zipf's law."""
+    generator = np.random.default_rng(0)
+    vocabulary = words(generator)
+    generator.shuffle(vocabulary)
+    odds = np.cumsum(1 / (np.arange(len(vocabulary)) + 2.0))
+    with path.open("wb") as file:
+        while file.tell() < size:
+            places = np.searchsorted(odds, generator.random(1_000_000) * odds[-1])
+            file.write(b"".join(vocabulary[places]))
+
+
+class Memory:
+    """Resident memory of a process and its descendants, watched until it ends."""
+
+    def __init__(self, number: int) -> None:
+        self.main = self.together = 0
+        self.others: dict[int, int] = {}
+        self._number = number
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while (now := status(self._number)) is not None:
+            self.main = max(self.main, now["VmHWM"])
+            together = now["VmRSS"]
+            for child in descendants(self._number):
+                if (found := status(child)) is not None:
+                    self.others[child] = max(self.others.get(child, 0), found["VmHWM"])
+                    together += found["VmRSS"]
+            self.together = max(self.together, together)
+            time.sleep(0.1)
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{bytes_ / 1e6:.0f}" for bytes_ in sorted(self.others.values(), reverse=True))
+        return f"main process {self.main / 1e6:.0f} MB, others {others} MB, together {self.together / 1e6:.0f} MB"
+
+
+def status(number: int) -> dict[str, int] | None:
+    """Resident bytes of a process now (VmRSS) and at most (VmHWM); None where it has ended."""
+    try:
+        lines = Path(f"/proc/{number}/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Vm")}
+    return sizes if "VmHWM" in sizes else None
+
+
+def descendants(number: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{number}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> tuple[float, Memory, bool]:
+    """Seconds, memory, and whether it came to its end: with `kill_at`, it is killed when that share is written."""
+    command = [sys.executable, "-m", "timemix", "data", str(text), "--out", str(out), *SETTINGS[kind]]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    memory = Memory(process.pid)
+    while process.poll() is None:
+        time.sleep(0.1)
+        if kill_at is not None and share_done(out, text.stat().st_size) >= kill_at:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    seconds = time.perf_counter() - began
+    memory.join()
+    if process.returncode not in (0, -signal.SIGKILL):
+        sys.exit(f"it ended with {process.returncode}")
+    return seconds, memory, process.returncode == 0
+
+
+def share_done(out: Path, size: int) -> float:
+    """Characters, of `size`, whose token files an unfinished preparation has finished."""
+    try:
+        state = json.loads((out.parent / f".{out.name}.unfinished" / "unfinished.json").read_text())
+    except OSError:
+        return 0.0
+    return sum(split["pieces"] * (1 << 20) for split in state["splits"].values()) / size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=10.0)
+    parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--keep", action="store_true", help="keep the text and the prepared folders")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    text = options.folder / "text.txt"
+    if not text.exists() or text.stat().st_size < options.gigabytes * 1e9:
+        write_text(text, int(options.gigabytes * 1e9))
+    megabytes = text.stat().st_size / 1e6
+    print(f"{megabytes:,.0f} MB of text", flush=True)
+    try:
+        for kind in options.kinds:
+            whole, again = options.folder / f"{kind}-whole", options.folder / f"{kind}-again"
+            for out in (whole, again):
+                shutil.rmtree(out, ignore_errors=True)
+                shutil.rmtree(out.parent / f".{out.name}.unfinished", ignore_errors=True)
+            seconds, memory, _ = prepare(text, whole, kind)
+            print(f"{kind}: {seconds:.0f} s, {megabytes / seconds:.1f} MB/s; {memory}", flush=True)
+            before, _, ended = prepare(text, again, kind, kill_at=0.5)
+            after, memory, _ = prepare(text, again, kind)
+            same = all(
+                path.read_bytes() == (again / path.name).read_bytes() for path in sorted(whole.iterdir())
+            ) and len(list(whole.iterdir())) == len(list(again.iterdir()))
+            print(
+                f"{kind}, {'not ' if ended else ''}killed after {before:.0f} s: {after:.0f} s more, {memory};"
+                f" {'the same files' if same else 'OTHER FILES'}",
+                flush=True,
+            )
+            if not options.keep:
+                shutil.rmtree(whole)
+                shutil.rmtree(again)
+    finally:
+        if not options.keep:
+            text.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Named texts on the internet, kept in a cache and checked by their hashes."""
+
+import contextlib
+import http.client
+import logging
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from timemix.errors import UserError
+from timemix.files import write_text
+from timemix.meters import Progress, meter
+
+logger = logging.getLogger("timemix")
+
+
+@dataclass(frozen=True)
+class Download:
+    """A text on the internet.
+
+    file: its name in the cache.
+    member, valid_member: names of the text and of its validation part in a zip; None: the file is the text.
+    sha256: of the file, in hexadecimal; None: not published, so what the first download had is held on to.
+    distinct_characters: of the text, where that is known.
+    """
+
+    url: str
+    file: str
+    member: str | None = None
+    valid_member: str | None = None
+    sha256: str | None = None
+    distinct_characters: int | None = None
+
+
+SIMPLEBOOKS = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
+
+DOWNLOADS = {
+    "simplebooks-92": Download(
+        url=SIMPLEBOOKS,
+        file="simplebooks.zip",
+        member="simplebooks/simplebooks-92-raw/train.txt",
+        valid_member="simplebooks/simplebooks-92-raw/valid.txt",
+        distinct_characters=136,
+    ),
+    "simplebooks-2": Download(
+        url=SIMPLEBOOKS,
+        file="simplebooks.zip",
+        member="simplebooks/simplebooks-2-raw/train.txt",
+        valid_member="simplebooks/simplebooks-2-raw/valid.txt",
+    ),
+    "tinyshakespeare": Download(
+        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        file="tinyshakespeare.txt",
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "enwik8": Download(
+        url="https://mattmahoney.net/dc/enwik8.zip",
+        file="enwik8.zip",
+        member="enwik8",
+        sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+    ),
+    "text8": Download(
+        url="https://mattmahoney.net/dc/text8.zip",
+        file="text8.zip",
+        member="text8",
+        sha256="a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+    ),
+}
+
+
+@contextlib.contextmanager
+def opened_member(entry: Download, path: Path, member: str) -> Iterator[tuple[IO[bytes], int]]:
+    """A member of a zip, and its size."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            yield file, archive.getinfo(member).file_size
+    except KeyError as error:
+        raise UserError(f"{path} has no member {member}; {_by_hand(entry, path)}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise UserError(f"{path} is a damaged zip ({error}); {_by_hand(entry, path)}") from error
+
+
+def _by_hand(entry: Download, path: Path) -> str:
+    return f"get {entry.url} another way and place it at {path}"
+
+
+def fetch(entry: Download, cache: Path | None, progress: Progress) -> Path:
+    """The file of a download, from the cache where it is there.
+
+    Where no hash is published, that of the first download is kept beside the file and holds from then on.
+    """
+    import pooch
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    folder = Path(cache or pooch.os_cache("timemix"))
+    path = folder / entry.file
+    pin = folder / f"{entry.file}.sha256"
+    downloader = _Downloader(folder / f"{entry.file}.part", progress)
+    try:
+        known = entry.sha256 or (pin.read_text().strip() if pin.exists() else None)
+        pooch.retrieve(
+            entry.url,
+            known_hash=known and f"sha256:{known}",
+            fname=entry.file,
+            path=folder,
+            downloader=downloader,
+        )
+        if known is None:
+            seen = pooch.file_hash(str(path))
+            write_text(pin, f"{seen}\n")
+            logger.warning("no hash of %s is published; it has sha256 %s, kept in %s", entry.url, seen, pin)
+    except ValueError as error:
+        where = f" (kept in {pin}; delete that to take the new file)" if entry.sha256 is None else ""
+        raise UserError(
+            f"{entry.url} is not the file it was: its sha256 is not {known}{where}; {_by_hand(entry, path)}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {entry.url} ({error}); try again, or {_by_hand(entry, path)}") from error
+    return path
+
+
+class _Downloader:
+    """Downloads for pooch; what a cut connection left in `part` is not asked for again."""
+
+    ATTEMPTS = 5
+    CHUNK = 1 << 18
+    TIMEOUT = 30.0
+
+    def __init__(self, part: Path, progress: Progress) -> None:
+        self.part = part
+        self.progress = progress
+
+    def __call__(self, url: str, output_file: str, pooch: object) -> None:
+        failure: Exception = ConnectionError("the connection was cut")
+        for _ in range(self.ATTEMPTS):
+            try:
+                if self._complete(url):
+                    self.part.replace(output_file)
+                    return
+            except urllib.error.HTTPError as error:
+                failure = error
+                if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    break
+                # What is there does not belong to the file as it is now.
+                self.part.unlink()
+            except (OSError, http.client.HTTPException) as error:
+                failure = error
+        raise failure
+
+    def _complete(self, url: str) -> bool:
+        """Adds to the part what the server sends; whether it is the whole file then."""
+        have = self.part.stat().st_size if self.part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:
+            if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                have = 0
+            length = response.headers["Content-Length"]
+            total = None if length is None else have + int(length)
+            with self.part.open("ab" if have else "wb") as file, meter(self.progress, url, have, total) as advance:
+                while chunk := response.read(self.CHUNK):
+                    file.write(chunk)
+                    have += len(chunk)
+                    advance(have)
+        return total is None or have == total

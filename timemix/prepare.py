@@ -1,0 +1,253 @@
+"""Texts made into prepared folders piece by piece, whatever their size; stopped, that goes on where it was."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timemix import __version__, shards
+from timemix.config import DataConfig
+from timemix.data import FORMAT_VERSION, SPLITS, Corpus, is_corpus, open_corpus, spread, text_size
+from timemix.errors import UserError
+from timemix.files import appear, atomic_folder, claimed, explained, write_text
+from timemix.meters import Progress
+from timemix.shards import ShardWriter, Tokens, map_shards, shard_name
+from timemix.text import Piece, Text, Unfit, encoded, no_counts
+from timemix.tokenizer import PART, Tokenizer, load_tokenizer
+
+
+def prepare(out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress = False) -> Corpus:
+    """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
+
+    Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
+    characters. The tokenizer is made from the training text; one of characters, where the validation text is a part of
+    the source, from all of it.
+
+    The text is read several times, piece by piece; a large one is encoded in several processes, where a script that
+    calls this must have its work under `if __name__ == "__main__"`. Memory does not grow with the text, except for the
+    distinct words that a vocabulary is chosen from, and for a text without spaces or line ends where these part pieces.
+
+    A folder .NAME.unfinished beside `out` keeps the tokenizer and the finished token files of a call that was stopped;
+    the same call on the same text goes on from there.
+
+    `tokenizer`: one that is made already. `progress` shows downloads and long readings on stderr.
+
+    Raises UserError as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
+    `out` exists, and when the text changes meanwhile.
+    """
+    _refuse_existing(out)
+    lock = out.with_name(f".{out.name}.lock")
+    with claimed(lock) as mine:
+        if not mine:
+            raise UserError(f"another process is preparing {out}; wait for it, or choose another folder")
+        try:
+            _refuse_existing(out)
+            with explained(out):
+                _prepare(out, config, tokenizer, progress)
+        finally:
+            lock.unlink(missing_ok=True)
+    return open_corpus(out)
+
+
+def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progress: Progress) -> None:
+    text = Text(config, progress, tokenizer)
+    folder = out.with_name(f".{out.name}.unfinished")
+    state = _State(folder, text)
+    try:
+        made = state.tokenizer(text, progress)
+        splits = _write_splits(state, text, made, progress)
+    except Unfit:
+        shutil.rmtree(folder)
+        raise
+    if config.valid_tokens is not None and splits["valid"]["tokens"] > config.valid_tokens:
+        splits["valid"] = _thinned(folder, made, len(splits["valid"]["shards"]), config.valid_tokens)
+    _write_info(folder, made, splits, {"files": text.files, "encoding": config.encoding})
+    appear(folder, out)
+    (out / _State.FILE).unlink()
+
+
+def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens: int | None = None) -> Corpus:
+    """Writes a prepared folder whose validation text is the end of the training text of `corpus`.
+
+    `share` of its tokens are held out, then thinned to `valid_tokens` as by `prepare`: choices made on it leave the
+    validation text of `corpus` unseen. Raises UserError as `prepare` does.
+    """
+    _refuse_existing(out)
+    cut = int((1 - share) * len(corpus.train))
+    parts = {"train": corpus.train.part(slice(cut)), "valid": spread(corpus.train.part(slice(cut, None)), valid_tokens)}
+    with atomic_folder(out) as folder:
+        splits = {split: _write_ids(folder, split, corpus.tokenizer, ids) for split, ids in parts.items()}
+        corpus.tokenizer.save(folder / "tokenizer.json")
+        _write_info(folder, corpus.tokenizer, splits, {name: corpus.info[name] for name in ("files", "encoding")})
+    return open_corpus(out)
+
+
+def describe(config: DataConfig, *, progress: Progress = False) -> dict[str, Any]:
+    """What `prepare` would make of a text, in numbers; raises as it does."""
+    text = Text(config, progress)
+    made = text.train_tokenizer(progress)
+    counts = {split: no_counts() for split in SPLITS}
+    for _ in encoded(text, made, counts, {}, progress):
+        pass
+    sizes = text.sizes.values()
+    return {
+        "files": len(text.files),
+        "characters": sum(size.characters for size in sizes),
+        "bytes": sum(size.bytes for size in sizes),
+        "distinct_characters": len(set().union(*(size.alphabet for size in sizes))),
+        "sha256": text.sha256,
+        "tokenizer": made.kind,
+        "vocab_size": made.vocab_size,
+        **counts,
+    }
+
+
+def text_hash(config: DataConfig) -> str:
+    """sha256 of the text that a config names, or of the tokens of a prepared folder; raises as `prepare` does."""
+    if not is_corpus(Path(config.source)):
+        return Text(config, False).hash
+    info = open_corpus(Path(config.source)).info
+    return hashlib.sha256("\0".join(info[split]["sha256"] for split in SPLITS).encode()).hexdigest()
+
+
+class _State:
+    """The folder of a preparation under way; its unfinished.json says of what it is, and how far each split came.
+
+    Of a split: its finished token files (`shards`); the pieces of text (`pieces`) before the one in which the last of
+    them ends, the tokens and unknown ones of those pieces, and the sha256 of the text `before` that one.
+    """
+
+    FILE = "unfinished.json"
+
+    def __init__(self, folder: Path, text: Text) -> None:
+        self.folder = folder
+        settings = {k: v for k, v in asdict(text.config).items() if k not in ("source", "valid", "order")}
+        sizes: dict[str, Any] = {"part": PART, "shard": shards.SHARD_BYTES, "valid": text.valid is not None}
+        sizes |= {"made": None if text.made is None else text.made.hash}
+        self._content: dict[str, Any] = {"version": __version__, "text": text.hash, "settings": settings | sizes}
+
+    def tokenizer(self, text: Text, progress: Progress) -> Tokenizer:
+        """The tokenizer that was made, or a new one, in an empty folder."""
+        path = self.folder / "tokenizer.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+            found = json.loads((self.folder / self.FILE).read_text(encoding="utf-8"))
+            made = load_tokenizer(path)
+            if found == self._content | {"tokenizer": made.hash, "splits": found["splits"]}:
+                self._content = found
+                for stray in self.folder.glob(".*"):
+                    # What a killed process was writing.
+                    stray.unlink()
+                return made
+        made = text.train_tokenizer(progress)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        made.save(path)
+        self._content |= {"tokenizer": made.hash, "splits": {}}
+        self._save()
+        return made
+
+    def writer(self, split: str, made: Tokenizer) -> ShardWriter:
+        """Goes on after the finished token files of a split; where these are damaged, with the first one."""
+        with contextlib.suppress(UserError):
+            return ShardWriter(
+                self.folder, split, made.dtype, shards=self.of(split).get("shards", ()), vocab_size=made.vocab_size
+            )
+        self._content["splits"].pop(split, None)
+        return ShardWriter(self.folder, split, made.dtype)
+
+    def of(self, split: str) -> dict[str, Any]:
+        """What is done of a split; empty where nothing is."""
+        return self._content["splits"].get(split, {})
+
+    def done(self, split: str, **content: Any) -> None:
+        self._content["splits"][split] = content
+        self._save()
+
+    def _save(self) -> None:
+        write_text(self.folder / self.FILE, json.dumps(self._content))
+
+
+def _write_splits(state: _State, text: Text, made: Tokenizer, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Token files of both splits, and what data.json says of them."""
+    writers = {split: state.writer(split, made) for split in SPLITS}
+    begun = {split: state.of(split) for split in SPLITS if state.of(split)}
+    counts = {split: no_counts() for split in SPLITS}
+    for split, done in begun.items():
+        counts[split] |= {"tokens": done["tokens"], "unknown": done["unknown"]}
+    with contextlib.closing(encoded(text, made, counts, begun, progress)) as given:
+        for split, group in itertools.groupby(given, lambda piece: piece.split):
+            _write_split(state, writers[split], made, split, counts[split], group)
+    for writer in writers.values():
+        # One that had no text left to write.
+        with writer:
+            pass
+    return {
+        split: counts[split] | {"sha256": writers[split].sha256.hexdigest(), "shards": writers[split].shards}
+        for split in SPLITS
+    }
+
+
+def _write_split(
+    state: _State, writer: ShardWriter, made: Tokenizer, split: str, counts: dict[str, int], encoded: Iterator[Piece]
+) -> None:
+    """Writes the pieces of a split; `counts` are of those before the newest one."""
+    place: dict[str, Any] = {}
+
+    def finished() -> None:
+        # Of a text that does not fit nothing is kept: a later call has to name all that is missing again.
+        if made.unknown != "error" or not place["unknown"]:
+            state.done(split, shards=writer.shards, **place)
+
+    writer.finished = finished
+    with writer:
+        for piece in encoded:
+            before = {"tokens": counts["tokens"], "unknown": counts["unknown"]}
+            place |= {"pieces": piece.number, "before": piece.before, **before}
+            if made.unknown != "error" or not before["unknown"] + piece.unknown:
+                writer.add(piece.ids[max(0, writer.tokens - before["tokens"]) :])
+        place |= {"pieces": piece.number + 1, "before": None}
+        place |= {"tokens": counts["tokens"], "unknown": counts["unknown"]}
+
+
+def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> dict[str, Any]:
+    """Replaces the validation text in `files` files by pieces of it; what data.json says of these."""
+    paths = [folder / shard_name("valid", number) for number in range(files)]
+    kept = spread(map_shards(paths, made.dtype), tokens)
+    for path in paths:
+        path.unlink()
+    return _write_ids(folder, "valid", made, kept)
+
+
+def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens) -> dict[str, Any]:
+    tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
+    with ShardWriter(folder, split, made.dtype) as writer:
+        unknown = 0
+        for block in tokens.blocks():
+            writer.add(block)
+            unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
+    characters, bytes_ = text_size(made, tokens)
+    counts = {"tokens": len(tokens), "characters": characters, "bytes": bytes_, "unknown": unknown}
+    return counts | {"sha256": writer.sha256.hexdigest(), "shards": writer.shards}
+
+
+def _write_info(folder: Path, made: Tokenizer, splits: dict[str, dict[str, Any]], origin: dict[str, Any]) -> None:
+    info: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        **origin,
+        "dtype": made.dtype.name,
+        "tokenizer": {"kind": made.kind, "vocab_size": made.vocab_size, "sha256": made.hash},
+        **splits,
+    }
+    write_text(folder / "data.json", json.dumps(info, indent=1) + "\n")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder")
