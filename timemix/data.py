@@ -6,6 +6,7 @@ and data.json (counts, hashes, where the text came from).
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from timemix.config import DataConfig
 from timemix.errors import UserError
-from timemix.files import atomic_folder
+from timemix.files import atomic_folder, check_regular, is_count, read_json
 from timemix.sources import read_source
 from timemix.tokenizer import UNKNOWN, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -177,7 +178,7 @@ def _counts_of_ids(tokenizer: Tokenizer, ids: np.ndarray) -> dict[str, int]:
 
 def is_corpus(path: Path) -> bool:
     """Whether a path is a prepared folder."""
-    return (path / "data.json").is_file() and (path / "train.bin").is_file()
+    return os.path.isfile(path / "data.json") and os.path.isfile(path / "train.bin")
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
@@ -191,19 +192,17 @@ def open_corpus(folder: Path) -> Corpus:
     Raises UserError when a file is missing, damaged, or does not fit the others.
     """
     path = folder / "data.json"
+    info = read_json(path)
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format_version {version}; this timemix reads {FORMAT_VERSION}")
-        counts = {split: int(info[split]["tokens"]) for split in SPLITS}
+        counts = {split: info[split]["tokens"] for split in SPLITS}
         tokenizer_hash = info["tokenizer"]["sha256"]
+        if not all(is_count(info[split][n]) for split in SPLITS for n in ("tokens", "characters", "bytes", "unknown")):
+            raise ValueError("a count is no number")
         if not all(isinstance(info[split]["sha256"], str) for split in SPLITS):
             raise ValueError("a hash is no text")
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -215,6 +214,7 @@ def open_corpus(folder: Path) -> Corpus:
 
 def _map_tokens(path: Path, count: int, tokenizer: Tokenizer) -> np.ndarray:
     dtype = tokenizer.dtype.newbyteorder("<")
+    check_regular(path)
     try:
         size = path.stat().st_size
         if size != count * dtype.itemsize:
