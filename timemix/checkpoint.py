@@ -19,13 +19,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timemix.config import RunConfig, read_toml, to_toml
+from timemix.config import ModelConfig, RunConfig, read_toml, to_toml
+from timemix.data import Corpus, open_run_corpus
 from timemix.distributed import World, part_like, whole
 from timemix.errors import UserError
-from timemix.files import atomic_folder, cannot_write
+from timemix.files import (
+    are_numbers,
+    atomic_folder,
+    cannot_write,
+    check_regular,
+    is_count,
+    is_number,
+    misfit,
+    read_json,
+)
 from timemix.models import LanguageModel
 from timemix.optim import state_names
 from timemix.tokenizer import Tokenizer, load_tokenizer
+
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of the JSON at the beginning of a safetensors file at most: some 100,000 tensors."""
 
 
 @dataclass
@@ -36,6 +49,14 @@ class Loaded:
     tokenizer: Tokenizer
     config: RunConfig
     folder: Path
+
+    def corpus(self) -> Corpus:
+        """Tokens of its run. Raises UserError as `open_run_corpus` does, and for those of another vocabulary."""
+        run = self.folder.parent.parent
+        corpus = open_run_corpus(run, self.config.data.source)
+        if corpus.tokenizer.hash != self.tokenizer.hash:
+            raise UserError(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
+        return corpus
 
 
 def save_checkpoint(
@@ -52,7 +73,7 @@ def save_checkpoint(
     `weights` and `training` as `gathered` gives them; `progress`: what resuming needs besides tensors (seconds,
     validation loss ...). Raises CannotWrite when the disk is full.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder = run / "checkpoints" / _name(step)
     with atomic_folder(folder) as temporary:
         _write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -60,6 +81,10 @@ def save_checkpoint(
         _write_tensors(temporary / "training.safetensors", training, {})
         (temporary / "training.json").write_text(json.dumps({"step": step, **progress}, indent=1), encoding="utf-8")
     return folder
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def gathered(
@@ -106,6 +131,8 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     progress = read_progress(folder)
     if progress["step"] == 0:
         return progress
+    if folder.name != _name(progress["step"]):
+        raise UserError(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
     names = {id(p): name for name, p in model.named_parameters()}
     with _opened(path) as tensors:
         for optimizer in optimizers:
@@ -114,7 +141,8 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
                     name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
                     if not _fits(tensors, name, shape):
                         raise UserError(f"{path} does not fit this run: {name} is missing or of another shape")
-                    tensor = tensors.get_tensor(name)
+                    # The fused optimizer takes no other types.
+                    tensor = tensors.get_tensor(name).to(torch.float32 if key == "step" else parameter.dtype)
                     optimizer.state[parameter][key] = tensor if key == "step" else part_like(tensor, parameter)
     return progress
 
@@ -125,11 +153,16 @@ def _opened(path: Path) -> Iterator[Any]:
 
     Raises UserError when it is missing, truncated or something else.
     """
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    check_regular(path)
     try:
+        with path.open("rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise OSError(f"its header is said to have {header:,} bytes")
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
 
@@ -142,31 +175,26 @@ def _fits(tensors: Any, name: str, shape: Sequence[int]) -> bool:
     return list(found.get_shape()) == list(shape) and found.get_dtype() in ("F32", "F64", "F16", "BF16")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError when the file is missing or damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return data
-
-
 def read_progress(folder: Path) -> dict[str, Any]:
-    """training.json of a checkpoint. Raises UserError when it is missing, damaged, or lacks a number."""
-    progress = read_json(folder / "training.json")
-    for name, may_be_none in (("step", False), ("seconds", False), ("valid_loss", True), ("valid_step", True)):
-        value = progress.get(name)
-        if not (isinstance(value, int | float) or (value is None and may_be_none and name in progress)):
-            raise UserError(f"{folder / 'training.json'} is damaged: {name} is {value!r}")
-    for name, default in (("losses_since_line", []), ("usual_loss", [0.0, 0.0, 0])):
-        value = progress.setdefault(name, default)
-        if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
-            raise UserError(f"{folder / 'training.json'} is damaged: {name} is {value!r}")
+    """training.json of a checkpoint. Raises UserError when it is missing, damaged, or a value cannot be."""
+    path = folder / "training.json"
+    progress = {"losses_since_line": [], "usual_loss": [0.0, 0.0, 0]} | read_json(path)
+    if name := misfit(progress, _PROGRESS):
+        raise UserError(f"{path} is damaged: {name} is {progress.get(name)!r}")
+    if len(progress["losses_since_line"]) > progress["step"]:
+        raise UserError(f"{path} is damaged: it holds more losses than steps")
     return progress
+
+
+_PROGRESS: dict[str, Callable[[Any], bool]] = {
+    "step": is_count,
+    "seconds": lambda x: is_number(x) and x >= 0,
+    "valid_loss": lambda x: x is None or is_number(x),
+    "valid_step": lambda x: x is None or is_count(x),
+    "losses_since_line": are_numbers,
+    # Mean, variance, and number of losses.
+    "usual_loss": lambda x: are_numbers(x) and len(x) == 3 and min(x[1:]) >= 0,
+}
 
 
 @torch.no_grad()
@@ -196,6 +224,22 @@ def _check_weights(model: LanguageModel, folder: Path) -> None:
                     f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
                     f" not {list(own.shape)}"
                 )
+
+
+def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
+    """The model of a config without memory, which the weights of a checkpoint fit.
+
+    Raises UserError where they do not, before work or memory of the size that the config names is taken.
+    """
+    path = folder / "model.safetensors"
+    with _opened(path) as tensors:
+        layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
+    if layers != config.layers:
+        raise UserError(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    _check_weights(model, folder)
+    return model
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -273,12 +317,8 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} entries,"
             f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
         )
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
-    # Before memory of the size that config.toml names is taken.
-    _check_weights(model, folder)
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-    model = model.to(dtype).to_empty(device=device)
+    model = empty_model(config.model, folder).to(dtype).to_empty(device=device)
     _fill_from(folder, model)
     return Loaded(model.eval(), tokenizer, config, folder)
 

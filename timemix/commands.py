@@ -379,7 +379,6 @@ def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
 def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
-    from timemix.data import open_run_corpus
     from timemix.evaluate import evaluate, evaluate_held_out
     from timemix.precision import choose_device, choose_precision
     from timemix.sources import read_source
@@ -389,8 +388,7 @@ def eval(arguments: list[str]) -> int:
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
     options: dict[str, Any] = {"precision": precision, "stride": parsed.stride}
     if parsed.data is None:
-        corpus = open_run_corpus(loaded.folder.parent.parent, loaded.config.data.source)
-        name, result = "the held-out text", evaluate_held_out(loaded.model, corpus, **options)
+        name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:
         text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
         name, result = parsed.data, evaluate(loaded.model, loaded.tokenizer, text, **options)

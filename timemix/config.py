@@ -6,6 +6,7 @@ dataclasses (the text below each field is its help), and `config.toml` in a run 
 
 import dataclasses
 import difflib
+import sys
 import tomllib
 import types
 import typing
@@ -16,8 +17,13 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 
 from timemix.errors import UserError
+from timemix.files import read_text
 
 FORMAT_VERSION = 1
+
+LARGEST_TOML = 256 * 2**10
+MOST_DOTS = 200
+"""In a line of a TOML file: a dotted key takes the parser time and memory by the square of its parts."""
 
 Initial = Literal["zero", "original"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -54,8 +60,7 @@ class AttentionConfig:
     """Base of the rotary frequencies."""
 
     def __post_init__(self) -> None:
-        if not self.rotary_base > 0:
-            raise UserError(f"model.mixer.rotary_base is {self.rotary_base}; it must be above 0")
+        _check_rotary_base(self.rotary_base)
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,7 @@ class ProAttentionConfig:
     """Base of the rotary frequencies."""
 
     def __post_init__(self) -> None:
-        if not self.rotary_base > 0:
-            raise UserError(f"model.mixer.rotary_base is {self.rotary_base}; it must be above 0")
+        _check_rotary_base(self.rotary_base)
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ class ModelConfig:
         mixer, ffn = _ARCHITECTURE_PARTS[self.arch]
         if type(self.mixer) is not mixer or type(self.ffn) is not ffn:
             raise UserError(f"architecture {self.arch} takes {mixer.__name__} and {ffn.__name__}")
-        for name in ("vocab_size", "ctx_len", "layers", "heads", "channels"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
+        for name, most in _LARGEST_MODEL.items():
+            _within(f"model.{name}", getattr(self, name), 1, most)
         if self.channels % self.heads:
             divisors = [h for h in range(1, self.channels + 1) if self.channels % h == 0]
             close = min(divisors, key=lambda h: abs(h - self.heads))
@@ -146,6 +150,8 @@ class ModelConfig:
             raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
         for name in ("token_shift", "token_shift_top"):
             fractions = getattr(self, name) or ()
+            if len(fractions) > MOST_FRACTIONS:
+                raise UserError(f"model.{name} has {len(fractions)} fractions; it may have {MOST_FRACTIONS}")
             if any(not 0 <= x <= 1 for x in fractions) or sum(fractions) > 1 + 1e-9:
                 raise UserError(f"model.{name} {list(fractions)}: fractions lie in [0, 1] and sum to at most 1")
 
@@ -184,9 +190,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"data.valid_fraction {self.valid_fraction} is not in [0, 1)")
-        _at_least("data.vocab_size", self.vocab_size, 1)
+        _within("data.vocab_size", self.vocab_size, 1, _LARGEST_MODEL["vocab_size"])
         if self.valid_tokens is not None:
-            _at_least("data.valid_tokens", self.valid_tokens, 1)
+            _within("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -241,10 +247,12 @@ class TrainConfig:
     """Write the batch of a loss that spikes or is not finite to bad-batches/ in the run folder."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "valid_every", "save_every"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
+        # Checkpoints are numbered by eight digits.
+        _within("train.steps", self.steps, 1, 10**8 - 1)
+        for name in ("batch_size", "accumulation", "log_every", "valid_every", "save_every"):
+            _within(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
         for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "spike", "seed"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
+            _within(f"train.{name}", getattr(self, name), 0)
         if self.seed >= 2**64:
             raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
         if self.batch_size % self.accumulation:
@@ -276,6 +284,10 @@ _ARCHITECTURE_PARTS: dict[str, tuple[type[MixerConfig], type[FfnConfig]]] = {
     "mha_pro": (ProAttentionConfig, ChannelMixConfig),
 }
 ARCHITECTURES = tuple(_ARCHITECTURE_PARTS)
+
+# Far above what this program serves; what a damaged file asks for is refused before it is tried.
+_LARGEST_MODEL = {"vocab_size": 2**24, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
+MOST_FRACTIONS = 1000
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
@@ -339,6 +351,11 @@ def preset(name: str, arch: str = "rwkv1") -> RunConfig:
     return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))
 
 
+def _check_rotary_base(base: float) -> None:
+    if not 0 < base <= sys.float_info.max:
+        raise UserError(f"model.mixer.rotary_base is {base}; it must be above 0, and finite")
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """End of an error sentence: the nearest right name, or all of them."""
     known = list(known)
@@ -346,9 +363,11 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def _within(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
     if not value >= least:
         raise UserError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise UserError(f"{name} is {value}; it must be at most {most}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -402,7 +421,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise UserError(f"{name} is {value!r}; it must be a list")
         return tuple(_checked(name, item, args[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is not hint:
         raise UserError(f"{name} is {value!r}; it must be of type {hint.__name__}")
     return value
@@ -413,13 +432,19 @@ def to_toml(config: RunConfig) -> str:
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """Contents of a TOML file. Raises UserError when it is missing or no TOML."""
+    """Contents of a TOML file. Raises UserError when it is missing, no TOML, or larger than any that serves."""
+    text = read_text(path, LARGEST_TOML)
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MOST_DOTS:
+            raise UserError(f"{path}: line {number} has {line.count('.')} dots; it may have {MOST_DOTS}: break it")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+UNFIT = (UserError, ValueError, ArithmeticError, RecursionError)
+"""What `from_dict` raises for values of any kind: its own sentences, and numbers too large to show or to convert."""
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -429,9 +454,9 @@ def read_toml(path: Path) -> RunConfig:
     """
     data = parse_toml(path)
     version = data.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format_version {version}; this timemix reads {FORMAT_VERSION}")
     try:
+        if version != FORMAT_VERSION:
+            raise UserError(f"it has format_version {version!r}; this timemix reads {FORMAT_VERSION}")
         return from_dict(RunConfig, data)
-    except UserError as error:
+    except UNFIT as error:
         raise UserError(f"{path}: {error}") from None

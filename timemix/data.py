@@ -4,7 +4,7 @@ A prepared folder holds the ids of both splits in train-00000.bin and so on (sma
 tokenizer.json, and data.json (counts, hashes, where the text came from).
 """
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from timemix.errors import UserError
+from timemix.files import is_count, read_json
 from timemix.shards import Tokens, check_shard, map_shards, shard_name
 from timemix.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,7 +53,8 @@ def text_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
 
 def is_corpus(path: Path) -> bool:
     """Whether a path is a prepared folder."""
-    return (path / "data.json").is_file() and any((path / n).is_file() for n in ("train.bin", shard_name("train", 0)))
+    names = ("train.bin", shard_name("train", 0))
+    return os.path.isfile(path / "data.json") and any(os.path.isfile(path / name) for name in names)
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
@@ -66,17 +68,15 @@ def open_corpus(folder: Path) -> Corpus:
     Raises UserError when a file is missing, damaged, or does not fit the others.
     """
     path = folder / "data.json"
+    info = read_json(path)
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
         if version not in (1, FORMAT_VERSION):
             raise UserError(f"{path} has format_version {version}; this timemix reads 1 and {FORMAT_VERSION}")
+        if not all(is_count(info[split][n]) for split in SPLITS for n in ("tokens", "characters", "bytes", "unknown")):
+            raise ValueError("a count is no number")
         shards = {split: _shards(folder, split, info[split], version) for split in SPLITS}
         tokenizer_hash = info["tokenizer"]["sha256"]
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -97,7 +97,7 @@ def _shards(folder: Path, split: str, counts: dict[str, Any], version: int) -> d
     else:
         found = {folder / shard_name(split, number): shard for number, shard in enumerate(counts["shards"])}
     for shard in (counts, *found.values()):
-        if not (isinstance(shard["tokens"], int) and shard["tokens"] >= 0 and isinstance(shard["sha256"], str)):
+        if not (is_count(shard["tokens"]) and isinstance(shard["sha256"], str)):
             raise ValueError(f"no count and hash: {shard}")
     if sum(shard["tokens"] for shard in found.values()) != counts["tokens"]:
         raise ValueError(f"the shards of {split} have other tokens than the split")

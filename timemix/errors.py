@@ -1,9 +1,18 @@
 """The one exception that a person can cause."""
 
+LONGEST = 1000
+"""Characters of a message at most."""
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a path, a value, a file, a prompt.
 
     The message is one sentence that names the thing and the way out. The command line prints it
-    without a traceback and exits with status 2.
+    without a traceback and exits with status 2. What it quotes of a file keeps it neither from being one line,
+    without control characters, nor short: the middle of a long one is left out.
     """
+
+    def __init__(self, sentence: str) -> None:
+        if len(sentence) > LONGEST:
+            sentence = f"{sentence[: LONGEST // 2]} ... {sentence[-LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))

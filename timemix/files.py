@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Reading files that may hold anything, and writing so that a reader sees the old content or the new, never half."""
 
 import contextlib
 import errno
@@ -6,15 +6,99 @@ import json
 import os
 import shutil
 import socket
+import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from timemix.errors import UserError
+
+LARGEST = 32 * 2**20
+"""Bytes of a JSON file at most: what one holds takes up to 30 times as much memory."""
 
 
 class CannotWrite(UserError):
     """A disk that is full, or a place that cannot be written."""
+
+
+def check_regular(path: Path, largest: int | None = None, what: str = "") -> None:
+    """Raises UserError where a file is missing, a folder, pipe or device, or larger than `largest` bytes.
+
+    A pipe would be waited for without end, a device read without end. `what`: words for the file, before its path.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {what}{path}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"cannot read {what}{path}: it is a folder, pipe or device, not a file")
+    if largest is not None and found.st_size > largest:
+        raise UserError(f"{path} has {found.st_size:,} bytes; such a file has at most {largest:,}: it is damaged")
+
+
+def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
+    """Text of a UTF-8 file without byte order mark. Raises UserError as `check_regular` does, and for other bytes."""
+    check_regular(path, largest, what)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def parse_json(path: Path, what: str = "") -> Any:
+    """What a JSON file holds. Raises UserError when it is missing or damaged; `what` as for `check_regular`."""
+    text = read_text(path, what=what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError as `parse_json` does, and for another value."""
+    data = parse_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return data
+
+
+def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
+    """Lines of a file with their ends, in pieces where one is longer than a mebibyte.
+
+    Raises UserError as `check_regular` does.
+    """
+    check_regular(path, largest)
+    try:
+        with path.open("rb") as file:
+            yield from iter(lambda: file.readline(2**20), b"")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is an integer from 0 that 64 bits hold."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether a value from a file is a list of numbers."""
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def misfit(data: Any, checks: dict[str, Callable[[Any], bool]]) -> str | None:
+    """Name of the first field of a JSON object that is missing or fails its check, None where all serve."""
+    return next(
+        (n for n, check in checks.items() if not (isinstance(data, dict) and n in data and check(data[n]))), None
+    )
 
 
 @contextlib.contextmanager
@@ -125,7 +209,8 @@ class FolderLock:
             self.taken_over = self._named() if self._holder.exists() else None
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            self._holder.write_text(json.dumps(holder), encoding="utf-8")
+            # Not into what lies there: a link or a pipe.
+            write_text(self._holder, json.dumps(holder))
 
     def release(self) -> None:
         """Lets go; nothing where it was not held."""
@@ -135,9 +220,9 @@ class FolderLock:
 
     def _named(self) -> str:
         try:
-            holder = json.loads(self._holder.read_text(encoding="utf-8"))
+            holder = read_json(self._holder)
             return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (UserError, KeyError, ValueError, RecursionError):
             return "another process"
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from timemix.errors import UserError
+from timemix.files import check_regular
 
 SHARD_BYTES = 1 << 27
 """Most bytes of a file."""
@@ -155,6 +156,7 @@ def check_shard(path: Path, dtype: np.dtype, shard: dict[str, Any], vocab_size: 
     """
     size = shard["tokens"] * dtype.itemsize
     own = hashlib.sha256()
+    check_regular(path)
     try:
         if (found := path.stat().st_size) != size:
             raise UserError(f"{path} has {found} bytes, not {size}: it is damaged")

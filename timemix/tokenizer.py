@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from timemix.errors import UserError
-from timemix.files import write_text
+from timemix.files import parse_json, write_text
 
 KINDS = ("character", "byte", "word", "subword")
 UNKNOWN = "<unk>"
@@ -415,14 +415,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises UserError when the file is missing, damaged, or made by another program.
     """
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from error
+    document = parse_json(Path(path), "the tokenizer ")
     try:
         tokenizer = _from_document(document)
+        if not tokenizer.vocab_size:
+            raise ValueError("an empty vocabulary")
         if json.loads(tokenizer.to_json()) != document:
             raise ValueError("other settings than ours")
     except Exception as error:  # The library raises bare Exception.

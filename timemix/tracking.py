@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from timemix.errors import UserError
-from timemix.files import CannotWrite, cannot_write, write_text
+from timemix.files import CannotWrite, atomic_file, cannot_write, is_number, read_lines
 
 Line = dict[str, Any]
 Hook = Callable[[Line], object]
@@ -29,11 +29,10 @@ class Metrics:
 
     def cut(self, step: int) -> None:
         """Removes what comes after a step, and lines that are no such line."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            if kept != lines:
-                write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if not self.path.exists() or all(_step_of(line) <= step for line in read_lines(self.path)):
+            return
+        with atomic_file(self.path) as temporary, temporary.open("wb") as file:
+            file.writelines(line for line in read_lines(self.path) if _step_of(line) <= step)
 
     def write(self, line: Line) -> None:
         """Appends a line, after those that could not be written before.
@@ -54,11 +53,13 @@ class Metrics:
         self._unwritten = []
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
+    """Step of a whole line, infinite for anything else."""
     try:
-        return float(json.loads(line)["step"])
+        step = json.loads(line.decode())["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if is_number(step) and line.endswith(b"\n") else math.inf
 
 
 class SpikeWatch:

@@ -183,11 +183,17 @@ def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     """
     lock = world.first_does(lambda: _take(out))
     config = read_toml(out / "config.toml")
-    trainer = Trainer(config, out, open_run_corpus(out, config.data.source), lock, world)
-    if checkpoint.checkpoints(out):
-        trainer.restore(checkpoint.newest(out))
-    elif trainer.corpus.tokenizer.vocab_size != config.model.vocab_size:
+    corpus = open_run_corpus(out, config.data.source)
+    if corpus.tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(f"the data of {out} have another vocabulary than its config.toml")
+    saved = checkpoint.checkpoints(out)
+    if saved:
+        # Before a model of the size that config.toml names is made.
+        checkpoint.empty_model(config.model, saved[-1])
+    _refuse_too_large(config, world)
+    trainer = Trainer(config, out, corpus, lock, world)
+    if saved:
+        trainer.restore(saved[-1])
     if world.first:
         trainer.metrics.cut(trainer.step if trainer.step else -1)
     return trainer

@@ -221,7 +221,7 @@ def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
     from timemix.checkpoint import checkpoints, load
-    from timemix.data import open_run_corpus, spread
+    from timemix.data import spread
     from timemix.experiments.inspect import draw, inspect_run
     from timemix.precision import choose_device
     from timemix.sources import read_source
@@ -234,7 +234,7 @@ def inspect(arguments: list[str]) -> int:
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
     run = loaded.folder.parent.parent
     if parsed.data is None:
-        tokens: Any = open_run_corpus(run, loaded.config.data.source).valid
+        tokens: Any = loaded.corpus().valid
     else:
         tokens, _ = loaded.tokenizer.encode_lenient(read_source(parsed.data, encoding=parsed.encoding).text)
     report = inspect_run(loaded, spread(tokens, parsed.tokens))

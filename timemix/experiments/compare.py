@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from timemix.checkpoint import load, read_json
+from timemix.checkpoint import load
 from timemix.config import DataConfig, ModelConfig, RunConfig, read_toml, to_dict, to_toml
 from timemix.data import Batches, Corpus, is_corpus, open_corpus
 from timemix.errors import UserError
@@ -32,7 +32,7 @@ from timemix.evaluate import loss_by_position
 from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
 from timemix.experiments.measure import measure_training
 from timemix.experiments.plot import read_metrics
-from timemix.files import claimed, write_text
+from timemix.files import are_numbers, claimed, is_count, is_number, misfit, read_json, write_text
 from timemix.precision import choose_device
 from timemix.prepare import hold_out_end, prepare, text_hash
 from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resolved, resume_run
@@ -40,6 +40,14 @@ from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resol
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
 PROMPT_TOKENS = 24
+
+# What a result.json holds.
+_FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}
+_RESULT: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("valid_loss", "train_loss", "tokens_per_second", "seconds"), is_number),
+    **dict.fromkeys(("steps", "tokens", "parameters"), is_count),
+    "valid_at": lambda x: isinstance(x, dict) and all(map(is_number, x.values())),
+}
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,8 @@ class Comparison:
         if not path.exists():
             return None
         result = read_json(path)
-        if "error" not in result and not isinstance(result.get("valid_loss"), float):
+        checks = _FAILED if "error" in result else _RESULT
+        if misfit(result, checks) or not are_numbers(result.get("by_position", [])):
             raise UserError(f"{path} is damaged: remove it to run {job.name} again")
         return result
 
@@ -268,7 +277,7 @@ class Comparison:
     def _train(self, trainer: Trainer, watch: Watch, job: Job) -> dict[str, Any]:
         trainer.run(watch)
         rows = read_metrics(trainer.out)
-        losses = [row["loss"] for row in rows if "loss" in row]
+        losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
         result: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -277,7 +286,7 @@ class Comparison:
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "train_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
             "valid_loss": trainer.valid_loss,
-            "valid_at": {str(row["step"]): row["valid_loss"] for row in rows if "valid_loss" in row},
+            "valid_at": {str(row.get("step")): row["valid_loss"] for row in rows if is_number(row.get("valid_loss"))},
         }
         if self.experiment.by_position and not job.tuning:
             by_position = loss_by_position(trainer.model, trainer.corpus.valid, precision=trainer.precision)
@@ -308,10 +317,10 @@ class Comparison:
                 raise UserError(f"a step of variant {variant.name!r} failed: {measured['error']}")
             steps = max(1, int(seconds / measured["step_seconds"]))
             write_text(path, json.dumps({"steps": steps, "step_seconds": measured["step_seconds"]}))
-        counted = read_json(path).get("steps")
-        if not isinstance(counted, int):
+        counted = read_json(path)
+        if misfit(counted, {"steps": lambda x: is_count(x) and x > 0}):
             raise UserError(f"{path} is damaged: remove it to measure again")
-        return counted
+        return counted["steps"]
 
     def _measured(self, variant: Variant, steps: int) -> dict[str, Any]:
         config = self.experiment.config(variant, self.best_point(variant) or self._points[0], self.experiment.seeds[0])
@@ -327,7 +336,10 @@ class Comparison:
             if "error" in measured:
                 return None
             write_text(path, json.dumps(measured))
-        return read_json(path).get("peak_memory")
+        peak = read_json(path).get("peak_memory")
+        if not (peak is None or is_number(peak)):
+            raise UserError(f"{path} is damaged: remove it to measure again")
+        return peak
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
@@ -338,12 +350,14 @@ class Comparison:
         if "error" in (self.result(job) or {"error": ""}):
             return {}
         path = self.out / "variants" / variant.name / "samples.json"
-        if not path.exists() or list(read_json(path)) != list(self.prompts):
+        old = read_json(path) if path.exists() else {}
+        if list(old) != list(self.prompts) or not all(isinstance(text, str) for text in old.values()):
             loaded = load(self.folder(job), device=str(choose_device(self.device)[0]))
             sampler = Sampler(top_a=0.02)
             texts = {p: generate(loaded, p, tokens=tokens, sampler=sampler)[0] for p in self.prompts}
             write_text(path, json.dumps(texts))
-        return read_json(path)
+            return texts
+        return old
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:

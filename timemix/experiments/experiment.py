@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from timemix.config import RunConfig, from_dict, nearest, parse_toml, preset, to_dict
+from timemix.config import UNFIT, RunConfig, from_dict, nearest, parse_toml, preset, to_dict
 from timemix.errors import UserError
 
 TUNING_SEED = 0
 # Tokens of held-out text that the texts of a sampling experiment go on from.
 PROMPT_TOKENS = 32
+MOST_VARIANTS = 1000
+MOST_TUNING_RUNS = 10_000
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Experiment:
                 raise UserError(f"tune.{key} is {values!r}; it must be a list of values")
             if key.startswith("data."):
                 raise UserError(f"tune.{key}: the text is the same for all points of a grid")
+        runs = len(self.variants) * math.prod(map(len, _flat(self.tune).values()))
+        if runs > MOST_TUNING_RUNS:
+            raise UserError(f"tune asks for {runs} runs; at most {MOST_TUNING_RUNS} can be made")
         if "" in self.prompts:
             raise UserError("a prompt is empty; it needs at least one character")
         for variant in self.variants:
@@ -191,6 +196,10 @@ class SpeedExperiment:
 
 def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | SpeedVerdict]) -> None:
     names = [v.name for v in variants]
+    if max(len(variants), len(verdicts)) > MOST_VARIANTS:
+        raise UserError(
+            f"it has {len(variants)} variants and {len(verdicts)} verdicts; at most {MOST_VARIANTS} of each"
+        )
     if not names:
         raise UserError("it has no variant; add [[variants]] with a name")
     for i, name in enumerate(names):
@@ -301,5 +310,5 @@ def read_experiment(path: Path) -> AnyExperiment:
         if not isinstance(kind, str) or kind not in KINDS:
             raise UserError(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
         return from_dict(KINDS[kind], data)
-    except UserError as error:
+    except UNFIT as error:
         raise UserError(f"{path}: {error}") from None

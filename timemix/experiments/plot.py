@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from timemix.errors import UserError
-from timemix.files import atomic_file
+from timemix.files import atomic_file, is_number, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,11 @@ _MAX_MARKERS = 16
 _DPI = 150
 _PALETTE = 128
 
+LARGEST_METRICS = 64 * 2**20
+"""Bytes of metrics.jsonl at most, a quarter of a million lines: what it holds takes up to 15 times as much memory."""
+# Numbers beyond are not drawn: what is computed of them would overflow.
+_LARGEST_DRAWN = 1e30
+
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Lines of a run's metrics.jsonl, oldest first: step, tokens, seconds, loss and valid_loss (nats per
@@ -43,20 +48,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}; name one that `timemix train --out` made")
     path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}, is {run} a run folder? ({error.strerror})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
+    rows: list[dict[str, Any]] = []
+    damaged: int | None = None
+    for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
+        if damaged is not None:
+            raise UserError(f"line {damaged} of {path} is not a JSON object; remove or repair it")
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif number < len(lines):
-            raise UserError(f"line {number} of {path} is not a JSON object; remove or repair it")
+        if not isinstance(row, dict):
+            damaged = number
+            continue
+        rows.append(row)
     return rows
 
 
@@ -256,10 +260,10 @@ def _curve(run: Path, key: str, smoothing: float) -> _Curve:
 
 
 def _points(rows: list[dict[str, Any]], key: str, loss: str) -> np.ndarray:
-    """(2, points): x and loss of the rows that hold both as finite numbers."""
-    pairs = [(0 if row.get("step") == 0 else row.get(key), row.get(loss)) for row in rows]
-    finite = [pair for pair in pairs if all(isinstance(n, int | float) and math.isfinite(n) for n in pair)]
-    return np.array(finite, dtype=float).reshape(-1, 2).T
+    """(2, points): x and loss of the rows that hold both as finite numbers, x from 0."""
+    pairs: list[tuple[Any, Any]] = [(0 if row.get("step") == 0 else row.get(key), row.get(loss)) for row in rows]
+    drawn = [pair for pair in pairs if all(is_number(n) and abs(n) <= _LARGEST_DRAWN for n in pair) and pair[0] >= 0]
+    return np.array(drawn, dtype=float).reshape(-1, 2).T
 
 
 def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
@@ -270,7 +274,15 @@ def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     middle = slice(reach, reach + len(values))
     # Near the ends only a part of the weights falls on values.
-    return np.convolve(values, weights)[middle] / np.convolve(np.ones_like(values), weights)[middle]
+    return _convolved(values, weights)[middle] / _convolved(np.ones_like(values), weights)[middle]
+
+
+def _convolved(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """np.convolve, for long rows in a time that does not grow with the product of both lengths."""
+    if len(values) < 20_000:
+        return np.convolve(values, weights)
+    size = len(values) + len(weights) - 1
+    return np.fft.irfft(np.fft.rfft(values, size) * np.fft.rfft(weights, size), size)
 
 
 def _loss_limits(curves: list[_Curve]) -> tuple[float, float]:
@@ -286,7 +298,7 @@ def _loss_limits(curves: list[_Curve]) -> tuple[float, float]:
 
 
 def _limits(shown: Sequence[float]) -> tuple[float, float]:
-    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1 * max(1, abs(max(shown)))
     return min(shown) - margin, max(shown) + margin
 
 

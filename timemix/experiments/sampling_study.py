@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.checkpoint import load, newest, read_json, read_progress
+from timemix.checkpoint import load, newest, read_progress
 from timemix.config import RunConfig
 from timemix.data import Corpus, is_corpus, open_corpus, validation_windows
 from timemix.errors import UserError
@@ -28,7 +28,7 @@ from timemix.experiments.compare import begin_or_resume, on_corpus
 from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
-from timemix.files import claimed, write_text
+from timemix.files import are_numbers, claimed, is_number, misfit, read_json, write_text
 from timemix.generation import generate_tokens
 from timemix.models import LanguageModel
 from timemix.prepare import prepare, text_hash
@@ -39,6 +39,10 @@ TOP_A, POWER = 0.02, 2.0
 POSITIONS = 8192
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
+_MEASURED: dict[str, Callable[[Any], bool]] = {
+    "entropy": is_number,
+    **dict.fromkeys(METRICS, lambda x: are_numbers(x) and len(x) > 0),
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def run_sampling(
         settings = like_entropy(experiment, logits) + sweep(experiment)
         path = out / "measurements.json"
         found = read_json(path) if path.exists() else {}
+        # What is damaged is measured again.
+        found = {label: m for label, m in found.items() if misfit(m, _MEASURED) is None}
         for setting in settings:
             if setting.label not in found:
                 found[setting.label] = {"entropy": mean_entropy(setting.sampler, logits)} | measure_text(

@@ -13,14 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from timemix.checkpoint import read_json
 from timemix.errors import UserError
 from timemix.experiments.experiment import SpeedExperiment
 from timemix.experiments.measure import OUT_OF_MEMORY, measure_training
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, markdown_table, paired_difference, verdict_word
-from timemix.files import claimed, write_text
+from timemix.files import claimed, is_number, misfit, read_json, write_text
 from timemix.precision import choose_device
+
+# What a value of measurements.json holds.
+_FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}
+_MEASURED: dict[str, Callable[[Any], bool]] = {
+    "tokens_per_second": lambda x: is_number(x) and x > 0,
+    "peak_memory": lambda x: x is None or (is_number(x) and x > 0),
+}
 
 
 def run_speed(
@@ -38,6 +44,8 @@ def run_speed(
         _check_folder(experiment, out)
         path = out / "measurements.json"
         found = read_json(path) if path.exists() else {}
+        # What is damaged is measured again.
+        found = {key: m for key, m in found.items() if misfit(m, _FAILED) is None or misfit(m, _MEASURED) is None}
         for round_ in range(experiment.rounds):
             for ctx_len in experiment.ctx_lens:
                 for variant in experiment.variants:
