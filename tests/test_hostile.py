@@ -6,7 +6,9 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
+import signal
 import struct
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from tests.runs import small_config, write_text_file
 from timemix import checkpoint
 from timemix.data import open_corpus
-from timemix.errors import UserError
+from timemix.errors import LONGEST, UserError
 from timemix.experiments.plot import read_metrics
 from timemix.prepare import prepare
 from timemix.tokenizer import load_tokenizer
@@ -249,3 +251,137 @@ def test_names_in_a_tokenizer_are_no_paths(tokens):
     before = sorted(tokens.parent.rglob("*"))
     refused(lambda: load_tokenizer(path), "tokenizer.json")
     assert sorted(tokens.parent.rglob("*")) == before
+
+
+VALUES = ["-1", "0", "1.5", "3e9", "9223372036854775808", "1e400", "NaN", "inf", "true", "null", '"x"', "[]", "{}"]
+VALUES += ["9" * 5000, "[" * 5000, '{"a":' * 3000, '"' + "a" * 10**6 + '"', '"\\u0000"', '"\\ud800"', "99999", "'"]
+PATHS = ["../../../../etc/passwd", "/dev/zero", "/etc", "", "~", "\\u0000", "file:///etc/passwd", "a/" * 3000]
+
+
+def changed_text(raw: bytes, draw: np.random.Generator) -> bytes:
+    """A JSON or TOML file with one value, text or line replaced, repeated or left out."""
+    text = raw.decode()
+    kind = draw.integers(4)
+    pattern = [r"-?[\d.]+|true|false|null", r'(?<=")[^"\n]*(?=")', r"[^\n]*\n?", r"[\[\]{}:,=\"]"][kind]
+    places = list(re.finditer(pattern, text))
+    if not places:
+        return raw + b"["
+    place = places[draw.integers(len(places))]
+    found = place.group()
+    instead = [VALUES, [*PATHS, *VALUES], ["", found * 2, "# " + found], ["", found * 2, *VALUES]][kind]
+    return (text[: place.start()] + str(draw.choice(instead)) + text[place.end() :]).encode()
+
+
+def changed_header(raw: bytes, draw: np.random.Generator) -> bytes:
+    """A safetensors file with one value of its header, or its length, replaced."""
+    size = struct.unpack("<Q", raw[:8])[0]
+    if draw.integers(5) == 0:
+        return struct.pack("<Q", int(draw.choice([0, 1, size - 1, size + 1, len(raw), 2**31, 2**40, 2**63]))) + raw[8:]
+    head = changed_text(raw[8 : 8 + size], draw)
+    return struct.pack("<Q", len(head)) + head + raw[8 + size :]
+
+
+def damaged(path: Path, others: list[Path], draw: np.random.Generator, pickled: bytes) -> bytes:
+    """What may come of a good file: cut, flipped, overwritten, shuffled, changed in meaning, or another in place."""
+    raw = path.read_bytes()
+    a, b = sorted(int(x) for x in draw.integers(0, len(raw) + 1, 2))
+    kind = draw.integers(10)
+    if kind == 0:
+        return raw[:a]
+    if kind == 1:
+        return raw[:a] + raw[b:]
+    if kind == 2:
+        return raw[:a] + draw.bytes(min(b - a, 64)) + raw[a + min(b - a, 64) :]
+    if kind == 3:
+        return raw[:b] + raw[a:]
+    if kind == 4:
+        return others[draw.integers(len(others))].read_bytes()
+    if kind == 5:
+        return [pickled, b"", b"\0" * 10**6, draw.bytes(1000), b"PK\3\4" + raw, b"\xef\xbb\xbf" + raw][draw.integers(6)]
+    if kind < 8 and path.suffix in (".json", ".jsonl", ".toml"):
+        return changed_text(raw, draw)
+    if kind < 8 and path.suffix == ".safetensors":
+        return changed_header(raw, draw)
+    flipped = bytearray(raw)
+    for _ in range(draw.integers(1, 4)):
+        # Half of the flips in the first bytes, where lengths and headers stand.
+        place = draw.integers(len(raw) if draw.integers(2) else min(len(raw), 300))
+        flipped[place] ^= 1 << int(draw.integers(8))
+    return bytes(flipped)
+
+
+@contextlib.contextmanager
+def a_gibibyte_more():
+    """Memory past this is an error of the block."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@contextlib.contextmanager
+def seconds(limit: int):
+    """A block that takes longer is an error."""
+
+    def late(number, frame):
+        raise TimeoutError
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(limit)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_files(good, tmp_path):
+    """Each is refused by one short sentence, or read: never another error, a wait, or a gibibyte of memory."""
+    shutil.copytree(good / "run", tmp_path / "run")
+    shutil.copytree(good / "tokens", tmp_path / "tokens")
+    run = tmp_path / "run"
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(str(good), str(tmp_path)))
+    files = sorted(p for p in tmp_path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+    assert {p.name for p in files} == NAMES
+    pickled = pickle.dumps(Payload(tmp_path / "marker"))
+    readers = (
+        lambda: checkpoint.load(run, checkpoint="newest"),
+        lambda: resume_run(run).lock.release(),
+        lambda: read_metrics(run),
+        lambda: open_corpus(tmp_path / "tokens"),
+    )
+    for reader in readers:
+        reader()
+    draw = np.random.default_rng(11)
+    refusals = 0
+    with a_gibibyte_more():
+        for i in range(2000):
+            path = files[i % len(files)]
+            raw = path.read_bytes()
+            path.write_bytes(damaged(path, files, draw, pickled))
+            sentences = []
+            for reader in readers:
+                try:
+                    with seconds(20):
+                        reader()
+                except UserError as error:
+                    sentences.append(str(error))
+                except BaseException as error:
+                    shutil.copy(path, tmp_path / "failed")
+                    raise AssertionError(f"file {i}, damaged {path.name}: {error!r}") from error
+            assert all("\n" not in s and len(s) <= LONGEST for s in sentences), (i, path.name, sentences)
+            refusals += bool(sentences)
+            path.write_bytes(raw)
+    assert not (tmp_path / "marker").exists()
+    assert refusals > 1000
+
+
+SUFFIXES = (".safetensors", ".json", ".jsonl", ".toml", ".bin")
+NAMES = {"model.safetensors", "training.safetensors", "config.toml", "tokenizer.json", "training.json", "data.json"}
+NAMES |= {"metrics.jsonl", "train-00000.bin", "valid-00000.bin"}

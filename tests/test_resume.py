@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,44 @@ def test_fifty_kills(tmp_path):
         inside += bool(list((tmp_path / f"run-{i}" / "checkpoints").glob(".*")))
         runs.finish(f"run-{i}")
     assert inside >= 20
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_killed_while_old_checkpoints_are_removed(tmp_path, monkeypatch, removed):
+    """At the last step: nothing but the resume is left to remove them, and none may be there by half."""
+    undisturbed = small_trainer(tmp_path, name="whole", valid_every=100, save_every=3)
+    undisturbed.run()
+    trainer = small_trainer(tmp_path, valid_every=100, save_every=3)
+    remove = shutil.rmtree
+
+    class Kill(BaseException):
+        pass
+
+    def killed(path, *args, **kwargs):
+        if trainer.step == 8 and Path(path).name.startswith(".step-00000006.replaced"):
+            if removed:
+                (Path(path) / "training.json").unlink()
+            raise Kill
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Kill):
+        trainer.run()
+    monkeypatch.undo()
+    resume_run(trainer.out).run()
+    same_end(undisturbed.out, trainer.out)
+
+
+def test_killed_before_old_checkpoints_are_removed(tmp_path, monkeypatch):
+    undisturbed = small_trainer(tmp_path, name="whole", valid_every=100)
+    undisturbed.run()
+    trainer = small_trainer(tmp_path, valid_every=100)
+    monkeypatch.setattr(checkpoint, "prune", lambda run: None)
+    trainer.run()
+    monkeypatch.undo()
+    assert len(checkpoint.checkpoints(trainer.out)) == 2
+    resume_run(trainer.out)
+    same_end(undisturbed.out, trainer.out)
 
 
 def full_disk(folder: str):

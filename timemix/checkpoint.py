@@ -8,7 +8,6 @@ runs/NAME/checkpoints/step-00000500/{model.safetensors, config.toml, tokenizer.j
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from timemix.errors import UserError
 from timemix.files import (
     are_numbers,
     atomic_folder,
-    cannot_write,
     check_regular,
     is_count,
     is_number,
     misfit,
     read_json,
+    remove_folder,
 )
 from timemix.models import LanguageModel
 from timemix.optim import state_names
@@ -277,10 +276,7 @@ def prune(run: Path) -> None:
     keep = {newest(run), best(run)}
     for folder in checkpoints(run):
         if folder not in keep:
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                raise UserError(cannot_write(folder, error)) from error
+            remove_folder(folder)
 
 
 def find(run: str | Path, checkpoint: str | int = "best") -> Path:

@@ -13,6 +13,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str) -> None:
-        if len(sentence) > LONGEST:
-            sentence = f"{sentence[: LONGEST // 2]} ... {sentence[-LONGEST // 2 :]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        if len(shown) > LONGEST:
+            shown = f"{shown[: LONGEST // 2 - 5]} ... {shown[-LONGEST // 2 :]}"
+        super().__init__(shown)

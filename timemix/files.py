@@ -118,8 +118,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 if path.is_file():
                     _sync(path)
             if folder.exists():
-                old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-                folder.rename(old)
+                old = _set_aside(folder)
                 temporary.rename(folder)
                 shutil.rmtree(old)
                 _sync(folder.parent)
@@ -127,6 +126,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that it is there whole or not at all, also when the process is killed on the way.
+
+    Raises CannotWrite where it may not.
+    """
+    with explained(folder):
+        shutil.rmtree(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Renames a folder to a name that `remove_unfinished` knows."""
+    aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    folder.rename(aside)
+    return aside
 
 
 def appear(temporary: Path, folder: Path) -> None:
@@ -236,7 +251,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what `atomic_folder` left of folders in `folder` when its process was killed."""
+    """Removes what `atomic_folder` and `remove_folder` left of folders in `folder` when their process was killed."""
     for name in (".*.partial-*", ".*.replaced-*"):
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)

@@ -194,8 +194,7 @@ def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     trainer = Trainer(config, out, corpus, lock, world)
     if saved:
         trainer.restore(saved[-1])
-    if world.first:
-        trainer.metrics.cut(trainer.step if trainer.step else -1)
+    world.first_does(trainer.tidy)
     return trainer
 
 
@@ -270,6 +269,12 @@ class Trainer:
         self.best_loss = checkpoint.best_loss(self.out)
         self._losses = progress["losses_since_line"]
         self._spikes.state = progress["usual_loss"]
+
+    def tidy(self) -> None:
+        """Removes what comes after the newest checkpoint, and older ones that a killed process still wanted to."""
+        self.metrics.cut(self.step if self.step else -1)
+        if self.step:
+            checkpoint.prune(self.out)
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
