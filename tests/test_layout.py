@@ -17,7 +17,7 @@ LAYERS = [
     | {"processes", "text", "shards", "data", "prepare", "sampling", "arguments"},
     {"ops"},
     {"models"},
-    {"distributed", "optim", "precision", "checkpoint", "evaluate", "generation", "info", "tracking"},
+    {"distributed", "optim", "precision", "checkpoint", "evaluate", "generation", "info", "machine"} | {"tracking"},
     {"train", "progress"},
     {"experiments"},
     {"commands"},

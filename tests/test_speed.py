@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from timemix.config import RunConfig, TrainConfig, architecture
+from timemix.config import RunConfig, TimeMixConfig, TrainConfig, architecture
 from timemix.errors import UserError
 from timemix.experiments import speed
 from timemix.experiments.experiment import SpeedExperiment, SpeedVerdict, Variant
@@ -25,7 +25,8 @@ def test_a_step_is_measured_in_its_own_process():
 
 
 def test_want_of_memory_is_an_error_of_that_size_alone():
-    model = architecture("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50)
+    mixer = TimeMixConfig(backend="dense")
+    model = architecture("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50, mixer=mixer)
     assert measure_training(RunConfig(model=model, train=TrainConfig(batch_size=1)), steps=1) == {
         "error": "out of memory"
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.runs import small_config, small_trainer, write_text_file
-from timemix import precision
+from timemix import machine
 from timemix.config import DataConfig
 from timemix.errors import UserError
 from timemix.info import flops_per_token
@@ -54,9 +54,9 @@ def test_the_gradient_norm_is_that_of_the_whole_gradient(tmp_path):
 
 def test_the_peak_is_about_that_of_a_product_timed_by_hand():
     device = torch.device("cpu")
-    found = precision.matrix_product_peak("float32", device)
+    found = machine.matrix_product_peak("float32", device)
     assert 1e9 < found < 1e14
-    assert precision.matrix_product_peak("float32", device) == found
+    assert machine.matrix_product_peak("float32", device) == found
 
 
 def test_peak_memory_grows_with_what_is_taken():

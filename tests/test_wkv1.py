@@ -1,4 +1,4 @@
-"""wkv1: reference against the formula, dense against the reference, and the numeric guarantee."""
+"""wkv1: reference against the formula, the other forms against the reference, and the numeric guarantee."""
 
 import itertools
 
@@ -6,10 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timemix.ops import Wkv1State, choose_backend, wkv1, wkv1_state
+from timemix.ops import Wkv1State, causal, choose_backend, wkv1, wkv1_state
+from timemix.ops.spread import embedding, spread
 
 CTX = 9
+
+
+@pytest.fixture(params=["dense", "blocked, blocks of 1", "blocked, blocks of 2", "blocked, blocks of 4", "blocked"])
+def backend(request, monkeypatch):
+    """Each parallel form; blocks of a few positions too, so that a short text has many."""
+    name, _, block = request.param.partition(", blocks of ")
+    if block:
+        monkeypatch.setattr(causal, "BLOCK", int(block))
+    return name
 
 
 def inputs(B=2, T=CTX, H=3, N=2, ctx_len=CTX, dtype=torch.float64, tables=True):
@@ -112,27 +123,46 @@ def test_reference_gradcheck(denominator):
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize("tables", [True, False, "free"])
+@pytest.mark.parametrize("tables", [True, False])
 @pytest.mark.parametrize("T", [1, 5, CTX])
-def test_dense_equals_reference(T, tables, denominator):
+def test_every_form_equals_the_reference(T, tables, denominator, backend):
     x = inputs(T=T, tables=tables)
     expected = outputs_and_gradients(x, "reference", denominator=denominator)
-    assert_same(outputs_and_gradients(x, "dense", denominator=denominator), expected)
+    assert_same(outputs_and_gradients(x, backend, denominator=denominator), expected)
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize("tables", [True, "free"])
-@pytest.mark.parametrize(("start", "T"), [(0, CTX), (0, 1), (4, 1), (3, 5), (CTX - 1, 1)])
-def test_dense_equals_reference_from_a_state(start, T, tables, denominator):
-    x = inputs(T=T, tables=tables)
+@pytest.mark.parametrize("T", [1, 5, CTX])
+def test_a_free_w_equals_the_reference(T, denominator):
+    x = inputs(T=T, tables="free")
+    expected = outputs_and_gradients(x, "reference", denominator=denominator)
+    assert_same(outputs_and_gradients(x, "auto", denominator=denominator), expected)
+    with pytest.raises(ValueError, match="needs f by lag"):
+        wkv1(**x, denominator=denominator, backend="blocked")
+
+
+@pytest.mark.parametrize("denominator", ["plain", "weighted"])
+@pytest.mark.parametrize(("start", "T"), [(0, CTX), (0, 1), (4, 1), (3, 5), (2, 6), (CTX - 1, 1)])
+def test_every_form_equals_the_reference_from_a_state(start, T, denominator, backend):
+    x = inputs(T=T)
     state = from_state(2, start, 3, 2, denominator)
     expected = outputs_and_gradients(x, "reference", state, denominator)
-    assert_same(outputs_and_gradients(x, "dense", state, denominator), expected)
+    assert_same(outputs_and_gradients(x, backend, state, denominator), expected)
+
+
+@pytest.mark.parametrize("denominator", ["plain", "weighted"])
+def test_a_free_w_equals_the_reference_from_a_state(denominator):
+    x = inputs(T=5, tables="free")
+    state = from_state(2, 3, 3, 2, denominator)
+    expected = outputs_and_gradients(x, "reference", state, denominator)
+    assert_same(outputs_and_gradients(x, "auto", state, denominator), expected)
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
 @pytest.mark.parametrize("tables", [True, "free"])
-def test_rows_at_different_positions_with_padding(tables, denominator):
+def test_rows_at_different_positions_with_padding(tables, denominator, backend):
+    if tables == "free":
+        backend = "dense"
     with torch.no_grad():
         _, state = wkv1(
             **inputs(B=3, T=4, tables=tables),
@@ -144,7 +174,7 @@ def test_rows_at_different_positions_with_padding(tables, denominator):
     state = Wkv1State(state.numerators.requires_grad_(), state.denominators.requires_grad_(), state.position)
     lengths = torch.tensor([5, 2, 3])
     expected = outputs_and_gradients(x, "reference", state, denominator, lengths)
-    assert_same(outputs_and_gradients(x, "dense", state, denominator, lengths), expected)
+    assert_same(outputs_and_gradients(x, backend, state, denominator, lengths), expected)
     for row, (start, length) in enumerate([(4, 5), (1, 2), (2, 3)]):
         alone = {n: a[row : row + 1, :length] if n in "kv" else a for n, a in x.items()}
         past = Wkv1State(*(a[row : row + 1] for a in state))
@@ -152,6 +182,20 @@ def test_rows_at_different_positions_with_padding(tables, denominator):
         y, after = wkv1(**alone, state=past, denominator=denominator)
         torch.testing.assert_close(y[0], expected["y"][row, :length])
         torch.testing.assert_close(after.numerators[0], expected["after.numerators"][row])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.integers(0, 3), st.integers(1, 3), st.sampled_from(["float32", "float64"])
+)
+def test_blocks_of_any_size_equal_the_whole_matrix(T, block, spare, B, dtype):
+    dtype = getattr(torch, dtype)
+    x = inputs(B=B, T=T, ctx_len=T + spare, dtype=dtype)
+    whole = outputs_and_gradients(x, "dense")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "BLOCK", block)
+        tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {}
+        assert_same(outputs_and_gradients(x, "blocked"), whole, **tolerance)
 
 
 @settings(max_examples=30, deadline=None)
@@ -184,10 +228,13 @@ def hard_keys(case, T, shape):
     return torch.where(torch.rand(B, T, H, N, generator=generator) < 0.5, -60.0, 30.0).double()
 
 
+@pytest.mark.parametrize("form", ["dense", "blocked"])
 @pytest.mark.parametrize(("T", "shape"), [(64, (2, 2, 8)), (513, (2, 2, 8)), (2048, (1, 2, 4)), (8192, (1, 1, 2))])
 @pytest.mark.parametrize("case", ["normal of deviation 8", "-60, last 30", "-60 or 30"])
-def test_guarantee_on_hard_keys(case, T, shape):
+def test_guarantee_on_hard_keys(case, T, shape, form, monkeypatch):
     """DESIGN section 2: float32 against float64, output and every gradient, on three hard cases of k."""
+    if form == "blocked":
+        monkeypatch.setattr(causal, "_SUM_SMALL", 0)
     B, H, N = shape
     x = {"k": hard_keys(case, T, shape), "v": torch.randn(B, T, H, N, dtype=torch.float64)}
     x |= {"f": torch.randn(H, T, dtype=torch.float64)}
@@ -196,7 +243,7 @@ def test_guarantee_on_hard_keys(case, T, shape):
 
     def run(dtype):
         named = {n: a.to(dtype, copy=True).requires_grad_() for n, a in x.items()}
-        y, _ = wkv1(**named, backend="dense")
+        y, _ = wkv1(**named, backend=form)
         y.backward(upstream.to(dtype))
         return y.detach().double(), {n: a.grad.double() for n, a in named.items()}
 
@@ -254,7 +301,7 @@ def test_the_state_is_written_into_only_without_gradients():
         ({"f": torch.zeros(3, 5), "alpha": None, "beta": None}, ValueError, "past ctx_len 5"),
         ({"alpha": torch.zeros(2, 9)}, ValueError, "alpha"),
         ({"f": torch.zeros(3, 9, 8), "alpha": None, "beta": None}, ValueError, "or \\(heads, ctx_len, ctx_len\\)"),
-        ({"backend": "fft"}, ValueError, "known: auto, reference, dense"),
+        ({"backend": "fft"}, ValueError, "known: auto, reference, dense, blocked"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(change, error, words):
@@ -263,4 +310,71 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
 
 
 def test_auto_gives_its_reason():
-    assert choose_backend("auto") == ("dense", "the only parallel form")
+    assert choose_backend("auto", 512) == ("dense", "fastest up to 512 positions")
+    assert choose_backend("auto", 513)[0] == "blocked"
+    assert choose_backend("auto", 10**6, free=True) == ("dense", "a free W is a matrix")
+
+
+def test_no_tensor_is_a_matrix_of_all_positions():
+    """Past the dense range memory is linear in time, forward and backward."""
+    T, largest = 2048, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **kwargs or {})
+            for x in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes() // x.element_size())
+            return result
+
+    x = {n: a.detach().requires_grad_() for n, a in inputs(B=1, T=T, H=2, N=4, ctx_len=T).items()}
+    with Watch():
+        y, _ = wkv1(**x)
+        y.sum().backward()
+    assert largest < T * T
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 5), (4, 4), (3, 9), (9, 9)])
+@pytest.mark.parametrize("ctx_len", [5, 9, 12])
+def test_toeplitz_and_its_gradient(rows, columns, ctx_len):
+    f = torch.randn(2, ctx_len, dtype=torch.float64, requires_grad=True)
+    lag = columns - rows + torch.arange(rows)[:, None] - torch.arange(columns)
+    expected = torch.where((lag >= 0) & (lag < ctx_len), f[:, lag.clamp(0, ctx_len - 1)], 0)
+    W = causal.toeplitz(f, rows, columns)
+    torch.testing.assert_close(W, expected)
+    upstream = torch.randn_like(W)
+    # What stands in the future never counts, whatever it is.
+    spoilt = torch.where(lag < 0, torch.inf, upstream)
+    ours = torch.autograd.grad(W, f, spoilt)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, f, upstream)[0])
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 33, 256, 513])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_running_sum(T, reverse, monkeypatch):
+    monkeypatch.setattr(causal, "_SUM_SMALL", 0)
+    x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
+    y = causal.running_sum(x, reverse)
+    expected = x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(x)
+    ours, theirs = (torch.autograd.grad(a, x, upstream)[0] for a in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operators_are_registered_as_the_compiler_needs_them():
+    x, f = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    torch.library.opcheck(causal.causal_convolution, (x, f, 4))
+    torch.library.opcheck(causal.running_sum, (torch.randn(2, 20, 3, requires_grad=True), True))
+    torch.library.opcheck(causal.toeplitz, (f, 4, 6))
+    torch.library.opcheck(embedding, (torch.randn(7, 3, requires_grad=True), torch.randint(7, (2, 5))))
+
+
+def test_a_table_spread_for_the_compiler_has_the_same_gradient():
+    table, x = torch.randn(5, 1, requires_grad=True), torch.randn(2, 5, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        compiled = torch.autograd.grad((x * spread(table, x)).sin().sum(), table)
+    plain = torch.autograd.grad((x * table).sin().sum(), table)
+    torch.testing.assert_close(compiled, plain)

@@ -18,10 +18,11 @@ VERBS = {
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "draw the loss curves of runs",
     "data": "describe a text, or prepare it for training",
+    "bench": "time the op, or a training step, beside a plain writing and attention",
     "info": "versions, devices, backends; size of a model",
 }
 # Of the verbs that are not in timemix.commands.
-MODULES = dict.fromkeys(("compare", "inspect", "plot"), "timemix.experiments.commands")
+MODULES = dict.fromkeys(("compare", "inspect", "plot", "bench"), "timemix.experiments.commands")
 
 
 def usage() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from timemix.arguments import parse, preset_of, print_report
-from timemix.config import DataConfig, ModelConfig, RunConfig, TimeMixConfig, TrainConfig, preset, read_toml
+from timemix.config import DataConfig, ModelConfig, RunConfig, TrainConfig, preset, read_toml
 from timemix.errors import UserError
 from timemix.files import cannot_write
 
@@ -241,8 +241,11 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
 def _run(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
     """Trains with progress on stderr and draws the loss curve; returns the exit status."""
     from timemix.experiments.plot import plot_loss
+    from timemix.machine import keep_freed_memory
     from timemix.progress import watching
     from timemix.train import Interrupted
+
+    keep_freed_memory()
 
     config, world = trainer.config, trainer.world
     if world.first:
@@ -281,6 +284,8 @@ def _ignore(progress: "Progress") -> None:
 
 
 def _introduce(trainer: "Trainer") -> None:
+    from timemix.info import wkv1_backend
+
     config, world = trainer.config, trainer.world
     processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
     print(
@@ -288,17 +293,10 @@ def _introduce(trainer: "Trainer") -> None:
         f" vocabulary {config.model.vocab_size};"
         f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
         f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
-        + (f", wkv1 {_backend(config.model)}" if config.model.arch == "rwkv1" else ""),
+        + (f", wkv1 {wkv1_backend(config.model)}" if config.model.arch == "rwkv1" else "")
+        + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
         file=sys.stderr,
     )
-
-
-def _backend(model: ModelConfig) -> str:
-    from timemix.ops import choose_backend
-
-    assert isinstance(model.mixer, TimeMixConfig)
-    name, reason = choose_backend(model.mixer.backend)
-    return f"{name} ({reason})"
 
 
 def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:

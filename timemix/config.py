@@ -48,7 +48,7 @@ class TimeMixConfig:
     """decomposed: f_h(t-u) alpha_h(u) beta_h(t); free: one number W_h[t,u] for each pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
     """plain: running sum of exp(k); weighted: W = exp(f + alpha + beta) in it too (AFT's form)."""
-    backend: Literal["auto", "dense", "reference"] = "auto"
+    backend: Literal["auto", "dense", "blocked", "reference"] = "auto"
     """How wkv is computed; auto takes the fastest that serves."""
 
 
@@ -229,6 +229,8 @@ class TrainConfig:
     """Of the matrix products; auto: bfloat16 where the processor has it, else float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step (torch.compile); auto: where that can be done and the run is long enough to gain."""
     strategy: Strategy = "replicate"
     """Of several processes under torchrun: replicate holds the model in each, shard cuts it up over them."""
     seed: int = 1

@@ -9,6 +9,8 @@ from timemix import __version__
 from timemix.config import ARCHITECTURES, ModelConfig, TimeMixConfig, TrainConfig, architecture
 from timemix.models import LanguageModel
 from timemix.ops import choose_backend
+from timemix.ops.causal import BLOCK
+from timemix.ops.wkv1 import DENSE_UP_TO
 from timemix.precision import choose_device, choose_precision
 
 
@@ -28,15 +30,15 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations per token of a forward pass over ctx_len tokens; training takes three times.
 
-    Two per weight of each matrix product, and 2 * ctx_len * channels for a time-mix's product with W, twice
-    that for attention, whole T x T matrices as they are computed.
+    Two per weight of each matrix product, and 2 * ctx_len * channels for a time-mix's product with W, half of that in
+    blocks, twice that for attention, whole T x T matrices as they are computed.
     """
     C, T = config.channels, config.ctx_len
     weights = config.vocab_size * C
     with torch.device("meta"):
         model = LanguageModel(config)
     weights += sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "weight" in name)  # type: ignore[attr-defined]
-    products = 2 * T * C * (1 if config.arch == "rwkv1" else 2)
+    products = 2 * C * (((T + BLOCK) // 2 if T > DENSE_UP_TO else T) if config.arch == "rwkv1" else 2 * T)
     return 2 * weights + config.layers * products
 
 
@@ -53,7 +55,8 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     kept = 0.7 if precision == "bfloat16" else 1.0
     per_token = kept * model.layers * (25 * model.channels + 6 * model.ffn_hidden) + 4 * model.vocab_size
     matrices = {"rwkv1": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
-    squares = model.layers * matrices * model.heads * model.ctx_len**2
+    rows_of_w = 2 * BLOCK if model.arch == "rwkv1" and model.ctx_len > DENSE_UP_TO else model.ctx_len
+    squares = model.layers * matrices * model.heads * model.ctx_len * rows_of_w
     held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
     return int(width * (held + tokens * per_token + squares))
 
@@ -72,6 +75,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def wkv1_backend(model: ModelConfig) -> str:
+    """The form of wkv1 that a model takes for a whole context, and the reason."""
+    assert isinstance(model.mixer, TimeMixConfig)
+    name, reason = choose_backend(model.mixer.backend, model.ctx_len, model.mixer.weights == "free")
+    return f"{name} ({reason})"
+
+
 def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
     precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
@@ -81,8 +91,7 @@ def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
     }
     if isinstance(model.mixer, TimeMixConfig):
-        name, reason = choose_backend(model.mixer.backend)
-        report["wkv1"] = f"{name} ({reason})"
+        report["wkv1"] = wkv1_backend(model)
     report["parameters"] = count_parameters(model)
     sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
     same_size = {name: getattr(model, name) for name in sizes}

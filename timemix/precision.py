@@ -1,8 +1,6 @@
 """Number formats of the matrix products, and how `auto` chooses."""
 
 import contextlib
-import functools
-import time
 
 import torch
 
@@ -45,22 +43,3 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products in bfloat16 where the precision says so; nothing else changes."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-@functools.cache
-def matrix_product_peak(precision: str, device: torch.device) -> float:
-    """Floating-point operations per second of square matrix products on a device, measured in about 0.1 s.
-
-    The fastest of a few, so the least disturbed; measured once in a process.
-    """
-    on_gpu = device.type == "cuda"
-    size = 8192 if on_gpu else 1024
-    a, b = torch.ones(2, size, size, dtype=getattr(torch, precision), device=device).unbind()
-    fastest, end = float("inf"), time.perf_counter() + 0.1
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        a @ b
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest

@@ -24,10 +24,11 @@ from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.files import CannotWrite, FolderLock, cannot_write, remove_unfinished, write_text
 from timemix.info import flops_per_token, training_memory
+from timemix.machine import choose_compile, free_memory, matrix_product_peak
 from timemix.models import LanguageModel
 from timemix.models.context import with_ctx_len
 from timemix.optim import build_optimizers, learning_rate
-from timemix.precision import autocast, choose_device, choose_precision, matrix_product_peak
+from timemix.precision import autocast, choose_device, choose_precision
 from timemix.prepare import prepare
 from timemix.tracking import Hook, Line, Metrics, SpikeWatch, peak_memory
 
@@ -231,6 +232,12 @@ class Trainer:
         self.model = LanguageModel(config.model)
         self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
         self._parallel_model = world.parallel(self.model, train.strategy)
+        flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
+        self.compiled, self.compile_reason = choose_compile(train.compile, flops, self.device, world.size)
+        # One shape of batch, so no code for any shape; validation calls the model as it is.
+        self._training_model = self._parallel_model
+        if self.compiled:
+            self._training_model = cast(torch.nn.Module, torch.compile(self.model, dynamic=False))
         self.optimizers = build_optimizers(self.model, train)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
@@ -281,7 +288,14 @@ class Trainer:
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
         with autocast(self.precision, self.device):
-            logits, _ = self._parallel_model(inputs)
+            try:
+                logits, _ = self._training_model(inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.config.train.compile == "on":
+                    raise UserError(f"the model cannot be compiled: {_first_line(error)}") from None
+                self._warn(f"the model cannot be compiled ({_first_line(error)}); training goes on without")
+                self.compiled, self._training_model = False, self._parallel_model
+                logits, _ = self._training_model(inputs)
         return cross_entropy(logits, targets)
 
     def train_step(self) -> tuple[float, float]:
@@ -508,16 +522,8 @@ def _refuse_too_large(config: RunConfig, world: World) -> None:
         )
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes of memory free on a device, None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

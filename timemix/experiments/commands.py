@@ -1,18 +1,19 @@
-"""The verbs compare, inspect and plot: their options, and what they print."""
+"""The verbs compare, inspect, plot and bench: their options, and what they print."""
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from timemix.arguments import parse
-from timemix.config import ARCHITECTURES, RunConfig, nearest, preset
+from timemix.arguments import parse, preset_of
+from timemix.config import ARCHITECTURES, ModelConfig, RunConfig, TrainConfig, nearest, preset
 from timemix.errors import UserError
 from timemix.experiments.experiment import (
     AnyExperiment,
@@ -24,6 +25,7 @@ from timemix.experiments.experiment import (
     shipped,
     with_data,
 )
+from timemix.files import write_text
 
 if TYPE_CHECKING:
     from timemix.experiments.compare import Job
@@ -108,6 +110,74 @@ class InspectArguments:
     def __post_init__(self) -> None:
         if self.tokens < 2:
             raise UserError(f"--tokens is {self.tokens}; it must be at least 2")
+
+
+@dataclass(frozen=True)
+class BenchOpArguments:
+    """Time wkv1 alone, forward and backward, in each of its forms, beside a plain writing and fused attention."""
+
+    ctx_lens: tuple[int, ...] = (256, 512, 1024, 2048)
+    """Positions."""
+    batch_size: int = 2
+    """Rows."""
+    heads: int = 8
+    """Number of heads; divides channels."""
+    channels: int = 512
+    """Width."""
+    seconds: float = 2.0
+    """Time for each path at each length; three rounds at least."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: cuda where there is one."""
+    out: Path | None = None
+    """Folder for bench.json and bench.md."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class BenchTrainArguments:
+    """Time a training step on random tokens, beside a plain writing and attention: timemix bench train seed
+
+    A preset is named first; fields of its model and its training are changed as for `timemix train`.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seconds: float = 10.0
+    """Time for each path; three rounds at least."""
+    out: Path | None = None
+    """Folder for bench.json and bench.md."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def bench(arguments: list[str]) -> int:
+    what = arguments[0] if arguments else ""
+    if what not in ("op", "train"):
+        raise UserError(f"bench what? timemix bench op or timemix bench train, not {what!r}")
+    asked: BenchOpArguments | BenchTrainArguments
+    if what == "op":
+        asked = parse(BenchOpArguments, arguments[1:], "bench op")
+    else:
+        config, rest = preset_of(arguments[1:], "cpu-small")
+        # Not the vocabulary of a text: that of characters.
+        default = BenchTrainArguments(replace(config.model, vocab_size=65), config.train)
+        asked = parse(BenchTrainArguments, rest, "bench train", default)
+    if not 0 < asked.seconds < math.inf:
+        raise UserError(f"--seconds is {asked.seconds}; it must be above 0, and finite")
+    from timemix.experiments import bench as benchmark
+
+    if isinstance(asked, BenchOpArguments):
+        options = {n: getattr(asked, n) for n in ("ctx_lens", "batch_size", "heads", "channels", "seconds", "device")}
+        report = benchmark.bench_op(**options, say=_say)
+    else:
+        report = benchmark.bench_train(asked.model, asked.train, seconds=asked.seconds, say=_say)
+    words = benchmark.to_markdown(report)
+    if asked.out is not None:
+        write_text(asked.out / "bench.json", json.dumps(report, indent=1) + "\n")
+        write_text(asked.out / "bench.md", words)
+    print(json.dumps(report) if asked.json else words, end="\n" if asked.json else "")
+    return 0
 
 
 def compare(arguments: list[str]) -> int:

@@ -12,10 +12,10 @@ import torch
 
 from timemix.config import RunConfig, from_dict, to_dict
 from timemix.evaluate import cross_entropy
+from timemix.machine import free_memory
 from timemix.models import LanguageModel
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_device, choose_precision
-from timemix.train import free_memory
 
 OUT_OF_MEMORY = "out of memory"
 # What torch says on a GPU and on the CPU, and Python.

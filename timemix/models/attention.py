@@ -8,7 +8,8 @@ from timemix.config import AttentionConfig, GegluConfig, ModelConfig, ProAttenti
 from timemix.models.activations import ACTIVATIONS
 from timemix.models.linear import Linear, joint_linear
 from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
-from timemix.ops.history import append, lags, toeplitz, weights_at
+from timemix.ops.causal import toeplitz
+from timemix.ops.history import append, lags, weights_at
 
 
 def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:
@@ -118,7 +119,7 @@ class ProAttention(RotaryAttention):
     def W(self, T: int, U: int, lag: Tensor | None) -> Tensor:
         """W(t, u): (H, T, T) in training, (B, H, T, U) from a state."""
         if lag is None:
-            W = toeplitz(self.f, T)
+            W = toeplitz(self.f, T, T)
             target = torch.arange(T, device=W.device)
         else:
             W = weights_at(self.f, lag)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.config import TimeMixConfig
-from timemix.ops.history import toeplitz
+from timemix.ops.causal import toeplitz
 
 if TYPE_CHECKING:
     from timemix.models.language_model import LanguageModel
@@ -72,7 +72,7 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
 
 def _like(f: Tensor, by_lag: Tensor) -> Tensor:
     """A table by lag in the shape of f: itself, or written out for each pair (t, u)."""
-    return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1])
+    return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1], by_lag.shape[1])
 
 
 def _take_logarithms(model: "LanguageModel") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timemix.config import ModelConfig
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
-from timemix.models.linear import Linear, to_product_dtype
+from timemix.models.linear import Embedding, LayerNorm, Linear, to_product_dtype
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.token_shift import TokenShift
 
@@ -47,8 +47,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         mixer, ffn = ARCHITECTURES[config.arch]
-        self.mixer_norm = nn.LayerNorm(config.channels)
-        self.ffn_norm = nn.LayerNorm(config.channels)
+        self.mixer_norm = LayerNorm(config.channels)
+        self.ffn_norm = LayerNorm(config.channels)
         self.shift = TokenShift(config, layer)
         self.mixer = mixer(config)
         self.ffn = ffn(config)
@@ -88,9 +88,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.channels)
+        self.embedding = Embedding(config.vocab_size, config.channels)
         self.blocks = cast(list[Block], nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
-        self.norm = nn.LayerNorm(config.channels)
+        self.norm = LayerNorm(config.channels)
         self.head = Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         set_initial_values(self)

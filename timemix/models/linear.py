@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timemix.ops.spread import embedding, spread
+
 # Up to here the weights are read faster from the left, measured on two cores.
 FEW_ROWS = 4
 
@@ -18,7 +20,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         if not self._few_rows(x):
-            return super().forward(x)
+            return linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         # Repeated, not expanded: a stride of 0 would send the product down a slow path.
         columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
@@ -52,7 +54,32 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """Outputs of several linear maps of the same x (..., C): in training by one matrix product."""
     # Without gradients the product is made once, and joining the weights costs more than it saves.
     if not torch.is_grad_enabled():
-        return tuple(linear(x) for linear in linears)
-    weight = torch.cat([linear.weight.to(x.dtype) for linear in linears])
-    bias = torch.cat([linear.bias.to(x.dtype) for linear in linears])
-    return F.linear(x, weight, bias).split([linear.out_features for linear in linears], dim=-1)
+        return tuple(each(x) for each in linears)
+    weight = torch.cat([each.weight.to(x.dtype) for each in linears])
+    bias = torch.cat([each.bias.to(x.dtype) for each in linears])
+    return linear(x, weight, bias).split([each.out_features for each in linears], dim=-1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in_features) to (..., out_features)."""
+    if bias is None or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return y + spread(bias, y)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, the same when compiled but for where its gradient is summed."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(self.weight, tokens) if torch.compiler.is_compiling() else super().forward(tokens)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm, the same when compiled but for where its gradient is summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return y * spread(self.weight, y) + spread(self.bias, y)

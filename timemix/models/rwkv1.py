@@ -7,6 +7,7 @@ from timemix.config import ChannelMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.activations import ACTIVATIONS
 from timemix.models.linear import Linear, joint_linear
 from timemix.ops import Wkv1State, wkv1, wkv1_state
+from timemix.ops.spread import spread
 
 
 def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
@@ -24,9 +25,9 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
     if gamma is None:
         return x
     T = x.shape[1]
-    gamma = gamma.to(x.dtype)
     if position is None:
-        return x * gamma[:T, None]
+        return x * spread(gamma[:T, None], x)
+    gamma = gamma.to(x.dtype)
     target = position[:, None] + torch.arange(T, device=x.device)
     return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]
 

@@ -6,7 +6,6 @@ tokens that a row has seen.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
@@ -32,16 +31,6 @@ def lags(position: Tensor, T: int, U: int) -> Tensor:
     """Lag t - u (B, T, U) of every past position u seen from each row's next T positions; negative: the future."""
     target = position[:, None] + torch.arange(T, device=position.device)
     return target[:, :, None] - torch.arange(U, device=position.device)
-
-
-def toeplitz(f: Tensor, T: int) -> Tensor:
-    """Lower-triangular (H, T, T) with f[:, t - u] at [:, t, u], from f (H, at least T) indexed by lag.
-
-    The upper triangle comes from padding, so its gradient is cut off rather than multiplied by zero: entries
-    up there can be infinite.
-    """
-    padded = F.pad(f[:, :T].flip(-1), (0, T - 1))
-    return padded.unfold(-1, T, 1).flip(1)
 
 
 def weights_at(f: Tensor, lag: Tensor) -> Tensor:

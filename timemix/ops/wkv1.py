@@ -11,12 +11,16 @@ With f of shape (H, ctx_len, ctx_len) that table stands for f_h(t-u): one free w
 Shapes: k, v (B, T, H, N); f, alpha, beta (H, ctx_len), f indexed by lag; or f (H, ctx_len, ctx_len) indexed by (t, u).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from timemix.ops.history import append, lags, pairs_at, toeplitz, weights_at
+from timemix.ops.causal import causal_convolution, running_sum, toeplitz
+from timemix.ops.history import append, lags, pairs_at, weights_at
+from timemix.ops.spread import spread
 
 Denominator = Literal["plain", "weighted"]
 
@@ -84,7 +88,8 @@ def wkv1(
     TypeError for float16, whose range exp(k) leaves.
     """
     _check(k, v, f, alpha, beta, state, lengths)
-    name, _ = choose_backend(backend)
+    positions = k.shape[1] if state is None else int(state.position.max()) + k.shape[1]
+    name, _ = choose_backend(backend, positions, f.ndim == 3)
     with torch.autocast(k.device.type, enabled=False):
         if denominator == "weighted":
             f = f.exp()
@@ -93,15 +98,22 @@ def wkv1(
         return BACKENDS[name](k, v, f, alpha, beta, state, lengths, denominator)
 
 
-def choose_backend(backend: str) -> tuple[str, str]:
-    """Name of the backend that serves `backend`, and the reason.
+def choose_backend(backend: str, positions: int, free: bool = False) -> tuple[str, str]:
+    """Name of the backend that serves `backend` for so many past and present positions, and the reason.
 
-    Raises ValueError for an unknown name.
+    `free`: f has a weight for each pair of positions. Raises ValueError for an unknown name, or a backend that
+    cannot serve.
     """
     if backend == "auto":
-        return "dense", "the only parallel form"
+        if free:
+            return "dense", "a free W is a matrix"
+        if positions <= DENSE_UP_TO:
+            return "dense", f"fastest up to {DENSE_UP_TO} positions"
+        return "blocked", f"fastest past {DENSE_UP_TO} positions, memory linear in them"
     if backend not in BACKENDS:
         raise ValueError(f"unknown wkv1 backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    if backend == "blocked" and free:
+        raise ValueError("the blocked backend of wkv1 needs f by lag; a free W takes dense")
     return backend, "asked for"
 
 
@@ -157,7 +169,41 @@ def _reference(
     return torch.stack(y), Wkv1State(torch.stack(numerators), torch.stack(denominators), state.position + seen)
 
 
-def _dense(
+Mix = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+"""sum_{u<=t} f(t-u) x[u] at each row's next T positions, (B, T, H, N), in x's dtype; from f, sources x (B, U, H, N) at
+positions 0 ... U-1, and the position (B,) of each row, None where all rows begin and U = T."""
+
+
+def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """f written out as a matrix per head."""
+    if position is None:
+        W = toeplitz(f, T, T) if f.ndim == 2 else f[:, :T, :T].tril()
+        return torch.einsum("htu,buhn->bthn", W.to(x.dtype), x)
+    U = x.shape[1]
+    W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
+    return torch.einsum("bhtu,buhn->bthn", W.to(x.dtype), x)
+
+
+def _convolved(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """A convolution in blocks of time."""
+    if position is not None and T == 1:
+        return _times_matrix(f, x, position, T)
+    if position is not None:
+        x = _aligned(x, position + T)
+    return causal_convolution(x, f, T)
+
+
+def _aligned(x: Tensor, ends: Tensor) -> Tensor:
+    """x (B, U, H, N) with each row moved so that position ends[b] - 1 comes last, and zeros before its first."""
+    U = x.shape[1]
+    source = torch.arange(U, device=x.device) + (ends - U)[:, None]
+    inside = (source >= 0) & (source < U)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return torch.where(inside[:, :, None, None], x[rows, source.clamp(0, U - 1)], 0)
+
+
+def _parallel(
+    mix: Mix,
     k: Tensor,
     v: Tensor,
     f: Tensor,
@@ -167,68 +213,59 @@ def _dense(
     lengths: Tensor | None,
     denominator: Denominator,
 ) -> tuple[Tensor, Wkv1State | None]:
-    """All positions at once: W as a matrix per head, one batched matrix product."""
-    if state is not None:
-        return _dense_from_state(k, v, f, alpha, beta, state, lengths, denominator)
+    """All positions at once. From a state the tokens join the history, then look back over all of it."""
     T = k.shape[1]
-    exp_k = k.to(_compute_dtype(v)).clamp(K_MIN, K_MAX).exp()
+    exp_k = k.to(_compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
     f = f.to(exp_k.dtype)
-    W = toeplitz(f, T) if f.ndim == 2 else f[:, :T, :T].tril()
-    source = exp_k if alpha is None else exp_k * alpha[:, :T].t()[:, :, None]
-    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
-    product = (source * v.to(source.dtype)).to(v.dtype)
-    numerator = torch.einsum("htu,buhn->bthn", W.to(v.dtype), product).to(source.dtype)
-    if denominator == "plain":
-        total = exp_k.cumsum(1)
-    else:
-        total = torch.einsum("htu,buhn->bthn", W, source)
-    y = numerator / total
-    if beta is not None:
-        y = y * beta[:, :T].t()[:, :, None]
-    return y.to(v.dtype), None
-
-
-def _dense_from_state(
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    state: Wkv1State,
-    lengths: Tensor | None,
-    denominator: Denominator,
-) -> tuple[Tensor, Wkv1State]:
-    """Prefill (T > 1) or one step (T = 1): the tokens join the history, then look back over all of it."""
-    T = k.shape[1]
-    position = state.position
-    U = min(int(position.max()) + T, f.shape[-1])
-    target = (position[:, None] + torch.arange(T, device=k.device)).clamp(max=f.shape[-1] - 1)
-
-    exp_k = k.to(state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
+    position = None if state is None else state.position
     if lengths is not None:
         counted = torch.arange(T, device=k.device) < lengths[:, None]
         exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    exp_k = exp_k.transpose(1, 2)
-    source = exp_k if alpha is None else exp_k * alpha[:, target].transpose(0, 1)[..., None]
-    numerators = append(state.numerators, source * v.transpose(1, 2), position, lengths)
-
-    f = f.to(exp_k.dtype)
-    W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
-    y = W @ numerators[:, :, :U]
-    if denominator == "plain":
-        total = state.denominators[:, :, None] + exp_k.cumsum(2)
-        denominators = total[:, :, -1]
+    source = _times_table(exp_k, alpha, position)
+    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
+    product = source * v.to(source.dtype)
+    sums = running_sum(exp_k.flatten(2)).view(exp_k.shape) if denominator == "plain" else None
+    after = None
+    if state is None:
+        numerator = mix(f, product.to(v.dtype), None, T).to(source.dtype)
+        total = mix(f, source, None, T) if sums is None else sums
     else:
-        denominators = append(state.denominators, source, position, lengths)
-        total = W @ denominators[:, :, :U]
-    y = y / total
-    if beta is not None:
-        y = y * beta[:, target].transpose(0, 1)[..., None]
-    seen = T if lengths is None else lengths
-    return y.transpose(1, 2).to(v.dtype), Wkv1State(numerators, denominators, position + seen)
+        U = min(int(state.position.max()) + T, f.shape[-1])
+
+        def look_back(history: Tensor) -> Tensor:
+            return mix(f, history[:, :, :U].transpose(1, 2), state.position, T)
+
+        numerators = append(state.numerators, product.transpose(1, 2), state.position, lengths)
+        numerator = look_back(numerators)
+        if sums is None:
+            denominators = append(state.denominators, source.transpose(1, 2), state.position, lengths)
+            total = look_back(denominators)
+        else:
+            total = state.denominators[:, None] + sums
+            denominators = total[:, -1]
+        after = Wkv1State(numerators, denominators, state.position + (T if lengths is None else lengths))
+    return _times_table(numerator / total, beta, position).to(v.dtype), after
 
 
-BACKENDS = {"reference": _reference, "dense": _dense}
+def _times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
+    """x (B, T, H, N) times a table (H, ctx_len) at each row's positions, None for 1."""
+    if table is None:
+        return x
+    T = x.shape[1]
+    if position is None:
+        return x * spread(table[:, :T].t()[:, :, None], x)
+    target = (position[:, None] + torch.arange(T, device=x.device)).clamp(max=table.shape[1] - 1)
+    return x * table[:, target].permute(1, 2, 0)[..., None]
+
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
+    "reference": _reference,
+    "dense": partial(_parallel, _times_matrix),
+    "blocked": partial(_parallel, _convolved),
+}
+
+DENSE_UP_TO = 512
+"""Positions up to which the dense form is the fastest: measured, see benchmarks/RESULTS.md."""
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,107 @@
+"""The benchmarks: what they time must first be right, and what they print is what they measured."""
+
+import json
+
+import pytest
+import torch
+
+from timemix.config import TrainConfig, architecture
+from timemix.errors import UserError
+from timemix.experiments import bench
+from timemix.experiments.commands import bench as verb
+from timemix.ops import wkv1
+
+SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
+
+
+def test_the_plain_writing_is_the_reference():
+    k, v = torch.randn(2, 1, 7, 2, 3, dtype=torch.float64).unbind()
+    f, alpha, beta = torch.randn(3, 2, 9, dtype=torch.float64).unbind()
+    plain, _ = bench.plain_wkv1(k, v, f, alpha, beta)
+    torch.testing.assert_close(plain, wkv1(k, v, f, alpha, beta, backend="reference")[0])
+
+
+def test_the_op_in_each_form_and_its_ratio():
+    report = bench.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    paths = {row["name"]: row for row in report["results"][0]["paths"]}
+    assert list(paths) == [
+        "plain float32",
+        *(f"{form} {dtype}" for form in ("dense", "blocked", "attention") for dtype in ("float32", "bfloat16")),
+    ]
+    for row in paths.values():
+        assert row["tokens_per_second"] == pytest.approx(33 / row["seconds"])
+        assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+        assert row["rounds"] >= 3
+    assert paths["plain float32"]["ratio"] == {"median": 1, "low": 1, "high": 1}
+    words = bench.to_markdown(report)
+    assert f"| blocked bfloat16 | {1e3 * paths['blocked bfloat16']['seconds']:.1f} |" in words
+    assert "GFLOP/s in float32" in words
+
+
+def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
+    def wrong(k, v, *args, backend, **kwargs):
+        if backend == "dense":
+            raise RuntimeError("cannot\nat all")
+        return 1.01 * wkv1(k, v, *args, backend=backend, **kwargs)[0], None
+
+    monkeypatch.setattr(bench, "wkv1", wrong)
+    report = bench.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    paths = {row["name"]: row for row in report["results"][0]["paths"]}
+    assert paths["blocked float32"]["withheld"].startswith("parity failed: off by 1.0e-02")
+    assert paths["dense float32"]["withheld"] == "fails: cannot"
+    assert "seconds" not in paths["dense float32"]
+    assert "| blocked float32 | parity failed: off by" in bench.to_markdown(report)
+
+
+def test_a_training_step_beside_others():
+    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    report = bench.bench_train(model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None)
+    paths = {row["name"]: row for row in report["results"][0]["paths"]}
+    ours = next(row for name, row in paths.items() if name.startswith("rwkv1"))
+    assert ours["tokens_per_second"] == pytest.approx(18 / ours["seconds"])
+    assert paths["plain float32"]["parameters"] == ours["parameters"] != paths_named(paths, "mha_rotary")["parameters"]
+    # Weights of the products: 4 of the time-mix, 3 of 24 and 1 of the channel-mix, the head; embedding as in 6 N D.
+    weights = 4 * 64 + 3 * 8 * 24 + 64 + 2 * 11 * 8 + 2 * 2 * 9
+    peak = report["machine"]["float32_peak"]
+    assert paths["plain float32"]["share_of_peak"] == pytest.approx(
+        6 * weights * paths["plain float32"]["tokens_per_second"] / peak
+    )
+
+
+def paths_named(paths, beginning):
+    return next(row for name, row in paths.items() if name.startswith(beginning))
+
+
+def test_logits_that_differ_withhold_the_figure(monkeypatch):
+    monkeypatch.setattr(bench, "plain_wkv1", lambda k, v, *args: (v, None))
+    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    report = bench.bench_train(model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None)
+    rows = [row for row in report["results"][0]["paths"] if row["name"].startswith("rwkv1")]
+    assert rows
+    assert all(row["withheld"].startswith("parity failed: logits off by") for row in rows)
+
+
+def test_the_verb_writes_its_report(tmp_path, capsys):
+    options = ["--ctx-lens", "5", "--channels", "8", "--heads", "2", "--seconds", "0.01", "--out", str(tmp_path / "b")]
+    assert verb(["op", *options, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "b" / "bench.json").read_text()) == printed
+    assert "wkv1 alone" in (tmp_path / "b" / "bench.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "timemix bench op or timemix bench train, not ''"),
+        (["sample"], "not 'sample'"),
+        (["op", "--heads", "3"], "512 channels cannot be cut into 3 heads"),
+        (["op", "--ctx-lens", "0"], "a size is below 1"),
+        (["op", "--seconds", "0"], "--seconds is 0.0"),
+        (["train", "--model.arch", "mha_pro"], "leave --model.arch out"),
+        (["train", "huge"], "unknown preset 'huge'"),
+    ],
+)
+def test_wrong_uses_end_in_one_sentence(arguments, words):
+    with pytest.raises(UserError) as told:
+        verb(arguments)
+    assert words in str(told.value)

@@ -1,0 +1,97 @@
+"""What this machine gives: its speed, its memory, a compiler, and how to keep what it gave."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import time
+
+import torch
+from torch import Tensor
+
+from timemix.errors import UserError
+
+COMPILE_FROM = 2e13
+"""Floating-point operations of a run from which compiling pays: some 100 s on two cores, where it takes 10 to 30 s."""
+
+
+def choose_compile(asked: str, flops: float, device: torch.device, processes: int = 1) -> tuple[bool, str]:
+    """Whether to compile the model of a run of so many operations, and the reason. The same for the same run.
+
+    Raises UserError where it is asked for and cannot be done.
+    """
+    hindrance = None
+    if processes > 1:
+        hindrance = "it is for one process"
+    elif device.type == "cpu" and cpp_compiler() is None:
+        hindrance = "no C++ compiler was found"
+    if asked == "on":
+        if hindrance:
+            raise UserError(f"--train.compile on: {hindrance}; leave it out")
+        return True, "asked for"
+    if asked == "off":
+        return False, "asked for"
+    if hindrance:
+        return False, hindrance
+    if flops < COMPILE_FROM:
+        return False, "the run is too short to gain by it"
+    return True, "the run is long enough to gain by it"
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would call, None where there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def keep_freed_memory() -> None:
+    """Keeps memory that tensors free within this process, rather than give it back to the system at once.
+
+    Every large tensor would else be given fresh pages, each a page fault: 94,000 a training step of `seed` size, a
+    quarter of its time. For programs that train; it lasts as long as the process. Linux with glibc; elsewhere nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of memory free on a device, None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+@functools.cache
+def matrix_product_peak(precision: str, device: torch.device) -> float:
+    """Floating-point operations per second of square matrix products, measured in about 0.1 s, once in a process."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.ones(2, size, size, dtype=getattr(torch, precision), device=device).unbind()
+    return 2 * size**3 / _fastest(lambda: a @ b, device)
+
+
+def _fastest(call, device: torch.device, seconds: float = 0.1) -> float:
+    """Seconds of the fastest of the calls that fit into some time: the least disturbed."""
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
+
+
+@functools.cache
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a sum over more numbers than the caches hold reads from memory; measured in about 0.1 s."""
+    numbers: Tensor = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    return numbers.numel() * numbers.element_size() / _fastest(numbers.sum, device)
