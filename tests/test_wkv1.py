@@ -310,8 +310,8 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
 
 
 def test_auto_gives_its_reason():
-    assert choose_backend("auto", 512) == ("dense", "fastest up to 512 positions")
-    assert choose_backend("auto", 513)[0] == "blocked"
+    assert choose_backend("auto", 128) == ("dense", "fastest up to 128 positions")
+    assert choose_backend("auto", 129)[0] == "blocked"
     assert choose_backend("auto", 10**6, free=True) == ("dense", "a free W is a matrix")
 
 

@@ -79,13 +79,20 @@ def bench_op(
                 name = f"{form} {str(dtype).removeprefix('torch.')}"
                 contenders.append(_op(name, lambda *a, form=form: wkv1(*a, backend=form), x, dtype))
         contenders += [_attention(shape, dtype, where) for dtype in (torch.float32, torch.bfloat16)]
-        # Three matrices per head and their gradients, in float32.
-        if (free := free_memory(where)) is not None and 24 * heads * T * T > free:
-            contenders = [c for c in contenders if "blocked" in c.name or "attention" in c.name]
+        for contender in contenders[:3]:
+            contender.fault = contender.fault or _too_large(heads * T * T, where)
         say(f"ctx_len {T}")
         results.append({"ctx_len": T, "paths": _race(contenders, seconds, say)})
     work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
     return {"work": work, "machine": _machine(where), "results": results}
+
+
+def _too_large(matrix: int, device: torch.device) -> str | None:
+    """Why matrices of so many numbers do not fit: three and their gradients, in float32."""
+    free, needed = free_memory(device), 24 * matrix
+    if free is None or needed < free:
+        return None
+    return f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
 
 
 def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor], dtype: torch.dtype) -> Contender:
@@ -159,6 +166,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     rotary = LanguageModel(architecture("mha_rotary", **{n: getattr(model, n) for n in sizes})).to(device)
 
     contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
+    contenders[0].fault = _too_large(model.layers * model.heads * model.ctx_len**2, device)
     models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
     if (llama := _llama(model, device)) is not None:
         models["transformers Llama"] = llama

@@ -12,7 +12,7 @@ import torch
 
 from timemix.config import RunConfig, from_dict, to_dict
 from timemix.evaluate import cross_entropy
-from timemix.machine import free_memory
+from timemix.machine import free_memory, keep_freed_memory
 from timemix.models import LanguageModel
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_device, choose_precision
@@ -43,6 +43,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     train = config.train
     device, _ = choose_device(train.device)
     precision, _ = choose_precision(train.precision, device)
+    keep_freed_memory()
     on_gpu = device.type == "cuda"
     # A first small step, so that code which is loaded when first used does not count.
     small = replace(config.model, layers=1, channels=4 * config.model.heads, ctx_len=8)

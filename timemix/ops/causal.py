@@ -1,8 +1,8 @@
 """Sums over the past: the running sum, and the convolution with one filter per head, in blocks of time.
 
-Both are safe for terms of any size: no sum, and no product of matrices, holds a term that lies in the future of an
-output that it reaches, so rounding is relative to what the output itself is made of. Gradients likewise, the other
-way round. Memory grows linearly with time.
+Both are safe for terms of any finite size: a term that lies in the future of an output is not added to it, or meets an
+exact zero, so rounding is relative to what the output itself is made of. Gradients likewise, the other way round.
+Memory grows linearly with time.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256
-"""Positions of a block of the convolution: measured, see benchmarks/RESULTS.md."""
+"""Positions of a block of the convolution."""
 
 _SUM_BLOCK = 16
 _SUM_SMALL = 2**18
@@ -155,7 +155,8 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
     for a in range((T - last) // L * L, T, L):
         b = min(a + L, T)
         start = width - L - a
-        parts.append(strip[:, : b - a, start : start + b] @ rows[:, :b])
+        # Batched products of strided matrices run at half the speed; a copy costs a tenth of one.
+        parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
     y = torch.cat(parts, 1)[:, -last:]
     return y.view(H, last, B, N).permute(2, 1, 0, 3).contiguous()
 
@@ -184,7 +185,7 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
     L, width = _block(T)
     dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
-    parts = [strip[:, : min(L, T - a), : T - a] @ dy[:, a:] for a in range(0, T, L)]
+    parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
     dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3).contiguous()
 
     # Block by block of lags: all pairs of blocks that lie d blocks apart share the same L x L lags.
@@ -196,7 +197,8 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
     target, source = rows_by_block(dy), rows_by_block(x.permute(2, 1, 0, 3).reshape(H, T, B * N))
     by_lag = torch.zeros(H, width + L - 1, dtype=_sum_dtype(x), device=x.device)
     for d in range(blocks):
-        pairs = target[:, :, d:].flatten(2) @ source[:, :, : blocks - d].flatten(2).transpose(1, 2)
+        later, earlier = target[:, :, d:].contiguous(), source[:, :, : blocks - d].contiguous()
+        pairs = later.flatten(2) @ earlier.flatten(2).transpose(1, 2)
         by_lag[:, d * L : (d + 2) * L - 1] += _diagonal_sums(pairs)
     return dx, _of_length(by_lag[:, L - 1 :], f.shape[1]).to(f.dtype)
 

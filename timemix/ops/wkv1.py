@@ -264,7 +264,7 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
     "blocked": partial(_parallel, _convolved),
 }
 
-DENSE_UP_TO = 512
+DENSE_UP_TO = 128
 """Positions up to which the dense form is the fastest: measured, see benchmarks/RESULTS.md."""
 
 
