@@ -84,11 +84,15 @@ def test_freed_memory_is_kept():
         "    torch.ones(2**22) + torch.ones(2**22)\n"
         "print(faults() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if sys.platform != "linux":
         pytest.skip("other systems have other allocators")
-    # Given fresh pages each time, 4 rounds of 3 tensors of 16 MiB would take 49,152 of 4 KiB.
-    assert int(done.stdout) < 49_152 * 4096 / resource.getpagesize() / 10
+
+    def faults() -> int:
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    # Given back, at least one tensor of 16 MiB would need fresh pages in each of 4 rounds. Now and then the system lays
+    # out a process so that the allocator does so all the same: seen in a quarter of them.
+    assert any(faults() * resource.getpagesize() < 4 * 2**24 / 3 for _ in range(8))
 
 
 def test_speed_and_bandwidth_are_those_of_the_machine():
