@@ -5,16 +5,20 @@
 
 The original runs as published, in float32: its model, its optimizer, its clipping, its recompute loop for
 sampling (a window of ctx_len for every character). Ours runs as `timemix train` and `timemix sample` do.
-Before anything is timed, both get the same weights and must give the same logits to 1e-4.
+Before anything is timed, both get the same weights and must give the same logits to 1e-4. Peak memory is that of three
+steps in a process of their own, less what the process held before, ours not compiled.
 """
 
 import argparse
 import importlib
 import json
 import math
+import re
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,8 @@ from timemix.config import ChannelMixConfig, RunConfig, TrainConfig, architectur
 from timemix.generation import generate_tokens
 from timemix.machine import choose_compile, keep_freed_memory, matrix_product_peak
 from timemix.models import LanguageModel
+from timemix.models.token_shift import TokenShift
+from timemix.ops import wkv1
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_precision
 from timemix.sampling import Sampler
@@ -35,7 +41,9 @@ SIZES = {
     "the same at ctx_len 2048": {"layers": 5, "heads": 8, "channels": 512, "ctx_len": 2048, "batch_size": 2},
 }
 SAMPLED = "seed, ffn_ratio 2.5"
+LONG = "the same at ctx_len 2048"
 VOCAB = 65
+CPU = torch.device("cpu")
 
 
 def copy_weights(original: torch.nn.Module, ours: LanguageModel) -> None:
@@ -107,20 +115,16 @@ def summary(unit_count: int, original: list[float], ours: list[float]) -> dict:
     }
 
 
-def training(module, sizes: dict, rounds: int) -> dict:
+def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Callable[[], None], LanguageModel]:
+    """A training step of the original, and one of ours."""
     original, ours = build(module, sizes)
     settings = RunConfig(train=TrainConfig(lr=6e-4)).train
     their_settings = argparse.Namespace(weight_decay=0.0, learning_rate=6e-4, betas=(0.9, 0.99))
     their_optimizer = original.configure_optimizers(their_settings)
     (our_optimizer,) = build_optimizers(ours, settings)
-    cpu = torch.device("cpu")
-    precision, reason = choose_precision("auto", cpu)
-    # As in a run of the steps of its preset, but for `cpu-small`, which is compiled here too, and reported as such.
-    compiled, compile_reason = choose_compile("auto", math.inf, cpu)
+    precision, _ = choose_precision("auto", CPU)
     called = torch.compile(ours, dynamic=False) if compiled else ours
-    keep_freed_memory()
-    batch, ctx_len = sizes["batch_size"], sizes["ctx_len"]
-    x, y = (torch.randint(0, VOCAB, (batch, ctx_len)) for _ in range(2))
+    x, y = (torch.randint(0, VOCAB, (sizes["batch_size"], sizes["ctx_len"])) for _ in range(2))
 
     def their_step():
         _, loss = original(x, y)
@@ -131,7 +135,7 @@ def training(module, sizes: dict, rounds: int) -> dict:
         loss.item()
 
     def our_step():
-        with autocast(precision, cpu):
+        with autocast(precision, CPU):
             logits, _ = called(x)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         our_optimizer.zero_grad()
@@ -140,12 +144,72 @@ def training(module, sizes: dict, rounds: int) -> dict:
         our_optimizer.step()
         loss.item()
 
-    figures = summary(batch * ctx_len, *alternate(their_step, our_step, rounds))
+    return their_step, our_step, ours
+
+
+def training(module, sizes: dict, rounds: int) -> dict:
+    precision, reason = choose_precision("auto", CPU)
+    # As in a run of the steps of its preset, but for `cpu-small`, which is compiled here too, and reported as such.
+    compiled, compile_reason = choose_compile("auto", math.inf, CPU)
+    keep_freed_memory()
+    their_step, our_step, ours = steps(module, sizes, compiled)
+    figures = summary(sizes["batch_size"] * sizes["ctx_len"], *alternate(their_step, our_step, rounds))
     matrix_weights = sum(p.numel() for n, p in ours.named_parameters() if p.ndim == 2 and "mixer.f" not in n)
-    peak = matrix_product_peak(precision, cpu)
+    peak = matrix_product_peak(precision, CPU)
     figures["share_of_peak"] = 6 * matrix_weights * figures["ours_per_second"] / peak
     reasons = {"precision": precision, "reason": reason, "compiled": compiled, "compile_reason": compile_reason}
     return figures | reasons | {"peak_gflops": peak / 1e9}
+
+
+def time_mix(module, sizes: dict, rounds: int) -> dict:
+    """Forward and backward of the time-mix without its four linear maps: token-shift, the op, gate and gamma."""
+    original, ours = build(module, sizes)
+    theirs, mixer, shift = original.blocks[0].attn, ours.blocks[0].mixer, TokenShift(ours.config, 0)
+    for name in ("key", "value", "receptance", "output"):
+        setattr(theirs, name, torch.nn.Identity())
+    B, T, C = sizes["batch_size"], sizes["ctx_len"], sizes["channels"]
+    x = torch.randn(B, T, C, requires_grad=True)
+
+    def their_call():
+        theirs(x).sum().backward()
+
+    def our_call():
+        shifted, _ = shift(x)
+        k = shifted.view(B, T, sizes["heads"], -1)
+        y, _ = wkv1(k, k, mixer.f, mixer.alpha, mixer.beta)
+        (shifted.sigmoid() * y.flatten(2) * mixer.gamma[:, None]).sum().backward()
+
+    their_call()
+    expected, x.grad = x.grad, None
+    our_call()
+    if not torch.allclose(x.grad, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        raise SystemExit("parity failed: gradients of the time-mix differ; nothing is timed")
+    return summary(B * T, *alternate(their_call, our_call, rounds))
+
+
+def peak_memory(arguments: argparse.Namespace) -> dict:
+    """Bytes that three training steps of each add to what its process held before."""
+    peaks = {}
+    for whose in ("original", "ours"):
+        command = [sys.executable, __file__, str(arguments.original), "--peak-of", whose]
+        peaks[whose] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return peaks | {"share": peaks["ours"] / peaks["original"]}
+
+
+def print_peak(module, whose: str) -> None:
+    their_step, our_step, _ = steps(module, SIZES[LONG], compiled=False)
+    if whose == "ours":
+        keep_freed_memory()
+    before = memory_of_this_process("VmRSS")
+    for _ in range(3):
+        their_step() if whose == "original" else our_step()
+    print(memory_of_this_process("VmHWM") - before)
+
+
+def memory_of_this_process(line: str) -> int:
+    found = re.search(rf"^{line}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
@@ -180,15 +244,22 @@ def main() -> None:
     parser.add_argument("original", type=Path, help="clone of RWKV-LM at tag 0.01")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of training steps")
+    parser.add_argument("--peak-of", choices=["original", "ours"], help="print its peak memory in bytes, nothing else")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.original))
     module = importlib.import_module("src.model")
     torch.manual_seed(0)
+    if arguments.peak_of:
+        return print_peak(module, arguments.peak_of)
     results: dict = {"torch": torch.__version__, "threads": torch.get_num_threads(), "training": {}, "sampling": {}}
     for name, sizes in SIZES.items():
         rounds = arguments.rounds * 8 if name == "cpu-small" else max(3, arguments.rounds // (sizes["ctx_len"] // 256))
         results["training"][name] = training(module, sizes, rounds)
         print(name, "training", json.dumps(results["training"][name]))
+    results["time-mix"] = time_mix(module, SIZES[LONG], max(3, arguments.rounds // 2))
+    print("time-mix alone at ctx_len 2048", json.dumps(results["time-mix"]))
+    results["peak memory"] = peak_memory(arguments)
+    print("peak memory at ctx_len 2048", json.dumps(results["peak memory"]))
     results["sampling"][SAMPLED] = sampling(module, SIZES[SAMPLED], tokens=100, rounds=3)
     print(SAMPLED, "sampling", json.dumps(results["sampling"][SAMPLED]))
     if arguments.json:

@@ -385,6 +385,8 @@ def test_the_readme_as_it_stands(tmp_path):
     for line in lines:
         if line.startswith("timemix train cpu-small"):
             line = line.partition("#")[0] + " ".join(QUICK)
+        if line.startswith("timemix bench train"):
+            line = line.partition("#")[0] + "--model.channels 16 --train.batch-size 2 --train.compile off --seconds 0.1"
         if line.startswith("timemix compare"):
             line = line.partition("#")[0] + "--tokens 3072 --seeds 2 --no-tune"
         done = subprocess.run(

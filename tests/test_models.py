@@ -317,3 +317,30 @@ def test_every_parameter_learns():
 def test_a_mixer_of_another_architecture_is_refused():
     with pytest.raises(UserError, match="rwkv1 takes TimeMixConfig"):
         architecture("rwkv1", mixer=AttentionConfig())
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "all"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_is_computed_again_has_the_same_gradients(name, recompute):
+    torch.manual_seed(0)
+    model = LanguageModel(architecture(name, vocab_size=7, ctx_len=150, layers=2, channels=8, heads=2, dropout=0.3))
+    tokens = torch.randint(7, (2, 150))
+    results = []
+    for how in ("none", recompute):
+        model.recompute = how
+        kept = 0
+
+        def pack(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits, _ = model(tokens)
+        logits.square().sum().backward()
+        results.append((kept, [p.grad.clone() for p in model.parameters()]))
+    (all_kept, plain), (fewer_kept, again) = results
+    assert fewer_kept < all_kept / 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

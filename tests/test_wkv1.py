@@ -8,19 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timemix.ops import Wkv1State, causal, choose_backend, wkv1, wkv1_state
+from timemix.ops import Wkv1State, causal, choose_backend, spectral, wkv1, wkv1_state
 from timemix.ops.spread import embedding, spread
 
 CTX = 9
 
 
-@pytest.fixture(params=["dense", "blocked, blocks of 1", "blocked, blocks of 2", "blocked, blocks of 4", "blocked"])
+@pytest.fixture(
+    params=["dense", *(f"{name}{size}" for name in ("blocked", "spectral") for size in ("", " 1", " 2", " 4"))]
+)
 def backend(request, monkeypatch):
     """Each parallel form; blocks of a few positions too, so that a short text has many."""
-    name, _, block = request.param.partition(", blocks of ")
+    name, _, block = request.param.partition(" ")
     if block:
-        monkeypatch.setattr(causal, "BLOCK", int(block))
+        set_blocks(monkeypatch, int(block))
     return name
+
+
+def set_blocks(monkeypatch, positions):
+    monkeypatch.setattr(causal, "BLOCK", positions)
+    monkeypatch.setattr(spectral, "block_length", lambda T: positions)
 
 
 def inputs(B=2, T=CTX, H=3, N=2, ctx_len=CTX, dtype=torch.float64, tables=True):
@@ -137,8 +144,9 @@ def test_a_free_w_equals_the_reference(T, denominator):
     x = inputs(T=T, tables="free")
     expected = outputs_and_gradients(x, "reference", denominator=denominator)
     assert_same(outputs_and_gradients(x, "auto", denominator=denominator), expected)
-    with pytest.raises(ValueError, match="needs f by lag"):
-        wkv1(**x, denominator=denominator, backend="blocked")
+    for backend in ("blocked", "spectral"):
+        with pytest.raises(ValueError, match="needs f by lag"):
+            wkv1(**x, denominator=denominator, backend=backend)
 
 
 @pytest.mark.parametrize("denominator", ["plain", "weighted"])
@@ -193,9 +201,10 @@ def test_blocks_of_any_size_equal_the_whole_matrix(T, block, spare, B, dtype):
     x = inputs(B=B, T=T, ctx_len=T + spare, dtype=dtype)
     whole = outputs_and_gradients(x, "dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal, "BLOCK", block)
+        set_blocks(patch, block)
         tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {}
-        assert_same(outputs_and_gradients(x, "blocked"), whole, **tolerance)
+        for form in ("blocked", "spectral"):
+            assert_same(outputs_and_gradients(x, form), whole, **tolerance)
 
 
 @settings(max_examples=30, deadline=None)
@@ -228,12 +237,12 @@ def hard_keys(case, T, shape):
     return torch.where(torch.rand(B, T, H, N, generator=generator) < 0.5, -60.0, 30.0).double()
 
 
-@pytest.mark.parametrize("form", ["dense", "blocked"])
+@pytest.mark.parametrize("form", ["dense", "blocked", "spectral"])
 @pytest.mark.parametrize(("T", "shape"), [(64, (2, 2, 8)), (513, (2, 2, 8)), (2048, (1, 2, 4)), (8192, (1, 1, 2))])
 @pytest.mark.parametrize("case", ["normal of deviation 8", "-60, last 30", "-60 or 30"])
 def test_guarantee_on_hard_keys(case, T, shape, form, monkeypatch):
     """DESIGN section 2: float32 against float64, output and every gradient, on three hard cases of k."""
-    if form == "blocked":
+    if form != "dense":
         monkeypatch.setattr(causal, "_SUM_SMALL", 0)
     B, H, N = shape
     x = {"k": hard_keys(case, T, shape), "v": torch.randn(B, T, H, N, dtype=torch.float64)}
@@ -301,7 +310,7 @@ def test_the_state_is_written_into_only_without_gradients():
         ({"f": torch.zeros(3, 5), "alpha": None, "beta": None}, ValueError, "past ctx_len 5"),
         ({"alpha": torch.zeros(2, 9)}, ValueError, "alpha"),
         ({"f": torch.zeros(3, 9, 8), "alpha": None, "beta": None}, ValueError, "or \\(heads, ctx_len, ctx_len\\)"),
-        ({"backend": "fft"}, ValueError, "known: auto, reference, dense, blocked"),
+        ({"backend": "fft"}, ValueError, "known: auto, reference, dense, blocked, spectral"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(change, error, words):
@@ -312,11 +321,15 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
 def test_auto_gives_its_reason():
     assert choose_backend("auto", 128) == ("dense", "fastest up to 128 positions")
     assert choose_backend("auto", 129)[0] == "blocked"
+    assert choose_backend("auto", 1025) == ("spectral", "fastest past 1024 positions")
+    assert choose_backend("auto", 1025, weighted=True)[0] == "blocked"
     assert choose_backend("auto", 10**6, free=True) == ("dense", "a free W is a matrix")
 
 
-def test_no_tensor_is_a_matrix_of_all_positions():
+@pytest.mark.parametrize(("form", "least"), [("blocked", 129), ("spectral", 1025)])
+def test_no_tensor_is_a_matrix_of_all_positions(form, least):
     """Past the dense range memory is linear in time, forward and backward."""
+    assert choose_backend("auto", least)[0] == form
     T, largest = 2048, 0
 
     class Watch(TorchDispatchMode):
@@ -330,7 +343,7 @@ def test_no_tensor_is_a_matrix_of_all_positions():
 
     x = {n: a.detach().requires_grad_() for n, a in inputs(B=1, T=T, H=2, N=4, ctx_len=T).items()}
     with Watch():
-        y, _ = wkv1(**x)
+        y, _ = wkv1(**x, backend=form)
         y.sum().backward()
     assert largest < T * T
 
@@ -366,6 +379,7 @@ def test_running_sum(T, reverse, monkeypatch):
 def test_the_operators_are_registered_as_the_compiler_needs_them():
     x, f = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(3, 7, requires_grad=True)
     torch.library.opcheck(causal.causal_convolution, (x, f, 4))
+    torch.library.opcheck(spectral.spectral_convolution, (x, f))
     torch.library.opcheck(causal.running_sum, (torch.randn(2, 20, 3, requires_grad=True), True))
     torch.library.opcheck(causal.toeplitz, (f, 4, 6))
     torch.library.opcheck(embedding, (torch.randn(7, 3, requires_grad=True), torch.randint(7, (2, 5))))

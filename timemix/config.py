@@ -31,6 +31,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float64"]
 TokenizerKind = Literal["character", "byte", "word", "subword"]
 Unknown = Literal["error", "unk", "byte"]
 OptimizerName = Literal["adamw", "muon"]
+Recompute = Literal["none", "cheap", "all"]
 Strategy = Literal["replicate", "shard"]
 
 
@@ -48,7 +49,7 @@ class TimeMixConfig:
     """decomposed: f_h(t-u) alpha_h(u) beta_h(t); free: one number W_h[t,u] for each pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
     """plain: running sum of exp(k); weighted: W = exp(f + alpha + beta) in it too (AFT's form)."""
-    backend: Literal["auto", "dense", "blocked", "reference"] = "auto"
+    backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
     """How wkv is computed; auto takes the fastest that serves."""
 
 
@@ -84,7 +85,7 @@ class ProAttentionConfig:
 class ChannelMixConfig:
     """Feed-forward half of `rwkv1` and `mha_pro`."""
 
-    activation: Literal["gelu", "mish", "relu2"] = "gelu"
+    activation: Literal["gelu", "mish", "relu2", "silu"] = "gelu"
     """Activation of the key branch."""
 
 
@@ -92,7 +93,7 @@ class ChannelMixConfig:
 class GegluConfig:
     """Feed-forward half of `mha_rotary` and `mha_shift`."""
 
-    activation: Literal["gelu", "mish", "relu2"] = "gelu"
+    activation: Literal["gelu", "mish", "relu2", "silu"] = "gelu"
     """Activation of the gating branch."""
 
 
@@ -231,6 +232,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step (torch.compile); auto: where that can be done and the run is long enough to gain."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again to save memory: nothing, all but products, or whole blocks."""
     strategy: Strategy = "replicate"
     """Of several processes under torchrun: replicate holds the model in each, shard cuts it up over them."""
     seed: int = 1

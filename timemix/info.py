@@ -10,7 +10,8 @@ from timemix.config import ARCHITECTURES, ModelConfig, TimeMixConfig, TrainConfi
 from timemix.models import LanguageModel
 from timemix.ops import choose_backend
 from timemix.ops.causal import BLOCK
-from timemix.ops.wkv1 import DENSE_UP_TO
+from timemix.ops.spectral import block_length
+from timemix.ops.wkv1 import BLOCKED_UP_TO, DENSE_UP_TO
 from timemix.precision import choose_device, choose_precision
 
 
@@ -31,32 +32,46 @@ def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations per token of a forward pass over ctx_len tokens; training takes three times.
 
     Two per weight of each matrix product, and 2 * ctx_len * channels for a time-mix's product with W, half of that in
-    blocks, twice that for attention, whole T x T matrices as they are computed.
+    blocks, less through spectra; twice that for attention, whole T x T matrices as they are computed.
     """
     C, T = config.channels, config.ctx_len
     weights = config.vocab_size * C
     with torch.device("meta"):
         model = LanguageModel(config)
     weights += sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "weight" in name)  # type: ignore[attr-defined]
-    products = 2 * C * (((T + BLOCK) // 2 if T > DENSE_UP_TO else T) if config.arch == "rwkv1" else 2 * T)
-    return 2 * weights + config.layers * products
+    products = T if config.arch == "rwkv1" else 2 * T
+    if config.arch == "rwkv1" and T > BLOCKED_UP_TO:
+        L = block_length(T)
+        products = 5 * L + 4 * T // L
+    elif config.arch == "rwkv1" and T > DENSE_UP_TO:
+        products = (T + BLOCK) // 2
+    return 2 * weights + config.layers * 2 * C * products
 
 
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
     """Bytes that a training step needs in each process, estimated; within 45 % where measured (docs/LOG.md).
 
-    Weights, gradients and two moments; what a block keeps for its backward pass, counted in numbers per
-    token; logits and their gradient; W or attention matrices per head.
+    Weights, gradients and two moments; what blocks keep for the backward pass, counted in numbers per token; logits and
+    their gradient; W or attention matrices per head: in every layer, or a strip once where W is never written out.
     """
     width = 8 if precision == "float64" else 4
     rows = max(1, train.batch_size // train.accumulation // processes)
     tokens = rows * model.ctx_len
     # In bfloat16 the inputs and outputs of products are half as wide, the rest is not.
     kept = 0.7 if precision == "bfloat16" else 1.0
-    per_token = kept * model.layers * (25 * model.channels + 6 * model.ffn_hidden) + 4 * model.vocab_size
+    block, products = 25 * model.channels + 6 * model.ffn_hidden, 7 * model.channels + 2 * model.ffn_hidden
+    # With recomputing, one block at a time is whole.
+    blocks = {
+        "none": model.layers * block,
+        "cheap": model.layers * products + block,
+        "all": model.layers * model.channels + block,
+    }[train.recompute]
+    per_token = kept * blocks + 4 * model.vocab_size
     matrices = {"rwkv1": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
-    rows_of_w = 2 * BLOCK if model.arch == "rwkv1" and model.ctx_len > DENSE_UP_TO else model.ctx_len
-    squares = model.layers * matrices * model.heads * model.ctx_len * rows_of_w
+    written = model.layers * model.ctx_len
+    if model.arch == "rwkv1" and model.ctx_len > DENSE_UP_TO:
+        written = BLOCK
+    squares = matrices * model.heads * model.ctx_len * written
     held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
     return int(width * (held + tokens * per_token + squares))
 
@@ -78,7 +93,12 @@ def describe_machine() -> dict[str, Any]:
 def wkv1_backend(model: ModelConfig) -> str:
     """The form of wkv1 that a model takes for a whole context, and the reason."""
     assert isinstance(model.mixer, TimeMixConfig)
-    name, reason = choose_backend(model.mixer.backend, model.ctx_len, model.mixer.weights == "free")
+    name, reason = choose_backend(
+        model.mixer.backend,
+        model.ctx_len,
+        free=model.mixer.weights == "free",
+        weighted=model.mixer.denominator == "weighted",
+    )
     return f"{name} ({reason})"
 
 

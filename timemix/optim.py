@@ -1,12 +1,14 @@
 """The optimizers, what it decays, and the learning rate over a run."""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timemix.config import TrainConfig
-from timemix.errors import UserError
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:
@@ -19,14 +21,11 @@ def _is_matrix(model: nn.Module) -> dict[str, bool]:
     return {name: name in matrices for name, _ in model.named_parameters()}
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainConfig, precision: str = "float32") -> list[torch.optim.Optimizer]:
     """The optimizers of a run: each parameter in one of them.
 
     AdamW (arXiv 1711.05101), in the framework's fused form, decays only the weights of linear layers inside blocks.
-    With `muon` these go to Muon (https://kellerjordan.github.io/posts/muon/), whose updates are scaled to the size of
-    AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.
-
-    Raises UserError for `muon` where the framework has none.
+    With `muon` these go to Muon, whose products run in `precision`, but in float64 for a model of that type.
     """
     named, is_matrix = dict(model.named_parameters()), _is_matrix(model)
     matrices = [p for name, p in named.items() if is_matrix[name]]
@@ -34,20 +33,84 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     groups = [{"params": rest, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"train.optimizer muon needs torch 2.9 or later; this is {torch.__version__}")
-        muon = torch.optim.Muon(
-            matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, config.lr, config.weight_decay, precision))
     else:
         groups.insert(0, {"params": matrices, "weight_decay": config.weight_decay})
     return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized (https://kellerjordan.github.io/posts/muon/), for matrices only.
+
+    Updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.
+    As torch.optim.Muon with `match_rms_adamw`, which knows bfloat16 products only: on processors without bfloat16
+    instructions they take thirty times as long as float32's.
+    """
+
+    momentum = 0.95
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float, precision: str) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.precision = precision
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Matrices of one shape are orthogonalized together."""
+        for group in self.param_groups:
+            updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    updates[matrix.shape].append((matrix, self._next(matrix)))
+            for shape, pairs in updates.items():
+                matrices = torch.stack([_whole(update) for _, update in pairs])
+                dtype = torch.float64 if matrices.dtype == torch.float64 else getattr(torch, self.precision)
+                lr = 0.2 * math.sqrt(max(shape)) * group["lr"]
+                for (matrix, _), update in zip(pairs, orthogonalized(matrices.to(dtype)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(_cut_as(matrix, update.to(matrix.dtype)), alpha=-lr)
+        return None
+
+    def _next(self, matrix: nn.Parameter) -> Tensor:
+        """The direction (Nesterov) after the momentum has taken in the gradient."""
+        gradient, state = matrix.grad, self.state[matrix]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(state["momentum_buffer"], self.momentum)
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values moved to about 1, by five steps of Newton and Schulz."""
+    wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if wide is not matrices else x
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """A matrix of which each process holds a part, gathered."""
+    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix
+
+
+def _cut_as(matrix: Any, whole: Tensor) -> Tensor:
+    """This process's part of `whole`, which each has, if of `matrix` it holds a part only."""
+    if not hasattr(matrix, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
+
+
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of the tensors that an optimizer of `build_optimizers` keeps for each parameter."""
-    return ("momentum_buffer",) if type(optimizer).__name__ == "Muon" else ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

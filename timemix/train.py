@@ -231,6 +231,7 @@ class Trainer:
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model)
         self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
+        self.model.recompute = train.recompute
         self._parallel_model = world.parallel(self.model, train.strategy)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
         self.compiled, self.compile_reason = choose_compile(train.compile, flops, self.device, world.size)
@@ -238,7 +239,7 @@ class Trainer:
         self._training_model = self._parallel_model
         if self.compiled:
             self._training_model = cast(torch.nn.Module, torch.compile(self.model, dynamic=False))
-        self.optimizers = build_optimizers(self.model, train)
+        self.optimizers = build_optimizers(self.model, train, self.precision)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
         self.seconds = 0.0
@@ -518,7 +519,8 @@ def _refuse_too_large(config: RunConfig, world: World) -> None:
     if free is not None and needed > free:
         raise UserError(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free;"
-            f" lower --train.batch-size ({config.train.batch_size}) or cut it with --train.accumulation"
+            f" lower --train.batch-size ({config.train.batch_size}), cut it with --train.accumulation, or take"
+            " --train.recompute cheap or all"
         )
 
 

@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -58,13 +59,17 @@ def plain_wkv1(
 def bench_op(
     *, ctx_lens: Sequence[int], batch_size: int, heads: int, channels: int, seconds: float, device: str, say: Say
 ) -> dict[str, Any]:
-    """Forward and backward of wkv1 alone, each form in float32 and bfloat16, and of fused attention of that size.
+    """Forward and backward of wkv1 alone, each form in float32 and, where the device has it, bfloat16, and of fused
+    attention of that size.
 
     Raises UserError for a device that this machine does not have, or sizes that make no head.
     """
     if channels % heads or min(*ctx_lens, batch_size, heads) < 1:
         raise UserError(f"{channels} channels cannot be cut into {heads} heads, or a size is below 1")
     where, _ = choose_device(device)
+    precision, reason = choose_precision("auto", where)
+    dtypes = [torch.float32, torch.bfloat16] if precision == "bfloat16" else [torch.float32]
+    say(f"{' and '.join(str(d).removeprefix('torch.') for d in dtypes)}: {reason}")
     keep_freed_memory()
     results = []
     for T in ctx_lens:
@@ -74,15 +79,16 @@ def bench_op(
         x["f"] = torch.rand(heads, T, device=where) * 0.1
         x |= {n: 1 + 0.1 * torch.randn(heads, T, device=where) for n in ("alpha", "beta")}
         contenders = [_op(PLAIN, plain_wkv1, x, torch.float32)]
-        for form in ("dense", "blocked"):
-            for dtype in (torch.float32, torch.bfloat16):
+        for form in ("dense", "blocked", "spectral"):
+            for dtype in dtypes:
                 name = f"{form} {str(dtype).removeprefix('torch.')}"
                 contenders.append(_op(name, lambda *a, form=form: wkv1(*a, backend=form), x, dtype))
-        contenders += [_attention(shape, dtype, where) for dtype in (torch.float32, torch.bfloat16)]
-        for contender in contenders[:3]:
-            contender.fault = contender.fault or _too_large(heads * T * T, where)
+        contenders += [_attention(shape, dtype, where) for dtype in dtypes]
+        for contender in contenders:
+            if contender.name == PLAIN or contender.name.startswith("dense"):
+                contender.fault = contender.fault or _too_large(heads * T * T, where)
         say(f"ctx_len {T}")
-        results.append({"ctx_len": T, "paths": _race(contenders, seconds, say)})
+        results.append({"ctx_len": T, "paths": _race(contenders, seconds, where, say)})
     work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
     return {"work": work, "machine": _machine(where), "results": results}
 
@@ -167,29 +173,29 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
     contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
     contenders[0].fault = _too_large(model.layers * model.heads * model.ctx_len**2, device)
+    expected = None
+    if contenders[0].fault is None:
+        with _plain_backend(), torch.no_grad():
+            expected = _logits(plain, tokens[:, :-1], "float32")
     models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
     if (llama := _llama(model, device)) is not None:
         models["transformers Llama"] = llama
     else:
         say("transformers is not installed: its Llama is left out")
     for name, each in models.items():
-        contenders.append(_step(f"{name} {precision}", each, each, tokens, precision, train))
+        called = {f"{name} {precision}": each}
         wanted, why = choose_compile(train.compile, math.inf, device)
         if wanted:
-            compiled = cast(nn.Module, torch.compile(each, dynamic=False))
-            contenders.append(_step(f"{name} {precision} compiled", compiled, each, tokens, precision, train))
+            called[f"{name} {precision} compiled"] = cast(nn.Module, torch.compile(each, dynamic=False))
         elif name == "rwkv1":
             say(f"not compiled: {why}")
-    with _plain_backend(), torch.no_grad():
-        expected = _logits(plain, tokens[:, :-1], "float32")
-        for contender in contenders:
-            if contender.name.startswith("rwkv1"):
-                used = "float32" if contender.name == "rwkv1 float32" else precision
-                worst = float((_logits(ours, tokens[:, :-1], used) - expected).abs().max() / expected.abs().max())
-                if worst > (0.03 if used == "bfloat16" else 1e-4):
-                    contender.fault = f"parity failed: logits off by {worst:.1e} of the largest"
+        for label, form in called.items():
+            contender = _step(label, form, each, tokens, precision, train)
+            if name == "rwkv1" and expected is not None:
+                contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
+            contenders.append(contender)
     with _plain_backend():
-        paths = _race(contenders, seconds, say)
+        paths = _race(contenders, seconds, device, say)
     machine = _machine(device)
     for row in paths:
         own = models.get(row["name"].partition(f" {precision}")[0], ours)
@@ -206,27 +212,35 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     return {"work": work, "machine": machine, "results": [{"ctx_len": model.ctx_len, "paths": paths}]}
 
 
-class _plain_backend:  # noqa: N801
+@contextmanager
+def _plain_backend() -> Iterator[None]:
     """Within it, wkv1 has the plain writing among its backends."""
-
-    def __enter__(self) -> None:
-        BACKENDS[PLAIN] = lambda k, v, f, alpha, beta, *_: plain_wkv1(k, v, f, alpha, beta)
-
-    def __exit__(self, *_: object) -> None:
+    BACKENDS[PLAIN] = lambda k, v, f, alpha, beta, *_: plain_wkv1(k, v, f, alpha, beta)
+    try:
+        yield
+    finally:
         del BACKENDS[PLAIN]
+
+
+def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
+    """Why logits are not those of the plain writing."""
+    worst = float((logits - expected).abs().max() / expected.abs().max())
+    if worst <= (0.03 if precision == "bfloat16" else 1e-4):
+        return None
+    return f"parity failed: logits off by {worst:.1e} of the largest"
 
 
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
     with autocast(precision, tokens.device):
         found = model(tokens)
-    return (found[0] if isinstance(found, tuple) else found.logits).float()
+    return (found[0] if isinstance(found, tuple) else found.logits).detach().float()
 
 
 def _step(
     name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
 ) -> Contender:
-    """One step as the trainer takes it, AdamW and clipping included."""
-    optimizers = build_optimizers(owner, train)
+    """One step as the trainer takes it, optimizer and clipping included."""
+    optimizers = build_optimizers(owner, train, precision)
 
     def call() -> None:
         with autocast(precision, tokens.device):
@@ -235,7 +249,8 @@ def _step(
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         cross_entropy(logits, tokens[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(owner.parameters(), 1.0)
+        if train.clip > 0:
+            torch.nn.utils.clip_grad_norm_(owner.parameters(), train.clip)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -263,8 +278,9 @@ def _llama(model: ModelConfig, device: torch.device) -> nn.Module | None:
     return LlamaForCausalLM(config).to(device)
 
 
-def _race(contenders: list[Contender], seconds: float, say: Say) -> list[dict[str, Any]]:
+def _race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[dict[str, Any]]:
     """Times of each path, all taking turns, until `seconds` have gone for each on average, three rounds at least."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
     running = [c for c in contenders if c.fault is None]
     for contender in list(running):
@@ -281,8 +297,7 @@ def _race(contenders: list[Contender], seconds: float, say: Say) -> list[dict[st
         for contender in running:
             start = time.perf_counter()
             contender.call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             times[contender.name].append(time.perf_counter() - start)
         rounds += 1
     base = times.get(contenders[0].name) or None

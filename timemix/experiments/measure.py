@@ -47,12 +47,15 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     # A first small step, so that code which is loaded when first used does not count.
     small = replace(config.model, layers=1, channels=4 * config.model.heads, ctx_len=8)
-    _step(small_model := LanguageModel(small).to(device), build_optimizers(small_model, train), 2, 1, precision)
+    _step(
+        small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision
+    )
     if not on_gpu:
         _limit_memory(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else _status("VmRSS")
     model = LanguageModel(config.model).to(device)
-    optimizers = build_optimizers(model, train)
+    model.recompute = train.recompute
+    optimizers = build_optimizers(model, train, precision)
     rows, ctx_len = train.batch_size // train.accumulation, config.model.ctx_len
     fastest = math.inf
     for step in range(steps + 1):

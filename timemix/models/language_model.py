@@ -6,10 +6,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ModelConfig
+from timemix.config import ModelConfig, Recompute
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
 from timemix.models.linear import Embedding, LayerNorm, Linear, to_product_dtype
+from timemix.models.recompute import recomputed
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.token_shift import TokenShift
 
@@ -93,6 +94,7 @@ class LanguageModel(nn.Module):
         self.norm = LayerNorm(config.channels)
         self.head = Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.recompute: Recompute = "none"
         set_initial_values(self)
 
     @property
@@ -134,7 +136,7 @@ class LanguageModel(nn.Module):
         layers = []
         for i, block in enumerate(self.blocks):
             if state is None:
-                x, _ = block(x)
+                x = recomputed(block, x, self.recompute)
             else:
                 x, layer = block(x, state.layers[i], state.position, lengths)
                 layers.append(layer)

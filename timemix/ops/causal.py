@@ -103,8 +103,8 @@ def _(f: Tensor, rows: int, columns: int) -> Tensor:
 @torch.library.custom_op("timemix::toeplitz_backward", mutates_args=())
 def _toeplitz_backward(gradient: Tensor, ctx_len: int) -> Tensor:
     """Gradient of f (H, ctx_len): sums over the diagonals of a lag."""
-    by_lag = _diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
-    return _of_length(by_lag, ctx_len).to(gradient.dtype)
+    by_lag = diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
+    return of_length(by_lag, ctx_len).to(gradient.dtype)
 
 
 @_toeplitz_backward.register_fake
@@ -123,20 +123,20 @@ def _toeplitz_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
 toeplitz.register_autograd(_toeplitz_gradient, setup_context=_toeplitz_setup)
 
 
-def _diagonal_sums(pairs: Tensor) -> Tensor:
+def diagonal_sums(pairs: Tensor) -> Tensor:
     """Sums over each diagonal i - j = -(columns - 1) ... rows - 1 of pairs (H, rows, columns), in at least float32."""
     _, rows, columns = pairs.shape
     # A row more by one entry than the others stands one place further right: diagonals become columns.
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
-    return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=_sum_dtype(pairs))
+    return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))
 
 
-def _of_length(f: Tensor, ctx_len: int) -> Tensor:
+def of_length(f: Tensor, ctx_len: int) -> Tensor:
     """f (H, lags) cut, or with zeros after it."""
     return F.pad(f, (0, ctx_len - f.shape[1])) if ctx_len > f.shape[1] else f[:, :ctx_len].clone()
 
 
-def _sum_dtype(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -195,12 +195,12 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
         return F.pad(a, (0, 0, 0, width - T)).view(H, blocks, L, -1).transpose(1, 2).contiguous()
 
     target, source = rows_by_block(dy), rows_by_block(x.permute(2, 1, 0, 3).reshape(H, T, B * N))
-    by_lag = torch.zeros(H, width + L - 1, dtype=_sum_dtype(x), device=x.device)
+    by_lag = torch.zeros(H, width + L - 1, dtype=sum_dtype(x), device=x.device)
     for d in range(blocks):
         later, earlier = target[:, :, d:].contiguous(), source[:, :, : blocks - d].contiguous()
         pairs = later.flatten(2) @ earlier.flatten(2).transpose(1, 2)
-        by_lag[:, d * L : (d + 2) * L - 1] += _diagonal_sums(pairs)
-    return dx, _of_length(by_lag[:, L - 1 :], f.shape[1]).to(f.dtype)
+        by_lag[:, d * L : (d + 2) * L - 1] += diagonal_sums(pairs)
+    return dx, of_length(by_lag[:, L - 1 :], f.shape[1]).to(f.dtype)
 
 
 @_causal_convolution_backward.register_fake

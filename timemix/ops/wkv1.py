@@ -20,6 +20,7 @@ from torch import Tensor
 
 from timemix.ops.causal import causal_convolution, running_sum, toeplitz
 from timemix.ops.history import append, lags, pairs_at, weights_at
+from timemix.ops.spectral import spectral_convolution
 from timemix.ops.spread import spread
 
 Denominator = Literal["plain", "weighted"]
@@ -89,7 +90,7 @@ def wkv1(
     """
     _check(k, v, f, alpha, beta, state, lengths)
     positions = k.shape[1] if state is None else int(state.position.max()) + k.shape[1]
-    name, _ = choose_backend(backend, positions, f.ndim == 3)
+    name, _ = choose_backend(backend, positions, free=f.ndim == 3, weighted=denominator == "weighted")
     with torch.autocast(k.device.type, enabled=False):
         if denominator == "weighted":
             f = f.exp()
@@ -98,22 +99,26 @@ def wkv1(
         return BACKENDS[name](k, v, f, alpha, beta, state, lengths, denominator)
 
 
-def choose_backend(backend: str, positions: int, free: bool = False) -> tuple[str, str]:
+def choose_backend(backend: str, positions: int, *, free: bool = False, weighted: bool = False) -> tuple[str, str]:
     """Name of the backend that serves `backend` for so many past and present positions, and the reason.
 
-    `free`: f has a weight for each pair of positions. Raises ValueError for an unknown name, or a backend that
-    cannot serve.
+    `free`: f has a weight for each pair of positions; `weighted`: the denominator is. Raises ValueError for an unknown
+    name, or a backend that cannot serve.
     """
     if backend == "auto":
         if free:
             return "dense", "a free W is a matrix"
         if positions <= DENSE_UP_TO:
             return "dense", f"fastest up to {DENSE_UP_TO} positions"
-        return "blocked", f"fastest past {DENSE_UP_TO} positions, memory linear in them"
+        if positions <= BLOCKED_UP_TO:
+            return "blocked", f"fastest from {DENSE_UP_TO} to {BLOCKED_UP_TO} positions"
+        if weighted:
+            return "blocked", "each term of a weighted denominator counts to its own size"
+        return "spectral", f"fastest past {BLOCKED_UP_TO} positions"
     if backend not in BACKENDS:
         raise ValueError(f"unknown wkv1 backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
-    if backend == "blocked" and free:
-        raise ValueError("the blocked backend of wkv1 needs f by lag; a free W takes dense")
+    if backend in ("blocked", "spectral") and free:
+        raise ValueError(f"the {backend} backend of wkv1 needs f by lag; a free W takes dense")
     return backend, "asked for"
 
 
@@ -193,6 +198,11 @@ def _convolved(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
     return causal_convolution(x, f, T)
 
 
+def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """A convolution through spectra; from a state, whose rows end anywhere, in blocks of time."""
+    return spectral_convolution(x, f) if position is None else _convolved(f, x, position, T)
+
+
 def _aligned(x: Tensor, ends: Tensor) -> Tensor:
     """x (B, U, H, N) with each row moved so that position ends[b] - 1 comes last, and zeros before its first."""
     U = x.shape[1]
@@ -262,10 +272,11 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
     "reference": _reference,
     "dense": partial(_parallel, _times_matrix),
     "blocked": partial(_parallel, _convolved),
+    "spectral": partial(_parallel, _by_spectra),
 }
 
-DENSE_UP_TO = 128
-"""Positions up to which the dense form is the fastest: measured, see benchmarks/RESULTS.md."""
+DENSE_UP_TO, BLOCKED_UP_TO = 128, 1024
+"""Positions up to which the dense, then the blocked form is the fastest: measured, see benchmarks/RESULTS.md."""
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,31 @@
+"""Less memory for a training step: what a block keeps for its backward pass, and what it computes again there."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from timemix.config import Recompute
+
+
+def recomputed(block: nn.Module, x: Tensor, recompute: Recompute) -> Tensor:
+    """Rows (B, T, C) after a block, which returns them with a state; the same numbers whatever `recompute` says.
+
+    `cheap` keeps what linear maps, convolutions and fused attention give, `all` only x (arXiv 1604.06174). A compiled
+    step decides by itself.
+    """
+    if recompute == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return block(x)[0]
+    if recompute == "all":
+        return checkpoint(block, x, use_reentrant=False)[0]
+    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)[0]
+
+
+_KEPT = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product", "timemix::causal_conv", "timemix::spectral_conv")
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator.name().startswith(_KEPT) else CheckpointPolicy.PREFER_RECOMPUTE
