@@ -79,10 +79,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_learn_what_one_does(folder, name, strategy):
-    tolerance = 1e-12 if name == "float64" else 1e-5
-    if name == "muon":
-        # Its orthogonalisation computes in bfloat16.
-        tolerance = 1e-3
+    # Muon makes small singular values large, and their rounding with them.
+    tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
 
 

@@ -21,10 +21,8 @@ def test_every_architecture_and_preset_has_a_curve():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_to_nine_digits_anywhere(folder, name):
-    # Muon's orthogonalisation computes in bfloat16, whatever the weights are.
-    tolerance = 1e-4 if name.endswith("muon") else 1e-9
     for ours, golden in zip(losses(name, folder, "float64"), GOLDEN["curves"][name]["float64"], strict=True):
-        assert ours == pytest.approx(golden, rel=tolerance)
+        assert ours == pytest.approx(golden, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,13 +8,11 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from timemix.errors import UserError
@@ -92,6 +90,9 @@ class World:
         if self.size == 1:
             return model
         if strategy == "shard":
+            # Imported where needed: it takes more than a second, half of what torch does.
+            from torch.distributed.fsdp import fully_shard
+
             mesh = dist.init_device_mesh(next(model.parameters()).device.type, (self.size,))
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
@@ -156,15 +157,22 @@ def without_exchange(module: nn.Module) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is cut up over the processes, which all must call; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_cut(tensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, known in every process, cut up as `like` is."""
     tensor = tensor.to(like.device)
-    if isinstance(like, DTensor):
+    if _is_cut(like):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+def _is_cut(tensor: Any) -> TypeGuard[Any]:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def my_rows(rows: int, world: World) -> slice:

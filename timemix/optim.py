@@ -3,12 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from timemix.config import TrainConfig
+from timemix.distributed import part_like, whole
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:
@@ -66,12 +67,12 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     updates[matrix.shape].append((matrix, self._next(matrix)))
             for shape, pairs in updates.items():
-                matrices = torch.stack([_whole(update) for _, update in pairs])
+                matrices = torch.stack([whole(update) for _, update in pairs])
                 dtype = torch.float64 if matrices.dtype == torch.float64 else getattr(torch, self.precision)
                 lr = 0.2 * math.sqrt(max(shape)) * group["lr"]
                 for (matrix, _), update in zip(pairs, orthogonalized(matrices.to(dtype)), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(_cut_as(matrix, update.to(matrix.dtype)), alpha=-lr)
+                    matrix.add_(part_like(update.to(matrix.dtype), matrix), alpha=-lr)
         return None
 
     def _next(self, matrix: nn.Parameter) -> Tensor:
@@ -92,20 +93,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if wide is not matrices else x
-
-
-def _whole(matrix: Tensor) -> Tensor:
-    """A matrix of which each process holds a part, gathered."""
-    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix
-
-
-def _cut_as(matrix: Any, whole: Tensor) -> Tensor:
-    """This process's part of `whole`, which each has, if of `matrix` it holds a part only."""
-    if not hasattr(matrix, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
