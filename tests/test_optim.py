@@ -51,3 +51,16 @@ def test_a_matrix_without_gradient_stays_as_it_is():
     Muon([still, moved], lr=0.1, weight_decay=0.1, precision="float32").step()
     assert (still == 1).all()
     assert (moved != 1).any()
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_returned():
+    matrix = nn.Parameter(torch.ones(2, 2))
+    muon = Muon([matrix], lr=0.1, weight_decay=0.0, precision="float32")
+
+    def closure():
+        loss = (matrix * torch.eye(2)).sum()
+        loss.backward()
+        return loss
+
+    assert muon.step(closure) == 2
+    assert (matrix != 1).any()

@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.precision = precision
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """Matrices of one shape are orthogonalized together."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for matrix in group["params"]:
@@ -73,7 +70,7 @@ class Muon(torch.optim.Optimizer):
                 for (matrix, _), update in zip(pairs, orthogonalized(matrices.to(dtype)), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(part_like(update.to(matrix.dtype), matrix), alpha=-lr)
-        return None
+        return loss
 
     def _next(self, matrix: nn.Parameter) -> Tensor:
         """The direction (Nesterov) after the momentum has taken in the gradient."""

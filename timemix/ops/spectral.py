@@ -37,14 +37,14 @@ def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
     """
     T, f = x.shape[1], f.to(sum_dtype(x))
     L, n = _blocks(T)
-    A, _ = _transforms(L, f.dtype, f.device)
+    A, E = _transforms(L, f.dtype, f.device)
     near = toeplitz(f, L, L)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for h in range(x.shape[2]):
         source = _cut(x[:, :, h], L, n, f.dtype)
         target = near[h] @ source
         if n > 1:
-            spectra = _complex_product(_filter_spectra(f[h], L, n), _spectra(A, source, n))
+            spectra = _complex_product(_filter_spectra(f[h], E, n), _spectra(A, source, n))
             target.addmm_(A.t(), spectra.view(len(A), -1))
         _join(target, n, y[:, :, h])
     return y
@@ -70,7 +70,7 @@ def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tu
         df[h, :L] += diagonal_sums((target @ source.t())[None])[0, L - 1 :]
         if n > 1:
             spectra, dspectra = _spectra(A, source, n), _spectra(A, target, n)
-            back = _complex_product(_filter_spectra(wide[h], L, n).mT, dspectra, first=-1)
+            back = _complex_product(_filter_spectra(wide[h], E, n).mT, dspectra, first=-1)
             dsource.addmm_(A.t(), back.view(len(A), -1))
             pairs = _complex_product(dspectra, spectra.mT, second=-1)
             by_distance = diagonal_sums(pairs.flatten(0, 1))[:, n:]
@@ -138,9 +138,9 @@ def _spectra(A: Tensor, columns: Tensor, n: int) -> Tensor:
     return (A @ columns).view(2, len(A) // 2, n, -1)
 
 
-def _filter_spectra(f: Tensor, L: int, n: int) -> Tensor:
+def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:
     """Spectra (2, L + 1, n, n) from f (ctx_len,): at [i, j] that of the lags around (i - j) L, zero for j >= i."""
-    _, E = _transforms(L, f.dtype, f.device)
+    L = len(E) // 2 - 1
     lags = of_length(f[None], n * L)[0, 1:].unfold(0, 2 * L - 1, L)
     return toeplitz(F.pad(E @ lags.t(), (1, 0)), n, n).view(2, L + 1, n, n)
 
