@@ -13,7 +13,6 @@ import argparse
 import importlib
 import json
 import math
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from timemix.config import ChannelMixConfig, RunConfig, TrainConfig, architecture
+from timemix.experiments.measure import process_memory
 from timemix.generation import generate_tokens
 from timemix.machine import choose_compile, keep_freed_memory, matrix_product_peak
 from timemix.models import LanguageModel
@@ -200,16 +200,10 @@ def print_peak(module, whose: str) -> None:
     their_step, our_step, _ = steps(module, SIZES[LONG], compiled=False)
     if whose == "ours":
         keep_freed_memory()
-    before = memory_of_this_process("VmRSS")
+    before = process_memory("VmRSS")
     for _ in range(3):
         their_step() if whose == "original" else our_step()
-    print(memory_of_this_process("VmHWM") - before)
-
-
-def memory_of_this_process(line: str) -> int:
-    found = re.search(rf"^{line}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    print(process_memory("VmHWM") - before)
 
 
 def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:

@@ -10,6 +10,7 @@ from timemix.config import (
     PRESETS,
     ModelConfig,
     RunConfig,
+    TimeMixConfig,
     TrainConfig,
     architecture,
     from_dict,
@@ -123,3 +124,9 @@ class TestLearningRate:
         assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
         assert rates[10] == 1.0
         assert rates[11] < 1.0
+
+
+@pytest.mark.parametrize("backend", ["blocked", "spectral"])
+def test_a_free_w_refuses_the_backends_that_need_lags(backend):
+    with pytest.raises(UserError, match=f"backend {backend} needs decomposed weights"):
+        TimeMixConfig(weights="free", backend=backend)

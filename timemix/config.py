@@ -52,6 +52,10 @@ class TimeMixConfig:
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
     """How wkv is computed; auto takes the fastest that serves."""
 
+    def __post_init__(self) -> None:
+        if self.weights == "free" and self.backend in ("blocked", "spectral"):
+            raise UserError(f"model.mixer.backend {self.backend} needs decomposed weights; free ones take dense")
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

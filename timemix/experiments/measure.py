@@ -52,7 +52,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     )
     if not on_gpu:
         _limit_memory(device)
-    before = torch.cuda.memory_allocated(device) if on_gpu else _status("VmRSS")
+    before = torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
     model = LanguageModel(config.model).to(device)
     model.recompute = train.recompute
     optimizers = build_optimizers(model, train, precision)
@@ -64,7 +64,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
         # The first step also allocates.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _status("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM")
     return {
         "step_seconds": fastest,
         "tokens_per_second": train.batch_size * ctx_len / fastest,
@@ -92,7 +92,7 @@ def _step(
 
 def _limit_memory(device: torch.device) -> None:
     """Makes a want of memory an error of this process, before the system ends processes of its choice."""
-    free, size = free_memory(device), _status("VmSize")
+    free, size = free_memory(device), process_memory("VmSize")
     if free is None or size is None:
         return
     import resource
@@ -101,7 +101,7 @@ def _limit_memory(device: torch.device) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _status(name: str) -> int | None:
+def process_memory(name: str) -> int | None:
     """Bytes of a line of /proc/self/status, None where there is none."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
