@@ -17,7 +17,8 @@ LAYERS = [
     | {"processes", "text", "shards", "data", "prepare", "sampling", "arguments"},
     {"ops"},
     {"models"},
-    {"distributed", "optim", "precision", "checkpoint", "evaluate", "generation", "info", "machine"} | {"tracking"},
+    {"distributed", "optim", "precision", "checkpoint", "evaluate", "info", "machine", "tracking"}
+    | {"streams", "engine", "generation"},
     {"train", "progress"},
     {"experiments"},
     {"commands"},

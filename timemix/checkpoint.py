@@ -74,10 +74,10 @@ def save_checkpoint(
     """
     folder = run / "checkpoints" / _name(step)
     with atomic_folder(folder) as temporary:
-        _write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
+        write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
-        _write_tensors(temporary / "training.safetensors", training, {})
+        write_tensors(temporary / "training.safetensors", training, {})
         (temporary / "training.json").write_text(json.dumps({"step": step, **progress}, indent=1), encoding="utf-8")
     return folder
 
@@ -110,7 +110,8 @@ def gathered(
     return weights, training
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file. Raises OSError."""
     try:
         save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -133,7 +134,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     if folder.name != _name(progress["step"]):
         raise UserError(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
     names = {id(p): name for name, p in model.named_parameters()}
-    with _opened(path) as tensors:
+    with open_tensors(path) as tensors:
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 for key in state_names(optimizer):
@@ -147,7 +148,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file whose tensors are read one by one.
 
     Raises UserError when it is missing, truncated or something else.
@@ -205,14 +206,14 @@ def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
 
 def _fill_from(folder: Path, model: LanguageModel) -> None:
     _check_weights(model, folder)
-    with _opened(folder / "model.safetensors") as tensors:
+    with open_tensors(folder / "model.safetensors") as tensors:
         fill(model, tensors.get_tensor)
 
 
 def _check_weights(model: LanguageModel, folder: Path) -> None:
     """Raises UserError where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
     path, ours = folder / "model.safetensors", model.state_dict()
-    with _opened(path) as tensors:
+    with open_tensors(path) as tensors:
         if other := sorted(set(tensors.keys()) ^ ours.keys()):
             where = "missing from it" if other[0] in ours else "only in the file"
             raise UserError(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
@@ -231,7 +232,7 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
     Raises UserError where they do not, before work or memory of the size that the config names is taken.
     """
     path = folder / "model.safetensors"
-    with _opened(path) as tensors:
+    with open_tensors(path) as tensors:
         layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
     if layers != config.layers:
         raise UserError(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")

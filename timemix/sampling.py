@@ -69,6 +69,22 @@ class Sampler:
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
             object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
 
+    @property
+    def is_of_one_row(self) -> bool:
+        """Whether each field is one number."""
+        return not any(isinstance(getattr(self, field.name), tuple) for field in fields(self))
+
+    def row(self, i: int) -> "Sampler":
+        """The sampler of row i alone. Raises IndexError for a row that it does not have."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Sampler(**{name: value[i] if isinstance(value, tuple) else value for name, value in values.items()})
+
+    @staticmethod
+    def joined(samplers: "Sequence[Sampler]") -> "Sampler":
+        """One sampler for rows with a sampler each."""
+        columns = {field.name: tuple(getattr(each, field.name) for each in samplers) for field in fields(Sampler)}
+        return Sampler(**{name: values if len(set(values)) > 1 else values[0] for name, values in columns.items()})
+
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Probabilities of the next token, (B, V) float64 on the CPU, each row summing to 1.
 

@@ -1,5 +1,6 @@
 """The language model around every architecture: embedding, blocks, head, and the state that it carries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -40,6 +41,26 @@ class State:
     def select(self, rows: Tensor) -> "State":
         """State of the rows with these indices (R,), in this order; a row may stand more than once."""
         return State(self.position[rows], [{n: x[rows] for n, x in layer.items()} for layer in self.layers])
+
+    @staticmethod
+    def cat(states: "Sequence[State]") -> "State":
+        """The rows of several states of one model, one after the other."""
+        layers = zip(*(state.layers for state in states), strict=True)
+        joined = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in layers]
+        return State(torch.cat([state.position for state in states]), joined)
+
+    def put(self, rows: Tensor, other: "State") -> None:
+        """Writes the rows of another state of this model (R rows) into these rows (R,)."""
+        self.position[rows] = other.position
+        for own, new in zip(self.layers, other.layers, strict=True):
+            for name, x in new.items():
+                own[name][rows] = x
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        tensors = [self.position, *(x for layer in self.layers for x in layer.values())]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
 class Block(nn.Module):

@@ -40,6 +40,14 @@ class TokenShift(nn.Module):
         self.groups = list(zip([0, *ends], ends, strict=False))
         self.distance = max((d for d, (a, b) in enumerate(self.groups, 1) if a < b), default=0)
         self.shifted = ends[-1] if ends else 0
+        self.channels = config.channels
+
+    def distances(self) -> Tensor:
+        """Tokens back that each channel is taken from (C,) int32, 0 for its own."""
+        distances = torch.zeros(self.channels, dtype=torch.int32)
+        for d, (a, b) in enumerate(self.groups, 1):
+            distances[a:b] = d
+        return distances
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None

@@ -1,0 +1,195 @@
+"""The compiled step equals the model: logits and state, all weights, any rows, hard keys."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import test_models
+from tests.test_models import build
+from timemix.config import ChannelMixConfig, TimeMixConfig, architecture
+from timemix.models import step as step_module
+from timemix.models.step import CompiledStep, ModelStep, build_step, quantized, rounded
+from timemix.ops import native
+
+CTX = 24
+
+VARIANTS = {
+    "rwkv1": {},
+    "no tables": {"mixer": TimeMixConfig(alpha=False, beta=False, gamma=False)},
+    "mish": {"ffn": ChannelMixConfig(activation="mish")},
+    "relu2": {"ffn": ChannelMixConfig(activation="relu2")},
+    "silu, shift by three": {"ffn": ChannelMixConfig(activation="silu"), "token_shift": (0.25, 0.0, 0.5)},
+    "no shift": {"token_shift": ()},
+    "shift that ends": {"token_shift": (0.5,), "token_shift_top": ()},
+    "odd sizes": {"channels": 21, "heads": 3, "ffn_ratio": 1.7, "vocab_size": 13},
+    "wide heads": {"channels": 216, "heads": 2},
+}
+
+
+def model_of(variant):
+    sizes = {"vocab_size": 19, "ctx_len": CTX, "layers": 2, "heads": 4, "channels": 32, "ffn_ratio": 2.5}
+    fields = sizes | VARIANTS[variant]
+    # Else wide matrices make large numbers of their inputs.
+    noise = fields["channels"] ** -0.5
+    return build(architecture("rwkv1", **fields), torch.float32, noise, **fields)
+
+
+def begun(model, rows):
+    """A state whose rows stand at different positions."""
+    lengths = torch.arange(1, rows + 1)
+    tokens = torch.randint(model.config.vocab_size, (rows, rows))
+    with torch.no_grad():
+        _, state = model(tokens, model.init_state(rows), lengths=lengths)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler():
+    found, reason = step_module._library()
+    assert found is not None, f"these tests are of the compiled step: {reason}"
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_model_in_logits_and_state(variant, rows, weights):
+    model = model_of(variant)
+    expected = rounded(model, weights)
+    state = begun(model, rows)
+    other = state.clone()
+    step = build_step(model, weights, backend="compiled")
+    for _ in range(8):
+        tokens = torch.randint(model.config.vocab_size, (rows,))
+        with torch.no_grad():
+            logits, other = expected(tokens[:, None], other, logits="last")
+        found, state = step(tokens, state, torch.arange(rows))
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+        assert state.position.equal(other.position)
+        for own, theirs in zip(state.layers, other.layers, strict=True):
+            assert own.keys() == theirs.keys()
+            for name in own:
+                largest = max(1.0, float(theirs[name].abs().max()))
+                torch.testing.assert_close(own[name] / largest, theirs[name] / largest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [8.0, 60.0])
+def test_equals_the_model_for_hard_keys(scale):
+    model = model_of("rwkv1")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.key.weight.mul_(scale)
+    state, other = model.init_state(1), model.init_state(1)
+    step = CompiledStep(model, "float32")
+    for _ in range(CTX):
+        token = torch.randint(model.config.vocab_size, (1,))
+        with torch.no_grad():
+            logits, other = model(token[:, None], other, logits="last")
+        found, state = step(token, state, torch.tensor([0]))
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "model"])
+def test_some_rows_leave_the_others_alone(kind):
+    model = model_of("rwkv1")
+    step = build_step(model, backend=kind)
+    state = begun(model, 5)
+    before = state.clone()
+    rows = torch.tensor([3, 0])
+    found, state = step(torch.tensor([4, 5]), state, rows)
+    with torch.no_grad():
+        logits, part = model(torch.tensor([[4], [5]]), before.clone().select(rows), logits="last")
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+    before.put(rows, part)
+    assert state.position.tolist() == [2, 2, 3, 5, 5]
+    for own, theirs in zip(state.layers, before.layers, strict=True):
+        for name in own:
+            torch.testing.assert_close(own[name], theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_end_of_the_context_and_wrong_tokens_are_errors_that_change_nothing():
+    model = model_of("rwkv1")
+    state = model.init_state(2)
+    step = CompiledStep(model, "float32")
+    for token in (-1, 19):
+        with pytest.raises(ValueError, match="outside the vocabulary of 19"):
+            step(torch.tensor([1, token]), state, torch.tensor([0, 1]))
+    assert state.position.tolist() == [0, 0]
+    state.position[1] = CTX
+    with pytest.raises(ValueError, match=f"stands at {CTX}, the end"):
+        step(torch.tensor([1, 2]), state, torch.tensor([0, 1]))
+    assert all(not x.any() for layer in state.layers for x in layer.values())
+
+
+def test_eight_bits_are_within_half_a_step():
+    weight = torch.randn(7, 33)
+    weight[3] = 0
+    integers, scale = quantized(weight)
+    assert integers.dtype == torch.int8
+    assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
+    assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
+    model = model_of("wide heads")
+    step = CompiledStep(model, "float32")
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(step(torch.tensor([1]), model.init_state(1), torch.tensor([0]))[0])
+    torch.set_num_threads(threads)
+    assert found[0].equal(found[1])
+    assert found[0].equal(found[2])
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "words"),
+    [
+        ("mha_rotary", torch.float32, "no compiled step for mha_rotary"),
+        ("weighted", torch.float32, "weighted denominator"),
+        ("free W", torch.float32, "a free W"),
+        ("rwkv1", torch.float64, "not torch.float64"),
+    ],
+)
+def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, words):
+    model = build(test_models.VARIANTS[variant], dtype)
+    step = build_step(model)
+    assert isinstance(step, ModelStep)
+    assert words in step.reason
+    with pytest.raises(ValueError, match=words):
+        build_step(model, backend="compiled")
+    state = model.init_state(1)
+    logits, state = step(torch.tensor([1]), state, torch.tensor([0]))
+    assert logits.shape == (1, model.config.vocab_size)
+
+
+def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
+    model = model_of("rwkv1")
+    native.library.cache_clear()
+    monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    try:
+        step = build_step(model)
+        assert isinstance(step, ModelStep)
+        assert step.reason == "no C compiler was found"
+        broken = tmp_path / "broken"
+        broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        native.library.cache_clear()
+        assert build_step(model).reason == f"{broken} failed: it is broken"
+        # A cache that cannot be made.
+        monkeypatch.delenv("CC")
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        native.library.cache_clear()
+        assert "cannot be kept or loaded" in build_step(model).reason
+    finally:
+        native.library.cache_clear()
+
+
+def test_importing_compiles_nothing(tmp_path):
+    code = "import timemix.models.step, timemix.engine"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": ""})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,339 @@
+"""Many texts written at once: requests join and leave at any step, and each gets what it would get alone."""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from timemix.errors import UserError
+from timemix.models import LanguageModel, State
+from timemix.models.step import Step, Weights, build_step
+from timemix.sampling import Sampler, draw
+from timemix.streams import Stream
+from timemix.tokenizer import StreamDecoder, Tokenizer
+
+Context = Literal["reanchor", "exact"]
+
+READ_AT_ONCE = 2048
+"""Tokens that one call of the model reads of all prompts together, so that its memory is bounded."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to go on with.
+
+    prompt: tokens to read first; may be empty where `start`, a stream to go on with, is given. tokens: most to write.
+    sampler: for one row. The draws depend on (seed, sample, number of the token) alone. stop: strings at the first of
+    which the text ends, before it. log_probabilities: tell that of each token, in nats, at temperature 1 and before any
+    filter. keep_stream: give the stream with the last event, to go on with.
+
+    Past the model's `max_position`: "reanchor" keeps the newest share `keep` of the context, reads it at position 0 and
+    goes on, so that the cost per token stays constant; "exact" reads the newest max_position tokens for every token, as
+    the original code did. A longer prompt is cut to its end.
+
+    Raises UserError for an empty prompt or stop string, negative counts, or `keep` outside (0, 1].
+    """
+
+    prompt: Sequence[int]
+    tokens: int = 200
+    sampler: Sampler = field(default_factory=Sampler)
+    seed: int = 0
+    sample: int = 0
+    stop: tuple[str, ...] = ()
+    log_probabilities: bool = False
+    start: Stream | None = None
+    keep_stream: bool = False
+    context: Context = "reanchor"
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) == 0 and self.start is None:
+            raise UserError("the prompt is empty; give at least one token to go on from")
+        if self.tokens < 0:
+            raise UserError(f"tokens is {self.tokens}; it must be at least 0")
+        if "" in self.stop:
+            raise UserError("a stop string is empty; give at least one character")
+        if not self.sampler.is_of_one_row:
+            raise UserError("the sampler of a request has one number for each field, not one per row")
+        if not 0 < self.keep <= 1:
+            raise UserError(f"keep is {self.keep}; it is a share of the context, above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of a request, or its end.
+
+    token: None at an end without one (nothing was to be written). text: characters that are complete and do not begin a
+    stop string; the last event brings what was held back. log_probability: nats, where asked for. finished: why it
+    ended, "length" or "stop", None where it goes on. stream: with the last event, where asked for.
+    """
+
+    id: int
+    token: int | None
+    text: str
+    log_probability: float | None = None
+    finished: Literal["length", "stop"] | None = None
+    stream: Stream | None = None
+
+
+@dataclass
+class _Row:
+    """A request in its place of the batch."""
+
+    id: int
+    request: Request
+    place: int
+    position: int
+    """Tokens in its state; 0 also where it is to begin again."""
+    unread: int
+    tokens: list[int]
+    seen: set[int]
+    written: int
+    first: int
+    decoder: StreamDecoder | None
+    held: str = ""
+
+
+class Engine:
+    """Writes texts for requests, `places` of them at once; the others wait their turn.
+
+    A row's state holds nothing of other rows, nor of those that had its place before.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        places: int = 32,
+        weights: Weights = "float32",
+        step: Step | None = None,
+    ) -> None:
+        """Without a tokenizer events have no text. `weights`: what the steps round them to; prompts are read in full.
+
+        Raises UserError for fewer than one place.
+        """
+        if places < 1:
+            raise UserError(f"places is {places}; it must be at least 1")
+        self.model, self.tokenizer, self.places = model, tokenizer, places
+        self.advance = step or build_step(model, weights)
+        self._ids = itertools.count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: list[_Row] = []
+        # It grows with the rows: that of long contexts is large.
+        self._state = model.init_state(0)
+        self._free: list[int] = []
+        self._sampler: Sampler | None = None
+
+    def add(self, request: Request) -> int:
+        """Takes a request; returns its id.
+
+        Raises UserError for a token outside the vocabulary, or stop strings without a tokenizer.
+        """
+        outside = next((t for t in request.prompt if not 0 <= t < self.model.config.vocab_size), None)
+        if outside is not None:
+            raise UserError(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
+        if request.stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer")
+        number = next(self._ids)
+        self._waiting.append((number, request))
+        return number
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request at once; False where it has ended already. What it has written was told."""
+        for row in self._rows:
+            if row.id == id:
+                self._leave(row)
+                return True
+        before = len(self._waiting)
+        self._waiting = deque(each for each in self._waiting if each[0] != id)
+        return len(self._waiting) < before
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is at work or waits."""
+        return bool(self._rows or self._waiting)
+
+    def stream(self, id: int) -> Stream:
+        """What is to be known to go on elsewhere with a request at work, a copy. Raises KeyError where none is."""
+        row = next((row for row in self._rows if row.id == id), None)
+        if row is None:
+            raise KeyError(id)
+        return self._stream_of(row)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Writes one token of every request at work, in the order in which they came; waiting ones join first."""
+        events = []
+        self._grow(min(self.places, len(self._rows) + len(self._waiting)))
+        while self._waiting and len(self._rows) < self.places:
+            number, request = self._waiting.popleft()
+            row = self._enter(number, request)
+            if request.tokens == 0:
+                events.append(Event(number, None, "", None, "length", self._kept(row)))
+                self._leave(row)
+        if not self._rows:
+            return events
+        rows = list(self._rows)
+        logits = self._read(rows)
+        if self._sampler is None:
+            self._sampler = Sampler.joined([row.request.sampler for row in rows])
+        probabilities = self._sampler.probabilities(logits, self._seen(rows))
+        tokens = draw(
+            probabilities,
+            seed=[row.request.seed for row in rows],
+            sample=[row.request.sample for row in rows],
+            position=[row.written for row in rows],
+        ).tolist()
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            told = None
+            if row.request.log_probabilities:
+                told = float(logits[i].double().log_softmax(-1)[token])
+            events.append(self._take(row, token, told))
+        return events
+
+    def _grow(self, places: int) -> None:
+        """Makes room for so many rows."""
+        have = len(self._state.position)
+        if places > have:
+            self._state = State.cat([self._state, self.model.init_state(places - have)])
+            self._free += range(have, places)
+
+    def _enter(self, number: int, request: Request) -> _Row:
+        start, limit = request.start, self.model.max_position
+        place = self._free.pop()
+        old = [] if start is None else list(start.tokens)
+        decoder = None
+        if self.tokenizer is not None:
+            decoder = self.tokenizer.stream()
+            # Of the text before: a word tokenizer puts a space before a word that follows another.
+            for token in (*old, *request.prompt):
+                decoder.push(token)
+        written = 0 if start is None else start.written
+        row = _Row(
+            number,
+            request,
+            place,
+            position=0 if start is None else int(start.state.position),
+            unread=len(request.prompt) + (0 if start is None else start.unread),
+            tokens=[*old, *request.prompt],
+            seen=set(request.prompt) | (start.seen if start is not None else set()),
+            written=written,
+            first=written,
+            decoder=decoder,
+        )
+        if start is not None:
+            self._state.put(torch.tensor([place]), start.state)
+        if limit is not None and row.position == 0:
+            row.unread = min(row.unread, limit)
+        self._rows.append(row)
+        self._sampler = None
+        return row
+
+    def _leave(self, row: _Row) -> None:
+        self._rows.remove(row)
+        self._free.append(row.place)
+        self._sampler = None
+
+    def _read(self, rows: list[_Row]) -> Tensor:
+        """Reads what is unread; logits (R, V) after each row's last token."""
+        self._make_room(rows)
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault((row.position > 0, row.unread), []).append(i)
+        parts = []
+        for (begun, unread), members in groups.items():
+            tokens = torch.tensor([rows[i].tokens[-unread:] for i in members])
+            places = torch.tensor([rows[i].place for i in members])
+            if begun and unread == 1:
+                found, self._state = self.advance(tokens[:, 0], self._state, places)
+            else:
+                found = self._prefill(tokens, places, begun)
+            parts.append(found)
+        for row in rows:
+            row.position, row.unread = row.position + row.unread, 0
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([i for members in groups.values() for i in members]).argsort()
+        return torch.cat(parts)[order.to(parts[0].device)]
+
+    def _make_room(self, rows: list[_Row]) -> None:
+        """Has the rows that would pass the end of their context begin again with the newest of it."""
+        limit = self.model.max_position
+        if limit is None:
+            return
+        for row in rows:
+            if row.position + row.unread > limit:
+                kept = limit if row.request.context == "exact" else max(1, int(row.request.keep * limit))
+                row.position, row.unread = 0, min(kept, len(row.tokens))
+
+    def _prefill(self, tokens: Tensor, places: Tensor, begun: bool) -> Tensor:
+        """Has rows read tokens (R, T), in pieces, from their state or from the beginning; logits (R, V) after them."""
+        found = []
+        for some, where in zip(tokens.split(READ_AT_ONCE), places.split(READ_AT_ONCE), strict=True):
+            where = where.to(self.model.device)
+            state = self._state.select(where) if begun else self.model.init_state(len(where))
+            for piece in some.to(self.model.device).split(max(1, READ_AT_ONCE // len(where)), dim=1):
+                logits, after = self.model(piece, state, logits="last")
+                state = cast(State, after)
+            self._state.put(where, state)
+            found.append(logits)
+        return torch.cat(found)
+
+    def _seen(self, rows: list[_Row]) -> Tensor | None:
+        if all(row.request.sampler.repetition_penalty == 1 for row in rows):
+            return None
+        seen = torch.zeros(len(rows), self.model.config.vocab_size, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            seen[i, list(row.seen)] = True
+        return seen
+
+    def _take(self, row: _Row, token: int, log_probability: float | None) -> Event:
+        """The event of a row's new token."""
+        row.tokens.append(token)
+        row.seen.add(token)
+        row.unread = 1
+        row.written += 1
+        limit = self.model.max_position
+        if len(row.tokens) > 2 * (limit or 1):
+            del row.tokens[: -(limit or 1)]
+        last = row.written - row.first >= row.request.tokens
+        text, stopped = self._text(row, token, last)
+        if not stopped and not last:
+            return Event(row.id, token, text, log_probability)
+        event = Event(row.id, token, text, log_probability, "stop" if stopped else "length", self._kept(row))
+        self._leave(row)
+        return event
+
+    def _text(self, row: _Row, token: int, last: bool) -> tuple[str, bool]:
+        """Text that can be told now, and whether a stop string ended it."""
+        if row.decoder is None:
+            return "", False
+        text = row.held + row.decoder.push(token)
+        if last:
+            text += row.decoder.flush()
+        stop = row.request.stop
+        found = [at for at in map(text.find, stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        held = 0 if last else max((_begun(text, each) for each in stop), default=0)
+        row.held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def _kept(self, row: _Row) -> Stream | None:
+        return self._stream_of(row) if row.request.keep_stream else None
+
+    def _stream_of(self, row: _Row) -> Stream:
+        limit = self.model.max_position
+        kept = max(row.unread, limit or 1)
+        state = self._state.select(torch.tensor([row.place])) if row.position else self.model.init_state(1)
+        return Stream(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen))
+
+
+def _begun(text: str, stop: str) -> int:
+    """Characters at the end of a text that begin a stop string, the most."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,241 @@
+"""One token at a time, at the speed at which the weights can be read: the step of generation.
+
+A model's own forward spends most of such a step in calls of small operators, and on one thread. Here it is one call of
+compiled code (step.c), for the weights as they are, in bfloat16, or in 8 bits. Where that cannot serve, the model does.
+"""
+
+import copy
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timemix.config import ChannelMixConfig, TimeMixConfig
+from timemix.models.language_model import Block, LanguageModel, State
+from timemix.models.rwkv1 import ChannelMix, TimeMix
+from timemix.ops.native import library
+
+Weights = Literal["float32", "bfloat16", "int8"]
+WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
+_ACTIVATIONS = ("gelu", "mish", "relu2", "silu")
+
+
+class Step(Protocol):
+    """Feeds one token to each of some rows of a state.
+
+    `reason`: why this kind of step serves.
+    """
+
+    reason: str
+
+    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
+
+        The state is consumed: its other rows stay as they are.
+        Raises ValueError for a row that stands at the model's `max_position`.
+        """
+
+
+def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
+    """The step of a model whose weights do not change meanwhile; they are rounded as `weights` says.
+
+    `backend`: "compiled" or "model" asks for one kind. Raises ValueError for a kind that cannot serve.
+    """
+    reason = "asked for" if backend == "model" else _hindrance(model)
+    if reason is None:
+        return CompiledStep(model, weights)
+    if backend == "compiled":
+        raise ValueError(f"the compiled step cannot serve: {reason}")
+    return ModelStep(rounded(model, weights), reason)
+
+
+def _hindrance(model: LanguageModel) -> str | None:
+    config = model.config
+    if config.arch != "rwkv1":
+        return f"there is no compiled step for {config.arch}"
+    assert isinstance(config.mixer, TimeMixConfig)
+    if config.mixer.denominator == "weighted" or config.mixer.weights == "free":
+        return "there is no compiled step for a weighted denominator or a free W"
+    if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
+        return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
+    found, reason = _library()
+    return None if found else reason
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    return library(Path(__file__).with_name("step.c"))
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit integers (out, in) and a scale for each output (out,): weight = scale x integers, within scale / 2."""
+    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
+    """The model with its linear weights rounded, held in its own type; itself where nothing is to round."""
+    if weights == "float32":
+        return model
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                w = module.weight
+                if weights == "bfloat16":
+                    w.copy_(w.to(torch.bfloat16))
+                else:
+                    integers, scale = quantized(w)
+                    w.copy_(integers * scale[:, None])
+    return model
+
+
+class ModelStep:
+    """The model's own forward."""
+
+    def __init__(self, model: LanguageModel, reason: str) -> None:
+        self.model, self.reason = model, reason
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        device = self.model.device
+        if torch.equal(rows, torch.arange(len(state.position))):
+            logits, after = self.model(tokens[:, None].to(device), state, logits="last")
+            return logits, cast(State, after)
+        rows = rows.to(device)
+        logits, part = self.model(tokens[:, None].to(device), state.select(rows), logits="last")
+        state.put(rows, cast(State, part))
+        return logits, state
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
+    ]
+
+
+_LINEARS = ("key", "value", "receptance", "output", "ffn_key", "ffn_value", "ffn_receptance", "ffn_output")
+_STATE = ("numerators", "denominators", "mixer_shift", "ffn_shift", "newest")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("mixer_norm", ctypes.c_void_p * 2),
+        ("ffn_norm", ctypes.c_void_p * 2),
+        ("distance", ctypes.c_void_p),
+        ("farthest", ctypes.c_int64),
+        *((name, _Linear) for name in _LINEARS),
+        *((name, ctypes.c_void_p) for name in ("f", "alpha", "beta", "gamma")),
+        *((name, ctypes.c_void_p) for name in ("own", "other", "begin", "coefficients", "taps", "fade")),
+        *((name, ctypes.c_void_p) for name in _STATE),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("type", "activation", "vocabulary", "layers", "heads", "channels")),
+        *((name, ctypes.c_int64) for name in ("hidden", "positions", "limit", "history", "modes", "newest", "threads")),
+        ("epsilon", ctypes.c_float),
+        ("embedding", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p * 2),
+        ("head", _Linear),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class CompiledStep:
+    """The whole model in one call of step.c, which reads a copy of the linear weights, laid out for it."""
+
+    def __init__(self, model: LanguageModel, weights: Weights) -> None:
+        found, self.reason = _library()
+        assert found is not None
+        self._call = cast(Callable[..., int], found.timemix_step)
+        self.model = model
+        self._type = WEIGHTS.index(weights)
+        self._panel = found.timemix_panel()
+        # What the structures point to.
+        self._held: list[Tensor] = []
+        config = model.config
+        assert isinstance(config.ffn, ChannelMixConfig)
+        self._layers = (_Layer * config.layers)(*(self._layer(block) for block in model.blocks))
+        C, hidden = config.channels, config.ffn_hidden
+        self._model = _Model(
+            type=self._type,
+            activation=_ACTIVATIONS.index(config.ffn.activation),
+            vocabulary=config.vocab_size,
+            layers=config.layers,
+            heads=config.heads,
+            channels=C,
+            hidden=hidden,
+            positions=config.ctx_len,
+            limit=model.max_position or 0,
+            history=config.ctx_len,
+            epsilon=model.norm.eps,
+            embedding=self._hold(model.embedding.weight),
+            norm=self._norm(model.norm),
+            head=self._linear(model.head),
+            layer=self._layers,
+        )
+        self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
+
+    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        count = len(rows)
+        for own, tensors in zip(self._layers, state.layers, strict=True):
+            for name, x in tensors.items():
+                # A prefill may leave views.
+                if not x.is_contiguous():
+                    x = tensors[name] = x.contiguous()
+                setattr(own, name, x.data_ptr())
+        if len(self._scratch) < count:
+            self._scratch = torch.empty(count, self._scratch.shape[1])
+        self._model.threads = torch.get_num_threads()
+        logits = torch.empty(count, self._model.vocabulary)
+        pointers = (x.data_ptr() for x in (rows, state.position, tokens, logits, self._scratch))
+        fault = self._call(ctypes.byref(self._model), ctypes.c_int64(count), *map(ctypes.c_void_p, pointers))
+        if fault == 1:
+            raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
+        if fault == 2:
+            raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
+        return logits, state
+
+    def _layer(self, block: Block) -> _Layer:
+        mixer, ffn = cast(TimeMix, block.mixer), cast(ChannelMix, block.ffn)
+        tables = {name: getattr(mixer, name) for name in ("f", "alpha", "beta", "gamma")}
+        linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
+        linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}
+        return _Layer(
+            mixer_norm=self._norm(block.mixer_norm),
+            ffn_norm=self._norm(block.ffn_norm),
+            distance=self._hold(block.shift.distances()),
+            farthest=block.shift.distance,
+            **{name: None if table is None else self._hold(table) for name, table in tables.items()},
+            **{name: self._linear(linear) for name, linear in linears.items()},
+        )
+
+    def _linear(self, linear: nn.Linear) -> _Linear:
+        weight, scale, panel = linear.weight.detach(), None, self._panel
+        if WEIGHTS[self._type] == "int8":
+            weight, scale = quantized(weight)
+        elif WEIGHTS[self._type] == "bfloat16":
+            weight = weight.to(torch.bfloat16)
+        missing = -linear.out_features % panel
+        panels = F.pad(weight, (0, 0, 0, missing)).view(-1, panel, linear.in_features).transpose(1, 2)
+        return _Linear(
+            weight=self._hold(panels),
+            scale=None if scale is None else self._hold(F.pad(scale, (0, missing))),
+            bias=None if linear.bias is None else self._hold(F.pad(linear.bias.detach(), (0, missing))),
+            outputs=linear.out_features,
+            inputs=linear.in_features,
+        )
+
+    def _norm(self, norm: nn.LayerNorm) -> ctypes.Array:
+        return (ctypes.c_void_p * 2)(self._hold(norm.weight), self._hold(norm.bias))
+
+    def _hold(self, x: Tensor) -> int:
+        """Address of a tensor's numbers, which stay there as long as this step."""
+        self._held.append(x.detach().contiguous())
+        return self._held[-1].data_ptr()

@@ -1,0 +1,120 @@
+"""A text that is being written, as a value: what the model keeps of it and what it has yet to read. It can be copied,
+branched, saved, and gone on with elsewhere.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timemix.checkpoint import open_tensors, write_tensors
+from timemix.errors import UserError
+from timemix.files import atomic_file, is_count
+from timemix.models import LanguageModel, State
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One text in the midst of being written.
+
+    state: of one row. tokens: the newest of the text, as many as a context that is read again can take (all that are
+    unread at least); the last `unread` of them are not in the state yet. written: tokens drawn so far. seen: the tokens
+    that occurred.
+    """
+
+    state: State
+    tokens: tuple[int, ...]
+    unread: int
+    written: int = 0
+    seen: frozenset[int] = field(default_factory=frozenset)
+
+    def clone(self) -> "Stream":
+        """A copy with a state of its own, to go on with in another way."""
+        return replace(self, state=self.state.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its state in bytes."""
+        return self.state.nbytes
+
+
+def model_hash(model: LanguageModel) -> str:
+    """SHA-256 of a model's sizes and weights, in hexadecimal."""
+    sha256 = hashlib.sha256(repr(model.config).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def save_stream(stream: Stream, path: str | Path, model: LanguageModel) -> None:
+    """Writes a stream of a model as one safetensors file, whole or not at all.
+
+    Raises CannotWrite where it cannot be written.
+    """
+    tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(stream.state.layers) for name, x in layer.items()}
+    about = {
+        "model": model_hash(model),
+        "architecture": model.config.arch,
+        "tokens": stream.tokens,
+        "unread": stream.unread,
+        "written": stream.written,
+        "seen": sorted(stream.seen),
+    }
+    with atomic_file(Path(path)) as temporary:
+        write_tensors(temporary, tensors | {"position": stream.state.position}, {"timemix_stream": json.dumps(about)})
+
+
+def load_stream(path: str | Path, model: LanguageModel) -> Stream:
+    """The stream that `save_stream` wrote of the same model.
+
+    Raises UserError for a file that is missing, damaged, something else, or of another model.
+    """
+    path = Path(path)
+    with open_tensors(path) as file:
+        about = _about(path, (file.metadata() or {}).get("timemix_stream"))
+        if about["model"] != model_hash(model):
+            raise UserError(
+                f"{path} is a state of another model ({about['architecture']}); load it with the one it is of"
+            )
+        state = model.init_state(1)
+        try:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state.position.copy_(found.pop("position"))
+            for i, layer in enumerate(state.layers):
+                for name, x in layer.items():
+                    saved = found.pop(f"layers.{i}.{name}")
+                    if saved.shape != x.shape:
+                        raise ValueError(f"{name} is {list(saved.shape)}")
+                    x.copy_(saved)
+            if found:
+                raise ValueError(f"it also holds {sorted(found)[0]}")
+            vocab_size, unread = model.config.vocab_size, about["unread"]
+            if not 1 <= unread <= len(about["tokens"]) or not all(
+                0 <= t < vocab_size for t in (*about["tokens"], *about["seen"])
+            ):
+                raise ValueError("its tokens are not of the model")
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]))
+
+
+def _about(path: Path, text: str | None) -> dict[str, Any]:
+    """What a file says of itself."""
+    if text is None:
+        raise UserError(f"{path} holds no state that timemix wrote")
+    try:
+        about = json.loads(text)
+        fits = (
+            all(isinstance(about[name], str) for name in ("model", "architecture"))
+            and all(is_count(about[name]) for name in ("unread", "written"))
+            and all(isinstance(about[name], list) and all(map(is_count, about[name])) for name in ("tokens", "seen"))
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged: what it says of its state cannot be read")
+    return about
