@@ -165,7 +165,7 @@ class Engine:
             raise KeyError(id)
         return self._stream_of(row)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """Writes one token of every request at work, in the order in which they came; waiting ones join first."""
         events = []

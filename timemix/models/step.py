@@ -99,7 +99,7 @@ class ModelStep:
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
         device = self.model.device
         if torch.equal(rows, torch.arange(len(state.position))):
