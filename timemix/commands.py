@@ -2,9 +2,10 @@
 
 import json
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ from timemix.files import cannot_write
 if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
     from timemix.distributed import World
+    from timemix.engine import Engine, Event
+    from timemix.streams import Stream
     from timemix.tokenizer import Tokenizer
     from timemix.tracking import Hook
     from timemix.train import Progress, Trainer, Watch
@@ -53,6 +56,9 @@ class Sampling:
     """Makes tokens of the context less likely; 1 is off."""
     context: Literal["reanchor", "exact"] = "reanchor"
     """Past ctx_len: go on from the newest half (constant cost), or recompute the whole window for each token."""
+
+    stop: tuple[str, ...] = ()
+    """Texts at the first of which a sample ends, before it."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
@@ -100,9 +106,17 @@ class SampleArguments:
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
     prompt: str | None = None
-    """Text to go on from; None: a line end, or the first token where the vocabulary has none."""
+    """Text to go on from; None: none with --load-state, else a line end, or the first token of the vocabulary."""
     checkpoint: str = "best"
     """best, newest, or a step."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Round the weights to this: the fewer bytes, the faster."""
+    load_state: Path | None = None
+    """Go on with the text whose state is in this file."""
+    save_state: Path | None = None
+    """Write the state after the text to this file, to go on with; also where it is interrupted."""
+    log_probabilities: bool = False
+    """With --json: the log-probability of each token in nats, at temperature 1 and before any filter."""
     device: str = "auto"
     """cpu, cuda ...; auto: cuda where there is one."""
     json: bool = False
@@ -332,36 +346,95 @@ def _default_prompt(tokenizer: "Tokenizer") -> str:
 
 def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, arguments, "sample")
+    settings = parsed.sampling
+    if parsed.save_state is not None and settings.count > 1:
+        raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
     from timemix.checkpoint import load
-    from timemix.generation import generate, stream_text
+    from timemix.engine import Engine, Request
+    from timemix.models.step import ModelStep
     from timemix.precision import choose_device
     from timemix.sampling import Sampler
+    from timemix.streams import load_stream, save_stream
 
-    settings = parsed.sampling
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
-    prompt = _default_prompt(loaded.tokenizer) if parsed.prompt is None else parsed.prompt
+    start = None if parsed.load_state is None else load_stream(parsed.load_state, loaded.model)
+    prompt = parsed.prompt
+    if prompt is None:
+        prompt = _default_prompt(loaded.tokenizer) if start is None else ""
     _note_long_prompt(prompt, loaded)
-    options: dict[str, Any] = {
-        "tokens": settings.tokens,
-        "count": settings.count,
-        "sampler": sampler,
-        "seed": settings.seed,
-        "context": settings.context,
-    }
-    if parsed.json:
-        texts = generate(loaded, prompt, **options)
-        print(json.dumps({"prompt": prompt, "texts": texts}))
-    elif settings.count == 1:
+    engine = Engine(loaded.model, loaded.tokenizer, places=settings.count, weights=parsed.weights)
+    if isinstance(engine.advance, ModelStep):
+        print(f"timemix: tokens are written step by step by the model itself: {engine.advance.reason}", file=sys.stderr)
+    ids = loaded.tokenizer.encode(prompt).tolist()
+    for number in range(settings.count):
+        engine.add(
+            Request(
+                ids,
+                settings.tokens,
+                sampler,
+                settings.seed,
+                number,
+                settings.stop,
+                parsed.log_probabilities,
+                start,
+                parsed.save_state is not None,
+                settings.context,
+            )
+        )
+    saving = parsed.save_state
+    noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
+    with noted as interrupts:
+        last: Stream | None = None
+        try:
+            for event in _written(engine, prompt, parsed):
+                last = event.stream
+                if interrupts:
+                    break
+        finally:
+            # Also where whoever reads our output has gone.
+            if saving:
+                save_stream(last or engine.stream(0), saving, loaded.model)
+    if interrupts:
+        raise KeyboardInterrupt
+    return 0
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Ctrl-C goes into the list, rather than stop what is going on in its midst."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _written(engine: "Engine", prompt: str, parsed: SampleArguments) -> Iterator["Event"]:
+    """Prints the texts of an engine, one as it comes, several when all have ended; gives their events."""
+    count = parsed.sampling.count
+    streaming = count == 1 and not parsed.json
+    texts = [""] * count
+    told: list[list[float | None]] = [[] for _ in range(count)]
+    if streaming:
         sys.stdout.write(prompt)
-        for (piece,) in stream_text(loaded, prompt, **options):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    while engine.busy:
+        for event in engine.step():
+            yield event
+            texts[event.id] += event.text
+            told[event.id].append(event.log_probability)
+            if streaming:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+    if parsed.json:
+        asked = {"log_probabilities": told} if parsed.log_probabilities else {}
+        print(json.dumps({"prompt": prompt, "texts": texts} | asked))
+    elif streaming:
         sys.stdout.write("\n")
     else:
-        for number, text in enumerate(generate(loaded, prompt, **options), 1):
+        for number, text in enumerate(texts, 1):
             print(f"--- sample {number}\n{prompt}{text}")
-    return 0
 
 
 def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:

@@ -77,9 +77,7 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
     with open_tensors(path) as file:
         about = _about(path, (file.metadata() or {}).get("timemix_stream"))
         if about["model"] != model_hash(model):
-            raise UserError(
-                f"{path} is a state of another model ({about['architecture']}); load it with the one it is of"
-            )
+            raise UserError(f"{path} is a state of another model ({about['architecture']}); give the run that wrote it")
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
