@@ -378,10 +378,10 @@ def test_running_sum(T, reverse, monkeypatch):
 
 def test_the_operators_are_registered_as_the_compiler_needs_them():
     x, f = torch.randn(2, 5, 3, 2, requires_grad=True), torch.randn(3, 7, requires_grad=True)
-    torch.library.opcheck(causal.causal_convolution, (x, f, 4))
-    torch.library.opcheck(spectral.spectral_convolution, (x, f))
-    torch.library.opcheck(causal.running_sum, (torch.randn(2, 20, 3, requires_grad=True), True))
-    torch.library.opcheck(causal.toeplitz, (f, 4, 6))
+    torch.library.opcheck(causal.causal_convolution.custom, (x, f, 4))
+    torch.library.opcheck(spectral.spectral_convolution.custom, (x, f))
+    torch.library.opcheck(causal.running_sum.custom, (torch.randn(2, 20, 3, requires_grad=True), True))
+    torch.library.opcheck(causal.toeplitz.custom, (f, 4, 6))
     torch.library.opcheck(embedding, (torch.randn(7, 3, requires_grad=True), torch.randint(7, (2, 5))))
 
 

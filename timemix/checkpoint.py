@@ -315,8 +315,10 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
             f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
         )
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
-    model = empty_model(config.model, folder).to(dtype).to_empty(device=device)
-    _fill_from(folder, model)
+    model = empty_model(config.model, folder)
+    with open_tensors(folder / "model.safetensors") as tensors:
+        weights = {name: tensors.get_tensor(name).to(device, dtype) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)
 
 

@@ -116,7 +116,8 @@ class LanguageModel(nn.Module):
         self.head = Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recompute: Recompute = "none"
-        set_initial_values(self)
+        if self.device.type != "meta":
+            set_initial_values(self)
 
     @property
     def max_position(self) -> int | None:

@@ -71,6 +71,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Embedding(nn.Embedding):
     """nn.Embedding, the same when compiled but for where its gradient is summed."""
 
+    def reset_parameters(self) -> None:
+        # Without memory there is nothing to fill, and trying takes torch 2 s of imports.
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
+
     def forward(self, tokens: Tensor) -> Tensor:
         return embedding(self.weight, tokens) if torch.compiler.is_compiling() else super().forward(tokens)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timemix.ops.operators import operator
+
 BLOCK = 256
 """Positions of a block of the convolution."""
 
@@ -17,7 +19,7 @@ _SUM_SMALL = 2**18
 """Elements below which the walk along time costs less than the calls that avoid it."""
 
 
-@torch.library.custom_op("timemix::running_sum", mutates_args=())
+@operator("timemix::running_sum")
 def running_sum(x: Tensor, reverse: bool = False) -> Tensor:
     """Sum of x (B, T, C) over time up to each position, or, in reverse, from each position to the end.
 
@@ -77,7 +79,7 @@ def _running_sum_backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
 running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_setup)
 
 
-@torch.library.custom_op("timemix::toeplitz", mutates_args=())
+@operator("timemix::toeplitz")
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
     """(H, rows, columns) with f(columns - rows + i - j) at [i, j], zero in the future, from f (H, ctx_len) by lag.
 
@@ -140,7 +142,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("timemix::causal_convolution", mutates_args=())
+@operator("timemix::causal_convolution")
 def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
     """y[t] = sum_{u<=t} f(t - u) x[u] per head, at the last positions: (B, last, H, N) from x (B, T, H, N).
 

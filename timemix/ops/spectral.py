@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix.ops.causal import diagonal_sums, of_length, sum_dtype, toeplitz
+from timemix.ops.operators import operator
 
 
 def block_length(T: int) -> int:
@@ -29,7 +30,7 @@ def block_length(T: int) -> int:
     return max(16, round(1.4 * T**0.5 / 16) * 16)
 
 
-@torch.library.custom_op("timemix::spectral_convolution", mutates_args=())
+@operator("timemix::spectral_convolution")
 def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
     """y[t] = sum_{u<=t} f(t - u) x[u] per head, (B, T, H, N), from x of that shape and f (H, ctx_len) by lag.
 
