@@ -18,7 +18,7 @@ VERBS = {
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "draw the loss curves of runs",
     "data": "describe a text, or prepare it for training",
-    "bench": "time the op, or a training step, beside a plain writing and attention",
+    "bench": "time the op, a training step, or writing, beside other ways",
     "info": "versions, devices, backends; size of a model",
 }
 # Of the verbs that are not in timemix.commands.

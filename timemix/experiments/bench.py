@@ -88,9 +88,9 @@ def bench_op(
             if contender.name == PLAIN or contender.name.startswith("dense"):
                 contender.fault = contender.fault or _too_large(heads * T * T, where)
         say(f"ctx_len {T}")
-        results.append({"ctx_len": T, "paths": _race(contenders, seconds, where, say)})
+        results.append({"ctx_len": T, "paths": race(contenders, seconds, where, say)})
     work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
-    return {"work": work, "machine": _machine(where), "results": results}
+    return {"work": work, "machine": machine_now(where), "results": results}
 
 
 def _too_large(matrix: int, device: torch.device) -> str | None:
@@ -177,7 +177,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
         expected = _logits(plain, tokens[:, :-1], "float32")
     ours.recompute = rotary.recompute = train.recompute
     models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
-    if (llama := _llama(model, device)) is not None:
+    if (llama := llama_like(model, device)) is not None:
         models["transformers Llama"] = llama
     else:
         say("transformers is not installed: its Llama is left out")
@@ -194,8 +194,8 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
                 contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
             contenders.append(contender)
     with _plain_backend():
-        paths = _race(contenders, seconds, device, say)
-    machine = _machine(device)
+        paths = race(contenders, seconds, device, say)
+    machine = machine_now(device)
     for row in paths:
         own = models.get(row["name"].partition(f" {precision}")[0], ours)
         weights = sum(p.numel() for n, p in own.named_parameters() if p.ndim == 2 and "mixer.f" not in n)
@@ -256,7 +256,7 @@ def _step(
     return Contender(name, call, tokens[:, 1:].numel())
 
 
-def _llama(model: ModelConfig, device: torch.device) -> nn.Module | None:
+def llama_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
     """A Llama-style model of `transformers` with about as many parameters, None where that is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
@@ -277,7 +277,7 @@ def _llama(model: ModelConfig, device: torch.device) -> nn.Module | None:
     return LlamaForCausalLM(config).to(device)
 
 
-def _race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[dict[str, Any]]:
+def race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[dict[str, Any]]:
     """Times of each path, all taking turns, until `seconds` have gone for each on average, three rounds at least."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
@@ -310,13 +310,14 @@ def _race(contenders: list[Contender], seconds: float, device: torch.device, say
         middle = statistics.median(own)
         row |= {"seconds": middle, "rounds": rounds, "tokens_per_second": contender.tokens / middle}
         if base is not None:
-            ratios = sorted(a / b for a, b in zip(base, own, strict=True))
+            work = contender.tokens / contenders[0].tokens
+            ratios = sorted(work * a / b for a, b in zip(base, own, strict=True))
             row["ratio"] = {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
         rows.append(row)
     return rows
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_now(device: torch.device) -> dict[str, Any]:
     """What the figures depend on, and the limits, measured now."""
     peaks = {f"{p}_peak": matrix_product_peak(p, device) for p in ("float32", "bfloat16")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -350,6 +351,9 @@ def _commit() -> str:
     return f" ({done.stdout.strip()})"
 
 
+_MORE = {"share_of_peak": "share of peak, 6 N D", "share_of_floor": "share of the floor", "state_bytes": "state, bytes"}
+
+
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as a person reads it."""
     machine = report["machine"]
@@ -360,16 +364,20 @@ def to_markdown(report: dict[str, Any]) -> str:
         f" memory read at {machine['bandwidth'] / 1e9:.0f} GB/s."
     ]
     for result in report["results"]:
-        by_peak = any("share_of_peak" in row for row in result["paths"])
-        head = [f"ctx_len {result['ctx_len']}", "ms", "tokens/s", f"ratio to {PLAIN}"]
-        rows = [head + (["share of peak, 6 N D"] if by_peak else [])]
+        more = {key: head for key, head in _MORE.items() if any(key in row for row in result["paths"])}
+        title = result.get("title", f"ctx_len {result.get('ctx_len')}")
+        rows = [[title, "ms", "tokens/s", f"ratio to {result['paths'][0]['name']}", *more.values()]]
         for row in result["paths"]:
             if "withheld" in row:
                 rows.append([row["name"], row["withheld"], *["-"] * (len(rows[0]) - 2)])
                 continue
             ratio = row.get("ratio")
             spread = "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-            cells = [row["name"], f"{1e3 * row['seconds']:.1f}", f"{row['tokens_per_second']:,.0f}", spread]
-            rows.append(cells + ([f"{row['share_of_peak']:.0%}"] if by_peak else []))
+            cells = [row["name"], f"{1e3 * row['seconds']:.{1 if row['seconds'] > 0.01 else 3}f}"]
+            cells += [f"{row['tokens_per_second']:,.0f}", spread]
+            for key in more:
+                value = row.get(key)
+                cells.append("-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.0%}")
+            rows.append(cells)
         parts.append(markdown_table(rows))
     return "\n\n".join(parts) + "\n"

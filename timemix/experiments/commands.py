@@ -151,13 +151,39 @@ class BenchTrainArguments:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True)
+class BenchSampleArguments:
+    """Time the writing of text, random weights, beside recomputing, a Llama and the floor: timemix bench sample seed
+
+    A preset is named first; fields of its model are changed as for `timemix train`.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Texts written at once."""
+    seconds: float = 2.0
+    """Time for each path; three rounds at least."""
+    out: Path | None = None
+    """Folder for bench.json, bench.md and batches.png."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise UserError(f"--batches {list(self.batches)}: each must be at least 1")
+
+
 def bench(arguments: list[str]) -> int:
     what = arguments[0] if arguments else ""
-    if what not in ("op", "train"):
-        raise UserError(f"bench what? timemix bench op or timemix bench train, not {what!r}")
-    asked: BenchOpArguments | BenchTrainArguments
+    if what not in ("op", "train", "sample"):
+        raise UserError(f"bench what? timemix bench op, bench train or bench sample, not {what!r}")
+    asked: BenchOpArguments | BenchTrainArguments | BenchSampleArguments
     if what == "op":
         asked = parse(BenchOpArguments, arguments[1:], "bench op")
+    elif what == "sample":
+        config, rest = preset_of(arguments[1:], "cpu-small")
+        sizes = BenchSampleArguments(replace(config.model, vocab_size=65))
+        asked = parse(BenchSampleArguments, rest, "bench sample", sizes)
     else:
         config, rest = preset_of(arguments[1:], "cpu-small")
         # Not the vocabulary of a text: that of characters.
@@ -170,6 +196,12 @@ def bench(arguments: list[str]) -> int:
     if isinstance(asked, BenchOpArguments):
         options = {n: getattr(asked, n) for n in ("ctx_lens", "batch_size", "heads", "channels", "seconds", "device")}
         report = benchmark.bench_op(**options, say=_say)
+    elif isinstance(asked, BenchSampleArguments):
+        from timemix.experiments.bench_sample import bench_sample, draw_batches
+
+        report = bench_sample(asked.model, batches=asked.batches, seconds=asked.seconds, say=_say)
+        if asked.out is not None:
+            draw_batches(report, asked.out / "batches.png")
     else:
         report = benchmark.bench_train(asked.model, asked.train, seconds=asked.seconds, say=_say)
     words = benchmark.to_markdown(report)

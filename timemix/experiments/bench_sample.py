@@ -1,0 +1,281 @@
+"""`timemix bench sample`: tokens written a second, beside recomputing, a Llama with its cache, and the floor.
+
+The floor of a step is the time in which the bytes of weights and state that it must read can be read from memory, at
+the bandwidth measured in the same run. Weights that fit a cache can be faster than that.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from timemix.config import ModelConfig
+from timemix.engine import Engine, Request
+from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
+from timemix.experiments.measure import process_memory
+from timemix.files import atomic_file
+from timemix.models import LanguageModel, State
+from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
+from timemix.sampling import Sampler
+
+STEPS = 16
+"""Tokens that a path writes when its turn comes: in a row, as in generation."""
+
+POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
+    """Steps of a model of random weights, alone, in batches and by position; and the time to a first token."""
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    ours = LanguageModel(model).eval()
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    results = [
+        _alone(ours, seconds, say),
+        _in_batches(ours, batches, seconds, say),
+        _by_position(ours, seconds, say),
+        _first_token(ours, seconds, say),
+    ]
+    cache = _largest_cache()
+    fits = {w: n for w in WEIGHTS if cache is not None and (n := _weight_bytes(ours, w)) < cache}
+    work = (
+        f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, {model.layers} layers,"
+        f" {model.heads} heads, {model.channels} channels, ctx_len {model.ctx_len}, vocabulary {model.vocab_size};"
+        f" {build_step(ours).reason}"
+    )
+    if fits:
+        work += f"; weights in {' and '.join(fits)} fit the largest cache, {cast(int, cache) / 2**20:.0f} MiB"
+    return {"work": work, "machine": machine_now(device), "results": results}
+
+
+@torch.no_grad()
+def _alone(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+    """One text, its context half full, on each path."""
+    position = _middle(model)
+    tokens = torch.randint(model.config.vocab_size, (1, model.config.ctx_len))
+
+    def recompute() -> None:
+        for _ in range(2):
+            model(tokens, logits="last")
+
+    contenders = [Contender("recomputing the context float32", torch.no_grad()(recompute), 2)]
+    steps = {"the model's forward float32": build_step(model, backend="model")} | _steps(model)
+    for name, step in steps.items():
+        weights = cast(Weights, name.split()[-1])
+        contenders.append(_stepping(name, step, model, 1, position, rounded(model, weights)))
+    contenders += _llamas(model, position, say)
+    memory = torch.ones(2**26)
+    contenders.append(Contender("reading memory", memory.sum, 1))
+    *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
+    # Measured in turn with the steps: that of a machine shared with others changes.
+    bandwidth = 4 * memory.numel() / reading["seconds"]
+    for row in rows:
+        weights = row["name"].split()[-1]
+        if row["name"].startswith("step") and "seconds" in row:
+            moved = _weight_bytes(model, weights) + _state_bytes(model, position)
+            row["share_of_floor"] = moved / bandwidth / (row["seconds"] / STEPS)
+    title = f"one text, position {position}, memory read at {bandwidth / 1e9:.0f} GB/s meanwhile"
+    return {"title": title, "bandwidth": bandwidth, "paths": _per_token(rows)}
+
+
+def _steps(model: LanguageModel) -> dict[str, Step]:
+    """The steps that generation takes, for each kind of weights."""
+    steps = {f"step {weights}": build_step(model, weights) for weights in WEIGHTS}
+    # Where nothing is compiled all of them are the model's forward.
+    return steps if isinstance(steps["step float32"], CompiledStep) else {}
+
+
+def _stepping(
+    name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel | None = None
+) -> Contender:
+    """STEPS steps of some rows from a position; at fault where the first logits are not those of `expected`."""
+    state = _standing(model, rows, position)
+    places, tokens = torch.arange(rows), torch.randint(model.config.vocab_size, (rows,))
+    fault = None
+    if expected is not None:
+        found, _ = step(tokens, state.clone(), places)
+        with torch.no_grad():
+            theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
+        worst = float((found - theirs).abs().max() / theirs.abs().max())
+        fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
+
+    def call() -> None:
+        nonlocal state
+        state.position.fill_(position)
+        for _ in range(STEPS):
+            _, state = step(tokens, state, places)
+
+    return Contender(name, call, rows * STEPS, fault)
+
+
+def _standing(model: LanguageModel, rows: int, position: int) -> State:
+    """A state of rows that have seen so many tokens, of any content."""
+    state = model.init_state(rows)
+    for layer in state.layers:
+        for name, x in layer.items():
+            x.copy_(torch.rand_like(x) if name == "denominators" else torch.randn_like(x))
+    state.position.fill_(position)
+    return state
+
+
+def _llamas(model: LanguageModel, position: int, say: Say) -> list[Contender]:
+    """A Llama of `transformers` of the same size, its cache as full; none where that is not installed."""
+    llama = llama_like(model.config, torch.device("cpu"))
+    if llama is None:
+        say("transformers is not installed: its Llama is left out")
+        return []
+    return [_llama(llama.eval(), "float32", position), _llama(copy.deepcopy(llama).bfloat16(), "bfloat16", position)]
+
+
+def _llama(llama: nn.Module, weights: str, position: int) -> Contender:
+    from transformers import DynamicCache  # type: ignore[import-not-found]
+
+    vocab_size = cast(Any, llama.config).vocab_size
+    cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64)
+    llama(torch.randint(vocab_size, (1, position)), past_key_values=cache, use_cache=True)
+
+    @torch.no_grad()
+    def call() -> None:
+        for _ in range(STEPS):
+            llama(token, past_key_values=cache, use_cache=True)
+        cache.crop(-STEPS)
+
+    return Contender(f"transformers Llama with its cache {weights}", call, STEPS)
+
+
+def _in_batches(model: LanguageModel, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
+    """Rows at once, each kind of weights."""
+    position = _middle(model)
+    contenders = [
+        _stepping(f"{rows} x {name}", step, model, rows, position)
+        for name, step in (_steps(model) or {"step float32": build_step(model)}).items()
+        for rows in batches
+    ]
+    rows = race(contenders, seconds, torch.device("cpu"), say)
+    return {"title": f"texts at once, position {position}", "paths": _per_token(rows)}
+
+
+def _by_position(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+    """A token at each of POSITIONS of a text, what re-reading costs on average included."""
+    step, limit = build_step(model), model.max_position
+    kept = None if limit is None else max(1, limit // 2)
+    places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
+    contenders = [
+        _stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS))
+        for p, place in places.items()
+    ]
+    rows = race(contenders, seconds, torch.device("cpu"), say)
+    again = 0.0
+    if limit is not None and kept is not None:
+        (reading,) = race([_reading(f"{kept}", model, kept)], seconds, torch.device("cpu"), say)
+        again = reading["seconds"] / (limit - kept)
+    for position, row in zip(POSITIONS, rows, strict=True):
+        if limit is not None and position >= limit:
+            row["seconds"] += again * STEPS
+            row["tokens_per_second"] = STEPS / row["seconds"]
+        row["state_bytes"] = model.init_state(1).nbytes
+    title = "a token at each position"
+    if limit is not None:
+        title += f", reading {kept} tokens again every {limit - cast(int, kept)}"
+    memory = process_memory("VmHWM")
+    return {"title": title, "paths": _per_token(rows), "peak_memory": memory}
+
+
+def _first_token(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+    """From a prompt to its first token, beside the forward pass of training on as many tokens."""
+    ctx_len = model.config.ctx_len
+    rows = torch.randint(model.config.vocab_size, (16, ctx_len))
+
+    def forward() -> None:
+        model(rows)
+
+    contenders = [Contender(f"forward as in training, 16 x {ctx_len}", forward, rows.numel())]
+    lengths = sorted(
+        {n for n in (1, 16, ctx_len // 4, ctx_len, 4 * ctx_len) if n == 1 or n <= ctx_len or model.max_position is None}
+    )
+    contenders += [_reading(f"prompt of {n}", model, n) for n in lengths if n]
+    return {"title": "time to the first token", "paths": race(contenders, seconds, torch.device("cpu"), say)}
+
+
+def _reading(name: str, model: LanguageModel, length: int) -> Contender:
+    prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
+    step = build_step(model)
+
+    def call() -> None:
+        engine = Engine(model, step=step)
+        engine.add(Request(prompt, 1, Sampler(temperature=0)))
+        engine.step()
+
+    return Contender(name, call, length)
+
+
+def _per_token(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose `seconds` are those of a token of each text, not of all that a turn writes."""
+    for row in rows:
+        if "seconds" in row:
+            row["seconds"] /= 2 if row["name"].startswith("recomputing") else STEPS
+    return rows
+
+
+def _middle(model: LanguageModel) -> int:
+    return max(1, model.config.ctx_len // 2 - STEPS // 2)
+
+
+def _weight_bytes(model: LanguageModel, weights: str) -> int:
+    """Bytes of weights that a step reads: all but the embedding."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
+    return linear * _BYTES[weights] + rest * 4
+
+
+def _state_bytes(model: LanguageModel, position: int) -> int:
+    """Bytes of a row's state that a step reads at a position."""
+    state = model.init_state(1)
+    ends = model.max_position is not None
+    total = 0
+    for layer in state.layers:
+        for x in layer.values():
+            part = position / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1
+            total += int(part * x.numel() * x.element_size())
+    return total
+
+
+def _largest_cache() -> int | None:
+    """Bytes of the largest cache of a processor, None where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20}
+    try:
+        found = [
+            (folder / "size").read_text().strip()
+            for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+        ]
+        return max(int(size[:-1]) * units[size[-1]] for size in found)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def draw_batches(report: dict[str, Any], path: Path) -> None:
+    """A picture of tokens a second against texts at once."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in report["results"][1]["paths"]:
+        if "tokens_per_second" in row:
+            rows, _, name = row["name"].partition(" x ")
+            lines.setdefault(name, []).append((int(rows), row["tokens_per_second"]))
+    for name, points in lines.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xlabel("texts at once")
+    axes.set_ylabel("tokens/s of all")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
