@@ -53,7 +53,10 @@ def test_seed_is_the_published_figure():
     [
         (lambda: preset("cpu-smal"), "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
         (lambda: architecture("rwkv"), "unknown architecture 'rwkv'; did you mean 'rwkv1'?"),
-        (lambda: architecture("xyz"), "unknown architecture 'xyz'; known: rwkv1, mha_rotary, mha_shift, mha_pro"),
+        (
+            lambda: architecture("xyz"),
+            "unknown architecture 'xyz'; known: rwkv1, rwkv1_exp, mha_rotary, mha_shift",
+        ),
         (lambda: ModelConfig(heads=5), "model.heads 5 does not divide model.channels 128; the nearest that does is 4"),
         (lambda: ModelConfig(layers=0), "model.layers is 0; it must be at least 1"),
         (lambda: ModelConfig(dropout=1.0), "model.dropout 1.0 is not in [0, 1)"),

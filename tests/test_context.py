@@ -10,7 +10,7 @@ import torch
 
 from tests.runs import TEXT, small_config, small_trainer, with_model
 from timemix import checkpoint
-from timemix.config import DataConfig, TimeMixConfig, architecture
+from timemix.config import DataConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.errors import UserError
 from timemix.models import LanguageModel
 from timemix.models.context import with_ctx_len
@@ -38,6 +38,7 @@ MIXERS = {
     "rwkv1 weighted": {"mixer": TimeMixConfig(denominator="weighted")},
     "rwkv1 without alpha": {"mixer": TimeMixConfig(alpha=False)},
     "rwkv1 without tables": {"mixer": TimeMixConfig(alpha=False, beta=False, gamma=False)},
+    "rwkv1_exp": {"mixer": ExpTimeMixConfig(exponentials=1, taps=1)},
     "mha_rotary": {},
     "mha_shift": {},
     "mha_pro": {},

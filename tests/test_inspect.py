@@ -23,11 +23,11 @@ def trained(tmp_path, arch="rwkv1", **fields):
     return loaded, loaded.tokenizer.encode(TEXT)[:200]
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "mha_shift", "mha_pro"])
+@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_shift", "mha_pro"])
 def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
     loaded, tokens = trained(tmp_path, arch)
     report = inspect_run(loaded, tokens)
-    names = {"rwkv1": ["receptance", "key", "value"]}.get(arch, ["query", "key", "value"])
+    names = ["query", "key", "value"] if arch.startswith("mha") else ["receptance", "key", "value"]
     assert [r["projection"] for r in report["projections"] if (r["layer"], r["half"]) == (1, "mixer")] == names
     row = next(r for r in report["projections"] if (r["layer"], r["half"], r["projection"]) == (0, "mixer", "value"))
 

@@ -13,6 +13,7 @@ from timemix.config import (
     ARCHITECTURES,
     AttentionConfig,
     ChannelMixConfig,
+    ExpTimeMixConfig,
     ProAttentionConfig,
     TimeMixConfig,
     architecture,
@@ -34,6 +35,8 @@ VARIANTS = {name: architecture(name) for name in ARCHITECTURES} | {
     "weighted, original": architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted"), initial="original"),
     "free W": architecture("rwkv1", mixer=TimeMixConfig(weights="free")),
     "free W, weighted": architecture("rwkv1", mixer=TimeMixConfig(weights="free", denominator="weighted")),
+    "exponentials, odd": architecture("rwkv1_exp", mixer=ExpTimeMixConfig(exponentials=5, taps=2)),
+    "one exponential": architecture("rwkv1_exp", mixer=ExpTimeMixConfig(1, alpha=False, beta=False, gamma=False)),
     "zero, rotary": architecture("mha_rotary", initial="zero"),
     "one head": architecture("rwkv1", heads=1),
     "a head per channel": architecture("rwkv1", heads=16),
@@ -176,13 +179,48 @@ def test_hidden_rows_give_the_logits(model):
     torch.testing.assert_close(model.head(hidden), logits)
 
 
-def test_past_the_context_is_an_error(model):
+def test_past_the_context_is_an_error_where_there_is_an_end(model):
+    if model.max_position is None:
+        assert model(tokens(1, CTX + 1))[0].isfinite().all()
+        return
     with pytest.raises(ValueError, match="13 tokens are more than this model's context of 12"):
         model(tokens(1, CTX + 1))
     with torch.no_grad():
         _, state = model(tokens(1), model.init_state(1))
     with pytest.raises(ValueError, match="13 tokens"):
         model(tokens(1, 1), state)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].arch == "rwkv1_exp"])
+def test_exponentials_have_no_end(variant):
+    """Many contexts in one piece, in pieces with the state carried, row by row, and token by token."""
+    model, x = build(VARIANTS[variant]), tokens(2, 5 * CTX)
+    with torch.no_grad():
+        whole, _ = model(x)
+        for sizes in ([7, CTX + 5, 1, 4 * CTX - 13], [1] * 5 * CTX):
+            state, parts = model.init_state(2), []
+            for piece in x.split(sizes, 1):
+                logits, state = model(piece, state)
+                parts.append(logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole)
+            assert state.position.tolist() == [5 * CTX] * 2
+        lengths = torch.tensor([CTX + 3, 5])
+        _, state = model(x[:, : 2 * CTX], model.init_state(2), lengths=lengths)
+        rest = torch.stack([row[n : n + 2 * CTX] for row, n in zip(x, lengths.tolist(), strict=True)])
+        after, _ = model(rest, state)
+    for row, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(after[row], whole[row, n : n + 2 * CTX])
+
+
+def test_exponentials_start_as_rwkv1():
+    for initial in ("zero", "original"):
+        f, exp = (
+            LanguageModel(architecture(arch, ctx_len=64, initial=initial)).blocks[0].mixer
+            for arch in ("rwkv1", "rwkv1_exp")
+        )
+        # The last head is constant there, and here decays as slowly as it may.
+        torch.testing.assert_close(exp.curve(), f.f, atol=0.0065, rtol=0)
+        assert (exp.rate >= 1e-4).all()
 
 
 @pytest.mark.parametrize("initial", ["zero", "original"])

@@ -58,6 +58,22 @@ class TimeMixConfig:
 
 
 @dataclass(frozen=True)
+class ExpTimeMixConfig:
+    """Mixer of `rwkv1_exp`."""
+
+    exponentials: int = 8
+    """K: decaying exponentials whose sum is f_h(lag); the state has so many numerators for each channel."""
+    taps: int = 0
+    """M: lags at which f_h has a number of its own besides."""
+    alpha: bool = True
+    """Learn alpha_h(u), the weight of a source position."""
+    beta: bool = True
+    """Learn beta_h(t), the weight of a target position."""
+    gamma: bool = True
+    """Learn gamma(t), the output weight of a position."""
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Mixer of `mha_rotary` and `mha_shift`."""
 
@@ -87,7 +103,7 @@ class ProAttentionConfig:
 
 @dataclass(frozen=True)
 class ChannelMixConfig:
-    """Feed-forward half of `rwkv1` and `mha_pro`."""
+    """Feed-forward half of `rwkv1`, `rwkv1_exp` and `mha_pro`."""
 
     activation: Literal["gelu", "mish", "relu2", "silu"] = "gelu"
     """Activation of the key branch."""
@@ -101,7 +117,7 @@ class GegluConfig:
     """Activation of the gating branch."""
 
 
-MixerConfig = TimeMixConfig | AttentionConfig | ProAttentionConfig
+MixerConfig = TimeMixConfig | ExpTimeMixConfig | AttentionConfig | ProAttentionConfig
 FfnConfig = ChannelMixConfig | GegluConfig
 
 
@@ -110,7 +126,7 @@ class ModelConfig:
     """Architecture and size."""
 
     arch: str = "rwkv1"
-    """Architecture: rwkv1, mha_rotary, mha_shift or mha_pro."""
+    """Architecture: rwkv1, rwkv1_exp, mha_rotary, mha_shift or mha_pro."""
     vocab_size: int = 256
     """Entries of the vocabulary; training sets it from the tokenizer."""
     ctx_len: int = 64
@@ -149,6 +165,9 @@ class ModelConfig:
                 f"model.heads {self.heads} does not divide model.channels {self.channels};"
                 f" the nearest that does is {close}"
             )
+        if isinstance(self.mixer, ExpTimeMixConfig):
+            _within("model.mixer.exponentials", self.mixer.exponentials, 1, self.ctx_len)
+            _within("model.mixer.taps", self.mixer.taps, 0, self.ctx_len)
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise UserError(f"model.ffn_ratio {self.ffn_ratio} gives the feed-forward half no sensible size")
         if not 0 <= self.dropout < 1:
@@ -288,6 +307,7 @@ class RunConfig:
 
 _ARCHITECTURE_PARTS: dict[str, tuple[type[MixerConfig], type[FfnConfig]]] = {
     "rwkv1": (TimeMixConfig, ChannelMixConfig),
+    "rwkv1_exp": (ExpTimeMixConfig, ChannelMixConfig),
     "mha_rotary": (AttentionConfig, GegluConfig),
     "mha_shift": (AttentionConfig, GegluConfig),
     "mha_pro": (ProAttentionConfig, ChannelMixConfig),
@@ -363,7 +383,7 @@ def architecture(arch: str, **fields: Any) -> ModelConfig:
         raise UserError(f"unknown architecture {arch!r}{nearest(arch, ARCHITECTURES)}")
     mixer, ffn = _ARCHITECTURE_PARTS[arch]
     own: dict[str, Any] = {"arch": arch, "mixer": mixer(), "ffn": ffn()}
-    if arch != "rwkv1":
+    if not arch.startswith("rwkv1"):
         own["initial"] = "original"
     if arch == "mha_rotary":
         own["token_shift"] = ()
@@ -383,7 +403,7 @@ def preset(name: str, arch: str = "rwkv1") -> RunConfig:
     if isinstance(model.ffn, ChannelMixConfig):
         model = dataclasses.replace(model, ffn=ChannelMixConfig(**sizes.get("ffn", {})))
     # The published figure trained its attention models with a smaller step and weight decay.
-    if name == "seed" and arch != "rwkv1":
+    if name == "seed" and not arch.startswith("rwkv1"):
         train |= {"lr": 4e-4, "weight_decay": 0.01}
     return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from timemix import __version__
-from timemix.config import ARCHITECTURES, ModelConfig, TimeMixConfig, TrainConfig, architecture
+from timemix.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, TrainConfig, architecture
 from timemix.models import LanguageModel
 from timemix.ops import choose_backend
 from timemix.ops.causal import BLOCK
@@ -39,11 +39,12 @@ def flops_per_token(config: ModelConfig) -> int:
     with torch.device("meta"):
         model = LanguageModel(config)
     weights += sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "weight" in name)  # type: ignore[attr-defined]
-    products = T if config.arch == "rwkv1" else 2 * T
-    if config.arch == "rwkv1" and T > BLOCKED_UP_TO:
+    time_mix = config.arch.startswith("rwkv1")
+    products = T if time_mix else 2 * T
+    if time_mix and T > BLOCKED_UP_TO:
         L = block_length(T)
         products = 5 * L + 4 * T // L
-    elif config.arch == "rwkv1" and T > DENSE_UP_TO:
+    elif time_mix and T > DENSE_UP_TO:
         products = (T + BLOCK) // 2
     return 2 * weights + config.layers * 2 * C * products
 
@@ -67,9 +68,9 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
         "all": model.layers * model.channels + block,
     }[train.recompute]
     per_token = kept * blocks + 4 * model.vocab_size
-    matrices = {"rwkv1": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
+    matrices = {"rwkv1": 4, "rwkv1_exp": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
     written = model.layers * model.ctx_len
-    if model.arch == "rwkv1" and model.ctx_len > DENSE_UP_TO:
+    if model.arch.startswith("rwkv1") and model.ctx_len > DENSE_UP_TO:
         written = BLOCK
     squares = matrices * model.heads * model.ctx_len * written
     held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
@@ -92,7 +93,8 @@ def describe_machine() -> dict[str, Any]:
 
 def wkv1_backend(model: ModelConfig) -> str:
     """The form of wkv1 that a model takes for a whole context, and the reason."""
-    assert isinstance(model.mixer, TimeMixConfig)
+    if not isinstance(model.mixer, TimeMixConfig):
+        return "{} ({})".format(*choose_backend("auto", model.ctx_len))
     name, reason = choose_backend(
         model.mixer.backend,
         model.ctx_len,
@@ -110,7 +112,7 @@ def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         "size": f"{model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio {model.ffn_ratio},"
         f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
     }
-    if isinstance(model.mixer, TimeMixConfig):
+    if isinstance(model.mixer, TimeMixConfig | ExpTimeMixConfig):
         report["wkv1"] = wkv1_backend(model)
     report["parameters"] = count_parameters(model)
     sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from timemix.train import Watch
 
 GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
-SEED_COLORS = {"rwkv1": "red", "mha_rotary": "gray", "mha_pro": "black", "mha_shift": "green"}
+SEED_COLORS = {"rwkv1": "red", "rwkv1_exp": "orange", "mha_rotary": "gray", "mha_pro": "black", "mha_shift": "green"}
 
 
 @dataclass(frozen=True)

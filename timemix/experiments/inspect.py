@@ -16,6 +16,7 @@ from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.models import LanguageModel
+from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.shards import Tokens
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
 
 def _tables(mixer: nn.Module) -> dict[str, list]:
     found = {name: getattr(mixer, name, None) for name in TABLES}
+    if isinstance(mixer, ExpTimeMix):
+        found["f"] = mixer.curve()
     return {name: table.tolist() for name, table in found.items() if table is not None}
 
 

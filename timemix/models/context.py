@@ -9,8 +9,9 @@ values at or below 0, c is 1.
 import torch
 from torch import Tensor
 
-from timemix.config import ModelConfig, TimeMixConfig
+from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.errors import UserError
+from timemix.ops.exponential import extended
 
 TABLES = ("f", "alpha", "beta", "gamma")
 
@@ -22,6 +23,10 @@ def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) 
     """
     old = config.ctx_len
     result = dict(weights)
+    if isinstance(config.mixer, ExpTimeMixConfig):
+        # Past their end its tables are their last quarter's mean already.
+        tables = {name: x for name, x in weights.items() if name.rpartition(".mixer.")[2] in ("alpha", "beta", "gamma")}
+        return result | {name: _resized(table, ctx_len) for name, table in tables.items()}
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
     for mixer in mixers:
         tables = {name: weights[f"{mixer}.{name}"] for name in TABLES if f"{mixer}.{name}" in weights}
@@ -39,11 +44,7 @@ def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) 
 
 def _resized(table: Tensor, ctx_len: int) -> Tensor:
     """A table (..., ctx_len): its beginning, or itself and then the mean of its last quarter."""
-    old = table.shape[-1]
-    if ctx_len <= old:
-        return table[..., :ctx_len].clone()
-    rest = table[..., -max(1, old // 4) :].mean(-1, keepdim=True)
-    return torch.cat([table, rest.expand(*table.shape[:-1], ctx_len - old)], -1)
+    return extended(table, ctx_len)[..., :ctx_len].clone()
 
 
 def _level(tables: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ head 0.4 times orthogonal; both receptances and the time-mix key zero; the two o
 sqrt(1 + l); f one. original, attention: linear and embedding weights normal(0, 0.01).
 zero: the orthogonal values for every architecture, both outputs of a block zero, so that it starts as the
 identity, and f_h(lag) decaying faster in lower heads. Biases are zero, alpha, beta, gamma one, throughout.
+rwkv1_exp is as rwkv1, each f_h one exponential, and the others without weight.
 """
 
 import math
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from timemix.config import TimeMixConfig
+from timemix.config import ExpTimeMixConfig, TimeMixConfig
 from timemix.ops.causal import toeplitz
+from timemix.ops.exponential import LEAST_RATE
 
 if TYPE_CHECKING:
     from timemix.models.language_model import LanguageModel
+    from timemix.models.rwkv1_exp import ExpTimeMix
 
 HEAD_GAIN = 0.4
 
@@ -27,7 +30,7 @@ def set_initial_values(model: "LanguageModel") -> None:
     """Fills every weight in place, from torch's global generator."""
     config = model.config
     zero = config.initial == "zero"
-    orthogonal = zero or config.arch == "rwkv1"
+    orthogonal = zero or config.arch.startswith("rwkv1")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             if orthogonal:
@@ -47,10 +50,12 @@ def set_initial_values(model: "LanguageModel") -> None:
             half.output.weight.mul_(0 if zero else (1 + layer) ** -0.5)
             if hasattr(half, "receptance"):
                 half.receptance.weight.zero_()
-        if config.arch == "rwkv1":
+        if config.arch.startswith("rwkv1"):
             mixer.key.weight.zero_()
         if zero and hasattr(mixer, "f"):
             mixer.f.copy_(_like(mixer.f, log_decay(config.heads, config.ctx_len)).exp())
+        if isinstance(config.mixer, ExpTimeMixConfig):
+            _set_exponentials(mixer, log_decay(config.heads, config.ctx_len) if zero else None)
     if isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted":
         _take_logarithms(model)
 
@@ -68,6 +73,19 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
     """Logarithm of f (H, ctx_len) in `zero`: -lag * ctx_len^(-(h+1)/(H-1)); the last head is constant 0."""
     rates = [ctx_len ** (-(h + 1) / (heads - 1)) for h in range(heads - 1)] + [0.0]
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
+
+
+def _set_exponentials(mixer: "ExpTimeMix", decay: Tensor | None) -> None:
+    """The curves of `zero` (H, ctx_len), or None for the constant 1, in the first slots; the others have no weight yet.
+
+    Their rates are spread from one lag to all of ctx_len, so that what a head lacks is near at hand.
+    """
+    _, K = mixer.rate.shape
+    ctx_len = mixer.config.ctx_len
+    mixer.rate.copy_(torch.tensor([ctx_len ** (-j / max(1, K - 2)) for j in range(-1, K - 1)]))
+    mixer.rate[:, 0] = LEAST_RATE if decay is None or ctx_len == 1 else -decay[:, 1].clamp(max=-LEAST_RATE)
+    mixer.coefficients.zero_()
+    mixer.coefficients[:, 0] = 1
 
 
 def _like(f: Tensor, by_lag: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from timemix.models.initial import set_initial_values
 from timemix.models.linear import Embedding, LayerNorm, Linear, to_product_dtype
 from timemix.models.recompute import recomputed
 from timemix.models.rwkv1 import ChannelMix, TimeMix
+from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.models.token_shift import TokenShift
 
 # mixer and feed-forward half of each architecture
-ARCHITECTURES: dict[str, tuple[type[TimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
+ARCHITECTURES: dict[str, tuple[type[TimeMix | ExpTimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
     "rwkv1": (TimeMix, ChannelMix),
+    "rwkv1_exp": (ExpTimeMix, ChannelMix),
     "mha_rotary": (RotaryAttention, Geglu),
     "mha_shift": (RotaryAttention, Geglu),
     "mha_pro": (ProAttention, ChannelMix),
@@ -121,8 +123,8 @@ class LanguageModel(nn.Module):
 
     @property
     def max_position(self) -> int | None:
-        """Tokens that a context can hold: ctx_len, where the tables (or the key/value cache) end."""
-        return self.config.ctx_len
+        """Tokens that a context can hold: ctx_len, where the tables (or the key/value cache) end; None: any number."""
+        return None if self.config.arch == "rwkv1_exp" else self.config.ctx_len
 
     @property
     def device(self) -> torch.device:

@@ -134,7 +134,7 @@ def _reference(
 ) -> tuple[Tensor, Wkv1State | None]:
     """The formula, position by position, row by row."""
     B, T, H, N = k.shape
-    dtype = _compute_dtype(v)
+    dtype = compute_dtype(v)
     past = state or wkv1_state(B, H, N, f.shape[-1], denominator=denominator, dtype=dtype, device=k.device)
     ones = f.new_ones(H, f.shape[-1])
     alpha = ones if alpha is None else alpha
@@ -225,13 +225,13 @@ def _parallel(
 ) -> tuple[Tensor, Wkv1State | None]:
     """All positions at once. From a state the tokens join the history, then look back over all of it."""
     T = k.shape[1]
-    exp_k = k.to(_compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
+    exp_k = k.to(compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
     f = f.to(exp_k.dtype)
     position = None if state is None else state.position
     if lengths is not None:
         counted = torch.arange(T, device=k.device) < lengths[:, None]
         exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    source = _times_table(exp_k, alpha, position)
+    source = times_table(exp_k, alpha, position)
     # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
     product = source * v.to(source.dtype)
     sums = running_sum(exp_k.flatten(2)).view(exp_k.shape) if denominator == "plain" else None
@@ -254,10 +254,10 @@ def _parallel(
             total = state.denominators[:, None] + sums
             denominators = total[:, -1]
         after = Wkv1State(numerators, denominators, state.position + (T if lengths is None else lengths))
-    return _times_table(numerator / total, beta, position).to(v.dtype), after
+    return times_table(numerator / total, beta, position).to(v.dtype), after
 
 
-def _times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
+def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
     """x (B, T, H, N) times a table (H, ctx_len) at each row's positions, None for 1."""
     if table is None:
         return x
@@ -279,7 +279,7 @@ DENSE_UP_TO, BLOCKED_UP_TO = 128, 1024
 """Positions up to which the dense, then the blocked form is the fastest: measured, see benchmarks/RESULTS.md."""
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

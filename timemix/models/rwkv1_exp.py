@@ -1,0 +1,85 @@
+"""Time-mix whose curves over lags are sums of exponentials: rwkv1 as a recurrent network, with a state of one size."""
+
+import torch
+from torch import Tensor, nn
+
+from timemix.config import ExpTimeMixConfig, ModelConfig
+from timemix.models.linear import Linear, joint_linear
+from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
+from timemix.ops.exponential import Curves, ExpState, curve, exp_state, extended, initial_forget, wkv1_exp
+
+
+class ExpTimeMix(nn.Module):
+    """gamma(t) * output(sigmoid(receptance) * wkv_exp(key, value)), at any position.
+
+    Past ctx_len alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.ExpState` without
+    the position.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.mixer, ExpTimeMixConfig)
+        self.config, self.mixer = config, config.mixer
+        C, H, K, M = config.channels, config.heads, config.mixer.exponentials, config.mixer.taps
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.receptance = Linear(C, C)
+        self.output = Linear(C, C)
+        self.rate = nn.Parameter(torch.ones(H, K))
+        self.angle = nn.Parameter(torch.zeros(H, K // 2))
+        self.coefficients = nn.Parameter(torch.ones(H, K))
+        self.taps = nn.Parameter(torch.zeros(H, M)) if M else None
+        self.forget = nn.Parameter(torch.full((H,), initial_forget(config.ctx_len)))
+        self.alpha = time_table(config, self.mixer.alpha)
+        self.beta = time_table(config, self.mixer.beta)
+        self.gamma = time_gamma(config, self.mixer.gamma)
+
+    @property
+    def curves(self) -> Curves:
+        return Curves(self.rate, self.angle, self.coefficients, self.forget, self.taps)
+
+    def curve(self) -> Tensor:
+        """f (H, ctx_len) by lag."""
+        return curve(self.curves, self.config.ctx_len)
+
+    def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        config = self.config
+        state = exp_state(
+            batch_size,
+            config.heads,
+            config.head_size,
+            self.mixer.exponentials,
+            self.mixer.taps,
+            dtype=torch.promote_types(self.rate.dtype, torch.float32),
+            device=self.rate.device,
+        )
+        return _tensors(state)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: dict[str, Tensor] | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """x (B, T, C) to (B, T, C) and the next state."""
+        config, T = self.config, x.shape[1]
+        heads = (*x.shape[:2], config.heads, config.head_size)
+        past = None if state is None or position is None else ExpState(position=position, **_own(state))
+        k, v, r = joint_linear(x, self.key, self.value, self.receptance)
+        y, past = wkv1_exp(
+            k.view(heads), v.view(heads), self.curves, self.alpha, self.beta, config.ctx_len, past, lengths=lengths
+        )
+        y = self.output(r.sigmoid() * y.flatten(2))
+        # From a state the table is looked up at each position, and its last entry serves for all after it.
+        end = T if position is None else config.ctx_len + 1
+        y = times_gamma(y, None if self.gamma is None else extended(self.gamma, end), position)
+        return y, None if past is None else _tensors(past)
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: state[name] for name in ("numerators", "denominators", "taps") if name in state}
+
+
+def _tensors(state: ExpState) -> dict[str, Tensor]:
+    return {name: x for name, x in state._asdict().items() if x is not None and name != "position"}
