@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, TimeMixConfig
+from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.language_model import Block, LanguageModel, State
 from timemix.models.rwkv1 import ChannelMix, TimeMix
+from timemix.models.rwkv1_exp import ExpTimeMix
+from timemix.ops.exponential import basis, extended, fading, turned
 from timemix.ops.native import library
 
 Weights = Literal["float32", "bfloat16", "int8"]
@@ -55,10 +57,10 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
 
 def _hindrance(model: LanguageModel) -> str | None:
     config = model.config
-    if config.arch != "rwkv1":
+    mixer = config.mixer
+    if not isinstance(mixer, TimeMixConfig | ExpTimeMixConfig):
         return f"there is no compiled step for {config.arch}"
-    assert isinstance(config.mixer, TimeMixConfig)
-    if config.mixer.denominator == "weighted" or config.mixer.weights == "free":
+    if isinstance(mixer, TimeMixConfig) and (mixer.denominator == "weighted" or mixer.weights == "free"):
         return "there is no compiled step for a weighted denominator or a free W"
     if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
         return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
@@ -171,9 +173,7 @@ class CompiledStep:
             heads=config.heads,
             channels=C,
             hidden=hidden,
-            positions=config.ctx_len,
-            limit=model.max_position or 0,
-            history=config.ctx_len,
+            **self._sizes(config),
             epsilon=model.norm.eps,
             embedding=self._hold(model.embedding.weight),
             norm=self._norm(model.norm),
@@ -189,7 +189,7 @@ class CompiledStep:
                 # A prefill may leave views.
                 if not x.is_contiguous():
                     x = tensors[name] = x.contiguous()
-                setattr(own, name, x.data_ptr())
+                setattr(own, "newest" if name == "taps" else name, x.data_ptr())
         if len(self._scratch) < count:
             self._scratch = torch.empty(count, self._scratch.shape[1])
         self._model.threads = torch.get_num_threads()
@@ -202,11 +202,18 @@ class CompiledStep:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
         return logits, state
 
+    def _sizes(self, config: ModelConfig) -> dict[str, int]:
+        """What of the mixer is the same in all layers."""
+        mixer, ctx_len = config.mixer, config.ctx_len
+        if isinstance(mixer, ExpTimeMixConfig):
+            return {"positions": ctx_len + 1, "modes": mixer.exponentials, "newest": mixer.taps}
+        return {"positions": ctx_len, "limit": ctx_len, "history": ctx_len}
+
     def _layer(self, block: Block) -> _Layer:
-        mixer, ffn = cast(TimeMix, block.mixer), cast(ChannelMix, block.ffn)
-        tables = {name: getattr(mixer, name) for name in ("f", "alpha", "beta", "gamma")}
+        mixer, ffn = block.mixer, cast(ChannelMix, block.ffn)
         linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
         linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}
+        tables = _exponentials(mixer) if isinstance(mixer, ExpTimeMix) else _tables(cast(TimeMix, mixer))
         return _Layer(
             mixer_norm=self._norm(block.mixer_norm),
             ffn_norm=self._norm(block.ffn_norm),
@@ -239,3 +246,26 @@ class CompiledStep:
         """Address of a tensor's numbers, which stay there as long as this step."""
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
+
+
+def _tables(mixer: TimeMix) -> dict[str, Tensor | None]:
+    """What a layer of rwkv1 looks up."""
+    return {name: getattr(mixer, name) for name in ("f", "alpha", "beta", "gamma")}
+
+
+@torch.no_grad()
+def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
+    """What a layer of rwkv1_exp looks up: how its slots grow a token older, and tables with an entry for the end."""
+    curves, end = mixer.curves, mixer.config.ctx_len + 1
+    own, sines = turned(curves, torch.ones(()))
+    found = {
+        "own": own,
+        # A pair turns: the sine goes down into the first and up into the second.
+        "other": torch.where(torch.arange(own.shape[1]) % 2 == 0, -sines, sines),
+        "begin": basis(curves, torch.zeros(())),
+        "coefficients": curves.coefficients,
+        "taps": curves.taps,
+        "fade": (-fading(curves.forget)).exp(),
+    }
+    found |= {n: None if (t := getattr(mixer, n)) is None else extended(t, end) for n in ("alpha", "beta", "gamma")}
+    return {name: None if x is None else x.float() for name, x in found.items()}
