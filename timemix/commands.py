@@ -421,12 +421,13 @@ def _written(engine: "Engine", prompt: str, parsed: SampleArguments) -> Iterator
         sys.stdout.write(prompt)
     while engine.busy:
         for event in engine.step():
-            yield event
             texts[event.id] += event.text
             told[event.id].append(event.log_probability)
             if streaming:
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
+            # Last: a stop here loses nothing of what the state holds.
+            yield event
     if parsed.json:
         asked = {"log_probabilities": told} if parsed.log_probabilities else {}
         print(json.dumps({"prompt": prompt, "texts": texts} | asked))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timemix.errors import UserError
 from timemix.models import LanguageModel, State
-from timemix.models.step import Step, Weights, build_step
+from timemix.models.step import CompiledStep, Step, Weights, build_step
 from timemix.sampling import Sampler, draw
 from timemix.streams import Stream
 from timemix.tokenizer import StreamDecoder, Tokenizer
@@ -20,6 +20,9 @@ Context = Literal["reanchor", "exact"]
 
 READ_AT_ONCE = 2048
 """Tokens that one call of the model reads of all prompts together, so that its memory is bounded."""
+
+FEW_TOKENS = 8
+"""Tokens that so many compiled steps read sooner than one call of the model."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Engine:
             raise UserError(f"places is {places}; it must be at least 1")
         self.model, self.tokenizer, self.places = model, tokenizer, places
         self.advance = step or build_step(model, weights)
+        self._few = FEW_TOKENS if isinstance(self.advance, CompiledStep) else 0
         self._ids = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []
@@ -249,8 +253,11 @@ class Engine:
         for (begun, unread), members in groups.items():
             tokens = torch.tensor([rows[i].tokens[-unread:] for i in members])
             places = torch.tensor([rows[i].place for i in members])
-            if begun and unread == 1:
-                found, self._state = self.advance(tokens[:, 0], self._state, places)
+            if (begun and unread == 1) or unread <= self._few:
+                if not begun:
+                    self._state.put(places, self.model.init_state(len(places)))
+                for column in tokens.unbind(1):
+                    found, self._state = self.advance(column.contiguous(), self._state, places)
             else:
                 found = self._prefill(tokens, places, begun)
             parts.append(found)
