@@ -1,5 +1,6 @@
 """The compiled step equals the model: logits and state, all weights, any rows, hard keys."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from tests import test_models
+from tests.runs import small_trainer
 from tests.test_models import build
+from timemix.cli import main
 from timemix.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models import step as step_module
 from timemix.models.step import CompiledStep, ModelStep, build_step, quantized, rounded
@@ -142,6 +145,20 @@ def test_eight_bits_are_within_half_a_step():
     assert integers.dtype == torch.int8
     assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
     assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+def test_rounding_costs_little_loss(capsys, tmp_path):
+    """int8 within 0.005 nats, as `timemix eval` tells it."""
+    trainer = small_trainer(tmp_path, steps=60)
+    trainer.run()
+    losses = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        with pytest.raises(SystemExit):
+            main(["eval", str(trainer.out), "--json", "--weights", weights])
+        losses[weights] = json.loads(capsys.readouterr().out)["nats_per_token"]
+    assert len(set(losses.values())) == 3
+    assert abs(losses["bfloat16"] - losses["float32"]) < 0.005
+    assert abs(losses["int8"] - losses["float32"]) < 0.005
 
 
 def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():

@@ -140,6 +140,8 @@ class EvalArguments:
     """best, newest, or a step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of the matrix products."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Round the weights to this, as `timemix sample --weights` does."""
     device: str = "auto"
     """cpu, cuda ...; auto: cuda where there is one."""
     json: bool = False
@@ -452,12 +454,14 @@ def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
     from timemix.evaluate import evaluate, evaluate_held_out
+    from timemix.models.step import rounded
     from timemix.precision import choose_device, choose_precision
     from timemix.sources import read_source
 
     device, _ = choose_device(parsed.device)
     precision, _ = choose_precision(parsed.precision, device)
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
+    loaded = replace(loaded, model=rounded(loaded.model, parsed.weights))
     options: dict[str, Any] = {"precision": precision, "stride": parsed.stride}
     if parsed.data is None:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
