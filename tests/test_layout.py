@@ -18,7 +18,7 @@ LAYERS = [
     {"ops"},
     {"models"},
     {"distributed", "optim", "precision", "checkpoint", "evaluate", "info", "machine", "tracking"}
-    | {"streams", "engine", "generation"},
+    | {"streams", "engine", "generation", "fitting", "convert"},
     {"train", "progress"},
     {"experiments"},
     {"commands"},

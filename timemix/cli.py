@@ -15,6 +15,7 @@ VERBS = {
     "sample": "write text with a trained model",
     "eval": "loss of a trained model on a text",
     "compare": "train variants side by side, and say which learns better",
+    "convert": "make a recurrent network of a trained rwkv1: a state of one size, no end",
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "draw the loss curves of runs",
     "data": "describe a text, or prepare it for training",
@@ -23,6 +24,7 @@ VERBS = {
 }
 # Of the verbs that are not in timemix.commands.
 MODULES = dict.fromkeys(("compare", "inspect", "plot", "bench"), "timemix.experiments.commands")
+MODULES["convert"] = "timemix.experiments.convert"
 
 
 def usage() -> str:

@@ -227,6 +227,8 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 12
     """Windows of ctx_len tokens per step, over all accumulated pieces."""
+    contexts: int = 1
+    """Make a window this many times ctx_len long; more than 1 for an architecture whose context has no end."""
     accumulation: int = 1
     """Pieces into which a batch is cut to save memory; divides batch_size."""
     lr: float = 3e-3
@@ -277,7 +279,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Checkpoints are numbered by eight digits.
         _within("train.steps", self.steps, 1, 10**8 - 1)
-        for name in ("batch_size", "accumulation", "log_every", "valid_every", "save_every"):
+        for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
             _within(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
         for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "spike", "seed"):
             _within(f"train.{name}", getattr(self, name), 0)
@@ -304,6 +306,18 @@ class RunConfig:
     start: str | None = None
     """Run, or checkpoint, whose weights and tokenizer it begins with."""
 
+    def __post_init__(self) -> None:
+        if self.train.contexts > 1 and self.model.arch not in ENDLESS:
+            raise UserError(
+                f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} ends at ctx_len;"
+                f" that of {', '.join(ENDLESS)} has no end"
+            )
+
+    @property
+    def window(self) -> int:
+        """Tokens of a training window."""
+        return self.train.contexts * self.model.ctx_len
+
 
 _ARCHITECTURE_PARTS: dict[str, tuple[type[MixerConfig], type[FfnConfig]]] = {
     "rwkv1": (TimeMixConfig, ChannelMixConfig),
@@ -313,6 +327,8 @@ _ARCHITECTURE_PARTS: dict[str, tuple[type[MixerConfig], type[FfnConfig]]] = {
     "mha_pro": (ProAttentionConfig, ChannelMixConfig),
 }
 ARCHITECTURES = tuple(_ARCHITECTURE_PARTS)
+ENDLESS = ("rwkv1_exp",)
+"""Architectures whose context has no end: their state has one size at any position."""
 
 # Far above what this program serves; what a damaged file asks for is refused before it is tried.
 _LARGEST_MODEL = {"vocab_size": 2**24, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}

@@ -85,25 +85,37 @@ def loss_per_token(
 
 @torch.no_grad()
 def loss_by_position(
-    model: LanguageModel, tokens: np.ndarray | Tokens, *, precision: str = "float32", tokens_per_batch: int = 8192
+    model: LanguageModel,
+    tokens: np.ndarray | Tokens,
+    *,
+    contexts: int = 1,
+    precision: str = "float32",
+    tokens_per_batch: int = 8192,
 ) -> np.ndarray:
-    """Mean loss in nats (ctx_len,) at each position of windows of ctx_len side by side; a shorter rest is left out.
+    """Mean loss in nats (length,) at each position of windows of `contexts` times ctx_len, side by side.
 
+    A shorter rest is left out. Where the model's context ends within a window it is read as generation goes on: the
+    newest half of the context again at position 0, as often as its end is reached.
     Raises UserError for a text shorter than a window and its next token.
     """
-    ctx_len = model.config.ctx_len
-    if len(tokens) < ctx_len + 1:
-        raise UserError(f"the text has {len(tokens)} tokens; a window of ctx_len {ctx_len} needs {ctx_len + 1}")
+    length = contexts * model.config.ctx_len
+    if len(tokens) < length + 1:
+        raise UserError(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
     was_training = model.training
     model.eval()
-    total = np.zeros(ctx_len)
+    total = np.zeros(length)
     rows = 0
-    for inputs, targets in validation_windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len)):
-        if inputs.shape[1] == ctx_len:
+    for inputs, targets in validation_windows(tokens, length, max(1, tokens_per_batch // length)):
+        if inputs.shape[1] == length:
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
-            with autocast(precision, model.device):
-                logits, _ = model(x)
-            total += cross_entropy(logits, y, reduction="none").view(y.shape).double().sum(0).cpu().numpy()
+            limit = model.max_position or length
+            for begin in range(0, max(1, length - limit // 2), limit - limit // 2):
+                end, known = begin + limit, limit // 2 if begin else 0
+                with autocast(precision, model.device):
+                    logits, _ = model(x[:, begin:end])
+                new = y[:, begin + known : end]
+                losses = cross_entropy(logits[:, known:], new, reduction="none").view(new.shape)
+                total[begin + known : end] += losses.double().sum(0).cpu().numpy()
             rows += len(inputs)
     model.train(was_training)
     return total / rows

@@ -57,7 +57,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     """
     width = 8 if precision == "float64" else 4
     rows = max(1, train.batch_size // train.accumulation // processes)
-    tokens = rows * model.ctx_len
+    tokens = rows * train.contexts * model.ctx_len
     # In bfloat16 the inputs and outputs of products are half as wide, the rest is not.
     kept = 0.7 if precision == "bfloat16" else 1.0
     block, products = 25 * model.channels + 6 * model.ffn_hidden, 7 * model.channels + 2 * model.ffn_hidden

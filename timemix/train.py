@@ -68,15 +68,17 @@ class Interrupted(Exception):
         self.number = number
 
 
-def new_run(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
+def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: checkpoint.Loaded | None = None) -> "Trainer":
     """Run folder `out` for a config: prepares its tokens and writes config.toml; nothing is trained yet.
 
     Where `config.start` names a trained model, training goes on from its weights, with its tokenizer. The config's
     model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`models.context`).
+    `start`: a model made of it, to begin with instead.
 
     Raises UserError when `out` exists, text or start do not serve, or the machine lacks the memory.
     """
-    start = None if config.start is None else checkpoint.load(config.start)
+    if start is None and config.start is not None:
+        start = checkpoint.load(config.start)
     if start is not None:
         _check_start(config.model, start)
     _check_shares(config.train, world)
@@ -170,7 +172,7 @@ def _batches(config: RunConfig, corpus: Corpus) -> Batches:
     return Batches(
         corpus.train,
         batch_size=train.batch_size,
-        ctx_len=config.model.ctx_len,
+        ctx_len=config.window,
         seed=train.seed,
         order=config.data.order,
     )
@@ -253,7 +255,7 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.model.ctx_len
+        return self.config.train.batch_size * self.config.window
 
     @property
     def tokens(self) -> int:

@@ -96,7 +96,7 @@ class Comparison:
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
         config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
         train, ctx_len = config.train, config.model.ctx_len
-        Batches(corpus.train, batch_size=train.batch_size, ctx_len=ctx_len, seed=0, order=config.data.order)
+        Batches(corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=0, order=config.data.order)
         least = ctx_len + 1 if self.experiment.by_position else 2
         if len(corpus.valid) < least:
             raise UserError(f"the held-out text has {len(corpus.valid)} tokens; {variant.name!r} needs {least}")

@@ -121,7 +121,7 @@ class Experiment:
         if steps is None:
             steps = config.train.steps
             if self.tokens is not None:
-                steps = max(1, round(self.tokens / (config.train.batch_size * config.model.ctx_len)))
+                steps = max(1, round(self.tokens / (config.train.batch_size * config.window)))
         return replace(config, train=replace(config.train, seed=seed, steps=steps))
 
 

@@ -37,7 +37,7 @@ def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) 
                 )
             tables["f"] = tables["f"][:, :ctx_len, :ctx_len]
         elif ctx_len > old:
-            tables = _level(tables, config)
+            tables = level(tables, config)
         result |= {f"{mixer}.{name}": _resized(table, ctx_len) for name, table in tables.items()}
     return result
 
@@ -47,7 +47,7 @@ def _resized(table: Tensor, ctx_len: int) -> Tensor:
     return extended(table, ctx_len)[..., :ctx_len].clone()
 
 
-def _level(tables: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def level(tables: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tables with the c of each head (see above) worked in."""
     logarithms = isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted"
     f, alpha, beta = (tables.get(name) for name in ("f", "alpha", "beta"))

@@ -7,7 +7,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ModelConfig, Recompute
+from timemix.config import ENDLESS, ModelConfig, Recompute
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
 from timemix.models.linear import Embedding, LayerNorm, Linear, to_product_dtype
@@ -124,7 +124,7 @@ class LanguageModel(nn.Module):
     @property
     def max_position(self) -> int | None:
         """Tokens that a context can hold: ctx_len, where the tables (or the key/value cache) end; None: any number."""
-        return None if self.config.arch == "rwkv1_exp" else self.config.ctx_len
+        return None if self.config.arch in ENDLESS else self.config.ctx_len
 
     @property
     def device(self) -> torch.device:

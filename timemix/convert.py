@@ -1,0 +1,94 @@
+"""A trained rwkv1 as a recurrent network: its curves f_h(lag) replaced by sums of decaying exponentials."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from timemix.checkpoint import Loaded
+from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.errors import UserError
+from timemix.fitting import fit_exponentials
+from timemix.models import LanguageModel
+from timemix.models.context import level
+from timemix.models.rwkv1_exp import ExpTimeMix
+
+
+def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> ModelConfig:
+    """The `rwkv1_exp` that an `rwkv1` becomes.
+
+    Raises UserError for another architecture, a free W, a weighted denominator, or numbers outside ctx_len.
+    """
+    mixer = config.mixer
+    if not isinstance(mixer, TimeMixConfig):
+        raise UserError(f"only rwkv1 can take a constant state; this is a run of {config.arch}")
+    if mixer.weights == "free":
+        raise UserError("a free W has no curves over lags to fit; only decomposed weights can take a constant state")
+    if mixer.denominator == "weighted":
+        raise UserError("a weighted denominator grows no constant state; only the plain one can")
+    for name, value, least in (("--constant-state", exponentials, 1), ("--taps", taps, 0)):
+        if not least <= value <= config.ctx_len:
+            raise UserError(f"{name} is {value}; it must lie from {least} to the run's ctx_len {config.ctx_len}")
+    own = ExpTimeMixConfig(exponentials, taps, alpha=mixer.alpha, beta=mixer.beta, gamma=mixer.gamma)
+    return replace(config, arch="rwkv1_exp", mixer=own)
+
+
+@torch.no_grad()
+def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple[Loaded, list[dict[str, Any]]]:
+    """The model of a run with curves of so many exponentials, and what each fit leaves, a dictionary per head.
+
+    Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`models.context`), as
+    past ctx_len alpha and beta go on with the mean of their last quarter. A lag counts by the pairs of positions that
+    lie so far apart, ctx_len - lag: at 4 exponentials and ctx_len 64 this served better than weights by 1 / t^2 or by
+    the tables, which trust the early positions more than the loss does. The first `taps` lags are exact.
+
+    Per head `layer`, `head`, `f` and `fit` (ctx_len,) with the growth taken out, `error`: root of the weighted mean
+    square left, in units of that of f. Raises UserError as `exponential_config` does.
+    """
+    old = loaded.model
+    config = exponential_config(old.config, exponentials, taps)
+    model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
+    weights = dict(old.state_dict())
+    mixers = [cast(ExpTimeMix, block.mixer) for block in model.blocks]
+    heads, T = config.heads, config.ctx_len
+    for i in range(config.layers):
+        names = [name for name in ("f", "alpha", "beta") if f"blocks.{i}.mixer.{name}" in weights]
+        tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names}, old.config)
+        weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
+    f = torch.cat([weights.pop(f"blocks.{i}.mixer.f") for i in range(config.layers)]).double().cpu()
+
+    pairs = torch.arange(T, 0, -1, dtype=torch.float64).expand_as(f)
+    free = torch.arange(T) >= taps if taps < T else torch.ones(T, dtype=torch.bool)
+    fit = fit_exponentials(f, pairs * free, exponentials)
+    for mixer, rate, angle, coefficients in zip(
+        mixers, fit.rate.split(heads), fit.angle.split(heads), fit.coefficients.split(heads), strict=True
+    ):
+        mixer.rate.copy_(rate)
+        mixer.angle.copy_(angle)
+        mixer.coefficients.copy_(coefficients)
+    if taps:
+        # What is left of the curve as it is rounded to the model's numbers.
+        for mixer, exact in zip(mixers, f.split(heads), strict=True):
+            assert mixer.taps is not None
+            mixer.taps.copy_((exact - mixer.curve().cpu())[:, :taps])
+    model.load_state_dict(weights, strict=False)
+
+    fitted = torch.cat([mixer.curve() for mixer in mixers]).double().cpu()
+    error = _root_mean(pairs * (f - fitted) ** 2) / _root_mean(pairs * f**2).clamp(min=1e-12)
+    rows = [
+        {
+            "layer": i // heads,
+            "head": i % heads,
+            "error": error[i].item(),
+            "f": f[i].tolist(),
+            "fit": fitted[i].tolist(),
+        }
+        for i in range(len(f))
+    ]
+    converted = replace(loaded.config, model=config, start=str(loaded.folder))
+    return Loaded(model, loaded.tokenizer, converted, loaded.folder), rows
+
+
+def _root_mean(x: Tensor) -> Tensor:
+    return x.mean(1).sqrt()
