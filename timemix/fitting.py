@@ -64,7 +64,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
     taper = (weight / weight.amax(1, keepdim=True)).sqrt()
     for length in sorted({L // 2, L // 3, L // 5} - {0}):
         rate, angle = _log_spaced(f, K)
-        if K < min(length, L - length):
+        if min(length, L - length) > K:
             for h in range(H):
                 rows = (f[h] * taper[h]).unfold(0, length + 1, 1)
                 right = torch.linalg.svd(rows, full_matrices=False)[2][:K]
@@ -75,7 +75,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _place(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
-    """Poles into the slots of one curve, slowest first, as far as there is room; a negative one as a pair of angle pi."""
+    """Poles into the slots of one curve, slowest first, as far as there is room; a negative one is a pair, angle pi."""
     K = len(rate)
     pairs, real = [], []
     for pole in sorted(poles.tolist(), key=abs, reverse=True):
