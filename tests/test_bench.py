@@ -7,8 +7,10 @@ import torch
 
 from timemix.config import TrainConfig, architecture
 from timemix.errors import UserError
-from timemix.experiments import bench
+from timemix.experiments import bench, bench_sample
 from timemix.experiments.commands import bench as verb
+from timemix.models import LanguageModel
+from timemix.models.step import WEIGHTS, CompiledStep
 from timemix.ops import wkv1
 
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
@@ -37,7 +39,8 @@ def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
         assert row["rounds"] >= 3
     assert paths["plain float32"]["ratio"] == {"median": 1, "low": 1, "high": 1}
     words = bench.to_markdown(report)
-    assert f"| blocked float32 | {1e3 * paths['blocked float32']['seconds']:.1f} |" in words
+    taken = 1e3 * paths["blocked float32"]["seconds"]
+    assert f"| blocked float32 | {taken:.{3 if taken <= 10 else 1}f} |" in words
     assert "GFLOP/s in float32" in words
 
 
@@ -95,8 +98,8 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "timemix bench op or timemix bench train, not ''"),
-        (["sample"], "not 'sample'"),
+        ([], "timemix bench op, bench train or bench sample, not ''"),
+        (["simple"], "not 'simple'"),
         (["op", "--heads", "3"], "512 channels cannot be cut into 3 heads"),
         (["op", "--ctx-lens", "0"], "a size is below 1"),
         (["op", "--seconds", "0"], "--seconds is 0.0"),
@@ -108,3 +111,63 @@ def test_wrong_uses_end_in_one_sentence(arguments, words):
     with pytest.raises(UserError) as told:
         verb(arguments)
     assert words in str(told.value)
+
+
+WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
+
+
+@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_rotary"])
+def test_writing_beside_others(arch, tmp_path):
+    report = bench_sample.bench_sample(
+        architecture(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None
+    )
+    alone, batches, positions, first = report["results"]
+    compiled = arch != "mha_rotary"
+    names = [row["name"] for row in alone["paths"]]
+    assert names[:2] == ["recomputing the context float32", "the model's forward float32"]
+    assert [n for n in names if n.startswith("step")] == ([f"step {w}" for w in WEIGHTS] if compiled else [])
+    for row in alone["paths"]:
+        assert row["tokens_per_second"] == pytest.approx(1 / row["seconds"])
+        assert ("share_of_floor" in row) == row["name"].startswith("step")
+    assert len(batches["paths"]) == (6 if compiled else 2)
+    for row in batches["paths"]:
+        assert row["tokens_per_second"] == pytest.approx(int(row["name"].split()[0]) / row["seconds"])
+    assert [row["name"] for row in positions["paths"]] == [f"position {p:,}" for p in bench_sample.POSITIONS]
+    assert len({row["state_bytes"] for row in positions["paths"]}) == 1
+    assert ("reading 24 tokens again" in positions["title"]) == (arch != "rwkv1_exp")
+    assert [row["name"] for row in first["paths"]][-1] == f"prompt of {192 if arch == 'rwkv1_exp' else 48}"
+    words = bench.to_markdown(report)
+    assert "share of the floor" in words or not compiled
+    bench_sample.draw_batches(report, tmp_path / "batches.png")
+    assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
+    right = CompiledStep.__call__
+
+    def wrong(self, tokens, state, rows):
+        logits, state = right(self, tokens, state, rows)
+        return 1.01 * logits, state
+
+    monkeypatch.setattr(CompiledStep, "__call__", wrong)
+    report = bench_sample.bench_sample(
+        architecture("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None
+    )
+    paths = {row["name"]: row for row in report["results"][0]["paths"]}
+    assert paths["step int8"]["withheld"].startswith("parity failed: logits off by 1.0e-02")
+    assert "tokens_per_second" in paths["the model's forward float32"]
+
+
+def test_the_bytes_of_the_floor():
+    model = LanguageModel(architecture("rwkv1", **WRITER))
+    linear = 2 * (4 * 8 * 8 + 3 * 8 * 24 + 8 * 8) + 11 * 8
+    total = sum(p.numel() for p in model.parameters())
+    assert bench_sample._weight_bytes(model, "float32") == 4 * (total - 11 * 8)
+    assert bench_sample._weight_bytes(model, "int8") == linear + 4 * (total - 11 * 8 - linear)
+    # Half of the history, the sums, and two shifted rows.
+    assert bench_sample._state_bytes(model, 24) == 2 * 4 * 8 * (24 + 1 + 2)
+
+
+def test_sizes_that_cannot_be_written_are_refused():
+    with pytest.raises(UserError, match=r"--batches \[0\]: each must be at least 1"):
+        verb(["sample", "--batches", "0"])

@@ -17,7 +17,7 @@ from timemix.cli import main
 from timemix.experiments.experiment import read_experiment
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("demo", "train", "sample", "eval", "compare", "inspect", "plot", "data", "info")
+VERBS = ("demo", "train", "sample", "eval", "compare", "inspect", "plot", "data", "convert", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 
 
@@ -387,6 +387,8 @@ def test_the_readme_as_it_stands(tmp_path):
             line = line.partition("#")[0] + " ".join(QUICK)
         if line.startswith("timemix bench train"):
             line = line.partition("#")[0] + "--model.channels 16 --train.batch-size 2 --train.compile off --seconds 0.1"
+        if line.startswith("timemix bench sample"):
+            line = line.partition("#")[0] + "--model.channels 16 --model.ctx-len 64 --batches 1 --seconds 0.05"
         if line.startswith("timemix compare"):
             line = line.partition("#")[0] + "--tokens 3072 --seeds 2 --no-tune"
         done = subprocess.run(

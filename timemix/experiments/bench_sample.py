@@ -5,6 +5,7 @@ the bandwidth measured in the same run. Weights that fit a cache can be faster t
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from timemix.engine import Engine, Request
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
 from timemix.files import atomic_file
+from timemix.machine import choose_compile
 from timemix.models import LanguageModel, State
 from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
 from timemix.sampling import Sampler
@@ -130,7 +132,13 @@ def _llamas(model: LanguageModel, position: int, say: Say) -> list[Contender]:
     if llama is None:
         say("transformers is not installed: its Llama is left out")
         return []
-    return [_llama(llama.eval(), "float32", position), _llama(copy.deepcopy(llama).bfloat16(), "bfloat16", position)]
+    llamas = {"float32": llama.eval(), "bfloat16": copy.deepcopy(llama).bfloat16()}
+    found = [_llama(each, weights, position) for weights, each in llamas.items()]
+    wanted, why = choose_compile("auto", math.inf, torch.device("cpu"))
+    if not wanted:
+        say(f"the Llama is not compiled: {why}")
+        return found
+    return found + [_compiled_llama(each, weights, model.config.ctx_len) for weights, each in llamas.items()]
 
 
 def _llama(llama: nn.Module, weights: str, position: int) -> Contender:
@@ -147,6 +155,22 @@ def _llama(llama: nn.Module, weights: str, position: int) -> Contender:
         cache.crop(-STEPS)
 
     return Contender(f"transformers Llama with its cache {weights}", call, STEPS)
+
+
+def _compiled_llama(llama: nn.Module, weights: str, ctx_len: int) -> Contender:
+    """With the cache of one size that its library compiles for; a token looks at all of it."""
+    from transformers import StaticCache
+
+    cache, token = StaticCache(config=llama.config, max_cache_len=ctx_len), torch.zeros(1, 1, dtype=torch.int64)
+    compiled = torch.compile(llama, dynamic=False)
+
+    @torch.no_grad()
+    def call() -> None:
+        cache.reset()
+        for _ in range(STEPS):
+            compiled(token, past_key_values=cache, use_cache=True)
+
+    return Contender(f"the same, compiled {weights}", call, STEPS)
 
 
 def _in_batches(model: LanguageModel, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
