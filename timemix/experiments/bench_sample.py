@@ -286,6 +286,7 @@ def _largest_cache() -> int | None:
 def draw_batches(report: dict[str, Any], path: Path) -> None:
     """A picture of tokens a second against texts at once."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -295,11 +296,16 @@ def draw_batches(report: dict[str, Any], path: Path) -> None:
             rows, _, name = row["name"].partition(" x ")
             lines.setdefault(name, []).append((int(rows), row["tokens_per_second"]))
     for name, points in lines.items():
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name.removeprefix("step "))
+    batches = sorted({rows for points in lines.values() for rows, _ in points})
+    axes.set_xticks(batches, [str(rows) for rows in batches])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("texts at once")
-    axes.set_ylabel("tokens/s of all")
-    axes.set_xscale("log", base=2)
+    axes.set_ylabel("tokens/s of all together")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
