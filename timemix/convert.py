@@ -56,13 +56,15 @@ def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple
         names = [name for name in ("f", "alpha", "beta") if f"blocks.{i}.mixer.{name}" in weights]
         tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names}, old.config)
         weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
+    if any(not x.isfinite().all() for x in weights.values()):
+        raise UserError(f"{loaded.folder} holds weights that are not finite")
     f = torch.cat([weights.pop(f"blocks.{i}.mixer.f") for i in range(config.layers)]).double().cpu()
 
     pairs = torch.arange(T, 0, -1, dtype=torch.float64).expand_as(f)
     free = torch.arange(T) >= taps if taps < T else torch.ones(T, dtype=torch.bool)
-    fit = fit_exponentials(f, pairs * free, exponentials)
+    found = fit_exponentials(f, pairs * free, exponentials)
     for mixer, rate, angle, coefficients in zip(
-        mixers, fit.rate.split(heads), fit.angle.split(heads), fit.coefficients.split(heads), strict=True
+        mixers, found.rate.split(heads), found.angle.split(heads), found.coefficients.split(heads), strict=True
     ):
         mixer.rate.copy_(rate)
         mixer.angle.copy_(angle)
@@ -77,14 +79,8 @@ def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple
     fitted = torch.cat([mixer.curve() for mixer in mixers]).double().cpu()
     error = _root_mean(pairs * (f - fitted) ** 2) / _root_mean(pairs * f**2).clamp(min=1e-12)
     rows = [
-        {
-            "layer": i // heads,
-            "head": i % heads,
-            "error": error[i].item(),
-            "f": f[i].tolist(),
-            "fit": fitted[i].tolist(),
-        }
-        for i in range(len(f))
+        {"layer": i // heads, "head": i % heads, "error": left, "f": curve, "fit": fit}
+        for i, (left, curve, fit) in enumerate(zip(error.tolist(), f.tolist(), fitted.tolist(), strict=True))
     ]
     converted = replace(loaded.config, model=config, start=str(loaded.folder))
     return Loaded(model, loaded.tokenizer, converted, loaded.folder), rows

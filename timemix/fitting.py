@@ -1,13 +1,15 @@
 """Curves over lags fitted by sums of decaying exponentials.
 
 A fit minimizes sum_lag weight (f - fit)^2 over rates, angles and coefficients together (Levenberg-Marquardt, in
-float64), from several starts: the matrix pencil of Hua and Sarkar (1990), real rates evenly spaced in their logarithm,
-and fits grown two exponentials at a time, each where most of what is left lies. The best is kept.
+float64), from several starts: the matrix pencil (Hua and Sarkar, 1990), real rates evenly spaced in their logarithm,
+pairs evenly spaced in their angle, and fits grown two exponentials at a time, each where most of what is left lies. The
+best is kept.
 
-Slots, rate, angle and coefficients as in `ops.exponential`; S problems or starts at once, L lags.
+Slots, rate, angle and coefficients as in `ops.exponential`; S curves at once, L lags.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,10 @@ MOST_COEFFICIENTS = 20.0
 """Sum of |coefficients| at most, in units of max |f|: what cancels costs digits."""
 
 STEPS = 200
+"""Of a refinement."""
+
+MOST_GROWN = 32
+"""Exponentials beyond which a fit is not grown, and hardly refined: its starts are good, and each step costs K^3."""
 
 
 class Fit(NamedTuple):
@@ -38,10 +44,11 @@ def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
     """Best fit of each curve f (H, L) under weight (H, L) >= 0 by K exponentials, K at most L."""
     f, weight = f.double(), weight.double()
     weight = weight / weight.sum(1, keepdim=True)
-    best = _grown(f, weight, exponentials)
-    for rate, angle in (*_pencils(f, weight, exponentials), _log_spaced(f, exponentials)):
-        best = _better(best, _refined(f, weight, rate, angle))
-    return best
+    starts = [*_pencils(f, weight, exponentials), _real(f, exponentials), _around(f, exponentials)]
+    fits = [_refined(f, weight, rate, angle) for rate, angle in starts]
+    if exponentials <= MOST_GROWN:
+        fits.append(_grown(f, weight, exponentials))
+    return reduce(_better, fits)
 
 
 def _better(a: Fit, b: Fit) -> Fit:
@@ -50,11 +57,19 @@ def _better(a: Fit, b: Fit) -> Fit:
     return Fit(*(torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True)))
 
 
-def _log_spaced(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def _real(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Real rates from 1 to 1 / L."""
     H, L = f.shape
     rate = torch.logspace(0, -math.log10(L), K, dtype=f.dtype).expand(H, K)
     return rate.clone(), f.new_zeros(H, K // 2)
+
+
+def _around(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Slow pairs whose angles lie evenly around the circle: with K = L they fit any curve."""
+    H, _ = f.shape
+    # Where no real one stands beside them, half a step away from 0.
+    angle = 2 * math.pi / K * (torch.arange(1, K // 2 + 1, dtype=f.dtype) - (0 if K % 2 else 0.5))
+    return f.new_full((H, K), LEAST_RATE), angle.expand(H, K // 2).clone()
 
 
 def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
@@ -63,7 +78,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
     starts = []
     taper = (weight / weight.amax(1, keepdim=True)).sqrt()
     for length in sorted({L // 2, L // 3, L // 5} - {0}):
-        rate, angle = _log_spaced(f, K)
+        rate, angle = _real(f, K)
         if min(length, L - length) > K:
             for h in range(H):
                 rows = (f[h] * taper[h]).unfold(0, length + 1, 1)
@@ -75,7 +90,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _place(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
-    """Poles into the slots of one curve, slowest first, as far as there is room; a negative one is a pair, angle pi."""
+    """Poles into the slots of one curve, slowest first, as far as there is room; negative ones as pairs."""
     K = len(rate)
     pairs, real = [], []
     for pole in sorted(poles.tolist(), key=abs, reverse=True):
@@ -96,32 +111,30 @@ def _place(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
 def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
     """Two exponentials more at a time, beginning with one where K is odd: a pair, or two real ones, on a grid."""
     H, L = f.shape
+    # The odd real one stays last.
     fit = Fit(f.new_zeros(H, 0), f.new_zeros(H, 0), f.new_zeros(H, 0), (weight * f**2).sum(1))
     if K % 2:
-        fit = _refined(f, weight, *_log_spaced(f, 1))
+        fit = _refined(f, weight, *_real(f, 1))
     rates = torch.logspace(math.log10(0.5 / L), 0.3, 14, dtype=f.dtype)
     angles = torch.logspace(math.log10(0.5 * math.pi / L), math.log10(math.pi), 24, dtype=f.dtype)
-    grid_rate = torch.cat([rates.repeat_interleave(len(angles))[:, None].expand(-1, 2), torch.combinations(rates)])
-    grid_angle = torch.cat([angles.repeat(len(rates)), torch.zeros(len(grid_rate) - len(rates) * len(angles))])[:, None]
-    lags = torch.arange(L, device=f.device)
-    found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), lags)
+    reals = torch.combinations(rates)
+    pairs = len(rates) * len(angles)
+    grid_rate = torch.cat([rates.repeat_interleave(len(angles))[:, None].expand(-1, 2), reals])
+    grid_angle = torch.cat([angles.repeat(len(rates)), rates.new_zeros(len(reals))])[:, None]
+    found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), torch.arange(L))
+    products = (found[:, :, None] * found[:, None]).flatten(0, 2)
+    gram = (weight @ products.t()).view(H, -1, 2, 2) + 1e-9 * torch.eye(2, dtype=f.dtype)
     while fit.rate.shape[1] < K:
         left = f - _values(fit, L)
-        weighted = found[None] * weight[:, None, None]
-        gram = weighted @ found.transpose(1, 2) + 1e-9 * torch.eye(2, dtype=f.dtype)
-        target = (weighted @ left[:, None, :, None]).squeeze(-1)
+        target = ((weight * left) @ found.flatten(0, 1).t()).view(H, -1, 2)
         gain = (target * torch.linalg.solve(gram, target)).sum(-1)
-        tried = None
-        # The places of the largest gain are neighbours: of each kind, the best.
-        for part in (slice(0, len(rates) * len(angles)), slice(len(rates) * len(angles), None)):
+        # The places of the largest gain are neighbours; so the best pair, and the best two real ones.
+        tried = []
+        for part in (slice(0, pairs), slice(pairs, None)):
             i = gain[:, part].argmax(1)
-            # A real one that leads stays last.
-            rate = torch.cat([grid_rate[part][i], fit.rate], 1)
-            angle = torch.cat([grid_angle[part][i], fit.angle], 1)
-            new = _refined(f, weight, rate, angle)
-            tried = new if tried is None else _better(tried, new)
-        assert tried is not None
-        fit = tried
+            rate, angle = grid_rate[part][i], grid_angle[part][i]
+            tried.append(_refined(f, weight, torch.cat([rate, fit.rate], 1), torch.cat([angle, fit.angle], 1)))
+        fit = _better(*tried)
     return fit
 
 
@@ -171,7 +184,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
     cost, damping = cost_of(phi, c), torch.full((S,), 1e-2, dtype=f.dtype)
     angles = K // 2
-    for _ in range(STEPS):
+    for _ in range(STEPS if K <= MOST_GROWN else 5):
         # Both slots of a pair move with the first one's rate, and with one angle.
         by_rate = -lags * (c * torch.where(paired, log_rate[:, first], log_rate).exp())[:, :, None] * phi
         by_rate = _of_pairs(by_rate, angle)

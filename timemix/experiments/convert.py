@@ -1,4 +1,4 @@
-"""The verb convert: a trained rwkv1 as a recurrent network, its loss, and a fine-tune that regains it."""
+"""The verb convert: a trained rwkv1 as a recurrent network, what that costs in loss, a fine-tune to regain it."""
 
 import json
 import math
