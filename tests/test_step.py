@@ -12,6 +12,7 @@ from tests.runs import small_trainer
 from tests.test_models import build
 from timemix.cli import main
 from timemix.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
+from timemix.models import lazy
 from timemix.models import step as step_module
 from timemix.models.step import CompiledStep, ModelStep, build_step, quantized, rounded
 from timemix.ops import native
@@ -34,9 +35,9 @@ VARIANTS = {
 }
 
 
-def model_of(variant):
+def model_of(variant, **changed):
     sizes = {"vocab_size": 19, "ctx_len": CTX, "layers": 2, "heads": 4, "channels": 32, "ffn_ratio": 2.5}
-    fields = sizes | VARIANTS[variant]
+    fields = sizes | VARIANTS[variant] | changed
     # Else wide matrices make large numbers of their inputs.
     noise = fields["channels"] ** -0.5
     arch = "rwkv1_exp" if isinstance(fields.get("mixer"), ExpTimeMixConfig) else "rwkv1"
@@ -88,6 +89,45 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
             for name in own:
                 largest = max(1.0, float(theirs[name].abs().max()))
                 torch.testing.assert_close(own[name] / largest, theirs[name] / largest, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles from any context on, small enough that every way of making them is taken."""
+    for name, value in {"FROM": 1, "BLOCK": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
+        monkeypatch.setattr(lazy, name, value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+@pytest.mark.parametrize("begin", [0, 1, 13, 20, 21, 40, 96])
+def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
+    model = model_of("rwkv1", ctx_len=150)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.f.mul_(torch.rand_like(block.mixer.f))
+            block.mixer.key.weight.mul_(scale)
+    state = model.init_state(2)
+    with torch.no_grad():
+        if begin:
+            _, state = model(torch.randint(19, (2, begin)), state)
+        plain, state = state.clone(), state.clone()
+        step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+        for t in range(begin, 150):
+            tokens = torch.randint(19, (2,))
+            logits, plain = model(tokens[:, None], plain, logits="last")
+            found, state = step(tokens, state, rows)
+            torch.testing.assert_close(found, logits, atol=2e-5 * scale, rtol=1e-4)
+            if t == begin + 9:
+                # A row that begins again, put or written from outside.
+                state.put(torch.tensor([0]), model.init_state(1))
+                plain.put(torch.tensor([0]), model.init_state(1))
+            if t == begin + 30:
+                for each in (state, plain):
+                    each.position[1] -= 7
+                    for layer in each.layers:
+                        layer["numerators"][1] *= 0.5
+    assert state.pending is not None
+    assert state.clone().pending is None
 
 
 @pytest.mark.parametrize("scale", [8.0, 60.0])

@@ -1,8 +1,8 @@
 """The language model around every architecture: embedding, blocks, head, and the state that it carries."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from timemix.models.recompute import recomputed
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.models.token_shift import TokenShift
+
+if TYPE_CHECKING:
+    from timemix.models.lazy import Pending
 
 # mixer and feed-forward half of each architecture
 ARCHITECTURES: dict[str, tuple[type[TimeMix | ExpTimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
@@ -36,6 +39,8 @@ class State:
 
     position: Tensor
     layers: list[dict[str, Tensor]]
+    pending: "Pending | None" = field(default=None, repr=False, compare=False)
+    """What a step has worked out ahead, if it does so: no part of the state, and not copied."""
 
     def clone(self) -> "State":
         return State(self.position.clone(), [{n: x.clone() for n, x in layer.items()} for layer in self.layers])
@@ -57,6 +62,8 @@ class State:
         for own, new in zip(self.layers, other.layers, strict=True):
             for name, x in new.items():
                 own[name][rows] = x
+        if self.pending is not None:
+            self.pending.rows_were_written(self, rows)
 
     @property
     def nbytes(self) -> int:

@@ -52,6 +52,7 @@ typedef struct {
     const float *own, *other, *begin, *coefficients; /* (H, K) */
     const float *taps, *fade;                      /* (H, M), (H,) */
     float *numerators, *denominators, *mixer_shift, *ffn_shift, *newest;
+    const float *pending; /* like numerators: what is summed up already of each position's past, or NULL */
 } layer;
 
 typedef struct {
@@ -220,9 +221,10 @@ static inline int64_t entry(const model *m, int64_t position) {
     return position < m->positions ? position : m->positions - 1;
 }
 
-/* y (N,) = wkv of one head of one row; exp(k) and v (N,) are those of the token at `position`. */
-static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, const float *key,
-                     const float *value, float *y) {
+/* y (N,) = wkv of one head of one row; exp(k) and v (N,) are those of the token at `position`. What is older than `start` is
+   pending already. */
+static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, int64_t start,
+                     const float *key, const float *value, float *y) {
     const int64_t N = m->channels / m->heads, K = m->modes, M = m->newest;
     const int64_t at = h * m->positions + entry(m, position);
     const float alpha = l->alpha ? l->alpha[at] : 1, beta = l->beta ? l->beta[at] : 1;
@@ -238,7 +240,8 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
     if (l->f) {
         float *history = l->numerators + (row * m->heads + h) * m->history * N;
         memcpy(history + position * N, source, N * sizeof(float));
-        look_back_all(l->f + h * m->history + position, history, position + 1, N, y);
+        if (l->pending) memcpy(y, l->pending + (history - l->numerators) + position * N, N * sizeof(float));
+        look_back_all(l->f + h * m->history + position - start, history + start * N, position + 1 - start, N, y);
     }
     for (int64_t j = 0; j < K; j += 2) {
         float *a = l->numerators + ((row * m->heads + h) * K + j) * N, *b = j + 1 < K ? a + N : a;
@@ -269,10 +272,11 @@ void timemix_linear(const linear *l, int64_t type, const float *x, float *y, int
 
 enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END };
 
-/* Feeds tokens[i] to row place[i] of the state, which stands at position[place[i]]; logits (rows, V). `scratch` holds
+/* Feeds tokens[i] to row place[i] of the state, which stands at position[place[i]], and has all that is older than start[i]
+   pending (start NULL: nothing is); logits (rows, V). `scratch` holds
    rows * (2 C + max(3 C, 2 F + C) + max(C, F)) numbers. Returns a fault, before anything is written. */
-int timemix_step(const model *m, int64_t rows, const int64_t *place, int64_t *position, const int64_t *tokens, float *logits,
-                 float *scratch) {
+int timemix_step(const model *m, int64_t rows, const int64_t *place, int64_t *position, const int64_t *start,
+                 const int64_t *tokens, float *logits, float *scratch) {
     for (int64_t i = 0; i < rows; i++) {
         if (tokens[i] < 0 || tokens[i] >= m->vocabulary) return UNKNOWN_TOKEN;
         if (m->limit && position[place[i]] >= m->limit) return PAST_THE_END;
@@ -299,7 +303,7 @@ int timemix_step(const model *m, int64_t rows, const int64_t *place, int64_t *po
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < rows * H; task++) {
                 const int64_t i = task / H, h = task % H, at = i * C + h * N;
-                time_mix(m, l, place[i], h, position[place[i]], k + at, v + at, mixed + at);
+                time_mix(m, l, place[i], h, position[place[i]], start ? start[i] : 0, k + at, v + at, mixed + at);
                 for (int64_t c = at; c < at + N; c++) mixed[c] *= sigmoid(r[c]);
             }
             apply(&l->output, t, mixed, in, rows);

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.models import lazy
 from timemix.models.language_model import Block, LanguageModel, State
+from timemix.models.lazy import Pending
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.ops.exponential import basis, extended, fading, turned
@@ -133,7 +135,7 @@ class _Layer(ctypes.Structure):
         *((name, _Linear) for name in _LINEARS),
         *((name, ctypes.c_void_p) for name in ("f", "alpha", "beta", "gamma")),
         *((name, ctypes.c_void_p) for name in ("own", "other", "begin", "coefficients", "taps", "fade")),
-        *((name, ctypes.c_void_p) for name in _STATE),
+        *((name, ctypes.c_void_p) for name in (*_STATE, "pending")),
     ]
 
 
@@ -180,6 +182,9 @@ class CompiledStep:
             head=self._linear(model.head),
             layer=self._layers,
         )
+        self._filters: list[Tensor] | None = None
+        if isinstance(config.mixer, TimeMixConfig) and config.ctx_len >= lazy.FROM:
+            self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
         self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
 
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
@@ -192,15 +197,30 @@ class CompiledStep:
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
         if len(self._scratch) < count:
             self._scratch = torch.empty(count, self._scratch.shape[1])
+        starts = self._starts(state, rows)
         self._model.threads = torch.get_num_threads()
         logits = torch.empty(count, self._model.vocabulary)
-        pointers = (x.data_ptr() for x in (rows, state.position, tokens, logits, self._scratch))
+        given = (rows, state.position, starts, tokens, logits, self._scratch)
+        pointers = (None if x is None else x.data_ptr() for x in given)
         fault = self._call(ctypes.byref(self._model), ctypes.c_int64(count), *map(ctypes.c_void_p, pointers))
         if fault == 1:
             raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
+        if state.pending is not None:
+            state.pending.advance(state, rows)
         return logits, state
+
+    def _starts(self, state: State, rows: Tensor) -> Tensor | None:
+        """Where each row's own look at its past begins, what is older being pending; None: at its first token."""
+        if self._filters is None:
+            return None
+        if state.pending is None or state.pending.filters is not self._filters:
+            state.pending = Pending(state, self._filters)
+        starts = state.pending.starts(state, rows)
+        for own, sums in zip(self._layers, state.pending.sums, strict=True):
+            own.pending = sums.data_ptr()
+        return starts
 
     def _sizes(self, config: ModelConfig) -> dict[str, int]:
         """What of the mixer is the same in all layers."""
