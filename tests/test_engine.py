@@ -11,6 +11,8 @@ from tests.test_generation import reanchored, recomputed
 from tests.test_models import VARIANTS, build
 from timemix.engine import Engine, Request
 from timemix.errors import UserError
+from timemix.models import lazy
+from timemix.models.step import build_step
 from timemix.sampling import Sampler
 from timemix.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -122,6 +124,68 @@ def test_a_place_used_again_holds_nothing_of_before(model):
                 x.fill_(math.nan)
     id = engine.add(REQUESTS[0])
     assert_same(finish(engine)[id], expected)
+
+
+def test_with_tiles_too_each_gets_what_it_gets_alone(monkeypatch):
+    model = KINDS["rwkv1, compiled"]()
+    requests = [request for request in REQUESTS if request.context == "reanchor"]
+    expected = [alone(model, request) for request in requests]
+    for name, value in {"FROM": 1, "BLOCK": 2, "_BY_MATRIX": 2, "_BY_TILES": 4}.items():
+        monkeypatch.setattr(lazy, name, value)
+    engine = Engine(model, CHARACTERS, places=3)
+    assert engine.advance.tiled
+    events = {}
+    for request in requests:
+        engine.add(request)
+        for event in [*engine.step(), *engine.step(), *engine.step()]:
+            events.setdefault(event.id, []).append(event)
+    for id, rest in finish(engine).items():
+        events.setdefault(id, []).extend(rest)
+    for number, each in enumerate(expected):
+        assert_same(events[number], each)
+
+
+def test_a_model_that_gives_no_numbers_ends_what_is_at_work_and_no_more():
+    model = KINDS["rwkv1, compiled"]()
+    engine = Engine(model, CHARACTERS, places=1)
+    engine.add(REQUESTS[0])
+    after = engine.add(REQUESTS[3])
+    engine.step()
+    before = model.head.weight.clone()
+    advance, engine.advance = engine.advance, writes(model, [math.nan])
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    engine._few = 0
+    broken = build_step(model)
+    engine.advance = broken
+    with pytest.raises(ValueError, match="row 0 hold NaN"):
+        engine.step()
+    with torch.no_grad():
+        model.head.weight.copy_(before)
+    engine.advance = advance
+    assert_same(finish(engine)[after], alone(model, REQUESTS[3]))
+
+
+def test_text_held_back_goes_with_the_stream():
+    model = build(VARIANTS["rwkv1"], torch.float32, ctx_len=64, vocab_size=11)
+    text = [2, 0, 1, 0, 2, 3, 4]
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.fill_(1.0)
+        model.head.weight.zero_()
+        model.head.weight[text[0]] = 30.0
+    whole = written(text, CHARACTERS, tokens=7, stop=("acd",))
+    for cut in range(1, 6):
+        engine = Engine(model, CHARACTERS, step=writes(model, text))
+        id = engine.add(Request([0], tokens=7, stop=("acd",)))
+        first = [event for _ in range(cut) for event in engine.step()]
+        stream = engine.stream(id)
+        engine = Engine(model, CHARACTERS, step=writes(model, text))
+        engine._few = 10
+        engine.add(Request([], tokens=7 - cut, stop=("acd",), start=stream))
+        rest = finish(engine)[0]
+        assert "".join(e.text for e in [*first, *rest]) == "".join(e.text for e in whole) == "cab"
+        assert rest[-1].finished == "stop"
 
 
 def test_log_probabilities_are_those_of_the_model(model):
@@ -249,6 +313,9 @@ def test_a_prompt_after_a_stream_equals_one_prompt(model):
         ({"tokens": -1}, "tokens is -1"),
         ({"stop": ("a", "")}, "a stop string is empty"),
         ({"keep": 0}, "keep is 0"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**64}, "seed must be a whole number"),
+        ({"sample": -1}, "sample must be a whole number"),
         ({"sampler": Sampler(temperature=[1, 2])}, "one number for each field"),
     ],
 )
@@ -257,8 +324,17 @@ def test_requests_that_cannot_be(fields, words):
         Request(**({"prompt": [1]} | fields))
 
 
+def test_one_stop_string_need_not_be_in_a_tuple():
+    assert Request([1], stop="ab").stop == ("ab",)
+
+
 def test_what_an_engine_refuses():
     model = build(VARIANTS["rwkv1"])
+    other = build(VARIANTS["rwkv1"], ctx_len=13)
+    engine = Engine(other)
+    engine.add(Request([1], 0, keep_stream=True))
+    with pytest.raises(UserError, match="the stream to go on with is of another model"):
+        Engine(model).add(Request([1], start=finish(engine)[0][-1].stream))
     with pytest.raises(UserError, match="places is 0"):
         Engine(model, places=0)
     with pytest.raises(UserError, match="token 11 is outside the vocabulary of 11"):

@@ -121,6 +121,17 @@ def test_a_state_of_another_model_is_refused(sample, tmp_path):
     assert "is a state of another model (rwkv1); give the run that wrote it" in err
 
 
+def test_an_error_leaves_a_good_state_alone(sample, tmp_path):
+    path = tmp_path / "a"
+    sample("--prompt", PROMPT, "--tokens", 5, "--save-state", path)
+    before = path.read_bytes()
+    for wrong in (["--seed", -1], ["--stop", ""], ["--prompt", "Ω"], ["--top-p", 7]):
+        status, _, err = sample("--load-state", path, "--save-state", path, *wrong)
+        assert status == 2, wrong
+        assert err.count("\n") == 1
+        assert path.read_bytes() == before
+
+
 def started(folder, *arguments, **options):
     command = [sys.executable, "-m", "timemix", "sample", "run", "--prompt", PROMPT, "--tokens", "1000000", *arguments]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
@@ -158,4 +169,5 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(folder, sample):
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 60
     assert done.stdout == expected
-    assert done.stderr == ("timemix: tokens are written step by step by the model itself: no C compiler was found\n")
+    reason = "no C compiler was found: CC is '/nonexistent/cc'"
+    assert done.stderr == f"timemix: tokens are written step by step by the model itself: {reason}\n"

@@ -130,6 +130,21 @@ def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
     assert state.clone().pending is None
 
 
+def test_tiles_see_writes_that_a_put_follows_and_serve_without_counts(tiles):
+    model = model_of("rwkv1", ctx_len=60)
+    step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            _, state = model(torch.randint(19, (2, 30)), model.init_state(2))
+            step(torch.tensor([1, 2]), state, rows)
+            for layer in state.layers:
+                layer["numerators"][1] *= 0.5
+            state.put(torch.tensor([0]), model.init_state(1))
+            expected, _ = model(torch.tensor([[3], [4]]), state.clone(), logits="last")
+            found, _ = step(torch.tensor([3, 4]), state, rows)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [8.0, 60.0])
 def test_equals_the_model_for_hard_keys(scale):
     model = model_of("rwkv1")
@@ -170,8 +185,13 @@ def test_the_end_of_the_context_and_wrong_tokens_are_errors_that_change_nothing(
     step = CompiledStep(model, "float32")
     for token in (-1, 19):
         with pytest.raises(ValueError, match="outside the vocabulary of 19"):
+            build_step(model, backend="model")(torch.tensor([1, token]), state, torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="outside the vocabulary of 19"):
             step(torch.tensor([1, token]), state, torch.tensor([0, 1]))
     assert state.position.tolist() == [0, 0]
+    for wrong in (torch.tensor([0, 2]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="not one of the state's 2"):
+            step(torch.tensor([1, 2]), state, wrong)
     state.position[1] = CTX
     with pytest.raises(ValueError, match=f"stands at {CTX}, the end"):
         step(torch.tensor([1, 2]), state, torch.tensor([0, 1]))
@@ -242,19 +262,51 @@ def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
     try:
         step = build_step(model)
         assert isinstance(step, ModelStep)
-        assert step.reason == "no C compiler was found"
+        assert step.reason == f"no C compiler was found: CC is '{tmp_path / 'nothing'}'"
         broken = tmp_path / "broken"
-        broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n")
+        broken.write_text("#!/bin/sh\necho 'step.c: in its midst\nerror: it is broken' >&2\nexit 1\n")
         broken.chmod(0o755)
         monkeypatch.setenv("CC", str(broken))
         native.library.cache_clear()
-        assert build_step(model).reason == f"{broken} failed: it is broken"
-        # A cache that cannot be made.
-        monkeypatch.delenv("CC")
+        assert build_step(model).reason == f"{broken} failed: error: it is broken"
+    finally:
+        native.library.cache_clear()
+
+
+def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, tmp_path):
+    model = model_of("rwkv1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"{compiler} -O1")
+
+    def build():
+        native.library.cache_clear()
+        calls.write_text("")
+        step = build_step(model, backend="compiled")
+        step(torch.tensor([1]), model.init_state(1), torch.tensor([0]))
+        return len(calls.read_text().splitlines())
+
+    try:
+        # Its version, compiling, linking.
+        assert build() == 3
+        assert build() == 1
+        (kept,) = (tmp_path / "timemix").glob("step-*.so")
+        damaged = tmp_path / "second" / "timemix" / kept.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"cut off")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+        assert build() == 3
+        assert damaged.stat().st_size == kept.stat().st_size
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-        native.library.cache_clear()
-        assert "cannot be kept or loaded" in build_step(model).reason
+        assert build() == 3
+        # Without OpenMP.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+        assert build() == 4
     finally:
         native.library.cache_clear()
 

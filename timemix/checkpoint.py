@@ -317,7 +317,8 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
     with open_tensors(folder / "model.safetensors") as tensors:
-        weights = {name: tensors.get_tensor(name).to(device, dtype) for name in model.state_dict()}
+        # A copy: what the file gives may be the file itself, mapped into memory.
+        weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)
 

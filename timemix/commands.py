@@ -114,7 +114,7 @@ class SampleArguments:
     load_state: Path | None = None
     """Go on with the text whose state is in this file."""
     save_state: Path | None = None
-    """Write the state after the text to this file, to go on with; also where it is interrupted."""
+    """Write the state after the text, and after a stop string that ended it, to this file, to go on; also on Ctrl-C."""
     log_probabilities: bool = False
     """With --json: the log-probability of each token in nats, at temperature 1 and before any filter."""
     device: str = "auto"
@@ -387,16 +387,18 @@ def sample(arguments: list[str]) -> int:
     saving = parsed.save_state
     noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
     with noted as interrupts:
-        last: Stream | None = None
+        streams: list[Stream] = []
+        gone: BrokenPipeError | None = None
         try:
-            for event in _written(engine, prompt, parsed):
-                last = event.stream
+            for _ in _written(engine, prompt, parsed, streams):
                 if interrupts:
                     break
-        finally:
-            # Also where whoever reads our output has gone.
-            if saving:
-                save_stream(last or engine.stream(0), saving, loaded.model)
+        except BrokenPipeError as error:
+            gone = error
+        if saving:
+            save_stream(streams[0] if streams else engine.stream(0), saving, loaded.model)
+    if gone is not None:
+        raise gone
     if interrupts:
         raise KeyboardInterrupt
     return 0
@@ -413,8 +415,11 @@ def _interrupts_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _written(engine: "Engine", prompt: str, parsed: SampleArguments) -> Iterator["Event"]:
-    """Prints the texts of an engine, one as it comes, several when all have ended; gives their events."""
+def _written(engine: "Engine", prompt: str, parsed: SampleArguments, streams: "list[Stream]") -> Iterator["Event"]:
+    """Prints the texts of an engine, one as it comes, several when all have ended; gives their events.
+
+    The stream of a text that has ended goes into the list before its end is printed.
+    """
     count = parsed.sampling.count
     streaming = count == 1 and not parsed.json
     texts = [""] * count
@@ -423,6 +428,8 @@ def _written(engine: "Engine", prompt: str, parsed: SampleArguments) -> Iterator
         sys.stdout.write(prompt)
     while engine.busy:
         for event in engine.step():
+            if event.stream is not None:
+                streams.append(event.stream)
             texts[event.id] += event.text
             told[event.id].append(event.log_probability)
             if streaming:
@@ -469,7 +476,7 @@ def eval(arguments: list[str]) -> int:
         text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
         name, result = parsed.data, evaluate(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "data": name, **result}))
+        print(json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **result}))
         return 0
     print(
         f"{result['nats_per_token']:.4f} nats per token, {result['bits_per_character']:.4f} bits per character,"

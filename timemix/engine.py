@@ -38,7 +38,7 @@ class Request:
     goes on, so that the cost per token stays constant; "exact" reads the newest max_position tokens for every token, as
     the original code did. A longer prompt is cut to its end.
 
-    Raises UserError for an empty prompt or stop string, negative counts, or `keep` outside (0, 1].
+    Raises UserError for an empty prompt or stop string, a negative count or seed, or `keep` outside (0, 1].
     """
 
     prompt: Sequence[int]
@@ -46,7 +46,7 @@ class Request:
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
     sample: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     log_probabilities: bool = False
     start: Stream | None = None
     keep_stream: bool = False
@@ -54,10 +54,15 @@ class Request:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if len(self.prompt) == 0 and self.start is None:
+        if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
             raise UserError("the prompt is empty; give at least one token to go on from")
         if self.tokens < 0:
             raise UserError(f"tokens is {self.tokens}; it must be at least 0")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("seed", "sample"):
+            if not 0 <= getattr(self, name) < 2**64:
+                raise UserError(f"{name} must be a whole number from 0 to 2^64 - 1, not {getattr(self, name)}")
         if "" in self.stop:
             raise UserError("a stop string is empty; give at least one character")
         if not self.sampler.is_of_one_row:
@@ -116,7 +121,7 @@ class Engine:
         weights: Weights = "float32",
         step: Step | None = None,
     ) -> None:
-        """Without a tokenizer events have no text. `weights`: what the steps round them to; prompts are read in full.
+        """Without a tokenizer events have no text. `weights`: what the steps round theirs to, long prompts not.
 
         Raises UserError for fewer than one place.
         """
@@ -139,13 +144,18 @@ class Engine:
     def add(self, request: Request) -> int:
         """Takes a request; returns its id.
 
-        Raises UserError for a token outside the vocabulary, or stop strings without a tokenizer.
+        Raises UserError for a token outside the vocabulary, stop strings without a tokenizer, or a stream of a model of
+        other sizes.
         """
-        outside = next((t for t in request.prompt if not 0 <= t < self.model.config.vocab_size), None)
+        start = request.start
+        old = () if start is None else (*start.tokens, *start.seen)
+        outside = next((t for t in (*request.prompt, *old) if not 0 <= t < self.model.config.vocab_size), None)
         if outside is not None:
             raise UserError(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
+        if start is not None and _shapes(start.state) != _shapes(self._state):
+            raise UserError("the stream to go on with is of another model")
         number = next(self._ids)
         self._waiting.append((number, request))
         return number
@@ -174,7 +184,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Writes one token of every request at work, in the order in which they came; waiting ones join first."""
+        """Writes one token of every request at work, in the order in which they came; waiting ones join first.
+
+        Raises ValueError for a model that gives no numbers; all requests at work end with it.
+        """
         events = []
         self._grow(min(self.places, len(self._rows) + len(self._waiting)))
         while self._waiting and len(self._rows) < self.places:
@@ -187,15 +200,13 @@ class Engine:
             return events
         rows = list(self._rows)
         logits = self._read(rows)
-        if self._sampler is None:
-            self._sampler = Sampler.joined([row.request.sampler for row in rows])
-        probabilities = self._sampler.probabilities(logits, self._seen(rows))
-        tokens = draw(
-            probabilities,
-            seed=[row.request.seed for row in rows],
-            sample=[row.request.sample for row in rows],
-            position=[row.written for row in rows],
-        ).tolist()
+        try:
+            tokens = self._draw(rows, logits)
+        except ValueError:
+            # Their states are a token ahead of their texts.
+            for row in rows:
+                self._leave(row)
+            raise
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             told = None
             if row.request.log_probabilities:
@@ -232,6 +243,7 @@ class Engine:
             written=written,
             first=written,
             decoder=decoder,
+            held="" if start is None or len(request.prompt) else start.held,
         )
         if start is not None:
             self._state.put(torch.tensor([place]), start.state)
@@ -256,7 +268,7 @@ class Engine:
         for (begun, unread), members in groups.items():
             tokens = torch.tensor([rows[i].tokens[-unread:] for i in members])
             places = torch.tensor([rows[i].place for i in members])
-            if (begun and unread == 1) or unread <= self._few:
+            if (begun and unread == 1) or unread * len(members) <= self._few:
                 if not begun:
                     self._state.put(places, self.model.init_state(len(places)))
                 for column in tokens.unbind(1):
@@ -294,6 +306,16 @@ class Engine:
             found.append(logits)
         return torch.cat(found)
 
+    def _draw(self, rows: list[_Row], logits: Tensor) -> list[int]:
+        if self._sampler is None:
+            self._sampler = Sampler.joined([row.request.sampler for row in rows])
+        return draw(
+            self._sampler.probabilities(logits, self._seen(rows)),
+            seed=[row.request.seed for row in rows],
+            sample=[row.request.sample for row in rows],
+            position=[row.written for row in rows],
+        ).tolist()
+
     def _seen(self, rows: list[_Row]) -> Tensor | None:
         if all(row.request.sampler.repetition_penalty == 1 for row in rows):
             return None
@@ -327,6 +349,7 @@ class Engine:
         if last:
             text += row.decoder.flush()
         stop = row.request.stop
+        assert not isinstance(stop, str)
         found = [at for at in map(text.find, stop) if at >= 0]
         if found:
             return text[: min(found)], True
@@ -341,7 +364,12 @@ class Engine:
         limit = self.model.max_position
         kept = max(row.unread, limit or 1)
         state = self._state.select(torch.tensor([row.place])) if row.position else self.model.init_state(1)
-        return Stream(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen))
+        return Stream(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen), row.held)
+
+
+def _shapes(state: State) -> list[dict[str, torch.Size]]:
+    """Those of one row."""
+    return [{name: x.shape[1:] for name, x in layer.items()} for layer in state.layers]
 
 
 def _begun(text: str, stop: str) -> int:

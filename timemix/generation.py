@@ -48,7 +48,7 @@ def stream_text(
     seed: int = 0,
     count: int = 1,
     context: Context = "reanchor",
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     weights: Weights = "float32",
 ) -> Iterator[list[str]]:
     """Yields, token by token, the new text of each of `count` samples; never half a character.
@@ -58,8 +58,9 @@ def stream_text(
     """
     ids = loaded.tokenizer.encode(prompt).tolist()
     engine = Engine(loaded.model, loaded.tokenizer, places=count, weights=weights)
+    stop = stop if isinstance(stop, str) else tuple(stop)
     for i in range(count):
-        engine.add(Request(ids, tokens, sampler or Sampler(), seed, i, tuple(stop), context=context))
+        engine.add(Request(ids, tokens, sampler or Sampler(), seed, i, stop, context=context))
     while engine.busy:
         pieces = {event.id: event.text for event in engine.step()}
         yield [pieces.get(i, "") for i in range(count)]
@@ -74,7 +75,7 @@ def generate(
     seed: int = 0,
     context: Context = "reanchor",
     sampler: Sampler | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     weights: Weights = "float32",
 ) -> list[str]:
     """`count` texts that go on from `prompt` (not included), at most `tokens` tokens each.

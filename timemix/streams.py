@@ -22,7 +22,7 @@ class Stream:
 
     state: of one row. tokens: the newest of the text, as many as a context that is read again can take (all that are
     unread at least); the last `unread` of them are not in the state yet. written: tokens drawn so far. seen: the tokens
-    that occurred.
+    that occurred. held: the end of its text, not told yet because it may begin a stop string.
     """
 
     state: State
@@ -30,6 +30,7 @@ class Stream:
     unread: int
     written: int = 0
     seen: frozenset[int] = field(default_factory=frozenset)
+    held: str = ""
 
     def clone(self) -> "Stream":
         """A copy with a state of its own, to go on with in another way."""
@@ -63,6 +64,7 @@ def save_stream(stream: Stream, path: str | Path, model: LanguageModel) -> None:
         "unread": stream.unread,
         "written": stream.written,
         "seen": sorted(stream.seen),
+        "held": stream.held,
     }
     with atomic_file(Path(path)) as temporary:
         write_tensors(temporary, tensors | {"position": stream.state.position}, {"timemix_stream": json.dumps(about)})
@@ -95,9 +97,11 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
                 0 <= t < vocab_size for t in (*about["tokens"], *about["seen"])
             ):
                 raise ValueError("its tokens are not of the model")
+            if not 0 <= int(state.position) <= (model.max_position or 2**62):
+                raise ValueError(f"its position is {int(state.position)}")
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]))
+    return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
 
 
 def _about(path: Path, text: str | None) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _about(path: Path, text: str | None) -> dict[str, Any]:
     try:
         about = json.loads(text)
         fits = (
-            all(isinstance(about[name], str) for name in ("model", "architecture"))
+            all(isinstance(about[name], str) for name in ("model", "architecture", "held"))
             and all(is_count(about[name]) for name in ("unread", "written"))
             and all(isinstance(about[name], list) and all(map(is_count, about[name])) for name in ("tokens", "seen"))
         )

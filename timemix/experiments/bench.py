@@ -351,7 +351,12 @@ def _commit() -> str:
     return f" ({done.stdout.strip()})"
 
 
-_MORE = {"share_of_peak": "share of peak, 6 N D", "share_of_floor": "share of the floor", "state_bytes": "state, bytes"}
+_MORE = {
+    "share_of_peak": "share of peak, 6 N D",
+    "share_of_floor": "share of the floor",
+    "state_bytes": "state, bytes",
+    "peak_memory": "largest memory of the process so far",
+}
 
 
 def to_markdown(report: dict[str, Any]) -> str:

@@ -15,11 +15,12 @@ from torch import nn
 
 from timemix.config import ModelConfig
 from timemix.engine import Engine, Request
+from timemix.errors import UserError
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
 from timemix.files import atomic_file
 from timemix.machine import choose_compile
-from timemix.models import LanguageModel, State
+from timemix.models import LanguageModel, State, lazy
 from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
 from timemix.sampling import Sampler
 
@@ -31,7 +32,14 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
-    """Steps of a model of random weights, alone, in batches and by position; and the time to a first token."""
+    """Steps of a model of random weights, alone, in batches and by position; and the time to a first token.
+
+    Raises UserError for a context shorter than what a path writes in its turn.
+    """
+    if model.ctx_len < 2 * STEPS:
+        raise UserError(
+            f"--model.ctx-len is {model.ctx_len}; bench sample writes {STEPS} tokens at a time: at least {2 * STEPS}"
+        )
     device = torch.device("cpu")
     torch.manual_seed(0)
     ours = LanguageModel(model).eval()
@@ -107,9 +115,14 @@ def _stepping(
         worst = float((found - theirs).abs().max() / theirs.abs().max())
         fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
 
+    # With tiles a row that is set back is made up for anew: there it goes on to the end of its context.
+    tiled = isinstance(step, CompiledStep) and step.tiled
+    limit = model.max_position or 2**62
+
     def call() -> None:
         nonlocal state
-        state.position.fill_(position)
+        if not tiled or int(state.position[0]) + STEPS > limit:
+            state.position.fill_(position)
         for _ in range(STEPS):
             _, state = step(tokens, state, places)
 
@@ -177,7 +190,7 @@ def _in_batches(model: LanguageModel, batches: Sequence[int], seconds: float, sa
     """Rows at once, each kind of weights."""
     position = _middle(model)
     contenders = [
-        _stepping(f"{rows} x {name}", step, model, rows, position)
+        _stepping(f"{rows} x {name}", step, model, rows, position, rounded(model, cast(Weights, name.split()[-1])))
         for name, step in (_steps(model) or {"step float32": build_step(model)}).items()
         for rows in batches
     ]
@@ -191,24 +204,28 @@ def _by_position(model: LanguageModel, seconds: float, say: Say) -> dict[str, An
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
     contenders = [
-        _stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS))
+        _stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS), model)
         for p, place in places.items()
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
     again = 0.0
     if limit is not None and kept is not None:
-        (reading,) = race([_reading(f"{kept}", model, kept)], seconds, torch.device("cpu"), say)
+        (reading,) = race([_reading(f"{kept}", model, kept, step)], seconds, torch.device("cpu"), say)
         again = reading["seconds"] / (limit - kept)
     for position, row in zip(POSITIONS, rows, strict=True):
+        if "withheld" in row:
+            continue
         if limit is not None and position >= limit:
             row["seconds"] += again * STEPS
             row["tokens_per_second"] = STEPS / row["seconds"]
         row["state_bytes"] = model.init_state(1).nbytes
+        contenders[POSITIONS.index(position)].call()
+        # It only grows: what a later position needs more would show.
+        row["peak_memory"] = process_memory("VmHWM")
     title = "a token at each position"
     if limit is not None:
         title += f", reading {kept} tokens again every {limit - cast(int, kept)}"
-    memory = process_memory("VmHWM")
-    return {"title": title, "paths": _per_token(rows), "peak_memory": memory}
+    return {"title": title, "paths": _per_token(rows)}
 
 
 def _first_token(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
@@ -220,16 +237,14 @@ def _first_token(model: LanguageModel, seconds: float, say: Say) -> dict[str, An
         model(rows)
 
     contenders = [Contender(f"forward as in training, 16 x {ctx_len}", forward, rows.numel())]
-    lengths = sorted(
-        {n for n in (1, 16, ctx_len // 4, ctx_len, 4 * ctx_len) if n == 1 or n <= ctx_len or model.max_position is None}
-    )
-    contenders += [_reading(f"prompt of {n}", model, n) for n in lengths if n]
+    lengths = {1, 16, ctx_len // 4, ctx_len} | ({4 * ctx_len} if model.max_position is None else set())
+    step = build_step(model)
+    contenders += [_reading(f"prompt of {n}", model, n, step) for n in sorted(lengths)]
     return {"title": "time to the first token", "paths": race(contenders, seconds, torch.device("cpu"), say)}
 
 
-def _reading(name: str, model: LanguageModel, length: int) -> Contender:
+def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Contender:
     prompt = torch.randint(model.config.vocab_size, (length,)).tolist()
-    step = build_step(model)
 
     def call() -> None:
         engine = Engine(model, step=step)
@@ -263,9 +278,11 @@ def _state_bytes(model: LanguageModel, position: int) -> int:
     state = model.init_state(1)
     ends = model.max_position is not None
     total = 0
+    # With tiles: the newest block, and what is pending.
+    read = position if model.config.ctx_len < lazy.FROM else min(position, lazy.BLOCK) + 1
     for layer in state.layers:
         for x in layer.values():
-            part = position / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1
+            part = read / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1
             total += int(part * x.numel() * x.element_size())
     return total
 

@@ -37,19 +37,22 @@ class Pending:
         # Where tiling began, and where the row was left.
         self._origin = torch.zeros(rows, dtype=torch.int64)
         self._position = torch.full((rows,), -1)
-        self._versions = _versions(state)
+        self._written = _written(state)
         self._matrices: dict[tuple[int, int], Tensor] = {}
 
     def rows_were_written(self, state: State, rows: Tensor) -> None:
-        """To be told when rows of the state get other content."""
+        """To be told when rows of the state got other content, in one write to each tensor."""
         self._position[rows] = -1
-        self._versions = _versions(state)
+        once = [(address, count + 1) for address, count in self._written]
+        self._written = _written(state)
+        if self._written != once:
+            self._position.fill_(-1)
 
     def starts(self, state: State, rows: Tensor) -> Tensor:
         """The first of the newest tokens that a step of each row (R,) must look at itself."""
-        if _versions(state) != self._versions:
+        if (written := _written(state)) != self._written:
             self._position.fill_(-1)
-            self._versions = _versions(state)
+            self._written = written
         position = state.position[rows]
         for row in rows[self._position[rows] != position].tolist():
             self._make_up_for(state, row)
@@ -76,7 +79,10 @@ class Pending:
                 self._add_tile(state, row, end)
 
     def _add_tile(self, state: State, row: int, end: int) -> None:
-        """The newest U tokens before `end` add to the U positions from it."""
+        """The newest U tokens before `end` add to the U positions from it, as far as the context goes."""
+        left = self.filters[0].shape[1] - end
+        if left == 0:
+            return
         blocks = (end - int(self._origin[row])) // BLOCK
         U = BLOCK * (blocks & -blocks)
         for i, (f, sums, layer) in enumerate(zip(self.filters, self.sums, state.layers, strict=True)):
@@ -84,8 +90,8 @@ class Pending:
             if U <= _BY_MATRIX:
                 after += self._matrix(i, U)[:, : after.shape[1]] @ x
             else:
-                by_lag = F.pad(f, (0, max(0, 2 * U - f.shape[1])))[:, : 2 * U]
-                after += _convolved(F.pad(x, (0, 0, 0, U)), by_lag)[:, U : U + after.shape[1]]
+                n = min(U, left)
+                after += _convolved(F.pad(x, (0, 0, 0, n)), f[:, : U + n])[:, U:]
 
     def _matrix(self, layer: int, U: int) -> Tensor:
         """f at the lags of a tile: (H, U, U), rows of outputs."""
@@ -101,6 +107,10 @@ def _convolved(x: Tensor, f: Tensor) -> Tensor:
     return spectral_convolution(x.transpose(0, 1)[None], f)[0].transpose(0, 1)
 
 
-def _versions(state: State) -> list[int]:
-    """Counts of what torch wrote into the histories; compiled code writes uncounted."""
-    return [layer["numerators"]._version for layer in state.layers]
+def _written(state: State) -> list[tuple[int, int]]:
+    """Address of each history, and how often torch wrote into it; compiled code writes uncounted.
+
+    Tensors of inference mode have no count: there a put has all rows made up for again.
+    """
+    histories = [layer["numerators"] for layer in state.layers]
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in histories]

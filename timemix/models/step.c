@@ -264,20 +264,15 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
     for (int64_t n = 0; n < N; n++) y[n] = beta * y[n] / total[n];
 }
 
-/* y (rows, outputs) = x weight^T + bias: for measuring. */
-void timemix_linear(const linear *l, int64_t type, const float *x, float *y, int64_t rows, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-    apply(l, type, x, y, rows);
-}
+enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END, NO_SUCH_ROW };
 
-enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END };
-
-/* Feeds tokens[i] to row place[i] of the state, which stands at position[place[i]], and has all that is older than start[i]
+/* Feeds tokens[i] to row place[i] of the state's `places`, none twice, which stands at position[place[i]], and has all that is older than start[i]
    pending (start NULL: nothing is); logits (rows, V). `scratch` holds
    rows * (2 C + max(3 C, 2 F + C) + max(C, F)) numbers. Returns a fault, before anything is written. */
-int timemix_step(const model *m, int64_t rows, const int64_t *place, int64_t *position, const int64_t *start,
+int timemix_step(const model *m, int64_t rows, int64_t places, const int64_t *place, int64_t *position, const int64_t *start,
                  const int64_t *tokens, float *logits, float *scratch) {
     for (int64_t i = 0; i < rows; i++) {
+        if (place[i] < 0 || place[i] >= places || position[place[i]] < 0) return NO_SUCH_ROW;
         if (tokens[i] < 0 || tokens[i] >= m->vocabulary) return UNKNOWN_TOKEN;
         if (m->limit && position[place[i]] >= m->limit) return PAST_THE_END;
     }

@@ -6,6 +6,7 @@ compiled code (step.c), for the weights as they are, in bfloat16, or in 8 bits. 
 
 import copy
 import ctypes
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -40,7 +41,7 @@ class Step(Protocol):
         """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
 
         The state is consumed: its other rows stay as they are.
-        Raises ValueError for a row that stands at the model's `max_position`.
+        Raises ValueError for a row that stands at the model's `max_position`, or a token outside the vocabulary.
         """
 
 
@@ -105,7 +106,9 @@ class ModelStep:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        device = self.model.device
+        device, vocab_size = self.model.device, self.model.config.vocab_size
+        if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+            raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
         if torch.equal(rows, torch.arange(len(state.position))):
             logits, after = self.model(tokens[:, None].to(device), state, logits="last")
             return logits, cast(State, after)
@@ -159,6 +162,8 @@ class CompiledStep:
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
         self.model = model
+        # The structures are of one call at a time.
+        self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
         self._panel = found.timemix_panel()
         # What the structures point to.
@@ -187,8 +192,14 @@ class CompiledStep:
             self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
         self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
 
+    @torch.no_grad()
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        count = len(rows)
+        with self._lock:
+            return self._step(tokens.to(torch.int64).contiguous(), state, rows.to(torch.int64).contiguous())
+
+    def _step(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        count, places = len(rows), len(state.position)
+        state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
                 # A prefill may leave views.
@@ -202,14 +213,22 @@ class CompiledStep:
         logits = torch.empty(count, self._model.vocabulary)
         given = (rows, state.position, starts, tokens, logits, self._scratch)
         pointers = (None if x is None else x.data_ptr() for x in given)
-        fault = self._call(ctypes.byref(self._model), ctypes.c_int64(count), *map(ctypes.c_void_p, pointers))
+        sizes = (ctypes.c_int64(count), ctypes.c_int64(places))
+        fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
         if fault == 1:
             raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
+        if fault == 3:
+            raise ValueError(f"a row is not one of the state's {places}, or stands at a negative position")
         if state.pending is not None:
             state.pending.advance(state, rows)
         return logits, state
+
+    @property
+    def tiled(self) -> bool:
+        """Whether sums over the past are worked out ahead, in tiles."""
+        return self._filters is not None
 
     def _starts(self, state: State, rows: Tensor) -> Tensor | None:
         """Where each row's own look at its past begins, what is older being pending; None: at its first token."""

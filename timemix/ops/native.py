@@ -1,10 +1,12 @@
 """C code of the package, compiled for this processor when it is first wanted, and kept in the user's cache."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -23,33 +25,44 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
     """The compiled form of a C file, None where that fails; and by what it was compiled, or why not."""
     compiler = c_compiler()
     if compiler is None:
-        return None, "no C compiler was found"
-    key = hashlib.sha256("\0".join((compiler, *COMPILE, _processor())).encode() + source.read_bytes()).hexdigest()[:16]
-    name = f"{source.stem}-{key}.so"
+        named = f": CC is {os.environ['CC']!r}" if os.environ.get("CC") else ""
+        return None, f"no C compiler was found{named}"
     try:
-        kept = Path(pooch.os_cache("timemix")) / name
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-                # Renamed when whole: another process may look for it now.
-                _compile(compiler, source, Path(folder) / name).replace(kept)
-        return ctypes.CDLL(str(kept)), f"compiled by {compiler}"
+        return _kept_or_made(compiler, source), f"compiled by {shlex.join(compiler)}"
     except subprocess.SubprocessError as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{compiler} failed: {said[0] if said else error}"
+        return None, f"{shlex.join(compiler)} failed: {_what_failed(error)}"
     except OSError as error:
         return None, f"the compiled code cannot be kept or loaded: {error}"
 
 
-def c_compiler() -> str | None:
-    """Path of the system's C compiler, None where there is none."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next((path for name in names if (path := shutil.which(name))), None)
+def c_compiler() -> list[str] | None:
+    """The command of the system's C compiler, None where there is none."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
+    return next(([path, *rest] for first, *rest in commands if (path := shutil.which(first))), None)
 
 
-def _compile(compiler: str, source: Path, to: Path) -> Path:
+def _kept_or_made(compiler: list[str], source: Path) -> ctypes.CDLL:
+    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = "\0".join((*compiler, said, *COMPILE, THREADS, _processor())).encode() + source.read_bytes()
+    name = f"{source.stem}-{hashlib.sha256(parts).hexdigest()[:16]}.so"
+    folder = Path(pooch.os_cache("timemix"))
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(folder / name))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            # Renamed when whole: another process may look for it now.
+            return ctypes.CDLL(str(_compile(compiler, source, Path(work) / name).replace(folder / name)))
+    except OSError:
+        # A cache that cannot be written, or holds no code that runs: for this process alone.
+        with tempfile.TemporaryDirectory(prefix="timemix-") as work:
+            return ctypes.CDLL(str(_compile(compiler, source, Path(work) / name)))
+
+
+def _compile(compiler: list[str], source: Path, to: Path) -> Path:
     def run(*arguments: str) -> None:
-        subprocess.run([compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
 
     part = str(to.with_suffix(".o"))
     try:
@@ -60,6 +73,11 @@ def _compile(compiler: str, source: Path, to: Path) -> Path:
         run(*COMPILE, "-c", str(source), "-o", part)
         run("-shared", part, "-lm", "-o", str(to))
     return to
+
+
+def _what_failed(error: subprocess.SubprocessError) -> str:
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else str(error))
 
 
 def _processor() -> str:
