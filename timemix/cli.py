@@ -10,7 +10,7 @@ from timemix import __version__
 from timemix.errors import UserError
 
 VERBS = {
-    "demo": "train on the built-in text for two minutes, sample, plot",
+    "demo": "train on the built-in text for some minutes, sample, plot",
     "train": "train a model on your text, or go on with a run",
     "sample": "write text with a trained model",
     "eval": "loss of a trained model on a text",

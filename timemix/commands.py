@@ -175,7 +175,7 @@ class InfoArguments:
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Train a small rwkv1 on the built-in text for about two minutes, with samples and a picture."""
+    """Train a small rwkv1 on the built-in text for two to six minutes, with samples and a picture."""
 
     out: Path = Path("runs/demo")
     """Folder to make for the run."""
@@ -536,7 +536,7 @@ def demo(arguments: list[str]) -> int:
     if parsed.steps is not None:
         config = replace(config, train=replace(config.train, steps=parsed.steps))
     out = parsed.out
-    print("Training a small RWKV on the Python language reference, about two minutes on two cores.")
+    print("Training a small RWKV on the Python language reference, two to six minutes on two cores.")
     trainer = new_run(config, out)
     half = max(1, trainer.config.train.steps // 2)
 
