@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_wkv1 import assert_same, gradients_of
 from timemix.ops import exponential, wkv1
 from timemix.ops.exponential import Curves, ExpState, curve, exp_state, extended, wkv1_exp
 
@@ -64,18 +65,10 @@ def outputs_and_gradients(x, curves, backend, state=None, lengths=None):
     values = {"y": y}
     if after is not None:
         values |= {f"after.{n}": a for n, a in after._asdict().items() if a is not None and n != "position"}
-    total = sum((a * torch.sin(torch.arange(a.numel()).double()).view(a.shape)).sum() for a in values.values())
-    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    values |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+    values |= gradients_of(values, leaves)
     if after is not None:
         values["position"] = after.position
     return values
-
-
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 @pytest.mark.parametrize("M", [0, 2])

@@ -61,13 +61,17 @@ def outputs_and_gradients(named, backend, state=None, denominator="plain", lengt
     values = {"y": y}
     if after is not None:
         values |= {"after.numerators": after.numerators, "after.denominators": after.denominators}
-    # A different weight for every entry, so that no two mistakes cancel.
-    total = sum((x * torch.sin(torch.arange(x.numel()).double()).view(x.shape).to(x)).sum() for x in values.values())
-    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    values |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+    values |= gradients_of(values, leaves)
     if after is not None:
         values["position"] = after.position
     return values
+
+
+def gradients_of(values, leaves):
+    """Gradients of all the values at once; a different weight for every entry, so that no two mistakes cancel."""
+    total = sum((x * torch.sin(torch.arange(x.numel()).double()).view(x.shape).to(x)).sum() for x in values.values())
+    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
 
 
 def assert_same(a, b, **tolerance):

@@ -56,7 +56,6 @@ class Sampling:
     """Makes tokens of the context less likely; 1 is off."""
     context: Literal["reanchor", "exact"] = "reanchor"
     """Past ctx_len: go on from the newest half (constant cost), or recompute the whole window for each token."""
-
     stop: tuple[str, ...] = ()
     """Texts at the first of which a sample ends, before it."""
 
@@ -373,15 +372,15 @@ def sample(arguments: list[str]) -> int:
         engine.add(
             Request(
                 ids,
-                settings.tokens,
-                sampler,
-                settings.seed,
-                number,
-                settings.stop,
-                parsed.log_probabilities,
-                start,
-                parsed.save_state is not None,
-                settings.context,
+                tokens=settings.tokens,
+                sampler=sampler,
+                seed=settings.seed,
+                sample=number,
+                stop=settings.stop,
+                log_probabilities=parsed.log_probabilities,
+                start=start,
+                keep_stream=parsed.save_state is not None,
+                context=settings.context,
             )
         )
     saving = parsed.save_state

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -229,8 +230,7 @@ class Engine:
         if self.tokenizer is not None:
             decoder = self.tokenizer.stream()
             # Of the text before: a word tokenizer puts a space before a word that follows another.
-            for token in (*old, *request.prompt):
-                decoder.push(token)
+            decoder.push_all(np.array([*old, *request.prompt], np.int64))
         written = 0 if start is None else start.written
         row = _Row(
             number,

@@ -18,7 +18,7 @@ from timemix.engine import Engine, Request
 from timemix.errors import UserError
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
-from timemix.files import atomic_file
+from timemix.experiments.plot import save_picture
 from timemix.machine import choose_compile
 from timemix.models import LanguageModel, State, lazy
 from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
@@ -26,6 +26,9 @@ from timemix.sampling import Sampler
 
 STEPS = 16
 """Tokens that a path writes when its turn comes: in a row, as in generation."""
+
+Steps = dict[Weights, tuple[Step, LanguageModel]]
+"""By kind of weights a step, and the model whose logits it must give."""
 
 POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -46,18 +49,20 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
+    steps = _steps(ours)
+    step = steps["float32"][0]
     results = [
-        _alone(ours, seconds, say),
-        _in_batches(ours, batches, seconds, say),
-        _by_position(ours, seconds, say),
-        _first_token(ours, seconds, say),
+        _alone(ours, steps, seconds, say),
+        _in_batches(ours, steps, batches, seconds, say),
+        _by_position(ours, step, seconds, say),
+        _first_token(ours, step, seconds, say),
     ]
     cache = _largest_cache()
-    fits = {w: n for w in WEIGHTS if cache is not None and (n := _weight_bytes(ours, w)) < cache}
+    fits = [w for w in WEIGHTS if cache is not None and _weight_bytes(ours, w) < cache]
     work = (
         f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, {model.layers} layers,"
         f" {model.heads} heads, {model.channels} channels, ctx_len {model.ctx_len}, vocabulary {model.vocab_size};"
-        f" {build_step(ours).reason}"
+        f" {step.reason}"
     )
     if fits:
         work += f"; weights in {' and '.join(fits)} fit the largest cache, {cast(int, cache) / 2**20:.0f} MiB"
@@ -65,7 +70,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
 
 
 @torch.no_grad()
-def _alone(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict[str, Any]:
     """One text, its context half full, on each path."""
     position = _middle(model)
     tokens = torch.randint(model.config.vocab_size, (1, model.config.ctx_len))
@@ -75,10 +80,11 @@ def _alone(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
             model(tokens, logits="last")
 
     contenders = [Contender("recomputing the context float32", torch.no_grad()(recompute), 2)]
-    steps = {"the model's forward float32": build_step(model, backend="model")} | _steps(model)
-    for name, step in steps.items():
-        weights = cast(Weights, name.split()[-1])
-        contenders.append(_stepping(name, step, model, 1, position, rounded(model, weights)))
+    forward = build_step(model, backend="model")
+    contenders.append(_stepping("the model's forward float32", forward, model, 1, position, model))
+    if isinstance(steps["float32"][0], CompiledStep):
+        for weights, (step, expected) in steps.items():
+            contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
     contenders += _llamas(model, position, say)
     memory = torch.ones(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
@@ -94,26 +100,25 @@ def _alone(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
     return {"title": title, "bandwidth": bandwidth, "paths": _per_token(rows)}
 
 
-def _steps(model: LanguageModel) -> dict[str, Step]:
-    """The steps that generation takes, for each kind of weights."""
-    steps = {f"step {weights}": build_step(model, weights) for weights in WEIGHTS}
-    # Where nothing is compiled all of them are the model's forward.
-    return steps if isinstance(steps["step float32"], CompiledStep) else {}
+def _steps(model: LanguageModel) -> Steps:
+    """The steps that generation takes: of each kind of weights, or, where none is compiled, the model's forward."""
+    step = build_step(model)
+    if not isinstance(step, CompiledStep):
+        return {"float32": (step, model)}
+    return {weights: (build_step(model, weights), rounded(model, weights)) for weights in WEIGHTS}
 
 
 def _stepping(
-    name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel | None = None
+    name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel
 ) -> Contender:
     """STEPS steps of some rows from a position; at fault where the first logits are not those of `expected`."""
     state = _standing(model, rows, position)
     places, tokens = torch.arange(rows), torch.randint(model.config.vocab_size, (rows,))
-    fault = None
-    if expected is not None:
-        found, _ = step(tokens, state.clone(), places)
-        with torch.no_grad():
-            theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
-        worst = float((found - theirs).abs().max() / theirs.abs().max())
-        fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
+    found, _ = step(tokens, state.clone(), places)
+    with torch.no_grad():
+        theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
+    worst = float((found - theirs).abs().max() / theirs.abs().max())
+    fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
 
     # With tiles a row that is set back is made up for anew: there it goes on to the end of its context.
     tiled = isinstance(step, CompiledStep) and step.tiled
@@ -186,21 +191,21 @@ def _compiled_llama(llama: nn.Module, weights: str, ctx_len: int) -> Contender:
     return Contender(f"the same, compiled {weights}", call, STEPS)
 
 
-def _in_batches(model: LanguageModel, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
+def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
     """Rows at once, each kind of weights."""
     position = _middle(model)
     contenders = [
-        _stepping(f"{rows} x {name}", step, model, rows, position, rounded(model, cast(Weights, name.split()[-1])))
-        for name, step in (_steps(model) or {"step float32": build_step(model)}).items()
+        _stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
+        for weights, (step, expected) in steps.items()
         for rows in batches
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
     return {"title": f"texts at once, position {position}", "paths": _per_token(rows)}
 
 
-def _by_position(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> dict[str, Any]:
     """A token at each of POSITIONS of a text, what re-reading costs on average included."""
-    step, limit = build_step(model), model.max_position
+    limit = model.max_position
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
     contenders = [
@@ -212,14 +217,14 @@ def _by_position(model: LanguageModel, seconds: float, say: Say) -> dict[str, An
     if limit is not None and kept is not None:
         (reading,) = race([_reading(f"{kept}", model, kept, step)], seconds, torch.device("cpu"), say)
         again = reading["seconds"] / (limit - kept)
-    for position, row in zip(POSITIONS, rows, strict=True):
+    for position, row, contender in zip(POSITIONS, rows, contenders, strict=True):
         if "withheld" in row:
             continue
         if limit is not None and position >= limit:
             row["seconds"] += again * STEPS
             row["tokens_per_second"] = STEPS / row["seconds"]
         row["state_bytes"] = model.init_state(1).nbytes
-        contenders[POSITIONS.index(position)].call()
+        contender.call()
         # It only grows: what a later position needs more would show.
         row["peak_memory"] = process_memory("VmHWM")
     title = "a token at each position"
@@ -228,7 +233,7 @@ def _by_position(model: LanguageModel, seconds: float, say: Say) -> dict[str, An
     return {"title": title, "paths": _per_token(rows)}
 
 
-def _first_token(model: LanguageModel, seconds: float, say: Say) -> dict[str, Any]:
+def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> dict[str, Any]:
     """From a prompt to its first token, beside the forward pass of training on as many tokens."""
     ctx_len = model.config.ctx_len
     rows = torch.randint(model.config.vocab_size, (16, ctx_len))
@@ -238,7 +243,6 @@ def _first_token(model: LanguageModel, seconds: float, say: Say) -> dict[str, An
 
     contenders = [Contender(f"forward as in training, 16 x {ctx_len}", forward, rows.numel())]
     lengths = {1, 16, ctx_len // 4, ctx_len} | ({4 * ctx_len} if model.max_position is None else set())
-    step = build_step(model)
     contenders += [_reading(f"prompt of {n}", model, n, step) for n in sorted(lengths)]
     return {"title": "time to the first token", "paths": race(contenders, seconds, torch.device("cpu"), say)}
 
@@ -291,11 +295,8 @@ def _largest_cache() -> int | None:
     """Bytes of the largest cache of a processor, None where the system does not tell."""
     units = {"K": 2**10, "M": 2**20}
     try:
-        found = [
-            (folder / "size").read_text().strip()
-            for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
-        ]
-        return max(int(size[:-1]) * units[size[-1]] for size in found)
+        sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max(int(size[:-1]) * units[size[-1]] for size in sizes)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -305,7 +306,7 @@ def draw_batches(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in report["results"][1]["paths"]:
@@ -324,5 +325,4 @@ def draw_batches(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens/s of all together")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_picture(figure, path)
