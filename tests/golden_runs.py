@@ -5,6 +5,7 @@ python -m tests.golden_runs writes tests/golden/runs.json anew, after a change t
 
 import json
 import platform
+import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from timemix.config import ARCHITECTURES, PRESETS, DataConfig, RunConfig, preset
 from timemix.data import is_corpus
+from timemix.ops import native
 from timemix.prepare import prepare
 from timemix.train import Trainer, new_run
 
@@ -63,6 +65,14 @@ def losses(name: str, folder: Path, precision: str) -> list[list[float]]:
     return [list(trainer.train_step()) for _ in range(STEPS)]
 
 
+def _c_compiler() -> str:
+    command = native.c_compiler()
+    if command is None:
+        return "none"
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return said.splitlines()[0]
+
+
 def processor() -> dict[str, str | int]:
     """What float32 arithmetic depends on, bit for bit."""
     try:
@@ -75,6 +85,7 @@ def processor() -> dict[str, str | int]:
         "processor": model,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "C": _c_compiler(),
     }
 
 

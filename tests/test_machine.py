@@ -12,6 +12,7 @@ from tests.runs import small_trainer
 from timemix import machine
 from timemix.errors import UserError
 from timemix.machine import COMPILE_FROM, choose_compile
+from timemix.ops import fused
 from timemix.train import resume_run
 
 CPU = torch.device("cpu")
@@ -23,6 +24,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to gain by it")
     assert choose_compile("on", 1, CPU) == (True, "asked for")
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
+    assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
     assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
 
 
@@ -44,6 +46,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(machine, "COMPILE_FROM", 0)
+    monkeypatch.setattr(fused, "available", lambda: False)
     trainer = small_trainer(tmp_path, compile=asked)
     assert trainer.compiled
     if asked == "on":

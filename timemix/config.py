@@ -256,7 +256,7 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the training step (torch.compile); auto: where that can be done and the run is long enough to gain."""
+    """Compile the training step (torch.compile); auto: where it can be done and the run gains by it."""
     recompute: Recompute = "none"
     """What the backward pass computes again to save memory: nothing, all but products, or whole blocks."""
     strategy: Strategy = "replicate"
@@ -360,7 +360,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": {"order": "epoch"},
         "train": {
-            "steps": 630,
+            "steps": 680,
             "batch_size": 8,
             "optimizer": "muon",
             "lr": 8e-3,

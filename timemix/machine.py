@@ -13,11 +13,15 @@ from torch import Tensor
 from timemix.errors import UserError
 
 COMPILE_FROM = 2e13
-"""Floating-point operations of a run from which compiling pays: some 100 s on two cores, where it takes 10 to 30 s."""
+"""Floating-point operations of a run from which compiling pays: some 100 s on two cores, where it takes 10 to 40 s."""
 
 
-def choose_compile(asked: str, flops: float, device: torch.device, processes: int = 1) -> tuple[bool, str]:
+def choose_compile(
+    asked: str, flops: float, device: torch.device, processes: int = 1, *, fused: bool = False
+) -> tuple[bool, str]:
     """Whether to compile the model of a run of so many operations, and the reason. The same for the same run.
+
+    `fused`: `ops.fused` has the whole of it, in float32, where compiled code is no faster (benchmarks/RESULTS.md).
 
     Raises UserError where it is asked for and cannot be done.
     """
@@ -34,6 +38,8 @@ def choose_compile(asked: str, flops: float, device: torch.device, processes: in
         return False, "asked for"
     if hindrance:
         return False, hindrance
+    if fused:
+        return False, "its own C code is as fast"
     if flops < COMPILE_FROM:
         return False, "the run is too short to gain by it"
     return True, "the run is long enough to gain by it"

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -27,6 +27,7 @@ from timemix.evaluate import cross_entropy
 from timemix.experiments.table import markdown_table
 from timemix.machine import choose_compile, free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth
 from timemix.models import LanguageModel
+from timemix.ops import fused
 from timemix.ops.wkv1 import BACKENDS, K_MAX, K_MIN, wkv1
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_device, choose_precision
@@ -238,11 +239,11 @@ def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
 def _step(
     name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
 ) -> Contender:
-    """One step as the trainer takes it, optimizer and clipping included."""
+    """One step as the trainer takes it, optimizer and clipping included; the plain writing by torch alone."""
     optimizers = build_optimizers(owner, train, precision)
 
     def call() -> None:
-        with autocast(precision, tokens.device):
+        with autocast(precision, tokens.device), fused.left_out() if name == PLAIN else nullcontext():
             found = called(tokens[:, :-1])
         logits = found[0] if isinstance(found, tuple) else found.logits
         for optimizer in optimizers:

@@ -17,6 +17,7 @@ from timemix.evaluate import loss_per_token
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.models import LanguageModel
 from timemix.models.rwkv1_exp import ExpTimeMix
+from timemix.ops import fused
 from timemix.shards import Tokens
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def _observe(model: LanguageModel, tokens: np.ndarray | Tokens, most: int = 2048
                     hooks.append(getattr(getattr(block, half), name).register_forward_hook(_recorder(here)))
     try:
         ctx_len = model.config.ctx_len
-        for inputs, _ in validation_windows(tokens[: most + 1], ctx_len, max(1, most // ctx_len)):
-            model(torch.from_numpy(inputs).to(model.device))
+        with fused.left_out():
+            for inputs, _ in validation_windows(tokens[: most + 1], ctx_len, max(1, most // ctx_len)):
+                model(torch.from_numpy(inputs).to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -168,7 +170,8 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
 
     hook = linear.register_forward_pre_hook(zero)
     try:
-        yield
+        with fused.left_out():
+            yield
     finally:
         hook.remove()
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from timemix.config import ENDLESS, ModelConfig, Recompute
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
 from timemix.models.initial import set_initial_values
-from timemix.models.linear import Embedding, LayerNorm, Linear, to_product_dtype
+from timemix.models.linear import Embedding, LayerNorm, Linear, product_dtype, to_product_dtype
 from timemix.models.recompute import recomputed
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.models.token_shift import TokenShift
+from timemix.ops import fused
 
 if TYPE_CHECKING:
     from timemix.models.lazy import Pending
@@ -100,14 +101,21 @@ class Block(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         old = state or {}
-        shifted, mixer_shift = self.shift(to_product_dtype(self.mixer_norm(x)), old.get("mixer_shift"), lengths)
+        shifted, mixer_shift = self._shifted(self.mixer_norm, x, old.get("mixer_shift"), lengths)
         y, state = self.mixer(shifted, state, position, lengths)
         x = x + self.dropout(y).to(x.dtype)
-        shifted, ffn_shift = self.shift(to_product_dtype(self.ffn_norm(x)), old.get("ffn_shift"), lengths)
+        shifted, ffn_shift = self._shifted(self.ffn_norm, x, old.get("ffn_shift"), lengths)
         x = x + self.dropout(self.ffn(shifted)).to(x.dtype)
         if state is not None and mixer_shift is not None and ffn_shift is not None:
             state |= {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift}
         return x, state
+
+    def _shifted(
+        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if state is None and x.dtype == torch.float32 and fused.serves(x):
+            return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
+        return self.shift(to_product_dtype(norm(x)), state, lengths)
 
 
 class LanguageModel(nn.Module):

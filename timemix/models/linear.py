@@ -39,15 +39,17 @@ class Linear(nn.Linear):
         )
 
 
-def to_product_dtype(x: Tensor) -> Tensor:
-    """x in the precision of matrix products: autocast's where it is on, else its own.
-
-    Cast once here, rather than by autocast before each of the linear maps that read x.
-    """
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision of matrix products of x: autocast's where it is on, else its own."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def to_product_dtype(x: Tensor) -> Tensor:
+    """x in `product_dtype`: cast once here, rather than by autocast before each of the linear maps that read x."""
+    return x.to(product_dtype(x))
 
 
 def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
@@ -55,9 +57,13 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     # Without gradients the product is made once, and joining the weights costs more than it saves.
     if not torch.is_grad_enabled():
         return tuple(each(x) for each in linears)
-    weight = torch.cat([each.weight.to(x.dtype) for each in linears])
-    bias = torch.cat([each.bias.to(x.dtype) for each in linears])
-    return linear(x, weight, bias).split([each.out_features for each in linears], dim=-1)
+    weight, bias = side_by_side(*linears)
+    return linear(x, weight.to(x.dtype), bias.to(x.dtype)).split([each.out_features for each in linears], dim=-1)
+
+
+def side_by_side(*linears: Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of several linear maps of the same input as of one."""
+    return torch.cat([each.weight for each in linears]), torch.cat([each.bias for each in linears])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

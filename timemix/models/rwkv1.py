@@ -1,13 +1,20 @@
 """The two halves of an rwkv1 block: time-mix and channel-mix (RWKV-LM 0.01, doi 10.5281/zenodo.5196577)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, ModelConfig, TimeMixConfig
+from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.activations import ACTIVATIONS
-from timemix.models.linear import Linear, joint_linear
-from timemix.ops import Wkv1State, wkv1, wkv1_state
+from timemix.models.linear import Linear, joint_linear, side_by_side
+from timemix.ops import Wkv1State, fused, wkv1, wkv1_state
 from timemix.ops.spread import spread
+from timemix.ops.wkv1 import MIXES, gated_wkv1
+
+if TYPE_CHECKING:
+    from timemix.models.rwkv1_exp import ExpTimeMix
 
 
 def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
@@ -30,6 +37,24 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
     gamma = gamma.to(x.dtype)
     target = position[:, None] + torch.arange(T, device=x.device)
     return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]
+
+
+def fusible(config: ModelConfig) -> bool:
+    """Whether a model is one whose halves `ops.fused` has whole."""
+    mixer = config.mixer
+    if isinstance(mixer, TimeMixConfig):
+        return mixer.denominator == "plain" and mixer.backend in ("auto", *MIXES)
+    return isinstance(mixer, ExpTimeMixConfig)
+
+
+def fused_time_mix(mixer: "TimeMix | ExpTimeMix", x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
+    """What a time-mix does from the first position on, where `ops.fused` serves; f as `wkv1` takes it."""
+    weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
+    kvr = F.linear(x, weight.to(x.dtype))
+    y = gated_wkv1(kvr, bias, f, mixer.alpha, mixer.beta, mixer.config.heads, backend=backend)
+    if mixer.gamma is None:
+        return mixer.output(y)
+    return fused.scaled(F.linear(y, mixer.output.weight), mixer.output.bias, mixer.gamma)
 
 
 class TimeMix(nn.Module):
@@ -77,6 +102,8 @@ class TimeMix(nn.Module):
         """x (B, T, C) to (B, T, C) and the next state."""
         heads = (*x.shape[:2], self.config.heads, self.config.head_size)
         past = None
+        if state is None and fusible(self.config) and fused.serves(x):
+            return fused_time_mix(self, x, self.f, self.mixer.backend), None
         if state is not None and position is not None:
             past = Wkv1State(state["numerators"], state["denominators"], position)
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)
@@ -104,7 +131,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert isinstance(config.ffn, ChannelMixConfig)
-        self.activation = ACTIVATIONS[config.ffn.activation]
+        self.activation = config.ffn.activation
         C, hidden = config.channels, config.ffn_hidden
         self.key = Linear(C, hidden)
         self.value = Linear(C, hidden)
@@ -113,5 +140,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""
+        if fused.serves(x):
+            weight, bias = side_by_side(self.key, self.value, self.receptance)
+            hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)
+            return fused.scaled(F.linear(hidden, self.output.weight), self.output.bias, gate)
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)
-        return r.sigmoid() * self.output(self.activation(k) * v)
+        return r.sigmoid() * self.output(ACTIVATIONS[self.activation](k) * v)

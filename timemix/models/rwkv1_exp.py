@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from timemix.config import ExpTimeMixConfig, ModelConfig
 from timemix.models.linear import Linear, joint_linear
-from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
-from timemix.ops.exponential import Curves, ExpState, curve, exp_state, extended, initial_forget, wkv1_exp
+from timemix.models.rwkv1 import fused_time_mix, time_gamma, time_table, times_gamma
+from timemix.ops import fused
+from timemix.ops.exponential import Curves, ExpState, curve, exp_state, extended, initial_forget, unfading, wkv1_exp
 
 
 class ExpTimeMix(nn.Module):
@@ -64,6 +65,8 @@ class ExpTimeMix(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """x (B, T, C) to (B, T, C) and the next state."""
         config, T = self.config, x.shape[1]
+        if state is None and config.ctx_len >= T and fused.serves(x):
+            return fused_time_mix(self, x, unfading(self.curves, config.ctx_len)), None
         heads = (*x.shape[:2], config.heads, config.head_size)
         past = None if state is None or position is None else ExpState(position=position, **_own(state))
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)

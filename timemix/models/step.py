@@ -22,11 +22,11 @@ from timemix.models.lazy import Pending
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.ops.exponential import basis, extended, fading, turned
+from timemix.ops.fused import ACTIVATION_KINDS
 from timemix.ops.native import library
 
 Weights = Literal["float32", "bfloat16", "int8"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
-_ACTIVATIONS = ("gelu", "mish", "relu2", "silu")
 
 
 class Step(Protocol):
@@ -174,7 +174,7 @@ class CompiledStep:
         C, hidden = config.channels, config.ffn_hidden
         self._model = _Model(
             type=self._type,
-            activation=_ACTIVATIONS.index(config.ffn.activation),
+            activation=ACTIVATION_KINDS.index(config.ffn.activation),
             vocabulary=config.vocab_size,
             layers=config.layers,
             heads=config.heads,

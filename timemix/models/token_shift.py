@@ -37,7 +37,8 @@ class TokenShift(nn.Module):
         for fraction in shift_fractions(config, layer):
             total += fraction
             ends.append(int(total * config.channels + 1e-6))
-        self.groups = list(zip([0, *ends], ends, strict=False))
+        self.edges = (0, *ends)
+        self.groups = list(zip(self.edges, ends, strict=False))
         self.distance = max((d for d, (a, b) in enumerate(self.groups, 1) if a < b), default=0)
         self.shifted = ends[-1] if ends else 0
         self.channels = config.channels

@@ -159,8 +159,8 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
         start = width - L - a
         # Batched products of strided matrices run at half the speed; a copy costs a tenth of one.
         parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
-    y = torch.cat(parts, 1)[:, -last:]
-    return y.view(H, last, B, N).permute(2, 1, 0, 3).contiguous()
+    y = torch.cat(parts, 1)[:, -last:].contiguous()
+    return y.view(H, last, B, N).permute(2, 1, 0, 3)
 
 
 def _block(T: int) -> tuple[int, int]:
@@ -177,7 +177,8 @@ def _future_strip(f: Tensor, L: int, width: int) -> Tensor:
 
 @causal_convolution.register_fake
 def _(x: Tensor, f: Tensor, last: int) -> Tensor:
-    return x.new_empty(x.shape[0], last, *x.shape[2:])
+    B, _, H, N = x.shape
+    return x.new_empty(H, last, B, N).permute(2, 1, 0, 3)
 
 
 @torch.library.custom_op("timemix::causal_convolution_backward", mutates_args=())
@@ -188,7 +189,7 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
     dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
     parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
-    dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3).contiguous()
+    dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3)
 
     # Block by block of lags: all pairs of blocks that lie d blocks apart share the same L x L lags.
     blocks = width // L
@@ -207,7 +208,8 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
 
 @_causal_convolution_backward.register_fake
 def _(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(f)
+    B, T, H, N = x.shape
+    return x.new_empty(H, T, B, N).permute(2, 1, 0, 3), torch.empty_like(f)
 
 
 def _convolution_setup(ctx, inputs, output) -> None:

@@ -129,6 +129,12 @@ def curve(curves: Curves, length: int) -> Tensor:
     return f.to(curves.coefficients.dtype)
 
 
+def unfading(curves: Curves, ctx_len: int) -> Tensor:
+    """f (H, ctx_len) for texts that end there."""
+    # A parameter without any gradient would have no place in an optimizer's state.
+    return curve(curves, ctx_len) + 0 * curves.forget[:, None]
+
+
 def initial_forget(ctx_len: int) -> float:
     """-log(1 - 1 / ctx_len), within its bounds: what is past then weighs as much as ctx_len tokens."""
     return min(-math.log1p(-1 / ctx_len), MOST_FORGET) if ctx_len > 1 else MOST_FORGET
@@ -175,9 +181,7 @@ def wkv1_exp(
     B, T, H, N = k.shape
     with torch.autocast(k.device.type, enabled=False):
         if state is None and k.shape[1] <= ctx_len and backend == "auto":
-            # Nothing fades here; but a parameter without any gradient would have no place in an optimizer's state.
-            f = curve(curves, ctx_len) + 0 * curves.forget[:, None]
-            return wkv1(k, v, f, alpha, beta)[0], None
+            return wkv1(k, v, unfading(curves, ctx_len), alpha, beta)[0], None
         alpha, beta = (None if table is None else extended(table, ctx_len + 1) for table in (alpha, beta))
         past = state
         if past is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from timemix.ops.causal import causal_convolution, running_sum, toeplitz
+from timemix.ops.fused import divide, weigh
 from timemix.ops.history import append, lags, pairs_at, weights_at
 from timemix.ops.spectral import spectral_convolution
 from timemix.ops.spread import spread
@@ -268,11 +269,36 @@ def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Ten
     return x * table[:, target].permute(1, 2, 0)[..., None]
 
 
+def gated_wkv1(
+    kvr: Tensor,
+    bias: Tensor,
+    f: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    heads: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """sigmoid(r) * wkv1(k, v, ...) from the first position on, where `ops.fused` serves: (B, T, C).
+
+    k, v and r stand side by side in kvr (B, T, 3 C) + bias (3 C,); the denominator is plain. `backend`: auto or one of
+    MIXES. Raises ValueError as `wkv1`.
+    """
+    k, v, _ = (part.unflatten(2, (heads, -1)) for part in kvr.chunk(3, dim=2))
+    _check(k, v, f, alpha, beta, None, None)
+    name, _ = choose_backend(backend, kvr.shape[1], free=f.ndim == 3)
+    source, total, gate = weigh(kvr, bias, alpha, heads)
+    with torch.autocast(kvr.device.type, enabled=False):
+        numerator = MIXES[name](f, source.permute(2, 1, 0, 3), None, kvr.shape[1])
+    return divide(numerator.permute(2, 1, 0, 3), total, gate, beta).flatten(2)
+
+
+MIXES: dict[str, Mix] = {"dense": _times_matrix, "blocked": _convolved, "spectral": _by_spectra}
+"""The parallel forms."""
+
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
     "reference": _reference,
-    "dense": partial(_parallel, _times_matrix),
-    "blocked": partial(_parallel, _convolved),
-    "spectral": partial(_parallel, _by_spectra),
+    **{name: partial(_parallel, mix) for name, mix in MIXES.items()},
 }
 
 DENSE_UP_TO, BLOCKED_UP_TO = 128, 1024
