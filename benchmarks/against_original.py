@@ -29,8 +29,9 @@ from timemix.experiments.measure import process_memory
 from timemix.generation import generate_tokens
 from timemix.machine import choose_compile, keep_freed_memory, matrix_product_peak
 from timemix.models import LanguageModel
+from timemix.models.rwkv1 import in_c
 from timemix.models.token_shift import TokenShift
-from timemix.ops import fused, wkv1
+from timemix.ops import wkv1
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_precision
 from timemix.sampling import Sampler
@@ -150,8 +151,8 @@ def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Call
 def training(module, sizes: dict, rounds: int) -> dict:
     precision, reason = choose_precision("auto", CPU)
     # As in a run of the steps of its preset; in bfloat16 `cpu-small` too is compiled here, and reported as such.
-    in_c = precision == "float32" and fused.available()
-    compiled, compile_reason = choose_compile("auto", math.inf, CPU, fused=in_c)
+    fused = in_c(architecture("rwkv1"), precision, CPU)
+    compiled, compile_reason = choose_compile("auto", math.inf, CPU, fused=fused)
     keep_freed_memory()
     their_step, our_step, ours = steps(module, sizes, compiled)
     figures = summary(sizes["batch_size"] * sizes["ctx_len"], *alternate(their_step, our_step, rounds))

@@ -97,7 +97,7 @@ def test_a_model_is_as_exact_as_in_torch(config, shape, monkeypatch):
     exact = logits_and_gradients(config, tokens, torch.float64)
     theirs = logits_and_gradients(config, tokens)
     for one, other in zip(distances(ours, exact), distances(theirs, exact), strict=True):
-        assert one <= 2 * other + 2e-7
+        assert one <= 1.5 * other + 1e-7
 
 
 @pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro"])
@@ -211,7 +211,6 @@ def test_bits_do_not_depend_on_the_threads():
     tokens = torch.randint(13, (3, 130))
     threads = torch.get_num_threads()
     try:
-        # Of one thread too the products are the same: they are small enough for one.
         torch.set_num_threads(1)
         one = fused_parts(tokens)
         torch.set_num_threads(3)

@@ -27,8 +27,7 @@ from timemix.info import flops_per_token, training_memory
 from timemix.machine import choose_compile, free_memory, matrix_product_peak
 from timemix.models import LanguageModel
 from timemix.models.context import with_ctx_len
-from timemix.models.rwkv1 import fusible
-from timemix.ops import fused
+from timemix.models.rwkv1 import in_c
 from timemix.optim import build_optimizers, learning_rate
 from timemix.precision import autocast, choose_device, choose_precision
 from timemix.prepare import prepare
@@ -238,8 +237,9 @@ class Trainer:
         self.model.recompute = train.recompute
         self._parallel_model = world.parallel(self.model, train.strategy)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
-        in_c = self.precision == "float32" and self.device.type == "cpu" and fusible(config.model) and fused.available()
-        self.compiled, self.compile_reason = choose_compile(train.compile, flops, self.device, world.size, fused=in_c)
+        self.compiled, self.compile_reason = choose_compile(
+            train.compile, flops, self.device, world.size, fused=in_c(config.model, self.precision, self.device)
+        )
         # One shape of batch, so no code for any shape; validation calls the model as it is.
         self._training_model = self._parallel_model
         if self.compiled:

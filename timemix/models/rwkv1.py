@@ -47,6 +47,11 @@ def fusible(config: ModelConfig) -> bool:
     return isinstance(mixer, ExpTimeMixConfig)
 
 
+def in_c(config: ModelConfig, precision: str, device: torch.device) -> bool:
+    """Whether `ops.fused` does all of a float32 training step but its products."""
+    return precision == "float32" and device.type == "cpu" and fusible(config) and fused.available()
+
+
 def fused_time_mix(mixer: "TimeMix | ExpTimeMix", x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
     """What a time-mix does from the first position on, where `ops.fused` serves; f as `wkv1` takes it."""
     weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
@@ -100,10 +105,10 @@ class TimeMix(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """x (B, T, C) to (B, T, C) and the next state."""
-        heads = (*x.shape[:2], self.config.heads, self.config.head_size)
-        past = None
         if state is None and fusible(self.config) and fused.serves(x):
             return fused_time_mix(self, x, self.f, self.mixer.backend), None
+        heads = (*x.shape[:2], self.config.heads, self.config.head_size)
+        past = None
         if state is not None and position is not None:
             past = Wkv1State(state["numerators"], state["denominators"], position)
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)
