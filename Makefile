@@ -11,7 +11,7 @@ claims: .venv/installed
 	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed-dev
 	$(BIN)/pytest -m slow

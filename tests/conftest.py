@@ -1,9 +1,12 @@
-"""Shared by all tests: two threads, no leftovers between tests."""
+"""Shared by all tests: one thread, as `make test` runs a process for each core; no leftovers between tests."""
+
+import os
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,7 @@ def processor() -> dict[str, str | int]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         curves = {name: {p: losses(name, Path(folder), p) for p in ("float64", "float32")} for name in NAMES}
     PATH.write_text(json.dumps({"float32": processor(), "curves": curves}, indent=1) + "\n")

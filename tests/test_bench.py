@@ -11,7 +11,7 @@ from timemix.experiments import bench, bench_sample
 from timemix.experiments.commands import bench as verb
 from timemix.models import LanguageModel
 from timemix.models.step import WEIGHTS, CompiledStep
-from timemix.ops import wkv1
+from timemix.ops import fused, wkv1
 
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 
@@ -72,6 +72,24 @@ def test_a_training_step_beside_others():
     assert paths["plain float32"]["share_of_peak"] == pytest.approx(
         6 * weights * paths["plain float32"]["tokens_per_second"] / peak
     )
+
+
+@pytest.mark.skipif(not fused.available(), reason="there is no C compiler")
+def test_a_step_with_and_without_c(monkeypatch):
+    calls, raced = [], []
+    gates = fused.gates
+    monkeypatch.setattr(fused, "gates", lambda *args: calls.append(1) or gates(*args))
+    monkeypatch.setattr(bench, "race", lambda contenders, *_: raced.extend(contenders) or [])
+    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    train = TrainConfig(batch_size=2, precision="float32", compile="off")
+    bench.bench_train(model, train, seconds=0, say=lambda line: None)
+    in_c = {}
+    for contender in raced:
+        calls.clear()
+        if contender.name != bench.PLAIN:
+            contender.call()
+            in_c[contender.name] = len(calls)
+    assert in_c == {"rwkv1 float32": 1, "rwkv1 float32 by torch's operators": 0, "mha_rotary float32": 0}
 
 
 def paths_named(paths, beginning):

@@ -135,8 +135,9 @@ def test_training_trajectory(golden, dtype):
 
 def test_weight_decay_falls_on_the_same_parameters(golden):
     (optimizer,) = build_optimizers(golden.model, TrainConfig(weight_decay=0.01))
-    decayed, rest = optimizer.param_groups
+    decayed, rest, embedding = optimizer.param_groups
     names = {id(p): n for n, p in golden.model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == golden.decayed
-    assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    assert rest["weight_decay"] == 0
+    assert {names[id(p)] for p in embedding["params"]} == {"embedding.weight"}
+    assert len(decayed["params"]) + len(rest["params"]) + 1 == len(names)
+    assert rest["weight_decay"] == embedding["weight_decay"] == 0

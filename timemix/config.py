@@ -235,6 +235,8 @@ class TrainConfig:
     """Largest learning rate."""
     lr_final: float = 1e-4
     """Learning rate at the end."""
+    embedding_lr: float = 1.0
+    """Learning rate of the embedding as a multiple of that of all the rest."""
     schedule: Schedule = "cosine"
     """Way from lr to lr_final; `constant` holds lr, then decays over the last `decay` of the run."""
     warmup: float = 0.0
@@ -281,7 +283,7 @@ class TrainConfig:
         _within("train.steps", self.steps, 1, 10**8 - 1)
         for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
             _within(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
-        for name in ("lr", "lr_final", "eps", "weight_decay", "clip", "spike", "seed"):
+        for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):
             _within(f"train.{name}", getattr(self, name), 0)
         if self.seed >= 2**64:
             raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
@@ -355,16 +357,17 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "heads": 4,
             "channels": 128,
             "ctx_len": 256,
-            "ffn_ratio": 2.5,
+            "ffn_ratio": 1.0,
             "token_shift": (0.5, 0.25),
         },
         "data": {"order": "epoch"},
         "train": {
-            "steps": 680,
+            "steps": 880,
             "batch_size": 8,
             "optimizer": "muon",
             "lr": 8e-3,
             "lr_final": 0.0,
+            "embedding_lr": 3.0,
             "schedule": "linear",
             "warmup": 0.02,
             "betas": (0.9, 0.95),

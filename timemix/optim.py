@@ -28,10 +28,16 @@ def build_optimizers(model: nn.Module, config: TrainConfig, precision: str = "fl
     AdamW (arXiv 1711.05101), in the framework's fused form, decays only the weights of linear layers inside blocks.
     With `muon` these go to Muon, whose products run in `precision`, but in float64 for a model of that type.
     """
-    named, is_matrix = dict(model.named_parameters()), _is_matrix(model)
-    matrices = [p for name, p in named.items() if is_matrix[name]]
-    rest = [p for name, p in named.items() if not is_matrix[name]]
-    groups = [{"params": rest, "weight_decay": 0.0}]
+    matrices: list[nn.Parameter] = []
+    embedding: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    is_matrix = _is_matrix(model)
+    for name, p in model.named_parameters():
+        (matrices if is_matrix[name] else embedding if name.startswith("embedding.") else rest).append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": rest, "weight_decay": 0.0},
+        {"params": embedding, "weight_decay": 0.0, "lr_scale": config.embedding_lr},
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         optimizers.append(Muon(matrices, config.lr, config.weight_decay, precision))
@@ -44,8 +50,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (https://kellerjordan.github.io/posts/muon/), for matrices only.
 
     Updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.
-    As torch.optim.Muon with `match_rms_adamw`, which knows bfloat16 products only: on processors without bfloat16
-    instructions they take thirty times as long as float32's.
+    As torch.optim.Muon with `match_rms_adamw`, but for fewer rounds of `orthogonalized` and for products in float32:
+    on processors without bfloat16 instructions those of bfloat16 take thirty times as long.
     """
 
     momentum = 0.95
@@ -82,13 +88,22 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(state["momentum_buffer"], self.momentum)
 
 
+# Of a x + b x^3 + c x^5: on [0.01, 1] the first has the least largest error, the next on what that leaves, and so on
+# (arXiv 2505.16932), but for 2 % in hand, since a singular value that rounding takes past 1 would be thrown far off.
+_QUINTICS = ((7.9347, -22.2580, 15.8016), (3.5653, -2.5649, 0.4859), (2.6091, -1.8632, 0.4099))
+
+
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values moved to about 1, by five steps of Newton and Schulz."""
+    """Matrices (n, rows, columns) with their singular values moved to between 0.7 and 1.3.
+
+    Of values below a hundredth of the Frobenius norm it makes at most 74 times that share. Three polynomials do
+    what the usual one does in five rounds.
+    """
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for a, b, c in _QUINTICS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if wide is not matrices else x
 
 

@@ -313,7 +313,7 @@ class Trainer:
         lr = learning_rate(config, self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
         seeds = np.random.SeedSequence([config.seed, self.step, self.world.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))

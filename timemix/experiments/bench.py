@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -27,12 +27,14 @@ from timemix.evaluate import cross_entropy
 from timemix.experiments.table import markdown_table
 from timemix.machine import choose_compile, free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth
 from timemix.models import LanguageModel
+from timemix.models.rwkv1 import fusible, in_c
 from timemix.ops import fused
 from timemix.ops.wkv1 import BACKENDS, K_MAX, K_MIN, wkv1
 from timemix.optim import build_optimizers
 from timemix.precision import autocast, choose_device, choose_precision
 
 PLAIN = "plain float32"
+WITHOUT_C = "by torch's operators"
 Say = Callable[[str], None]
 
 
@@ -148,9 +150,9 @@ def _attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
 
 
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> dict[str, Any]:
-    """A training step of one size on random tokens: ours as `timemix train` runs it, compiled and not; the plain
-    writing in float32; rotary attention of the same size, and a Llama of the `transformers` library where that is
-    installed.
+    """A training step of one size on random tokens: ours as `timemix train` runs it, without its C code, and compiled
+    where that is asked for or pays; the plain writing in float32; rotary attention of the same size, and a Llama of the
+    `transformers` library where that is installed.
 
     Raises UserError for another architecture than rwkv1 with tables.
     """
@@ -174,7 +176,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
     contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
     contenders[0].fault = _too_large(model.layers * model.heads * model.ctx_len**2, device)
-    with _plain_backend(), fused.left_out(), torch.no_grad():
+    with _plain_backend(), _c_or_not(PLAIN), torch.no_grad():
         expected = _logits(plain, tokens[:, :-1], "float32")
     ours.recompute = rotary.recompute = train.recompute
     models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
@@ -184,7 +186,10 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
         say("transformers is not installed: its Llama is left out")
     for name, each in models.items():
         called = {f"{name} {precision}": each}
-        wanted, why = choose_compile(train.compile, math.inf, device)
+        if name == "rwkv1" and device.type == "cpu" and fusible(model) and fused.available():
+            called[f"{name} {precision} {WITHOUT_C}"] = each
+        in_one = name == "rwkv1" and in_c(model, precision, device)
+        wanted, why = choose_compile(train.compile, math.inf, device, fused=in_one)
         if wanted:
             called[f"{name} {precision} compiled"] = cast(nn.Module, torch.compile(each, dynamic=False))
         elif name == "rwkv1":
@@ -192,7 +197,8 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
         for label, form in called.items():
             contender = _step(label, form, each, tokens, precision, train)
             if name == "rwkv1":
-                contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
+                with _c_or_not(label):
+                    contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
             contenders.append(contender)
     with _plain_backend():
         paths = race(contenders, seconds, device, say)
@@ -222,6 +228,11 @@ def _plain_backend() -> Iterator[None]:
         del BACKENDS[PLAIN]
 
 
+def _c_or_not(path: str) -> AbstractContextManager[None]:
+    """What a path runs in: the plain writing, and one that says so, by torch alone."""
+    return fused.left_out() if path == PLAIN or path.endswith(WITHOUT_C) else nullcontext()
+
+
 def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
     """Why logits are not those of the plain writing."""
     worst = float((logits - expected).abs().max() / expected.abs().max())
@@ -239,11 +250,11 @@ def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
 def _step(
     name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
 ) -> Contender:
-    """One step as the trainer takes it, optimizer and clipping included; the plain writing by torch alone."""
+    """One step as the trainer takes it, optimizer and clipping included."""
     optimizers = build_optimizers(owner, train, precision)
 
     def call() -> None:
-        with autocast(precision, tokens.device), fused.left_out() if name == PLAIN else nullcontext():
+        with autocast(precision, tokens.device), _c_or_not(name):
             found = called(tokens[:, :-1])
         logits = found[0] if isinstance(found, tuple) else found.logits
         for optimizer in optimizers:
