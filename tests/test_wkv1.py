@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timemix.ops import Wkv1State, causal, choose_backend, spectral, wkv1, wkv1_state
+from timemix.ops import Wkv1State, causal, choose_backend, fused, spectral, wkv1, wkv1_state
 from timemix.ops.fused import serves
 from timemix.ops.spread import embedding, spread
 from timemix.ops.wkv1 import gated_wkv1
@@ -339,14 +339,15 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
 
 
 def test_auto_gives_its_reason():
-    assert choose_backend("auto", 128) == ("dense", "fastest up to 128 positions")
-    assert choose_backend("auto", 129)[0] == "blocked"
+    assert choose_backend("auto", 256) == ("dense", "fastest up to 256 positions")
+    assert choose_backend("auto", 257)[0] == "blocked"
     assert choose_backend("auto", 1025) == ("spectral", "fastest past 1024 positions")
+    assert choose_backend("auto", 1025, torch.bfloat16) == ("blocked", "fastest from 256 to 2048 positions")
     assert choose_backend("auto", 1025, weighted=True)[0] == "blocked"
     assert choose_backend("auto", 10**6, free=True) == ("dense", "a free W is a matrix")
 
 
-@pytest.mark.parametrize(("form", "least"), [("blocked", 129), ("spectral", 1025)])
+@pytest.mark.parametrize(("form", "least"), [("blocked", 257), ("spectral", 1025)])
 def test_no_tensor_is_a_matrix_of_all_positions(form, least):
     """Past the dense range memory is linear in time, forward and backward."""
     assert choose_backend("auto", least)[0] == form
@@ -381,6 +382,27 @@ def test_toeplitz_and_its_gradient(rows, columns, ctx_len):
     spoilt = torch.where(lag < 0, torch.inf, upstream)
     ours = torch.autograd.grad(W, f, spoilt)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, f, upstream)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (65, 200), (70, 71)])
+@pytest.mark.parametrize("ctx_len", [5, 68, 300])
+def test_toeplitz_in_c(rows, columns, ctx_len, dtype):
+    f = torch.randn(3, ctx_len).to(dtype).requires_grad_()
+    upstream = torch.randn(3, rows, columns).to(dtype)
+    lag = columns - rows + torch.arange(rows)[:, None] - torch.arange(columns)
+    upstream = torch.where(lag < 0, torch.inf, upstream)
+
+    def both():
+        W = causal.toeplitz(f, rows, columns)
+        return W, torch.autograd.grad(W, f, upstream)[0]
+
+    assert fused.serves_lags(f, rows) == fused.available()
+    W, gradient = both()
+    with fused.left_out():
+        W_of_torch, gradient_of_torch = both()
+    assert torch.equal(W, W_of_torch)
+    torch.testing.assert_close(gradient, gradient_of_torch)
 
 
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 33, 256, 513])

@@ -308,7 +308,7 @@ def _introduce(trainer: "Trainer") -> None:
         f" vocabulary {config.model.vocab_size};"
         f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
         f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
-        + (f", wkv1 {wkv1_backend(config.model)}" if config.model.arch.startswith("rwkv1") else "")
+        + (f", wkv1 {wkv1_backend(config.model, trainer.precision)}" if config.model.arch.startswith("rwkv1") else "")
         + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
         file=sys.stderr,
     )

@@ -11,7 +11,7 @@ from timemix.models import LanguageModel
 from timemix.ops import choose_backend
 from timemix.ops.causal import BLOCK
 from timemix.ops.spectral import block_length
-from timemix.ops.wkv1 import BLOCKED_UP_TO, DENSE_UP_TO
+from timemix.ops.wkv1 import DENSE_UP_TO, blocked_up_to
 from timemix.precision import choose_device, choose_precision
 
 
@@ -41,7 +41,7 @@ def flops_per_token(config: ModelConfig) -> int:
     weights += sum(p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "weight" in name)  # type: ignore[attr-defined]
     time_mix = config.arch.startswith("rwkv1")
     products = T if time_mix else 2 * T
-    if time_mix and T > BLOCKED_UP_TO:
+    if time_mix and blocked_up_to(torch.float32) < T:
         L = block_length(T)
         products = 5 * L + 4 * T // L
     elif time_mix and T > DENSE_UP_TO:
@@ -91,13 +91,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def wkv1_backend(model: ModelConfig) -> str:
+def wkv1_backend(model: ModelConfig, precision: str) -> str:
     """The form of wkv1 that a model takes for a whole context, and the reason."""
+    dtype = getattr(torch, precision)
     if not isinstance(model.mixer, TimeMixConfig):
-        return "{} ({})".format(*choose_backend("auto", model.ctx_len))
+        return "{} ({})".format(*choose_backend("auto", model.ctx_len, dtype))
     name, reason = choose_backend(
         model.mixer.backend,
         model.ctx_len,
+        dtype,
         free=model.mixer.weights == "free",
         weighted=model.mixer.denominator == "weighted",
     )
@@ -113,7 +115,7 @@ def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
     }
     if isinstance(model.mixer, TimeMixConfig | ExpTimeMixConfig):
-        report["wkv1"] = wkv1_backend(model)
+        report["wkv1"] = wkv1_backend(model, precision)
     report["parameters"] = count_parameters(model)
     sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
     same_size = {name: getattr(model, name) for name in sizes}

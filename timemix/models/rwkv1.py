@@ -48,8 +48,8 @@ def fusible(config: ModelConfig) -> bool:
 
 
 def in_c(config: ModelConfig, precision: str, device: torch.device) -> bool:
-    """Whether `ops.fused` does all of a float32 training step but its products."""
-    return precision == "float32" and device.type == "cpu" and fusible(config) and fused.available()
+    """Whether `ops.fused` does all of a training step but its products."""
+    return precision in ("float32", "bfloat16") and device.type == "cpu" and fusible(config) and fused.available()
 
 
 def fused_time_mix(mixer: "TimeMix | ExpTimeMix", x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timemix.ops import fused
 from timemix.ops.operators import operator
 
 BLOCK = 256
@@ -86,6 +87,8 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
     With as many rows as columns W of a whole text; with fewer its last rows. The future comes from padding, so its
     gradient is cut off rather than multiplied by zero: entries up there can be infinite.
     """
+    if fused.serves_lags(f, rows):
+        return fused.toeplitz(f, rows, columns)
     f = F.pad(f, (0, max(0, columns - f.shape[1])))[:, :columns]
     windows = F.pad(f.flip(-1), (0, rows - 1)).unfold(-1, columns, 1)
     return _upside_down(windows)
@@ -128,6 +131,8 @@ toeplitz.register_autograd(_toeplitz_gradient, setup_context=_toeplitz_setup)
 def diagonal_sums(pairs: Tensor) -> Tensor:
     """Sums over each diagonal i - j = -(columns - 1) ... rows - 1 of pairs (H, rows, columns), in at least float32."""
     _, rows, columns = pairs.shape
+    if fused.serves_lags(pairs, rows):
+        return fused.diagonal_sums(pairs)
     # A row more by one entry than the others stands one place further right: diagonals become columns.
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
     return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))

@@ -41,6 +41,12 @@ INLINE const void *from(enum type type, const void *x, int64_t i) {
 
 INLINE void *into(enum type type, void *x, int64_t i) { return (char *)x + i * (type == FLOAT32 ? 4 : 2); }
 
+/* Asks for n numbers ahead of their use: memory that is walked through backwards is not foreseen by every processor. */
+INLINE void expect(enum type type, const void *x, int64_t i, int64_t n) {
+    const char *line = from(type, x, i), *end = from(type, x, i + n);
+    for (; line < end; line += 64) __builtin_prefetch(line);
+}
+
 /* e^x = 2^n e^r, the latter by its series: within 3e-7 for x up to 88, where products and sums are fused, else 4e-6. The
    library's own stops a loop for a call. */
 INLINE float exponential(float x) {
@@ -142,32 +148,52 @@ typedef struct {
     const float *table;
 } sizes;
 
+/* Some of the heads of a text: one thread's walk along time. Over all of a position's heads before the next position, so
+   that memory is read in its order. */
+typedef struct {
+    int64_t b, first, end;
+} walk;
+
+/* Walks for each text: one where there are texts enough for the threads. */
+static int64_t walks(const sizes *m, int64_t threads) {
+    const int64_t wanted = (threads + m->B - 1) / m->B;
+    return wanted < m->H ? wanted : m->H;
+}
+
+static walk walk_of(const sizes *m, int64_t walks, int64_t task) {
+    const int64_t part = task % walks;
+    return (walk){task / walks, m->H * part / walks, m->H * (part + 1) / walks};
+}
+
 INLINE float entry(const sizes *m, int64_t h, int64_t t) { return m->table ? m->table[h * m->positions + t] : 1; }
 
-INLINE void weigh(enum type type, const sizes *m, int64_t b, int64_t h, const void *kvr, const float *bias, void *source,
-                  float *total, void *gate) {
-    const int64_t T = m->T, N = m->N, C = m->H * N;
-    const float *kbias = bias + h * N, *vbias = kbias + C, *rbias = vbias + C;
-    float before[N], sum[N];
+INLINE void weigh(enum type type, const sizes *m, walk w, const void *kvr, const float *bias, void *source, float *total,
+                  void *gate) {
+    const int64_t b = w.b, T = m->T, N = m->N, C = m->H * N;
+    float before[C], sum[C];
     memset(before, 0, sizeof before);
     memset(sum, 0, sizeof sum);
     for (int64_t t = 0; t < T; t++) {
-        const int64_t at = (b * T + t) * C + h * N;
-        const void *k = from(type, kvr, (b * T + t) * 3 * C + h * N), *v = from(type, k, C), *r = from(type, v, C);
-        const float alpha = entry(m, h, t);
-        void *s = into(type, source, ((h * T + t) * m->B + b) * N);
         if (t % SPAN == 0)
-            for (int64_t n = 0; n < N; n++) {
-                before[n] += sum[n];
-                sum[n] = 0;
+            for (int64_t c = w.first * N; c < w.end * N; c++) {
+                before[c] += sum[c];
+                sum[c] = 0;
             }
+        for (int64_t h = w.first; h < w.end; h++) {
+            const int64_t at = (b * T + t) * C + h * N;
+            const float *kbias = bias + h * N, *vbias = kbias + C, *rbias = vbias + C, *past = before + h * N;
+            float *now = sum + h * N;
+            const void *k = from(type, kvr, (b * T + t) * 3 * C + h * N), *v = from(type, k, C), *r = from(type, v, C);
+            const float alpha = entry(m, h, t);
+            void *s = into(type, source, ((h * T + t) * m->B + b) * N);
 #pragma omp simd
-        for (int64_t n = 0; n < N; n++) {
-            const float e = exp_key(get(type, k, n) + kbias[n]);
-            put(type, s, n, alpha * e * (get(type, v, n) + vbias[n]));
-            sum[n] += e;
-            total[at + n] = before[n] + sum[n];
-            put(type, gate, at + n, sigmoid(get(type, r, n) + rbias[n]));
+            for (int64_t n = 0; n < N; n++) {
+                const float e = exp_key(get(type, k, n) + kbias[n]);
+                put(type, s, n, alpha * e * (get(type, v, n) + vbias[n]));
+                now[n] += e;
+                total[at + n] = past[n] + now[n];
+                put(type, gate, at + n, sigmoid(get(type, r, n) + rbias[n]));
+            }
         }
     }
 }
@@ -176,54 +202,65 @@ INLINE void weigh(enum type type, const sizes *m, int64_t b, int64_t h, const vo
    of exp(k), and gate (B, T, H, N) = sigmoid(r). The table is alpha. */
 void timemix_weigh(int64_t type, int64_t threads, const sizes *m, const void *kvr, const float *bias, void *source, float *total,
                    void *gate) {
+    const int64_t each = walks(m, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < m->B * m->H; task++) {
-        const int64_t b = task / m->H, h = task % m->H;
-        if (type == FLOAT32) weigh(FLOAT32, m, b, h, kvr, bias, source, total, gate);
-        else weigh(BFLOAT16, m, b, h, kvr, bias, source, total, gate);
+    for (int64_t task = 0; task < m->B * each; task++) {
+        const walk w = walk_of(m, each, task);
+        if (type == FLOAT32) weigh(FLOAT32, m, w, kvr, bias, source, total, gate);
+        else weigh(BFLOAT16, m, w, kvr, bias, source, total, gate);
     }
 }
 
-INLINE void weigh_back(enum type type, const sizes *m, int64_t b, int64_t h, const void *kvr, const float *bias,
-                       const void *gate, const void *dsource, const float *dtotal, const void *dgate, void *dkvr,
-                       float *dbias, float *dalpha) {
-    const int64_t T = m->T, N = m->N, C = m->H * N;
-    const float *kbias = bias + h * N, *vbias = kbias + C;
-    float *dkbias = dbias + b * 3 * C + h * N, *dvbias = dkbias + C, *drbias = dvbias + C;
-    memset(dkbias, 0, N * sizeof(float));
-    memset(dvbias, 0, N * sizeof(float));
-    memset(drbias, 0, N * sizeof(float));
-    float after[N], sum[N];
+INLINE void weigh_back(enum type type, const sizes *m, walk w, const void *kvr, const float *bias, const void *gate,
+                       const void *dsource, const float *dtotal, const void *dgate, void *dkvr, float *dbias,
+                       float *dalpha) {
+    const int64_t b = w.b, T = m->T, N = m->N, C = m->H * N;
+    float after[C], sum[C];
     memset(after, 0, sizeof after);
     memset(sum, 0, sizeof sum);
     for (int64_t t = T; t-- > 0;) {
-        const int64_t at = (b * T + t) * C + h * N, in = (b * T + t) * 3 * C + h * N;
-        const void *k = from(type, kvr, in), *v = from(type, k, C);
-        const void *ds = from(type, dsource, ((h * T + t) * m->B + b) * N);
-        void *dk = into(type, dkvr, in), *dv = into(type, dk, C), *dr = into(type, dv, C);
-        const float alpha = entry(m, h, t);
-        float da = 0;
         if (t % SPAN == SPAN - 1)
-            for (int64_t n = 0; n < N; n++) {
-                after[n] += sum[n];
-                sum[n] = 0;
+            for (int64_t c = w.first * N; c < w.end * N; c++) {
+                after[c] += sum[c];
+                sum[c] = 0;
             }
+        for (int64_t h = w.first; h < w.end; h++) {
+            const int64_t at = (b * T + t) * C + h * N, in = (b * T + t) * 3 * C + h * N;
+            const float *kbias = bias + h * N, *vbias = kbias + C, *later = after + h * N;
+            float *dkbias = dbias + b * 3 * C + h * N, *dvbias = dkbias + C, *drbias = dvbias + C, *now = sum + h * N;
+            const void *k = from(type, kvr, in), *v = from(type, k, C);
+            const void *ds = from(type, dsource, ((h * T + t) * m->B + b) * N);
+            void *dk = into(type, dkvr, in), *dv = into(type, dk, C), *dr = into(type, dv, C);
+            if (t > 1) {
+                expect(type, k, -6 * C, N);
+                expect(type, v, -6 * C, N);
+                expect(type, ds, -2 * m->B * N, N);
+                expect(type, gate, at - 2 * C, N);
+                expect(type, dgate, at - 2 * C, N);
+                expect(FLOAT32, dtotal, at - 2 * C, N);
+                expect(type, dk, -6 * C, N);
+                expect(type, dv, -6 * C, N);
+                expect(type, dr, -6 * C, N);
+            }
+            const float alpha = entry(m, h, t);
+            float da = 0;
 #pragma omp simd reduction(+ : da)
-        for (int64_t n = 0; n < N; n++) {
-            const float key = get(type, k, n) + kbias[n], value = get(type, v, n) + vbias[n], e = exp_key(key);
-            const float d = get(type, ds, n), y = get(type, gate, at + n);
-            sum[n] += dtotal[at + n];
-            da += d * e * value;
-            const float gradient_k = key < -60 || key > 30 ? 0 : (d * alpha * value + (after[n] + sum[n])) * e;
-            const float gradient_v = d * alpha * e, gradient_r = get(type, dgate, at + n) * y * (1 - y);
-            put(type, dk, n, gradient_k);
-            put(type, dv, n, gradient_v);
-            put(type, dr, n, gradient_r);
-            dkbias[n] += gradient_k;
-            dvbias[n] += gradient_v;
-            drbias[n] += gradient_r;
+            for (int64_t n = 0; n < N; n++) {
+                const float key = get(type, k, n) + kbias[n], value = get(type, v, n) + vbias[n], e = exp_key(key);
+                const float d = get(type, ds, n), y = get(type, gate, at + n);
+                now[n] += dtotal[at + n];
+                da += d * e * value;
+                const float gradient_k = key < -60 || key > 30 ? 0 : (d * alpha * value + (later[n] + now[n])) * e;
+                const float gradient_v = d * alpha * e, gradient_r = get(type, dgate, at + n) * y * (1 - y);
+                put(type, dk, n, gradient_k);
+                put(type, dv, n, gradient_v);
+                put(type, dr, n, gradient_r);
+                dkbias[n] += gradient_k;
+                dvbias[n] += gradient_v;
+                drbias[n] += gradient_r;
+            }
+            if (dalpha) dalpha[(b * m->H + h) * T + t] = da;
         }
-        if (dalpha) dalpha[(b * m->H + h) * T + t] = da;
     }
 }
 
@@ -231,12 +268,22 @@ INLINE void weigh_back(enum type type, const sizes *m, int64_t b, int64_t h, con
 void timemix_weigh_back(int64_t type, int64_t threads, const sizes *m, const void *kvr, const float *bias, const void *gate,
                         const void *dsource, const float *dtotal, const void *dgate, void *dkvr, float *dbias,
                         float *dalpha) {
+    const int64_t each = walks(m, threads);
+    memset(dbias, 0, m->B * 3 * m->H * m->N * sizeof(float));
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < m->B * m->H; task++) {
-        const int64_t b = task / m->H, h = task % m->H;
-        if (type == FLOAT32) weigh_back(FLOAT32, m, b, h, kvr, bias, gate, dsource, dtotal, dgate, dkvr, dbias, dalpha);
-        else weigh_back(BFLOAT16, m, b, h, kvr, bias, gate, dsource, dtotal, dgate, dkvr, dbias, dalpha);
+    for (int64_t task = 0; task < m->B * each; task++) {
+        const walk w = walk_of(m, each, task);
+        if (type == FLOAT32) weigh_back(FLOAT32, m, w, kvr, bias, gate, dsource, dtotal, dgate, dkvr, dbias, dalpha);
+        else weigh_back(BFLOAT16, m, w, kvr, bias, gate, dsource, dtotal, dgate, dkvr, dbias, dalpha);
     }
+}
+
+/* The i-th row of the order in which rows are taken: each thread its own texts, as in the walks, whose results its cache
+   holds; of these all at a position before the next position, as numerators lie. */
+INLINE int64_t row_of(const sizes *m, int64_t threads, int64_t i) {
+    const int64_t each = (m->B + threads - 1) / threads, first = i / (each * m->T) * each;
+    const int64_t texts = m->B - first < each ? m->B - first : each, rest = i - first * m->T;
+    return (first + rest % texts) * m->T + rest / texts;
 }
 
 INLINE void divide(enum type type, const sizes *m, int64_t row, int64_t h, const void *numerator, const float *total,
@@ -252,8 +299,8 @@ INLINE void divide(enum type type, const sizes *m, int64_t row, int64_t h, const
 /* y (B, T, H, N) = gate beta numerator / total, from numerator (H, T, B, N). The table is beta. */
 void timemix_divide(int64_t type, int64_t threads, const sizes *m, const void *numerator, const float *total, const void *gate, void *y) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < m->B * m->T; row++)
-        for (int64_t h = 0; h < m->H; h++) {
+    for (int64_t i = 0; i < m->T * m->B; i++)
+        for (int64_t row = row_of(m, threads, i), h = 0; h < m->H; h++) {
             if (type == FLOAT32) divide(FLOAT32, m, row, h, numerator, total, gate, y);
             else divide(BFLOAT16, m, row, h, numerator, total, gate, y);
         }
@@ -281,11 +328,45 @@ INLINE void divide_back(enum type type, const sizes *m, int64_t row, int64_t h, 
 void timemix_divide_back(int64_t type, int64_t threads, const sizes *m, const void *numerator, const float *total, const void *gate,
                          const void *dy, void *dnumerator, float *dtotal, void *dgate, float *dbeta) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < m->B * m->T; row++)
-        for (int64_t h = 0; h < m->H; h++) {
+    for (int64_t i = 0; i < m->T * m->B; i++)
+        for (int64_t row = row_of(m, threads, i), h = 0; h < m->H; h++) {
             if (type == FLOAT32)
                 divide_back(FLOAT32, m, row, h, numerator, total, gate, dy, dnumerator, dtotal, dgate, dbeta);
             else divide_back(BFLOAT16, m, row, h, numerator, total, gate, dy, dnumerator, dtotal, dgate, dbeta);
+        }
+}
+
+/* matrices (H, rows <= columns, columns): f(columns - rows + i - j) at [i, j], 0 in the future, from f (H, lags), 0 past its
+   end. */
+void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, int64_t lags, const void *f,
+                      void *matrices) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < H * rows; row++) {
+        const int64_t size = type == FLOAT32 ? 4 : 2, last = columns - rows + row % rows;
+        const int64_t first = last < lags ? 0 : last - lags + 1, end = last < columns ? last + 1 : columns;
+        const void *of_head = (const char *)f + row / rows * lags * size;
+        char *y = (char *)matrices + row * columns * size;
+        memset(y, 0, first * size);
+        if (type == FLOAT32)
+            for (int64_t j = first; j < end; j++) ((float *)y)[j] = ((const float *)of_head)[last - j];
+        else
+            for (int64_t j = first; j < end; j++) ((uint16_t *)y)[j] = ((const uint16_t *)of_head)[last - j];
+        memset(y + end * size, 0, (columns - end) * size);
+    }
+}
+
+/* sums (H, rows + columns - 1) over each diagonal i - j = 1 - columns ... rows - 1 of pairs (H, rows, columns). */
+void timemix_diagonal_sums(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, const void *pairs, float *sums) {
+    memset(sums, 0, H * (rows + columns - 1) * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t i = 0; i < rows; i++) {
+            const void *row = from(type, pairs, (h * rows + i) * columns);
+            float *y = sums + h * (rows + columns - 1) + i + columns - 1;
+            if (type == FLOAT32)
+                for (int64_t j = 0; j < columns; j++) y[-j] += get(FLOAT32, row, j);
+            else
+                for (int64_t j = 0; j < columns; j++) y[-j] += get(BFLOAT16, row, j);
         }
 }
 

@@ -33,11 +33,22 @@ _left_out = False
 def serves(x: Tensor) -> bool:
     """Whether the fused form is to be taken for x (..., C)."""
     return (
+        (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TYPES)
+        and _takes(x)
+    )
+
+
+def serves_lags(x: Tensor, rows: int) -> bool:
+    """Whether `toeplitz` and `diagonal_sums` here are to be taken for matrices of so many rows, of the type of x."""
+    return rows >= ENOUGH_ROWS and _takes(x)
+
+
+def _takes(x: Tensor) -> bool:
+    return (
         x.dtype in _TYPES
         and x.device.type == "cpu"
-        and (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
         and not torch.compiler.is_compiling()
-        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TYPES)
         and not _left_out
         and available()
     )
@@ -97,6 +108,21 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
     if by.ndim == 1 and len(by) < x.shape[1]:
         raise ValueError(f"{len(by)} numbers are too few for {x.shape[1]} positions")
     return _Scaled.apply(x, _numbers(bias), _numbers(by) if by.ndim == 1 else by.to(x.dtype))
+
+
+def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
+    """As `causal.toeplitz`, without gradients; at most as many rows as columns."""
+    matrices = f.new_empty(len(f), rows, columns)
+    _call("timemix_toeplitz", f, *map(ctypes.c_int64, (*matrices.shape, f.shape[1])), f.contiguous(), matrices)
+    return matrices
+
+
+def diagonal_sums(pairs: Tensor) -> Tensor:
+    """As `causal.diagonal_sums`, in float32, without gradients."""
+    H, rows, columns = pairs.shape
+    sums = pairs.new_empty(H, rows + columns - 1, dtype=torch.float32)
+    _call("timemix_diagonal_sums", pairs, *map(ctypes.c_int64, pairs.shape), pairs.contiguous(), sums)
+    return sums
 
 
 def _numbers(x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def wkv1(
     """
     _check(k, v, f, alpha, beta, state, lengths)
     positions = k.shape[1] if state is None else int(state.position.max()) + k.shape[1]
-    name, _ = choose_backend(backend, positions, free=f.ndim == 3, weighted=denominator == "weighted")
+    name, _ = choose_backend(backend, positions, v.dtype, free=f.ndim == 3, weighted=denominator == "weighted")
     with torch.autocast(k.device.type, enabled=False):
         if denominator == "weighted":
             f = f.exp()
@@ -100,22 +100,24 @@ def wkv1(
         return BACKENDS[name](k, v, f, alpha, beta, state, lengths, denominator)
 
 
-def choose_backend(backend: str, positions: int, *, free: bool = False, weighted: bool = False) -> tuple[str, str]:
+def choose_backend(
+    backend: str, positions: int, dtype: torch.dtype = torch.float32, *, free: bool = False, weighted: bool = False
+) -> tuple[str, str]:
     """Name of the backend that serves `backend` for so many past and present positions, and the reason.
 
-    `free`: f has a weight for each pair of positions; `weighted`: the denominator is. Raises ValueError for an unknown
-    name, or a backend that cannot serve.
+    `dtype`: of v; `free`: f has a weight for each pair of positions; `weighted`: the denominator is. Raises ValueError
+    for an unknown name, or a backend that cannot serve.
     """
     if backend == "auto":
         if free:
             return "dense", "a free W is a matrix"
         if positions <= DENSE_UP_TO:
             return "dense", f"fastest up to {DENSE_UP_TO} positions"
-        if positions <= BLOCKED_UP_TO:
-            return "blocked", f"fastest from {DENSE_UP_TO} to {BLOCKED_UP_TO} positions"
+        if positions <= blocked_up_to(dtype):
+            return "blocked", f"fastest from {DENSE_UP_TO} to {blocked_up_to(dtype)} positions"
         if weighted:
             return "blocked", "each term of a weighted denominator counts to its own size"
-        return "spectral", f"fastest past {BLOCKED_UP_TO} positions"
+        return "spectral", f"fastest past {blocked_up_to(dtype)} positions"
     if backend not in BACKENDS:
         raise ValueError(f"unknown wkv1 backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     if backend in ("blocked", "spectral") and free:
@@ -286,7 +288,7 @@ def gated_wkv1(
     """
     k, v, _ = (part.unflatten(2, (heads, -1)) for part in kvr.chunk(3, dim=2))
     _check(k, v, f, alpha, beta, None, None)
-    name, _ = choose_backend(backend, kvr.shape[1], free=f.ndim == 3)
+    name, _ = choose_backend(backend, kvr.shape[1], kvr.dtype, free=f.ndim == 3)
     source, total, gate = weigh(kvr, bias, alpha, heads)
     with torch.autocast(kvr.device.type, enabled=False):
         numerator = MIXES[name](f, source.permute(2, 1, 0, 3), None, kvr.shape[1])
@@ -301,8 +303,13 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
     **{name: partial(_parallel, mix) for name, mix in MIXES.items()},
 }
 
-DENSE_UP_TO, BLOCKED_UP_TO = 128, 1024
-"""Positions up to which the dense, then the blocked form is the fastest: measured, see benchmarks/RESULTS.md."""
+DENSE_UP_TO = 256
+"""Positions up to which the dense form is the fastest: measured, as for the blocked (benchmarks/RESULTS.md)."""
+
+
+def blocked_up_to(dtype: torch.dtype) -> int:
+    """Positions up to which the blocked form is the fastest; spectra are of float32 for any v."""
+    return 2048 if dtype == torch.bfloat16 else 1024
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
