@@ -11,8 +11,8 @@ spectrum of f at the lags around d L:
     y_i = tri(f) x_i + A^T sum_{d>=1} G_d (A x_{i-d})
 
 At L near sqrt(T) that takes about 53 sqrt(T) operations for each of the T C values, forward and backward, where the
-direct sum takes 6 T. A library's FFT takes fewer, but waits for memory. Products run in at least float32, one head
-after another, so that what lies between them stays in the cache.
+direct sum takes 6 T. A library's FFT takes fewer, but waits for memory. What is direct runs in x's dtype, spectra in at
+least float32; one head after another, so that what lies between products stays in the cache.
 """
 
 from functools import lru_cache
@@ -36,16 +36,16 @@ def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
 
     ctx_len at least T. Memory grows linearly with time, but for the n x n products of a head's spectra.
     """
-    T, f = x.shape[1], f.to(sum_dtype(x))
+    T, wide = x.shape[1], f.to(sum_dtype(x))
     L, n = _blocks(T)
-    A, E = _transforms(L, f.dtype, f.device)
-    near = toeplitz(f, L, L)
+    A, E = _transforms(L, wide.dtype, wide.device)
+    near = toeplitz(f.to(x.dtype), L, L)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for h in range(x.shape[2]):
-        source = _cut(x[:, :, h], L, n, f.dtype)
-        target = near[h] @ source
+        source = _cut(x[:, :, h], L, n)
+        target = (near[h] @ source).to(wide.dtype)
         if n > 1:
-            spectra = _complex_product(_filter_spectra(f[h], E, n), _spectra(A, source, n))
+            spectra = _complex_product(_filter_spectra(wide[h], E, n), _spectra(A, source, n))
             target.addmm_(A.t(), spectra.view(len(A), -1))
         _join(target, n, y[:, :, h])
     return y
@@ -62,12 +62,12 @@ def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tu
     T, wide = x.shape[1], f.to(sum_dtype(x))
     L, n = _blocks(T)
     A, E = _transforms(L, wide.dtype, wide.device)
-    near = toeplitz(wide, L, L)
+    near = toeplitz(f.to(x.dtype), L, L)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     df = wide.new_zeros(len(wide), n * L)
     for h in range(x.shape[2]):
-        source, target = (_cut(a[:, :, h], L, n, wide.dtype) for a in (x, gradient))
-        dsource = near[h].t() @ target
+        source, target = (_cut(a[:, :, h], L, n) for a in (x, gradient))
+        dsource = (near[h].t() @ target).to(wide.dtype)
         df[h, :L] += diagonal_sums((target @ source.t())[None])[0, L - 1 :]
         if n > 1:
             spectra, dspectra = _spectra(A, source, n), _spectra(A, target, n)
@@ -122,10 +122,10 @@ def _transforms(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     return A.flatten(0, 1).to(dtype), E.flatten(0, 1).to(dtype)
 
 
-def _cut(x: Tensor, L: int, n: int, dtype: torch.dtype) -> Tensor:
+def _cut(x: Tensor, L: int, n: int) -> Tensor:
     """x (B, T, N) as (L, n B N): each column a block of one channel, zeros after T."""
     B, T, N = x.shape
-    return F.pad(x.to(dtype), (0, 0, 0, n * L - T)).view(B, n, L, N).permute(2, 1, 0, 3).reshape(L, -1)
+    return F.pad(x, (0, 0, 0, n * L - T)).view(B, n, L, N).permute(2, 1, 0, 3).reshape(L, -1)
 
 
 def _join(columns: Tensor, n: int, out: Tensor) -> None:
@@ -136,7 +136,7 @@ def _join(columns: Tensor, n: int, out: Tensor) -> None:
 
 def _spectra(A: Tensor, columns: Tensor, n: int) -> Tensor:
     """(2, L + 1, n, B N), real and imaginary, of columns (L, n B N)."""
-    return (A @ columns).view(2, len(A) // 2, n, -1)
+    return (A @ columns.to(A.dtype)).view(2, len(A) // 2, n, -1)
 
 
 def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:
