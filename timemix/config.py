@@ -353,16 +353,16 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     # Aims at the lowest loss on tinyshakespeare in the time of nanoGPT's CPU configuration (benchmarks/records.md).
     "record": {
         "model": {
-            "layers": 4,
+            "layers": 3,
             "heads": 4,
             "channels": 128,
             "ctx_len": 256,
-            "ffn_ratio": 1.0,
+            "ffn_ratio": 2.0,
             "token_shift": (0.5, 0.25),
         },
         "data": {"order": "epoch"},
         "train": {
-            "steps": 880,
+            "steps": 1440,
             "batch_size": 8,
             "optimizer": "muon",
             "lr": 8e-3,
@@ -372,8 +372,8 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "warmup": 0.02,
             "betas": (0.9, 0.95),
             "weight_decay": 0.3,
-            "valid_every": 1000,
-            "save_every": 1000,
+            "valid_every": 2000,
+            "save_every": 2000,
         },
         "ffn": {"activation": "silu"},
     },
