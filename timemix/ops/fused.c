@@ -156,7 +156,7 @@ typedef struct {
 
 /* Walks for each text: one where there are texts enough for the threads. */
 static int64_t walks(const sizes *m, int64_t threads) {
-    const int64_t wanted = (threads + m->B - 1) / m->B;
+    const int64_t wanted = m->B < threads ? threads / (m->B ? m->B : 1) : 1;
     return wanted < m->H ? wanted : m->H;
 }
 
@@ -343,7 +343,7 @@ void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, in
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < H * rows; row++) {
         const int64_t size = type == FLOAT32 ? 4 : 2, last = columns - rows + row % rows;
-        const int64_t first = last < lags ? 0 : last - lags + 1, end = last < columns ? last + 1 : columns;
+        const int64_t first = last < lags ? 0 : last - lags + 1, end = last + 1;
         const void *of_head = (const char *)f + row / rows * lags * size;
         char *y = (char *)matrices + row * columns * size;
         memset(y, 0, first * size);
