@@ -85,7 +85,7 @@ def test_train_prints_plain_lines_and_its_choices_where_there_is_no_terminal(tmp
     (tmp_path / "my.txt").write_text(TEXT)
     result = run("train", "--data", "my.txt", "--out", "r", *QUICK, cwd=tmp_path)
     assert "rwkv1, " in result.stderr
-    assert "wkv1 dense (fastest up to 128 positions), not compiled (" in result.stderr
+    assert "wkv1 dense (fastest up to 256 positions), not compiled (" in result.stderr
     assert re.search(r"step 6/6  loss \d\.\d{3}  valid \d\.\d{3}", result.stderr)
     assert "\x1b" not in result.stderr
 

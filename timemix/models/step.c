@@ -26,6 +26,9 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
+/* What is shared out by number: whatever the threads, since the last numbers of a part have another exp than whole vectors. */
+#define PARTS 8
+
 enum type { FLOAT32, BFLOAT16, INT8 };
 #define BYTES(type) ((type) == FLOAT32 ? 4 : (type) == BFLOAT16 ? 2 : 1)
 enum activation { GELU, MISH, RELU2, SILU };
@@ -199,6 +202,10 @@ static void gate(const float *key, const float *value, int64_t n, int64_t activa
     }
 }
 
+static void add_gated(const float *gate, const float *y, int64_t n, float *x) {
+    for (int64_t i = 0; i < n; i++) x[i] += sigmoid(gate[i]) * y[i];
+}
+
 /* sum[n] += sum_u weights[-u] history[u * size + n], for `width` channels. */
 static inline __attribute__((always_inline)) void look_back(const float *weights, const float *history, int64_t length,
                                                             int64_t size, const int width, float *sum) {
@@ -316,14 +323,17 @@ int timemix_step(const model *m, int64_t rows, int64_t places, const int64_t *pl
             apply(&l->ffn_receptance, t, in, fr, rows);
 #pragma omp barrier
 #pragma omp for schedule(static)
-            for (int64_t part = 0; part < 8 * rows; part++) {
-                const int64_t from = rows * F * part / (8 * rows), to = rows * F * (part + 1) / (8 * rows);
+            for (int64_t part = 0; part < PARTS * rows; part++) {
+                const int64_t from = F * part / PARTS, to = F * (part + 1) / PARTS;
                 gate(k + from, fv + from, to - from, m->activation, mixed + from);
             }
             apply(&l->ffn_output, t, mixed, in, rows);
 #pragma omp barrier
 #pragma omp for schedule(static)
-            for (int64_t c = 0; c < rows * C; c++) x[c] += sigmoid(fr[c]) * in[c];
+            for (int64_t part = 0; part < PARTS * rows; part++) {
+                const int64_t from = C * part / PARTS, to = C * (part + 1) / PARTS;
+                add_gated(fr + from, in + from, to - from, x + from);
+            }
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) normalize(x + i * C, m->norm, m->epsilon, C, in + i * C);
