@@ -338,6 +338,25 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
         wkv1(**({n: a.detach() for n, a in inputs().items()} | change))
 
 
+@pytest.mark.parametrize(
+    "form", [lambda x, f: causal.causal_convolution(x, f, x.shape[1]), spectral.spectral_convolution]
+)
+@pytest.mark.parametrize("growth", [0.0, 0.02, -0.02])
+def test_a_convolution_in_bfloat16_rounds_relative_to_its_own_terms(form, growth):
+    """Of x and of its gradient, whichever end the large ones lie at."""
+    T = 700
+    size = torch.exp(growth * torch.arange(T))[:, None, None]
+    x = (torch.randn(2, T, 3, 4) * size).bfloat16().requires_grad_()
+    f, upstream = torch.rand(3, T), (torch.randn(2, T, 3, 4) * size).bfloat16()
+    y = form(x, f)
+    dx = torch.autograd.grad(y, x, upstream)[0]
+    W = causal.toeplitz(f.double(), T, T)
+    for ours, of, equation in ((y, x, "htu,buhn->bthn"), (dx, upstream, "hut,buhn->bthn")):
+        exact = torch.einsum(equation, W, of.detach().double())
+        terms = torch.einsum(equation, W, of.detach().double().abs())
+        assert ((ours.double() - exact).abs() <= 2**-7 * terms).all()
+
+
 def test_auto_gives_its_reason():
     assert choose_backend("auto", 256) == ("dense", "fastest up to 256 positions")
     assert choose_backend("auto", 257)[0] == "blocked"
