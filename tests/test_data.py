@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timemix.config import DataConfig
-from timemix.data import Batches, is_corpus, open_corpus, spread, validation_windows
+from timemix.data import Batches, evenly_spaced, is_corpus, open_corpus, validation_windows
 from timemix.downloads import DOWNLOADS, Download
 from timemix.errors import UserError
 from timemix.prepare import describe, hold_out_end, prepare, text_hash
@@ -47,13 +47,13 @@ def test_a_prepared_folder_holds_the_text(kind, unknown):
 @given(st.integers(0, 300), st.integers(1, 400), st.integers(1, 30))
 def test_spread_takes_pieces_in_order_from_beginning_to_end(tokens, most, pieces):
     ids = np.arange(tokens)
-    kept = spread(ids, most, pieces)
+    kept = evenly_spaced(ids, most, pieces)
     assert len(kept) == min(tokens, most)
     assert (np.diff(kept) > 0).all()
     assert (np.diff(kept) > 1).sum() < pieces
     if tokens > most >= pieces > 1:
         assert (kept[0], kept[-1]) == (0, tokens - 1)
-    np.testing.assert_array_equal(spread(ids, None), ids)
+    np.testing.assert_array_equal(evenly_spaced(ids, None), ids)
 
 
 def test_held_out_text_can_be_thinned():
@@ -61,7 +61,7 @@ def test_held_out_text_can_be_thinned():
     whole = prepare(Path("whole"), DataConfig(source="long.txt"))
     thin = prepare(Path("thin"), DataConfig(source="long.txt", valid_tokens=100))
     assert len(whole.valid) > 300
-    np.testing.assert_array_equal(thin.valid, spread(whole.valid, 100))
+    np.testing.assert_array_equal(thin.valid, evenly_spaced(whole.valid, 100))
     np.testing.assert_array_equal(thin.train, whole.train)
     assert thin.info["valid"]["tokens"] == thin.info["valid"]["characters"] == 100
 

@@ -13,7 +13,7 @@ PACKAGE = Path(timemix.__file__).parent
 
 # A module may import from the layers before its own; the leaves also from one another.
 LAYERS = [
-    {"errors", "config", "files", "meters", "decoding", "downloads", "sources", "tokenizer"}
+    {"_version", "errors", "config", "files", "meters", "decoding", "downloads", "sources", "tokenizer"}
     | {"processes", "text", "shards", "data", "prepare", "sampling", "arguments"},
     {"ops"},
     {"models"},

@@ -6,6 +6,7 @@ timemix.generate(run, "The ", tokens=100)
 
 from typing import TYPE_CHECKING, Any
 
+from timemix._version import __version__
 from timemix.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from timemix.generation import generate
 
 __all__ = ["UserError", "__version__", "generate", "load"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from timemix import __version__
+from timemix._version import __version__
 from timemix.errors import UserError
 
 VERBS = {

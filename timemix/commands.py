@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from timemix.streams import Stream
     from timemix.tokenizer import Tokenizer
     from timemix.tracking import Hook
-    from timemix.train import Progress, Trainer, Watch
+    from timemix.train import Trainer, TrainingProgress, Watch
 
 DEMO_PROMPT = "The "
 
@@ -268,7 +268,7 @@ def _run(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hoo
     try:
         with watching(trainer.step, config.train.steps) if world.first else nullcontext(_ignore) as watch:
 
-            def both(progress: "Progress") -> None:
+            def both(progress: "TrainingProgress") -> None:
                 watch(progress)
                 if during is not None:
                     during(progress)
@@ -294,7 +294,7 @@ def _run(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hoo
     return 0
 
 
-def _ignore(progress: "Progress") -> None:
+def _ignore(progress: "TrainingProgress") -> None:
     """For the processes that do not speak."""
 
 
@@ -539,7 +539,7 @@ def demo(arguments: list[str]) -> int:
     trainer = new_run(config, out)
     half = max(1, trainer.config.train.steps // 2)
 
-    def during(progress: "Progress") -> None:
+    def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
             print(f"\nHalf way, it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
 

@@ -17,7 +17,7 @@ from timemix.files import is_count, read_json
 from timemix.shards import Tokens, check_shard, map_shards, shard_name
 from timemix.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 2
+DATA_FORMAT_VERSION = 2
 SPLITS = ("train", "valid")
 
 
@@ -31,7 +31,7 @@ class Corpus:
     info: dict[str, Any]
 
 
-def spread(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20) -> np.ndarray | Tokens:
+def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20) -> np.ndarray | Tokens:
     """At most `tokens` of `ids`, in pieces of like length spread evenly from its beginning to its end; None: all."""
     if tokens is None or len(ids) <= tokens:
         return ids
@@ -71,8 +71,8 @@ def open_corpus(folder: Path) -> Corpus:
     info = read_json(path)
     try:
         version = info["format_version"]
-        if version not in (1, FORMAT_VERSION):
-            raise UserError(f"{path} has format_version {version}; this timemix reads 1 and {FORMAT_VERSION}")
+        if version not in (1, DATA_FORMAT_VERSION):
+            raise UserError(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
         if not all(is_count(info[split][n]) for split in SPLITS for n in ("tokens", "characters", "bytes", "unknown")):
             raise ValueError("a count is no number")
         shards = {split: _shards(folder, split, info[split], version) for split in SPLITS}

@@ -14,7 +14,7 @@ from typing import IO
 
 from timemix.errors import UserError
 from timemix.files import write_text
-from timemix.meters import Progress, meter
+from timemix.meters import ShowProgress, meter
 
 logger = logging.getLogger("timemix")
 
@@ -89,7 +89,7 @@ def _by_hand(entry: Download, path: Path) -> str:
     return f"get {entry.url} another way and place it at {path}"
 
 
-def fetch(entry: Download, cache: Path | None, progress: Progress) -> Path:
+def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
     """The file of a download, from the cache where it is there.
 
     Where no hash is published, that of the first download is kept beside the file and holds from then on.
@@ -131,7 +131,7 @@ class _Downloader:
     CHUNK = 1 << 18
     TIMEOUT = 30.0
 
-    def __init__(self, part: Path, progress: Progress) -> None:
+    def __init__(self, part: Path, progress: ShowProgress) -> None:
         self.part = part
         self.progress = progress
 

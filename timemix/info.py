@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from timemix import __version__
+from timemix._version import __version__
 from timemix.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, TrainConfig, architecture
 from timemix.models import LanguageModel
 from timemix.ops import choose_backend

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-Progress = Callable[[str], None] | bool
+ShowProgress = Callable[[str], None] | bool
 """True shows a bar on stderr; a function gets a line of text now and then; False is quiet."""
 
 Advance = Callable[[int], object]
@@ -21,7 +21,7 @@ def untold(done: int) -> None:
 
 
 @contextlib.contextmanager
-def passing(progress: Progress, what: str, total: int) -> Iterator[Advance]:
+def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
     """Shows how far a reading of a text has come, where it takes longer than a moment."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -38,7 +38,7 @@ def passing(progress: Progress, what: str, total: int) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def meter(progress: Progress, what: str, have: int, total: int | None) -> Iterator[Advance]:
+def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> Iterator[Advance]:
     """Gives a function that is told the bytes that are there so far."""
     if progress is False:
         yield untold

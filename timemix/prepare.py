@@ -12,18 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from timemix import __version__, shards
+from timemix import shards
+from timemix._version import __version__
 from timemix.config import DataConfig
-from timemix.data import FORMAT_VERSION, SPLITS, Corpus, is_corpus, open_corpus, spread, text_size
+from timemix.data import DATA_FORMAT_VERSION, SPLITS, Corpus, evenly_spaced, is_corpus, open_corpus, text_size
 from timemix.errors import UserError
 from timemix.files import appear, atomic_folder, claimed, explained, write_text
-from timemix.meters import Progress
+from timemix.meters import ShowProgress
 from timemix.shards import ShardWriter, Tokens, map_shards, shard_name
 from timemix.text import Piece, Text, Unfit, encoded, no_counts
 from timemix.tokenizer import PART, Tokenizer, load_tokenizer
 
 
-def prepare(out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress = False) -> Corpus:
+def prepare(
+    out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: ShowProgress = False
+) -> Corpus:
     """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
 
     Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
@@ -56,7 +59,7 @@ def prepare(out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None
     return open_corpus(out)
 
 
-def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progress: Progress) -> None:
+def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progress: ShowProgress) -> None:
     text = Text(config, progress, tokenizer)
     folder = out.with_name(f".{out.name}.unfinished")
     state = _State(folder, text)
@@ -81,7 +84,10 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     """
     _refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
-    parts = {"train": corpus.train.part(slice(cut)), "valid": spread(corpus.train.part(slice(cut, None)), valid_tokens)}
+    parts = {
+        "train": corpus.train.part(slice(cut)),
+        "valid": evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens),
+    }
     with atomic_folder(out) as folder:
         splits = {split: _write_ids(folder, split, corpus.tokenizer, ids) for split, ids in parts.items()}
         corpus.tokenizer.save(folder / "tokenizer.json")
@@ -89,7 +95,7 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     return open_corpus(out)
 
 
-def describe(config: DataConfig, *, progress: Progress = False) -> dict[str, Any]:
+def describe(config: DataConfig, *, progress: ShowProgress = False) -> dict[str, Any]:
     """What `prepare` would make of a text, in numbers; raises as it does."""
     text = Text(config, progress)
     made = text.train_tokenizer(progress)
@@ -133,7 +139,7 @@ class _State:
         sizes |= {"made": None if text.made is None else text.made.hash}
         self._content: dict[str, Any] = {"version": __version__, "text": text.hash, "settings": settings | sizes}
 
-    def tokenizer(self, text: Text, progress: Progress) -> Tokenizer:
+    def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
         """The tokenizer that was made, or a new one, in an empty folder."""
         path = self.folder / "tokenizer.json"
         with contextlib.suppress(OSError, ValueError, KeyError, UserError):
@@ -174,7 +180,7 @@ class _State:
         write_text(self.folder / self.FILE, json.dumps(self._content))
 
 
-def _write_splits(state: _State, text: Text, made: Tokenizer, progress: Progress) -> dict[str, dict[str, Any]]:
+def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, dict[str, Any]]:
     """Token files of both splits, and what data.json says of them."""
     writers = {split: state.writer(split, made) for split in SPLITS}
     begun = {split: state.of(split) for split in SPLITS if state.of(split)}
@@ -219,7 +225,7 @@ def _write_split(
 def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> dict[str, Any]:
     """Replaces the validation text in `files` files by pieces of it; what data.json says of these."""
     paths = [folder / shard_name("valid", number) for number in range(files)]
-    kept = spread(map_shards(paths, made.dtype), tokens)
+    kept = evenly_spaced(map_shards(paths, made.dtype), tokens)
     for path in paths:
         path.unlink()
     return _write_ids(folder, "valid", made, kept)
@@ -239,7 +245,7 @@ def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Toke
 
 def _write_info(folder: Path, made: Tokenizer, splits: dict[str, dict[str, Any]], origin: dict[str, Any]) -> None:
     info: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": DATA_FORMAT_VERSION,
         **origin,
         "dtype": made.dtype.name,
         "tokenizer": {"kind": made.kind, "vocab_size": made.vocab_size, "sha256": made.hash},

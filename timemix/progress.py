@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from timemix.train import Progress, Watch
+from timemix.train import TrainingProgress, Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,7 +23,7 @@ def watching(first_step: int, steps: int) -> Iterator[Watch]:
 def _lines() -> Watch:
     newest = -SECONDS_BETWEEN_LINES
 
-    def watch(progress: Progress) -> None:
+    def watch(progress: TrainingProgress) -> None:
         nonlocal newest
         now = time.monotonic()
         if now - newest < SECONDS_BETWEEN_LINES and progress.step < progress.steps:
@@ -57,7 +57,7 @@ def _bar(first_step: int, steps: int) -> Iterator[Watch]:
     with Bars(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task("", total=steps, completed=first_step, loss="-", valid="-", speed="-", left="-")
 
-        def watch(progress: Progress) -> None:
+        def watch(progress: TrainingProgress) -> None:
             bars.update(
                 task,
                 completed=progress.step,
@@ -70,7 +70,7 @@ def _bar(first_step: int, steps: int) -> Iterator[Watch]:
         yield watch
 
 
-def _seconds_left(progress: Progress) -> float:
+def _seconds_left(progress: TrainingProgress) -> float:
     tokens_left = progress.tokens / progress.step * (progress.steps - progress.step)
     return tokens_left / progress.tokens_per_second
 

@@ -18,7 +18,7 @@ from timemix.files import check_regular
 SHARD_BYTES = 1 << 27
 """Most bytes of a file."""
 
-BLOCK = 1 << 20
+IDS_AT_ONCE = 1 << 20
 """Ids read or copied at a time."""
 
 
@@ -53,9 +53,9 @@ class Tokens:
         return Tokens(self._cut(place), self.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All ids in order, at most BLOCK at a time."""
-        for start in range(0, len(self), BLOCK):
-            yield self[start : start + BLOCK]
+        """All ids in order, at most IDS_AT_ONCE at a time."""
+        for start in range(0, len(self), IDS_AT_ONCE):
+            yield self[start : start + IDS_AT_ONCE]
 
     def _cut(self, place: slice) -> list[np.ndarray]:
         start, stop, step = place.indices(len(self))
@@ -161,7 +161,7 @@ def check_shard(path: Path, dtype: np.dtype, shard: dict[str, Any], vocab_size: 
         if (found := path.stat().st_size) != size:
             raise UserError(f"{path} has {found} bytes, not {size}: it is damaged")
         with path.open("rb") as file:
-            while block := file.read(BLOCK * dtype.itemsize):
+            while block := file.read(IDS_AT_ONCE * dtype.itemsize):
                 largest = int(np.frombuffer(block, dtype).max())
                 if largest >= vocab_size:
                     raise UserError(f"{path} holds the id {largest}, outside the vocabulary: it is damaged")

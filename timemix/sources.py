@@ -12,7 +12,7 @@ from pathlib import Path
 from timemix.decoding import CHUNK, chunks, decoded
 from timemix.downloads import DOWNLOADS, Download, fetch, opened_member
 from timemix.errors import UserError
-from timemix.meters import Advance, Progress, untold
+from timemix.meters import Advance, ShowProgress, untold
 
 logger = logging.getLogger("timemix")
 
@@ -44,7 +44,7 @@ class Source:
 
 
 def read_source(
-    source: str, *, encoding: str = "utf-8", cache: Path | None = None, progress: Progress = False
+    source: str, *, encoding: str = "utf-8", cache: Path | None = None, progress: ShowProgress = False
 ) -> SourceText:
     """The text of `open_source`, whole; raises as that and its `read` do."""
     opened = open_source(source, encoding=encoding, cache=cache, progress=progress)
@@ -53,7 +53,7 @@ def read_source(
 
 
 def open_source(
-    source: str, *, encoding: str = "utf-8", cache: Path | None = None, progress: Progress = False
+    source: str, *, encoding: str = "utf-8", cache: Path | None = None, progress: ShowProgress = False
 ) -> Source:
     """The text of a file, a folder or glob of files, `builtin`, or a download of DOWNLOADS.
 
@@ -143,7 +143,7 @@ def _no_source(source: str) -> str:
     return f"there is no file, folder or download {source!r}; {hint}"
 
 
-def _download_source(name: str, cache: Path | None, progress: Progress) -> Source:
+def _download_source(name: str, cache: Path | None, progress: ShowProgress) -> Source:
     entry = DOWNLOADS[name]
     path = fetch(entry, cache, progress)
     valid = None

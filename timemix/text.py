@@ -15,7 +15,7 @@ import numpy as np
 
 from timemix.config import DataConfig
 from timemix.errors import UserError
-from timemix.meters import Progress, passing
+from timemix.meters import ShowProgress, passing
 from timemix.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.sources import Source, open_source
 from timemix.tokenizer import (
@@ -59,7 +59,7 @@ class Text:
     Raises UserError as `open_source` does, and where both sources are the same text.
     """
 
-    def __init__(self, config: DataConfig, progress: Progress, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.made = config, tokenizer
         self.source = open_source(config.source, encoding=config.encoding, progress=progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
@@ -82,7 +82,7 @@ class Text:
         characters = self.sizes["train"].characters
         self._cut = characters if self.valid is not None else int((1 - config.valid_fraction) * characters)
 
-    def train_tokenizer(self, progress: Progress) -> Tokenizer:
+    def train_tokenizer(self, progress: ShowProgress) -> Tokenizer:
         """The tokenizer of the training text, or the one that is made already."""
         if self.made is not None:
             return self.made
@@ -129,7 +129,7 @@ class Text:
         ]
 
 
-def _measure(source: Source, progress: Progress, *hashes: Any) -> TextSize:
+def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     """Reads a source once; gives its UTF-8 to `hashes` too."""
     characters = bytes_ = 0
     own = hashlib.sha256()
@@ -193,7 +193,7 @@ def encoded(
     made: Tokenizer,
     counts: dict[str, dict[str, int]],
     begun: dict[str, dict[str, Any]],
-    progress: Progress,
+    progress: ShowProgress,
 ) -> Generator[Piece, None, None]:
     """Encodes the text; the pieces that `begun` counts as done are only read.
 

@@ -39,7 +39,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a step tells whoever watches: a progress bar, a log, a test."""
 
     step: int
@@ -54,7 +54,7 @@ class Progress:
     """The newest, nats per token."""
 
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[TrainingProgress], None]
 
 
 class NotFinite(UserError):
@@ -481,7 +481,7 @@ class Trainer:
                 self._write(place | line, hook)
             if self.world.first:
                 watch(
-                    Progress(
+                    TrainingProgress(
                         self.step,
                         config.steps,
                         self.tokens,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix import __version__
+from timemix._version import __version__
 from timemix.config import ModelConfig, TimeMixConfig, TrainConfig, architecture
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy

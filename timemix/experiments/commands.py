@@ -323,7 +323,7 @@ def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
     from timemix.checkpoint import checkpoints, load
-    from timemix.data import spread
+    from timemix.data import evenly_spaced
     from timemix.experiments.inspect import draw, inspect_run
     from timemix.precision import choose_device
     from timemix.sources import read_source
@@ -339,7 +339,7 @@ def inspect(arguments: list[str]) -> int:
         tokens: Any = loaded.corpus().valid
     else:
         tokens, _ = loaded.tokenizer.encode_lenient(read_source(parsed.data, encoding=parsed.encoding).text)
-    report = inspect_run(loaded, spread(tokens, parsed.tokens))
+    report = inspect_run(loaded, evenly_spaced(tokens, parsed.tokens))
     pictures = draw(report, loaded.config.model, parsed.out or run / "inspect")
     if parsed.json:
         print(json.dumps(report))

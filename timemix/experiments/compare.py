@@ -39,7 +39,7 @@ from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resol
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
-PROMPT_TOKENS = 24
+BEGINNING_TOKENS = 24
 
 # What a result.json holds.
 _FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}
@@ -393,7 +393,7 @@ def _call_name() -> str:
 def _beginning(corpora: list[Corpus]) -> str:
     """A prompt that every vocabulary has: the beginning of the first held-out text, cut where one lacks a character."""
     first = corpora[0]
-    text = first.tokenizer.decode(first.valid[:PROMPT_TOKENS])
+    text = first.tokenizer.decode(first.valid[:BEGINNING_TOKENS])
     for end in range(len(text), 0, -1):
         if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
             return text[:end]

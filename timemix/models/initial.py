@@ -9,24 +9,32 @@ rwkv1_exp is as rwkv1, each f_h one exponential, and the others without weight.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ExpTimeMixConfig, TimeMixConfig
+from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.ops.causal import toeplitz
 from timemix.ops.exponential import LEAST_RATE
-
-if TYPE_CHECKING:
-    from timemix.models.language_model import LanguageModel
-    from timemix.models.rwkv1_exp import ExpTimeMix
 
 HEAD_GAIN = 0.4
 
 
+class Model(Protocol):
+    """What is filled: a language model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def blocks(self) -> Any: ...
+
+    def named_modules(self) -> Any: ...
+
+
 @torch.no_grad()
-def set_initial_values(model: "LanguageModel") -> None:
+def set_initial_values(model: Model) -> None:
     """Fills every weight in place, from torch's global generator."""
     config = model.config
     zero = config.initial == "zero"
@@ -75,7 +83,7 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
 
 
-def _set_exponentials(mixer: "ExpTimeMix", decay: Tensor | None) -> None:
+def _set_exponentials(mixer: Any, decay: Tensor | None) -> None:
     """The curves of `zero` (H, ctx_len), or None for the constant 1, in the first slots; the others have no weight yet.
 
     Their rates are spread from one lag to all of ctx_len, so that what a head lacks is near at hand.
@@ -93,7 +101,7 @@ def _like(f: Tensor, by_lag: Tensor) -> Tensor:
     return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1], by_lag.shape[1])
 
 
-def _take_logarithms(model: "LanguageModel") -> None:
+def _take_logarithms(model: Model) -> None:
     """Tables of the weighted denominator, whose W is exp(f + alpha + beta), with the same W as the plain one."""
     zero = model.config.initial == "zero"
     for block in model.blocks:

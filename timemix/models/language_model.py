@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.models.token_shift import TokenShift
 from timemix.ops import fused
 
-if TYPE_CHECKING:
-    from timemix.models.lazy import Pending
-
 # mixer and feed-forward half of each architecture
 ARCHITECTURES: dict[str, tuple[type[TimeMix | ExpTimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
     "rwkv1": (TimeMix, ChannelMix),
@@ -28,6 +25,13 @@ ARCHITECTURES: dict[str, tuple[type[TimeMix | ExpTimeMix | RotaryAttention], typ
     "mha_shift": (RotaryAttention, Geglu),
     "mha_pro": (ProAttention, ChannelMix),
 }
+
+
+class WorkedOutAhead(Protocol):
+    """What a step has worked out of a state for the tokens to come (models.lazy)."""
+
+    def rows_were_written(self, state: "State", rows: Tensor) -> None:
+        """To be called when rows (R,) of the state got other content, in one write to each tensor."""
 
 
 @dataclass
@@ -40,7 +44,7 @@ class State:
 
     position: Tensor
     layers: list[dict[str, Tensor]]
-    pending: "Pending | None" = field(default=None, repr=False, compare=False)
+    pending: WorkedOutAhead | None = field(default=None, repr=False, compare=False)
     """What a step has worked out ahead, if it does so: no part of the state, and not copied."""
 
     def clone(self) -> "State":

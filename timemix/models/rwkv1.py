@@ -1,6 +1,6 @@
 """The two halves of an rwkv1 block: time-mix and channel-mix (RWKV-LM 0.01, doi 10.5281/zenodo.5196577)."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from timemix.models.linear import Linear, joint_linear, side_by_side
 from timemix.ops import Wkv1State, fused, wkv1, wkv1_state
 from timemix.ops.spread import spread
 from timemix.ops.wkv1 import MIXES, gated_wkv1
-
-if TYPE_CHECKING:
-    from timemix.models.rwkv1_exp import ExpTimeMix
 
 
 def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
@@ -52,7 +49,20 @@ def in_c(config: ModelConfig, precision: str, device: torch.device) -> bool:
     return precision in ("float32", "bfloat16") and device.type == "cpu" and fusible(config) and fused.available()
 
 
-def fused_time_mix(mixer: "TimeMix | ExpTimeMix", x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
+class Projections(Protocol):
+    """The linear maps and tables that a time-mix of either kind has."""
+
+    config: ModelConfig
+    key: Linear
+    value: Linear
+    receptance: Linear
+    output: Linear
+    alpha: nn.Parameter | None
+    beta: nn.Parameter | None
+    gamma: nn.Parameter | None
+
+
+def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
     """What a time-mix does from the first position on, where `ops.fused` serves; f as `wkv1` takes it."""
     weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
     kvr = F.linear(x, weight.to(x.dtype))

@@ -221,7 +221,7 @@ class CompiledStep:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
         if fault == 3:
             raise ValueError(f"a row is not one of the state's {places}, or stands at a negative position")
-        if state.pending is not None:
+        if isinstance(state.pending, Pending):
             state.pending.advance(state, rows)
         return logits, state
 
@@ -234,10 +234,11 @@ class CompiledStep:
         """Where each row's own look at its past begins, what is older being pending; None: at its first token."""
         if self._filters is None:
             return None
-        if state.pending is None or state.pending.filters is not self._filters:
-            state.pending = Pending(state, self._filters)
-        starts = state.pending.starts(state, rows)
-        for own, sums in zip(self._layers, state.pending.sums, strict=True):
+        pending = state.pending
+        if not isinstance(pending, Pending) or pending.filters is not self._filters:
+            state.pending = pending = Pending(state, self._filters)
+        starts = pending.starts(state, rows)
+        for own, sums in zip(self._layers, pending.sums, strict=True):
             own.pending = sums.data_ptr()
         return starts
 
