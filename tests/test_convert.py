@@ -34,10 +34,6 @@ def call(capsys, *arguments):
     return stop.value.code, captured.out, captured.err
 
 
-def loaded_of(config):
-    return checkpoint.Loaded(varied(config), None, RunConfig(config), "run")
-
-
 SMALL = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 12}
 
 
@@ -46,23 +42,23 @@ SMALL = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 12
 def test_where_the_fit_is_exact_it_is_the_same_model(K, M, tables):
     """As many exponentials as lags, or taps: any curve."""
     mixer = TimeMixConfig(alpha=tables, beta=tables, gamma=tables)
-    old = loaded_of(architecture("rwkv1", mixer=mixer, **SMALL))
+    old = varied(architecture("rwkv1", mixer=mixer, **SMALL))
     new, fits = with_exponentials(old, K, M)
     x = torch.randint(0, 11, (3, 12))
-    torch.testing.assert_close(new.model(x)[0], old.model(x)[0], atol=2e-3 if M == 0 else 1e-10, rtol=0)
+    torch.testing.assert_close(new(x)[0], old(x)[0], atol=2e-3 if M == 0 else 1e-10, rtol=0)
     assert max(fit["error"] for fit in fits) < (0.02 if M == 0 else 1e-12)
     assert [(fit["layer"], fit["head"]) for fit in fits] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_taps_are_exact_and_the_rest_is_fitted():
-    old = loaded_of(architecture("rwkv1", mixer=TimeMixConfig(alpha=False), **SMALL))
+    old = varied(architecture("rwkv1", mixer=TimeMixConfig(alpha=False), **SMALL))
     new, fits = with_exponentials(old, 2, 3)
-    f = torch.stack([b.mixer.f for b in old.model.blocks])
-    curve = torch.stack([b.mixer.curve() for b in new.model.blocks])
+    f = torch.stack([b.mixer.f for b in old.blocks])
+    curve = torch.stack([b.mixer.curve() for b in new.blocks])
     torch.testing.assert_close(curve[..., :3], f[..., :3])
     assert not torch.allclose(curve[..., 3:], f[..., 3:])
     without, _ = with_exponentials(old, 2)
-    assert without.model.blocks[0].mixer.taps is None
+    assert without.blocks[0].mixer.taps is None
     assert fits[0]["f"] == pytest.approx(f[0, 0].tolist())
 
 
@@ -81,13 +77,13 @@ def test_taps_are_exact_and_the_rest_is_fitted():
 )
 def test_what_cannot_be_converted_is_refused(model, numbers, words):
     with pytest.raises(UserError, match=words):
-        with_exponentials(loaded_of(model), *numbers)
+        with_exponentials(varied(model), *numbers)
 
 
 def test_weights_that_are_not_finite_are_refused():
-    old = loaded_of(architecture("rwkv1", **SMALL))
+    old = varied(architecture("rwkv1", **SMALL))
     with torch.no_grad():
-        old.model.blocks[1].mixer.f[0, 2] = float("nan")
+        old.blocks[1].mixer.f[0, 2] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         with_exponentials(old, 2)
 

@@ -72,7 +72,7 @@ def save_checkpoint(
     `weights` and `training` as `gathered` gives them; `progress`: what resuming needs besides tensors (seconds,
     validation loss ...). Raises CannotWrite when the disk is full.
     """
-    folder = run / "checkpoints" / _name(step)
+    folder = run / "checkpoints" / checkpoint_name(step)
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -82,7 +82,7 @@ def save_checkpoint(
     return folder
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
@@ -131,7 +131,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     progress = read_progress(folder)
     if progress["step"] == 0:
         return progress
-    if folder.name != _name(progress["step"]):
+    if folder.name != checkpoint_name(progress["step"]):
         raise UserError(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
     names = {id(p): name for name, p in model.named_parameters()}
     with open_tensors(path) as tensors:
@@ -139,7 +139,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 for key in state_names(optimizer):
                     name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
-                    if not _fits(tensors, name, shape):
+                    if not fits_tensor(tensors, name, shape):
                         raise UserError(f"{path} does not fit this run: {name} is missing or of another shape")
                     # The fused optimizer takes no other types.
                     tensor = tensors.get_tensor(name).to(torch.float32 if key == "step" else parameter.dtype)
@@ -167,7 +167,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
-def _fits(tensors: Any, name: str, shape: Sequence[int]) -> bool:
+def fits_tensor(tensors: Any, name: str, shape: Sequence[int]) -> bool:
     """Whether an open file has a tensor of this name and shape, of floating-point numbers; reads no content."""
     if name not in tensors.keys():  # noqa: SIM118
         return False
@@ -205,12 +205,12 @@ def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
 
 
 def _fill_from(folder: Path, model: LanguageModel) -> None:
-    _check_weights(model, folder)
+    check_weights(model, folder)
     with open_tensors(folder / "model.safetensors") as tensors:
         fill(model, tensors.get_tensor)
 
 
-def _check_weights(model: LanguageModel, folder: Path) -> None:
+def check_weights(model: LanguageModel, folder: Path) -> None:
     """Raises UserError where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
     path, ours = folder / "model.safetensors", model.state_dict()
     with open_tensors(path) as tensors:
@@ -218,7 +218,7 @@ def _check_weights(model: LanguageModel, folder: Path) -> None:
             where = "missing from it" if other[0] in ours else "only in the file"
             raise UserError(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
         for name, own in ours.items():
-            if not _fits(tensors, name, own.shape):
+            if not fits_tensor(tensors, name, own.shape):
                 found = tensors.get_slice(name)
                 raise UserError(
                     f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
@@ -238,7 +238,7 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
         raise UserError(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
     with torch.device("meta"):
         model = LanguageModel(config)
-    _check_weights(model, folder)
+    check_weights(model, folder)
     return model
 
 

@@ -246,14 +246,14 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
     hooks = [hook] if hook is not None else []
     if asked.tracking.tensorboard and world.first:
         hooks.append(tensorboard(out / "tensorboard", trainer.step))
-    status = _run(trainer, hooks=hooks)
+    status = run_trainer(trainer, hooks=hooks)
     if status == 0 and world.first:
-        _write_sample(trainer)
+        write_sample(trainer)
         print(f"the run is in {out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
     return status
 
 
-def _run(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
+def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
     """Trains with progress on stderr and draws the loss curve; returns the exit status."""
     from timemix.experiments.plot import plot_loss
     from timemix.machine import keep_freed_memory
@@ -314,7 +314,7 @@ def _introduce(trainer: "Trainer") -> None:
     )
 
 
-def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
+def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
     """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
     from timemix.checkpoint import Loaded, load
     from timemix.generation import generate
@@ -322,7 +322,7 @@ def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 3
 
     tokenizer = trainer.corpus.tokenizer
     if prompt is None:
-        prompt = _default_prompt(tokenizer)
+        prompt = default_prompt(tokenizer)
     # A model that is cut up over processes can write in none of them alone.
     alone = trainer.world.size == 1
     model = trainer.model if alone else load(trainer.out, checkpoint="newest").model
@@ -339,7 +339,7 @@ def _write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 3
     return text
 
 
-def _default_prompt(tokenizer: "Tokenizer") -> str:
+def default_prompt(tokenizer: "Tokenizer") -> str:
     """A line end, or the first token where the vocabulary has none."""
     ids, _ = tokenizer.encode_lenient("\n")
     return "\n" if len(ids) else tokenizer.decode([0])
@@ -362,7 +362,7 @@ def sample(arguments: list[str]) -> int:
     start = None if parsed.load_state is None else load_stream(parsed.load_state, loaded.model)
     prompt = parsed.prompt
     if prompt is None:
-        prompt = _default_prompt(loaded.tokenizer) if start is None else ""
+        prompt = default_prompt(loaded.tokenizer) if start is None else ""
     _note_long_prompt(prompt, loaded)
     engine = Engine(loaded.model, loaded.tokenizer, places=settings.count, weights=parsed.weights)
     if isinstance(engine.advance, ModelStep):
@@ -541,12 +541,12 @@ def demo(arguments: list[str]) -> int:
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
-            print(f"\nHalf way, it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
+            print(f"\nHalf way, it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
 
-    print(f"Before training it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
-    status = _run(trainer, during)
+    print(f"Before training it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+    status = run_trainer(trainer, during)
     if status == 0:
-        print(f"\nNow it writes:\n\n{_write_sample(trainer, DEMO_PROMPT)}\n")
+        print(f"\nNow it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
             f"  timemix sample {out} --prompt 'The ' --tokens 500\n"

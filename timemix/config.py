@@ -156,8 +156,8 @@ class ModelConfig:
         mixer, ffn = _ARCHITECTURE_PARTS[self.arch]
         if type(self.mixer) is not mixer or type(self.ffn) is not ffn:
             raise UserError(f"architecture {self.arch} takes {mixer.__name__} and {ffn.__name__}")
-        for name, most in _LARGEST_MODEL.items():
-            _within(f"model.{name}", getattr(self, name), 1, most)
+        for name, most in LARGEST_MODEL.items():
+            check_range(f"model.{name}", getattr(self, name), 1, most)
         if self.channels % self.heads:
             divisors = [h for h in range(1, self.channels + 1) if self.channels % h == 0]
             close = min(divisors, key=lambda h: abs(h - self.heads))
@@ -166,8 +166,8 @@ class ModelConfig:
                 f" the nearest that does is {close}"
             )
         if isinstance(self.mixer, ExpTimeMixConfig):
-            _within("model.mixer.exponentials", self.mixer.exponentials, 1, self.ctx_len)
-            _within("model.mixer.taps", self.mixer.taps, 0, self.ctx_len)
+            check_range("model.mixer.exponentials", self.mixer.exponentials, 1, self.ctx_len)
+            check_range("model.mixer.taps", self.mixer.taps, 0, self.ctx_len)
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise UserError(f"model.ffn_ratio {self.ffn_ratio} gives the feed-forward half no sensible size")
         if not 0 <= self.dropout < 1:
@@ -178,6 +178,15 @@ class ModelConfig:
                 raise UserError(f"model.{name} has {len(fractions)} fractions; it may have {MOST_FRACTIONS}")
             if any(not 0 <= x <= 1 for x in fractions) or sum(fractions) > 1 + 1e-9:
                 raise UserError(f"model.{name} {list(fractions)}: fractions lie in [0, 1] and sum to at most 1")
+
+    @staticmethod
+    def narrowed(data: dict[str, Any]) -> dict[str, Any]:
+        """Types of the fields that depend on the architecture which `data` names."""
+        arch = data.get("arch", "rwkv1")
+        if not isinstance(arch, str) or arch not in _ARCHITECTURE_PARTS:
+            raise UserError(f"unknown architecture {arch!r}{nearest(str(arch), ARCHITECTURES)}")
+        mixer, ffn = _ARCHITECTURE_PARTS[arch]
+        return {"mixer": mixer, "ffn": ffn}
 
     @property
     def head_size(self) -> int:
@@ -214,9 +223,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"data.valid_fraction {self.valid_fraction} is not in [0, 1)")
-        _within("data.vocab_size", self.vocab_size, 1, _LARGEST_MODEL["vocab_size"])
+        check_range("data.vocab_size", self.vocab_size, 1, LARGEST_MODEL["vocab_size"])
         if self.valid_tokens is not None:
-            _within("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)
+            check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -280,11 +289,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         # Checkpoints are numbered by eight digits.
-        _within("train.steps", self.steps, 1, 10**8 - 1)
+        check_range("train.steps", self.steps, 1, 10**8 - 1)
         for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
-            _within(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
+            check_range(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
         for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):
-            _within(f"train.{name}", getattr(self, name), 0)
+            check_range(f"train.{name}", getattr(self, name), 0)
         if self.seed >= 2**64:
             raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
         if self.batch_size % self.accumulation:
@@ -333,7 +342,7 @@ ENDLESS = ("rwkv1_exp",)
 """Architectures whose context has no end: their state has one size at any position."""
 
 # Far above what this program serves; what a damaged file asks for is refused before it is tried.
-_LARGEST_MODEL = {"vocab_size": 2**24, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
+LARGEST_MODEL = {"vocab_size": 2**24, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 MOST_FRACTIONS = 1000
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -439,7 +448,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def _within(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
+def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
     if not value >= least:
         raise UserError(f"{name} is {value}; it must be at least {least}")
     if value > most:
@@ -460,11 +469,8 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
     Raises UserError for an unknown field (with the nearest right name) or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    if cls is ModelConfig:
-        arch = data.get("arch", "rwkv1")
-        if not isinstance(arch, str) or arch not in _ARCHITECTURE_PARTS:
-            raise UserError(f"unknown architecture {arch!r}{nearest(str(arch), ARCHITECTURES)}")
-        hints["mixer"], hints["ffn"] = _ARCHITECTURE_PARTS[arch]
+    if narrowed := getattr(cls, "narrowed", None):
+        hints |= narrowed(data)
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in hints:

@@ -6,7 +6,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.checkpoint import Loaded
 from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.errors import UserError
 from timemix.fitting import fit_exponentials
@@ -35,8 +34,10 @@ def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) ->
 
 
 @torch.no_grad()
-def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple[Loaded, list[dict[str, Any]]]:
-    """The model of a run with curves of so many exponentials, and what each fit leaves, a dictionary per head.
+def with_exponentials(
+    old: LanguageModel, exponentials: int, taps: int = 0
+) -> tuple[LanguageModel, list[dict[str, Any]]]:
+    """A model with curves of so many exponentials, and what each fit leaves, a dictionary per head.
 
     Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`models.context`), as
     past ctx_len alpha and beta go on with the mean of their last quarter. A lag counts by the pairs of positions that
@@ -46,7 +47,6 @@ def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple
     Per head `layer`, `head`, `f` and `fit` (ctx_len,) with the growth taken out, `error`: root of the weighted mean
     square left, in units of that of f. Raises UserError as `exponential_config` does.
     """
-    old = loaded.model
     config = exponential_config(old.config, exponentials, taps)
     model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
     weights = dict(old.state_dict())
@@ -57,7 +57,7 @@ def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple
         tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names}, old.config)
         weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
     if any(not x.isfinite().all() for x in weights.values()):
-        raise UserError(f"{loaded.folder} holds weights that are not finite")
+        raise UserError("the model holds weights that are not finite")
     f = torch.cat([weights.pop(f"blocks.{i}.mixer.f") for i in range(config.layers)]).double().cpu()
 
     pairs = torch.arange(T, 0, -1, dtype=torch.float64).expand_as(f)
@@ -82,8 +82,7 @@ def with_exponentials(loaded: Loaded, exponentials: int, taps: int = 0) -> tuple
         {"layer": i // heads, "head": i % heads, "error": left, "f": curve, "fit": fit}
         for i, (left, curve, fit) in enumerate(zip(error.tolist(), f.tolist(), fitted.tolist(), strict=True))
     ]
-    converted = replace(loaded.config, model=config, start=str(loaded.folder))
-    return Loaded(model, loaded.tokenizer, converted, loaded.folder), rows
+    return model, rows
 
 
 def _root_mean(x: Tensor) -> Tensor:

@@ -81,28 +81,6 @@ class World:
             raise Elsewhere
         return result
 
-    def parallel(self, model: LanguageModel, strategy: str) -> nn.Module:
-        """The module to call in training: its gradients are the mean over the processes.
-
-        "replicate" (DistributedDataParallel) keeps the model whole in each of them; "shard" (fully_shard) cuts the
-        parameters of each block, in place, into a part for each process.
-        """
-        if self.size == 1:
-            return model
-        if strategy == "shard":
-            # Imported where needed: it takes more than a second, half of what torch does.
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = dist.init_device_mesh(next(model.parameters()).device.type, (self.size,))
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.
-            fully_shard(model, mesh=mesh, reshard_after_forward=True)
-            return model
-        device = next(model.parameters()).device
-        ids = None if device.type == "cpu" else [device]
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
     def says_first(self) -> bool:
         """Whether this process is the first of the run to ask; for what one alone should say."""
         if self._store is None:
@@ -146,6 +124,29 @@ def joined() -> Iterator[World]:
         # Waits for nobody: a process that failed must not hold up the end.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
+    """The module to call in training: its gradients are the mean over the processes.
+
+    "replicate" (DistributedDataParallel) keeps the model whole in each of them; "shard" (fully_shard) cuts the
+    parameters of each block, in place, into a part for each process.
+    """
+    if world.size == 1:
+        return model
+    if strategy == "shard":
+        # Imported where needed: it takes more than a second, half of what torch does.
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        return model
+    device = next(model.parameters()).device
+    ids = None if device.type == "cpu" else [device]
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix import checkpoint
+from timemix.checkpoint import (
+    Loaded,
+    best_loss,
+    checkpoints,
+    empty_model,
+    fill,
+    gathered,
+    load,
+    newest,
+    prune,
+    restore_training,
+    save_checkpoint,
+)
 from timemix.config import ModelConfig, RunConfig, TokenizerKind, TrainConfig, Unknown, read_toml, to_dict, to_toml
 from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus
-from timemix.distributed import ALONE, ProcessLost, World, my_rows, whole, without_exchange
+from timemix.distributed import ALONE, ProcessLost, World, in_parallel, my_rows, whole, without_exchange
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.files import CannotWrite, FolderLock, cannot_write, remove_unfinished, write_text
@@ -35,7 +47,7 @@ from timemix.tracking import Hook, Line, Metrics, SpikeWatch, peak_memory
 
 logger = logging.getLogger("timemix")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -69,7 +81,7 @@ class Interrupted(Exception):
         self.number = number
 
 
-def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: checkpoint.Loaded | None = None) -> "Trainer":
+def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: Loaded | None = None) -> "Trainer":
     """Run folder `out` for a config: prepares its tokens and writes config.toml; nothing is trained yet.
 
     Where `config.start` names a trained model, training goes on from its weights, with its tokenizer. The config's
@@ -79,11 +91,11 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: checkp
     Raises UserError when `out` exists, text or start do not serve, or the machine lacks the memory.
     """
     if start is None and config.start is not None:
-        start = checkpoint.load(config.start)
+        start = load(config.start)
     if start is not None:
         _check_start(config.model, start)
-    _check_shares(config.train, world)
-    _refuse_too_large(config, world)
+    check_shares(config.train, world)
+    refuse_too_large(config, world)
     world.first_does(lambda: _make_folder(out))
     try:
         made = world.first_does(lambda: _fill_folder(config, out, start, world))
@@ -92,7 +104,7 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: checkp
         trainer = Trainer(*made, world)
         if start is not None:
             weights = with_ctx_len(start.model.state_dict(), start.config.model, config.model.ctx_len)
-            checkpoint.fill(trainer.model, weights.__getitem__)
+            fill(trainer.model, weights.__getitem__)
             # So that a run killed before its first checkpoint begins with them again.
             trainer.save()
     except BaseException:
@@ -102,7 +114,7 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: checkp
     return trainer
 
 
-def _check_start(model: ModelConfig, start: checkpoint.Loaded) -> None:
+def _check_start(model: ModelConfig, start: Loaded) -> None:
     ours, theirs = to_dict(model), to_dict(start.config.model)
     for name in sorted((ours.keys() | theirs.keys()) - {"ctx_len", "dropout", "vocab_size", "initial"}):
         if ours.get(name) != theirs.get(name):
@@ -122,15 +134,15 @@ def _make_folder(out: Path) -> None:
 
 
 def _fill_folder(
-    config: RunConfig, out: Path, start: checkpoint.Loaded | None, world: World
+    config: RunConfig, out: Path, start: Loaded | None, world: World
 ) -> tuple[RunConfig, Path, Corpus, FolderLock | None]:
     """Prepares the tokens of a run and writes its config."""
     lock = FolderLock(out)
     lock.take()
     corpus = _corpus(config, out, start)
     config = resolved(config, corpus)
-    _batches(config, corpus)
-    _refuse_too_large(config, world)
+    run_batches(config, corpus)
+    refuse_too_large(config, world)
     write_text(out / "config.toml", to_toml(config))
     return config, out, corpus, lock
 
@@ -144,7 +156,7 @@ def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=made.vocab_size), data=data)
 
 
-def _corpus(config: RunConfig, out: Path, start: checkpoint.Loaded | None) -> Corpus:
+def _corpus(config: RunConfig, out: Path, start: Loaded | None) -> Corpus:
     """Tokens of a run: a prepared folder where it lies, else the text, prepared in the run folder."""
     source = Path(config.data.source)
     tokenizer = None if start is None else start.tokenizer
@@ -159,7 +171,7 @@ def _corpus(config: RunConfig, out: Path, start: checkpoint.Loaded | None) -> Co
     return corpus
 
 
-def _check_shares(train: TrainConfig, world: World) -> None:
+def check_shares(train: TrainConfig, world: World) -> None:
     """Raises UserError where the processes cannot take equal parts of a batch."""
     if train.batch_size % (train.accumulation * world.size):
         raise UserError(
@@ -168,7 +180,7 @@ def _check_shares(train: TrainConfig, world: World) -> None:
         )
 
 
-def _batches(config: RunConfig, corpus: Corpus) -> Batches:
+def run_batches(config: RunConfig, corpus: Corpus) -> Batches:
     train = config.train
     return Batches(
         corpus.train,
@@ -190,11 +202,11 @@ def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     corpus = open_run_corpus(out, config.data.source)
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(f"the data of {out} have another vocabulary than its config.toml")
-    saved = checkpoint.checkpoints(out)
+    saved = checkpoints(out)
     if saved:
         # Before a model of the size that config.toml names is made.
-        checkpoint.empty_model(config.model, saved[-1])
-    _refuse_too_large(config, world)
+        empty_model(config.model, saved[-1])
+    refuse_too_large(config, world)
     trainer = Trainer(config, out, corpus, lock, world)
     if saved:
         trainer.restore(saved[-1])
@@ -205,7 +217,7 @@ def resume_run(out: Path, world: World = ALONE) -> "Trainer":
 def _take(out: Path) -> FolderLock:
     """Holds a run folder, free of what a killed process left half-written."""
     if not (out / "config.toml").exists():
-        checkpoint.newest(out)
+        newest(out)
     lock = FolderLock(out)
     lock.take()
     remove_unfinished(out / "checkpoints")
@@ -229,13 +241,13 @@ class Trainer:
         self.lock = lock or FolderLock(out)
         self.device, self.device_reason = choose_device(train.device, world.local_rank)
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
-        _check_shares(train, world)
-        self.batches = _batches(config, corpus)
+        check_shares(train, world)
+        self.batches = run_batches(config, corpus)
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model)
         self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
         self.model.recompute = train.recompute
-        self._parallel_model = world.parallel(self.model, train.strategy)
+        self._parallel_model = in_parallel(self.model, train.strategy, world)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
         self.compiled, self.compile_reason = choose_compile(
             train.compile, flops, self.device, world.size, fused=in_c(config.model, self.precision, self.device)
@@ -253,7 +265,7 @@ class Trainer:
         self.best_loss = math.inf
         self._losses: list[float] = []
         self._received: list[int] = []
-        self._told: list[float] = [0.0] * len(_SIGNALS)
+        self._told: list[float] = [0.0] * len(STOP_SIGNALS)
         self._spikes = SpikeWatch(train.spike)
 
     @property
@@ -274,14 +286,14 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint. Raises UserError where it is damaged or of other data."""
-        progress = checkpoint.restore_training(folder, self.model, self.optimizers)
+        progress = restore_training(folder, self.model, self.optimizers)
         if progress.get("data") != self.data_hashes:
             raise UserError(f"the data are not those that {self.out} was trained on: their hashes differ")
         self.step = progress["step"]
         self.seconds = progress["seconds"]
         self.valid_loss = progress["valid_loss"]
         self.valid_step = progress["valid_step"]
-        self.best_loss = checkpoint.best_loss(self.out)
+        self.best_loss = best_loss(self.out)
         self._losses = progress["losses_since_line"]
         self._spikes.state = progress["usual_loss"]
 
@@ -289,7 +301,7 @@ class Trainer:
         """Removes what comes after the newest checkpoint, and older ones that a killed process still wanted to."""
         self.metrics.cut(self.step if self.step else -1)
         if self.step:
-            checkpoint.prune(self.out)
+            prune(self.out)
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
@@ -343,7 +355,7 @@ class Trainer:
 
     def _signals_here(self) -> list[float]:
         """For each of the signals that stop a run, 1 where this process has got it."""
-        return [float(number in self._received) for number in _SIGNALS]
+        return [float(number in self._received) for number in STOP_SIGNALS]
 
     def _warn(self, sentence: str) -> None:
         if self.world.first:
@@ -364,7 +376,7 @@ class Trainer:
         return f"the {what} is not finite at step {step}; {self._last_good()}"
 
     def _last_good(self) -> str:
-        kept = checkpoint.checkpoints(self.out)
+        kept = checkpoints(self.out)
         return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
 
     def validate(self) -> float | None:
@@ -385,7 +397,7 @@ class Trainer:
 
         When the disk is full the checkpoints before stay; raises CannotWrite then, or, to `go_on`, warns.
         """
-        weights, training = checkpoint.gathered(self.model, self.optimizers, self.world)
+        weights, training = gathered(self.model, self.optimizers, self.world)
         progress = {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -399,16 +411,14 @@ class Trainer:
         def write() -> Path | None:
             tokenizer = self.corpus.tokenizer
             try:
-                saved = checkpoint.save_checkpoint(
-                    self.out, self.step, weights, training, self.config, tokenizer, progress
-                )
+                saved = save_checkpoint(self.out, self.step, weights, training, self.config, tokenizer, progress)
             except CannotWrite as error:
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:
                     raise CannotWrite(f"{sentence}, from which --resume {self.out} goes on") from None
                 self._warn(f"{sentence}; training goes on")
                 return None
-            checkpoint.prune(self.out)
+            prune(self.out)
             return saved
 
         return self.world.first_does(write)
@@ -424,11 +434,11 @@ class Trainer:
         """
         self.world.first_does(self.lock.take)
         try:
-            with _signals(self._received, escalate=self.world.size == 1):
+            with collected_signals(self._received, escalate=self.world.size == 1):
                 self._run_or_tell(watch, hook)
         finally:
             self.lock.release()
-        return checkpoint.newest(self.out)
+        return newest(self.out)
 
     def _run_or_tell(self, watch: Watch, hook: Hook | None) -> None:
         try:
@@ -495,7 +505,7 @@ class Trainer:
             told = self._signals_here() if self.world.size == 1 else self._told
             if any(told):
                 saved = self.save()
-                raise Interrupted(_SIGNALS[told.index(max(told))], saved)
+                raise Interrupted(STOP_SIGNALS[told.index(max(told))], saved)
             if improved or self.step % config.save_every == 0 or at_end:
                 self.save(go_on=config.full_disk == "continue" and not at_end)
 
@@ -513,7 +523,7 @@ class Trainer:
             hook(line)
 
 
-def _refuse_too_large(config: RunConfig, world: World) -> None:
+def refuse_too_large(config: RunConfig, world: World) -> None:
     """Raises UserError when the run would not fit the memory that is free now."""
     device, _ = choose_device(config.train.device, world.local_rank)
     precision, _ = choose_precision(config.train.precision, device)
@@ -534,7 +544,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _signals(received: list[int], *, escalate: bool) -> Iterator[None]:
+def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
     """Collects SIGINT and SIGTERM in `received` instead of dying of them; to `escalate`, a second one acts as usual.
 
     Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun, which ends by itself what does not end.
@@ -549,7 +559,7 @@ def _signals(received: list[int], *, escalate: bool) -> Iterator[None]:
                 signal.signal(each, handler)
 
     try:
-        for each in _SIGNALS:
+        for each in STOP_SIGNALS:
             old[each] = signal.signal(each, note)
     except ValueError:
         pass  # Only the main thread may take signals; elsewhere they are not ours.

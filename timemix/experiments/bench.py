@@ -89,14 +89,14 @@ def bench_op(
         contenders += [_attention(shape, dtype, where) for dtype in dtypes]
         for contender in contenders:
             if contender.name == PLAIN or contender.name.startswith("dense"):
-                contender.fault = contender.fault or _too_large(heads * T * T, where)
+                contender.fault = contender.fault or too_large(heads * T * T, where)
         say(f"ctx_len {T}")
         results.append({"ctx_len": T, "paths": race(contenders, seconds, where, say)})
     work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
     return {"work": work, "machine": machine_now(where), "results": results}
 
 
-def _too_large(matrix: int, device: torch.device) -> str | None:
+def too_large(matrix: int, device: torch.device) -> str | None:
     """Why matrices of so many numbers do not fit: three and their gradients, in float32."""
     free, needed = free_memory(device), 24 * matrix
     if free is None or needed < free:
@@ -175,7 +175,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     rotary = LanguageModel(architecture("mha_rotary", **{n: getattr(model, n) for n in sizes})).to(device)
 
     contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
-    contenders[0].fault = _too_large(model.layers * model.heads * model.ctx_len**2, device)
+    contenders[0].fault = too_large(model.layers * model.heads * model.ctx_len**2, device)
     with _plain_backend(), _c_or_not(PLAIN), torch.no_grad():
         expected = _logits(plain, tokens[:, :-1], "float32")
     ours.recompute = rotary.recompute = train.recompute
@@ -332,7 +332,7 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
 def machine_now(device: torch.device) -> dict[str, Any]:
     """What the figures depend on, and the limits, measured now."""
     peaks = {f"{p}_peak": matrix_product_peak(p, device) for p in ("float32", "bfloat16")}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "processor": name,
         "threads": torch.get_num_threads(),
@@ -345,7 +345,7 @@ def machine_now(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -57,7 +57,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
         _by_position(ours, step, seconds, say),
         _first_token(ours, step, seconds, say),
     ]
-    cache = _largest_cache()
+    cache = largest_cache()
     fits = [w for w in WEIGHTS if cache is not None and _weight_bytes(ours, w) < cache]
     work = (
         f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, {model.layers} layers,"
@@ -291,7 +291,7 @@ def _state_bytes(model: LanguageModel, position: int) -> int:
     return total
 
 
-def _largest_cache() -> int | None:
+def largest_cache() -> int | None:
     """Bytes of the largest cache of a processor, None where the system does not tell."""
     units = {"K": 2**10, "M": 2**20}
     try:

@@ -97,7 +97,12 @@ def convert(arguments: list[str]) -> int:
 
 def _convert(parsed: ConvertArguments, loaded: Loaded, exponentials: int, out: Path) -> dict[str, Any]:
     """One run folder; returns its row of the report, and the losses of the original."""
-    converted, fits = with_exponentials(loaded, exponentials, parsed.taps)
+    try:
+        model, fits = with_exponentials(loaded.model, exponentials, parsed.taps)
+    except UserError as error:
+        raise UserError(f"{loaded.folder}: {error}") from None
+    config = replace(loaded.config, model=model.config, start=str(loaded.folder))
+    converted = Loaded(model, loaded.tokenizer, config, loaded.folder)
     trainer = new_run(_config(parsed, converted), out, start=converted)
     tokens = trainer.corpus.valid[:MOST_TOKENS]
     _draw(fits, out / "fit.png")

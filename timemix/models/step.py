@@ -67,11 +67,11 @@ def _hindrance(model: LanguageModel) -> str | None:
         return "there is no compiled step for a weighted denominator or a free W"
     if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
         return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
-    found, reason = _library()
+    found, reason = step_library()
     return None if found else reason
 
 
-def _library() -> tuple[ctypes.CDLL | None, str]:
+def step_library() -> tuple[ctypes.CDLL | None, str]:
     return library(Path(__file__).with_name("step.c"))
 
 
@@ -158,7 +158,7 @@ class CompiledStep:
     """The whole model in one call of step.c, which reads a copy of the linear weights, laid out for it."""
 
     def __init__(self, model: LanguageModel, weights: Weights) -> None:
-        found, self.reason = _library()
+        found, self.reason = step_library()
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
         self.model = model
