@@ -193,10 +193,10 @@ class CharacterTokenizer(Tokenizer):
             entries |= {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
             decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}
         # Pair encoding without merges: its tokens are characters.
-        model = _pair_encoding(
+        model = pair_encoding(
             list(entries), unk_token=UNKNOWN if unknown == "unk" else None, byte_fallback=unknown == "byte"
         )
-        super().__init__(unknown, list(entries.values()), _document(model, decoder))
+        super().__init__(unknown, list(entries.values()), written_document(model, decoder))
         self._first_extra = len(characters)
         self._id_of_code_point = np.full(0x110000, -1, np.int32)
         self._id_of_code_point[[ord(character) for character in characters]] = np.arange(len(characters))
@@ -236,9 +236,9 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
 
     def __init__(self) -> None:
-        model = _pair_encoding(_byte_symbols())
+        model = pair_encoding(byte_symbols())
         pieces = [bytes([byte]) for byte in range(256)]
-        super().__init__("byte", pieces, _document(model, _BYTE_LEVEL, pre_tokenizer=_BYTE_LEVEL))
+        super().__init__("byte", pieces, written_document(model, BYTE_LEVEL, pre_tokenizer=BYTE_LEVEL))
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         return np.frombuffer(text.encode(), np.uint8).copy(), Counter()
@@ -257,7 +257,7 @@ class WordTokenizer(Tokenizer):
         entries = [*words, UNKNOWN] if unknown == "unk" else list(words)
         model = {
             "type": "WordLevel",
-            "vocab": _ids(entries),
+            "vocab": numbered(entries),
             # The library wants a name in any case; [ and ] stand alone, so this one is no word.
             "unk_token": UNKNOWN if unknown == "unk" else "[UNK]",
         }
@@ -274,14 +274,14 @@ class WordTokenizer(Tokenizer):
             {"type": "Fuse"},
             {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"},
         ]
-        document = _document(
+        document = written_document(
             model,
             {"type": "Sequence", "decoders": join},
             pre_tokenizer={"type": "Sequence", "pretokenizers": [alone, spaces]},
             normalizer={"type": "Lowercase"},
         )
         super().__init__(unknown, [word.encode() for word in entries], document)
-        self._id_of_word = _ids(entries)
+        self._id_of_word = numbered(entries)
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         unknown: Counter[str] = Counter()
@@ -305,11 +305,11 @@ class SubwordTokenizer(Tokenizer):
     kind = "subword"
 
     def __init__(self, symbols: Sequence[str], merges: Sequence[Sequence[str]]) -> None:
-        model = _pair_encoding(symbols, merges=merges)
-        byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+        model = pair_encoding(symbols, merges=merges)
+        byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
         pieces = [bytes(byte_of[character] for character in symbol) for symbol in symbols]
-        pre_tokenizer = _BYTE_LEVEL | {"use_regex": True}
-        super().__init__("byte", pieces, _document(model, _BYTE_LEVEL, pre_tokenizer=pre_tokenizer))
+        pre_tokenizer = BYTE_LEVEL | {"use_regex": True}
+        super().__init__("byte", pieces, written_document(model, BYTE_LEVEL, pre_tokenizer=pre_tokenizer))
         self._library = tokenizers.Tokenizer.from_str(self._json)
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
@@ -357,8 +357,8 @@ def train_tokenizer(
     if kind == "byte":
         return ByteTokenizer()
     if kind == "word":
-        return _train_words(parts, vocab_size, unknown, each)
-    return _train_subwords(parts, vocab_size)
+        return train_words(parts, vocab_size, unknown, each)
+    return train_subwords(parts, vocab_size)
 
 
 def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
@@ -371,7 +371,7 @@ def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
             yield part
 
 
-def _train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
+def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
     if unknown == "byte":
         raise UserError("a word tokenizer cannot spell unknown words as bytes; choose --data.unknown unk or error")
     counts: Counter[str] = Counter()
@@ -392,17 +392,17 @@ def count_words(text: str) -> Counter[str]:
     return Counter(itertools.chain.from_iterable(_words(text)))
 
 
-def _train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
+def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     if vocab_size < 256:
         raise UserError(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise --data.vocab-size")
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=_byte_symbols(), special_tokens=[], show_progress=False
+        vocab_size=vocab_size, initial_alphabet=byte_symbols(), special_tokens=[], show_progress=False
     )
     library.train_from_iterator(pieces(parts), trainer)
     model = json.loads(library.to_str())["model"]
-    return SubwordTokenizer(_in_order(model["vocab"]), model["merges"])
+    return SubwordTokenizer(in_order(model["vocab"]), model["merges"])
 
 
 def tokenizer_from_json(document: str) -> Tokenizer:
@@ -429,7 +429,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _from_document(document: dict[str, Any]) -> Tokenizer:
     model = document["model"]
-    entries = _in_order(model["vocab"])
+    entries = in_order(model["vocab"])
     if model["type"] == "WordLevel":
         return WordTokenizer(entries[:-1], "unk") if model["unk_token"] == UNKNOWN else WordTokenizer(entries, "error")
     if document["pre_tokenizer"] is None:
@@ -443,10 +443,10 @@ def _from_document(document: dict[str, Any]) -> Tokenizer:
     return ByteTokenizer()
 
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _document(
+def written_document(
     model: dict[str, Any],
     decoder: dict[str, Any],
     *,
@@ -467,7 +467,7 @@ def _document(
     }
 
 
-def _pair_encoding(
+def pair_encoding(
     symbols: Sequence[str],
     *,
     merges: Sequence[Sequence[str]] = (),
@@ -484,23 +484,23 @@ def _pair_encoding(
         "fuse_unk": False,
         "byte_fallback": byte_fallback,
         "ignore_merges": False,
-        "vocab": _ids(symbols),
+        "vocab": numbered(symbols),
         "merges": list(merges),
     }
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character that stands for each byte in byte-level vocabularies, by byte value."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _ids(entries: Sequence[str]) -> dict[str, int]:
+def numbered(entries: Sequence[str]) -> dict[str, int]:
     return {entry: i for i, entry in enumerate(entries)}
 
 
-def _in_order(vocabulary: dict[str, int]) -> list[str]:
+def in_order(vocabulary: dict[str, int]) -> list[str]:
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
