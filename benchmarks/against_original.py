@@ -24,17 +24,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, RunConfig, TrainConfig, architecture
+from timemix.config.run import RunConfig, TrainConfig
 from timemix.experiments.measure import process_memory
 from timemix.generation import generate_tokens
-from timemix.machine import choose_compile, keep_freed_memory, matrix_product_peak
-from timemix.models import LanguageModel
+from timemix.models.config import ChannelMixConfig, architecture
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1 import in_c
 from timemix.models.token_shift import TokenShift
-from timemix.ops import wkv1
+from timemix.ops.wkv1 import wkv1
 from timemix.optim import build_optimizers
-from timemix.precision import autocast, choose_precision
+from timemix.runtime.device import autocast, choose_precision
+from timemix.runtime.machine import keep_freed_memory, matrix_product_peak
 from timemix.sampling import Sampler
+from timemix.training.compiling import choose_compile
 
 SIZES = {
     "cpu-small": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "batch_size": 12},

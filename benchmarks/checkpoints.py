@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from timemix.checkpoint import newest
-from timemix.config import DataConfig, TrainConfig, preset
+from timemix.config.presets import preset
+from timemix.config.run import TrainConfig
+from timemix.data.config import DataConfig
 from timemix.train import Trainer, new_run
 
 

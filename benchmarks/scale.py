@@ -35,8 +35,8 @@ def peak_memory() -> int:
 
 
 def prepared(folder: Path) -> Path:
-    from timemix.config import DataConfig
-    from timemix.prepare import prepare
+    from timemix.data.config import DataConfig
+    from timemix.data.prepare import prepare
 
     if not (folder / "tokens").exists():
         prepare(folder / "tokens", DataConfig(source="builtin"))
@@ -48,9 +48,11 @@ def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps
     import torch
     import torch.distributed as dist
 
-    from timemix.config import DataConfig, RunConfig, preset
-    from timemix.data import open_corpus
-    from timemix.distributed import joined
+    from timemix.config.presets import preset
+    from timemix.config.run import RunConfig
+    from timemix.data.config import DataConfig
+    from timemix.data.corpus import open_corpus
+    from timemix.runtime.distributed import joined
     from timemix.train import Trainer, resolved
 
     with joined() as world:

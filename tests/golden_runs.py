@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timemix.config import ARCHITECTURES, PRESETS, DataConfig, RunConfig, preset
-from timemix.data import is_corpus
-from timemix.ops import native
-from timemix.prepare import prepare
+from timemix.config.presets import PRESETS, preset
+from timemix.config.run import RunConfig
+from timemix.data.config import DataConfig
+from timemix.data.corpus import is_corpus
+from timemix.data.prepare import prepare
+from timemix.models.config import ARCHITECTURES
+from timemix.runtime import native
 from timemix.train import Trainer, new_run
 
 PATH = Path(__file__).parent / "golden" / "runs.json"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tests.runs import small_config, with_model
-from timemix.distributed import Elsewhere, joined
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
-from timemix.prepare import prepare
+from timemix.runtime.distributed import Elsewhere, joined
 from timemix.train import Interrupted, new_run, resume_run
 
 SETTINGS = {

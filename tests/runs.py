@@ -3,7 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from timemix.config import DataConfig, RunConfig, TrainConfig, architecture
+from timemix.config.run import RunConfig, TrainConfig
+from timemix.data.config import DataConfig
+from timemix.models.config import architecture
 from timemix.train import Trainer, new_run
 
 TEXT = "".join(f"the cat sat on mat {i % 7}. the dog ran to hut {i % 5}!\n" for i in range(60))

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 
-from timemix.config import TrainConfig, architecture
+from timemix.config.run import TrainConfig
 from timemix.errors import UserError
 from timemix.experiments import bench, bench_sample
 from timemix.experiments.commands import bench as verb
-from timemix.models import LanguageModel
+from timemix.models.config import architecture
+from timemix.models.language_model import LanguageModel
 from timemix.models.step import WEIGHTS, CompiledStep
-from timemix.ops import fused, wkv1
+from timemix.ops import fused
+from timemix.ops.wkv1 import wkv1
 
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 

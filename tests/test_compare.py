@@ -20,7 +20,7 @@ from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment, Variant, Verdict
 from timemix.experiments.plot import read_metrics
 from timemix.experiments.report import write_report
-from timemix.files import claimed
+from timemix.storage.locks import claimed
 from timemix.train import Interrupted, Trainer
 
 BASE = {
@@ -277,7 +277,7 @@ def test_what_kill_9_leaves_is_begun_again(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from timemix.files import claimed
+from timemix.storage.locks import claimed
 with claimed(Path(sys.argv[1])) as mine:
     print(mine, flush=True)
     time.sleep(60)

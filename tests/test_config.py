@@ -5,22 +5,12 @@ import re
 
 import pytest
 
-from timemix.config import (
-    ARCHITECTURES,
-    PRESETS,
-    ModelConfig,
-    RunConfig,
-    TimeMixConfig,
-    TrainConfig,
-    architecture,
-    from_dict,
-    preset,
-    read_toml,
-    to_dict,
-    to_toml,
-)
+from timemix.config.presets import PRESETS, preset
+from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
 from timemix.errors import UserError
+from timemix.models.config import ARCHITECTURES, ModelConfig, TimeMixConfig, architecture
 from timemix.optim import learning_rate
+from timemix.storage.settings import from_dict, to_dict
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -10,11 +10,12 @@ import torch
 
 from tests.runs import TEXT, small_config, small_trainer, with_model
 from timemix import checkpoint
-from timemix.config import DataConfig, ExpTimeMixConfig, TimeMixConfig, architecture
+from timemix.data.config import DataConfig
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.models import LanguageModel
+from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.context import with_ctx_len
-from timemix.prepare import prepare
+from timemix.models.language_model import LanguageModel
 from timemix.train import new_run, resume_run
 
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timemix.config import DataConfig
-from timemix.data import Batches, evenly_spaced, is_corpus, open_corpus, validation_windows
-from timemix.downloads import DOWNLOADS, Download
+from timemix.data.batches import Batches, validation_windows
+from timemix.data.config import DataConfig
+from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
+from timemix.data.downloads import DOWNLOADS, Download
+from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
 from timemix.errors import UserError
-from timemix.prepare import describe, hold_out_end, prepare, text_hash
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from tests.process_group import SETTINGS, config
 from tests.runs import TEXT, small_config, write_text_file
 from timemix import checkpoint
-from timemix.data import Batches
-from timemix.distributed import World, my_rows
+from timemix.data.batches import Batches
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
-from timemix.prepare import prepare
+from timemix.runtime.distributed import World, my_rows
 from timemix.train import Interrupted, new_run, resume_run
 
 ROOT = Path(__file__).parent.parent

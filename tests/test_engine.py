@@ -14,7 +14,7 @@ from timemix.errors import UserError
 from timemix.models import lazy
 from timemix.models.step import build_step
 from timemix.sampling import Sampler
-from timemix.tokenizer import ByteTokenizer, CharacterTokenizer
+from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 
 CTX = 12
 CHARACTERS = CharacterTokenizer(list("abcdefghijk"), "error")

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from timemix.config import TimeMixConfig
 from timemix.errors import UserError
 from timemix.experiments.experiment import (
     Experiment,
@@ -16,6 +15,7 @@ from timemix.experiments.experiment import (
     with_data,
 )
 from timemix.info import count_parameters
+from timemix.models.config import TimeMixConfig
 
 FILE = """
 title = "two"

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.test_models import VARIANTS
-from timemix.config import ChannelMixConfig, architecture
-from timemix.models import LanguageModel
 from timemix.models.activations import ACTIVATIONS
+from timemix.models.config import ChannelMixConfig, architecture
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1 import ChannelMix, fusible
 from timemix.models.token_shift import TokenShift
 from timemix.ops import fused

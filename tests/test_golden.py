@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, TrainConfig, architecture
-from timemix.models import LanguageModel
+from timemix.config.run import TrainConfig
+from timemix.models.config import ChannelMixConfig, architecture
+from timemix.models.language_model import LanguageModel
 from timemix.optim import build_optimizers
 
 GOLDEN = Path(__file__).parent / "golden"

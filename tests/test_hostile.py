@@ -18,11 +18,11 @@ import torch
 
 from tests.runs import small_config, write_text_file
 from timemix import checkpoint
-from timemix.data import open_corpus
+from timemix.data.corpus import open_corpus
+from timemix.data.prepare import prepare
 from timemix.errors import LONGEST, UserError
 from timemix.experiments.plot import read_metrics
-from timemix.prepare import prepare
-from timemix.tokenizer import load_tokenizer
+from timemix.tokenizers.make import load_tokenizer
 from timemix.train import new_run, resume_run
 
 PACKAGE = Path(checkpoint.__file__).parent

@@ -8,10 +8,10 @@ import torch
 
 from tests.runs import TEXT, small_config, with_model, write_text_file
 from timemix.checkpoint import load
-from timemix.config import TimeMixConfig
 from timemix.evaluate import loss_per_token
 from timemix.experiments.inspect import draw, inspect_run
-from timemix.models import LanguageModel
+from timemix.models.config import TimeMixConfig
+from timemix.models.language_model import LanguageModel
 from timemix.train import new_run
 
 

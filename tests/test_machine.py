@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.runs import small_trainer
-from timemix import machine
 from timemix.errors import UserError
-from timemix.machine import COMPILE_FROM, choose_compile
 from timemix.ops import fused
+from timemix.runtime import machine
 from timemix.train import resume_run
+from timemix.training.compiling import COMPILE_FROM, choose_compile
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from timemix.config import (
+from timemix.config.presets import preset
+from timemix.errors import UserError
+from timemix.models.attention import rotary
+from timemix.models.config import (
     ARCHITECTURES,
     AttentionConfig,
     ChannelMixConfig,
@@ -17,11 +20,8 @@ from timemix.config import (
     ProAttentionConfig,
     TimeMixConfig,
     architecture,
-    preset,
 )
-from timemix.errors import UserError
-from timemix.models import LanguageModel
-from timemix.models.attention import rotary
+from timemix.models.language_model import LanguageModel
 from timemix.models.token_shift import TokenShift, shift_fractions
 
 CTX = 12

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from timemix import shards, text
-from timemix.config import DataConfig
-from timemix.data import open_corpus
+from timemix.data import pipeline as text
+from timemix.data import shards
+from timemix.data.config import DataConfig
+from timemix.data.corpus import open_corpus
+from timemix.data.prepare import prepare
+from timemix.data.shards import Tokens
+from timemix.data.sources import read_source
 from timemix.errors import UserError
-from timemix.prepare import prepare
-from timemix.shards import Tokens
-from timemix.sources import read_source
-from timemix.tokenizer import train_tokenizer
+from timemix.tokenizers.make import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = 'It was a day, as zé said: "no"\nand 12 fish 鱼🐈 swam; o\'er the sea.\n' * 12
@@ -30,7 +31,7 @@ def small(monkeypatch):
     """Pieces of a few characters, files of a few tokens."""
 
     def pieces_of(characters: int, shard: int) -> None:
-        for module in (text, sys.modules["timemix.prepare"]):
+        for module in (text, sys.modules["timemix.data.prepare"]):
             monkeypatch.setattr(module, "PART", characters)
         monkeypatch.setattr(shards, "SHARD_BYTES", shard)
 
@@ -98,7 +99,7 @@ def test_any_text_in_any_pieces(tmp_path_factory, content, part, kind):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "PART", part)
-        patch.setattr(sys.modules["timemix.prepare"], "PART", part)
+        patch.setattr(sys.modules["timemix.data.prepare"], "PART", part)
         corpus = prepare(folder / "out", config)
     np.testing.assert_array_equal(corpus.train[:], made.encode(content))
 
@@ -110,8 +111,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 SLOW = """
 import sys, time
 from pathlib import Path
-from timemix import prepare as module, shards, text
-from timemix.config import DataConfig
+from timemix.data import prepare as module, shards, pipeline as text
+from timemix.data.config import DataConfig
 text.PART = module.PART = 50
 shards.SHARD_BYTES = 400
 finish = shards.ShardWriter._finish
@@ -200,7 +201,7 @@ def test_folders_of_version_1_open(tmp_path):
 
 
 def test_two_processes_do_not_prepare_one_folder(tmp_path):
-    from timemix.files import claimed
+    from timemix.storage.locks import claimed
 
     (tmp_path / "text.txt").write_text(WORDS)
     with claimed(tmp_path / ".out.lock"), pytest.raises(UserError, match="another process is preparing"):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from timemix import decoding
-from timemix.downloads import DOWNLOADS, Download
+from timemix.data import readers as decoding
+from timemix.data.downloads import DOWNLOADS, Download
+from timemix.data.sources import read_source
 from timemix.errors import UserError
-from timemix.sources import read_source
 
 TEXT = "first line\r\nsecond, with é and 鱼\n\tthird 🐈\n"
 

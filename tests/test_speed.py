@@ -5,12 +5,13 @@ import math
 
 import pytest
 
-from timemix.config import RunConfig, TimeMixConfig, TrainConfig, architecture
+from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import UserError
 from timemix.experiments import speed
 from timemix.experiments.experiment import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.measure import measure_training
 from timemix.experiments.speed import build_table, run_speed, slope
+from timemix.models.config import TimeMixConfig, architecture
 
 
 def test_a_step_is_measured_in_its_own_process():

@@ -11,11 +11,11 @@ from tests import test_models
 from tests.runs import small_trainer
 from tests.test_models import build
 from timemix.cli import main
-from timemix.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models import lazy
 from timemix.models import step as step_module
+from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.step import CompiledStep, ModelStep, build_step, quantized, rounded
-from timemix.ops import native
+from timemix.runtime import native
 
 CTX = 24
 

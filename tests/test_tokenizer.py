@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timemix.errors import UserError
-from timemix.tokenizer import KINDS, PIECE, load_tokenizer, train_tokenizer
+from timemix.tokenizers.base import KINDS
+from timemix.tokenizers.make import load_tokenizer, train_tokenizer
+from timemix.tokenizers.pieces import PIECE
 
 SAMPLE = (
     "The cat, the dog; 'tis 42% of $9.99 - [it's] {a=b}*c\\d/e~f&g#h|i—j\"k`l!?\n"
@@ -182,7 +184,7 @@ SPACED_LIBRARY = tokenizers.Tokenizer.from_str(SPACED.to_json())
 @given(text=st.lists(st.sampled_from(PARTS), max_size=30).map("".join), piece=st.integers(1, 20))
 def test_no_subword_reaches_over_a_cut(text, piece):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timemix.tokenizer.PIECE", piece)
+        patch.setattr("timemix.tokenizers.pieces.PIECE", piece)
         ids = SPACED.encode(text)
     assert ids.tolist() == SPACED_LIBRARY.encode(text).ids
 

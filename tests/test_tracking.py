@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.runs import small_config, small_trainer, write_text_file
-from timemix import machine
-from timemix.config import DataConfig
+from timemix.data.config import DataConfig
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.info import flops_per_token
-from timemix.prepare import prepare
+from timemix.runtime import machine
 from timemix.tracking import Metrics, SpikeWatch, load_hook, peak_memory, tensorboard
 from timemix.train import NotFinite, new_run, resume_run
 

@@ -12,10 +12,12 @@ import torch
 
 from tests.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix import checkpoint
-from timemix.config import ARCHITECTURES, DataConfig, read_toml
-from timemix.data import open_corpus
+from timemix.config.run import read_toml
+from timemix.data.config import DataConfig
+from timemix.data.corpus import open_corpus
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.prepare import prepare
+from timemix.models.config import ARCHITECTURES
 from timemix.train import Interrupted, new_run, resume_run
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from timemix.checkpoint import load
     from timemix.generation import generate
 
+
 __all__ = ["UserError", "__version__", "generate", "load"]
 
 

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from timemix.cli import main
 
 if __name__ == "__main__":

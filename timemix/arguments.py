@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from timemix.config import RunConfig, preset
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig
 
 Arguments = TypeVar("Arguments")
 

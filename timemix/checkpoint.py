@@ -18,23 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timemix.config import ModelConfig, RunConfig, read_toml, to_toml
-from timemix.data import Corpus, open_run_corpus
-from timemix.distributed import World, part_like, whole
+from timemix.config.run import RunConfig, read_toml, to_toml
+from timemix.data.corpus import Corpus, open_run_corpus
 from timemix.errors import UserError
-from timemix.files import (
-    are_numbers,
-    atomic_folder,
-    check_regular,
-    is_count,
-    is_number,
-    misfit,
-    read_json,
-    remove_folder,
-)
-from timemix.models import LanguageModel
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel
 from timemix.optim import state_names
-from timemix.tokenizer import Tokenizer, load_tokenizer
+from timemix.runtime.distributed import World, part_like, whole
+from timemix.storage.files import atomic_folder, check_regular, remove_folder
+from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.make import load_tokenizer
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes of the JSON at the beginning of a safetensors file at most: some 100,000 tensors."""

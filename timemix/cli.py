@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         verb = arguments[0]
         if verb not in VERBS:
-            from timemix.config import nearest
+            from timemix.errors import nearest
 
             raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
         commands = importlib.import_module(MODULES.get(verb, "timemix.commands"))

@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from timemix.arguments import parse, preset_of, print_report
-from timemix.config import DataConfig, ModelConfig, RunConfig, TrainConfig, preset, read_toml
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig, TrainConfig, read_toml
+from timemix.data.config import DataConfig
 from timemix.errors import UserError
-from timemix.files import cannot_write
+from timemix.models.config import ModelConfig
+from timemix.storage.files import cannot_write
 
 if TYPE_CHECKING:
     from timemix.checkpoint import Loaded
-    from timemix.distributed import World
     from timemix.engine import Engine, Event
+    from timemix.runtime.distributed import World
     from timemix.streams import Stream
-    from timemix.tokenizer import Tokenizer
+    from timemix.tokenizers.base import Tokenizer
     from timemix.tracking import Hook
     from timemix.train import Trainer, TrainingProgress, Watch
+
 
 DEMO_PROMPT = "The "
 
@@ -208,7 +212,7 @@ def train(arguments: list[str]) -> int:
         asked = parse(
             TrainArguments, arguments, "train", TrainArguments(tyro.MISSING, config.model, config.data, config.train)
         )
-    from timemix.distributed import Elsewhere, joined
+    from timemix.runtime.distributed import Elsewhere, joined
     from timemix.tracking import load_hook
 
     hook = None if asked.tracking.hook is None else load_hook(asked.tracking.hook)
@@ -256,8 +260,8 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
 def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
     """Trains with progress on stderr and draws the loss curve; returns the exit status."""
     from timemix.experiments.plot import plot_loss
-    from timemix.machine import keep_freed_memory
     from timemix.progress import watching
+    from timemix.runtime.machine import keep_freed_memory
     from timemix.train import Interrupted
 
     keep_freed_memory()
@@ -353,7 +357,7 @@ def sample(arguments: list[str]) -> int:
     from timemix.checkpoint import load
     from timemix.engine import Engine, Request
     from timemix.models.step import ModelStep
-    from timemix.precision import choose_device
+    from timemix.runtime.device import choose_device
     from timemix.sampling import Sampler
     from timemix.streams import load_stream, save_stream
 
@@ -459,10 +463,10 @@ def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
 def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
     from timemix.checkpoint import load
+    from timemix.data.sources import read_source
     from timemix.evaluate import evaluate, evaluate_held_out
     from timemix.models.step import rounded
-    from timemix.precision import choose_device, choose_precision
-    from timemix.sources import read_source
+    from timemix.runtime.device import choose_device, choose_precision
 
     device, _ = choose_device(parsed.device)
     precision, _ = choose_precision(parsed.precision, device)
@@ -498,7 +502,7 @@ def data(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--data.source", *arguments]
     parsed = parse(DataArguments, arguments, "data")
-    from timemix.prepare import describe, prepare
+    from timemix.data.prepare import describe, prepare
 
     if parsed.out is None:
         report = describe(parsed.data, progress=True)

@@ -6,11 +6,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.errors import UserError
 from timemix.fitting import fit_exponentials
-from timemix.models import LanguageModel
+from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.context import level
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1_exp import ExpTimeMix
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.models import LanguageModel, State
+from timemix.models.language_model import LanguageModel, State
 from timemix.models.step import CompiledStep, Step, Weights, build_step
 from timemix.sampling import Sampler, draw
 from timemix.streams import Stream
-from timemix.tokenizer import StreamDecoder, Tokenizer
+from timemix.tokenizers.base import StreamDecoder, Tokenizer
 
 Context = Literal["reanchor", "exact"]
 

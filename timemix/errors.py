@@ -1,5 +1,8 @@
 """The one exception that a person can cause."""
 
+import difflib
+import typing
+
 LONGEST = 1000
 """Characters of a message at most."""
 
@@ -17,3 +20,10 @@ class UserError(Exception):
         if len(shown) > LONGEST:
             shown = f"{shown[: LONGEST // 2 - 5]} ... {shown[-LONGEST // 2 :]}"
         super().__init__(shown)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """End of an error sentence: the nearest right name, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.data import Corpus, text_size, validation_windows
-from timemix.distributed import ALONE, World
+from timemix.data.batches import validation_windows
+from timemix.data.corpus import Corpus, text_size
+from timemix.data.shards import Tokens
 from timemix.errors import UserError
-from timemix.models import LanguageModel
-from timemix.precision import autocast
-from timemix.shards import Tokens
-from timemix.tokenizer import Tokenizer
+from timemix.models.language_model import LanguageModel
+from timemix.runtime.device import autocast
+from timemix.runtime.distributed import ALONE, World
+from timemix.tokenizers.base import Tokenizer
 
 
 def windows(tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None) -> Iterator[tuple]:

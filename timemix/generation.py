@@ -9,7 +9,7 @@ from torch import Tensor
 from timemix.checkpoint import Loaded, load
 from timemix.engine import Context, Engine, Request
 from timemix.errors import UserError
-from timemix.models import LanguageModel
+from timemix.models.language_model import LanguageModel
 from timemix.models.step import Weights
 from timemix.sampling import Sampler
 

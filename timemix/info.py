@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from timemix._version import __version__
-from timemix.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, TrainConfig, architecture
-from timemix.models import LanguageModel
-from timemix.ops import choose_backend
+from timemix.config.run import TrainConfig
+from timemix.models.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, architecture
+from timemix.models.language_model import LanguageModel
 from timemix.ops.causal import BLOCK
 from timemix.ops.spectral import block_length
-from timemix.ops.wkv1 import DENSE_UP_TO, blocked_up_to
-from timemix.precision import choose_device, choose_precision
+from timemix.ops.wkv1 import DENSE_UP_TO, blocked_up_to, choose_backend
+from timemix.runtime.device import choose_device, choose_precision
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timemix.config import TrainConfig
-from timemix.distributed import part_like, whole
+from timemix.config.run import TrainConfig
+from timemix.runtime.distributed import part_like, whole
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:

@@ -12,8 +12,9 @@ import torch
 
 from timemix.checkpoint import open_tensors, write_tensors
 from timemix.errors import UserError
-from timemix.files import atomic_file, is_count
-from timemix.models import LanguageModel, State
+from timemix.models.language_model import LanguageModel, State
+from timemix.storage.files import atomic_file
+from timemix.storage.json_files import is_count
 
 
 @dataclass(frozen=True)

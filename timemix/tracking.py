@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from timemix.errors import UserError
-from timemix.files import CannotWrite, atomic_file, cannot_write, is_number, read_lines
+from timemix.storage.files import CannotWrite, atomic_file, cannot_write, read_lines
+from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
 Hook = Callable[[Line], object]

@@ -29,21 +29,28 @@ from timemix.checkpoint import (
     restore_training,
     save_checkpoint,
 )
-from timemix.config import ModelConfig, RunConfig, TokenizerKind, TrainConfig, Unknown, read_toml, to_dict, to_toml
-from timemix.data import Batches, Corpus, is_corpus, open_corpus, open_run_corpus
-from timemix.distributed import ALONE, ProcessLost, World, in_parallel, my_rows, whole, without_exchange
+from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
+from timemix.data.batches import Batches
+from timemix.data.config import TokenizerKind, Unknown
+from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
+from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
-from timemix.files import CannotWrite, FolderLock, cannot_write, remove_unfinished, write_text
 from timemix.info import flops_per_token, training_memory
-from timemix.machine import choose_compile, free_memory, matrix_product_peak
-from timemix.models import LanguageModel
+from timemix.models.config import ModelConfig
 from timemix.models.context import with_ctx_len
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1 import in_c
 from timemix.optim import build_optimizers, learning_rate
-from timemix.precision import autocast, choose_device, choose_precision
-from timemix.prepare import prepare
+from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.distributed import ALONE, ProcessLost, World, my_rows, whole
+from timemix.runtime.machine import free_memory, matrix_product_peak
+from timemix.storage.files import CannotWrite, cannot_write, remove_unfinished, write_text
+from timemix.storage.locks import FolderLock
+from timemix.storage.settings import to_dict
 from timemix.tracking import Hook, Line, Metrics, SpikeWatch, peak_memory
+from timemix.training.compiling import choose_compile
+from timemix.training.parallel import in_parallel, without_exchange
 
 logger = logging.getLogger("timemix")
 

@@ -1,0 +1,1 @@
+"""Comparisons: variants on equal terms, and the claims that they test."""

@@ -21,17 +21,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix._version import __version__
-from timemix.config import ModelConfig, TimeMixConfig, TrainConfig, architecture
+from timemix.config.run import TrainConfig
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy
 from timemix.experiments.table import markdown_table
-from timemix.machine import choose_compile, free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth
-from timemix.models import LanguageModel
+from timemix.models.config import ModelConfig, TimeMixConfig, architecture
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1 import fusible, in_c
 from timemix.ops import fused
 from timemix.ops.wkv1 import BACKENDS, K_MAX, K_MIN, wkv1
 from timemix.optim import build_optimizers
-from timemix.precision import autocast, choose_device, choose_precision
+from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.machine import free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth
+from timemix.training.compiling import choose_compile
 
 PLAIN = "plain float32"
 WITHOUT_C = "by torch's operators"

@@ -13,16 +13,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from timemix.config import ModelConfig
 from timemix.engine import Engine, Request
 from timemix.errors import UserError
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
 from timemix.experiments.plot import save_picture
-from timemix.machine import choose_compile
-from timemix.models import LanguageModel, State, lazy
+from timemix.models import lazy
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel, State
 from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
 from timemix.sampling import Sampler
+from timemix.training.compiling import choose_compile
 
 STEPS = 16
 """Tokens that a path writes when its turn comes: in a row, as in generation."""

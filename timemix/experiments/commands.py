@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from timemix.arguments import parse, preset_of
-from timemix.config import ARCHITECTURES, ModelConfig, RunConfig, TrainConfig, nearest, preset
-from timemix.errors import UserError
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig, TrainConfig
+from timemix.errors import UserError, nearest
 from timemix.experiments.experiment import (
     AnyExperiment,
     Experiment,
@@ -25,11 +26,13 @@ from timemix.experiments.experiment import (
     shipped,
     with_data,
 )
-from timemix.files import write_text
+from timemix.models.config import ARCHITECTURES, ModelConfig
+from timemix.storage.files import write_text
 
 if TYPE_CHECKING:
     from timemix.experiments.compare import Job
     from timemix.train import Watch
+
 
 GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
 SEED_COLORS = {"rwkv1": "red", "rwkv1_exp": "orange", "mha_rotary": "gray", "mha_pro": "black", "mha_shift": "green"}
@@ -323,10 +326,10 @@ def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
     from timemix.checkpoint import checkpoints, load
-    from timemix.data import evenly_spaced
+    from timemix.data.corpus import evenly_spaced
+    from timemix.data.sources import read_source
     from timemix.experiments.inspect import draw, inspect_run
-    from timemix.precision import choose_device
-    from timemix.sources import read_source
+    from timemix.runtime.device import choose_device
 
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
         raise UserError(

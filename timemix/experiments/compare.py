@@ -25,16 +25,22 @@ from typing import Any
 import numpy as np
 
 from timemix.checkpoint import load
-from timemix.config import DataConfig, ModelConfig, RunConfig, read_toml, to_dict, to_toml
-from timemix.data import Batches, Corpus, is_corpus, open_corpus
+from timemix.config.run import RunConfig, read_toml, to_toml
+from timemix.data.batches import Batches
+from timemix.data.config import DataConfig
+from timemix.data.corpus import Corpus, is_corpus, open_corpus
+from timemix.data.prepare import hold_out_end, prepare, text_hash
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
 from timemix.experiments.measure import measure_training
 from timemix.experiments.plot import read_metrics
-from timemix.files import are_numbers, claimed, is_count, is_number, misfit, read_json, write_text
-from timemix.precision import choose_device
-from timemix.prepare import hold_out_end, prepare, text_hash
+from timemix.models.config import ModelConfig
+from timemix.runtime.device import choose_device
+from timemix.storage.files import write_text
+from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
+from timemix.storage.locks import claimed
+from timemix.storage.settings import to_dict
 from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resolved, resume_run
 
 Say = Callable[[str], None]

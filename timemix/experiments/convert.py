@@ -12,21 +12,23 @@ import tyro
 
 from timemix.arguments import parse
 from timemix.checkpoint import Loaded, load
-from timemix.config import DataConfig, RunConfig
+from timemix.config.run import RunConfig
 from timemix.convert import exponential_config, with_exponentials
-from timemix.data import is_corpus
+from timemix.data.config import DataConfig
+from timemix.data.corpus import is_corpus
+from timemix.data.shards import Tokens
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.experiments.plot import plot_loss, save_picture
-from timemix.files import write_text
-from timemix.machine import keep_freed_memory
-from timemix.models import LanguageModel
+from timemix.models.language_model import LanguageModel
 from timemix.progress import watching
-from timemix.shards import Tokens
+from timemix.runtime.machine import keep_freed_memory
+from timemix.storage.files import write_text
 from timemix.train import Interrupted, Trainer, new_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 RANGES = ((0, 1), (1, 4), (4, 8), (8, 16))
 """Positions whose mean loss is told, in units of ctx_len."""

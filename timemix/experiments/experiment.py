@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from timemix.config import UNFIT, RunConfig, from_dict, nearest, parse_toml, preset, to_dict
-from timemix.errors import UserError
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig
+from timemix.errors import UserError, nearest
+from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 TUNING_SEED = 0
 # Tokens of held-out text that the texts of a sampling experiment go on from.

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from timemix.checkpoint import Loaded
-from timemix.config import ModelConfig
-from timemix.data import validation_windows
+from timemix.data.batches import validation_windows
+from timemix.data.shards import Tokens
 from timemix.errors import UserError
 from timemix.evaluate import loss_per_token
 from timemix.experiments.plot import save_picture, spare_colors
-from timemix.models import LanguageModel
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.ops import fused
-from timemix.shards import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 TABLES = ("f", "alpha", "beta", "gamma")
 HALVES = ("mixer", "ffn")

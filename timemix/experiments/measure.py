@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from timemix.config import RunConfig, from_dict, to_dict
+from timemix.config.run import RunConfig
 from timemix.evaluate import cross_entropy
-from timemix.machine import free_memory, keep_freed_memory
-from timemix.models import LanguageModel
+from timemix.models.language_model import LanguageModel
 from timemix.optim import build_optimizers
-from timemix.precision import autocast, choose_device, choose_precision
+from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.machine import free_memory, keep_freed_memory
+from timemix.storage.settings import from_dict, to_dict
 
 OUT_OF_MEMORY = "out of memory"
 # What torch says on a GPU and on the CPU, and Python.

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from timemix.errors import UserError
-from timemix.files import atomic_file, is_number, read_lines
+from timemix.storage.files import atomic_file, read_lines
+from timemix.storage.json_files import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 XAxis = Literal["tokens", "steps", "seconds"]
 

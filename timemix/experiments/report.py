@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from timemix.config import read_toml, to_toml
+from timemix.config.run import read_toml, to_toml
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment
 from timemix.experiments.plot import mean_over_runs, plot_bands, plot_positions, spare_colors
@@ -19,7 +19,7 @@ from timemix.experiments.table import (
     verdict_rows,
     warnings,
 )
-from timemix.files import write_text
+from timemix.storage.files import write_text
 
 MOST_POINTS = 400
 

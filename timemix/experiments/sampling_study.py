@@ -20,20 +20,23 @@ import torch
 from torch import Tensor
 
 from timemix.checkpoint import load, newest, read_progress
-from timemix.config import RunConfig
-from timemix.data import Corpus, is_corpus, open_corpus, validation_windows
+from timemix.config.run import RunConfig
+from timemix.data.batches import validation_windows
+from timemix.data.corpus import Corpus, is_corpus, open_corpus
+from timemix.data.prepare import prepare, text_hash
+from timemix.data.shards import Tokens
 from timemix.errors import UserError
 from timemix.evaluate import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
 from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
-from timemix.files import are_numbers, claimed, is_number, misfit, read_json, write_text
 from timemix.generation import generate_tokens
-from timemix.models import LanguageModel
-from timemix.prepare import prepare, text_hash
+from timemix.models.language_model import LanguageModel
 from timemix.sampling import Sampler
-from timemix.shards import Tokens
+from timemix.storage.files import write_text
+from timemix.storage.json_files import are_numbers, is_number, misfit, read_json
+from timemix.storage.locks import claimed
 
 TOP_A, POWER = 0.02, 2.0
 POSITIONS = 8192

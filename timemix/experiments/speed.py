@@ -18,8 +18,10 @@ from timemix.experiments.experiment import SpeedExperiment
 from timemix.experiments.measure import OUT_OF_MEMORY, measure_training
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, markdown_table, paired_difference, verdict_word
-from timemix.files import claimed, is_number, misfit, read_json, write_text
-from timemix.precision import choose_device
+from timemix.runtime.device import choose_device
+from timemix.storage.files import write_text
+from timemix.storage.json_files import is_number, misfit, read_json
+from timemix.storage.locks import claimed
 
 # What a value of measurements.json holds.
 _FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}

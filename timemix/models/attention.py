@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
 from timemix.models.activations import ACTIVATIONS
+from timemix.models.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
 from timemix.models.linear import Linear, joint_linear
 from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
 from timemix.ops.causal import toeplitz

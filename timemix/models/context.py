@@ -9,8 +9,8 @@ values at or below 0, c is 1.
 import torch
 from torch import Tensor
 
-from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.errors import UserError
+from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.ops.exponential import extended
 
 TABLES = ("f", "alpha", "beta", "gamma")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.ops.causal import toeplitz
 from timemix.ops.exponential import LEAST_RATE
 

@@ -7,8 +7,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ENDLESS, ModelConfig, Recompute
 from timemix.models.attention import Geglu, ProAttention, RotaryAttention
+from timemix.models.config import ENDLESS, ModelConfig, Recompute
 from timemix.models.initial import set_initial_values
 from timemix.models.linear import Embedding, LayerNorm, Linear, product_dtype, to_product_dtype
 from timemix.models.recompute import recomputed

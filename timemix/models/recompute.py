@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from timemix.config import Recompute
+from timemix.models.config import Recompute
 
 
 def recomputed(block: nn.Module, x: Tensor, recompute: Recompute) -> Tensor:

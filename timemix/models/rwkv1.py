@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.activations import ACTIVATIONS
+from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.linear import Linear, joint_linear, side_by_side
-from timemix.ops import Wkv1State, fused, wkv1, wkv1_state
+from timemix.ops import fused
 from timemix.ops.spread import spread
-from timemix.ops.wkv1 import MIXES, gated_wkv1
+from timemix.ops.wkv1 import MIXES, Wkv1State, gated_wkv1, wkv1, wkv1_state
 
 
 def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from timemix.config import ExpTimeMixConfig, ModelConfig
+from timemix.models.config import ExpTimeMixConfig, ModelConfig
 from timemix.models.linear import Linear, joint_linear
 from timemix.models.rwkv1 import fused_time_mix, time_gamma, time_table, times_gamma
 from timemix.ops import fused

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models import lazy
+from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
 from timemix.models.language_model import Block, LanguageModel, State
 from timemix.models.lazy import Pending
 from timemix.models.rwkv1 import ChannelMix, TimeMix
 from timemix.models.rwkv1_exp import ExpTimeMix
 from timemix.ops.exponential import basis, extended, fading, turned
 from timemix.ops.fused import ACTIVATION_KINDS
-from timemix.ops.native import library
+from timemix.runtime.native import library
 
 Weights = Literal["float32", "bfloat16", "int8"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")

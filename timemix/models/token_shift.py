@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.config import ModelConfig
+from timemix.models.config import ModelConfig
 
 
 def shift_fractions(config: ModelConfig, layer: int) -> tuple[float, ...]:

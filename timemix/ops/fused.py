@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from timemix.ops.native import library
+from timemix.runtime.native import library
 
 ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
 """In the order of the C code, here and in models/step.c."""

@@ -2,16 +2,11 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
-import socket
 import stat
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from timemix.errors import UserError
 
@@ -49,23 +44,6 @@ def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def parse_json(path: Path, what: str = "") -> Any:
-    """What a JSON file holds. Raises UserError when it is missing or damaged; `what` as for `check_regular`."""
-    text = read_text(path, what=what)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError as `parse_json` does, and for another value."""
-    data = parse_json(path)
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return data
-
-
 def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
     """Lines of a file with their ends, in pieces where one is longer than a mebibyte.
 
@@ -77,28 +55,6 @@ def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
             yield from iter(lambda: file.readline(2**20), b"")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from a file is a finite number that a float can hold."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value from a file is an integer from 0 that 64 bits hold."""
-    return type(value) is int and 0 <= value < 2**63
-
-
-def are_numbers(value: Any) -> bool:
-    """Whether a value from a file is a list of numbers."""
-    return isinstance(value, list) and all(map(is_number, value))
-
-
-def misfit(data: Any, checks: dict[str, Callable[[Any], bool]]) -> str | None:
-    """Name of the first field of a JSON object that is missing or fails its check, None where all serve."""
-    return next(
-        (n for n, check in checks.items() if not (isinstance(data, dict) and n in data and check(data[n]))), None
-    )
 
 
 @contextlib.contextmanager
@@ -172,73 +128,6 @@ def write_text(path: Path, text: str) -> None:
     """Text as UTF-8, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
-
-
-@contextlib.contextmanager
-def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds the lock file `path` during the block and gives True; False where another process holds it.
-
-    `wait` until that process lets go, rather than give False.
-    The lock ends with its process, however that ends.
-    """
-    import filelock
-
-    lock = filelock.FileLock(path)
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Its Timeout is an OSError too, and no failure here.
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(blocking=wait)
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
-
-
-class FolderLock:
-    """Says that one process works in a folder, and which. The lock ends with its process, however that ends.
-
-    `taken_over`: the process that held the folder before and ended without letting go, killed say; else None.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        import filelock
-
-        self.folder = folder
-        self.taken_over: str | None = None
-        self._lock = filelock.FileLock(folder / ".lock")
-        # Beside the lock file, whose content a process that tries to take the lock may empty.
-        self._holder = folder / ".lock.json"
-
-    def take(self) -> None:
-        """Holds the folder. Raises UserError, naming the holder, where another process (or a lock) holds it."""
-        import filelock
-
-        if self._lock.is_locked:
-            return
-        with explained(self.folder):
-            try:
-                self._lock.acquire(blocking=False)
-            except filelock.Timeout:
-                raise UserError(f"{self.folder} is in use by {self._named()}; wait for its end, or stop it") from None
-            self.taken_over = self._named() if self._holder.exists() else None
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            # Not into what lies there: a link or a pipe.
-            write_text(self._holder, json.dumps(holder))
-
-    def release(self) -> None:
-        """Lets go; nothing where it was not held."""
-        if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
-            self._lock.release()
-
-    def _named(self) -> str:
-        try:
-            holder = read_json(self._holder)
-            return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except (UserError, KeyError, ValueError, RecursionError):
-            return "another process"
 
 
 @contextlib.contextmanager

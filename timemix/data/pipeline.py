@@ -13,20 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from timemix.config import DataConfig
+from timemix.data.config import DataConfig
+from timemix.data.sources import Source, open_source
 from timemix.errors import UserError
-from timemix.meters import ShowProgress, passing
-from timemix.processes import MOST_PROCESSES, Each, cores, in_processes
-from timemix.sources import Source, open_source
-from timemix.tokenizer import (
-    PART,
-    Tokenizer,
-    equal_pieces,
-    pieces,
-    refuse_surrogates,
-    tokenizer_from_json,
-    train_tokenizer,
-)
+from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
+from timemix.runtime.progress import ShowProgress, passing
+from timemix.tokenizers.base import Tokenizer, refuse_surrogates
+from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
+from timemix.tokenizers.pieces import PART, equal_pieces, pieces
 
 PROCESSES_FROM = 1 << 26
 """Bytes of text from which other processes are worth their start."""

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from timemix.decoding import CHUNK, chunks, decoded
-from timemix.downloads import DOWNLOADS, Download, fetch, opened_member
+from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
+from timemix.data.readers import CHUNK, chunks, decoded
 from timemix.errors import UserError
-from timemix.meters import Advance, ShowProgress, untold
+from timemix.runtime.progress import Advance, ShowProgress, untold
 
 logger = logging.getLogger("timemix")
 

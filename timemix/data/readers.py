@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timemix.errors import UserError
-from timemix.meters import Advance, untold
+from timemix.runtime.progress import Advance, untold
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 

@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from timemix import shards
 from timemix._version import __version__
-from timemix.config import DataConfig
-from timemix.data import DATA_FORMAT_VERSION, SPLITS, Corpus, evenly_spaced, is_corpus, open_corpus, text_size
+from timemix.data import shards
+from timemix.data.config import DataConfig
+from timemix.data.corpus import DATA_FORMAT_VERSION, SPLITS, Corpus, evenly_spaced, is_corpus, open_corpus, text_size
+from timemix.data.pipeline import Piece, Text, Unfit, encoded, no_counts
+from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
 from timemix.errors import UserError
-from timemix.files import appear, atomic_folder, claimed, explained, write_text
-from timemix.meters import ShowProgress
-from timemix.shards import ShardWriter, Tokens, map_shards, shard_name
-from timemix.text import Piece, Text, Unfit, encoded, no_counts
-from timemix.tokenizer import PART, Tokenizer, load_tokenizer
+from timemix.runtime.progress import ShowProgress
+from timemix.storage.files import appear, atomic_folder, explained, write_text
+from timemix.storage.locks import claimed
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.make import load_tokenizer
+from timemix.tokenizers.pieces import PART
 
 
 def prepare(

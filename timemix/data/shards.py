@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from timemix.errors import UserError
-from timemix.files import check_regular
+from timemix.storage.files import check_regular
 
 SHARD_BYTES = 1 << 27
 """Most bytes of a file."""

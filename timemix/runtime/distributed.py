@@ -12,11 +12,9 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.models import LanguageModel
 
 Result = TypeVar("Result")
 
@@ -124,36 +122,6 @@ def joined() -> Iterator[World]:
         # Waits for nobody: a process that failed must not hold up the end.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
-    """The module to call in training: its gradients are the mean over the processes.
-
-    "replicate" (DistributedDataParallel) keeps the model whole in each of them; "shard" (fully_shard) cuts the
-    parameters of each block, in place, into a part for each process.
-    """
-    if world.size == 1:
-        return model
-    if strategy == "shard":
-        # Imported where needed: it takes more than a second, half of what torch does.
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        return model
-    device = next(model.parameters()).device
-    ids = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-@contextlib.contextmanager
-def without_exchange(module: nn.Module) -> Iterator[None]:
-    """Gradients of the block stay in their process: those of all but the last piece of a batch."""
-    with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
-        yield
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import logging
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from timemix.errors import UserError
-from timemix.files import write_text
-from timemix.meters import ShowProgress, meter
+from timemix.runtime.progress import ShowProgress, meter
+from timemix.storage.files import write_text
 
 logger = logging.getLogger("timemix")
 

@@ -1,0 +1,83 @@
+"""Presets: named settings of a run."""
+
+import dataclasses
+from typing import Any
+
+from timemix.config.run import RunConfig, TrainConfig
+from timemix.data.config import DataConfig
+from timemix.errors import UserError, nearest
+from timemix.models.config import ChannelMixConfig, architecture
+
+_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128, "ffn_ratio": 2.5, "dropout": 0.2},
+        "data": {"order": "epoch"},
+        "train": {"steps": 1400, "batch_size": 16, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
+        "ffn": {"activation": "mish"},
+    },
+    "cpu-small": {
+        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "ffn_ratio": 2.5},
+        "data": {"order": "epoch"},
+        "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
+        # Measured on tinyshakespeare: 0.008 nats better than gelu, as the 2021 code's comment says.
+        "ffn": {"activation": "mish"},
+    },
+    # Aims at the lowest loss on tinyshakespeare in the time of nanoGPT's CPU configuration (benchmarks/records.md).
+    "record": {
+        "model": {
+            "layers": 3,
+            "heads": 4,
+            "channels": 128,
+            "ctx_len": 256,
+            "ffn_ratio": 2.0,
+            "token_shift": (0.5, 0.25),
+        },
+        "data": {"order": "epoch"},
+        "train": {
+            "steps": 1440,
+            "batch_size": 8,
+            "optimizer": "muon",
+            "lr": 8e-3,
+            "lr_final": 0.0,
+            "embedding_lr": 3.0,
+            "schedule": "linear",
+            "warmup": 0.02,
+            "betas": (0.9, 0.95),
+            "weight_decay": 0.3,
+            "valid_every": 2000,
+            "save_every": 2000,
+        },
+        "ffn": {"activation": "silu"},
+    },
+    # 500,000 samples of 256 tokens; cosine without warm-up.
+    "seed": {
+        "model": {
+            "layers": 5,
+            "heads": 8,
+            "channels": 512,
+            "ctx_len": 256,
+            "ffn_ratio": 3.0,
+            "vocab_size": 136,
+        },
+        "train": {"steps": 7813, "batch_size": 64, "lr": 6e-4, "lr_final": 2e-4},
+    },
+}
+PRESETS = tuple(_SIZES)
+
+
+def preset(name: str, arch: str = "rwkv1") -> RunConfig:
+    """Run config of a preset for an architecture.
+
+    Raises UserError for an unknown name.
+    """
+    if name not in _SIZES:
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    sizes = _SIZES[name]
+    train = dict(sizes["train"])
+    model = architecture(arch, **sizes["model"])
+    if isinstance(model.ffn, ChannelMixConfig):
+        model = dataclasses.replace(model, ffn=ChannelMixConfig(**sizes.get("ffn", {})))
+    # The published figure trained its attention models with a smaller step and weight decay.
+    if name == "seed" and not arch.startswith("rwkv1"):
+        train |= {"lr": 4e-4, "weight_decay": 0.01}
+    return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))

@@ -1,0 +1,149 @@
+"""Every setting: its name, default and help text, without importing torch.
+
+A run is described by `RunConfig` = model + data + train. The command line generates its flags from these
+dataclasses (the text below each field is its help), and `config.toml` in a run folder is their dump.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+
+from timemix.data.config import DataConfig
+from timemix.errors import UserError
+from timemix.models.config import ENDLESS, ModelConfig, Recompute
+from timemix.storage.settings import UNFIT, check_range, from_dict, parse_toml, to_dict
+
+FORMAT_VERSION = 1
+
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+OptimizerName = Literal["adamw", "muon"]
+
+
+Strategy = Literal["replicate", "shard"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization, its schedule, and what is reported and saved when."""
+
+    steps: int = 2000
+    """Optimizer steps."""
+    batch_size: int = 12
+    """Windows of ctx_len tokens per step, over all accumulated pieces."""
+    contexts: int = 1
+    """Make a window this many times ctx_len long; more than 1 for an architecture whose context has no end."""
+    accumulation: int = 1
+    """Pieces into which a batch is cut to save memory; divides batch_size."""
+    lr: float = 3e-3
+    """Largest learning rate."""
+    lr_final: float = 1e-4
+    """Learning rate at the end."""
+    embedding_lr: float = 1.0
+    """Learning rate of the embedding as a multiple of that of all the rest."""
+    schedule: Schedule = "cosine"
+    """Way from lr to lr_final; `constant` holds lr, then decays over the last `decay` of the run."""
+    warmup: float = 0.0
+    """Share of the run's tokens over which the learning rate rises from 0."""
+    decay: float = 0.2
+    """Share of the run's tokens over which `constant` decays linearly."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; or muon for the matrices inside blocks, with AdamW for all the rest."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Weight decay of the linear weights inside blocks; nothing else is decayed."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    precision: Precision = "auto"
+    """Of the matrix products; auto: bfloat16 where the processor has it, else float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step (torch.compile); auto: where it can be done and the run gains by it."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again to save memory: nothing, all but products, or whole blocks."""
+    strategy: Strategy = "replicate"
+    """Of several processes under torchrun: replicate holds the model in each, shard cuts it up over them."""
+    seed: int = 1
+    """Seed of initial values, batches and dropout."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    valid_every: int = 250
+    """Steps between validations on the whole held-out text."""
+    save_every: int = 500
+    """Steps between checkpoints; the newest and the best are kept."""
+    full_disk: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: stop, or go on with the last good one and try again at the next."""
+    spike: float = 6.0
+    """Report a loss this many standard deviations above those of the steps before; 0 reports none."""
+    save_bad_batches: bool = False
+    """Write the batch of a loss that spikes or is not finite to bad-batches/ in the run folder."""
+
+    def __post_init__(self) -> None:
+        # Checkpoints are numbered by eight digits.
+        check_range("train.steps", self.steps, 1, 10**8 - 1)
+        for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
+            check_range(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
+        for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):
+            check_range(f"train.{name}", getattr(self, name), 0)
+        if self.seed >= 2**64:
+            raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
+            )
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"train.{name} {getattr(self, name)} is a share of the run, from 0 to 1")
+        if len(self.betas) != 2 or any(not 0 <= b < 1 for b in self.betas):
+            raise UserError(f"train.betas {list(self.betas)}: two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that determines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    start: str | None = None
+    """Run, or checkpoint, whose weights and tokenizer it begins with."""
+
+    def __post_init__(self) -> None:
+        if self.train.contexts > 1 and self.model.arch not in ENDLESS:
+            raise UserError(
+                f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} ends at ctx_len;"
+                f" that of {', '.join(ENDLESS)} has no end"
+            )
+
+    @property
+    def window(self) -> int:
+        """Tokens of a training window."""
+        return self.train.contexts * self.model.ctx_len
+
+
+def to_toml(config: RunConfig) -> str:
+    return tomli_w.dumps({"format_version": FORMAT_VERSION} | to_dict(config))
+
+
+def read_toml(path: Path) -> RunConfig:
+    """Run config of a `config.toml`.
+
+    Raises UserError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
+    """
+    data = parse_toml(path)
+    version = data.pop("format_version", None)
+    try:
+        if version != FORMAT_VERSION:
+            raise UserError(f"it has format_version {version!r}; this timemix reads {FORMAT_VERSION}")
+        return from_dict(RunConfig, data)
+    except UNFIT as error:
+        raise UserError(f"{path}: {error}") from None

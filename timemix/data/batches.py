@@ -1,0 +1,76 @@
+"""Windows of tokens: batches for training, and all of a text for validation."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from timemix.data.shards import Tokens
+from timemix.errors import UserError
+
+
+class Batches:
+    """Batches of windows, a function of the step alone: nothing else is needed to go on after a stop.
+
+    order "random": windows at uniformly random places, as the 2021 code took them. "epoch": windows side by side, each
+    once per epoch, in a new order and from a new starting point in every epoch. Calling with a step gives (inputs,
+    targets), each (batch_size, ctx_len) int64, targets one token later; with a step and a slice, those rows of it.
+
+    Raises UserError for a text shorter than a window and its next token.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray | Tokens, *, batch_size: int, ctx_len: int, seed: int, order: str = "random"
+    ) -> None:
+        if len(tokens) < ctx_len + 1:
+            raise UserError(
+                f"the training text has {len(tokens)} tokens; a window of ctx_len {ctx_len} needs {ctx_len + 1}:"
+                " take more text or a smaller --model.ctx-len"
+            )
+        self._tokens, self._batch_size, self._ctx_len = tokens, batch_size, ctx_len
+        self._seed, self._order = seed, order
+        # The starting point of an epoch lies anywhere that still leaves this many windows.
+        self._windows = max(1, (len(tokens) - 1) // ctx_len - 1)
+        self._slack = min(ctx_len - 1, len(tokens) - 1 - self._windows * ctx_len)
+        self._epoch = -1
+        self._epoch_starts = np.empty(0, np.int64)
+
+    def __call__(self, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        starts = self._starts(step)[part]
+        rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
+        return rows[:, :-1], rows[:, 1:]
+
+    def _starts(self, step: int) -> np.ndarray:
+        if self._order == "random":
+            return _generator(self._seed, step).integers(0, len(self._tokens) - self._ctx_len, self._batch_size)
+        number = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        epochs, places = np.divmod(number, self._windows)
+        return np.array([self._starts_of_epoch(e)[p] for e, p in zip(epochs.tolist(), places, strict=True)])
+
+    def _starts_of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            generator = _generator(self._seed, epoch)
+            first = generator.integers(0, self._slack + 1)
+            self._epoch, self._epoch_starts = epoch, first + generator.permutation(self._windows) * self._ctx_len
+        return self._epoch_starts
+
+
+def _generator(seed: int, counter: int) -> np.random.Generator:
+    """Randomness of a step or an epoch, from nothing but (seed, counter)."""
+    return np.random.Generator(np.random.Philox(key=seed | counter << 64))
+
+
+def validation_windows(
+    tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows of ctx_len side by side over a whole text: (inputs, targets), int64, every target once.
+
+    The last window, where shorter, comes alone.
+    """
+    whole = (len(tokens) - 1) // ctx_len
+    for first in range(0, whole, batch_size):
+        last = min(first + batch_size, whole)
+        span = tokens[first * ctx_len : last * ctx_len + 1].astype(np.int64)
+        yield span[:-1].reshape(-1, ctx_len), span[1:].reshape(-1, ctx_len)
+    rest = tokens[whole * ctx_len :].astype(np.int64)
+    if len(rest) > 1:
+        yield rest[None, :-1], rest[None, 1:]

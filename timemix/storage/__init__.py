@@ -1,0 +1,1 @@
+"""Files: atomic writes, locks, tensors, checked JSON and TOML."""

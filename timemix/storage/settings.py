@@ -1,0 +1,93 @@
+"""Settings as dataclasses, nested dictionaries and TOML, checked on the way in."""
+
+import dataclasses
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from timemix.errors import UserError, nearest
+from timemix.storage.files import read_text
+
+LARGEST_TOML = 256 * 2**10
+MOST_DOTS = 200
+"""In a line of a TOML file: a dotted key takes the parser time and memory by the square of its parts."""
+
+
+def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
+    if not value >= least:
+        raise UserError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise UserError(f"{name} is {value}; it must be at most {most}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionary of a config dataclass; fields that are None are left out."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+
+
+Config = TypeVar("Config")
+
+
+def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config:
+    """Config dataclass from a nested dictionary.
+
+    Raises UserError for an unknown field (with the nearest right name) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    if narrowed := getattr(cls, "narrowed", None):
+        hints |= narrowed(data)
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in hints:
+            raise UserError(f"unknown field {path + name!r}{nearest(name, hints)}")
+        values[name] = _checked(f"{path}{name}", value, hints[name])
+    missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in values and _required(f)]
+    if missing:
+        raise UserError(f"{path + missing[0]} is missing")
+    return cls(**values)
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {value!r}; it must be a table")
+        return value if origin is dict else from_dict(typing.cast(type, hint), value, f"{name}.")
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{name} is {value!r}{nearest(str(value), args)}")
+        return value
+    if origin is types.UnionType:
+        return _checked(name, value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} is {value!r}; it must be a list")
+        return tuple(_checked(name, item, args[0]) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise UserError(f"{name} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Contents of a TOML file. Raises UserError when it is missing, no TOML, or larger than any that serves."""
+    text = read_text(path, LARGEST_TOML)
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MOST_DOTS:
+            raise UserError(f"{path}: line {number} has {line.count('.')} dots; it may have {MOST_DOTS}: break it")
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+UNFIT = (UserError, ValueError, ArithmeticError, RecursionError)
+"""What `from_dict` raises for values of any kind: its own sentences, and numbers too large to show or to convert."""

@@ -1,0 +1,1 @@
+"""Tokenizers: a kind and its files."""

@@ -1,0 +1,76 @@
+"""Tokens that are characters, or bytes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from timemix.tokenizers.base import UNKNOWN, Tokenizer
+from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, pair_encoding, written_document
+from timemix.tokenizers.pieces import PIECE
+
+
+class CharacterTokenizer(Tokenizer):
+    """A token is a character. Ids follow the order of `characters`; then <unk>, or the 256 bytes."""
+
+    kind = "character"
+
+    def __init__(self, characters: Sequence[str], unknown: str) -> None:
+        entries = {character: character.encode() for character in characters}
+        decoder: dict[str, Any] = {"type": "Fuse"}
+        if unknown == "unk":
+            entries[UNKNOWN] = UNKNOWN.encode()
+        elif unknown == "byte":
+            entries |= {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+            decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}
+        # Pair encoding without merges: its tokens are characters.
+        model = pair_encoding(
+            list(entries), unk_token=UNKNOWN if unknown == "unk" else None, byte_fallback=unknown == "byte"
+        )
+        super().__init__(unknown, list(entries.values()), written_document(model, decoder))
+        self._first_extra = len(characters)
+        self._id_of_code_point = np.full(0x110000, -1, np.int32)
+        self._id_of_code_point[[ord(character) for character in characters]] = np.arange(len(characters))
+
+    def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        unknown: Counter[str] = Counter()
+        ids = [np.empty(0, self.dtype)]
+        for start in range(0, len(text), PIECE):
+            codes = np.frombuffer(text[start : start + PIECE].encode("utf-32-le"), "<u4")
+            piece = self._id_of_code_point[codes]
+            missing = piece < 0
+            if missing.any():
+                lost = codes[missing].tobytes().decode("utf-32-le")
+                unknown.update(lost)
+                if self.unknown == "error":
+                    piece = piece[~missing]
+                elif self.unknown == "unk":
+                    piece[missing] = self._first_extra
+                else:
+                    piece = self._with_bytes(piece, missing, lost)
+            ids.append(piece.astype(self.dtype))
+        return np.concatenate(ids), unknown
+
+    def _with_bytes(self, ids: np.ndarray, missing: np.ndarray, lost: str) -> np.ndarray:
+        """`ids` with the UTF-8 bytes of the `lost` characters in the `missing` places."""
+        lengths = np.ones(len(ids), np.int64)
+        lengths[missing] = [len(character.encode()) for character in lost]
+        is_byte = np.repeat(missing, lengths)
+        spread = np.repeat(ids, lengths)
+        spread[is_byte] = self._first_extra + np.frombuffer(lost.encode(), np.uint8).astype(np.int32)
+        return spread
+
+
+class ByteTokenizer(Tokenizer):
+    """A token is a byte of the text's UTF-8; its id is the byte's value."""
+
+    kind = "byte"
+
+    def __init__(self) -> None:
+        model = pair_encoding(byte_symbols())
+        pieces = [bytes([byte]) for byte in range(256)]
+        super().__init__("byte", pieces, written_document(model, BYTE_LEVEL, pre_tokenizer=BYTE_LEVEL))
+
+    def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        return np.frombuffer(text.encode(), np.uint8).copy(), Counter()

@@ -1,0 +1,64 @@
+"""tokenizer.json, as the `tokenizers` library reads and writes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def written_document(
+    model: dict[str, Any],
+    decoder: dict[str, Any],
+    *,
+    pre_tokenizer: dict[str, Any] | None = None,
+    normalizer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A tokenizer.json of the `tokenizers` library."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def pair_encoding(
+    symbols: Sequence[str],
+    *,
+    merges: Sequence[Sequence[str]] = (),
+    unk_token: str | None = None,
+    byte_fallback: bool = False,
+) -> dict[str, Any]:
+    """The model part of a tokenizer.json for byte pair encoding."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": False,
+        "vocab": numbered(symbols),
+        "merges": list(merges),
+    }
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies, by byte value."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def numbered(entries: Sequence[str]) -> dict[str, int]:
+    return {entry: i for i, entry in enumerate(entries)}
+
+
+def in_order(vocabulary: dict[str, int]) -> list[str]:
+    return sorted(vocabulary, key=vocabulary.__getitem__)

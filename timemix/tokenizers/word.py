@@ -1,0 +1,108 @@
+"""Tokens that are words, as the 2021 code cut them."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from tokenizers import normalizers
+
+from timemix.errors import UserError
+from timemix.tokenizers.base import UNKNOWN, Tokenizer
+from timemix.tokenizers.document import numbered, written_document
+from timemix.tokenizers.pieces import PART, pieces
+
+# The single characters that the 2021 code sets apart from words.
+STANDING_ALONE = "\n.,?!:;-—|'\"`()0123456789[]{}=+*\\/~&$#%"
+WORD = re.compile(f"[{re.escape(STANDING_ALONE)}]|[^ {re.escape(STANDING_ALONE)}]+")
+
+
+class WordTokenizer(Tokenizer):
+    """A token is a lower-case word or one of STANDING_ALONE; <unk> comes last. The 2021 code's rule.
+
+    Decoding puts a space between tokens, none after a newline: case and spacing are not restored.
+    """
+
+    kind = "word"
+    spaced = True
+
+    def __init__(self, words: Sequence[str], unknown: str) -> None:
+        entries = [*words, UNKNOWN] if unknown == "unk" else list(words)
+        model = {
+            "type": "WordLevel",
+            "vocab": numbered(entries),
+            # The library wants a name in any case; [ and ] stand alone, so this one is no word.
+            "unk_token": UNKNOWN if unknown == "unk" else "[UNK]",
+        }
+        alone = {
+            "type": "Split",
+            "pattern": {"Regex": f"[{re.escape(STANDING_ALONE)}]"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+        join = [
+            # This joins with spaces; # stands alone, so no word begins with the prefix.
+            {"type": "WordPiece", "prefix": "##", "cleanup": False},
+            {"type": "Fuse"},
+            {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"},
+        ]
+        document = written_document(
+            model,
+            {"type": "Sequence", "decoders": join},
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [alone, spaces]},
+            normalizer={"type": "Lowercase"},
+        )
+        super().__init__(unknown, [word.encode() for word in entries], document)
+        self._id_of_word = numbered(entries)
+
+    def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        unknown: Counter[str] = Counter()
+        ids = [np.empty(0, self.dtype)]
+        for words in _words(text):
+            piece = np.array([self._id_of_word.get(word, -1) for word in words], np.int64)
+            missing = piece < 0
+            if missing.any():
+                unknown.update(words[i] for i in np.flatnonzero(missing))
+                if self.unknown == "unk":
+                    piece[missing] = self.vocab_size - 1
+                else:
+                    piece = piece[~missing]
+            ids.append(piece.astype(self.dtype))
+        return np.concatenate(ids), unknown
+
+
+def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
+    if unknown == "byte":
+        raise UserError("a word tokenizer cannot spell unknown words as bytes; choose --data.unknown unk or error")
+    counts: Counter[str] = Counter()
+    for counted in each(count_words, pieces(parts, PART)):
+        counts.update(counted)
+    if not counts:
+        raise UserError("a word tokenizer cannot be made from a text of spaces; give a text with words")
+    if unknown == "error":
+        return WordTokenizer(sorted(counts), unknown)
+    # A text may spell its own unknown words like this.
+    del counts[UNKNOWN]
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1]
+    return WordTokenizer(sorted(frequent), unknown)
+
+
+def count_words(text: str) -> Counter[str]:
+    """How often each word comes in a text, by the 2021 code's rule."""
+    return Counter(itertools.chain.from_iterable(_words(text)))
+
+
+def _words(text: str) -> Iterator[list[str]]:
+    """The words of `text` in lists, by the 2021 code's rule."""
+    for piece in pieces([text]):
+        yield WORD.findall(_lower(piece))
+
+
+def _lower(text: str) -> str:
+    """Lower case of each character by itself, as the `tokenizers` library has it (str.lower looks around sigma)."""
+    if text.isascii():
+        return text.lower()
+    lowercase = normalizers.Lowercase()
+    return text.translate({ord(character): lowercase.normalize_str(character) for character in set(text)})
