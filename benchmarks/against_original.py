@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.experiments.measure import process_memory
-from timemix.generation import generate_tokens
+from timemix.generation.generate import generate_tokens
 from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1 import in_c
-from timemix.models.token_shift import TokenShift
-from timemix.ops.wkv1 import wkv1
+from timemix.models.layers.token_shift import TokenShift
+from timemix.models.rwkv1.time_mix import in_c
+from timemix.ops.rwkv1.api import wkv1
 from timemix.optim import build_optimizers
 from timemix.runtime.device import autocast, choose_precision
 from timemix.runtime.machine import keep_freed_memory, matrix_product_peak

@@ -11,9 +11,10 @@ from timemix.experiments import bench, bench_sample
 from timemix.experiments.commands import bench as verb
 from timemix.models.config import architecture
 from timemix.models.language_model import LanguageModel
-from timemix.models.step import WEIGHTS, CompiledStep
-from timemix.ops import fused
-from timemix.ops.wkv1 import wkv1
+from timemix.models.quantize import WEIGHTS
+from timemix.models.rwkv1.decode import CompiledStep
+from timemix.ops.common import fused
+from timemix.ops.rwkv1.api import wkv1
 
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 

@@ -14,8 +14,8 @@ from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
-from timemix.models.context import with_ctx_len
 from timemix.models.language_model import LanguageModel
+from timemix.models.rwkv1.resize import with_ctx_len
 from timemix.train import new_run, resume_run
 
 

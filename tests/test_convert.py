@@ -12,10 +12,10 @@ from tests.runs import small_config, small_trainer, with_model, write_text_file
 from tests.test_context import varied
 from timemix import checkpoint, generate
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.convert import with_exponentials
 from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
+from timemix.models.rwkv1.to_exponential import with_exponentials
 from timemix.train import new_run, resume_run
 
 

@@ -11,8 +11,8 @@ from tests.test_generation import reanchored, recomputed
 from tests.test_models import VARIANTS, build
 from timemix.engine import Engine, Request
 from timemix.errors import UserError
-from timemix.models import lazy
-from timemix.models.step import build_step
+from timemix.generation.decode import build_step
+from timemix.models.rwkv1 import tiles as lazy
 from timemix.sampling import Sampler
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from timemix import fitting
-from timemix.fitting import MOST_COEFFICIENTS, fit_exponentials
-from timemix.ops.exponential import LEAST_RATE, Curves, curve
+from timemix.models.rwkv1 import fitting
+from timemix.models.rwkv1.fitting import MOST_COEFFICIENTS, fit_exponentials
+from timemix.ops.rwkv1.exponential import LEAST_RATE, Curves, curve
 
 
 def pairs(L, H=1):

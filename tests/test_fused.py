@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.test_models import VARIANTS
-from timemix.models.activations import ACTIVATIONS
 from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1 import ChannelMix, fusible
-from timemix.models.token_shift import TokenShift
-from timemix.ops import fused
+from timemix.models.layers.activations import ACTIVATIONS
+from timemix.models.layers.channel_mix import ChannelMix
+from timemix.models.layers.token_shift import TokenShift
+from timemix.models.rwkv1.time_mix import fusible
+from timemix.ops.common import fused
 
 pytestmark = pytest.mark.skipif(not fused.available(), reason="no C compiler on this machine")
 

@@ -9,7 +9,7 @@ import timemix
 from tests.runs import small_trainer
 from tests.test_models import VARIANTS, build
 from timemix.errors import UserError
-from timemix.generation import generate_tokens, stream_text
+from timemix.generation.generate import generate_tokens, stream_text
 from timemix.sampling import Sampler, draw
 
 CTX = 12

@@ -10,7 +10,7 @@ import torch
 
 from tests.runs import small_trainer
 from timemix.errors import UserError
-from timemix.ops import fused
+from timemix.ops.common import fused
 from timemix.runtime import machine
 from timemix.train import resume_run
 from timemix.training.compiling import COMPILE_FROM, choose_compile

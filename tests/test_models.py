@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from timemix.config.presets import preset
 from timemix.errors import UserError
-from timemix.models.attention import rotary
+from timemix.models.attention.model import rotary
 from timemix.models.config import (
     ARCHITECTURES,
     AttentionConfig,
@@ -22,7 +22,7 @@ from timemix.models.config import (
     architecture,
 )
 from timemix.models.language_model import LanguageModel
-from timemix.models.token_shift import TokenShift, shift_fractions
+from timemix.models.layers.token_shift import TokenShift, shift_fractions
 
 CTX = 12
 

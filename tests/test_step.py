@@ -11,10 +11,12 @@ from tests import test_models
 from tests.runs import small_trainer
 from tests.test_models import build
 from timemix.cli import main
-from timemix.models import lazy
-from timemix.models import step as step_module
+from timemix.generation.decode import ModelStep, build_step
 from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
-from timemix.models.step import CompiledStep, ModelStep, build_step, quantized, rounded
+from timemix.models.quantize import quantized, rounded
+from timemix.models.rwkv1 import decode as step_module
+from timemix.models.rwkv1 import tiles as lazy
+from timemix.models.rwkv1.decode import CompiledStep
 from timemix.runtime import native
 
 CTX = 24

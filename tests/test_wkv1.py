@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timemix.ops import causal, fused, spectral
-from timemix.ops.fused import serves
-from timemix.ops.spread import embedding, spread
-from timemix.ops.wkv1 import Wkv1State, choose_backend, gated_wkv1, wkv1, wkv1_state
+from timemix.ops.common import causal, fused, spectral
+from timemix.ops.common.fused import serves
+from timemix.ops.common.spread import embedding, spread
+from timemix.ops.rwkv1.api import Wkv1State, choose_backend, gated_wkv1, wkv1, wkv1_state
 
 CTX = 9
 

@@ -11,7 +11,7 @@ from timemix.errors import UserError
 
 if TYPE_CHECKING:
     from timemix.checkpoint import load
-    from timemix.generation import generate
+    from timemix.generation.generate import generate
 
 
 __all__ = ["UserError", "__version__", "generate", "load"]
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "generate":
-        from timemix.generation import generate
+        from timemix.generation.generate import generate
 
         return generate
     raise AttributeError(f"module 'timemix' has no attribute {name!r}")

@@ -321,7 +321,7 @@ def _introduce(trainer: "Trainer") -> None:
 def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
     """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
     from timemix.checkpoint import Loaded, load
-    from timemix.generation import generate
+    from timemix.generation.generate import generate
     from timemix.sampling import Sampler
 
     tokenizer = trainer.corpus.tokenizer
@@ -356,7 +356,7 @@ def sample(arguments: list[str]) -> int:
         raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
     from timemix.checkpoint import load
     from timemix.engine import Engine, Request
-    from timemix.models.step import ModelStep
+    from timemix.generation.decode import ModelStep
     from timemix.runtime.device import choose_device
     from timemix.sampling import Sampler
     from timemix.streams import load_stream, save_stream
@@ -465,7 +465,7 @@ def eval(arguments: list[str]) -> int:
     from timemix.checkpoint import load
     from timemix.data.sources import read_source
     from timemix.evaluate import evaluate, evaluate_held_out
-    from timemix.models.step import rounded
+    from timemix.models.quantize import rounded
     from timemix.runtime.device import choose_device, choose_precision
 
     device, _ = choose_device(parsed.device)

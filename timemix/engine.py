@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.models.language_model import LanguageModel, State
-from timemix.models.step import CompiledStep, Step, Weights, build_step
+from timemix.generation.decode import Step, build_step
+from timemix.models.language_model import LanguageModel
+from timemix.models.quantize import Weights
+from timemix.models.rwkv1.decode import CompiledStep
+from timemix.models.state import State
 from timemix.sampling import Sampler, draw
 from timemix.streams import Stream
 from timemix.tokenizers.base import StreamDecoder, Tokenizer

@@ -9,9 +9,9 @@ from timemix._version import __version__
 from timemix.config.run import TrainConfig
 from timemix.models.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.ops.causal import BLOCK
-from timemix.ops.spectral import block_length
-from timemix.ops.wkv1 import DENSE_UP_TO, blocked_up_to, choose_backend
+from timemix.ops.common.causal import BLOCK
+from timemix.ops.common.spectral import block_length
+from timemix.ops.rwkv1.api import DENSE_UP_TO, blocked_up_to, choose_backend
 from timemix.runtime.device import choose_device, choose_precision
 
 

@@ -12,7 +12,8 @@ import torch
 
 from timemix.checkpoint import open_tensors, write_tensors
 from timemix.errors import UserError
-from timemix.models.language_model import LanguageModel, State
+from timemix.models.language_model import LanguageModel
+from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import is_count
 

@@ -38,9 +38,9 @@ from timemix.errors import UserError
 from timemix.evaluate import cross_entropy, loss_per_token
 from timemix.info import flops_per_token, training_memory
 from timemix.models.config import ModelConfig
-from timemix.models.context import with_ctx_len
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1 import in_c
+from timemix.models.rwkv1.resize import with_ctx_len
+from timemix.models.rwkv1.time_mix import in_c
 from timemix.optim import build_optimizers, learning_rate
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, ProcessLost, World, my_rows, whole

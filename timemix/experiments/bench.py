@@ -27,9 +27,9 @@ from timemix.evaluate import cross_entropy
 from timemix.experiments.table import markdown_table
 from timemix.models.config import ModelConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1 import fusible, in_c
-from timemix.ops import fused
-from timemix.ops.wkv1 import BACKENDS, K_MAX, K_MIN, wkv1
+from timemix.models.rwkv1.time_mix import fusible, in_c
+from timemix.ops.common import fused
+from timemix.ops.rwkv1.api import BACKENDS, K_MAX, K_MIN, wkv1
 from timemix.optim import build_optimizers
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.machine import free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth

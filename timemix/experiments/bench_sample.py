@@ -18,10 +18,13 @@ from timemix.errors import UserError
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
 from timemix.experiments.plot import save_picture
-from timemix.models import lazy
+from timemix.generation.decode import Step, build_step
 from timemix.models.config import ModelConfig
-from timemix.models.language_model import LanguageModel, State
-from timemix.models.step import WEIGHTS, CompiledStep, Step, Weights, build_step, rounded
+from timemix.models.language_model import LanguageModel
+from timemix.models.quantize import WEIGHTS, Weights, rounded
+from timemix.models.rwkv1 import tiles as lazy
+from timemix.models.rwkv1.decode import CompiledStep
+from timemix.models.state import State
 from timemix.sampling import Sampler
 from timemix.training.compiling import choose_compile
 

@@ -349,7 +349,7 @@ class Comparison:
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
-        from timemix.generation import generate
+        from timemix.generation.generate import generate
         from timemix.sampling import Sampler
 
         job = self.seed_jobs(variant)[0]

@@ -13,7 +13,6 @@ import tyro
 from timemix.arguments import parse
 from timemix.checkpoint import Loaded, load
 from timemix.config.run import RunConfig
-from timemix.convert import exponential_config, with_exponentials
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
@@ -21,6 +20,7 @@ from timemix.errors import UserError
 from timemix.evaluate import loss_by_position
 from timemix.experiments.plot import plot_loss, save_picture
 from timemix.models.language_model import LanguageModel
+from timemix.models.rwkv1.to_exponential import exponential_config, with_exponentials
 from timemix.progress import watching
 from timemix.runtime.machine import keep_freed_memory
 from timemix.storage.files import write_text

@@ -17,8 +17,8 @@ from timemix.evaluate import loss_per_token
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1_exp import ExpTimeMix
-from timemix.ops import fused
+from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
+from timemix.ops.common import fused
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

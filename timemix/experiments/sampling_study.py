@@ -31,7 +31,7 @@ from timemix.experiments.compare import begin_or_resume, on_corpus
 from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
 from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
-from timemix.generation import generate_tokens
+from timemix.generation.generate import generate_tokens
 from timemix.models.language_model import LanguageModel
 from timemix.sampling import Sampler
 from timemix.storage.files import write_text

@@ -1,5 +1,1 @@
-"""The architectures; each is a mixer and a feed-forward half around the same embedding, blocks and head."""
-
-from timemix.models.language_model import LanguageModel, State
-
-__all__ = ["LanguageModel", "State"]
+"""Language models: one folder an architecture, beside what all of them share."""

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.fitting import fit_exponentials
 from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.models.context import level
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1_exp import ExpTimeMix
+from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
+from timemix.models.rwkv1.fitting import fit_exponentials
+from timemix.models.rwkv1.resize import level
 
 
 def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> ModelConfig:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.models.language_model import State
-from timemix.ops.spectral import spectral_convolution
+from timemix.models.state import State
+from timemix.ops.common.spectral import spectral_convolution
 
 BLOCK = 64
 FROM = 2048

@@ -4,118 +4,32 @@ A model's own forward spends most of such a step in calls of small operators, an
 compiled code (step.c), for the weights as they are, in bfloat16, or in 8 bits. Where that cannot serve, the model does.
 """
 
-import copy
 import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models import lazy
 from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.models.language_model import Block, LanguageModel, State
-from timemix.models.lazy import Pending
-from timemix.models.rwkv1 import ChannelMix, TimeMix
-from timemix.models.rwkv1_exp import ExpTimeMix
-from timemix.ops.exponential import basis, extended, fading, turned
-from timemix.ops.fused import ACTIVATION_KINDS
+from timemix.models.language_model import Block, LanguageModel
+from timemix.models.layers.channel_mix import ChannelMix
+from timemix.models.quantize import WEIGHTS, Weights, quantized
+from timemix.models.rwkv1 import tiles as lazy
+from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
+from timemix.models.rwkv1.tiles import Pending
+from timemix.models.rwkv1.time_mix import TimeMix
+from timemix.models.state import State
+from timemix.ops.common.fused import ACTIVATION_KINDS
+from timemix.ops.rwkv1.exponential import basis, extended, fading, turned
 from timemix.runtime.native import library
-
-Weights = Literal["float32", "bfloat16", "int8"]
-WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
-
-
-class Step(Protocol):
-    """Feeds one token to each of some rows of a state.
-
-    `reason`: why this kind of step serves.
-    """
-
-    reason: str
-
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
-
-        The state is consumed: its other rows stay as they are.
-        Raises ValueError for a row that stands at the model's `max_position`, or a token outside the vocabulary.
-        """
-
-
-def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
-    """The step of a model whose weights do not change meanwhile; they are rounded as `weights` says.
-
-    `backend`: "compiled" or "model" asks for one kind. Raises ValueError for a kind that cannot serve.
-    """
-    reason = "asked for" if backend == "model" else _hindrance(model)
-    if reason is None:
-        return CompiledStep(model, weights)
-    if backend == "compiled":
-        raise ValueError(f"the compiled step cannot serve: {reason}")
-    return ModelStep(rounded(model, weights), reason)
-
-
-def _hindrance(model: LanguageModel) -> str | None:
-    config = model.config
-    mixer = config.mixer
-    if not isinstance(mixer, TimeMixConfig | ExpTimeMixConfig):
-        return f"there is no compiled step for {config.arch}"
-    if isinstance(mixer, TimeMixConfig) and (mixer.denominator == "weighted" or mixer.weights == "free"):
-        return "there is no compiled step for a weighted denominator or a free W"
-    if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
-        return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
-    found, reason = step_library()
-    return None if found else reason
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
     return library(Path(__file__).with_name("step.c"))
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit integers (out, in) and a scale for each output (out,): weight = scale x integers, within scale / 2."""
-    scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
-def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
-    """The model with its linear weights rounded, held in its own type; itself where nothing is to round."""
-    if weights == "float32":
-        return model
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                w = module.weight
-                if weights == "bfloat16":
-                    w.copy_(w.to(torch.bfloat16))
-                else:
-                    integers, scale = quantized(w)
-                    w.copy_(integers * scale[:, None])
-    return model
-
-
-class ModelStep:
-    """The model's own forward."""
-
-    def __init__(self, model: LanguageModel, reason: str) -> None:
-        self.model, self.reason = model, reason
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        device, vocab_size = self.model.device, self.model.config.vocab_size
-        if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-            raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
-        if torch.equal(rows, torch.arange(len(state.position))):
-            logits, after = self.model(tokens[:, None].to(device), state, logits="last")
-            return logits, cast(State, after)
-        rows = rows.to(device)
-        logits, part = self.model(tokens[:, None].to(device), state.select(rows), logits="last")
-        state.put(rows, cast(State, part))
-        return logits, state
 
 
 class _Linear(ctypes.Structure):

@@ -6,34 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.activations import ACTIVATIONS
-from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.models.linear import Linear, joint_linear, side_by_side
-from timemix.ops import fused
-from timemix.ops.spread import spread
-from timemix.ops.wkv1 import MIXES, Wkv1State, gated_wkv1, wkv1, wkv1_state
-
-
-def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
-    """Table (H, ctx_len) of ones, or None for one that is left out."""
-    return nn.Parameter(torch.ones(config.heads, config.ctx_len)) if learned else None
-
-
-def time_gamma(config: ModelConfig, learned: bool) -> nn.Parameter | None:
-    """Output weight of each position (ctx_len,), or None where it is left out."""
-    return nn.Parameter(torch.ones(config.ctx_len)) if learned else None
-
-
-def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Tensor:
-    """x (B, T, C) times gamma at each row's positions; `position` None: all rows start at 0."""
-    if gamma is None:
-        return x
-    T = x.shape[1]
-    if position is None:
-        return x * spread(gamma[:T, None], x)
-    gamma = gamma.to(x.dtype)
-    target = position[:, None] + torch.arange(T, device=x.device)
-    return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]
+from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.models.layers.linear import Linear, joint_linear, side_by_side
+from timemix.models.layers.tables import time_gamma, time_table, times_gamma
+from timemix.ops.common import fused
+from timemix.ops.rwkv1.api import MIXES, Wkv1State, gated_wkv1, wkv1, wkv1_state
 
 
 def fusible(config: ModelConfig) -> bool:
@@ -138,26 +115,3 @@ class TimeMix(nn.Module):
         if past is None:
             return y, None
         return y, {"numerators": past.numerators, "denominators": past.denominators}
-
-
-class ChannelMix(nn.Module):
-    """sigmoid(receptance) * output(act(key) * value)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        assert isinstance(config.ffn, ChannelMixConfig)
-        self.activation = config.ffn.activation
-        C, hidden = config.channels, config.ffn_hidden
-        self.key = Linear(C, hidden)
-        self.value = Linear(C, hidden)
-        self.output = Linear(hidden, C)
-        self.receptance = Linear(C, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
-        if fused.serves(x):
-            weight, bias = side_by_side(self.key, self.value, self.receptance)
-            hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)
-            return fused.scaled(F.linear(hidden, self.output.weight), self.output.bias, gate)
-        k, v, r = joint_linear(x, self.key, self.value, self.receptance)
-        return r.sigmoid() * self.output(ACTIVATIONS[self.activation](k) * v)

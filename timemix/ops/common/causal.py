@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.ops import fused
-from timemix.ops.operators import operator
+from timemix.ops.common import fused
+from timemix.ops.common.operators import operator
 
 BLOCK = 256
 """Positions of a block of the convolution."""

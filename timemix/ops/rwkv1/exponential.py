@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.ops.causal import causal_convolution, running_sum
-from timemix.ops.wkv1 import K_MAX, K_MIN, compute_dtype, times_table, wkv1
+from timemix.ops.common.causal import causal_convolution, running_sum
+from timemix.ops.rwkv1.api import K_MAX, K_MIN, compute_dtype, times_table, wkv1
 
 CHUNK = 128
 """Positions that are computed at once; the state is carried from one chunk to the next."""

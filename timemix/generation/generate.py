@@ -10,7 +10,7 @@ from timemix.checkpoint import Loaded, load
 from timemix.engine import Context, Engine, Request
 from timemix.errors import UserError
 from timemix.models.language_model import LanguageModel
-from timemix.models.step import Weights
+from timemix.models.quantize import Weights
 from timemix.sampling import Sampler
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.ops.causal import diagonal_sums, of_length, sum_dtype, toeplitz
-from timemix.ops.operators import operator
+from timemix.ops.common.causal import diagonal_sums, of_length, sum_dtype, toeplitz
+from timemix.ops.common.operators import operator
 
 
 def block_length(T: int) -> int:

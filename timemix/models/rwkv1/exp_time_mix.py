@@ -4,10 +4,20 @@ import torch
 from torch import Tensor, nn
 
 from timemix.models.config import ExpTimeMixConfig, ModelConfig
-from timemix.models.linear import Linear, joint_linear
-from timemix.models.rwkv1 import fused_time_mix, time_gamma, time_table, times_gamma
-from timemix.ops import fused
-from timemix.ops.exponential import Curves, ExpState, curve, exp_state, extended, initial_forget, unfading, wkv1_exp
+from timemix.models.layers.linear import Linear, joint_linear
+from timemix.models.layers.tables import time_gamma, time_table, times_gamma
+from timemix.models.rwkv1.time_mix import fused_time_mix
+from timemix.ops.common import fused
+from timemix.ops.rwkv1.exponential import (
+    Curves,
+    ExpState,
+    curve,
+    exp_state,
+    extended,
+    initial_forget,
+    unfading,
+    wkv1_exp,
+)
 
 
 class ExpTimeMix(nn.Module):

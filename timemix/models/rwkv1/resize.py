@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timemix.errors import UserError
 from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.ops.exponential import extended
+from timemix.ops.rwkv1.exponential import extended
 
 TABLES = ("f", "alpha", "beta", "gamma")
 

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.activations import ACTIVATIONS
 from timemix.models.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
-from timemix.models.linear import Linear, joint_linear
-from timemix.models.rwkv1 import time_gamma, time_table, times_gamma
-from timemix.ops.causal import toeplitz
-from timemix.ops.history import append, lags, weights_at
+from timemix.models.layers.activations import ACTIVATIONS
+from timemix.models.layers.linear import Linear, joint_linear
+from timemix.models.layers.tables import time_gamma, time_table, times_gamma
+from timemix.ops.common.causal import toeplitz
+from timemix.ops.common.history import append, lags, weights_at
 
 
 def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:

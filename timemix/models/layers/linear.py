@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.ops.spread import embedding, spread
+from timemix.ops.common.spread import embedding, spread
 
 # Up to here the weights are read faster from the left, measured on two cores.
 FEW_ROWS = 4

@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from timemix.ops.causal import causal_convolution, running_sum, toeplitz
-from timemix.ops.fused import divide, weigh
-from timemix.ops.history import append, lags, pairs_at, weights_at
-from timemix.ops.spectral import spectral_convolution
-from timemix.ops.spread import spread
+from timemix.ops.common.causal import causal_convolution, running_sum, toeplitz
+from timemix.ops.common.fused import divide, weigh
+from timemix.ops.common.history import append, lags, pairs_at, weights_at
+from timemix.ops.common.spectral import spectral_convolution
+from timemix.ops.common.spread import spread
 
 Denominator = Literal["plain", "weighted"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.ops.causal import toeplitz
-from timemix.ops.exponential import LEAST_RATE
+from timemix.ops.common.causal import toeplitz
+from timemix.ops.rwkv1.exponential import LEAST_RATE
 
 HEAD_GAIN = 0.4
 

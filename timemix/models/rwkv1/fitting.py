@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.ops.exponential import LEAST_RATE, Curves, basis, partners
+from timemix.ops.rwkv1.exponential import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
 """exp(-8) of a value is left one lag later: faster is as good as a tap."""

@@ -1,0 +1,74 @@
+"""The step of generation: one token for each of some rows, by compiled code or by the model."""
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from timemix.models.config import ExpTimeMixConfig, TimeMixConfig
+from timemix.models.language_model import LanguageModel
+from timemix.models.quantize import Weights, rounded
+from timemix.models.rwkv1.decode import CompiledStep, step_library
+from timemix.models.state import State
+
+
+class Step(Protocol):
+    """Feeds one token to each of some rows of a state.
+
+    `reason`: why this kind of step serves.
+    """
+
+    reason: str
+
+    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
+
+        The state is consumed: its other rows stay as they are.
+        Raises ValueError for a row that stands at the model's `max_position`, or a token outside the vocabulary.
+        """
+
+
+def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
+    """The step of a model whose weights do not change meanwhile; they are rounded as `weights` says.
+
+    `backend`: "compiled" or "model" asks for one kind. Raises ValueError for a kind that cannot serve.
+    """
+    reason = "asked for" if backend == "model" else _hindrance(model)
+    if reason is None:
+        return CompiledStep(model, weights)
+    if backend == "compiled":
+        raise ValueError(f"the compiled step cannot serve: {reason}")
+    return ModelStep(rounded(model, weights), reason)
+
+
+def _hindrance(model: LanguageModel) -> str | None:
+    config = model.config
+    mixer = config.mixer
+    if not isinstance(mixer, TimeMixConfig | ExpTimeMixConfig):
+        return f"there is no compiled step for {config.arch}"
+    if isinstance(mixer, TimeMixConfig) and (mixer.denominator == "weighted" or mixer.weights == "free"):
+        return "there is no compiled step for a weighted denominator or a free W"
+    if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
+        return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
+    found, reason = step_library()
+    return None if found else reason
+
+
+class ModelStep:
+    """The model's own forward."""
+
+    def __init__(self, model: LanguageModel, reason: str) -> None:
+        self.model, self.reason = model, reason
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        device, vocab_size = self.model.device, self.model.config.vocab_size
+        if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+            raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
+        if torch.equal(rows, torch.arange(len(state.position))):
+            logits, after = self.model(tokens[:, None].to(device), state, logits="last")
+            return logits, cast(State, after)
+        rows = rows.to(device)
+        logits, part = self.model(tokens[:, None].to(device), state.select(rows), logits="last")
+        state.put(rows, cast(State, part))
+        return logits, state

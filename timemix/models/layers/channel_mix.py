@@ -1,0 +1,32 @@
+"""The channel-mix of the 2021 RWKV (RWKV-LM 0.01)."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timemix.models.config import ChannelMixConfig, ModelConfig
+from timemix.models.layers.activations import ACTIVATIONS
+from timemix.models.layers.linear import Linear, joint_linear, side_by_side
+from timemix.ops.common import fused
+
+
+class ChannelMix(nn.Module):
+    """sigmoid(receptance) * output(act(key) * value)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert isinstance(config.ffn, ChannelMixConfig)
+        self.activation = config.ffn.activation
+        C, hidden = config.channels, config.ffn_hidden
+        self.key = Linear(C, hidden)
+        self.value = Linear(C, hidden)
+        self.output = Linear(hidden, C)
+        self.receptance = Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        if fused.serves(x):
+            weight, bias = side_by_side(self.key, self.value, self.receptance)
+            hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)
+            return fused.scaled(F.linear(hidden, self.output.weight), self.output.bias, gate)
+        k, v, r = joint_linear(x, self.key, self.value, self.receptance)
+        return r.sigmoid() * self.output(ACTIVATIONS[self.activation](k) * v)

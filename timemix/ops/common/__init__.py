@@ -1,0 +1,1 @@
+"""What the ops of several architectures share: convolutions, histories, kernels between matrix products."""

@@ -1,0 +1,16 @@
+"""The time-mix of the 2021 RWKV in its many forms: with tables over lags, and with sums of exponentials."""
+
+from timemix.ops.rwkv1.api import BACKENDS, Wkv1State, choose_backend, wkv1, wkv1_state
+from timemix.ops.rwkv1.exponential import Curves, ExpState, exp_state, wkv1_exp
+
+__all__ = [
+    "BACKENDS",
+    "Curves",
+    "ExpState",
+    "Wkv1State",
+    "choose_backend",
+    "exp_state",
+    "wkv1",
+    "wkv1_exp",
+    "wkv1_state",
+]
