@@ -27,16 +27,16 @@ from torch.nn import functional as F
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.experiments.measure import process_memory
 from timemix.generation.generate import generate_tokens
+from timemix.generation.sampler import Sampler
 from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.token_shift import TokenShift
 from timemix.models.rwkv1.time_mix import in_c
 from timemix.ops.rwkv1.api import wkv1
-from timemix.optim import build_optimizers
 from timemix.runtime.device import autocast, choose_precision
 from timemix.runtime.machine import keep_freed_memory, matrix_product_peak
-from timemix.sampling import Sampler
 from timemix.training.compiling import choose_compile
+from timemix.training.optim import build_optimizers
 
 SIZES = {
     "cpu-small": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "batch_size": 12},

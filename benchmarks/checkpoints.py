@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from timemix.checkpoint import newest
 from timemix.config.presets import preset
 from timemix.config.run import TrainConfig
 from timemix.data.config import DataConfig
-from timemix.train import Trainer, new_run
+from timemix.runs.folder import newest
+from timemix.training.start import new_run
+from timemix.training.trainer import Trainer
 
 
 def timed(action: Callable[[], object]) -> float:

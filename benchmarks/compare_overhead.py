@@ -14,7 +14,7 @@ from pathlib import Path
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment, Variant
 from timemix.experiments.report import write_report
-from timemix.train import Trainer
+from timemix.training.trainer import Trainer
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps
     from timemix.data.config import DataConfig
     from timemix.data.corpus import open_corpus
     from timemix.runtime.distributed import joined
-    from timemix.train import Trainer, resolved
+    from timemix.training.start import resolved
+    from timemix.training.trainer import Trainer
 
     with joined() as world:
         full = preset(preset_name)

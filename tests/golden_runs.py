@@ -20,7 +20,8 @@ from timemix.data.corpus import is_corpus
 from timemix.data.prepare import prepare
 from timemix.models.config import ARCHITECTURES
 from timemix.runtime import native
-from timemix.train import Trainer, new_run
+from timemix.training.start import new_run
+from timemix.training.trainer import Trainer
 
 PATH = Path(__file__).parent / "golden" / "runs.json"
 STEPS = 5

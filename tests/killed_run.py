@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.runs import small_config, with_model
 from timemix.storage import files
-from timemix.train import new_run, resume_run
+from timemix.training.start import new_run, resume_run
 
 CONFIG = {"steps": 30, "save_every": 7, "valid_every": 10, "log_every": 4, "accumulation": 2}
 

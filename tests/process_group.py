@@ -12,9 +12,10 @@ import pytest
 from tests.runs import small_config, with_model
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.evaluate import loss_per_token
+from timemix.evaluation.loss import loss_per_token
 from timemix.runtime.distributed import Elsewhere, joined
-from timemix.train import Interrupted, new_run, resume_run
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
 
 SETTINGS = {
     "plain": {},

@@ -6,7 +6,8 @@ from pathlib import Path
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
 from timemix.models.config import architecture
-from timemix.train import Trainer, new_run
+from timemix.training.start import new_run
+from timemix.training.trainer import Trainer
 
 TEXT = "".join(f"the cat sat on mat {i % 7}. the dog ran to hut {i % 5}!\n" for i in range(60))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import TEXT
-from timemix.cli import main
+from timemix.cli.main import main
 from timemix.experiments.experiment import read_experiment
 
 ROOT = Path(__file__).parent.parent

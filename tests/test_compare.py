@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from tests.runs import TEXT, write_text_file
-from timemix.checkpoint import load
 from timemix.errors import UserError
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment, Variant, Verdict
-from timemix.experiments.plot import read_metrics
 from timemix.experiments.report import write_report
+from timemix.runs.load import load
+from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed
-from timemix.train import Interrupted, Trainer
+from timemix.training.signals import Interrupted
+from timemix.training.trainer import Trainer
 
 BASE = {
     "model": {"layers": 1, "heads": 2, "channels": 16, "ctx_len": 16, "ffn_ratio": 2.0},

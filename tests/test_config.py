@@ -9,8 +9,8 @@ from timemix.config.presets import PRESETS, preset
 from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
 from timemix.errors import UserError
 from timemix.models.config import ARCHITECTURES, ModelConfig, TimeMixConfig, architecture
-from timemix.optim import learning_rate
 from timemix.storage.settings import from_dict, to_dict
+from timemix.training.optim import learning_rate
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

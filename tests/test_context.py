@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.runs import TEXT, small_config, small_trainer, with_model
-from timemix import checkpoint
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.resize import with_ctx_len
-from timemix.train import new_run, resume_run
+from timemix.runs import load as checkpoint
+from timemix.training.start import new_run, resume_run
 
 
 def varied(config) -> LanguageModel:
@@ -165,7 +165,7 @@ class TestGoingOnFromARun:
         assert all(torch.equal(a[name], b[name]) for name in a)
 
     def test_on_the_command_line(self, run, tmp_path, capsys):
-        from timemix.cli import main
+        from timemix.cli.main import main
 
         def call(*arguments):
             with pytest.raises(SystemExit) as stop:

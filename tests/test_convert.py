@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from tests.runs import small_config, small_trainer, with_model, write_text_file
 from tests.test_context import varied
-from timemix import checkpoint, generate
+from timemix import generate
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import UserError
-from timemix.evaluate import loss_by_position
+from timemix.evaluation.loss import loss_by_position
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.rwkv1.to_exponential import with_exponentials
-from timemix.train import new_run, resume_run
+from timemix.runs import load as checkpoint
+from timemix.training.start import new_run, resume_run
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def call(capsys, *arguments):
-    from timemix.cli import main
+    from timemix.cli.main import main
 
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in arguments])

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 
 from tests.process_group import SETTINGS, config
 from tests.runs import TEXT, small_config, write_text_file
-from timemix import checkpoint
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.evaluate import loss_per_token
+from timemix.evaluation.loss import loss_per_token
+from timemix.runs import load as checkpoint
 from timemix.runtime.distributed import World, my_rows
-from timemix.train import Interrupted, new_run, resume_run
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]

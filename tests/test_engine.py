@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from tests.test_generation import reanchored, recomputed
 from tests.test_models import VARIANTS, build
-from timemix.engine import Engine, Request
 from timemix.errors import UserError
 from timemix.generation.decode import build_step
+from timemix.generation.engine import Engine, Request
+from timemix.generation.sampler import Sampler
 from timemix.models.rwkv1 import tiles as lazy
-from timemix.sampling import Sampler
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 
 CTX = 12
@@ -345,7 +345,7 @@ def test_what_an_engine_refuses():
 
 def test_prompts_are_read_in_pieces_of_bounded_size(model, monkeypatch):
     expected = [alone(model, request) for request in REQUESTS]
-    monkeypatch.setattr("timemix.engine.READ_AT_ONCE", 3)
+    monkeypatch.setattr("timemix.generation.engine.READ_AT_ONCE", 3)
     engine = Engine(model, CHARACTERS)
     for request in REQUESTS:
         engine.add(request)

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from tests.runs import TEXT, small_trainer
 from tests.test_models import VARIANTS, build
-from timemix import checkpoint
 from timemix.errors import UserError
-from timemix.evaluate import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
+from timemix.evaluation.loss import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
+from timemix.runs import load as checkpoint
 
 
 @given(

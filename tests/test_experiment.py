@@ -14,8 +14,8 @@ from timemix.experiments.experiment import (
     shipped,
     with_data,
 )
-from timemix.info import count_parameters
 from timemix.models.config import TimeMixConfig
+from timemix.models.size import count_parameters
 
 FILE = """
 title = "two"

@@ -10,7 +10,7 @@ from tests.runs import small_trainer
 from tests.test_models import VARIANTS, build
 from timemix.errors import UserError
 from timemix.generation.generate import generate_tokens, stream_text
-from timemix.sampling import Sampler, draw
+from timemix.generation.sampler import Sampler, draw
 
 CTX = 12
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from timemix.config.run import TrainConfig
 from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.optim import build_optimizers
+from timemix.training.optim import build_optimizers
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = {"RWKV": "rwkv1", "MHA_rotary": "mha_rotary", "MHA_shift": "mha_shift", "MHA_pro": "mha_pro"}

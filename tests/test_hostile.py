@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from tests.runs import small_config, write_text_file
-from timemix import checkpoint
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import LONGEST, UserError
-from timemix.experiments.plot import read_metrics
+from timemix.runs import load as checkpoint
+from timemix.runs.metrics import read_metrics
 from timemix.tokenizers.make import load_tokenizer
-from timemix.train import new_run, resume_run
+from timemix.training.start import new_run, resume_run
 
 PACKAGE = Path(checkpoint.__file__).parent
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.runs import TEXT, small_config, with_model, write_text_file
-from timemix.checkpoint import load
-from timemix.evaluate import loss_per_token
-from timemix.experiments.inspect import draw, inspect_run
+from timemix.evaluation.inspect import draw, inspect_run
+from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import TimeMixConfig
 from timemix.models.language_model import LanguageModel
-from timemix.train import new_run
+from timemix.runs.load import load
+from timemix.training.start import new_run
 
 
 def trained(tmp_path, arch="rwkv1", **fields):

@@ -12,8 +12,8 @@ from tests.runs import small_trainer
 from timemix.errors import UserError
 from timemix.ops.common import fused
 from timemix.runtime import machine
-from timemix.train import resume_run
 from timemix.training.compiling import COMPILE_FROM, choose_compile
+from timemix.training.start import resume_run
 
 CPU = torch.device("cpu")
 

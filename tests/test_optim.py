@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.runs import small_trainer
-from timemix import optim
-from timemix.optim import _QUINTICS, Muon, orthogonalized
+from timemix.training import optim
+from timemix.training.optim import _QUINTICS, Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12), (1, 4)])

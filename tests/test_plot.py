@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from timemix.errors import UserError
-from timemix.experiments.plot import plot_loss, read_metrics
+from timemix.reporting.plots import plot_loss
+from timemix.runs.metrics import read_metrics
 
 
 def rows_of(end=1.5, steps=2000, log=10, valid=100, seed=0):
@@ -224,7 +225,7 @@ def test_importing_is_cheap_and_plotting_leaves_no_global_state(make_run, tmp_pa
     code = f"""
 import sys
 from pathlib import Path
-from timemix.experiments.plot import plot_loss
+from timemix.reporting.plots import plot_loss
 assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 plot_loss([Path({str(make_run())!r})], Path({str(tmp_path / "loss.png")!r}))
 assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules

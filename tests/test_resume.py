@@ -16,12 +16,13 @@ import pytest
 
 from tests.killed_run import CONFIG, config
 from tests.runs import small_config, small_trainer, with_model, write_text_file
-from timemix import checkpoint
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
+from timemix.runs import load as checkpoint
 from timemix.storage import files
 from timemix.storage.locks import FolderLock
-from timemix.train import Interrupted, new_run, resume_run
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
 
 TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
 ROOT = Path(__file__).parent.parent

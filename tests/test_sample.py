@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.runs import small_trainer
-from timemix.cli import main
+from timemix.cli.main import main
 
 PROMPT = "the cat"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from timemix.errors import UserError
-from timemix.sampling import Sampler, draw
+from timemix.generation.sampler import Sampler, draw
 
 GOLDEN = Path(__file__).parent / "golden" / "top_a.safetensors"
 

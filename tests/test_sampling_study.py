@@ -18,8 +18,8 @@ from timemix.experiments.sampling_study import (
     sweep,
     to_markdown,
 )
-from timemix.sampling import Sampler
-from timemix.train import Trainer
+from timemix.generation.sampler import Sampler
+from timemix.training.trainer import Trainer
 
 MODEL = {"layers": 1, "heads": 2, "channels": 16, "ctx_len": 64}
 TRAIN = {"steps": 6, "batch_size": 4, "precision": "float32"}

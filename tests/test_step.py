@@ -10,7 +10,7 @@ import torch
 from tests import test_models
 from tests.runs import small_trainer
 from tests.test_models import build
-from timemix.cli import main
+from timemix.cli.main import main
 from timemix.generation.decode import ModelStep, build_step
 from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.quantize import quantized, rounded

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.test_engine import CHARACTERS, KINDS, alone
-from timemix.engine import Engine, Request
 from timemix.errors import UserError
-from timemix.sampling import Sampler
-from timemix.streams import load_stream, model_hash, save_stream
+from timemix.generation.engine import Engine, Request
+from timemix.generation.sampler import Sampler
+from timemix.generation.session import load_stream, model_hash, save_stream
 
 
 def stream_of(model, tokens=9):

@@ -13,10 +13,14 @@ from tests.runs import small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.info import flops_per_token
+from timemix.models.size import flops_per_token
+from timemix.runs.metrics import Metrics
 from timemix.runtime import machine
-from timemix.tracking import Metrics, SpikeWatch, load_hook, peak_memory, tensorboard
-from timemix.train import NotFinite, new_run, resume_run
+from timemix.runtime.machine import peak_memory
+from timemix.training.hooks import load_hook, tensorboard
+from timemix.training.spikes import SpikeWatch
+from timemix.training.start import new_run, resume_run
+from timemix.training.trainer import NotFinite
 
 
 def lines(run) -> list[dict]:
@@ -25,7 +29,7 @@ def lines(run) -> list[dict]:
 
 def test_a_line_holds_what_the_run_measured(tmp_path, monkeypatch):
     peak = 1e9
-    monkeypatch.setattr("timemix.train.matrix_product_peak", lambda precision, device: peak)
+    monkeypatch.setattr("timemix.training.trainer.matrix_product_peak", lambda precision, device: peak)
     trainer = small_trainer(tmp_path, log_every=1, warmup=0.5)
     trainer.run()
     line = lines(trainer.out)[3]

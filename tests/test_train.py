@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from tests.runs import TEXT, small_config, small_trainer, write_text_file
-from timemix import checkpoint
 from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.models.config import ARCHITECTURES
-from timemix.train import Interrupted, new_run, resume_run
+from timemix.runs import load as checkpoint
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
 
 
 def metrics(run: Path) -> list[dict]:

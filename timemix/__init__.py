@@ -10,8 +10,8 @@ from timemix._version import __version__
 from timemix.errors import UserError
 
 if TYPE_CHECKING:
-    from timemix.checkpoint import load
     from timemix.generation.generate import generate
+    from timemix.runs.load import load
 
 
 __all__ = ["UserError", "__version__", "generate", "load"]
@@ -20,7 +20,7 @@ __all__ = ["UserError", "__version__", "generate", "load"]
 def __getattr__(name: str) -> Any:
     # Importing the package must not import torch.
     if name == "load":
-        from timemix.checkpoint import load
+        from timemix.runs.load import load
 
         return load
     if name == "generate":

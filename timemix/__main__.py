@@ -1,6 +1,4 @@
-"""TODO."""
-
-from timemix.cli import main
+from timemix.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -22,13 +22,13 @@ from timemix.models.config import ModelConfig
 from timemix.storage.files import cannot_write
 
 if TYPE_CHECKING:
-    from timemix.checkpoint import Loaded
-    from timemix.engine import Engine, Event
+    from timemix.generation.engine import Engine, Event
+    from timemix.generation.session import Stream
+    from timemix.runs.load import Loaded
     from timemix.runtime.distributed import World
-    from timemix.streams import Stream
     from timemix.tokenizers.base import Tokenizer
-    from timemix.tracking import Hook
-    from timemix.train import Trainer, TrainingProgress, Watch
+    from timemix.training.hooks import Hook
+    from timemix.training.trainer import Trainer, TrainingProgress, Watch
 
 
 DEMO_PROMPT = "The "
@@ -193,7 +193,7 @@ def _defaults(arguments: list[str]) -> tuple[RunConfig, list[str]]:
         return preset_of(arguments, "cpu-small")
     if not arguments[0].startswith("-"):
         raise UserError(f"--from {start} brings its own settings: leave out the preset {arguments[0]!r}")
-    from timemix.checkpoint import find
+    from timemix.runs.folder import find
 
     config = read_toml(find(start) / "config.toml")
     # The text may be another one; where it lies, and what is held out of it, are not.
@@ -213,7 +213,7 @@ def train(arguments: list[str]) -> int:
             TrainArguments, arguments, "train", TrainArguments(tyro.MISSING, config.model, config.data, config.train)
         )
     from timemix.runtime.distributed import Elsewhere, joined
-    from timemix.tracking import load_hook
+    from timemix.training.hooks import load_hook
 
     hook = None if asked.tracking.hook is None else load_hook(asked.tracking.hook)
     with joined() as world:
@@ -229,8 +229,8 @@ def train(arguments: list[str]) -> int:
 
 
 def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world: "World") -> int:
-    from timemix.tracking import tensorboard
-    from timemix.train import new_run, resume_run
+    from timemix.training.hooks import tensorboard
+    from timemix.training.start import new_run, resume_run
 
     if isinstance(asked, ResumeArguments):
         out = asked.resume
@@ -259,10 +259,10 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
 
 def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
     """Trains with progress on stderr and draws the loss curve; returns the exit status."""
-    from timemix.experiments.plot import plot_loss
     from timemix.progress import watching
+    from timemix.reporting.plots import plot_loss
     from timemix.runtime.machine import keep_freed_memory
-    from timemix.train import Interrupted
+    from timemix.training.signals import Interrupted
 
     keep_freed_memory()
 
@@ -303,7 +303,7 @@ def _ignore(progress: "TrainingProgress") -> None:
 
 
 def _introduce(trainer: "Trainer") -> None:
-    from timemix.info import wkv1_backend
+    from timemix.models.size import wkv1_backend
 
     config, world = trainer.config, trainer.world
     processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
@@ -320,9 +320,9 @@ def _introduce(trainer: "Trainer") -> None:
 
 def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
     """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
-    from timemix.checkpoint import Loaded, load
     from timemix.generation.generate import generate
-    from timemix.sampling import Sampler
+    from timemix.generation.sampler import Sampler
+    from timemix.runs.load import Loaded, load
 
     tokenizer = trainer.corpus.tokenizer
     if prompt is None:
@@ -354,12 +354,12 @@ def sample(arguments: list[str]) -> int:
     settings = parsed.sampling
     if parsed.save_state is not None and settings.count > 1:
         raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
-    from timemix.checkpoint import load
-    from timemix.engine import Engine, Request
     from timemix.generation.decode import ModelStep
+    from timemix.generation.engine import Engine, Request
+    from timemix.generation.sampler import Sampler
+    from timemix.generation.session import load_stream, save_stream
+    from timemix.runs.load import load
     from timemix.runtime.device import choose_device
-    from timemix.sampling import Sampler
-    from timemix.streams import load_stream, save_stream
 
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
@@ -462,10 +462,10 @@ def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
 
 def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
-    from timemix.checkpoint import load
     from timemix.data.sources import read_source
-    from timemix.evaluate import evaluate, evaluate_held_out
+    from timemix.evaluation.loss import evaluate, evaluate_held_out
     from timemix.models.quantize import rounded
+    from timemix.runs.load import load
     from timemix.runtime.device import choose_device, choose_precision
 
     device, _ = choose_device(parsed.device)
@@ -519,7 +519,7 @@ def info(arguments: list[str]) -> int:
     config, rest = preset_of(arguments, "cpu-small")
     asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
     parsed = parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
-    from timemix.info import describe_machine, describe_model
+    from timemix.cli.info import describe_machine, describe_model
 
     report: dict[str, Any] = describe_machine()
     if asked:
@@ -533,7 +533,7 @@ def info(arguments: list[str]) -> int:
 
 def demo(arguments: list[str]) -> int:
     parsed = parse(DemoArguments, arguments, "demo")
-    from timemix.train import new_run
+    from timemix.training.start import new_run
 
     config = preset("demo")
     if parsed.steps is not None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from timemix.train import TrainingProgress, Watch
+from timemix.training.trainer import TrainingProgress, Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -23,17 +23,17 @@ from torch.nn import functional as F
 from timemix._version import __version__
 from timemix.config.run import TrainConfig
 from timemix.errors import UserError
-from timemix.evaluate import cross_entropy
+from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.table import markdown_table
 from timemix.models.config import ModelConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.time_mix import fusible, in_c
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import BACKENDS, K_MAX, K_MIN, wkv1
-from timemix.optim import build_optimizers
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.machine import free_memory, keep_freed_memory, matrix_product_peak, memory_bandwidth
 from timemix.training.compiling import choose_compile
+from timemix.training.optim import build_optimizers
 
 PLAIN = "plain float32"
 WITHOUT_C = "by torch's operators"

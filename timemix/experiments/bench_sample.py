@@ -13,19 +13,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from timemix.engine import Engine, Request
 from timemix.errors import UserError
 from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
 from timemix.experiments.measure import process_memory
-from timemix.experiments.plot import save_picture
 from timemix.generation.decode import Step, build_step
+from timemix.generation.engine import Engine, Request
+from timemix.generation.sampler import Sampler
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.models.state import State
-from timemix.sampling import Sampler
+from timemix.reporting.plots import save_picture
 from timemix.training.compiling import choose_compile
 
 STEPS = 16

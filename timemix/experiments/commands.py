@@ -31,7 +31,7 @@ from timemix.storage.files import write_text
 
 if TYPE_CHECKING:
     from timemix.experiments.compare import Job
-    from timemix.train import Watch
+    from timemix.training.trainer import Watch
 
 
 GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
@@ -222,7 +222,7 @@ def compare(arguments: list[str]) -> int:
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
     from timemix.experiments import sampling_study, speed, table
-    from timemix.train import Interrupted
+    from timemix.training.signals import Interrupted
 
     try:
         if isinstance(experiment, Experiment):
@@ -325,10 +325,11 @@ def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
 
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
-    from timemix.checkpoint import checkpoints, load
     from timemix.data.corpus import evenly_spaced
     from timemix.data.sources import read_source
-    from timemix.experiments.inspect import draw, inspect_run
+    from timemix.evaluation.inspect import draw, inspect_run
+    from timemix.runs.folder import checkpoints
+    from timemix.runs.load import load
     from timemix.runtime.device import choose_device
 
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
@@ -372,7 +373,7 @@ def _print_projections(report: dict[str, Any]) -> None:
 
 def plot(arguments: list[str]) -> int:
     parsed = parse(PlotArguments, arguments, "plot")
-    from timemix.experiments.plot import plot_loss
+    from timemix.reporting.plots import plot_loss
 
     if not parsed.runs:
         raise UserError("name at least one run folder: timemix plot runs/NAME")

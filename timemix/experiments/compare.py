@@ -24,24 +24,26 @@ from typing import Any
 
 import numpy as np
 
-from timemix.checkpoint import load
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import hold_out_end, prepare, text_hash
 from timemix.errors import UserError
-from timemix.evaluate import loss_by_position
+from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
 from timemix.experiments.measure import measure_training
-from timemix.experiments.plot import read_metrics
 from timemix.models.config import ModelConfig
+from timemix.runs.load import load
+from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
 from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
-from timemix.train import Interrupted, NotFinite, Trainer, Watch, new_run, resolved, resume_run
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resolved, resume_run
+from timemix.training.trainer import NotFinite, Trainer, Watch
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -350,7 +352,7 @@ class Comparison:
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
         from timemix.generation.generate import generate
-        from timemix.sampling import Sampler
+        from timemix.generation.sampler import Sampler
 
         job = self.seed_jobs(variant)[0]
         if "error" in (self.result(job) or {"error": ""}):

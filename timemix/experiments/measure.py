@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from timemix.config.run import RunConfig
-from timemix.evaluate import cross_entropy
+from timemix.evaluation.loss import cross_entropy
 from timemix.models.language_model import LanguageModel
-from timemix.optim import build_optimizers
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.machine import free_memory, keep_freed_memory
 from timemix.storage.settings import from_dict, to_dict
+from timemix.training.optim import build_optimizers
 
 OUT_OF_MEMORY = "out of memory"
 # What torch says on a GPU and on the CPU, and Python.

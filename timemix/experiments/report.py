@@ -9,7 +9,6 @@ import numpy as np
 from timemix.config.run import read_toml, to_toml
 from timemix.experiments.compare import Comparison
 from timemix.experiments.experiment import Experiment
-from timemix.experiments.plot import mean_over_runs, plot_bands, plot_positions, spare_colors
 from timemix.experiments.table import (
     build_table,
     result_rows,
@@ -19,6 +18,7 @@ from timemix.experiments.table import (
     verdict_rows,
     warnings,
 )
+from timemix.reporting.plots import mean_over_runs, plot_bands, plot_positions, spare_colors
 from timemix.storage.files import write_text
 
 MOST_POINTS = 400

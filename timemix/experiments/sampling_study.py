@@ -19,21 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.checkpoint import load, newest, read_progress
 from timemix.config.run import RunConfig
 from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import prepare, text_hash
 from timemix.data.shards import Tokens
 from timemix.errors import UserError
-from timemix.evaluate import cross_entropy
+from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
 from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
-from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
 from timemix.generation.generate import generate_tokens
+from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
-from timemix.sampling import Sampler
+from timemix.reporting.plots import save_picture, spare_colors
+from timemix.runs.folder import newest, read_progress
+from timemix.runs.load import load
 from timemix.storage.files import write_text
 from timemix.storage.json_files import are_numbers, is_number, misfit, read_json
 from timemix.storage.locks import claimed

@@ -16,8 +16,8 @@ import numpy as np
 from timemix.errors import UserError
 from timemix.experiments.experiment import SpeedExperiment
 from timemix.experiments.measure import OUT_OF_MEMORY, measure_training
-from timemix.experiments.plot import save_picture, spare_colors
 from timemix.experiments.table import Difference, markdown_table, paired_difference, verdict_word
+from timemix.reporting.plots import save_picture, spare_colors
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
 from timemix.storage.json_files import is_number, misfit, read_json

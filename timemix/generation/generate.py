@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timemix.checkpoint import Loaded, load
-from timemix.engine import Context, Engine, Request
 from timemix.errors import UserError
+from timemix.generation.engine import Context, Engine, Request
+from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
-from timemix.sampling import Sampler
+from timemix.runs.load import Loaded, load
 
 
 def generate_tokens(

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import sys
 import time
 
 import torch
@@ -59,3 +60,15 @@ def memory_bandwidth(device: torch.device) -> float:
     """Bytes per second that a sum over more numbers than the caches hold reads from memory; measured in about 0.1 s."""
     numbers: Tensor = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     return numbers.numel() * numbers.element_size() / _fastest(numbers.sum, device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most memory of this process so far in bytes: allocated on a GPU, else resident; None where no one tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

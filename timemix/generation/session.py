@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from timemix.checkpoint import open_tensors, write_tensors
 from timemix.errors import UserError
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import is_count
+from timemix.storage.tensors import open_tensors, write_tensors
 
 
 @dataclass(frozen=True)

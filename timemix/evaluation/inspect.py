@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from timemix.checkpoint import Loaded
 from timemix.data.batches import validation_windows
 from timemix.data.shards import Tokens
 from timemix.errors import UserError
-from timemix.evaluate import loss_per_token
-from timemix.experiments.plot import save_picture, spare_colors
+from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.ops.common import fused
+from timemix.reporting.plots import save_picture, spare_colors
+from timemix.runs.load import Loaded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,5 @@
 """The loss curves of runs as one picture."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from timemix.errors import UserError
-from timemix.storage.files import atomic_file, read_lines
+from timemix.runs.metrics import read_metrics
+from timemix.storage.files import atomic_file
 from timemix.storage.json_files import is_number
 
 if TYPE_CHECKING:
@@ -35,35 +35,9 @@ _MAX_MARKERS = 16
 _DPI = 150
 _PALETTE = 128
 
-LARGEST_METRICS = 64 * 2**20
-"""Bytes of metrics.jsonl at most, a quarter of a million lines: what it holds takes up to 15 times as much memory."""
+
 # Numbers beyond are not drawn: what is computed of them would overflow.
 _LARGEST_DRAWN = 1e30
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, oldest first: step, tokens, seconds, loss and valid_loss (nats per
-    token), and whatever else was logged. A last line cut short by a kill is skipped.
-
-    Raises UserError where the folder or the file is missing, or another line is not a JSON object.
-    """
-    if not run.is_dir():
-        raise UserError(f"there is no run folder {run}; name one that `timemix train --out` made")
-    path = run / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
-    damaged: int | None = None
-    for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
-        if damaged is not None:
-            raise UserError(f"line {damaged} of {path} is not a JSON object; remove or repair it")
-        try:
-            row = json.loads(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            damaged = number
-            continue
-        rows.append(row)
-    return rows
 
 
 def plot_loss(

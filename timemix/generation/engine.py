@@ -12,12 +12,12 @@ from torch import Tensor
 
 from timemix.errors import UserError
 from timemix.generation.decode import Step, build_step
+from timemix.generation.sampler import Sampler, draw
+from timemix.generation.session import Stream
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.models.state import State
-from timemix.sampling import Sampler, draw
-from timemix.streams import Stream
 from timemix.tokenizers.base import StreamDecoder, Tokenizer
 
 Context = Literal["reanchor", "exact"]

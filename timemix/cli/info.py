@@ -1,0 +1,50 @@
+"""The verb info: this machine, and the size of a model before it is built."""
+
+import platform
+from typing import Any
+
+import torch
+
+from timemix._version import __version__
+from timemix.config.run import TrainConfig
+from timemix.models.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, architecture
+from timemix.models.size import count_parameters, flops_per_token, wkv1_backend
+from timemix.runtime.device import choose_device, choose_precision
+from timemix.training.memory import training_memory
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, and what `auto` takes for device and precision, with the reason."""
+    device, device_reason = choose_device("auto")
+    precision, precision_reason = choose_precision("auto", device)
+    return {
+        "timemix": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": f"{device} ({device_reason})",
+        "precision": f"{precision} ({precision_reason})",
+    }
+
+
+def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
+    precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
+    report: dict[str, Any] = {
+        "arch": model.arch,
+        "size": f"{model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio {model.ffn_ratio},"
+        f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
+    }
+    if isinstance(model.mixer, TimeMixConfig | ExpTimeMixConfig):
+        report["wkv1"] = wkv1_backend(model, precision)
+    report["parameters"] = count_parameters(model)
+    sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
+    same_size = {name: getattr(model, name) for name in sizes}
+    report["parameters_by_arch"] = {
+        arch: count_parameters(architecture(arch, **same_size))["total"] for arch in ARCHITECTURES
+    }
+    flops = flops_per_token(model)
+    report["flops_per_token"] = {"forward": flops, "training": 3 * flops}
+    report["training_memory_mib"] = training_memory(model, train, precision) // 2**20
+    report["batch_size"] = train.batch_size // train.accumulation
+    return report

@@ -1,0 +1,93 @@
+"""Run folders and checkpoints: safetensors, JSON and TOML, each written whole or not at all.
+
+runs/NAME/config.toml, metrics.jsonl, samples.txt, loss.png
+runs/NAME/checkpoints/step-00000500/{model.safetensors, config.toml, tokenizer.json,
+                                     training.safetensors, training.json}
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from timemix.config.run import RunConfig, read_toml
+from timemix.data.corpus import Corpus, open_run_corpus
+from timemix.errors import UserError
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel
+from timemix.runs.folder import find
+from timemix.storage.tensors import fits_tensor, open_tensors
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.make import load_tokenizer
+
+
+@dataclass
+class Loaded:
+    """A trained model with its tokenizer and the config of its run."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: RunConfig
+    folder: Path
+
+    def corpus(self) -> Corpus:
+        """Tokens of its run. Raises UserError as `open_run_corpus` does, and for those of another vocabulary."""
+        run = self.folder.parent.parent
+        corpus = open_run_corpus(run, self.config.data.source)
+        if corpus.tokenizer.hash != self.tokenizer.hash:
+            raise UserError(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
+        return corpus
+
+
+def check_weights(model: LanguageModel, folder: Path) -> None:
+    """Raises UserError where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
+    path, ours = folder / "model.safetensors", model.state_dict()
+    with open_tensors(path) as tensors:
+        if other := sorted(set(tensors.keys()) ^ ours.keys()):
+            where = "missing from it" if other[0] in ours else "only in the file"
+            raise UserError(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
+        for name, own in ours.items():
+            if not fits_tensor(tensors, name, own.shape):
+                found = tensors.get_slice(name)
+                raise UserError(
+                    f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
+                    f" not {list(own.shape)}"
+                )
+
+
+def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
+    """The model of a config without memory, which the weights of a checkpoint fit.
+
+    Raises UserError where they do not, before work or memory of the size that the config names is taken.
+    """
+    path = folder / "model.safetensors"
+    with open_tensors(path) as tensors:
+        layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
+    if layers != config.layers:
+        raise UserError(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    check_weights(model, folder)
+    return model
+
+
+def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
+    """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
+
+    `checkpoint`: as for `find`. Raises UserError when something is missing, damaged, or does not fit together.
+    """
+    folder = find(run, checkpoint)
+    config = read_toml(folder / "config.toml")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} entries,"
+            f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
+        )
+    dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+    model = empty_model(config.model, folder)
+    with open_tensors(folder / "model.safetensors") as tensors:
+        # A copy: what the file gives may be the file itself, mapped into memory.
+        weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
+    model.load_state_dict(weights, assign=True)
+    return Loaded(model.eval(), tokenizer, config, folder)

@@ -1,0 +1,37 @@
+"""Checkpoints, written atomically."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from timemix.config.run import RunConfig, to_toml
+from timemix.runs.folder import checkpoint_name
+from timemix.storage.files import atomic_folder
+from timemix.storage.tensors import write_tensors
+from timemix.tokenizers.base import Tokenizer
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    training: dict[str, Tensor],
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    progress: dict[str, Any],
+) -> Path:
+    """Writes checkpoints/step-NNNNNNNN of a run folder and returns its path.
+
+    `weights` and `training` as `gathered` gives them; `progress`: what resuming needs besides tensors (seconds,
+    validation loss ...). Raises CannotWrite when the disk is full.
+    """
+    folder = run / "checkpoints" / checkpoint_name(step)
+    with atomic_folder(folder) as temporary:
+        write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
+        (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        tokenizer.save(temporary / "tokenizer.json")
+        write_tensors(temporary / "training.safetensors", training, {})
+        (temporary / "training.json").write_text(json.dumps({"step": step, **progress}, indent=1), encoding="utf-8")
+    return folder

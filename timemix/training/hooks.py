@@ -1,0 +1,44 @@
+"""Where the lines of metrics.jsonl go besides: TensorBoard, or any function."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from timemix.errors import UserError
+from timemix.runs.metrics import Line
+
+Hook = Callable[[Line], object]
+"""Gets each line of metrics.jsonl when it is written. That is all a tracking service needs:
+`trainer.run(hook=lambda line: wandb.log(line, step=line["step"]))`."""
+
+
+def load_hook(name: str) -> Hook:
+    """The function that "module:function" names. Raises UserError where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"--hook {name}: {error}; name a function as module:function") from None
+    if not callable(found):
+        raise UserError(f"--hook {name}: it is no function; name one as module:function")
+    return found
+
+
+def tensorboard(folder: Path, step: int) -> Hook:
+    """A hook that writes the numbers of each line for TensorBoard; what `folder` holds after `step` is dropped.
+
+    Raises UserError where TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed; pip install 'timemix[tensorboard]'") from None
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(line: Line) -> None:
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return write

@@ -1,0 +1,33 @@
+"""Loss spikes."""
+
+import math
+
+
+class SpikeWatch:
+    """Tells losses far above those before, by their exponential mean and deviation over about 100 steps.
+
+    `state`: mean, variance and number of losses seen, to go on from after a stop.
+    """
+
+    DECAY = 0.99
+    WARM_UP = 50
+
+    def __init__(self, deviations: float) -> None:
+        self._deviations = deviations
+        self.state = [0.0, 0.0, 0]
+
+    def __call__(self, loss: float) -> str | None:
+        """A sentence's end that tells of a spike, None where this loss is none. A report needs 50 losses before it."""
+        mean, variance, seen = self.state
+        deviation = math.sqrt(variance)
+        highest = mean + self._deviations * deviation
+        spike = self._deviations > 0 and seen >= self.WARM_UP and loss > highest
+        # A spike counts as the highest usual loss, so that a lasting rise is told a few times, not for ever.
+        usual = highest if spike else loss
+        weight = max(1 - self.DECAY, 1 / (seen + 1))
+        self.state = [
+            mean + weight * (usual - mean),
+            (1 - weight) * (variance + weight * (usual - mean) ** 2),
+            seen + 1,
+        ]
+        return f"the loss is {loss:.3f}, after {mean:.3f} ± {deviation:.3f} in the steps before" if spike else None
