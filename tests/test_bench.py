@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
 from timemix.errors import UserError
 from timemix.experiments import bench, bench_sample
-from timemix.experiments.commands import bench as verb
 from timemix.models.config import architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS

@@ -1,3 +1,5 @@
+"""TODO."""
+
 from timemix.cli.main import main
 
 if __name__ == "__main__":

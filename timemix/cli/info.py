@@ -1,11 +1,14 @@
 """The verb info: this machine, and the size of a model before it is built."""
 
+import json
 import platform
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from timemix._version import __version__
+from timemix.cli.options import parse, preset_of, print_report
 from timemix.config.run import TrainConfig
 from timemix.models.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, architecture
 from timemix.models.size import count_parameters, flops_per_token, wkv1_backend
@@ -48,3 +51,29 @@ def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     report["training_memory_mib"] = training_memory(model, train, precision) // 2**20
     report["batch_size"] = train.batch_size // train.accumulation
     return report
+
+
+@dataclass(frozen=True)
+class InfoArguments:
+    """Versions, devices and backends; parameters, FLOPs and memory of a preset: timemix info seed"""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    json: bool = False
+    """Print one JSON object."""
+
+
+def info(arguments: list[str]) -> int:
+    config, rest = preset_of(arguments, "cpu-small")
+    asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
+    parsed = parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
+    from timemix.cli.info import describe_machine, describe_model
+
+    report: dict[str, Any] = describe_machine()
+    if asked:
+        report |= describe_model(parsed.model, parsed.train)
+    if parsed.json:
+        print(json.dumps(report))
+        return 0
+    print_report(report)
+    return 0

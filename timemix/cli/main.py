@@ -22,9 +22,6 @@ VERBS = {
     "bench": "time the op, a training step, or writing, beside other ways",
     "info": "versions, devices, backends; size of a model",
 }
-# Of the verbs that are not in timemix.commands.
-MODULES = dict.fromkeys(("compare", "inspect", "plot", "bench"), "timemix.experiments.commands")
-MODULES["convert"] = "timemix.experiments.convert"
 
 
 def usage() -> str:
@@ -51,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
             from timemix.errors import nearest
 
             raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
-        commands = importlib.import_module(MODULES.get(verb, "timemix.commands"))
-        sys.exit(getattr(commands, verb)(arguments[1:]))
+        module = importlib.import_module(f"timemix.cli.{verb}")
+        sys.exit(getattr(module, verb)(arguments[1:]))
     except UserError as error:
         print(f"timemix: {error}", file=sys.stderr)
         sys.exit(2)

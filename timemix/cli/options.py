@@ -1,12 +1,16 @@
 """What the verbs of the command line share: reading options, naming a preset, printing a report."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from timemix.tokenizers.base import Tokenizer
+
 
 Arguments = TypeVar("Arguments")
 
@@ -45,3 +49,9 @@ def print_report(report: dict[str, Any]) -> None:
         for part, each in rows:
             label = f"{name.replace('_', ' ')} {part}"
             print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")
+
+
+def default_prompt(tokenizer: "Tokenizer") -> str:
+    """A line end, or the first token where the vocabulary has none."""
+    ids, _ = tokenizer.encode_lenient("\n")
+    return "\n" if len(ids) else tokenizer.decode([0])

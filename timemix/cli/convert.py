@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tyro
 
-from timemix.arguments import parse
+from timemix.cli.options import parse
+from timemix.cli.watch import watching
 from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
@@ -19,7 +20,6 @@ from timemix.errors import UserError
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.to_exponential import exponential_config, with_exponentials
-from timemix.progress import watching
 from timemix.reporting.plots import plot_loss, save_picture
 from timemix.runs.load import Loaded, load
 from timemix.runtime.machine import keep_freed_memory

@@ -1,0 +1,179 @@
+"""The verb compare: train variants side by side."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from timemix.cli.options import parse
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig
+from timemix.errors import UserError, nearest
+from timemix.experiments.experiment import (
+    AnyExperiment,
+    Experiment,
+    SpeedExperiment,
+    Variant,
+    find_experiment,
+    read_experiment,
+    shipped,
+    with_data,
+)
+from timemix.models.config import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from timemix.experiments.compare import Job
+    from timemix.training.trainer import Watch
+
+
+GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
+SEED_COLORS = {"rwkv1": "red", "rwkv1_exp": "orange", "mha_rotary": "gray", "mha_pro": "black", "mha_shift": "green"}
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Train variants on the same batches, each at its best learning rate, and say which learns better.
+
+    Name an experiment file (.toml), one that comes with timemix, or architectures:
+    timemix compare --arch rwkv1 mha_rotary --data FILE --out DIR. Called again, it goes on where it was. Runs are
+    spread over processes by torchrun: torchrun --nproc-per-node 2 -m timemix compare ...
+    """
+
+    experiment: tyro.conf.Positional[str | None] = None
+    """Experiment file, or the name of one that comes with timemix."""
+    arch: tuple[str, ...] = ()
+    """Architectures to compare, instead of a file."""
+    out: Path | None = None
+    """Folder of the comparison; None: runs/ and the name of the experiment."""
+    data: str | None = None
+    """Training text: as `train --data`; None: what the file says, else `builtin`."""
+    valid: str | None = None
+    """Validation text; None: what the file says, else the end of the training text."""
+    seeds: int | None = None
+    """Run seeds 1 to this number; None: what the file says, else 1 to 3."""
+    tokens: int | None = None
+    """Training tokens of every run; None: what the file says, else 1.5 million."""
+    size: str = "cpu-small"
+    """Preset that gives the architectures of --arch their size."""
+    tune: bool = True
+    """With --arch: choose learning rate and initial values of each first, by 6 runs with seed 0."""
+    reuse: Path | None = None
+    """Folder of other comparisons' folders: a run that one of them has finished, same config and tokens, is copied."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: cuda where there is one, under torchrun each process its own."""
+    json: bool = False
+    """Print the table as one JSON object."""
+
+
+def compare(arguments: list[str]) -> int:
+    parsed = parse(CompareArguments, arguments, "compare")
+    name, experiment = _experiment(parsed)
+    out = parsed.out or Path("runs") / name
+    device = _own_device(parsed.device)
+    first = int(os.environ.get("RANK", "0")) == 0
+    from timemix.experiments import sampling_study, speed, table
+    from timemix.training.signals import Interrupted
+
+    try:
+        if isinstance(experiment, Experiment):
+            found, words = _train_all(experiment, out, device, parsed.reuse, first), table.to_markdown
+        elif not first:
+            return 0
+        elif isinstance(experiment, SpeedExperiment):
+            found, words = speed.run_speed(experiment, out, _say, device), speed.to_markdown
+        else:
+            found, words = sampling_study.run_sampling(experiment, out, _say, device), sampling_study.to_markdown
+    except Interrupted as stop:
+        _say(f"timemix: stopped; the same command goes on with {out}")
+        return 128 + stop.number
+    if first:
+        print(json.dumps(found) if parsed.json else words(found), end="\n" if parsed.json else "")
+        _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
+    return 0
+
+
+_REPORTS = (".html", ".md", ".png")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | None, first: bool) -> dict[str, Any]:
+    """Runs what is left of a comparison; the first process then writes its report and gets the table."""
+    from timemix.experiments.compare import Comparison
+    from timemix.experiments.report import write_report
+
+    comparison = Comparison(experiment, out, reuse=reuse, device=device)
+    comparison.run(_watching, _say)
+    return write_report(comparison) if first else {}
+
+
+def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
+    """Name and experiment that the options describe. Raises UserError for none, for both, or for bad values."""
+    if (parsed.experiment is None) == (not parsed.arch):
+        known = ", ".join(path.stem for path in shipped())
+        raise UserError(f"name an experiment file, one of {known}, or architectures with --arch")
+    if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
+        raise UserError("--size and --no-tune go with --arch; an experiment file says these itself")
+    if parsed.experiment is not None:
+        path = find_experiment(parsed.experiment)
+        name, experiment = path.stem, read_experiment(path)
+    else:
+        name, experiment = "-".join(parsed.arch), _of_architectures(parsed)
+    experiment = with_data(experiment, parsed.data, parsed.valid)
+    changes: dict[str, Any] = {}
+    if parsed.seeds is not None:
+        if parsed.seeds < 1:
+            raise UserError(f"--seeds is {parsed.seeds}; it must be at least 1")
+        changes["seeds"] = tuple(range(1, parsed.seeds + 1))
+    if parsed.tokens is not None:
+        changes |= {"tokens": parsed.tokens, "seconds": None}
+    if changes and not isinstance(experiment, Experiment):
+        raise UserError(f"{name} trains no variants: --seeds and --tokens say nothing to it")
+    return name, replace(experiment, **changes)
+
+
+def _of_architectures(parsed: CompareArguments) -> Experiment:
+    for arch in parsed.arch:
+        if arch not in ARCHITECTURES:
+            raise UserError(f"unknown architecture {arch!r}{nearest(arch, ARCHITECTURES)}")
+    # The held-out text is read at the beginning and at the end: often would cost more than 2 % of the time.
+    steps = preset(parsed.size).train.steps
+    return Experiment(
+        title=" against ".join(parsed.arch),
+        variants=tuple(Variant(a, {"model": {"arch": a}}, color=SEED_COLORS.get(a, "")) for a in parsed.arch),
+        tokens=1_500_000,
+        preset=parsed.size,
+        base={"train": {"valid_every": steps, "save_every": 500}},
+        tune=GRID if parsed.tune else {},
+    )
+
+
+def _own_device(device: str) -> str:
+    """`auto` under torchrun: the GPU of this process's local rank, where there is one."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    if device != "auto" or local_rank is None:
+        return device
+    import torch
+
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
+    """A bar for the run on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from timemix.cli.watch import watching
+
+    print(job.name, file=sys.stderr)
+    with watching(0, config.train.steps) as watch:
+        yield watch

@@ -1,0 +1,191 @@
+"""The verb sample: text from a trained model."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from timemix.cli.options import default_prompt, parse
+from timemix.errors import UserError
+
+if TYPE_CHECKING:
+    from timemix.generation.engine import Engine, Event
+    from timemix.generation.session import Stream
+    from timemix.runs.load import Loaded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see timemix.sampling.Sampler."""
+
+    tokens: int = 300
+    """Tokens to write."""
+    count: int = 1
+    """Samples to write, in one batch."""
+    seed: int = 0
+    """Same seed, same text."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the most probable tokens up to this total; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens of at least this share of the largest probability; 0 is off."""
+    top_a: float = 0.02
+    """Remove tokens below top_a * p_max ^ top_a_power; 0 is off."""
+    top_a_power: float = 2.0
+    """See top_a."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the context less likely; 1 is off."""
+    context: Literal["reanchor", "exact"] = "reanchor"
+    """Past ctx_len: go on from the newest half (constant cost), or recompute the whole window for each token."""
+    stop: tuple[str, ...] = ()
+    """Texts at the first of which a sample ends, before it."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "count"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Write text with a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, or one of its checkpoints."""
+    prompt: str | None = None
+    """Text to go on from; None: none with --load-state, else a line end, or the first token of the vocabulary."""
+    checkpoint: str = "best"
+    """best, newest, or a step."""
+    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Round the weights to this: the fewer bytes, the faster."""
+    load_state: Path | None = None
+    """Go on with the text whose state is in this file."""
+    save_state: Path | None = None
+    """Write the state after the text, and after a stop string that ended it, to this file, to go on; also on Ctrl-C."""
+    log_probabilities: bool = False
+    """With --json: the log-probability of each token in nats, at temperature 1 and before any filter."""
+    device: str = "auto"
+    """cpu, cuda ...; auto: cuda where there is one."""
+    json: bool = False
+    """Print one JSON object."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+
+
+def sample(arguments: list[str]) -> int:
+    parsed = parse(SampleArguments, arguments, "sample")
+    settings = parsed.sampling
+    if parsed.save_state is not None and settings.count > 1:
+        raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
+    from timemix.generation.decode import ModelStep
+    from timemix.generation.engine import Engine, Request
+    from timemix.generation.sampler import Sampler
+    from timemix.generation.session import load_stream, save_stream
+    from timemix.runs.load import load
+    from timemix.runtime.device import choose_device
+
+    sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
+    loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
+    start = None if parsed.load_state is None else load_stream(parsed.load_state, loaded.model)
+    prompt = parsed.prompt
+    if prompt is None:
+        prompt = default_prompt(loaded.tokenizer) if start is None else ""
+    _note_long_prompt(prompt, loaded)
+    engine = Engine(loaded.model, loaded.tokenizer, places=settings.count, weights=parsed.weights)
+    if isinstance(engine.advance, ModelStep):
+        print(f"timemix: tokens are written step by step by the model itself: {engine.advance.reason}", file=sys.stderr)
+    ids = loaded.tokenizer.encode(prompt).tolist()
+    for number in range(settings.count):
+        engine.add(
+            Request(
+                ids,
+                tokens=settings.tokens,
+                sampler=sampler,
+                seed=settings.seed,
+                sample=number,
+                stop=settings.stop,
+                log_probabilities=parsed.log_probabilities,
+                start=start,
+                keep_stream=parsed.save_state is not None,
+                context=settings.context,
+            )
+        )
+    saving = parsed.save_state
+    noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
+    with noted as interrupts:
+        streams: list[Stream] = []
+        gone: BrokenPipeError | None = None
+        try:
+            for _ in _written(engine, prompt, parsed, streams):
+                if interrupts:
+                    break
+        except BrokenPipeError as error:
+            gone = error
+        if saving:
+            save_stream(streams[0] if streams else engine.stream(0), saving, loaded.model)
+    if gone is not None:
+        raise gone
+    if interrupts:
+        raise KeyboardInterrupt
+    return 0
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Ctrl-C goes into the list, rather than stop what is going on in its midst."""
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _written(engine: "Engine", prompt: str, parsed: SampleArguments, streams: "list[Stream]") -> Iterator["Event"]:
+    """Prints the texts of an engine, one as it comes, several when all have ended; gives their events.
+
+    The stream of a text that has ended goes into the list before its end is printed.
+    """
+    count = parsed.sampling.count
+    streaming = count == 1 and not parsed.json
+    texts = [""] * count
+    told: list[list[float | None]] = [[] for _ in range(count)]
+    if streaming:
+        sys.stdout.write(prompt)
+    while engine.busy:
+        for event in engine.step():
+            if event.stream is not None:
+                streams.append(event.stream)
+            texts[event.id] += event.text
+            told[event.id].append(event.log_probability)
+            if streaming:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            # Last: a stop here loses nothing of what the state holds.
+            yield event
+    if parsed.json:
+        asked = {"log_probabilities": told} if parsed.log_probabilities else {}
+        print(json.dumps({"prompt": prompt, "texts": texts} | asked))
+    elif streaming:
+        sys.stdout.write("\n")
+    else:
+        for number, text in enumerate(texts, 1):
+            print(f"--- sample {number}\n{prompt}{text}")
+
+
+def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
+    tokens = len(loaded.tokenizer.encode(prompt))
+    limit = loaded.model.max_position
+    if limit is not None and tokens > limit:
+        print(
+            f"timemix: the prompt has {tokens} tokens, the context {limit}: the model sees the last {limit}",
+            file=sys.stderr,
+        )
