@@ -25,7 +25,6 @@ import torch
 from torch.nn import functional as F
 
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.experiments.measure import process_memory
 from timemix.generation.generate import generate_tokens
 from timemix.generation.sampler import Sampler
 from timemix.models.config import ChannelMixConfig, architecture
@@ -34,7 +33,7 @@ from timemix.models.layers.token_shift import TokenShift
 from timemix.models.rwkv1.time_mix import in_c
 from timemix.ops.rwkv1.api import wkv1
 from timemix.runtime.device import autocast, choose_precision
-from timemix.runtime.machine import keep_freed_memory, matrix_product_peak
+from timemix.runtime.machine import keep_freed_memory, matrix_product_peak, process_memory
 from timemix.training.compiling import choose_compile
 from timemix.training.optim import build_optimizers
 

@@ -16,9 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from timemix.experiments.experiment import Experiment, SpeedExperiment, find_experiment, read_experiment
+from timemix.experiments.spec import Experiment, SpeedExperiment, find_experiment, read_experiment
 from timemix.experiments.speed import ratio_words
-from timemix.experiments.table import interval, markdown_table, paired_difference, verdict_word
+from timemix.reporting.markdown import markdown_table
+from timemix.reporting.statistics import interval, paired_difference, verdict_word
 
 ROOT = Path(__file__).parent.parent
 # In the order of the page; the speed experiment last but one, when nothing else runs.

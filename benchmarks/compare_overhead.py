@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from timemix.experiments.compare import Comparison
-from timemix.experiments.experiment import Experiment, Variant
 from timemix.experiments.report import write_report
+from timemix.experiments.spec import Experiment, Variant
 from timemix.training.trainer import Trainer
 
 

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from timemix.bench import op as bench_op
+from timemix.bench import race
+from timemix.bench import sample as bench_sample
+from timemix.bench import train as bench_train
+from timemix.bench.baselines import plain_wkv1
 from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
 from timemix.errors import UserError
-from timemix.experiments import bench, bench_sample
 from timemix.models.config import architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
@@ -22,15 +26,15 @@ SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": 
 def test_the_plain_writing_is_the_reference():
     k, v = torch.randn(2, 1, 7, 2, 3, dtype=torch.float64).unbind()
     f, alpha, beta = torch.randn(3, 2, 9, dtype=torch.float64).unbind()
-    plain, _ = bench.plain_wkv1(k, v, f, alpha, beta)
+    plain, _ = plain_wkv1(k, v, f, alpha, beta)
     torch.testing.assert_close(plain, wkv1(k, v, f, alpha, beta, backend="reference")[0])
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float32",)])
 def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
     """bfloat16 where the processor has it: elsewhere it takes a hundred times as long."""
-    monkeypatch.setattr(bench, "choose_precision", lambda *_: (dtypes[-1], "so it is"))
-    report = bench.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    monkeypatch.setattr(bench_op, "choose_precision", lambda *_: (dtypes[-1], "so it is"))
+    report = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert list(paths) == [
         "plain float32",
@@ -41,7 +45,7 @@ def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert row["rounds"] >= 3
     assert paths["plain float32"]["ratio"] == {"median": 1, "low": 1, "high": 1}
-    words = bench.to_markdown(report)
+    words = race.to_markdown(report)
     taken = 1e3 * paths["blocked float32"]["seconds"]
     assert f"| blocked float32 | {taken:.{3 if taken <= 10 else 1}f} |" in words
     assert "GFLOP/s in float32" in words
@@ -53,18 +57,20 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
             raise RuntimeError("cannot\nat all")
         return 1.01 * wkv1(k, v, *args, backend=backend, **kwargs)[0], None
 
-    monkeypatch.setattr(bench, "wkv1", wrong)
-    report = bench.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    monkeypatch.setattr(bench_op, "wkv1", wrong)
+    report = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert paths["blocked float32"]["withheld"].startswith("parity failed: off by 1.0e-02")
     assert paths["dense float32"]["withheld"] == "fails: cannot"
     assert "seconds" not in paths["dense float32"]
-    assert "| blocked float32 | parity failed: off by" in bench.to_markdown(report)
+    assert "| blocked float32 | parity failed: off by" in race.to_markdown(report)
 
 
 def test_a_training_step_beside_others():
     model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
-    report = bench.bench_train(model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None)
+    report = bench_train.bench_train(
+        model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
+    )
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     ours = next(row for name, row in paths.items() if name.startswith("rwkv1"))
     assert ours["tokens_per_second"] == pytest.approx(18 / ours["seconds"])
@@ -82,14 +88,14 @@ def test_a_step_with_and_without_c(monkeypatch):
     calls, raced = [], []
     gates = fused.gates
     monkeypatch.setattr(fused, "gates", lambda *args: calls.append(1) or gates(*args))
-    monkeypatch.setattr(bench, "race", lambda contenders, *_: raced.extend(contenders) or [])
+    monkeypatch.setattr(bench_train, "race", lambda contenders, *_: raced.extend(contenders) or [])
     model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
     train = TrainConfig(batch_size=2, precision="float32", compile="off")
-    bench.bench_train(model, train, seconds=0, say=lambda line: None)
+    bench_train.bench_train(model, train, seconds=0, say=lambda line: None)
     in_c = {}
     for contender in raced:
         calls.clear()
-        if contender.name != bench.PLAIN:
+        if contender.name != bench_train.PLAIN:
             contender.call()
             in_c[contender.name] = len(calls)
     assert in_c == {"rwkv1 float32": 1, "rwkv1 float32 by torch's operators": 0, "mha_rotary float32": 0}
@@ -100,9 +106,11 @@ def paths_named(paths, beginning):
 
 
 def test_logits_that_differ_withhold_the_figure(monkeypatch):
-    monkeypatch.setattr(bench, "plain_wkv1", lambda k, v, *args: (v, None))
+    monkeypatch.setattr(bench_train, "plain_wkv1", lambda k, v, *args: (v, None))
     model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
-    report = bench.bench_train(model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None)
+    report = bench_train.bench_train(
+        model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
+    )
     rows = [row for row in report["results"][0]["paths"] if row["name"].startswith("rwkv1")]
     assert rows
     assert all(row["withheld"].startswith("parity failed: logits off by") for row in rows)
@@ -157,7 +165,7 @@ def test_writing_beside_others(arch, tmp_path):
     assert len({row["state_bytes"] for row in positions["paths"]}) == 1
     assert ("reading 24 tokens again" in positions["title"]) == (arch != "rwkv1_exp")
     assert [row["name"] for row in first["paths"]][-1] == f"prompt of {192 if arch == 'rwkv1_exp' else 48}"
-    words = bench.to_markdown(report)
+    words = race.to_markdown(report)
     assert "share of the floor" in words or not compiled
     bench_sample.draw_batches(report, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")

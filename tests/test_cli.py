@@ -14,7 +14,7 @@ import pytest
 
 from tests.runs import TEXT
 from timemix.cli.main import main
-from timemix.experiments.experiment import read_experiment
+from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")

@@ -16,8 +16,8 @@ import pytest
 from tests.runs import TEXT, write_text_file
 from timemix.errors import UserError
 from timemix.experiments.compare import Comparison
-from timemix.experiments.experiment import Experiment, Variant, Verdict
 from timemix.experiments.report import write_report
+from timemix.experiments.spec import Experiment, Variant, Verdict
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import timemix
 from tests.runs import TEXT, small_config, small_trainer, with_model
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
@@ -15,7 +16,7 @@ from timemix.errors import UserError
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.resize import with_ctx_len
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
 
 
@@ -116,7 +117,7 @@ class TestGoingOnFromARun:
         trainer.run()
         first = json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[0])
         assert first["valid_loss"] == run.valid_loss
-        assert checkpoint.load(trainer.out).config.start == str(run.out)
+        assert timemix.load(trainer.out).config.start == str(run.out)
 
     def test_with_a_longer_context_the_loss_stays_near(self, run, tmp_path):
         trainer = new_run(self.config(run, tmp_path / "text.txt", ctx_len=24, dropout=0.1), tmp_path / "next")
@@ -157,11 +158,9 @@ class TestGoingOnFromARun:
 
         with pytest.raises(KeyError):
             killed.run(crash)
-        assert [c.name for c in checkpoint.checkpoints(killed.out)] == ["step-00000000"]
+        assert [c.name for c in run_folder.checkpoints(killed.out)] == ["step-00000000"]
         resume_run(killed.out).run()
-        a, b = (
-            checkpoint.load(tmp_path / name, checkpoint="newest").model.state_dict() for name in ("whole", "killed")
-        )
+        a, b = (timemix.load(tmp_path / name, checkpoint="newest").model.state_dict() for name in ("whole", "killed"))
         assert all(torch.equal(a[name], b[name]) for name in a)
 
     def test_on_the_command_line(self, run, tmp_path, capsys):
@@ -177,7 +176,7 @@ class TestGoingOnFromARun:
         assert call("--model.arch", "mha_rotary")[0] == 2
         status, errors = call("--model.ctx-len", "24", "--train.steps", "4", "--train.lr", "1e-4")
         assert status == 0, errors
-        config = checkpoint.load(tmp_path / "next").config
+        config = timemix.load(tmp_path / "next").config
         assert (config.model.ctx_len, config.model.channels, config.train.batch_size) == (24, 16, 4)
         assert config.data.source == run.config.data.source
 

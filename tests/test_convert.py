@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import timemix
 from tests.runs import small_config, small_trainer, with_model, write_text_file
 from tests.test_context import varied
 from timemix import generate
@@ -16,7 +17,7 @@ from timemix.errors import UserError
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.rwkv1.to_exponential import with_exponentials
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
 
 
@@ -98,14 +99,14 @@ def test_the_new_run_is_like_any_other(run, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} >= {"config.toml", "checkpoints", "fit.png", "convert.json"}
     report = json.loads((out / "convert.json").read_text())
     assert len(report["fits"]) == 8
-    loaded, old = checkpoint.load(out), checkpoint.load(run)
+    loaded, old = timemix.load(out), timemix.load(run)
     assert (loaded.config.model.arch, loaded.config.model.mixer.exponentials) == ("rwkv1_exp", 8)
     assert loaded.config.start == str(old.folder)
 
     status, text, _ = call(capsys, "eval", out, "--json")
     own = json.loads(text)["nats_per_token"]
     assert own == pytest.approx(json.loads(call(capsys, "eval", run, "--json")[1])["nats_per_token"], abs=0.02)
-    assert checkpoint.read_progress(loaded.folder)["valid_loss"] == pytest.approx(own)
+    assert run_folder.read_progress(loaded.folder)["valid_loss"] == pytest.approx(own)
     assert len(generate(loaded, "the cat", tokens=100)[0]) == 100
     assert call(capsys, "inspect", out)[0] == 0
     options = ["--train.steps", 3, "--train.contexts", 3, "--train.precision", "float32"]
@@ -125,7 +126,7 @@ def test_several_sizes_and_a_fine_tune(run, tmp_path, capsys):
     for row in report["converted"]:
         assert row["after"]["4-8"] < row["before"]["4-8"]
         assert set(row["after"]) == set(report["original"]) == {"0-1", "1-4", "4-8", "8-16"}
-    loaded = checkpoint.load(out / "8", checkpoint="newest")
+    loaded = timemix.load(out / "8", checkpoint="newest")
     assert (loaded.config.train.contexts, loaded.config.train.batch_size) == (4, 1)
     forget = loaded.model.blocks[0].mixer.forget
     assert (forget != np.float32(-np.log(1 - 1 / 16))).all()
@@ -158,7 +159,7 @@ def test_windows_of_several_contexts(tmp_path):
     with pytest.raises(KeyError):
         halted.run(crash)
     resume_run(halted.out).run()
-    a, b = (checkpoint.load(tmp_path / n, checkpoint="newest").model.state_dict() for n in ("whole", "halted"))
+    a, b = (timemix.load(tmp_path / n, checkpoint="newest").model.state_dict() for n in ("whole", "halted"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(UserError, match=r"train.contexts is 2, but the context of rwkv1 ends at ctx_len"):
         RunConfig(train=TrainConfig(contexts=2))

@@ -17,13 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import timemix
 from tests.process_group import SETTINGS, config
 from tests.runs import TEXT, small_config, write_text_file
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.evaluation.loss import loss_per_token
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.runtime.distributed import World, my_rows
 from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
@@ -50,7 +51,7 @@ def curve(run: Path) -> list[tuple]:
 def same_curve(a: Path, b: Path, tolerance: float) -> None:
     for x, y in zip(curve(a), curve(b), strict=True):
         assert x == pytest.approx(y, rel=tolerance, nan_ok=True)
-    ours, theirs = (checkpoint.load(run, checkpoint="newest").model.state_dict() for run in (a, b))
+    ours, theirs = (timemix.load(run, checkpoint="newest").model.state_dict() for run in (a, b))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=100 * tolerance, rtol=100 * tolerance)
 
@@ -101,7 +102,7 @@ def test_two_processes_go_on_with_what_one_began(folder, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_process_knows_the_loss_of_the_whole_text(folder, strategy):
-    model = checkpoint.load(folder / f"handed-{strategy}", checkpoint="newest").model
+    model = timemix.load(folder / f"handed-{strategy}", checkpoint="newest").model
     alone = [loss_per_token(model, np.arange(n) % 7, tokens_per_batch=16) for n in (17, 50, 81)]
     for rank in range(2):
         assert json.loads((folder / f"losses-{strategy}-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
@@ -109,7 +110,7 @@ def test_every_process_knows_the_loss_of_the_whole_text(folder, strategy):
 
 def test_a_checkpoint_looks_the_same_whoever_wrote_it(folder):
     runs = [folder / "plain", *(folder / f"plain-{s}-2" for s in STRATEGIES)]
-    listings = [sorted((p.name, p.stat().st_size) for p in checkpoint.newest(r).glob("*.safetensors")) for r in runs]
+    listings = [sorted((p.name, p.stat().st_size) for p in run_folder.newest(r).glob("*.safetensors")) for r in runs]
     assert listings[0] == listings[1] == listings[2]
 
 
@@ -151,7 +152,7 @@ def long_run(tmp_path: Path) -> tuple[list, Path]:
 
 def wait_for_checkpoint(run: Path, group: subprocess.Popen) -> None:
     until = time.monotonic() + 120
-    while not (checkpoint.checkpoints(run) if run.exists() else []):
+    while not (run_folder.checkpoints(run) if run.exists() else []):
         assert group.poll() is None, group.communicate()
         assert time.monotonic() < until
         time.sleep(0.05)

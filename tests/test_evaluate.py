@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import timemix
 from tests.runs import TEXT, small_trainer
 from tests.test_models import VARIANTS, build
 from timemix.errors import UserError
 from timemix.evaluation.loss import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
-from timemix.runs import load as checkpoint
 
 
 @given(
@@ -76,7 +76,7 @@ def test_stride_one_sees_the_whole_window_before_every_token():
 def loaded(tmp_path_factory):
     trainer = small_trainer(tmp_path_factory.mktemp("run"))
     trainer.run()
-    return checkpoint.load(trainer.out)
+    return timemix.load(trainer.out)
 
 
 def test_units(loaded):

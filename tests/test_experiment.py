@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from timemix.errors import UserError
-from timemix.experiments.experiment import (
+from timemix.experiments.spec import (
     Experiment,
     SpeedExperiment,
     Variant,

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+import timemix
 from tests.runs import small_config, write_text_file
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import LONGEST, UserError
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.runs.metrics import read_metrics
 from timemix.tokenizers.make import load_tokenizer
 from timemix.training.start import new_run, resume_run
 
-PACKAGE = Path(checkpoint.__file__).parent
+PACKAGE = Path(timemix.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +110,21 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("damage", WEIGHTS)
 def test_weights(run, damage):
-    path = checkpoint.newest(run) / "model.safetensors"
+    path = run_folder.newest(run) / "model.safetensors"
     raw = WEIGHTS[damage](path.read_bytes())
     path.write_bytes(path.with_name("training.safetensors").read_bytes() if raw is None else raw)
-    refused(lambda: checkpoint.load(run), "model.safetensors")
+    refused(lambda: timemix.load(run), "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "tokenizer.json", "training.json"])
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 def test_pickles_are_never_run(run, tmp_path, name, kind):
-    path, marker = checkpoint.newest(run) / name, tmp_path / "marker"
+    path, marker = run_folder.newest(run) / name, tmp_path / "marker"
     if kind == "torch":
         torch.save(Payload(marker), path)
     else:
         path.write_bytes(pickle.dumps(Payload(marker)))
-    refused(lambda: resume_run(run) and checkpoint.load(run), name)
+    refused(lambda: resume_run(run) and timemix.load(run), name)
     assert not marker.exists()
 
 
@@ -154,11 +155,11 @@ CONFIG = {
 
 @pytest.mark.parametrize("damage", CONFIG)
 def test_configs(run, damage):
-    path = checkpoint.newest(run) / "config.toml"
+    path = run_folder.newest(run) / "config.toml"
     old, new = CONFIG[damage]
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    refused(lambda: checkpoint.load(run), "config.toml")
+    refused(lambda: timemix.load(run), "config.toml")
 
 
 PROGRESS = {
@@ -173,7 +174,7 @@ PROGRESS = {
 
 @pytest.mark.parametrize("field", PROGRESS)
 def test_training_progress(run, field):
-    path = checkpoint.newest(run) / "training.json"
+    path = run_folder.newest(run) / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: PROGRESS[field]}))
     refused(lambda: resume_run(run), "run")
 
@@ -212,7 +213,7 @@ def test_token_files(tokens, name, damage):
 @pytest.mark.parametrize("instead", ["folder", "pipe", "device", "dangling link", "loop of links"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.toml", "tokenizer.json", "training.json"])
 def test_what_is_no_file(run, name, instead):
-    path = checkpoint.newest(run) / name
+    path = run_folder.newest(run) / name
     path.unlink()
     if instead == "folder":
         path.mkdir()
@@ -220,7 +221,7 @@ def test_what_is_no_file(run, name, instead):
         os.mkfifo(path)
     else:
         path.symlink_to({"device": "/dev/zero", "dangling link": "nowhere", "loop of links": path.name}[instead])
-    refused(lambda: checkpoint.load(run), name if instead != "loop of links" else "")
+    refused(lambda: timemix.load(run), name if instead != "loop of links" else "")
 
 
 @pytest.mark.parametrize("lines", [b"\xff\xff\n{}\n", b"[1]\n{}\n", b"{\n{}\n", b"[" * 100_000 + b"\n{}\n"])
@@ -230,7 +231,7 @@ def test_metrics(run, lines):
 
 
 def test_flipped_bits_in_a_header_are_named_or_harmless(run):
-    path = checkpoint.newest(run) / "model.safetensors"
+    path = run_folder.newest(run) / "model.safetensors"
     raw = path.read_bytes()
     draw = np.random.default_rng(5)
     for _ in range(60):
@@ -239,7 +240,7 @@ def test_flipped_bits_in_a_header_are_named_or_harmless(run):
         damaged[place] ^= 1 << int(draw.integers(8))
         path.write_bytes(damaged)
         with contextlib.suppress(UserError):
-            logits, _ = checkpoint.load(run).model(torch.zeros(1, 4, dtype=torch.int64))
+            logits, _ = timemix.load(run).model(torch.zeros(1, 4, dtype=torch.int64))
             assert not math.isnan(logits.sum().item())
 
 
@@ -351,7 +352,7 @@ def test_two_thousand_damaged_files(good, tmp_path):
     assert {p.name for p in files} == NAMES
     pickled = pickle.dumps(Payload(tmp_path / "marker"))
     readers = (
-        lambda: checkpoint.load(run, checkpoint="newest"),
+        lambda: timemix.load(run, checkpoint="newest"),
         lambda: resume_run(run).lock.release(),
         lambda: read_metrics(run),
         lambda: open_corpus(tmp_path / "tokens"),

@@ -12,6 +12,7 @@ from tests.runs import small_trainer
 from timemix.errors import UserError
 from timemix.ops.common import fused
 from timemix.runtime import machine
+from timemix.training import compiling
 from timemix.training.compiling import COMPILE_FROM, choose_compile
 from timemix.training.start import resume_run
 
@@ -45,7 +46,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(machine, "COMPILE_FROM", 0)
+    monkeypatch.setattr(compiling, "COMPILE_FROM", 0)
     monkeypatch.setattr(fused, "available", lambda: False)
     trainer = small_trainer(tmp_path, compile=asked)
     assert trainer.compiled

@@ -11,8 +11,8 @@ import pytest
 from tests.runs import write_text_file
 from tests.test_compare import finish, small
 from timemix.experiments.compare import Comparison
-from timemix.experiments.experiment import Variant, Verdict
 from timemix.experiments.report import to_html, write_report
+from timemix.experiments.spec import Variant, Verdict
 from timemix.experiments.table import build_table
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))

@@ -18,9 +18,10 @@ from tests.killed_run import CONFIG, config
 from tests.runs import small_config, small_trainer, with_model, write_text_file
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.storage import files
 from timemix.storage.locks import FolderLock
+from timemix.training import trainer as trainer_module
 from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
@@ -36,14 +37,14 @@ def metrics(run: Path) -> list[dict]:
 
 def same_end(a: Path, b: Path) -> None:
     """Weights, optimizer state, losses and kept checkpoints of two runs are equal, bit for bit."""
-    assert [c.name for c in checkpoint.checkpoints(a)] == [c.name for c in checkpoint.checkpoints(b)]
-    for x, y in zip(checkpoint.checkpoints(a), checkpoint.checkpoints(b), strict=True):
+    assert [c.name for c in run_folder.checkpoints(a)] == [c.name for c in run_folder.checkpoints(b)]
+    for x, y in zip(run_folder.checkpoints(a), run_folder.checkpoints(b), strict=True):
         for name in ("model.safetensors", "training.safetensors"):
             assert (x / name).read_bytes() == (y / name).read_bytes(), f"{name} of {x.name}"
         progress = [json.loads((folder / "training.json").read_text()) | {"seconds": 0} for folder in (x, y)]
         assert progress[0] == progress[1]
     assert metrics(a) == metrics(b)
-    assert sorted(p.name for p in (b / "checkpoints").iterdir()) == [c.name for c in checkpoint.checkpoints(b)]
+    assert sorted(p.name for p in (b / "checkpoints").iterdir()) == [c.name for c in run_folder.checkpoints(b)]
 
 
 def stop_at(step: int):
@@ -164,10 +165,10 @@ def test_killed_before_old_checkpoints_are_removed(tmp_path, monkeypatch):
     undisturbed = small_trainer(tmp_path, name="whole", valid_every=100)
     undisturbed.run()
     trainer = small_trainer(tmp_path, valid_every=100)
-    monkeypatch.setattr(checkpoint, "prune", lambda run: None)
+    monkeypatch.setattr(trainer_module, "prune", lambda run: None)
     trainer.run()
     monkeypatch.undo()
-    assert len(checkpoint.checkpoints(trainer.out)) == 2
+    assert len(run_folder.checkpoints(trainer.out)) == 2
     resume_run(trainer.out)
     same_end(undisturbed.out, trainer.out)
 
@@ -203,7 +204,7 @@ def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
     trainer.run()
     assert "step 8: no space left on the device" in caplog.text
     assert "step-00000004; training goes on" in caplog.text
-    assert checkpoint.newest(trainer.out).name == "step-00000012"
+    assert run_folder.newest(trainer.out).name == "step-00000012"
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):

@@ -9,15 +9,8 @@ import torch
 
 from tests.runs import TEXT, write_text_file
 from timemix.errors import UserError
-from timemix.experiments.experiment import SamplingExperiment
-from timemix.experiments.sampling_study import (
-    like_entropy,
-    mean_entropy,
-    measure_text,
-    run_sampling,
-    sweep,
-    to_markdown,
-)
+from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep, to_markdown
+from timemix.experiments.spec import SamplingExperiment
 from timemix.generation.sampler import Sampler
 from timemix.training.trainer import Trainer
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
+from timemix.bench.measure import measure_training
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import UserError
 from timemix.experiments import speed
-from timemix.experiments.experiment import SpeedExperiment, SpeedVerdict, Variant
-from timemix.experiments.measure import measure_training
+from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.speed import build_table, run_speed, slope
 from timemix.models.config import TimeMixConfig, architecture
 

@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timemix.experiments.experiment import Verdict
-from timemix.experiments.table import (
-    interval,
-    judge,
-    markdown_table,
-    mean_and_deviation,
-    paired_difference,
-    point_words,
-    t_quantile,
-    verdict_word,
-    warnings,
-)
+from timemix.experiments.spec import Verdict
+from timemix.experiments.table import judge, point_words, warnings
+from timemix.reporting.markdown import markdown_table, mean_and_deviation
+from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word
 
 
 # Student's t, two-sided 95 %, as in every printed table (Abramowitz and Stegun 26.10).

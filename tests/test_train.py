@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import timemix
 from tests.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
@@ -17,7 +18,7 @@ from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.models.config import ARCHITECTURES
-from timemix.runs import load as checkpoint
+from timemix.runs import folder as run_folder
 from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
@@ -51,7 +52,7 @@ def test_it_learns_and_fills_the_run_folder(tmp_path, arch):
         "training.json",
     }
     assert read_toml(run / "config.toml") == trainer.config
-    loaded = checkpoint.load(run, checkpoint="newest")
+    loaded = timemix.load(run, checkpoint="newest")
     for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name])
 
@@ -68,7 +69,7 @@ def test_lines_after_the_checkpoint_are_cut_on_resume(tmp_path):
     run = trainer.out
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    assert checkpoint.newest(run).name == "step-00000004"
+    assert run_folder.newest(run).name == "step-00000004"
     resume_run(run).run()
     assert [line["step"] for line in metrics(run)] == list(range(8))
 
@@ -79,7 +80,7 @@ def test_the_first_ctrl_c_saves_and_signals_are_given_back(tmp_path):
     with pytest.raises(Interrupted) as interrupted:
         trainer.run(lambda p: os.kill(os.getpid(), signal.SIGINT) if p.step == 3 else None)
     assert interrupted.value.number == signal.SIGINT
-    assert checkpoint.newest(trainer.out).name == "step-00000003"
+    assert run_folder.newest(trainer.out).name == "step-00000003"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -96,8 +97,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(tm
 
     with pytest.raises(UserError, match=rf"the {what} is not finite at step 7; .*step-00000004; try a smaller"):
         trainer.run(poison)
-    assert checkpoint.newest(trainer.out).name == "step-00000004"
-    checkpoint.load(trainer.out)
+    assert run_folder.newest(trainer.out).name == "step-00000004"
+    timemix.load(trainer.out)
 
 
 def test_newest_and_best_are_kept(tmp_path):
@@ -110,19 +111,19 @@ def test_newest_and_best_are_kept(tmp_path):
 
     trainer.validate = validate
     trainer.run()
-    assert [c.name for c in checkpoint.checkpoints(trainer.out)] == ["step-00000005", "step-00000040"]
-    assert checkpoint.best(trainer.out).name == "step-00000005"
-    assert checkpoint.load(trainer.out).folder.name == "step-00000005"
-    assert checkpoint.load(trainer.out, checkpoint="40").folder.name == "step-00000040"
+    assert [c.name for c in run_folder.checkpoints(trainer.out)] == ["step-00000005", "step-00000040"]
+    assert run_folder.best(trainer.out).name == "step-00000005"
+    assert timemix.load(trainer.out).folder.name == "step-00000005"
+    assert timemix.load(trainer.out, checkpoint="40").folder.name == "step-00000040"
     with pytest.raises(UserError, match="it has best, newest, 5, 40"):
-        checkpoint.load(trainer.out, checkpoint="7")
+        timemix.load(trainer.out, checkpoint="7")
 
 
 def test_best_counts_only_losses_of_its_own_weights(tmp_path):
     trainer = small_trainer(tmp_path, steps=12, valid_every=100, save_every=4)
     with pytest.raises(RuntimeError):
         trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 10 else None)
-    assert checkpoint.best(trainer.out).name == "step-00000008"
+    assert run_folder.best(trainer.out).name == "step-00000008"
 
 
 def test_the_loss_before_training_is_not_the_best_after_a_resume(tmp_path):
@@ -168,7 +169,7 @@ def test_weights_gone_bad_are_not_saved(tmp_path):
 
     with pytest.raises(UserError, match="the validation loss is not finite at step 8; the last good checkpoint is"):
         trainer.run(poison)
-    assert checkpoint.newest(trainer.out).name == "step-00000004"
+    assert run_folder.newest(trainer.out).name == "step-00000004"
 
 
 def test_the_speed_shown_after_a_long_run_is_that_of_now(tmp_path):
@@ -216,7 +217,7 @@ def test_no_held_out_text_means_no_validation(tmp_path):
     trainer = new_run(config, tmp_path / "run")
     trainer.run()
     assert trainer.valid_loss is None
-    checkpoint.load(tmp_path / "run")
+    timemix.load(tmp_path / "run")
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
@@ -246,19 +247,19 @@ class TestDamagedCheckpoints:
 
     def test_no_run(self, run):
         with pytest.raises(UserError, match=r"there is no run folder .*nun; .* has run"):
-            checkpoint.load(run.with_name("nun"))
+            timemix.load(run.with_name("nun"))
 
     def test_no_checkpoint(self, run, tmp_path):
         shutil.rmtree(run / "checkpoints")
         with pytest.raises(UserError, match="has no checkpoint yet"):
-            checkpoint.load(run)
+            timemix.load(run)
         with pytest.raises(UserError, match="is no run folder: it has no config.toml"):
-            checkpoint.load(tmp_path)
+            timemix.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.toml", "training.json"])
     @pytest.mark.parametrize("damage", ["truncate", "empty", "remove", "noise"])
     def test_damaged_files_are_named(self, run, name, damage):
-        path = checkpoint.newest(run) / name
+        path = run_folder.newest(run) / name
         content = path.read_bytes()
         if damage == "remove":
             path.unlink()
@@ -267,11 +268,11 @@ class TestDamagedCheckpoints:
                 {"truncate": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x00" * 50}[damage]
             )
         with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
-            checkpoint.load(run)
+            timemix.load(run)
         assert "\n" not in str(error.value)
 
     def test_damaged_training_state_is_named(self, run):
-        path = checkpoint.newest(run) / "training.safetensors"
+        path = run_folder.newest(run) / "training.safetensors"
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(UserError, match="training.safetensors is damaged"):
             resume_run(run)
@@ -279,23 +280,23 @@ class TestDamagedCheckpoints:
     def test_weights_of_another_architecture(self, run, tmp_path):
         other = small_trainer(tmp_path, "mha_rotary", name="other")
         other.run()
-        (checkpoint.newest(run) / "model.safetensors").write_bytes(
-            (checkpoint.newest(other.out) / "model.safetensors").read_bytes()
+        (run_folder.newest(run) / "model.safetensors").write_bytes(
+            (run_folder.newest(other.out) / "model.safetensors").read_bytes()
         )
         with pytest.raises(UserError, match="holds another architecture than its config.toml names"):
-            checkpoint.load(run)
+            timemix.load(run)
 
     def test_another_tokenizer(self, run, tmp_path):
         other = new_run(small_config(write_text_file(tmp_path, "xyz" * 100)), tmp_path / "other")
         other.save()
-        (checkpoint.newest(run) / "tokenizer.json").write_bytes(
-            (checkpoint.newest(other.out) / "tokenizer.json").read_bytes()
+        (run_folder.newest(run) / "tokenizer.json").write_bytes(
+            (run_folder.newest(other.out) / "tokenizer.json").read_bytes()
         )
         with pytest.raises(UserError, match="it is not this model's tokenizer"):
-            checkpoint.load(run)
+            timemix.load(run)
 
     def test_weights_of_another_size(self, run):
-        path = checkpoint.newest(run) / "config.toml"
+        path = run_folder.newest(run) / "config.toml"
         path.write_text(path.read_text().replace("channels = 16", "channels = 32"))
         with pytest.raises(UserError, match="does not fit its config.toml"):
-            checkpoint.load(run)
+            timemix.load(run)

@@ -92,20 +92,22 @@ def bench(arguments: list[str]) -> int:
         asked = parse(BenchTrainArguments, rest, "bench train", default)
     if not 0 < asked.seconds < math.inf:
         raise UserError(f"--seconds is {asked.seconds}; it must be above 0, and finite")
-    from timemix.experiments import bench as benchmark
+    from timemix.bench.op import bench_op
+    from timemix.bench.race import to_markdown
+    from timemix.bench.train import bench_train
 
     if isinstance(asked, BenchOpArguments):
         options = {n: getattr(asked, n) for n in ("ctx_lens", "batch_size", "heads", "channels", "seconds", "device")}
-        report = benchmark.bench_op(**options, say=_say)
+        report = bench_op(**options, say=_say)
     elif isinstance(asked, BenchSampleArguments):
-        from timemix.experiments.bench_sample import bench_sample, draw_batches
+        from timemix.bench.sample import bench_sample, draw_batches
 
         report = bench_sample(asked.model, batches=asked.batches, seconds=asked.seconds, say=_say)
         if asked.out is not None:
             draw_batches(report, asked.out / "batches.png")
     else:
-        report = benchmark.bench_train(asked.model, asked.train, seconds=asked.seconds, say=_say)
-    words = benchmark.to_markdown(report)
+        report = bench_train(asked.model, asked.train, seconds=asked.seconds, say=_say)
+    words = to_markdown(report)
     if asked.out is not None:
         write_text(asked.out / "bench.json", json.dumps(report, indent=1) + "\n")
         write_text(asked.out / "bench.md", words)

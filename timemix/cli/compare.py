@@ -15,7 +15,7 @@ from timemix.cli.options import parse
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.errors import UserError, nearest
-from timemix.experiments.experiment import (
+from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
     SpeedExperiment,
@@ -77,7 +77,8 @@ def compare(arguments: list[str]) -> int:
     out = parsed.out or Path("runs") / name
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
-    from timemix.experiments import sampling_study, speed, table
+    from timemix.experiments import sampling as sampling_study
+    from timemix.experiments import speed, table
     from timemix.training.signals import Interrupted
 
     try:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from timemix.bench.measure import measure_training
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
@@ -31,8 +32,7 @@ from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import hold_out_end, prepare, text_hash
 from timemix.errors import UserError
 from timemix.evaluation.loss import loss_by_position
-from timemix.experiments.experiment import TUNING_SEED, Experiment, Variant
-from timemix.experiments.measure import measure_training
+from timemix.experiments.spec import TUNING_SEED, Experiment, Variant
 from timemix.models.config import ModelConfig
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics

@@ -8,7 +8,7 @@ import numpy as np
 
 from timemix.config.run import read_toml, to_toml
 from timemix.experiments.compare import Comparison
-from timemix.experiments.experiment import Experiment
+from timemix.experiments.spec import Experiment
 from timemix.experiments.table import (
     build_table,
     result_rows,

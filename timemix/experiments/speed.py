@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from timemix.bench.measure import OUT_OF_MEMORY, measure_training
 from timemix.errors import UserError
-from timemix.experiments.experiment import SpeedExperiment
-from timemix.experiments.measure import OUT_OF_MEMORY, measure_training
-from timemix.experiments.table import Difference, markdown_table, paired_difference, verdict_word
+from timemix.experiments.spec import SpeedExperiment
+from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
+from timemix.reporting.statistics import Difference, paired_difference, verdict_word
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
 from timemix.storage.json_files import is_number, misfit, read_json

@@ -1,15 +1,12 @@
 """What a comparison found: means, paired differences with their intervals, verdicts; as JSON and as Markdown."""
 
-import math
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from timemix.experiments.compare import Comparison
-from timemix.experiments.experiment import Variant, Verdict
-
-CONFIDENCE = 0.95
-Difference = dict[str, float | None]
+from timemix.experiments.spec import Variant, Verdict
+from timemix.reporting.markdown import markdown_table, mean_and_deviation
+from timemix.reporting.statistics import interval, paired_difference, verdict_word
 
 
 def build_table(comparison: Comparison) -> dict[str, Any]:
@@ -59,46 +56,6 @@ def _row(comparison: Comparison, variant: Variant) -> dict[str, Any]:
     return row
 
 
-def paired_difference(first: dict[int, float], other: dict[int, float]) -> Difference | None:
-    """Mean of `other` minus `first` over the seeds that both have, and its 95 % t-interval; None without a seed.
-
-    A single seed has no interval: low and high are None.
-    """
-    differences = [other[seed] - first[seed] for seed in first if seed in other]
-    if not differences:
-        return None
-    mean, n = statistics.fmean(differences), len(differences)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None}
-    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def t_quantile(p: float, degrees: int) -> float:
-    """Quantile of Student's t for p in (0.5, 1), by bisection of its distribution function."""
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, degrees) < p else (low, middle)
-    return low
-
-
-def _t_cdf(t: float, degrees: int) -> float:
-    """Distribution function of Student's t at t >= 0: Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine = math.cos(angle) ** 2
-    odd = degrees % 2
-    term = total = 0.0
-    for j in range(degrees // 2 if not odd else (degrees - 1) // 2):
-        if j == 0:
-            term = math.cos(angle) if odd else 1.0
-        else:
-            term *= cosine * (2 * j if odd else 2 * j - 1) / (2 * j + 1 if odd else 2 * j)
-        total += term
-    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + inside) / 2
-
-
 def judge(verdict: Verdict, better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
     """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run.
 
@@ -114,15 +71,6 @@ def judge(verdict: Verdict, better: dict[str, Any], worse: dict[str, Any]) -> di
         "gain": difference,
         "verdict": verdict_word(difference),
     }
-
-
-def verdict_word(gain: Difference | None) -> str:
-    """holds where the whole interval is above 0, does not hold where it is below, undecided between, else not run."""
-    if gain is None:
-        return "not run"
-    if gain["low"] is None or gain["high"] is None or gain["low"] <= 0 <= gain["high"]:
-        return "undecided"
-    return "holds" if gain["low"] > 0 else "does not hold"
 
 
 def _losses(row: dict[str, Any], verdict: Verdict | None = None) -> dict[int, float]:
@@ -198,13 +146,6 @@ def to_markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
-    """Rows as a Markdown table, the first its heading; columns of `words` to the left, of numbers to the right."""
-    rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
-
-
 def warnings(table: dict[str, Any]) -> list[str]:
     """What keeps the comparison from being fair or whole: failures, unlike parameters, a best point at the edge."""
     said = []
@@ -235,19 +176,3 @@ def point_words(point: dict[str, Any] | None) -> str:
     names = {name: name.rpartition(".")[2] for name in point}
     values = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in point.items()}
     return ", ".join(v if isinstance(v, str) else f"{names[k]} {values[k]}" for k, v in point.items())
-
-
-def mean_and_deviation(values: Sequence[float] | Any) -> str:
-    values = list(values)
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
-
-
-def interval(difference: Difference | None) -> str:
-    if difference is None:
-        return "-"
-    if difference["low"] is None:
-        return f"{difference['mean']:+.4f} (one seed)"
-    return f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"

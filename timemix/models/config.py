@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from timemix.errors import UserError, nearest
-from timemix.storage.settings import check_range
+from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
 Initial = Literal["zero", "original"]
 
@@ -187,7 +187,7 @@ ENDLESS = ("rwkv1_exp",)
 """Architectures whose context has no end: their state has one size at any position."""
 
 # Far above what this program serves; what a damaged file asks for is refused before it is tried.
-LARGEST_MODEL = {"vocab_size": 2**24, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
+LARGEST_MODEL = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 MOST_FRACTIONS = 1000
 
 

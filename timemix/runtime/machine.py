@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import functools
+import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,3 +74,31 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def largest_cache() -> int | None:
+    """Bytes of the largest cache of a processor, None where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20}
+    try:
+        sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+        return max(int(size[:-1]) * units[size[-1]] for size in sizes)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def process_memory(name: str) -> int | None:
+    """Bytes of a line of /proc/self/status, None where there is none."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields[name].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

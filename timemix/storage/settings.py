@@ -12,6 +12,7 @@ from timemix.errors import UserError, nearest
 from timemix.storage.files import read_text
 
 LARGEST_TOML = 256 * 2**10
+LARGEST_VOCABULARY = 2**24
 MOST_DOTS = 200
 """In a line of a TOML file: a dotted key takes the parser time and memory by the square of its parts."""
 

@@ -284,7 +284,7 @@ def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None
 
 def shipped() -> list[Path]:
     """Experiment files that come with the package."""
-    return sorted(Path(__file__).parent.glob("*.toml"))
+    return sorted((Path(__file__).parent / "claims").glob("*.toml"))
 
 
 def find_experiment(name: str) -> Path:

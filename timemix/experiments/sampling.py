@@ -27,12 +27,13 @@ from timemix.data.shards import Tokens
 from timemix.errors import UserError
 from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
-from timemix.experiments.experiment import PROMPT_TOKENS, SamplingExperiment
-from timemix.experiments.table import Difference, interval, markdown_table, paired_difference, verdict_word
+from timemix.experiments.spec import PROMPT_TOKENS, SamplingExperiment
 from timemix.generation.generate import generate_tokens
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
+from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
+from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word
 from timemix.runs.folder import newest, read_progress
 from timemix.runs.load import load
 from timemix.storage.files import write_text

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from timemix.bench.baselines import llama_like
+from timemix.bench.race import Contender, Say, machine_now, race
 from timemix.errors import UserError
-from timemix.experiments.bench import Contender, Say, llama_like, machine_now, race
-from timemix.experiments.measure import process_memory
 from timemix.generation.decode import Step, build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -26,6 +26,7 @@ from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
+from timemix.runtime.machine import largest_cache, process_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
@@ -293,16 +294,6 @@ def _state_bytes(model: LanguageModel, position: int) -> int:
             part = read / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1
             total += int(part * x.numel() * x.element_size())
     return total
-
-
-def largest_cache() -> int | None:
-    """Bytes of the largest cache of a processor, None where the system does not tell."""
-    units = {"K": 2**10, "M": 2**20}
-    try:
-        sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-        return max(int(size[:-1]) * units[size[-1]] for size in sizes)
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def draw_batches(report: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from timemix.config.run import RunConfig
 from timemix.evaluation.loss import cross_entropy
 from timemix.models.language_model import LanguageModel
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.machine import free_memory, keep_freed_memory
+from timemix.runtime.machine import free_memory, keep_freed_memory, process_memory
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
@@ -30,7 +30,7 @@ def measure_training(config: RunConfig, steps: int = 3) -> dict[str, Any]:
     None where the system does not tell. `{"error": ...}` where a step fails, for want of memory say.
     """
     asked = {"config": to_dict(config), "steps": steps, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "timemix.experiments.measure"]
+    command = [sys.executable, "-m", "timemix.bench.measure"]
     child = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if child.returncode == 0:
         return json.loads(child.stdout)
@@ -100,16 +100,6 @@ def _limit_memory(device: torch.device) -> None:
 
     limit = size + int(0.9 * free)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def process_memory(name: str) -> int | None:
-    """Bytes of a line of /proc/self/status, None where there is none."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields[name].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Speed side by side: the op, a training step, generation."""

@@ -1,0 +1,86 @@
+"""`timemix bench op`: wkv1 alone, forward and backward, beside the naive implementation and attention."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from timemix.bench.baselines import _attention, plain_wkv1
+from timemix.bench.race import PLAIN, Contender, Say, machine_now, race, too_large
+from timemix.errors import UserError
+from timemix.ops.rwkv1.api import wkv1
+from timemix.runtime.device import choose_device, choose_precision
+from timemix.runtime.machine import keep_freed_memory
+
+
+def bench_op(
+    *, ctx_lens: Sequence[int], batch_size: int, heads: int, channels: int, seconds: float, device: str, say: Say
+) -> dict[str, Any]:
+    """Forward and backward of wkv1 alone, each form in float32 and, where the device has it, bfloat16, and of fused
+    attention of that size.
+
+    Raises UserError for a device that this machine does not have, or sizes that make no head.
+    """
+    if channels % heads or min(*ctx_lens, batch_size, heads) < 1:
+        raise UserError(f"{channels} channels cannot be cut into {heads} heads, or a size is below 1")
+    where, _ = choose_device(device)
+    precision, reason = choose_precision("auto", where)
+    dtypes = [torch.float32, torch.bfloat16] if precision == "bfloat16" else [torch.float32]
+    say(f"{' and '.join(str(d).removeprefix('torch.') for d in dtypes)}: {reason}")
+    keep_freed_memory()
+    results = []
+    for T in ctx_lens:
+        shape = (batch_size, T, heads, channels // heads)
+        torch.manual_seed(0)
+        x = {n: torch.randn(shape, device=where) for n in ("k", "v")}
+        x["f"] = torch.rand(heads, T, device=where) * 0.1
+        x |= {n: 1 + 0.1 * torch.randn(heads, T, device=where) for n in ("alpha", "beta")}
+        contenders = [_op(PLAIN, plain_wkv1, x, torch.float32)]
+        for form in ("dense", "blocked", "spectral"):
+            for dtype in dtypes:
+                name = f"{form} {str(dtype).removeprefix('torch.')}"
+                contenders.append(_op(name, lambda *a, form=form: wkv1(*a, backend=form), x, dtype))
+        contenders += [_attention(shape, dtype, where) for dtype in dtypes]
+        for contender in contenders:
+            if contender.name == PLAIN or contender.name.startswith("dense"):
+                contender.fault = contender.fault or too_large(heads * T * T, where)
+        say(f"ctx_len {T}")
+        results.append({"ctx_len": T, "paths": race(contenders, seconds, where, say)})
+    work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
+    return {"work": work, "machine": machine_now(where), "results": results}
+
+
+def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor], dtype: torch.dtype) -> Contender:
+    def run(x: dict[str, Tensor]) -> list[Tensor]:
+        y, _ = form(*x.values())
+        y.backward(torch.ones_like(y))
+        gradients = [cast(Tensor, a.grad) for a in x.values()]
+        for a in x.values():
+            a.grad = None
+        return [y.detach(), *gradients]
+
+    def leaves(T: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        cut = {n: a[:, :T] for n, a in x.items()}
+        return {
+            n: (a.to(dtype) if n in "kv" or dtype == torch.float64 else a).clone().requires_grad_()
+            for n, a in cut.items()
+        }
+
+    # An odd length: no block comes out even.
+    short = min(x["k"].shape[1], 701)
+    try:
+        ours = run(leaves(short, dtype))
+        theirs = [a.detach().float() for a in _plain(leaves(short, torch.float64))]
+        worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+        allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
+        fault = None if worst <= allowed else f"parity failed: off by {worst:.1e} of the largest value"
+    except (RuntimeError, ValueError) as error:
+        fault = f"fails: {str(error).splitlines()[0]}"
+    inputs = leaves(x["k"].shape[1], dtype)
+    return Contender(name, lambda: run(inputs), x["k"].shape[:2].numel(), fault)
+
+
+def _plain(x: dict[str, Tensor]) -> list[Tensor]:
+    y, _ = plain_wkv1(**x)
+    return [y, *torch.autograd.grad(y, list(x.values()), torch.ones_like(y))]

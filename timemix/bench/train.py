@@ -1,0 +1,146 @@
+"""`timemix bench train`: a training step beside the naive implementation and other models."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from timemix.bench.baselines import llama_like, plain_wkv1
+from timemix.bench.race import PLAIN, Contender, Say, machine_now, race, too_large
+from timemix.config.run import TrainConfig
+from timemix.errors import UserError
+from timemix.evaluation.loss import cross_entropy
+from timemix.models.config import ModelConfig, TimeMixConfig, architecture
+from timemix.models.language_model import LanguageModel
+from timemix.models.rwkv1.time_mix import fusible, in_c
+from timemix.ops.common import fused
+from timemix.ops.rwkv1.api import BACKENDS
+from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.machine import keep_freed_memory
+from timemix.training.compiling import choose_compile
+from timemix.training.optim import build_optimizers
+
+WITHOUT_C = "by torch's operators"
+
+
+def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> dict[str, Any]:
+    """A training step of one size on random tokens: ours as `timemix train` runs it, without its C code, and compiled
+    where that is asked for or pays; the plain writing in float32; rotary attention of the same size, and a Llama of the
+    `transformers` library where that is installed.
+
+    Raises UserError for another architecture than rwkv1 with tables.
+    """
+    mixer = model.mixer
+    if not isinstance(mixer, TimeMixConfig) or mixer.weights == "free" or not (mixer.alpha and mixer.beta):
+        raise UserError("bench train compares rwkv1, with alpha and beta, to the others; leave --model.arch out")
+    device, _ = choose_device(train.device)
+    precision, reason = choose_precision(train.precision, device)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    shape = (train.batch_size // train.accumulation, model.ctx_len)
+    tokens = torch.randint(model.vocab_size, (shape[0], shape[1] + 1), device=device)
+    ours = LanguageModel(model).to(device)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    plain = LanguageModel(replace(model, mixer=replace(mixer, backend=PLAIN))).to(device)  # type: ignore[arg-type]
+    plain.load_state_dict(ours.state_dict())
+    sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
+    rotary = LanguageModel(architecture("mha_rotary", **{n: getattr(model, n) for n in sizes})).to(device)
+
+    contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
+    contenders[0].fault = too_large(model.layers * model.heads * model.ctx_len**2, device)
+    with _plain_backend(), _c_or_not(PLAIN), torch.no_grad():
+        expected = _logits(plain, tokens[:, :-1], "float32")
+    ours.recompute = rotary.recompute = train.recompute
+    models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
+    if (llama := llama_like(model, device)) is not None:
+        models["transformers Llama"] = llama
+    else:
+        say("transformers is not installed: its Llama is left out")
+    for name, each in models.items():
+        called = {f"{name} {precision}": each}
+        if name == "rwkv1" and device.type == "cpu" and fusible(model) and fused.available():
+            called[f"{name} {precision} {WITHOUT_C}"] = each
+        in_one = name == "rwkv1" and in_c(model, precision, device)
+        wanted, why = choose_compile(train.compile, math.inf, device, fused=in_one)
+        if wanted:
+            called[f"{name} {precision} compiled"] = cast(nn.Module, torch.compile(each, dynamic=False))
+        elif name == "rwkv1":
+            say(f"not compiled: {why}")
+        for label, form in called.items():
+            contender = _step(label, form, each, tokens, precision, train)
+            if name == "rwkv1":
+                with _c_or_not(label):
+                    contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
+            contenders.append(contender)
+    with _plain_backend():
+        paths = race(contenders, seconds, device, say)
+    machine = machine_now(device)
+    for row in paths:
+        own = models.get(row["name"].partition(f" {precision}")[0], ours)
+        weights = sum(p.numel() for n, p in own.named_parameters() if p.ndim == 2 and "mixer.f" not in n)
+        if row.get("tokens_per_second"):
+            used = "float32" if row["name"] == PLAIN else precision
+            row["share_of_peak"] = 6 * weights * row["tokens_per_second"] / machine[f"{used}_peak"]
+        row["parameters"] = sum(p.numel() for p in own.parameters())
+    work = (
+        f"training step: {model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio"
+        f" {model.ffn_ratio}, ctx_len {model.ctx_len}, batch {shape[0]}, vocabulary {model.vocab_size};"
+        f" {precision} ({reason})"
+    )
+    return {"work": work, "machine": machine, "results": [{"ctx_len": model.ctx_len, "paths": paths}]}
+
+
+@contextmanager
+def _plain_backend() -> Iterator[None]:
+    """Within it, wkv1 has the plain writing among its backends."""
+    BACKENDS[PLAIN] = lambda k, v, f, alpha, beta, *_: plain_wkv1(k, v, f, alpha, beta)
+    try:
+        yield
+    finally:
+        del BACKENDS[PLAIN]
+
+
+def _c_or_not(path: str) -> AbstractContextManager[None]:
+    """What a path runs in: the plain writing, and one that says so, by torch alone."""
+    return fused.left_out() if path == PLAIN or path.endswith(WITHOUT_C) else nullcontext()
+
+
+def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
+    """Why logits are not those of the plain writing."""
+    worst = float((logits - expected).abs().max() / expected.abs().max())
+    if worst <= (0.03 if precision == "bfloat16" else 1e-4):
+        return None
+    return f"parity failed: logits off by {worst:.1e} of the largest"
+
+
+def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
+    with autocast(precision, tokens.device):
+        found = model(tokens)
+    return (found[0] if isinstance(found, tuple) else found.logits).detach().float()
+
+
+def _step(
+    name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
+) -> Contender:
+    """One step as the trainer takes it, optimizer and clipping included."""
+    optimizers = build_optimizers(owner, train, precision)
+
+    def call() -> None:
+        with autocast(precision, tokens.device), _c_or_not(name):
+            found = called(tokens[:, :-1])
+        logits = found[0] if isinstance(found, tuple) else found.logits
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        cross_entropy(logits, tokens[:, 1:]).backward()
+        if train.clip > 0:
+            torch.nn.utils.clip_grad_norm_(owner.parameters(), train.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return Contender(name, call, tokens[:, 1:].numel())

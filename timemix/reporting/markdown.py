@@ -1,0 +1,20 @@
+"""Tables in Markdown."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
+    """Rows as a Markdown table, the first its heading; columns of `words` to the left, of numbers to the right."""
+    rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
+
+
+def mean_and_deviation(values: Sequence[float] | Any) -> str:
+    values = list(values)
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
