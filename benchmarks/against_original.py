@@ -27,10 +27,9 @@ from torch.nn import functional as F
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.generation.generate import generate_tokens
 from timemix.generation.sampler import Sampler
-from timemix.models.config import ChannelMixConfig, architecture
-from timemix.models.language_model import LanguageModel
+from timemix.models.language_model import LanguageModel, block_class
 from timemix.models.layers.token_shift import TokenShift
-from timemix.models.rwkv1.time_mix import in_c
+from timemix.models.registry import model_config
 from timemix.ops.rwkv1.api import wkv1
 from timemix.runtime.device import autocast, choose_precision
 from timemix.runtime.machine import keep_freed_memory, matrix_product_peak, process_memory
@@ -79,9 +78,7 @@ def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
     )
     original = module.GPT(config)
     fields = {k: v for k, v in sizes.items() if k != "batch_size"}
-    ours = LanguageModel(
-        architecture("rwkv1", vocab_size=VOCAB, ffn_ratio=2.5, ffn=ChannelMixConfig(activation="mish"), **fields)
-    )
+    ours = LanguageModel(model_config("rwkv1", vocab_size=VOCAB, ffn_ratio=2.5, activation="mish", **fields))
     with torch.no_grad():
         for p in original.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
@@ -152,7 +149,8 @@ def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Call
 def training(module, sizes: dict, rounds: int) -> dict:
     precision, reason = choose_precision("auto", CPU)
     # As in a run of the steps of its preset; in bfloat16 `cpu-small` too is compiled here, and reported as such.
-    fused = in_c(architecture("rwkv1"), precision, CPU)
+    config = model_config("rwkv1")
+    fused = block_class(config).runs_in_c(config, precision, CPU)
     compiled, compile_reason = choose_compile("auto", math.inf, CPU, fused=fused)
     keep_freed_memory()
     their_step, our_step, ours = steps(module, sizes, compiled)

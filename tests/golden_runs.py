@@ -18,7 +18,7 @@ from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.prepare import prepare
-from timemix.models.config import ARCHITECTURES
+from timemix.models.registry import ARCHITECTURES
 from timemix.runtime import native
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer

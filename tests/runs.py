@@ -5,7 +5,7 @@ from pathlib import Path
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
-from timemix.models.config import architecture
+from timemix.models.registry import model_config
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer
 
@@ -15,7 +15,7 @@ TEXT = "".join(f"the cat sat on mat {i % 7}. the dog ran to hut {i % 5}!\n" for 
 def small_config(source, arch="rwkv1", **train):
     settings = {"steps": 8, "batch_size": 4, "lr": 1e-2, "log_every": 2, "valid_every": 4, "save_every": 4}
     return RunConfig(
-        model=architecture(arch, layers=2, heads=4, channels=16, ctx_len=16),
+        model=model_config(arch, layers=2, heads=4, channels=16, ctx_len=16),
         data=DataConfig(source=str(source)),
         train=TrainConfig(**(settings | {"precision": "float32"} | train)),
     )

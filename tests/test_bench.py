@@ -5,17 +5,18 @@ import json
 import pytest
 import torch
 
+from timemix.bench import baselines, race
 from timemix.bench import op as bench_op
-from timemix.bench import race
 from timemix.bench import sample as bench_sample
 from timemix.bench import train as bench_train
 from timemix.bench.baselines import plain_wkv1
 from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
 from timemix.errors import UserError
-from timemix.models.config import architecture
+from timemix.generation.decode import build_step
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
+from timemix.models.registry import model_config
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import wkv1
@@ -57,7 +58,7 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
             raise RuntimeError("cannot\nat all")
         return 1.01 * wkv1(k, v, *args, backend=backend, **kwargs)[0], None
 
-    monkeypatch.setattr(bench_op, "wkv1", wrong)
+    monkeypatch.setattr(bench_op, "OP", wrong)
     report = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert paths["blocked float32"]["withheld"].startswith("parity failed: off by 1.0e-02")
@@ -67,7 +68,7 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
 
 
 def test_a_training_step_beside_others():
-    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    model = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
     report = bench_train.bench_train(
         model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
     )
@@ -89,7 +90,7 @@ def test_a_step_with_and_without_c(monkeypatch):
     gates = fused.gates
     monkeypatch.setattr(fused, "gates", lambda *args: calls.append(1) or gates(*args))
     monkeypatch.setattr(bench_train, "race", lambda contenders, *_: raced.extend(contenders) or [])
-    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    model = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
     train = TrainConfig(batch_size=2, precision="float32", compile="off")
     bench_train.bench_train(model, train, seconds=0, say=lambda line: None)
     in_c = {}
@@ -106,8 +107,8 @@ def paths_named(paths, beginning):
 
 
 def test_logits_that_differ_withhold_the_figure(monkeypatch):
-    monkeypatch.setattr(bench_train, "plain_wkv1", lambda k, v, *args: (v, None))
-    model = architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
+    monkeypatch.setattr(baselines, "plain_wkv1", lambda k, v, *args: (v, None))
+    model = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
     report = bench_train.bench_train(
         model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
     )
@@ -148,7 +149,7 @@ WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 4
 @pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_rotary"])
 def test_writing_beside_others(arch, tmp_path):
     report = bench_sample.bench_sample(
-        architecture(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None
+        model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None
     )
     alone, batches, positions, first = report["results"]
     compiled = arch != "mha_rotary"
@@ -180,7 +181,7 @@ def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
 
     monkeypatch.setattr(CompiledStep, "__call__", wrong)
     report = bench_sample.bench_sample(
-        architecture("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None
+        model_config("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None
     )
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert paths["step int8"]["withheld"].startswith("parity failed: logits off by 1.0e-02")
@@ -188,13 +189,13 @@ def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
 
 
 def test_the_bytes_of_the_floor():
-    model = LanguageModel(architecture("rwkv1", **WRITER))
+    model = LanguageModel(model_config("rwkv1", **WRITER))
     linear = 2 * (4 * 8 * 8 + 3 * 8 * 24 + 8 * 8) + 11 * 8
     total = sum(p.numel() for p in model.parameters())
     assert bench_sample._weight_bytes(model, "float32") == 4 * (total - 11 * 8)
     assert bench_sample._weight_bytes(model, "int8") == linear + 4 * (total - 11 * 8 - linear)
     # Half of the history, the sums, and two shifted rows.
-    assert bench_sample._state_bytes(model, 24) == 2 * 4 * 8 * (24 + 1 + 2)
+    assert bench_sample._state_bytes(model, build_step(model), 24) == 2 * 4 * 8 * (24 + 1 + 2)
 
 
 def test_sizes_that_cannot_be_written_are_refused():

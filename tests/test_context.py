@@ -13,9 +13,8 @@ from tests.runs import TEXT, small_config, small_trainer, with_model
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
-from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1.resize import with_ctx_len
+from timemix.models.registry import model_config
 from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
 
@@ -31,16 +30,16 @@ def varied(config) -> LanguageModel:
 
 def resized(model: LanguageModel, ctx_len: int) -> LanguageModel:
     other = LanguageModel(replace(model.config, ctx_len=ctx_len)).double()
-    other.load_state_dict(with_ctx_len(model.state_dict(), model.config, ctx_len))
+    other.load_state_dict(model.block.resized(model.state_dict(), model.config, ctx_len))
     return other
 
 
 MIXERS = {
     "rwkv1": {},
-    "rwkv1 weighted": {"mixer": TimeMixConfig(denominator="weighted")},
-    "rwkv1 without alpha": {"mixer": TimeMixConfig(alpha=False)},
-    "rwkv1 without tables": {"mixer": TimeMixConfig(alpha=False, beta=False, gamma=False)},
-    "rwkv1_exp": {"mixer": ExpTimeMixConfig(exponentials=1, taps=1)},
+    "rwkv1 weighted": {"denominator": "weighted"},
+    "rwkv1 without alpha": {"alpha": False},
+    "rwkv1 without tables": {"alpha": False, "beta": False, "gamma": False},
+    "rwkv1_exp": {"exponentials": 1, "taps": 1},
     "mha_rotary": {},
     "mha_shift": {},
     "mha_pro": {},
@@ -51,7 +50,7 @@ MIXERS = {
 @pytest.mark.parametrize("name", MIXERS)
 def test_within_both_contexts_it_is_the_same_model(name, ctx_len):
     model = varied(
-        architecture(name.split()[0], vocab_size=11, layers=2, heads=3, channels=12, ctx_len=12, **MIXERS[name])
+        model_config(name.split()[0], vocab_size=11, layers=2, heads=3, channels=12, ctx_len=12, **MIXERS[name])
     )
     other = resized(model, ctx_len)
     T = min(ctx_len, 12)
@@ -63,7 +62,7 @@ def test_within_both_contexts_it_is_the_same_model(name, ctx_len):
 
 @pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
 def test_what_is_added_is_the_mean_of_the_last_quarter_with_alpha_and_beta_level(arch):
-    model = varied(architecture(arch, vocab_size=11, layers=1, heads=2, channels=8, ctx_len=16))
+    model = varied(model_config(arch, vocab_size=11, layers=1, heads=2, channels=8, ctx_len=16))
     mixer = model.blocks[0].mixer
     time = torch.arange(16, dtype=torch.float64)
     with torch.no_grad():
@@ -79,7 +78,7 @@ def test_what_is_added_is_the_mean_of_the_last_quarter_with_alpha_and_beta_level
 
 
 def test_tables_that_cross_zero_are_extended_as_they_are():
-    model = varied(architecture("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8))
+    model = varied(model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8))
     with torch.no_grad():
         model.blocks[0].mixer.alpha[0, 3] = -0.5
     mixer, longer = model.blocks[0].mixer, resized(model, 10).blocks[0].mixer
@@ -90,13 +89,11 @@ def test_tables_that_cross_zero_are_extended_as_they_are():
 
 
 def test_a_free_w_can_be_cut_but_not_extended():
-    config = architecture(
-        "rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8, mixer=TimeMixConfig(weights="free")
-    )
+    config = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8, weights="free")
     model = LanguageModel(config).double()
     assert resized(model, 5).blocks[0].mixer.f.shape == (2, 5, 5)
     with pytest.raises(UserError, match="a free W cannot be extended from ctx_len 8 to 9; keep --model.ctx-len 8"):
-        with_ctx_len(model.state_dict(), config, 9)
+        model.block.resized(model.state_dict(), config, 9)
 
 
 class TestGoingOnFromARun:

@@ -1,7 +1,6 @@
 """A trained rwkv1 with a constant state: the same model as far as its curves are fitted, and an ordinary run."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from timemix import generate
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import UserError
 from timemix.evaluation.loss import loss_by_position
-from timemix.models.config import ExpTimeMixConfig, TimeMixConfig, architecture
+from timemix.models.registry import model_config
 from timemix.models.rwkv1.to_exponential import with_exponentials
 from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
@@ -44,8 +43,7 @@ SMALL = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 12
 @pytest.mark.parametrize(("K", "M"), [(12, 0), (1, 12), (3, 12)])
 def test_where_the_fit_is_exact_it_is_the_same_model(K, M, tables):
     """As many exponentials as lags, or taps: any curve."""
-    mixer = TimeMixConfig(alpha=tables, beta=tables, gamma=tables)
-    old = varied(architecture("rwkv1", mixer=mixer, **SMALL))
+    old = varied(model_config("rwkv1", alpha=tables, beta=tables, gamma=tables, **SMALL))
     new, fits = with_exponentials(old, K, M)
     x = torch.randint(0, 11, (3, 12))
     torch.testing.assert_close(new(x)[0], old(x)[0], atol=2e-3 if M == 0 else 1e-10, rtol=0)
@@ -54,7 +52,7 @@ def test_where_the_fit_is_exact_it_is_the_same_model(K, M, tables):
 
 
 def test_taps_are_exact_and_the_rest_is_fitted():
-    old = varied(architecture("rwkv1", mixer=TimeMixConfig(alpha=False), **SMALL))
+    old = varied(model_config("rwkv1", alpha=False, **SMALL))
     new, fits = with_exponentials(old, 2, 3)
     f = torch.stack([b.mixer.f for b in old.blocks])
     curve = torch.stack([b.mixer.curve() for b in new.blocks])
@@ -68,14 +66,14 @@ def test_taps_are_exact_and_the_rest_is_fitted():
 @pytest.mark.parametrize(
     ("model", "numbers", "words"),
     [
-        (architecture("mha_pro", **SMALL), (4,), "only rwkv1 can take a constant state; this is a run of mha_pro"),
-        (architecture("rwkv1_exp", **(SMALL | {"mixer": ExpTimeMixConfig(4)})), (4,), "this is a run of rwkv1_exp"),
-        (architecture("rwkv1", mixer=TimeMixConfig(weights="free"), **SMALL), (4,), "a free W has no curves"),
-        (architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted"), **SMALL), (4,), "weighted denominator"),
-        (architecture("rwkv1", **SMALL), (0,), "--constant-state is 0; it must lie from 1 to the run's ctx_len 12"),
-        (architecture("rwkv1", **SMALL), (13,), "--constant-state is 13"),
-        (architecture("rwkv1", **SMALL), (4, 13), "--taps is 13; it must lie from 0"),
-        (architecture("rwkv1", **SMALL), (4, -1), "--taps is -1"),
+        (model_config("mha_pro", **SMALL), (4,), "only rwkv1 can take a constant state; this is a run of mha_pro"),
+        (model_config("rwkv1_exp", **(SMALL | {"exponentials": 4})), (4,), "this is a run of rwkv1_exp"),
+        (model_config("rwkv1", weights="free", **SMALL), (4,), "a free W has no curves"),
+        (model_config("rwkv1", denominator="weighted", **SMALL), (4,), "weighted denominator"),
+        (model_config("rwkv1", **SMALL), (0,), "--constant-state is 0; it must lie from 1 to the run's ctx_len 12"),
+        (model_config("rwkv1", **SMALL), (13,), "--constant-state is 13"),
+        (model_config("rwkv1", **SMALL), (4, 13), "--taps is 13; it must lie from 0"),
+        (model_config("rwkv1", **SMALL), (4, -1), "--taps is -1"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(model, numbers, words):
@@ -84,7 +82,7 @@ def test_what_cannot_be_converted_is_refused(model, numbers, words):
 
 
 def test_weights_that_are_not_finite_are_refused():
-    old = varied(architecture("rwkv1", **SMALL))
+    old = varied(model_config("rwkv1", **SMALL))
     with torch.no_grad():
         old.blocks[1].mixer.f[0, 2] = float("nan")
     with pytest.raises(UserError, match="not finite"):
@@ -100,7 +98,7 @@ def test_the_new_run_is_like_any_other(run, tmp_path, capsys):
     report = json.loads((out / "convert.json").read_text())
     assert len(report["fits"]) == 8
     loaded, old = timemix.load(out), timemix.load(run)
-    assert (loaded.config.model.arch, loaded.config.model.mixer.exponentials) == ("rwkv1_exp", 8)
+    assert (loaded.config.model.arch, loaded.config.model.exponentials) == ("rwkv1_exp", 8)
     assert loaded.config.start == str(old.folder)
 
     status, text, _ = call(capsys, "eval", out, "--json")
@@ -145,7 +143,7 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
 def test_windows_of_several_contexts(tmp_path):
     """Trained, stopped and resumed, they end with the same bytes; an architecture with an end is refused."""
     config = small_config(write_text_file(tmp_path), "rwkv1_exp", contexts=3, batch_size=2, save_every=4)
-    config = with_model(config, mixer=ExpTimeMixConfig(4, 2))
+    config = with_model(config, exponentials=4, taps=2)
     whole = new_run(config, tmp_path / "whole")
     assert whole.batches(0)[0].shape == (2, 48)
     assert whole.tokens_per_step == 96
@@ -173,7 +171,7 @@ def test_losses_past_the_context(ctx_len):
     """rwkv1 reads its newest half again, as often as its context ends; rwkv1_exp goes on."""
     text = np.random.default_rng(0).integers(0, 11, 41).astype(np.uint8)
     small = SMALL | {"ctx_len": ctx_len}
-    old = varied(architecture("rwkv1", **small))
+    old = varied(model_config("rwkv1", **small))
     length, half = 3 * ctx_len, ctx_len // 2
     rows = torch.from_numpy(text[: 2 * length + 1].astype(np.int64))
     inputs, targets = rows[:-1].view(2, length), rows[1:].view(2, length)
@@ -183,7 +181,7 @@ def test_losses_past_the_context(ctx_len):
         logits, _ = old(inputs[:, begin : t + 1])
         expected.append(float(F.cross_entropy(logits[:, -1], targets[:, t])))
     np.testing.assert_allclose(loss_by_position(old, text, contexts=3), expected, rtol=1e-9)
-    new = varied(architecture("rwkv1_exp", **(small | {"mixer": ExpTimeMixConfig(3)})))
+    new = varied(model_config("rwkv1_exp", **(small | {"exponentials": 3})))
     logits, _ = new(inputs)
     own = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)
     np.testing.assert_allclose(loss_by_position(new, text, contexts=3), own, rtol=1e-9)
@@ -192,10 +190,10 @@ def test_losses_past_the_context(ctx_len):
 
 
 def test_settings_out_of_range():
-    for mixer, words in (
-        (ExpTimeMixConfig(exponentials=0), "model.mixer.exponentials is 0; it must be at least 1"),
-        (ExpTimeMixConfig(exponentials=13), "model.mixer.exponentials is 13; it must be at most 12"),
-        (ExpTimeMixConfig(taps=-1), "model.mixer.taps is -1"),
+    for fields, words in (
+        ({"exponentials": 0}, "model.exponentials is 0; it must be at least 1"),
+        ({"exponentials": 13}, "model.exponentials is 13; it must be at most 12"),
+        ({"taps": -1}, "model.taps is -1"),
     ):
         with pytest.raises(UserError, match=words):
-            replace(architecture("rwkv1_exp", ctx_len=12), mixer=mixer)
+            model_config("rwkv1_exp", ctx_len=12, **fields)

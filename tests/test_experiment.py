@@ -14,7 +14,6 @@ from timemix.experiments.spec import (
     shipped,
     with_data,
 )
-from timemix.models.config import TimeMixConfig
 from timemix.models.size import count_parameters
 
 FILE = """
@@ -30,7 +29,7 @@ model.initial = ["original", "zero"]
 name = "plain"
 [[variants]]
 name = "weighted"
-set.model.mixer.denominator = "weighted"
+set.model.denominator = "weighted"
 [[verdicts]]
 claim = "plain is better"
 better = "plain"
@@ -54,7 +53,7 @@ def test_a_variant_is_preset_then_base_then_its_own_then_the_tuning_point(tmp_pa
     ]
     config = experiment.config(experiment.variants[1], experiment.tuning_points()[2], seed=7)
     assert (config.model.layers, config.model.channels, config.model.ffn_ratio) == (2, 32, 2.5)
-    assert config.model.mixer == TimeMixConfig(denominator="weighted")
+    assert config.model.denominator == "weighted"
     assert (config.train.lr, config.model.initial, config.train.seed) == (2e-3, "original", 7)
     # 12 windows of 64 tokens a step, from the preset.
     assert config.train.steps == round(6400 / (12 * 64))
@@ -75,7 +74,7 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ('name = "weighted"', 'name = "plain"', "two variants have the name 'plain'"),
         ('name = "weighted"', 'name = "a/b"', "'a/b' cannot name a folder"),
         ('name = "weighted"\n', "", "name is missing"),
-        ("mixer.denominator", "mixer.denominators", "variant 'weighted': unknown field 'model.mixer.denominators'"),
+        ("model.denominator", "model.denominators", "variant 'weighted': unknown field 'model.denominators'"),
         ('"weighted"\n[[verdicts]]', '"wieghted"\n[[verdicts]]', "did you mean 'weighted'?"),
         ("channels = 32", "channels = 30", "variant 'plain': model.heads 4 does not divide model.channels 30"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "one stands twice"),

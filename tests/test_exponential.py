@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_wkv1 import assert_same, gradients_of
+from timemix.ops.common.history import extended
 from timemix.ops.rwkv1 import exponential
 from timemix.ops.rwkv1.api import wkv1
-from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, extended, wkv1_exp
+from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, wkv1_exp
 
 CTX, H, N = 6, 3, 2
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.test_models import VARIANTS
-from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.activations import ACTIVATIONS
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.layers.token_shift import TokenShift
+from timemix.models.registry import model_config
 from timemix.models.rwkv1.time_mix import fusible
 from timemix.ops.common import fused
 
@@ -74,7 +74,7 @@ def test_it_serves_training_and_long_texts_and_nothing_that_it_does_not_know():
 
 @pytest.mark.parametrize("rows", [fused.ENOUGH_ROWS - 1, fused.ENOUGH_ROWS])
 def test_without_gradients_the_values_are_those_of_training(rows):
-    model = LanguageModel(architecture("rwkv1", **SIZES, initial="original"))
+    model = LanguageModel(model_config("rwkv1", **SIZES, initial="original"))
     tokens = torch.randint(13, (1, rows))
     with torch.no_grad():
         logits, _ = model(tokens)
@@ -84,7 +84,7 @@ def test_without_gradients_the_values_are_those_of_training(rows):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 65), (1, 300)])
 @pytest.mark.parametrize(
     "config",
-    [*VARIANTS.values(), *(architecture("rwkv1", ffn=ChannelMixConfig(name)) for name in ACTIVATIONS)],
+    [*VARIANTS.values(), *(model_config("rwkv1", activation=name) for name in ACTIVATIONS)],
     ids=str,
 )
 def test_a_model_is_as_exact_as_in_torch(config, shape, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_model_is_as_exact_as_in_torch(config, shape, monkeypatch):
     ours = logits_and_gradients(config, tokens)
     assert {"timemix_norm_shift", "timemix_norm_shift_back"} <= set(names)
     assert ("timemix_divide_back" in names) == fusible(config)
-    assert ("timemix_gates_back" in names) == isinstance(config.ffn, ChannelMixConfig)
+    assert ("timemix_gates_back" in names) == (config.arch in ("rwkv1", "rwkv1_exp", "mha_pro"))
     in_torch(monkeypatch)
     exact = logits_and_gradients(config, tokens, torch.float64)
     theirs = logits_and_gradients(config, tokens)
@@ -104,7 +104,7 @@ def test_a_model_is_as_exact_as_in_torch(config, shape, monkeypatch):
 @pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro"])
 def test_bfloat16_products_are_as_exact_as_in_torch(arch, monkeypatch):
     tokens = torch.randint(13, (2, 129))
-    config = architecture(arch)
+    config = model_config(arch)
     ours = logits_and_gradients(config, tokens, precision=torch.bfloat16)
     in_torch(monkeypatch)
     exact = logits_and_gradients(config, tokens, torch.float64)
@@ -133,7 +133,7 @@ def leaf(*shape, scale=1.0):
 )
 def test_norm_and_shift_of_any_size(B, T, C, fractions, scale, seed):
     torch.manual_seed(seed)
-    shift = TokenShift(architecture("rwkv1", channels=C, heads=1, token_shift=tuple(fractions)), 0)
+    shift = TokenShift(model_config("rwkv1", channels=C, heads=1, token_shift=tuple(fractions)), 0)
     # Channels all but equal would leave few digits of their differences, here as in torch.
     x = ((torch.randn(B, T, C) + 8 * (-1.0) ** torch.arange(C)) * scale).requires_grad_()
     weight, bias = leaf(C), leaf(C)
@@ -180,7 +180,7 @@ def test_scaled(shape, by):
 
 
 def test_channel_mix_takes_rows_of_any_shape():
-    half = ChannelMix(architecture("rwkv1", **SIZES))
+    half = ChannelMix(model_config("rwkv1", **SIZES))
     x = torch.randn(2, 3, 48)
     torch.testing.assert_close(half(x.flatten(0, 1)), half(x).flatten(0, 1))
     with pytest.raises(ValueError, match="2 numbers are too few for 3 positions"):
@@ -200,7 +200,7 @@ def test_gradients_of_one_output_alone():
 @pytest.mark.parametrize("weight", ["mixer.key", "mixer.value", "mixer.receptance", "ffn.key", "ffn.receptance"])
 def test_what_is_not_a_number_stays_so(weight, precision):
     """A run that diverges must see it, though its keys are clamped, and its sigmoids bounded."""
-    model = LanguageModel(architecture("rwkv1", **SIZES, initial="original"))
+    model = LanguageModel(model_config("rwkv1", **SIZES, initial="original"))
     with torch.no_grad():
         model.get_submodule(f"blocks.0.{weight}").weight.fill_(torch.nan)
     with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
@@ -235,7 +235,7 @@ def fused_parts(tokens):
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch):
-    config, tokens = architecture("rwkv1"), torch.randint(13, (2, 20))
+    config, tokens = model_config("rwkv1"), torch.randint(13, (2, 20))
     ours = logits_and_gradients(config, tokens)
     monkeypatch.setattr(fused, "_library", lambda: (None, "no C compiler was found"))
     theirs = logits_and_gradients(config, tokens)

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from timemix.config.run import TrainConfig
-from timemix.models.config import ChannelMixConfig, architecture
 from timemix.models.language_model import LanguageModel
+from timemix.models.registry import model_config
 from timemix.training.optim import build_optimizers
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -48,8 +48,8 @@ class Golden:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = file.metadata()
         arch = ARCHITECTURES[name]
-        fields = {} if name in ("MHA_rotary", "MHA_shift") else {"ffn": ChannelMixConfig(activation="mish")}
-        config = architecture(
+        fields = {} if name in ("MHA_rotary", "MHA_shift") else {"activation": "mish"}
+        config = model_config(
             arch,
             vocab_size=int(meta["vocab_size"]),
             ctx_len=int(meta["ctx_len"]),

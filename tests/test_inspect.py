@@ -9,7 +9,6 @@ import torch
 from tests.runs import TEXT, small_config, with_model, write_text_file
 from timemix.evaluation.inspect import draw, inspect_run
 from timemix.evaluation.loss import loss_per_token
-from timemix.models.config import TimeMixConfig
 from timemix.models.language_model import LanguageModel
 from timemix.runs.load import load
 from timemix.training.start import new_run
@@ -89,7 +88,7 @@ def test_statistics_and_tables_are_the_models_own(tmp_path):
 
 
 def test_pictures_of_what_there_is(tmp_path):
-    loaded, tokens = trained(tmp_path, mixer=TimeMixConfig(alpha=False, weights="free"))
+    loaded, tokens = trained(tmp_path, alpha=False, weights="free")
     report = inspect_run(loaded, tokens)
     assert np.array(report["tables"][0]["f"]).shape == (4, 16, 16)
     pictures = draw(report, loaded.config.model, tmp_path / "pictures")

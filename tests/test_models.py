@@ -12,36 +12,28 @@ from torch.nn import functional as F
 from timemix.config.presets import preset
 from timemix.errors import UserError
 from timemix.models.attention.model import rotary
-from timemix.models.config import (
-    ARCHITECTURES,
-    AttentionConfig,
-    ChannelMixConfig,
-    ExpTimeMixConfig,
-    ProAttentionConfig,
-    TimeMixConfig,
-    architecture,
-)
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.token_shift import TokenShift, shift_fractions
+from timemix.models.registry import ARCHITECTURES, model_config
 
 CTX = 12
 
-VARIANTS = {name: architecture(name) for name in ARCHITECTURES} | {
-    "shift by 1, 2, 3": architecture("rwkv1", token_shift=(0.25, 0.0, 0.3)),
-    "shift interpolated": architecture("mha_shift", token_shift=(0.5, 0.25), token_shift_top=()),
-    "no tables": architecture("rwkv1", mixer=TimeMixConfig(alpha=False, beta=False, gamma=False)),
-    "no tables, pro": architecture("mha_pro", mixer=ProAttentionConfig(alpha=False, beta=False, gamma=False)),
-    "weighted": architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted")),
-    "weighted, original": architecture("rwkv1", mixer=TimeMixConfig(denominator="weighted"), initial="original"),
-    "free W": architecture("rwkv1", mixer=TimeMixConfig(weights="free")),
-    "free W, weighted": architecture("rwkv1", mixer=TimeMixConfig(weights="free", denominator="weighted")),
-    "exponentials, odd": architecture("rwkv1_exp", mixer=ExpTimeMixConfig(exponentials=5, taps=2)),
-    "one exponential": architecture("rwkv1_exp", mixer=ExpTimeMixConfig(1, alpha=False, beta=False, gamma=False)),
-    "zero, rotary": architecture("mha_rotary", initial="zero"),
-    "one head": architecture("rwkv1", heads=1),
-    "a head per channel": architecture("rwkv1", heads=16),
-    "a head per channel, pro": architecture("mha_pro", heads=16),
-    "relu2": architecture("rwkv1", ffn=ChannelMixConfig(activation="relu2")),
+VARIANTS = {name: model_config(name) for name in ARCHITECTURES} | {
+    "shift by 1, 2, 3": model_config("rwkv1", token_shift=(0.25, 0.0, 0.3)),
+    "shift interpolated": model_config("mha_shift", token_shift=(0.5, 0.25), token_shift_top=()),
+    "no tables": model_config("rwkv1", alpha=False, beta=False, gamma=False),
+    "no tables, pro": model_config("mha_pro", alpha=False, beta=False, gamma=False),
+    "weighted": model_config("rwkv1", denominator="weighted"),
+    "weighted, original": model_config("rwkv1", denominator="weighted", initial="original"),
+    "free W": model_config("rwkv1", weights="free"),
+    "free W, weighted": model_config("rwkv1", weights="free", denominator="weighted"),
+    "exponentials, odd": model_config("rwkv1_exp", exponentials=5, taps=2),
+    "one exponential": model_config("rwkv1_exp", exponentials=1, alpha=False, beta=False, gamma=False),
+    "zero, rotary": model_config("mha_rotary", initial="zero"),
+    "one head": model_config("rwkv1", heads=1),
+    "a head per channel": model_config("rwkv1", heads=16),
+    "a head per channel, pro": model_config("mha_pro", heads=16),
+    "relu2": model_config("rwkv1", activation="relu2"),
 }
 
 
@@ -215,7 +207,7 @@ def test_exponentials_have_no_end(variant):
 def test_exponentials_start_as_rwkv1():
     for initial in ("zero", "original"):
         f, exp = (
-            LanguageModel(architecture(arch, ctx_len=64, initial=initial)).blocks[0].mixer
+            LanguageModel(model_config(arch, ctx_len=64, initial=initial)).blocks[0].mixer
             for arch in ("rwkv1", "rwkv1_exp")
         )
         # The last head is constant there, and here decays as slowly as it may.
@@ -227,7 +219,7 @@ def test_exponentials_start_as_rwkv1():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("vocab_size", [65, 1000])
 def test_initial_loss_is_near_uniform(arch, initial, vocab_size):
-    config = architecture(arch, initial=initial, vocab_size=vocab_size, layers=3, channels=128, ctx_len=32)
+    config = model_config(arch, initial=initial, vocab_size=vocab_size, layers=3, channels=128, ctx_len=32)
     model = LanguageModel(config)
     x = torch.randint(0, vocab_size, (16, 33))
     logits, _ = model(x[:, :-1])
@@ -237,7 +229,7 @@ def test_initial_loss_is_near_uniform(arch, initial, vocab_size):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_zero_makes_every_block_the_identity(arch):
-    model = LanguageModel(architecture(arch, initial="zero", channels=16, ctx_len=CTX))
+    model = LanguageModel(model_config(arch, initial="zero", channels=16, ctx_len=CTX))
     x = torch.randn(2, CTX, 16)
     for block in model.blocks:
         assert torch.equal(block(x)[0], x)
@@ -245,7 +237,7 @@ def test_zero_makes_every_block_the_identity(arch):
 
 def test_original_values_of_rwkv1():
     """The scales of RWKV-LM 0.01."""
-    model = LanguageModel(architecture("rwkv1", initial="original", vocab_size=65, channels=32, ffn_ratio=2.0))
+    model = LanguageModel(model_config("rwkv1", initial="original", vocab_size=65, channels=32, ffn_ratio=2.0))
 
     def is_orthogonal(w, scale):
         w = w.detach() / scale
@@ -266,29 +258,25 @@ def test_original_values_of_rwkv1():
 
 
 def test_zero_curves_decay_faster_in_lower_heads():
-    f = LanguageModel(architecture("rwkv1", ctx_len=64, heads=4)).blocks[0].mixer.f
+    f = LanguageModel(model_config("rwkv1", ctx_len=64, heads=4)).blocks[0].mixer.f
     torch.testing.assert_close(f[0, 1], torch.tensor(math.exp(-(64 ** (-1 / 3)))))
     torch.testing.assert_close(f[1, 5], torch.tensor(math.exp(-5 * 64 ** (-2 / 3))))
     assert (f[3] == 1).all()
-    assert (LanguageModel(architecture("rwkv1", heads=1)).blocks[0].mixer.f == 1).all()
+    assert (LanguageModel(model_config("rwkv1", heads=1)).blocks[0].mixer.f == 1).all()
 
 
 def test_weighted_starts_with_the_same_averages():
     """W = exp(tables) begins as the same W as the plain form has."""
     for initial in ("zero", "original"):
-        plain = LanguageModel(architecture("rwkv1", initial=initial)).blocks[0].mixer
-        weighted = (
-            LanguageModel(architecture("rwkv1", initial=initial, mixer=TimeMixConfig(denominator="weighted")))
-            .blocks[0]
-            .mixer
-        )
+        plain = LanguageModel(model_config("rwkv1", initial=initial)).blocks[0].mixer
+        weighted = LanguageModel(model_config("rwkv1", initial=initial, denominator="weighted")).blocks[0].mixer
         torch.testing.assert_close(weighted.f.exp(), plain.f)
         assert not weighted.alpha.any()
         assert weighted.beta is None
 
 
 def test_token_shift_takes_each_group_from_its_distance():
-    config = architecture("rwkv1", channels=8, heads=1, token_shift=(0.25, 0.0, 0.5), layers=1)
+    config = model_config("rwkv1", channels=8, heads=1, token_shift=(0.25, 0.0, 0.5), layers=1)
     x = torch.arange(1.0, 6)[None, :, None].expand(1, 5, 8)
     y, _ = TokenShift(config, 0)(x)
     assert y[0, :, 0].tolist() == [0, 1, 2, 3, 4]
@@ -298,7 +286,7 @@ def test_token_shift_takes_each_group_from_its_distance():
 
 
 def test_token_shift_is_interpolated_over_the_layers():
-    config = architecture("rwkv1", layers=3, token_shift=(0.5, 0.25), token_shift_top=(0.1,))
+    config = model_config("rwkv1", layers=3, token_shift=(0.5, 0.25), token_shift_top=(0.1,))
     assert [shift_fractions(config, layer) for layer in range(3)] == [
         (0.5, 0.25),
         pytest.approx((0.3, 0.125)),
@@ -325,7 +313,7 @@ def test_attention_scores_depend_on_distance_only():
 
 
 def test_dropout_works_in_training_only():
-    model = build(architecture("rwkv1", dropout=0.5))
+    model = build(model_config("rwkv1", dropout=0.5))
     x = tokens(1)
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
@@ -334,7 +322,7 @@ def test_dropout_works_in_training_only():
 
 def test_the_key_bias_has_no_gradient():
     """A constant added to a channel's k changes nothing, so its bias never learns."""
-    model = build(architecture("rwkv1"), noise=0.2)
+    model = build(model_config("rwkv1"), noise=0.2)
     logits, _ = model(tokens(2))
     logits.square().sum().backward()
     for block in model.blocks:
@@ -343,7 +331,7 @@ def test_the_key_bias_has_no_gradient():
 
 
 def test_every_parameter_learns():
-    model = build(architecture("mha_pro"))
+    model = build(model_config("mha_pro"))
     logits, _ = model(tokens(2))
     logits.square().sum().backward()
     for name, p in model.named_parameters():
@@ -353,15 +341,15 @@ def test_every_parameter_learns():
 
 
 def test_a_mixer_of_another_architecture_is_refused():
-    with pytest.raises(UserError, match="rwkv1 takes TimeMixConfig"):
-        architecture("rwkv1", mixer=AttentionConfig())
+    with pytest.raises(UserError, match="rwkv1 has no field 'rotary_base'"):
+        model_config("rwkv1", rotary_base=1.0)
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "all"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_computed_again_has_the_same_gradients(name, recompute):
     torch.manual_seed(0)
-    model = LanguageModel(architecture(name, vocab_size=7, ctx_len=150, layers=2, channels=8, heads=2, dropout=0.3))
+    model = LanguageModel(model_config(name, vocab_size=7, ctx_len=150, layers=2, channels=8, heads=2, dropout=0.3))
     tokens = torch.randint(7, (2, 150))
     results = []
     for how in ("none", recompute):

@@ -11,11 +11,11 @@ from timemix.errors import UserError
 from timemix.experiments import speed
 from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.speed import build_table, run_speed, slope
-from timemix.models.config import TimeMixConfig, architecture
+from timemix.models.registry import model_config
 
 
 def test_a_step_is_measured_in_its_own_process():
-    model = architecture("rwkv1", layers=1, heads=2, channels=64, ctx_len=64, vocab_size=50)
+    model = model_config("rwkv1", layers=1, heads=2, channels=64, ctx_len=64, vocab_size=50)
     small = RunConfig(model=model, train=TrainConfig(batch_size=4, precision="float32"))
     large = RunConfig(model=model, train=TrainConfig(batch_size=128, precision="float32"))
     a, b = measure_training(small, steps=1), measure_training(large, steps=1)
@@ -26,8 +26,7 @@ def test_a_step_is_measured_in_its_own_process():
 
 
 def test_want_of_memory_is_an_error_of_that_size_alone():
-    mixer = TimeMixConfig(backend="dense")
-    model = architecture("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50, mixer=mixer)
+    model = model_config("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50, backend="dense")
     assert measure_training(RunConfig(model=model, train=TrainConfig(batch_size=1)), steps=1) == {
         "error": "out of memory"
     }
@@ -59,7 +58,7 @@ EXPERIMENT = SpeedExperiment(
 
 
 def measured(config, steps):
-    if config.model.mixer.__class__.__name__ == "AttentionConfig":
+    if config.model.arch == "mha_rotary":
         return {"tokens_per_second": 100.0, "peak_memory": 2 * 2**20}
     if measured.calls % 3 == 2:
         return {"error": "out of memory"}

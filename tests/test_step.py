@@ -12,8 +12,8 @@ from tests.runs import small_trainer
 from tests.test_models import build
 from timemix.cli.main import main
 from timemix.generation.decode import ModelStep, build_step
-from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, TimeMixConfig, architecture
 from timemix.models.quantize import quantized, rounded
+from timemix.models.registry import model_config
 from timemix.models.rwkv1 import decode as step_module
 from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.decode import CompiledStep
@@ -23,17 +23,17 @@ CTX = 24
 
 VARIANTS = {
     "rwkv1": {},
-    "no tables": {"mixer": TimeMixConfig(alpha=False, beta=False, gamma=False)},
-    "mish": {"ffn": ChannelMixConfig(activation="mish")},
-    "relu2": {"ffn": ChannelMixConfig(activation="relu2")},
-    "silu, shift by three": {"ffn": ChannelMixConfig(activation="silu"), "token_shift": (0.25, 0.0, 0.5)},
+    "no tables": {"alpha": False, "beta": False, "gamma": False},
+    "mish": {"activation": "mish"},
+    "relu2": {"activation": "relu2"},
+    "silu, shift by three": {"activation": "silu", "token_shift": (0.25, 0.0, 0.5)},
     "no shift": {"token_shift": ()},
     "shift that ends": {"token_shift": (0.5,), "token_shift_top": ()},
     "odd sizes": {"channels": 21, "heads": 3, "ffn_ratio": 1.7, "vocab_size": 13},
     "wide heads": {"channels": 216, "heads": 2},
-    "exponentials": {"mixer": ExpTimeMixConfig(exponentials=4)},
-    "odd exponentials, taps": {"mixer": ExpTimeMixConfig(exponentials=5, taps=3)},
-    "one exponential, no tables": {"mixer": ExpTimeMixConfig(exponentials=1, alpha=False, beta=False, gamma=False)},
+    "exponentials": {"exponentials": 4},
+    "odd exponentials, taps": {"exponentials": 5, "taps": 3},
+    "one exponential, no tables": {"exponentials": 1, "alpha": False, "beta": False, "gamma": False},
 }
 
 
@@ -42,8 +42,8 @@ def model_of(variant, **changed):
     fields = sizes | VARIANTS[variant] | changed
     # Else wide matrices make large numbers of their inputs.
     noise = fields["channels"] ** -0.5
-    arch = "rwkv1_exp" if isinstance(fields.get("mixer"), ExpTimeMixConfig) else "rwkv1"
-    model = build(architecture(arch, **fields), torch.float32, noise, **fields)
+    arch = "rwkv1_exp" if "exponentials" in fields else "rwkv1"
+    model = build(model_config(arch, **fields), torch.float32, noise, **fields)
     if arch == "rwkv1_exp":
         with torch.no_grad():
             # Real exponentials beside the pairs.

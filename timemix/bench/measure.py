@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     keep_freed_memory()
     on_gpu = device.type == "cuda"
     # A first small step, so that code which is loaded when first used does not count.
-    small = replace(config.model, layers=1, channels=4 * config.model.heads, ctx_len=8)
+    small = config.model.tiny()
     _step(
         small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision
     )

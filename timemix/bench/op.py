@@ -6,10 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.bench.baselines import _attention, plain_wkv1
-from timemix.bench.race import PLAIN, Contender, Say, machine_now, race, too_large
+from timemix.bench.baselines import FORMS, OP, PLAIN, attention, plain_wkv1
+from timemix.bench.race import Contender, Say, machine_now, race, too_large
 from timemix.errors import UserError
-from timemix.ops.rwkv1.api import wkv1
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.machine import keep_freed_memory
 
@@ -37,11 +36,11 @@ def bench_op(
         x["f"] = torch.rand(heads, T, device=where) * 0.1
         x |= {n: 1 + 0.1 * torch.randn(heads, T, device=where) for n in ("alpha", "beta")}
         contenders = [_op(PLAIN, plain_wkv1, x, torch.float32)]
-        for form in ("dense", "blocked", "spectral"):
+        for form in FORMS:
             for dtype in dtypes:
                 name = f"{form} {str(dtype).removeprefix('torch.')}"
-                contenders.append(_op(name, lambda *a, form=form: wkv1(*a, backend=form), x, dtype))
-        contenders += [_attention(shape, dtype, where) for dtype in dtypes]
+                contenders.append(_op(name, lambda *a, form=form: OP(*a, backend=form), x, dtype))
+        contenders += [attention(shape, dtype, where) for dtype in dtypes]
         for contender in contenders:
             if contender.name == PLAIN or contender.name.startswith("dense"):
                 contender.fault = contender.fault or too_large(heads * T * T, where)

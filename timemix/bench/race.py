@@ -20,9 +20,6 @@ from timemix._version import __version__
 from timemix.reporting.markdown import markdown_table
 from timemix.runtime.machine import free_memory, matrix_product_peak, memory_bandwidth, processor_name
 
-PLAIN = "plain float32"
-
-
 Say = Callable[[str], None]
 
 

@@ -22,8 +22,6 @@ from timemix.generation.sampler import Sampler
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, rounded
-from timemix.models.rwkv1 import tiles as lazy
-from timemix.models.rwkv1.decode import CompiledStep
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
 from timemix.runtime.machine import largest_cache, process_memory
@@ -65,9 +63,8 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     cache = largest_cache()
     fits = [w for w in WEIGHTS if cache is not None and _weight_bytes(ours, w) < cache]
     work = (
-        f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, {model.layers} layers,"
-        f" {model.heads} heads, {model.channels} channels, ctx_len {model.ctx_len}, vocabulary {model.vocab_size};"
-        f" {step.reason}"
+        f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, "
+        f"{model.size_words()}; {step.reason}"
     )
     if fits:
         work += f"; weights in {' and '.join(fits)} fit the largest cache, {cast(int, cache) / 2**20:.0f} MiB"
@@ -87,7 +84,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict
     contenders = [Contender("recomputing the context float32", torch.no_grad()(recompute), 2)]
     forward = build_step(model, backend="model")
     contenders.append(_stepping("the model's forward float32", forward, model, 1, position, model))
-    if isinstance(steps["float32"][0], CompiledStep):
+    if steps["float32"][0].compiled:
         for weights, (step, expected) in steps.items():
             contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
     contenders += _llamas(model, position, say)
@@ -99,7 +96,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict
     for row in rows:
         weights = row["name"].split()[-1]
         if row["name"].startswith("step") and "seconds" in row:
-            moved = _weight_bytes(model, weights) + _state_bytes(model, position)
+            moved = _weight_bytes(model, weights) + _state_bytes(model, steps[weights][0], position)
             row["share_of_floor"] = moved / bandwidth / (row["seconds"] / STEPS)
     title = f"one text, position {position}, memory read at {bandwidth / 1e9:.0f} GB/s meanwhile"
     return {"title": title, "bandwidth": bandwidth, "paths": _per_token(rows)}
@@ -108,7 +105,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict
 def _steps(model: LanguageModel) -> Steps:
     """The steps that generation takes: of each kind of weights, or, where none is compiled, the model's forward."""
     step = build_step(model)
-    if not isinstance(step, CompiledStep):
+    if not step.compiled:
         return {"float32": (step, model)}
     return {weights: (build_step(model, weights), rounded(model, weights)) for weights in WEIGHTS}
 
@@ -126,7 +123,7 @@ def _stepping(
     fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
 
     # With tiles a row that is set back is made up for anew: there it goes on to the end of its context.
-    tiled = isinstance(step, CompiledStep) and step.tiled
+    tiled = step.tiled
     limit = model.max_position or 2**62
 
     def call() -> None:
@@ -282,13 +279,12 @@ def _weight_bytes(model: LanguageModel, weights: str) -> int:
     return linear * _BYTES[weights] + rest * 4
 
 
-def _state_bytes(model: LanguageModel, position: int) -> int:
+def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
     """Bytes of a row's state that a step reads at a position."""
     state = model.init_state(1)
     ends = model.max_position is not None
     total = 0
-    # With tiles: the newest block, and what is pending.
-    read = position if model.config.ctx_len < lazy.FROM else min(position, lazy.BLOCK) + 1
+    read = step.looks_back(position)
     for layer in state.layers:
         for x in layer.values():
             part = read / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1

@@ -1,24 +1,19 @@
 """`timemix bench train`: a training step beside the naive implementation and other models."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from timemix.bench.baselines import llama_like, plain_wkv1
-from timemix.bench.race import PLAIN, Contender, Say, machine_now, race, too_large
+from timemix.bench.baselines import PLAIN, llama_like, naive_backend, naive_config, rotary_like
+from timemix.bench.race import Contender, Say, machine_now, race, too_large
 from timemix.config.run import TrainConfig
-from timemix.errors import UserError
 from timemix.evaluation.loss import cross_entropy
-from timemix.models.config import ModelConfig, TimeMixConfig, architecture
+from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1.time_mix import fusible, in_c
 from timemix.ops.common import fused
-from timemix.ops.rwkv1.api import BACKENDS
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.machine import keep_freed_memory
 from timemix.training.compiling import choose_compile
@@ -34,9 +29,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
     Raises UserError for another architecture than rwkv1 with tables.
     """
-    mixer = model.mixer
-    if not isinstance(mixer, TimeMixConfig) or mixer.weights == "free" or not (mixer.alpha and mixer.beta):
-        raise UserError("bench train compares rwkv1, with alpha and beta, to the others; leave --model.arch out")
+    naive = naive_config(model)
     device, _ = choose_device(train.device)
     precision, reason = choose_precision(train.precision, device)
     keep_freed_memory()
@@ -47,38 +40,37 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
-    plain = LanguageModel(replace(model, mixer=replace(mixer, backend=PLAIN))).to(device)  # type: ignore[arg-type]
+    plain = LanguageModel(naive).to(device)
     plain.load_state_dict(ours.state_dict())
-    sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
-    rotary = LanguageModel(architecture("mha_rotary", **{n: getattr(model, n) for n in sizes})).to(device)
+    rotary = LanguageModel(rotary_like(model)).to(device)
 
     contenders = [_step(PLAIN, plain, plain, tokens, "float32", train)]
-    contenders[0].fault = too_large(model.layers * model.heads * model.ctx_len**2, device)
-    with _plain_backend(), _c_or_not(PLAIN), torch.no_grad():
+    contenders[0].fault = too_large(naive.layers * naive.heads * naive.ctx_len**2, device)
+    with naive_backend(), _c_or_not(PLAIN), torch.no_grad():
         expected = _logits(plain, tokens[:, :-1], "float32")
     ours.recompute = rotary.recompute = train.recompute
-    models: dict[str, nn.Module] = {"rwkv1": ours, "mha_rotary": rotary}
+    models: dict[str, nn.Module] = {model.arch: ours, rotary.config.arch: rotary}
     if (llama := llama_like(model, device)) is not None:
         models["transformers Llama"] = llama
     else:
         say("transformers is not installed: its Llama is left out")
     for name, each in models.items():
         called = {f"{name} {precision}": each}
-        if name == "rwkv1" and device.type == "cpu" and fusible(model) and fused.available():
+        if each is ours and ours.block.runs_in_c(model, "float32", device):
             called[f"{name} {precision} {WITHOUT_C}"] = each
-        in_one = name == "rwkv1" and in_c(model, precision, device)
+        in_one = each is ours and ours.block.runs_in_c(model, precision, device)
         wanted, why = choose_compile(train.compile, math.inf, device, fused=in_one)
         if wanted:
             called[f"{name} {precision} compiled"] = cast(nn.Module, torch.compile(each, dynamic=False))
-        elif name == "rwkv1":
+        elif each is ours:
             say(f"not compiled: {why}")
         for label, form in called.items():
             contender = _step(label, form, each, tokens, precision, train)
-            if name == "rwkv1":
+            if each is ours:
                 with _c_or_not(label):
                     contender.fault = _off(_logits(form, tokens[:, :-1], precision), expected, precision)
             contenders.append(contender)
-    with _plain_backend():
+    with naive_backend():
         paths = race(contenders, seconds, device, say)
     machine = machine_now(device)
     for row in paths:
@@ -88,22 +80,8 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
             used = "float32" if row["name"] == PLAIN else precision
             row["share_of_peak"] = 6 * weights * row["tokens_per_second"] / machine[f"{used}_peak"]
         row["parameters"] = sum(p.numel() for p in own.parameters())
-    work = (
-        f"training step: {model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio"
-        f" {model.ffn_ratio}, ctx_len {model.ctx_len}, batch {shape[0]}, vocabulary {model.vocab_size};"
-        f" {precision} ({reason})"
-    )
+    work = f"training step: {model.size_words()}, batch {shape[0]}; {precision} ({reason})"
     return {"work": work, "machine": machine, "results": [{"ctx_len": model.ctx_len, "paths": paths}]}
-
-
-@contextmanager
-def _plain_backend() -> Iterator[None]:
-    """Within it, wkv1 has the plain writing among its backends."""
-    BACKENDS[PLAIN] = lambda k, v, f, alpha, beta, *_: plain_wkv1(k, v, f, alpha, beta)
-    try:
-        yield
-    finally:
-        del BACKENDS[PLAIN]
 
 
 def _c_or_not(path: str) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import parse
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
-from timemix.errors import UserError, nearest
+from timemix.errors import UserError
 from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
@@ -25,7 +25,7 @@ from timemix.experiments.spec import (
     shipped,
     with_data,
 )
-from timemix.models.config import ARCHITECTURES
+from timemix.models.registry import find_architecture
 
 if TYPE_CHECKING:
     from timemix.experiments.compare import Job
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
-SEED_COLORS = {"rwkv1": "red", "rwkv1_exp": "orange", "mha_rotary": "gray", "mha_pro": "black", "mha_shift": "green"}
 
 
 @dataclass(frozen=True)
@@ -142,14 +141,12 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
 
 
 def _of_architectures(parsed: CompareArguments) -> Experiment:
-    for arch in parsed.arch:
-        if arch not in ARCHITECTURES:
-            raise UserError(f"unknown architecture {arch!r}{nearest(arch, ARCHITECTURES)}")
+    colours = {arch: find_architecture(arch).colour for arch in parsed.arch}
     # The held-out text is read at the beginning and at the end: often would cost more than 2 % of the time.
     steps = preset(parsed.size).train.steps
     return Experiment(
         title=" against ".join(parsed.arch),
-        variants=tuple(Variant(a, {"model": {"arch": a}}, color=SEED_COLORS.get(a, "")) for a in parsed.arch),
+        variants=tuple(Variant(a, {"model": {"arch": a}}, color=colours[a]) for a in parsed.arch),
         tokens=1_500_000,
         preset=parsed.size,
         base={"train": {"valid_every": steps, "save_every": 500}},

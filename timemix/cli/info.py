@@ -5,52 +5,10 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from timemix._version import __version__
 from timemix.cli.options import parse, preset_of, print_report
 from timemix.config.run import TrainConfig
-from timemix.models.config import ARCHITECTURES, ExpTimeMixConfig, ModelConfig, TimeMixConfig, architecture
-from timemix.models.size import count_parameters, flops_per_token, wkv1_backend
-from timemix.runtime.device import choose_device, choose_precision
-from timemix.training.memory import training_memory
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions, and what `auto` takes for device and precision, with the reason."""
-    device, device_reason = choose_device("auto")
-    precision, precision_reason = choose_precision("auto", device)
-    return {
-        "timemix": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": f"{device} ({device_reason})",
-        "precision": f"{precision} ({precision_reason})",
-    }
-
-
-def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
-    precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
-    report: dict[str, Any] = {
-        "arch": model.arch,
-        "size": f"{model.layers} layers, {model.heads} heads, {model.channels} channels, ffn_ratio {model.ffn_ratio},"
-        f" ctx_len {model.ctx_len}, vocabulary {model.vocab_size}",
-    }
-    if isinstance(model.mixer, TimeMixConfig | ExpTimeMixConfig):
-        report["wkv1"] = wkv1_backend(model, precision)
-    report["parameters"] = count_parameters(model)
-    sizes = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
-    same_size = {name: getattr(model, name) for name in sizes}
-    report["parameters_by_arch"] = {
-        arch: count_parameters(architecture(arch, **same_size))["total"] for arch in ARCHITECTURES
-    }
-    flops = flops_per_token(model)
-    report["flops_per_token"] = {"forward": flops, "training": 3 * flops}
-    report["training_memory_mib"] = training_memory(model, train, precision) // 2**20
-    report["batch_size"] = train.batch_size // train.accumulation
-    return report
+from timemix.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -67,8 +25,6 @@ def info(arguments: list[str]) -> int:
     config, rest = preset_of(arguments, "cpu-small")
     asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
     parsed = parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
-    from timemix.cli.info import describe_machine, describe_model
-
     report: dict[str, Any] = describe_machine()
     if asked:
         report |= describe_model(parsed.model, parsed.train)
@@ -77,3 +33,46 @@ def info(arguments: list[str]) -> int:
         return 0
     print_report(report)
     return 0
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, and what `auto` takes for device and precision, with the reason."""
+    import torch
+
+    from timemix.runtime.device import choose_device, choose_precision
+
+    device, device_reason = choose_device("auto")
+    precision, precision_reason = choose_precision("auto", device)
+    return {
+        "timemix": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": f"{device} ({device_reason})",
+        "precision": f"{precision} ({precision_reason})",
+    }
+
+
+def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
+    from timemix.models.language_model import block_class
+    from timemix.models.registry import like_size_of, list_architectures
+    from timemix.models.size import count_parameters, flops_per_token
+    from timemix.runtime.device import choose_device, choose_precision
+    from timemix.training.memory import training_memory
+
+    precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
+    report: dict[str, Any] = {
+        "arch": model.arch,
+        "size": model.size_words(),
+        **block_class(model).forms(model, precision),
+    }
+    report["parameters"] = count_parameters(model)
+    report["parameters_by_arch"] = {
+        arch: count_parameters(like_size_of(model, arch))["total"] for arch in list_architectures()
+    }
+    flops = flops_per_token(model)
+    report["flops_per_token"] = {"forward": flops, "training": 3 * flops}
+    report["training_memory_mib"] = training_memory(model, train, precision) // 2**20
+    report["batch_size"] = train.batch_size // train.accumulation
+    return report

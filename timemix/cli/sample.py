@@ -85,7 +85,6 @@ def sample(arguments: list[str]) -> int:
     settings = parsed.sampling
     if parsed.save_state is not None and settings.count > 1:
         raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
-    from timemix.generation.decode import ModelStep
     from timemix.generation.engine import Engine, Request
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import load_stream, save_stream
@@ -100,7 +99,7 @@ def sample(arguments: list[str]) -> int:
         prompt = default_prompt(loaded.tokenizer) if start is None else ""
     _note_long_prompt(prompt, loaded)
     engine = Engine(loaded.model, loaded.tokenizer, places=settings.count, weights=parsed.weights)
-    if isinstance(engine.advance, ModelStep):
+    if not engine.advance.compiled:
         print(f"timemix: tokens are written step by step by the model itself: {engine.advance.reason}", file=sys.stderr)
     ids = loaded.tokenizer.encode(prompt).tolist()
     for number in range(settings.count):

@@ -174,8 +174,6 @@ def _ignore(progress: "TrainingProgress") -> None:
 
 
 def _introduce(trainer: "Trainer") -> None:
-    from timemix.models.size import wkv1_backend
-
     config, world = trainer.config, trainer.world
     processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
     print(
@@ -183,7 +181,7 @@ def _introduce(trainer: "Trainer") -> None:
         f" vocabulary {config.model.vocab_size};"
         f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out\n"
         f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
-        + (f", wkv1 {wkv1_backend(config.model, trainer.precision)}" if config.model.arch.startswith("rwkv1") else "")
+        + "".join(f", {op} {form}" for op, form in trainer.model.block.forms(config.model, trainer.precision).items())
         + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
         file=sys.stderr,
     )

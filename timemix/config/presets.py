@@ -1,12 +1,11 @@
 """Presets: named settings of a run."""
 
-import dataclasses
 from typing import Any
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
 from timemix.errors import UserError, nearest
-from timemix.models.config import ChannelMixConfig, architecture
+from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, model_config
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
@@ -60,12 +59,17 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "vocab_size": 136,
         },
         "train": {"steps": 7813, "batch_size": 64, "lr": 6e-4, "lr_final": 2e-4},
+        # The published figure trained its attention models with a smaller step and weight decay.
+        "attention": {"lr": 4e-4, "weight_decay": 0.01},
     },
 }
 PRESETS = tuple(_SIZES)
+# The activation of a preset is that of channel-mixes alone.
+_CHANNEL_MIXES = ("rwkv1", "rwkv1_exp", "mha_pro")
+_ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")
 
 
-def preset(name: str, arch: str = "rwkv1") -> RunConfig:
+def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
     """Run config of a preset for an architecture.
 
     Raises UserError for an unknown name.
@@ -73,11 +77,8 @@ def preset(name: str, arch: str = "rwkv1") -> RunConfig:
     if name not in _SIZES:
         raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
     sizes = _SIZES[name]
-    train = dict(sizes["train"])
-    model = architecture(arch, **sizes["model"])
-    if isinstance(model.ffn, ChannelMixConfig):
-        model = dataclasses.replace(model, ffn=ChannelMixConfig(**sizes.get("ffn", {})))
-    # The published figure trained its attention models with a smaller step and weight decay.
-    if name == "seed" and not arch.startswith("rwkv1"):
-        train |= {"lr": 4e-4, "weight_decay": 0.01}
+    fields = sizes["model"] | (sizes.get("ffn", {}) if arch in _CHANNEL_MIXES else {})
+    known = find_architecture(arch).config.__dataclass_fields__
+    model = model_config(arch, **{field: value for field, value in fields.items() if field in known})
+    train = sizes["train"] | (sizes.get("attention", {}) if arch in _ATTENTION else {})
     return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))

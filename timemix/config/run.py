@@ -6,16 +6,19 @@ dataclasses (the text below each field is its help), and `config.toml` in a run 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tomli_w
 
+from timemix.config.version_1 import flattened
 from timemix.data.config import DataConfig
 from timemix.errors import UserError
-from timemix.models.config import ENDLESS, ModelConfig, Recompute
+from timemix.models.config import ModelConfig, Recompute
+from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, list_architectures, model_config
 from timemix.storage.settings import UNFIT, check_range, from_dict, parse_toml, to_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of config.toml; 1 had `mixer` and `ffn` tables in `model`."""
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -111,18 +114,25 @@ class TrainConfig:
 class RunConfig:
     """All that determines a run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: model_config(DEFAULT_ARCHITECTURE))
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None
     """Run, or checkpoint, whose weights and tokenizer it begins with."""
 
     def __post_init__(self) -> None:
-        if self.train.contexts > 1 and self.model.arch not in ENDLESS:
+        if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:
             raise UserError(
                 f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} ends at ctx_len;"
-                f" that of {', '.join(ENDLESS)} has no end"
+                f" that of {', '.join(list_architectures(bounded=False))} has no end"
             )
+
+    @staticmethod
+    def narrowed(data: dict[str, Any]) -> dict[str, type]:
+        """Types of the fields that depend on the values in `data`: that of the model, on its architecture."""
+        model = data.get("model")
+        arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
+        return {"model": find_architecture(arch).config}
 
     @property
     def window(self) -> int:
@@ -142,8 +152,8 @@ def read_toml(path: Path) -> RunConfig:
     data = parse_toml(path)
     version = data.pop("format_version", None)
     try:
-        if version != FORMAT_VERSION:
-            raise UserError(f"it has format_version {version!r}; this timemix reads {FORMAT_VERSION}")
-        return from_dict(RunConfig, data)
+        if version not in (1, FORMAT_VERSION):
+            raise UserError(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
+        return from_dict(RunConfig, flattened(data) if version == 1 else data)
     except UNFIT as error:
         raise UserError(f"{path}: {error}") from None

@@ -15,7 +15,6 @@ from timemix.errors import UserError
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.ops.common import fused
 from timemix.reporting.plots import save_picture, spare_colors
 from timemix.runs.load import Loaded
@@ -46,11 +45,11 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
     # The same draw as at the start of the run.
     torch.manual_seed(loaded.config.train.seed)
     start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
-    tables = [_tables(block.mixer) for block in model.blocks]
+    tables = [{name: table.tolist() for name, table in block.tables().items()} for block in model.blocks]
     not_shown = {}
     if not any(tables):
         not_shown["tables"] = f"{model.config.arch} has no f, alpha, beta or gamma"
-    if not any(block.shift.shifted for block in model.blocks):
+    if not any(block.shifted for block in model.blocks):
         not_shown["token-shift"] = (
             f"this {model.config.arch} has no token-shift: no channel is taken from earlier tokens"
         )
@@ -63,13 +62,6 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
         "projections": measure_projections(model, start, tokens),
         "not_shown": not_shown,
     }
-
-
-def _tables(mixer: nn.Module) -> dict[str, list]:
-    found = {name: getattr(mixer, name, None) for name in TABLES}
-    if isinstance(mixer, ExpTimeMix):
-        found["f"] = mixer.curve()
-    return {name: table.tolist() for name, table in found.items() if table is not None}
 
 
 def measure_projections(
@@ -87,11 +79,11 @@ def measure_projections(
     rows = []
     for (layer, half, name), seen in now.items():
         block = model.blocks[layer]
-        linear, shifted = getattr(getattr(block, half), name), block.shift.shifted
+        linear, shifted = block.projections()[half, name], block.shifted
         row: dict[str, Any] = {"layer": layer, "half": half, "projection": name, **seen.summary(name)}
         use, use_before = _use(linear, seen.deviation, shifted), None
         if use is not None:
-            old = getattr(getattr(start.blocks[layer], half), name)
+            old = start.blocks[layer].projections()[half, name]
             use_before = _use(old, before[layer, half, name].deviation, shifted)
             with _without(linear, shifted):
                 row["loss_without_shifted"] = loss_per_token(model, tokens)
@@ -127,11 +119,9 @@ def _observe(model: LanguageModel, tokens: np.ndarray | Tokens, most: int = 2048
     seen: dict[tuple[int, str, str], _Seen] = {}
     hooks = []
     for layer, block in enumerate(model.blocks):
-        for half in HALVES:
-            for name in PROJECTIONS:
-                if hasattr(getattr(block, half), name):
-                    here = seen[layer, half, name] = _Seen()
-                    hooks.append(getattr(getattr(block, half), name).register_forward_hook(_recorder(here)))
+        for (half, name), linear in block.projections().items():
+            here = seen[layer, half, name] = _Seen()
+            hooks.append(linear.register_forward_hook(_recorder(here)))
     try:
         ctx_len = model.config.ctx_len
         with fused.left_out():

@@ -26,6 +26,7 @@ import numpy as np
 
 from timemix.bench.measure import measure_training
 from timemix.config.run import RunConfig, read_toml, to_toml
+from timemix.config.version_1 import flattened, nested
 from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
@@ -226,7 +227,7 @@ class Comparison:
                 ended = bool(result.get("diverged")) or result.get("call") == self._call
             else:
                 # Tuning that was mended later may have chosen another point.
-                ended = job.tuning or (result.get("key") == self._key(job) and self._whole(result, job))
+                ended = job.tuning or (result.get("key") in self._keys(job) and self._whole(result, job))
             if not ended:
                 return False
             self._known_to_have_ended.add(self.folder(job))
@@ -236,8 +237,9 @@ class Comparison:
         """Whether a result holds all that the experiment asks for."""
         return job.tuning or not self.experiment.by_position or "by_position" in result
 
-    def _key(self, job: Job) -> str:
-        return _key(self.config(job), self.corpus(job.variant, job.tuning))
+    def _keys(self, job: Job) -> list[str]:
+        """What identifies the run of a job, in this version and in those before."""
+        return _keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
         """Runs a job unless another process does or did; whether it ran."""
@@ -272,15 +274,15 @@ class Comparison:
         if not job.tuning and self.best_point(job.variant) is None:
             errors = [r["error"] for j in self.tuning_jobs(job.variant) if (r := self.result(j)) and "error" in r]
             raise UserError(f"every tuning run failed: {errors[-1]}")
-        config, key = self.config(job), self._key(job)
-        if (same := self._same_run(key, job)) is not None:
+        config, keys = self.config(job), self._keys(job)
+        if (same := self._same_run(keys, job)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             # Its result last, written by the caller: a copy cut short has not ended.
             shutil.copytree(same, folder, ignore=shutil.ignore_patterns("result.json"))
             return read_json(same / "result.json") | {"taken_from": str(same)}
         trainer = begin_or_resume(config, folder)
         with watching(job, config) as watch:
-            return self._train(trainer, watch, job) | {"key": key}
+            return self._train(trainer, watch, job) | {"key": keys[0]}
 
     def _train(self, trainer: Trainer, watch: Watch, job: Job) -> dict[str, Any]:
         trainer.run(watch)
@@ -301,7 +303,7 @@ class Comparison:
             result["by_position"] = [round(x, 5) for x in by_position.tolist()]
         return result
 
-    def _same_run(self, key: str, job: Job) -> Path | None:
+    def _same_run(self, keys: list[str], job: Job) -> Path | None:
         """A finished run of another comparison under `reuse` with the same config and tokens."""
         if self._reuse is None:
             return None
@@ -309,7 +311,7 @@ class Comparison:
             if path.is_relative_to(self.out):
                 continue
             result = read_json(path)
-            if result.get("key") == key and self._whole(result, job):
+            if result.get("key") in keys and self._whole(result, job):
                 return path.parent
         return None
 
@@ -408,8 +410,11 @@ def _beginning(corpora: list[Corpus]) -> str:
     raise UserError("the held-out text begins with no prompt that every variant can read; give prompts")
 
 
-def _key(config: RunConfig, corpus: Corpus) -> str:
-    """Identifies what a run computes: its config as written and its tokens, not where they lie or what runs it."""
+def _keys(config: RunConfig, corpus: Corpus) -> list[str]:
+    """Identifies what a run computes: its config as written and its tokens, not where they lie or what runs it.
+
+    The first is of this version; the second, where version 1 had the architecture, of that.
+    """
     info = corpus.info
     hashes = [info["train"]["sha256"], info["valid"]["sha256"], info["tokenizer"]["sha256"]]
     # The tokens' hashes say what the other fields of `data` and the vocabulary do.
@@ -419,7 +424,10 @@ def _key(config: RunConfig, corpus: Corpus) -> str:
         data=DataConfig(source="", order=config.data.order),
         train=replace(config.train, device=""),
     )
-    return sha256(json.dumps([to_dict(plain), hashes], sort_keys=True).encode()).hexdigest()
+    forms = [to_dict(plain)]
+    if (old := nested(plain.model)) is not None:
+        forms.append(forms[0] | {"model": old})
+    return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
 
 
 def _difference(theirs: Any, ours: dict[str, Any]) -> str:
@@ -427,8 +435,9 @@ def _difference(theirs: Any, ours: dict[str, Any]) -> str:
 
     def runs(experiment: Any) -> dict[str, Any]:
         fields = {n: experiment[n] for n in ("tokens", "seconds", "seeds", "preset", "tune")}
-        fields["base"] = _without_source(experiment["base"])
-        return fields | {"variants": [(v["name"], v["set"]) for v in experiment["variants"]]}
+        fields["base"] = flattened(_without_source(experiment["base"]))
+        fields["tune"] = flattened(fields["tune"])
+        return fields | {"variants": [(v["name"], flattened(v["set"])) for v in experiment["variants"]]}
 
     try:
         old, new = runs(theirs), runs(ours)

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
+from timemix.config.version_1 import flattened
 from timemix.errors import UserError, nearest
+from timemix.models.registry import DEFAULT_ARCHITECTURE
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 TUNING_SEED = 0
@@ -236,9 +238,9 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
     try:
         own: dict[str, Any] = {}
         for layer in (base, variant.set, _nested(point)):
-            own = merged(own, layer)
+            own = merged(own, flattened(layer))
         model = own.get("model", {})
-        arch = model.get("arch", "rwkv1") if isinstance(model, dict) else "rwkv1"
+        arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
         return from_dict(RunConfig, merged(to_dict(preset(preset_name, str(arch))), own))
     except UserError as error:
         raise UserError(f"variant {variant.name!r}: {error}") from None

@@ -5,20 +5,26 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from timemix.models.config import ExpTimeMixConfig, TimeMixConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights, rounded
-from timemix.models.rwkv1.decode import CompiledStep, step_library
+from timemix.models.registry import find_architecture, load_part
 from timemix.models.state import State
 
 
 class Step(Protocol):
     """Feeds one token to each of some rows of a state.
 
-    `reason`: why this kind of step serves.
+    `compiled`: whether it is C code rather than the model's own forward. `reason`: why this kind was chosen. `tiled`:
+    whether it works out ahead, in tiles, what the past adds to positions to come.
     """
 
+    compiled: bool
     reason: str
+    tiled: bool
+
+    def looks_back(self, position: int) -> int:
+        """Positions of the past that a step at a position reads."""
+        ...
 
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
         """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
@@ -35,27 +41,28 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
     """
     reason = "asked for" if backend == "model" else _hindrance(model)
     if reason is None:
-        return CompiledStep(model, weights)
+        return cast(Step, load_part(cast(str, find_architecture(model.config.arch).decode))(model, weights))
     if backend == "compiled":
         raise ValueError(f"the compiled step cannot serve: {reason}")
     return ModelStep(rounded(model, weights), reason)
 
 
 def _hindrance(model: LanguageModel) -> str | None:
-    config = model.config
-    mixer = config.mixer
-    if not isinstance(mixer, TimeMixConfig | ExpTimeMixConfig):
-        return f"there is no compiled step for {config.arch}"
-    if isinstance(mixer, TimeMixConfig) and (mixer.denominator == "weighted" or mixer.weights == "free"):
-        return "there is no compiled step for a weighted denominator or a free W"
-    if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
-        return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
-    found, reason = step_library()
-    return None if found else reason
+    """Why no compiled step can run for a model."""
+    decode = find_architecture(model.config.arch).decode
+    return (
+        f"there is no compiled step for {model.config.arch}" if decode is None else load_part(decode).hindrance(model)
+    )
 
 
 class ModelStep:
     """The model's own forward."""
+
+    compiled = False
+    tiled = False
+
+    def looks_back(self, position: int) -> int:
+        return position
 
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason

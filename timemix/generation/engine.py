@@ -16,7 +16,6 @@ from timemix.generation.sampler import Sampler, draw
 from timemix.generation.session import Stream
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
-from timemix.models.rwkv1.decode import CompiledStep
 from timemix.models.state import State
 from timemix.tokenizers.base import StreamDecoder, Tokenizer
 
@@ -136,7 +135,7 @@ class Engine:
         parameters = sum(p.numel() for p in model.parameters())
         # Measured at 0.8, 17 and 100 M parameters: the call takes long for what it does, the step is bound by memory.
         few = max(6, min(64, int(STEPS_FOR / parameters)))
-        self._few = few if isinstance(self.advance, CompiledStep) else 0
+        self._few = few if self.advance.compiled else 0
         self._ids = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []

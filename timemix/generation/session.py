@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from timemix.config.version_1 import representation
 from timemix.errors import UserError
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import is_count
+from timemix.storage.settings import to_dict
 from timemix.storage.tensors import open_tensors, write_tensors
 
 
@@ -44,9 +46,9 @@ class Stream:
         return self.state.nbytes
 
 
-def model_hash(model: LanguageModel) -> str:
-    """SHA-256 of a model's sizes and weights, in hexadecimal."""
-    sha256 = hashlib.sha256(repr(model.config).encode())
+def model_hash(model: LanguageModel, config: str | None = None) -> str:
+    """SHA-256 of a model's sizes and weights, in hexadecimal; `config`: what stands for its sizes, JSON by default."""
+    sha256 = hashlib.sha256((config or json.dumps(to_dict(model.config), sort_keys=True)).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha256.update(name.encode())
         sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -80,7 +82,7 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
     path = Path(path)
     with open_tensors(path) as file:
         about = _about(path, (file.metadata() or {}).get("timemix_stream"))
-        if about["model"] != model_hash(model):
+        if about["model"] != model_hash(model) and not _is_of_version_1(about["model"], model):
             raise UserError(f"{path} is a state of another model ({about['architecture']}); give the run that wrote it")
         state = model.init_state(1)
         try:
@@ -104,6 +106,12 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
     return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
+
+
+def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
+    """Whether a hash is that which version 1 made of a model."""
+    config = representation(model.config)
+    return config is not None and saved == model_hash(model, config)
 
 
 def _about(path: Path, text: str | None) -> dict[str, Any]:

@@ -5,71 +5,18 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.models.attention.model import Geglu, ProAttention, RotaryAttention
-from timemix.models.config import ENDLESS, ModelConfig, Recompute
-from timemix.models.layers.channel_mix import ChannelMix
-from timemix.models.layers.linear import Embedding, LayerNorm, Linear, product_dtype, to_product_dtype
+from timemix.errors import UserError
+from timemix.models.config import ModelConfig, Recompute
+from timemix.models.layers.block import Block
+from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
-from timemix.models.layers.token_shift import TokenShift
-from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
-from timemix.models.rwkv1.initial import set_initial_values
-from timemix.models.rwkv1.time_mix import TimeMix
+from timemix.models.registry import find_architecture, load_part
 from timemix.models.state import State
-from timemix.ops.common import fused
-
-# mixer and feed-forward half of each architecture
-ARCHITECTURES: dict[str, tuple[type[TimeMix | ExpTimeMix | RotaryAttention], type[ChannelMix | Geglu]]] = {
-    "rwkv1": (TimeMix, ChannelMix),
-    "rwkv1_exp": (ExpTimeMix, ChannelMix),
-    "mha_rotary": (RotaryAttention, Geglu),
-    "mha_shift": (RotaryAttention, Geglu),
-    "mha_pro": (ProAttention, ChannelMix),
-}
 
 
-class Block(nn.Module):
-    """x + mixer(shift(norm(x))), then x + ffn(shift(norm(x)))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        mixer, ffn = ARCHITECTURES[config.arch]
-        self.mixer_norm = LayerNorm(config.channels)
-        self.ffn_norm = LayerNorm(config.channels)
-        self.shift = TokenShift(config, layer)
-        self.mixer = mixer(config)
-        self.ffn = ffn(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def init_state(self, batch_size: int) -> dict[str, Tensor]:
-        state = self.mixer.init_state(batch_size)
-        if self.shift.distance:
-            rows = self.mixer_norm.weight.new_zeros(batch_size, self.shift.distance, len(self.mixer_norm.weight))
-            state |= {"mixer_shift": rows, "ffn_shift": rows.clone()}
-        return state
-
-    def forward(
-        self,
-        x: Tensor,
-        state: dict[str, Tensor] | None = None,
-        position: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        old = state or {}
-        shifted, mixer_shift = self._shifted(self.mixer_norm, x, old.get("mixer_shift"), lengths)
-        y, state = self.mixer(shifted, state, position, lengths)
-        x = x + self.dropout(y).to(x.dtype)
-        shifted, ffn_shift = self._shifted(self.ffn_norm, x, old.get("ffn_shift"), lengths)
-        x = x + self.dropout(self.ffn(shifted)).to(x.dtype)
-        if state is not None and mixer_shift is not None and ffn_shift is not None:
-            state |= {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift}
-        return x, state
-
-    def _shifted(
-        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        if state is None and x.dtype == torch.float32 and fused.serves(x):
-            return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
-        return self.shift(to_product_dtype(norm(x)), state, lengths)
+def block_class(config: ModelConfig) -> type[Block]:
+    """Import the class of the blocks of a config's architecture, which also answers for what stands outside them."""
+    return load_part(find_architecture(config.arch).model)
 
 
 class LanguageModel(nn.Module):
@@ -81,19 +28,24 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.architecture = find_architecture(config.arch)
+        if not isinstance(config, self.architecture.config):
+            raise UserError(f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}")
+        self.block = block_class(config)
         self.embedding = Embedding(config.vocab_size, config.channels)
-        self.blocks = cast(list[Block], nn.ModuleList(Block(config, layer) for layer in range(config.layers)))
-        self.norm = LayerNorm(config.channels)
+        self.input_norm = self.block.input_norm(config)
+        self.blocks = cast(list[Block], nn.ModuleList(self.block(config, layer) for layer in range(config.layers)))
+        self.norm = self.block.final_norm(config)
         self.head = Linear(config.channels, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recompute: Recompute = "none"
         if self.device.type != "meta":
-            set_initial_values(self)
+            self.block.set_initial_values(self)
 
     @property
     def max_position(self) -> int | None:
         """Tokens that a context can hold: ctx_len, where the tables (or the key/value cache) end; None: any number."""
-        return None if self.config.arch in ENDLESS else self.config.ctx_len
+        return self.config.ctx_len if self.architecture.bounded else None
 
     @property
     def device(self) -> torch.device:
@@ -125,13 +77,14 @@ class LanguageModel(nn.Module):
         end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
         if self.max_position is not None and end > self.max_position:
             raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}")
-        x = self.dropout(self.embedding(tokens))
-        layers = []
+        x = self.input_norm(self.dropout(self.embedding(tokens)))
+        layers: list[dict[str, Tensor]] = []
+        carry: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if state is None:
-                x = recomputed(block, x, self.recompute)
+                x, carry = recomputed(block, x, carry, self.recompute)
             else:
-                x, layer = block(x, state.layers[i], state.position, lengths)
+                x, layer, carry = block(x, state.layers[i], carry, state.position, lengths)
                 layers.append(layer)
         if state is not None:
             state = State(state.position + (T if lengths is None else lengths), layers)

@@ -37,7 +37,8 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
 
     Raises UserError for an unknown field (with the nearest right name) or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    types_of = typing.get_type_hints(cls)
+    hints = {field.name: types_of[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
     if narrowed := getattr(cls, "narrowed", None):
         hints |= narrowed(data)
     values: dict[str, Any] = {}

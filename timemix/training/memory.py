@@ -3,9 +3,8 @@
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import UserError
 from timemix.models.config import ModelConfig
+from timemix.models.language_model import block_class
 from timemix.models.size import count_parameters
-from timemix.ops.common.causal import BLOCK
-from timemix.ops.rwkv1.api import DENSE_UP_TO
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.distributed import World
 from timemix.runtime.machine import free_memory
@@ -22,21 +21,16 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     tokens = rows * train.contexts * model.ctx_len
     # In bfloat16 the inputs and outputs of products are half as wide, the rest is not.
     kept = 0.7 if precision == "bfloat16" else 1.0
-    block, products = 25 * model.channels + 6 * model.ffn_hidden, 7 * model.channels + 2 * model.ffn_hidden
+    own = block_class(model).kept(model, rows)
     # With recomputing, one block at a time is whole.
     blocks = {
-        "none": model.layers * block,
-        "cheap": model.layers * products + block,
-        "all": model.layers * model.channels + block,
+        "none": model.layers * own.block,
+        "cheap": model.layers * own.products + own.block,
+        "all": model.layers * model.channels + own.block,
     }[train.recompute]
     per_token = kept * blocks + 4 * model.vocab_size
-    matrices = {"rwkv1": 4, "rwkv1_exp": 4, "mha_rotary": 0, "mha_shift": 0, "mha_pro": 3 * rows + 4}[model.arch]
-    written = model.layers * model.ctx_len
-    if model.arch.startswith("rwkv1") and model.ctx_len > DENSE_UP_TO:
-        written = BLOCK
-    squares = matrices * model.heads * model.ctx_len * written
     held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
-    return int(width * (held + tokens * per_token + squares))
+    return int(width * (held + tokens * per_token + own.squares))
 
 
 def refuse_too_large(config: RunConfig, world: World) -> None:

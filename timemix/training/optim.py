@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.config.run import TrainConfig
+from timemix.models.layers.block import Recipe
 from timemix.runtime.distributed import part_like, whole
 
 
@@ -22,21 +23,32 @@ def _is_matrix(model: nn.Module) -> dict[str, bool]:
     return {name: name in matrices for name, _ in model.named_parameters()}
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig, precision: str = "float32") -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: TrainConfig, precision: str = "float32", recipe: Recipe | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers of a run: each parameter in one of them.
 
     AdamW (arXiv 1711.05101), in the framework's fused form, decays only the weights of linear layers inside blocks.
     With `muon` these go to Muon, whose products run in `precision`, but in float64 for a model of that type.
+    `recipe`: what the architecture wants otherwise.
     """
+    recipe = recipe or Recipe()
     matrices: list[nn.Parameter] = []
-    embedding: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    # By weight decay, multiple of the learning rate, and whether it is of the embedding.
+    others: dict[tuple[float, float, bool], list[nn.Parameter]] = {(0.0, 1.0, False): []}
     is_matrix = _is_matrix(model)
     for name, p in model.named_parameters():
-        (matrices if is_matrix[name] else embedding if name.startswith("embedding.") else rest).append(p)
+        embeds = name.startswith("embedding.")
+        scale = recipe.scale_of(name) * (config.embedding_lr if embeds else 1.0)
+        if is_matrix[name] and scale == 1:
+            matrices.append(p)
+            continue
+        decays = is_matrix[name] or (recipe.decay_all_matrices and p.ndim == 2 and name.endswith(".weight"))
+        others.setdefault((config.weight_decay if decays else 0.0, scale, embeds), []).append(p)
     groups: list[dict[str, Any]] = [
-        {"params": rest, "weight_decay": 0.0},
-        {"params": embedding, "weight_decay": 0.0, "lr_scale": config.embedding_lr},
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale, _), parameters in others.items()
+        if parameters
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
@@ -112,15 +124,15 @@ def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> float:
     """Learning rate of a step, counted from 0.
 
-    Rises linearly over the warm-up to lr, then goes to lr_final by the schedule. Every step has as many
-    tokens as any other, so a share of the steps is a share of the tokens.
+    Rises linearly over the warm-up, from `warmup_floor` of it, to lr, then goes to lr_final by the schedule. Every step
+    has as many tokens as any other, so a share of the steps is a share of the tokens.
     """
     warmup = config.warmup * config.steps
     if step < warmup:
-        return config.lr * min(1.0, (step + 1) / warmup)
+        return config.lr * (warmup_floor + (1 - warmup_floor) * min(1.0, (step + 1) / warmup))
     progress = (step - warmup) / max(config.steps - warmup, 1)
     if config.schedule == "cosine":
         share = (1 + math.cos(math.pi * progress)) / 2

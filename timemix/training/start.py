@@ -11,7 +11,6 @@ from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.models.config import ModelConfig
-from timemix.models.rwkv1.resize import with_ctx_len
 from timemix.runs.folder import checkpoints, newest
 from timemix.runs.load import Loaded, empty_model, load
 from timemix.runtime.distributed import ALONE, World
@@ -27,7 +26,7 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: Loaded
     """Run folder `out` for a config: prepares its tokens and writes config.toml; nothing is trained yet.
 
     Where `config.start` names a trained model, training goes on from its weights, with its tokenizer. The config's
-    model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`models.context`).
+    model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`Block.resized`).
     `start`: a model made of it, to begin with instead.
 
     Raises UserError when `out` exists, text or start do not serve, or the machine lacks the memory.
@@ -45,7 +44,7 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: Loaded
             made = read_toml(out / "config.toml"), out, open_run_corpus(out, config.data.source), None
         trainer = Trainer(*made, world)
         if start is not None:
-            weights = with_ctx_len(start.model.state_dict(), start.config.model, config.model.ctx_len)
+            weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
             fill(trainer.model, weights.__getitem__)
             # So that a run killed before its first checkpoint begins with them again.
             trainer.save()

@@ -20,7 +20,6 @@ from timemix.data.corpus import Corpus
 from timemix.errors import UserError
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
-from timemix.models.rwkv1.time_mix import in_c
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import best_loss, checkpoints, newest, prune
 from timemix.runs.metrics import Line, Metrics
@@ -107,16 +106,21 @@ class Trainer:
         self.model = LanguageModel(config.model)
         self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
         self.model.recompute = train.recompute
+        self.recipe = self.model.block.recipe(config.model)
         self._parallel_model = in_parallel(self.model, train.strategy, world)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
         self.compiled, self.compile_reason = choose_compile(
-            train.compile, flops, self.device, world.size, fused=in_c(config.model, self.precision, self.device)
+            train.compile,
+            flops,
+            self.device,
+            world.size,
+            fused=self.model.block.runs_in_c(config.model, self.precision, self.device),
         )
         # One shape of batch, so no code for any shape; validation calls the model as it is.
         self._training_model = self._parallel_model
         if self.compiled:
             self._training_model = cast(torch.nn.Module, torch.compile(self.model, dynamic=False))
-        self.optimizers = build_optimizers(self.model, train, self.precision)
+        self.optimizers = build_optimizers(self.model, train, self.precision, self.recipe)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
         self.seconds = 0.0
@@ -174,7 +178,7 @@ class Trainer:
                 self._warn(f"the model cannot be compiled ({_first_line(error)}); training goes on without")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits, _ = self._training_model(inputs)
-        return cross_entropy(logits, targets)
+        return self.model.block.training_loss(cross_entropy(logits, targets), logits)
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns its loss in nats per token, before the update, and the gradient norm.
@@ -182,7 +186,7 @@ class Trainer:
         Raises NotFinite, with weights unchanged, when loss or gradient is not finite.
         """
         config = self.config.train
-        lr = learning_rate(config, self.step)
+        lr = learning_rate(config, self.step, self.recipe.warmup_floor)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -332,7 +336,7 @@ class Trainer:
                 speed = (self.step - steps_then) * self.tokens_per_step / (self.seconds - seconds_then)
                 line |= {
                     "loss": float(np.mean(self._losses)),
-                    "lr": learning_rate(config, self.step - 1),
+                    "lr": learning_rate(config, self.step - 1, self.recipe.warmup_floor),
                     "grad_norm": norm,
                     "tokens_per_second": speed,
                     "peak_share": flops * speed / peak,

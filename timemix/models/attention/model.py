@@ -1,12 +1,19 @@
 """The attention baselines: rotary attention with GeGLU, and MHA_pro (RWKV-LM 0.01)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.config import AttentionConfig, GegluConfig, ModelConfig, ProAttentionConfig
+from timemix.models.attention.config import ProConfig, RotaryConfig
+from timemix.models.config import ShiftedConfig
 from timemix.models.layers.activations import ACTIVATIONS
+from timemix.models.layers.block import Kept, Model, ShiftedBlock, Tensors
+from timemix.models.layers.channel_mix import ChannelMix
+from timemix.models.layers.initial import log_decay, orthogonal, scale_outputs, set_weights, table_like
 from timemix.models.layers.linear import Linear, joint_linear
+from timemix.models.layers.resize import with_ctx_len
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
 from timemix.ops.common.history import append, lags, weights_at
@@ -35,11 +42,10 @@ class RotaryAttention(nn.Module):
     State: the keys (turned) and values of every past position, each (B, H, ctx_len, N).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: RotaryConfig | ProConfig) -> None:
         super().__init__()
-        assert isinstance(config.mixer, AttentionConfig | ProAttentionConfig)
         self.config = config
-        self.rotary_base = config.mixer.rotary_base
+        self.rotary_base = config.rotary_base
         C = config.channels
         self.query = Linear(C, C)
         self.key = Linear(C, C)
@@ -99,14 +105,13 @@ class ProAttention(RotaryAttention):
     (arXiv 2003.02436) after the softmax.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ProConfig) -> None:
         super().__init__(config)
-        assert isinstance(config.mixer, ProAttentionConfig)
         H = config.heads
         self.f = nn.Parameter(torch.ones(H, config.ctx_len))
-        self.alpha = time_table(config, config.mixer.alpha)
-        self.beta = time_table(config, config.mixer.beta)
-        self.gamma = time_gamma(config, config.mixer.gamma)
+        self.alpha = time_table(config, config.alpha)
+        self.beta = time_table(config, config.beta)
+        self.gamma = time_gamma(config, config.gamma)
         self.head_mix = nn.Parameter(torch.empty(H, H).uniform_(-(H**-0.5), H**-0.5))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
@@ -138,10 +143,9 @@ class ProAttention(RotaryAttention):
 class Geglu(nn.Module):
     """output(act(key) * value): the gated feed-forward layer of arXiv 2002.05202."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ShiftedConfig) -> None:
         super().__init__()
-        assert isinstance(config.ffn, GegluConfig)
-        self.activation = ACTIVATIONS[config.ffn.activation]
+        self.activation = ACTIVATIONS[config.activation]
         C, hidden = config.channels, config.ffn_hidden
         self.key = Linear(C, hidden)
         self.value = Linear(C, hidden)
@@ -151,3 +155,48 @@ class Geglu(nn.Module):
         """x (B, T, C) to (B, T, C)."""
         k, v = joint_linear(x, self.key, self.value)
         return self.output(self.activation(k) * v)
+
+
+class RotaryBlock(ShiftedBlock):
+    """Rotary attention, then GeGLU; with token-shift where the config has it."""
+
+    Mixer: ClassVar[type[RotaryAttention]] = RotaryAttention
+    Ffn: ClassVar[type[Geglu | ChannelMix]] = Geglu
+
+    @classmethod
+    @torch.no_grad()
+    def set_initial_values(cls, model: Model) -> None:
+        config = model.config
+        if config.initial == "original":
+            set_weights(model, lambda _, linear: nn.init.normal_(linear.weight, std=0.01))
+            return
+        set_weights(model, orthogonal)
+        for layer, block in enumerate(model.blocks):
+            scale_outputs(block, layer, zero=True)
+            if isinstance(block.mixer, ProAttention):
+                f = block.mixer.f
+                f.copy_(table_like(f, log_decay(config.heads, config.ctx_len)).exp())
+
+    @classmethod
+    def mixing_flops(cls, config: ShiftedConfig) -> int:
+        """Count queries by keys and weights by values, whole T x T matrices as they are computed."""
+        return config.layers * 2 * config.channels * 2 * config.ctx_len
+
+
+class ProBlock(RotaryBlock):
+    """Attention times W with talking heads, then channel-mix."""
+
+    Mixer = ProAttention
+    Ffn = ChannelMix
+
+    @classmethod
+    def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
+        """Add the T x T matrices of each head: three of each row, and W."""
+        usual = super().kept(config, rows)
+        return Kept(
+            usual.block, usual.products, (3 * rows + 4) * config.heads * config.ctx_len * config.layers * config.ctx_len
+        )
+
+    @classmethod
+    def resized(cls, weights: Tensors, config: ShiftedConfig, ctx_len: int) -> Tensors:
+        return with_ctx_len(weights, config.ctx_len, ctx_len)

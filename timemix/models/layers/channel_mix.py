@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.config import ChannelMixConfig, ModelConfig
+from timemix.models.config import ShiftedConfig
 from timemix.models.layers.activations import ACTIVATIONS
 from timemix.models.layers.linear import Linear, joint_linear, side_by_side
 from timemix.ops.common import fused
@@ -12,10 +12,9 @@ from timemix.ops.common import fused
 class ChannelMix(nn.Module):
     """sigmoid(receptance) * output(act(key) * value)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ShiftedConfig) -> None:
         super().__init__()
-        assert isinstance(config.ffn, ChannelMixConfig)
-        self.activation = config.ffn.activation
+        self.activation = config.activation
         C, hidden = config.channels, config.ffn_hidden
         self.key = Linear(C, hidden)
         self.value = Linear(C, hidden)

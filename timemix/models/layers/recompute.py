@@ -10,18 +10,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from timemix.models.config import Recompute
 
 
-def recomputed(block: nn.Module, x: Tensor, recompute: Recompute) -> Tensor:
-    """Rows (B, T, C) after a block, which returns them with a state; the same numbers whatever `recompute` says.
+def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor | None]:
+    """Rows (B, T, C) and carry after a block, without a state; the same numbers whatever `recompute` says.
 
     `cheap` keeps what linear maps, convolutions and fused attention give, `all` only x (arXiv 1604.06174). A compiled
     step decides by itself.
     """
     if recompute == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return block(x)[0]
+        x, _, carry = block(x, None, carry)
+        return x, carry
     if recompute == "all":
-        return checkpoint(block, x, use_reentrant=False)[0]
+        x, _, carry = checkpoint(block, x, None, carry, use_reentrant=False)
+        return x, carry
     contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)[0]
+    x, _, carry = checkpoint(block, x, None, carry, use_reentrant=False, context_fn=contexts)
+    return x, carry
 
 
 _KEPT = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product", "timemix::causal_conv", "timemix::spectral_conv")

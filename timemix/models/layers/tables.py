@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from timemix.models.config import ModelConfig
+from timemix.models.config import ShiftedConfig
 from timemix.ops.common.spread import spread
 
 
-def time_table(config: ModelConfig, learned: bool) -> nn.Parameter | None:
+def time_table(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
     """Table (H, ctx_len) of ones, or None for one that is left out."""
     return nn.Parameter(torch.ones(config.heads, config.ctx_len)) if learned else None
 
 
-def time_gamma(config: ModelConfig, learned: bool) -> nn.Parameter | None:
+def time_gamma(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
     """Output weight of each position (ctx_len,), or None where it is left out."""
     return nn.Parameter(torch.ones(config.ctx_len)) if learned else None
 

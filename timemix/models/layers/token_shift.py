@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.config import ModelConfig
+from timemix.models.config import ShiftedConfig
 
 
-def shift_fractions(config: ModelConfig, layer: int) -> tuple[float, ...]:
+def shift_fractions(config: ShiftedConfig, layer: int) -> tuple[float, ...]:
     """Fractions of the channels of a layer taken from 1, 2, 3 ... tokens back.
 
     Linear from `token_shift` in layer 0 to `token_shift_top` in the last.
@@ -31,7 +31,7 @@ class TokenShift(nn.Module):
     The state is the newest `distance` rows of the input, oldest first: (B, distance, C).
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ShiftedConfig, layer: int) -> None:
         super().__init__()
         ends, total = [], 0.0
         for fraction in shift_fractions(config, layer):

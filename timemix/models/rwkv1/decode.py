@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.models.language_model import Block, LanguageModel
+from timemix.models.config import ShiftedConfig
+from timemix.models.language_model import LanguageModel
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.quantize import WEIGHTS, Weights, quantized
 from timemix.models.rwkv1 import tiles as lazy
+from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
+from timemix.models.rwkv1.model import Rwkv1Block
 from timemix.models.rwkv1.tiles import Pending
 from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.models.state import State
 from timemix.ops.common.fused import ACTIVATION_KINDS
-from timemix.ops.rwkv1.exponential import basis, extended, fading, turned
+from timemix.ops.common.history import extended
+from timemix.ops.rwkv1.exponential import basis, fading, turned
 from timemix.runtime.native import library
 
 
@@ -71,6 +74,8 @@ class _Model(ctypes.Structure):
 class CompiledStep:
     """The whole model in one call of step.c, which reads a copy of the linear weights, laid out for it."""
 
+    compiled = True
+
     def __init__(self, model: LanguageModel, weights: Weights) -> None:
         found, self.reason = step_library()
         assert found is not None
@@ -82,28 +87,28 @@ class CompiledStep:
         self._panel = found.timemix_panel()
         # What the structures point to.
         self._held: list[Tensor] = []
-        config = model.config
-        assert isinstance(config.ffn, ChannelMixConfig)
-        self._layers = (_Layer * config.layers)(*(self._layer(block) for block in model.blocks))
+        config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
+        self._layers = (_Layer * config.layers)(*(self._layer(cast(Rwkv1Block, block)) for block in model.blocks))
         C, hidden = config.channels, config.ffn_hidden
         self._model = _Model(
             type=self._type,
-            activation=ACTIVATION_KINDS.index(config.ffn.activation),
+            activation=ACTIVATION_KINDS.index(config.activation),
             vocabulary=config.vocab_size,
             layers=config.layers,
             heads=config.heads,
             channels=C,
             hidden=hidden,
             **self._sizes(config),
-            epsilon=model.norm.eps,
+            epsilon=norm.eps,
             embedding=self._hold(model.embedding.weight),
-            norm=self._norm(model.norm),
+            norm=self._norm(norm),
             head=self._linear(model.head),
             layer=self._layers,
         )
         self._filters: list[Tensor] | None = None
-        if isinstance(config.mixer, TimeMixConfig) and config.ctx_len >= lazy.FROM:
+        if isinstance(config, Rwkv1Config) and config.ctx_len >= lazy.FROM:
             self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
+        self.tiled = self._filters is not None
         self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
 
     @torch.no_grad()
@@ -139,10 +144,20 @@ class CompiledStep:
             state.pending.advance(state, rows)
         return logits, state
 
-    @property
-    def tiled(self) -> bool:
-        """Whether sums over the past are worked out ahead, in tiles."""
-        return self._filters is not None
+    @staticmethod
+    def hindrance(model: LanguageModel) -> str | None:
+        """Return why this step cannot run for a model, None where it can."""
+        config = model.config
+        if isinstance(config, Rwkv1Config) and (config.denominator == "weighted" or config.weights == "free"):
+            return "there is no compiled step for a weighted denominator or a free W"
+        if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
+            return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
+        found, reason = step_library()
+        return None if found else reason
+
+    def looks_back(self, position: int) -> int:
+        """Positions of the past that a step at a position reads: with tiles, the newest block and what is pending."""
+        return min(position, lazy.BLOCK) + 1 if self.tiled else position
 
     def _starts(self, state: State, rows: Tensor) -> Tensor | None:
         """Where each row's own look at its past begins, what is older being pending; None: at its first token."""
@@ -156,14 +171,14 @@ class CompiledStep:
             own.pending = sums.data_ptr()
         return starts
 
-    def _sizes(self, config: ModelConfig) -> dict[str, int]:
+    def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
         """What of the mixer is the same in all layers."""
-        mixer, ctx_len = config.mixer, config.ctx_len
-        if isinstance(mixer, ExpTimeMixConfig):
-            return {"positions": ctx_len + 1, "modes": mixer.exponentials, "newest": mixer.taps}
+        ctx_len = config.ctx_len
+        if isinstance(config, Rwkv1ExpConfig):
+            return {"positions": ctx_len + 1, "modes": config.exponentials, "newest": config.taps}
         return {"positions": ctx_len, "limit": ctx_len, "history": ctx_len}
 
-    def _layer(self, block: Block) -> _Layer:
+    def _layer(self, block: Rwkv1Block) -> _Layer:
         mixer, ffn = block.mixer, cast(ChannelMix, block.ffn)
         linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
         linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}

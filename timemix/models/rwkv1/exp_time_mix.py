@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from timemix.models.config import ExpTimeMixConfig, ModelConfig
 from timemix.models.layers.linear import Linear, joint_linear
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
+from timemix.models.rwkv1.config import Rwkv1ExpConfig
 from timemix.models.rwkv1.time_mix import fused_time_mix
 from timemix.ops.common import fused
+from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.exponential import (
     Curves,
     ExpState,
     curve,
     exp_state,
-    extended,
     initial_forget,
     unfading,
     wkv1_exp,
@@ -27,11 +27,10 @@ class ExpTimeMix(nn.Module):
     the position.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Rwkv1ExpConfig) -> None:
         super().__init__()
-        assert isinstance(config.mixer, ExpTimeMixConfig)
-        self.config, self.mixer = config, config.mixer
-        C, H, K, M = config.channels, config.heads, config.mixer.exponentials, config.mixer.taps
+        self.config = config
+        C, H, K, M = config.channels, config.heads, config.exponentials, config.taps
         self.key = Linear(C, C)
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
@@ -41,9 +40,9 @@ class ExpTimeMix(nn.Module):
         self.coefficients = nn.Parameter(torch.ones(H, K))
         self.taps = nn.Parameter(torch.zeros(H, M)) if M else None
         self.forget = nn.Parameter(torch.full((H,), initial_forget(config.ctx_len)))
-        self.alpha = time_table(config, self.mixer.alpha)
-        self.beta = time_table(config, self.mixer.beta)
-        self.gamma = time_gamma(config, self.mixer.gamma)
+        self.alpha = time_table(config, config.alpha)
+        self.beta = time_table(config, config.beta)
+        self.gamma = time_gamma(config, config.gamma)
 
     @property
     def curves(self) -> Curves:
@@ -59,8 +58,8 @@ class ExpTimeMix(nn.Module):
             batch_size,
             config.heads,
             config.head_size,
-            self.mixer.exponentials,
-            self.mixer.taps,
+            config.exponentials,
+            config.taps,
             dtype=torch.promote_types(self.rate.dtype, torch.float32),
             device=self.rate.device,
         )

@@ -1,4 +1,4 @@
-"""The two halves of an rwkv1 block: time-mix and channel-mix (RWKV-LM 0.01, doi 10.5281/zenodo.5196577)."""
+"""Time-mix with learned tables over lags (RWKV-LM 0.01, doi 10.5281/zenodo.5196577)."""
 
 from typing import Protocol
 
@@ -6,30 +6,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.models.config import ModelConfig, ShiftedConfig
 from timemix.models.layers.linear import Linear, joint_linear, side_by_side
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
+from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import MIXES, Wkv1State, gated_wkv1, wkv1, wkv1_state
 
 
 def fusible(config: ModelConfig) -> bool:
-    """Whether a model is one whose halves `ops.fused` has whole."""
-    mixer = config.mixer
-    if isinstance(mixer, TimeMixConfig):
-        return mixer.denominator == "plain" and mixer.backend in ("auto", *MIXES)
-    return isinstance(mixer, ExpTimeMixConfig)
-
-
-def in_c(config: ModelConfig, precision: str, device: torch.device) -> bool:
-    """Whether `ops.fused` does all of a training step but its products."""
-    return precision in ("float32", "bfloat16") and device.type == "cpu" and fusible(config) and fused.available()
+    """Whether C code has the whole of a time-mix but its products."""
+    if isinstance(config, Rwkv1Config):
+        return config.denominator == "plain" and config.backend in ("auto", *MIXES)
+    return isinstance(config, Rwkv1ExpConfig)
 
 
 class Projections(Protocol):
     """The linear maps and tables that a time-mix of either kind has."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ShiftedConfig: ...
+
     key: Linear
     value: Linear
     receptance: Linear
@@ -55,21 +52,20 @@ class TimeMix(nn.Module):
     State: the tensors of `ops.Wkv1State` without the position.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Rwkv1Config) -> None:
         super().__init__()
-        assert isinstance(config.mixer, TimeMixConfig)
-        self.config, self.mixer = config, config.mixer
+        self.config = config
         C = config.channels
         self.key = Linear(C, C)
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
         # A free W holds alpha and beta already; in the weighted form beta cancels between numerator and denominator.
-        free = self.mixer.weights == "free"
+        free = config.weights == "free"
         self.f = nn.Parameter(torch.ones(config.heads, *[config.ctx_len] * (2 if free else 1)))
-        self.alpha = time_table(config, self.mixer.alpha and not free)
-        self.beta = time_table(config, self.mixer.beta and not free and self.mixer.denominator == "plain")
-        self.gamma = time_gamma(config, self.mixer.gamma)
+        self.alpha = time_table(config, config.alpha and not free)
+        self.beta = time_table(config, config.beta and not free and config.denominator == "plain")
+        self.gamma = time_gamma(config, config.gamma)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
         config = self.config
@@ -78,7 +74,7 @@ class TimeMix(nn.Module):
             config.heads,
             config.head_size,
             config.ctx_len,
-            denominator=self.mixer.denominator,
+            denominator=config.denominator,
             dtype=torch.promote_types(self.f.dtype, torch.float32),
             device=self.f.device,
         )
@@ -92,9 +88,10 @@ class TimeMix(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """x (B, T, C) to (B, T, C) and the next state."""
-        if state is None and fusible(self.config) and fused.serves(x):
-            return fused_time_mix(self, x, self.f, self.mixer.backend), None
-        heads = (*x.shape[:2], self.config.heads, self.config.head_size)
+        config = self.config
+        if state is None and fusible(config) and fused.serves(x):
+            return fused_time_mix(self, x, self.f, config.backend), None
+        heads = (*x.shape[:2], config.heads, config.head_size)
         past = None
         if state is not None and position is not None:
             past = Wkv1State(state["numerators"], state["denominators"], position)
@@ -107,8 +104,8 @@ class TimeMix(nn.Module):
             self.beta,
             past,
             lengths=lengths,
-            denominator=self.mixer.denominator,
-            backend=self.mixer.backend,
+            denominator=config.denominator,
+            backend=config.backend,
         )
         y = self.output(r.sigmoid() * y.flatten(2))
         y = times_gamma(y, self.gamma, position)

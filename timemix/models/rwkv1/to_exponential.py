@@ -1,36 +1,36 @@
 """A trained rwkv1 as a recurrent network: its curves f_h(lag) replaced by sums of decaying exponentials."""
 
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
+from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
+from timemix.models.layers.resize import level
+from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.fitting import fit_exponentials
-from timemix.models.rwkv1.resize import level
 
 
-def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> ModelConfig:
+def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> Rwkv1ExpConfig:
     """The `rwkv1_exp` that an `rwkv1` becomes.
 
     Raises UserError for another architecture, a free W, a weighted denominator, or numbers outside ctx_len.
     """
-    mixer = config.mixer
-    if not isinstance(mixer, TimeMixConfig):
+    if not isinstance(config, Rwkv1Config):
         raise UserError(f"only rwkv1 can take a constant state; this is a run of {config.arch}")
-    if mixer.weights == "free":
+    if config.weights == "free":
         raise UserError("a free W has no curves over lags to fit; only decomposed weights can take a constant state")
-    if mixer.denominator == "weighted":
+    if config.denominator == "weighted":
         raise UserError("a weighted denominator grows no constant state; only the plain one can")
     for name, value, least in (("--constant-state", exponentials, 1), ("--taps", taps, 0)):
         if not least <= value <= config.ctx_len:
             raise UserError(f"{name} is {value}; it must lie from {least} to the run's ctx_len {config.ctx_len}")
-    own = ExpTimeMixConfig(exponentials, taps, alpha=mixer.alpha, beta=mixer.beta, gamma=mixer.gamma)
-    return replace(config, arch="rwkv1_exp", mixer=own)
+    same = {field.name: getattr(config, field.name) for field in fields(Rwkv1ExpConfig) if hasattr(config, field.name)}
+    return Rwkv1ExpConfig(**same | {"arch": "rwkv1_exp", "exponentials": exponentials, "taps": taps})
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def with_exponentials(
 ) -> tuple[LanguageModel, list[dict[str, Any]]]:
     """A model with curves of so many exponentials, and what each fit leaves, a dictionary per head.
 
-    Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`models.context`), as
+    Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`layers.resize`), as
     past ctx_len alpha and beta go on with the mean of their last quarter. A lag counts by the pairs of positions that
     lie so far apart, ctx_len - lag: at 4 exponentials and ctx_len 64 this served better than weights by 1 / t^2 or by
     the tables, which trust the early positions more than the loss does. The first `taps` lags are exact.
@@ -54,7 +54,7 @@ def with_exponentials(
     heads, T = config.heads, config.ctx_len
     for i in range(config.layers):
         names = [name for name in ("f", "alpha", "beta") if f"blocks.{i}.mixer.{name}" in weights]
-        tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names}, old.config)
+        tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names})
         weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
     if any(not x.isfinite().all() for x in weights.values()):
         raise UserError("the model holds weights that are not finite")

@@ -43,3 +43,12 @@ def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
     """f (H, ctx_len, ctx_len) at each row's next T positions and U sources, zero in the future: (B, H, T, U)."""
     target = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=f.shape[1] - 1)
     return f.tril()[:, target, :U].transpose(0, 1)
+
+
+def extended(table: Tensor, length: int) -> Tensor:
+    """A table (..., ctx_len) and after it, up to `length`, the mean of its last quarter."""
+    ctx_len = table.shape[-1]
+    if length <= ctx_len:
+        return table
+    rest = table[..., -max(1, ctx_len // 4) :].mean(-1, keepdim=True)
+    return torch.cat([table, rest.expand(*table.shape[:-1], length - ctx_len)], -1)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix.ops.common.causal import causal_convolution, running_sum
+from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.api import K_MAX, K_MIN, compute_dtype, times_table, wkv1
 
 CHUNK = 128
@@ -74,15 +75,6 @@ def exp_state(
 
     position = torch.zeros(batch, dtype=torch.int64, device=device)
     return ExpState(zeros(exponentials), zeros(), position, zeros(taps) if taps else None)
-
-
-def extended(table: Tensor, length: int) -> Tensor:
-    """A table (..., ctx_len) and after it, up to `length`, the mean of its last quarter."""
-    ctx_len = table.shape[-1]
-    if length <= ctx_len:
-        return table
-    rest = table[..., -max(1, ctx_len // 4) :].mean(-1, keepdim=True)
-    return torch.cat([table, rest.expand(*table.shape[:-1], length - ctx_len)], -1)
 
 
 def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:

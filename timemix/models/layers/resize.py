@@ -10,23 +10,18 @@ import torch
 from torch import Tensor
 
 from timemix.errors import UserError
-from timemix.models.config import ExpTimeMixConfig, ModelConfig, TimeMixConfig
-from timemix.ops.rwkv1.exponential import extended
+from timemix.ops.common.history import extended
 
 TABLES = ("f", "alpha", "beta", "gamma")
 
 
-def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) -> dict[str, Tensor]:
-    """Weights by name of the same model with tables for `ctx_len` positions; within the old ones W is the same.
+def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
+    """Weights by name with tables for `ctx_len` positions instead of `old`; within both of them W is the same.
 
-    Raises UserError for a time-mix with a free W, which says nothing of positions that it was not trained on.
+    `logarithms`: the tables hold those of W's factors. Raises UserError for a free W, which says nothing of positions
+    that it was not trained on.
     """
-    old = config.ctx_len
     result = dict(weights)
-    if isinstance(config.mixer, ExpTimeMixConfig):
-        # Past their end its tables are their last quarter's mean already.
-        tables = {name: x for name, x in weights.items() if name.rpartition(".mixer.")[2] in ("alpha", "beta", "gamma")}
-        return result | {name: _resized(table, ctx_len) for name, table in tables.items()}
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
     for mixer in mixers:
         tables = {name: weights[f"{mixer}.{name}"] for name in TABLES if f"{mixer}.{name}" in weights}
@@ -37,19 +32,18 @@ def with_ctx_len(weights: dict[str, Tensor], config: ModelConfig, ctx_len: int) 
                 )
             tables["f"] = tables["f"][:, :ctx_len, :ctx_len]
         elif ctx_len > old:
-            tables = level(tables, config)
-        result |= {f"{mixer}.{name}": _resized(table, ctx_len) for name, table in tables.items()}
+            tables = level(tables, logarithms=logarithms)
+        result |= {f"{mixer}.{name}": resized_table(table, ctx_len) for name, table in tables.items()}
     return result
 
 
-def _resized(table: Tensor, ctx_len: int) -> Tensor:
+def resized_table(table: Tensor, ctx_len: int) -> Tensor:
     """A table (..., ctx_len): its beginning, or itself and then the mean of its last quarter."""
     return extended(table, ctx_len)[..., :ctx_len].clone()
 
 
-def level(tables: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, Tensor]:
     """The tables with the c of each head (see above) worked in."""
-    logarithms = isinstance(config.mixer, TimeMixConfig) and config.mixer.denominator == "weighted"
     f, alpha, beta = (tables.get(name) for name in ("f", "alpha", "beta"))
     assert f is not None
     if alpha is None or (beta is None and not logarithms):

@@ -1,0 +1,58 @@
+"""Settings of format version 1, whose `model` had the tables `mixer` and `ffn`: read, and rebuilt for its hashes."""
+
+from typing import Any
+
+from timemix.models.config import ModelConfig
+from timemix.storage.settings import to_dict
+
+_PARTS = ("mixer", "ffn")
+_ORDER = (
+    "arch",
+    "vocab_size",
+    "ctx_len",
+    "layers",
+    "heads",
+    "channels",
+    "ffn_ratio",
+    "token_shift",
+    "token_shift_top",
+    "dropout",
+    "initial",
+)
+"""The fields of a model in version 1, in the order of its class."""
+
+
+def flattened(data: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings with the fields of `model.mixer` and `model.ffn` in `model` itself."""
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return data
+    flat = {name: value for name, value in model.items() if name not in _PARTS}
+    for part in _PARTS:
+        inner = model.get(part, {})
+        flat |= inner if isinstance(inner, dict) else {part: inner}
+    return data | {"model": flat}
+
+
+def nested(config: ModelConfig) -> dict[str, Any] | None:
+    """Return a model's settings as version 1 had them, None for an architecture that it did not have."""
+    if config.version_1 is None:
+        return None
+    flat = to_dict(config)
+    parts = {part: {name: flat.pop(name) for name in fields} for part, (_, fields) in config.version_1.items()}
+    return flat | parts
+
+
+def representation(config: ModelConfig) -> str | None:
+    """Return what `repr` gave for a model's settings in version 1, None for an architecture that it did not have.
+
+    Hashes of models in saved states were made of it.
+    """
+    if config.version_1 is None:
+        return None
+    parts = {
+        part: f"{name}({', '.join(f'{field}={getattr(config, field)!r}' for field in fields)})"
+        for part, (name, fields) in config.version_1.items()
+    }
+    own = {name: repr(getattr(config, name)) for name in _ORDER}
+    return f"ModelConfig({', '.join(f'{name}={value}' for name, value in (own | parts).items())})"

@@ -1,0 +1,138 @@
+"""The architectures: one entry each, without importing torch.
+
+An entry names its parts as "module:name"; they are imported when a model is built. How to add one: CONTRIBUTING.md.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from timemix.errors import UserError, nearest
+from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShiftConfig
+from timemix.models.config import ModelConfig
+from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What can be known of an architecture before a model is built.
+
+    Args:
+        name: As in `--model.arch`.
+        config: Class of its settings, derived from `ModelConfig`.
+        model: "module:class" of its block, a `models.layers.block.Block`.
+        year: Of its publication.
+        colour: Of its curves in pictures.
+        summary: What it is, in one line.
+        decode: "module:class" of its compiled decode step, None where the model's own forward decodes.
+        weights: Module that names its weights as published, None where none are.
+        recurrent: "module" that turns a trained model into one with a constant state, None where there is none.
+        bounded: Whether its context ends at ctx_len.
+    """
+
+    name: str
+    config: type[ModelConfig]
+    model: str
+    year: int
+    colour: str
+    summary: str
+    decode: str | None = None
+    weights: str | None = None
+    recurrent: str | None = None
+    bounded: bool = True
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    each.name: each
+    for each in (
+        Architecture(
+            "rwkv1",
+            Rwkv1Config,
+            "timemix.models.rwkv1.model:Rwkv1Block",
+            2021,
+            "red",
+            "RWKV of 2021: time-mix with learned tables over time, channel-mix, token-shift",
+            decode="timemix.models.rwkv1.decode:CompiledStep",
+            weights="timemix.models.rwkv1.weights",
+            recurrent="timemix.models.rwkv1.to_exponential",
+        ),
+        Architecture(
+            "rwkv1_exp",
+            Rwkv1ExpConfig,
+            "timemix.models.rwkv1.model:Rwkv1ExpBlock",
+            2021,
+            "orange",
+            "the same, its tables sums of exponentials: a recurrent network",
+            decode="timemix.models.rwkv1.decode:CompiledStep",
+            bounded=False,
+        ),
+        Architecture(
+            "mha_rotary",
+            RotaryConfig,
+            "timemix.models.attention.model:RotaryBlock",
+            2021,
+            "gray",
+            "attention with rotary positions, GeGLU",
+            weights="timemix.models.attention.weights",
+        ),
+        Architecture(
+            "mha_shift",
+            RotaryShiftConfig,
+            "timemix.models.attention.model:RotaryBlock",
+            2021,
+            "green",
+            "the same with token-shift",
+            weights="timemix.models.attention.weights",
+        ),
+        Architecture(
+            "mha_pro",
+            ProConfig,
+            "timemix.models.attention.model:ProBlock",
+            2021,
+            "black",
+            "attention times W, talking heads, token-shift, channel-mix",
+            weights="timemix.models.attention.weights",
+        ),
+    )
+}
+
+
+DEFAULT_ARCHITECTURE = "rwkv1"
+
+
+def list_architectures(*, bounded: bool | None = None) -> list[str]:
+    """Return the names of all architectures, or of those whose context ends at ctx_len, or has no end."""
+    return [name for name, each in ARCHITECTURES.items() if bounded is None or each.bounded == bounded]
+
+
+def find_architecture(name: str) -> Architecture:
+    """Return the entry of an architecture. Raises UserError, with the nearest right name, for an unknown one."""
+    if name not in ARCHITECTURES:
+        raise UserError(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def model_config(arch: str, **fields: Any) -> ModelConfig:
+    """Return the settings of an architecture: its own defaults, `fields` over them.
+
+    Raises UserError for an unknown architecture, a field that it lacks, or a value out of range.
+    """
+    config = find_architecture(arch).config
+    for name in fields:
+        if name not in config.__dataclass_fields__:
+            raise UserError(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
+    return config(arch=arch, **fields)
+
+
+def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
+    """Return the settings of another architecture at the same size, as far as it has the same fields."""
+    known = find_architecture(arch).config.__dataclass_fields__
+    names = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
+    return model_config(arch, **{n: getattr(config, n) for n in names if n in known and hasattr(config, n)})
+
+
+def load_part(reference: str) -> Any:
+    """Import what "module:name", or "module", refers to."""
+    module, _, name = reference.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found

@@ -1,0 +1,89 @@
+"""The blocks of rwkv1 and rwkv1_exp, and what these architectures answer."""
+
+import torch
+
+from timemix.models.config import ShiftedConfig
+from timemix.models.layers.block import Kept, Model, ShiftedBlock, Tensors
+from timemix.models.layers.channel_mix import ChannelMix
+from timemix.models.layers.resize import resized_table, with_ctx_len
+from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
+from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
+from timemix.models.rwkv1.initial import set_initial_values
+from timemix.models.rwkv1.time_mix import TimeMix, fusible
+from timemix.ops.common import fused
+from timemix.ops.common.causal import BLOCK
+from timemix.ops.common.spectral import block_length
+from timemix.ops.rwkv1.api import DENSE_UP_TO, blocked_up_to, choose_backend
+
+
+class TimeMixBlock(ShiftedBlock):
+    """A time-mix, then channel-mix, each after norm and token-shift."""
+
+    Ffn = ChannelMix
+
+    @classmethod
+    def set_initial_values(cls, model: Model) -> None:
+        set_initial_values(model)
+
+    @classmethod
+    def mixing_flops(cls, config: ShiftedConfig) -> int:
+        """Count 2 ctx_len channels for a product with W, half of that in blocks, less through spectra."""
+        T = config.ctx_len
+        products = T
+        if blocked_up_to(torch.float32) < T:
+            L = block_length(T)
+            products = 5 * L + 4 * T // L
+        elif T > DENSE_UP_TO:
+            products = (T + BLOCK) // 2
+        return config.layers * 2 * config.channels * products
+
+    @classmethod
+    def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
+        """Add W of each head: in every layer, or a strip once where it is never written out."""
+        usual = super().kept(config, rows)
+        strip = BLOCK if config.ctx_len > DENSE_UP_TO else config.layers * config.ctx_len
+        return Kept(usual.block, usual.products, 4 * config.heads * config.ctx_len * strip)
+
+    @classmethod
+    def runs_in_c(cls, config: ShiftedConfig, precision: str, device: torch.device) -> bool:
+        return precision in ("float32", "bfloat16") and device.type == "cpu" and fusible(config) and fused.available()
+
+
+class Rwkv1Block(TimeMixBlock):
+    """Time-mix with tables over lags."""
+
+    Mixer = TimeMix
+
+    @classmethod
+    def resized(cls, weights: Tensors, config: Rwkv1Config, ctx_len: int) -> Tensors:
+        return with_ctx_len(weights, config.ctx_len, ctx_len, logarithms=config.denominator == "weighted")
+
+    @classmethod
+    def forms(cls, config: Rwkv1Config, precision: str) -> dict[str, str]:
+        name, reason = choose_backend(
+            config.backend,
+            config.ctx_len,
+            getattr(torch, precision),
+            free=config.weights == "free",
+            weighted=config.denominator == "weighted",
+        )
+        return {"wkv1": f"{name} ({reason})"}
+
+
+class Rwkv1ExpBlock(TimeMixBlock):
+    """Time-mix whose curves over lags are sums of exponentials: a state of one size at any position."""
+
+    Mixer = ExpTimeMix
+
+    @classmethod
+    def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:
+        """Past their end the tables are their last quarter's mean already; the curves have no end."""
+        tables = {name: x for name, x in weights.items() if name.rpartition(".mixer.")[2] in ("alpha", "beta", "gamma")}
+        return weights | {name: resized_table(table, ctx_len) for name, table in tables.items()}
+
+    @classmethod
+    def forms(cls, config: Rwkv1ExpConfig, precision: str) -> dict[str, str]:
+        return {"wkv1": "{} ({})".format(*choose_backend("auto", config.ctx_len, getattr(torch, precision)))}
+
+    def tables(self) -> Tensors:
+        return {"f": self.mixer.curve(), **super().tables()}
