@@ -10,7 +10,7 @@ from timemix.config import ChannelMixConfig, ExpTimeMixConfig, ModelConfig, Time
 from timemix.models.activations import ACTIVATIONS
 from timemix.models.linear import Linear, joint_linear, side_by_side
 from timemix.ops import Wkv1State, fused, wkv1, wkv1_state
-from timemix.ops.spread import spread
+from timemix.ops.spread import broadcast_parameter
 from timemix.ops.wkv1 import MIXES, gated_wkv1
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
         return x
     T = x.shape[1]
     if position is None:
-        return x * spread(gamma[:T, None], x)
+        return x * broadcast_parameter(gamma[:T, None], x)
     gamma = gamma.to(x.dtype)
     target = position[:, None] + torch.arange(T, device=x.device)
     return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]
