@@ -94,7 +94,7 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
 @pytest.fixture
 def tiles(monkeypatch):
     """Tiles from any context on, small enough that every way of making them is taken."""
-    for name, value in {"FROM": 1, "BLOCK": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
+    for name, value in {"FROM": 1, "TILE": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
         monkeypatch.setattr(lazy, name, value)
 
 

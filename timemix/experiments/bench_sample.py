@@ -283,7 +283,7 @@ def _state_bytes(model: LanguageModel, position: int) -> int:
     ends = model.max_position is not None
     total = 0
     # With tiles: the newest block, and what is pending.
-    read = position if model.config.ctx_len < lazy.FROM else min(position, lazy.BLOCK) + 1
+    read = position if model.config.ctx_len < lazy.FROM else min(position, lazy.TILE) + 1
     for layer in state.layers:
         for x in layer.values():
             part = read / x.shape[2] if ends and x.ndim == 4 and x.shape[2] == model.max_position else 1
