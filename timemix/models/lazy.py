@@ -10,8 +10,8 @@ products of many inputs and many outputs (the online convolution of Fischer and 
         U = the largest power of two times TILE that divides p
         pending[p ... p+U] += the sums over x[p-U ... p]
 
-Each pair of an input and a later output is in exactly one tile or one step. A token is an input of O(log T) tiles. Every
-input lies in the past of every output that it reaches, so rounding is as in `ops.spectral`.
+Each pair of an input and a later output is in exactly one tile or one step. A token is an input of O(log T) tiles.
+Every input lies in the past of every output that it reaches, so rounding is as in `ops.spectral`.
 
 The sums are derived from a state: never saved, and recomputed after a change of the state from outside.
 """

@@ -1,7 +1,13 @@
-"""One token at a time, at the speed at which the weights can be read: the step of generation.
+"""The decode step: one token for each of some rows, at the speed at which the weights can be read.
 
-A model's own forward spends most of such a step in calls of small operators, and on one thread. Here it is one call of
-compiled code (step.c), for the weights as they are, in bfloat16, or in 8 bits. Where that cannot serve, the model does.
+    logits, state = step(tokens, state, rows)
+
+A model's own forward spends most of a step in calls of small operators, on one thread. The compiled step is one call of
+C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. The
+fallback is the model's own forward, with weights rounded alike.
+
+This module lays out in memory what step.c reads. The structures _Linear, _Layer and _Model are those of step.c and
+ops/common/panels.h, field by field.
 """
 
 import copy
@@ -30,35 +36,52 @@ WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
 
 
 class Step(Protocol):
-    """Feeds one token to each of some rows of a state.
-
-    `reason`: why this kind of step serves.
-    """
+    """A decode step."""
 
     reason: str
+    """Why this kind of step was chosen."""
 
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
+        """Feed one token to each of some rows of a state.
 
-        The state is consumed: its other rows stay as they are.
-        Raises ValueError for a row that stands at the model's `max_position`, or a token outside the vocabulary.
+        Args:
+            tokens: (R,) int64, 0 to V - 1.
+            state: state of the model; consumed, its other rows unchanged.
+            rows: rows of the state (R,) int64, all different.
+
+        Returns:
+            Logits (R, V) after these tokens, and the state.
+
+        Raises:
+            ValueError: a token outside the vocabulary, a row outside the state, or one at the model's `max_position`.
         """
 
 
 def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
-    """The step of a model whose weights do not change meanwhile; they are rounded as `weights` says.
+    """Build the decode step of a model. Its weights must not change while the step is in use.
 
-    `backend`: "compiled" or "model" asks for one kind. Raises ValueError for a kind that cannot serve.
+    Args:
+        model: the model.
+        weights: the format that linear weights are rounded to.
+        backend: "compiled", "model", or "auto": compiled where supported.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: the compiled step was requested, and the model, its device or its dtype is not supported, or the C
+            code cannot be compiled.
     """
     reason = "asked for" if backend == "model" else _hindrance(model)
     if reason is None:
         return CompiledStep(model, weights)
     if backend == "compiled":
-        raise ValueError(f"the compiled step cannot serve: {reason}")
+        raise ValueError(f"the compiled step is unavailable: {reason}")
     return ModelStep(rounded(model, weights), reason)
 
 
 def _hindrance(model: LanguageModel) -> str | None:
+    """Return why the compiled step is unavailable for a model, None if it is available."""
     config = model.config
     mixer = config.mixer
     if not isinstance(mixer, TimeMixConfig | ExpTimeMixConfig):
@@ -76,13 +99,31 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit integers (out, in) and a scale for each output (out,): weight = scale x integers, within scale / 2."""
+    """Round a weight to 8 bits: weight[o, i] = scale[o] integers[o, i], within scale[o] / 2.
+
+    scale[o] = max_i |weight[o, i]| / 127.
+
+    Args:
+        weight: (outputs, inputs).
+
+    Returns:
+        integers (outputs, inputs) int8, -127 to 127, and scale (outputs,).
+    """
+    # Not 0, for an output whose weights all are.
     scale = weight.abs().amax(1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
-    """The model with its linear weights rounded, held in its own type; itself where nothing is to round."""
+    """Round the linear weights of a model.
+
+    Args:
+        model: the model, unchanged.
+        weights: the format to round to.
+
+    Returns:
+        A copy in the model's own dtype, or for "float32" the model itself.
+    """
     if weights == "float32":
         return model
     model = copy.deepcopy(model)
@@ -99,7 +140,12 @@ def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
 
 
 class ModelStep:
-    """The model's own forward."""
+    """The fallback: the model's own forward.
+
+    Args:
+        model: the model, its weights rounded already.
+        reason: why this kind of step was chosen.
+    """
 
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason
@@ -109,6 +155,7 @@ class ModelStep:
         device, vocab_size = self.model.device, self.model.config.vocab_size
         if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
             raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
+        # All rows in order need no copy of their state.
         if torch.equal(rows, torch.arange(len(state.position))):
             logits, after = self.model(tokens[:, None].to(device), state, logits="last")
             return logits, cast(State, after)
@@ -155,18 +202,25 @@ class _Model(ctypes.Structure):
 
 
 class CompiledStep:
-    """The whole model in one call of step.c, which reads a copy of the linear weights, laid out for it."""
+    """The whole model in one call of step.c.
+
+    Linear weights are copied into panels (ops/common/panels.h). All other parameters are read where they are.
+
+    Args:
+        model: a supported model (`build_step` checks).
+        weights: the format that linear weights are rounded to.
+    """
 
     def __init__(self, model: LanguageModel, weights: Weights) -> None:
         found, self.reason = _library()
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
         self.model = model
-        # The structures are of one call at a time.
+        # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
         self._panel = found.timemix_panel()
-        # What the structures point to.
+        # The tensors that the structures point to.
         self._held: list[Tensor] = []
         config = model.config
         assert isinstance(config.ffn, ChannelMixConfig)
@@ -190,6 +244,7 @@ class CompiledStep:
         self._filters: list[Tensor] | None = None
         if isinstance(config.mixer, TimeMixConfig) and config.ctx_len >= lazy.FROM:
             self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
+        # (rows, numbers for each row), as timemix_step asks for.
         self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
 
     @torch.no_grad()
@@ -198,11 +253,11 @@ class CompiledStep:
             return self._step(tokens.to(torch.int64).contiguous(), state, rows.to(torch.int64).contiguous())
 
     def _step(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        count, places = len(rows), len(state.position)
+        count, slots = len(rows), len(state.position)
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
-                # A prefill may leave views.
+                # A prefill may leave views; step.c writes into contiguous tensors.
                 if not x.is_contiguous():
                     x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
@@ -213,27 +268,28 @@ class CompiledStep:
         logits = torch.empty(count, self._model.vocabulary)
         given = (rows, state.position, starts, tokens, logits, self._scratch)
         pointers = (None if x is None else x.data_ptr() for x in given)
-        sizes = (ctypes.c_int64(count), ctypes.c_int64(places))
+        sizes = (ctypes.c_int64(count), ctypes.c_int64(slots))
         fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
         if fault == 1:
             raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise ValueError(f"a row is not one of the state's {places}, or stands at a negative position")
+            raise ValueError(f"a row is not one of the state's {slots}, or stands at a negative position")
         if state.pending is not None:
             state.pending.advance(state, rows)
         return logits, state
 
     @property
     def tiled(self) -> bool:
-        """Whether sums over the past are worked out ahead, in tiles."""
+        """Whether sums over the past are computed ahead, in tiles (lazy.py)."""
         return self._filters is not None
 
     def _starts(self, state: State, rows: Tensor) -> Tensor | None:
-        """Where each row's own look at its past begins, what is older being pending; None: at its first token."""
+        """Return where each row's own sum over the past begins (R,), None for 0; older terms are in `pending`."""
         if self._filters is None:
             return None
+        # A state may come from another step, whose filters differ.
         if state.pending is None or state.pending.filters is not self._filters:
             state.pending = Pending(state, self._filters)
         starts = state.pending.starts(state, rows)
@@ -242,7 +298,7 @@ class CompiledStep:
         return starts
 
     def _sizes(self, config: ModelConfig) -> dict[str, int]:
-        """What of the mixer is the same in all layers."""
+        """Return the sizes of the mixer, the same in all layers."""
         mixer, ctx_len = config.mixer, config.ctx_len
         if isinstance(mixer, ExpTimeMixConfig):
             return {"positions": ctx_len + 1, "modes": mixer.exponentials, "newest": mixer.taps}
@@ -269,6 +325,7 @@ class CompiledStep:
         elif WEIGHTS[self._type] == "bfloat16":
             weight = weight.to(torch.bfloat16)
         missing = -linear.out_features % panel
+        # (outputs, inputs) -> (panels, PANEL, inputs) -> (panels, inputs, PANEL), zeros after the last output
         panels = F.pad(weight, (0, 0, 0, missing)).view(-1, panel, linear.in_features).transpose(1, 2)
         return _Linear(
             weight=self._hold(panels),
@@ -282,24 +339,28 @@ class CompiledStep:
         return (ctypes.c_void_p * 2)(self._hold(norm.weight), self._hold(norm.bias))
 
     def _hold(self, x: Tensor) -> int:
-        """Address of a tensor's numbers, which stay there as long as this step."""
+        """Return the address of a tensor's numbers, valid for the life of this step."""
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
 
 
 def _tables(mixer: TimeMix) -> dict[str, Tensor | None]:
-    """What a layer of rwkv1 looks up."""
+    """Return the tables of a layer of rwkv1."""
     return {name: getattr(mixer, name) for name in ("f", "alpha", "beta", "gamma")}
 
 
 @torch.no_grad()
 def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
-    """What a layer of rwkv1_exp looks up: how its slots grow a token older, and tables with an entry for the end."""
+    """Return the tables of a layer of rwkv1_exp.
+
+    own and other (H, K): one token on, slot j becomes own_j S_j + other_j S_partner. begin (H, K) is phi(0), fade (H,)
+    is rho. alpha, beta and gamma have one entry more, for all positions from ctx_len on.
+    """
     curves, end = mixer.curves, mixer.config.ctx_len + 1
     own, sines = turned(curves, torch.ones(()))
     found = {
         "own": own,
-        # A pair turns: the sine goes down into the first and up into the second.
+        # A pair is rotated: minus the sine for the first slot, plus for the second, as in `exponential.partners`.
         "other": torch.where(torch.arange(own.shape[1]) % 2 == 0, -sines, sines),
         "begin": basis(curves, torch.zeros(())),
         "coefficients": curves.coefficients,
