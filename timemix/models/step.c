@@ -216,16 +216,16 @@ int timemix_step(const model *m, int64_t rows, int64_t slots, const int64_t *slo
             /* mixed (rows, F) = act(k) v */
 #pragma omp for schedule(static)
             for (int64_t part = 0; part < PARTS * rows; part++) {
-                const int64_t from = F * part / PARTS, to = F * (part + 1) / PARTS;
-                multiply_activated(k + from, fv + from, to - from, m->activation, mixed + from);
+                const int64_t first = F * part / PARTS, count = F * (part + 1) / PARTS - first;
+                multiply_activated(k + first, fv + first, count, m->activation, mixed + first);
             }
             multiply(&l->ffn_output, t, mixed, in, rows);
 #pragma omp barrier
             /* x += sigmoid(r) output(mixed) */
 #pragma omp for schedule(static)
             for (int64_t part = 0; part < PARTS * rows; part++) {
-                const int64_t from = C * part / PARTS, to = C * (part + 1) / PARTS;
-                add_gated(fr + from, in + from, to - from, x + from);
+                const int64_t first = C * part / PARTS, count = C * (part + 1) / PARTS - first;
+                add_gated(fr + first, in + first, count, x + first);
             }
         }
 #pragma omp for schedule(static)

@@ -49,6 +49,7 @@ static task task_of(const sizes *m, int64_t each, int64_t i) {
     return (task){i / each, m->H * part / each, m->H * (part + 1) / each};
 }
 
+/* One task, by the formulas at the top of this file. */
 INLINE void weigh(enum type type, const sizes *m, task w, const void *kvr, const float *bias, void *source,
                   float *total, void *gate) {
     const int64_t b = w.b, T = m->T, N = m->N, C = m->H * N;
@@ -95,7 +96,7 @@ void timemix_weigh(int64_t type, int64_t threads, const sizes *m, const void *kv
     }
 }
 
-/* With e = exp(k), and x = dsource:
+/* One task. With e = exp(k), and x = dsource:
 
     dk[t] = e (x alpha v + sum_{u>=t} dtotal[u]), 0 where k is clamped;   dv = x alpha e;   dr = dgate gate (1 - gate)
     dalpha(t) = sum_n x e v
