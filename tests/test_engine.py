@@ -130,7 +130,7 @@ def test_with_tiles_too_each_gets_what_it_gets_alone(monkeypatch):
     model = KINDS["rwkv1, compiled"]()
     requests = [request for request in REQUESTS if request.context == "reanchor"]
     expected = [alone(model, request) for request in requests]
-    for name, value in {"FROM": 1, "BLOCK": 2, "_BY_MATRIX": 2, "_BY_TILES": 4}.items():
+    for name, value in {"FROM": 1, "TILE": 2, "_BY_MATRIX": 2, "_BY_TILES": 4}.items():
         monkeypatch.setattr(lazy, name, value)
     engine = Engine(model, CHARACTERS, places=3)
     assert engine.advance.tiled

@@ -37,7 +37,7 @@ def logits_and_gradients(config, tokens, dtype=torch.float32, precision=torch.fl
 
 
 def called(monkeypatch):
-    """The functions of fused.c by name, as they are called."""
+    """Record the names of the C kernels as they are called."""
     names, call = [], fused._call
     monkeypatch.setattr(fused, "_call", lambda name, *arguments: names.append(name) or call(name, *arguments))
     return names

@@ -96,7 +96,7 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
 @pytest.fixture
 def tiles(monkeypatch):
     """Tiles from any context on, small enough that every way of making them is taken."""
-    for name, value in {"FROM": 1, "BLOCK": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
+    for name, value in {"FROM": 1, "TILE": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
         monkeypatch.setattr(lazy, name, value)
 
 
@@ -311,6 +311,27 @@ def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, 
         assert build() == 4
     finally:
         native.library.cache_clear()
+
+
+def test_a_changed_header_gives_a_new_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, header = tmp_path / "answer.c", tmp_path / "inner.h"
+    (tmp_path / "outer.h").write_text('# include "inner.h"\n')
+    source.write_text('#include "outer.h"\n#include "ops/common/types.h"\nint answer(void) { return ANSWER; }\n')
+
+    def answer(value):
+        header.write_text(f"#ifndef ANSWER\n#define ANSWER {value}\n#endif\n")
+        native.library.cache_clear()
+        found, reason = native.library(source)
+        assert found is not None, reason
+        return found.answer(), len(list((tmp_path / "timemix").glob("answer-*.so")))
+
+    assert answer(1) == (1, 1)
+    assert answer(2) == (2, 2)
+    # Cached, by content.
+    assert answer(1) == (1, 2)
+    native.library.cache_clear()
+    assert native.library(source, "-DANSWER=3")[0].answer() == 3
 
 
 def test_importing_compiles_nothing(tmp_path):

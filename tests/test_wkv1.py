@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timemix.ops.common import causal, fused, spectral
 from timemix.ops.common.fused import serves
-from timemix.ops.common.spread import embedding, spread
+from timemix.ops.common.spread import broadcast_parameter, embedding
 from timemix.ops.rwkv1.api import Wkv1State, choose_backend, gated_wkv1, wkv1, wkv1_state
 
 CTX = 9
@@ -450,6 +450,6 @@ def test_a_table_spread_for_the_compiler_has_the_same_gradient():
     table, x = torch.randn(5, 1, requires_grad=True), torch.randn(2, 5, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        compiled = torch.autograd.grad((x * spread(table, x)).sin().sum(), table)
+        compiled = torch.autograd.grad((x * broadcast_parameter(table, x)).sin().sum(), table)
     plain = torch.autograd.grad((x * table).sin().sum(), table)
     torch.testing.assert_close(compiled, plain)

@@ -27,23 +27,41 @@ class Step(Protocol):
         ...
 
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Logits (R, V) after tokens (R,) int64 for the rows (R,) int64 of a state, none twice; and the state.
+        """Feed one token to each of some rows of a state.
 
-        The state is consumed: its other rows stay as they are.
-        Raises ValueError for a row that stands at the model's `max_position`, or a token outside the vocabulary.
+        Args:
+            tokens: (R,) int64, 0 to V - 1.
+            state: state of the model; consumed, its other rows unchanged.
+            rows: rows of the state (R,) int64, all different.
+
+        Returns:
+            Logits (R, V) after these tokens, and the state.
+
+        Raises:
+            ValueError: a token outside the vocabulary, a row outside the state, or one at the model's `max_position`.
         """
 
 
 def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
-    """The step of a model whose weights do not change meanwhile; they are rounded as `weights` says.
+    """Build the decode step of a model. Its weights must not change while the step is in use.
 
-    `backend`: "compiled" or "model" asks for one kind. Raises ValueError for a kind that cannot serve.
+    Args:
+        model: the model.
+        weights: the format that linear weights are rounded to.
+        backend: "compiled", "model", or "auto": compiled where supported.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: the compiled step was requested, and the model, its device or its dtype is not supported, or the C
+            code cannot be compiled.
     """
     reason = "asked for" if backend == "model" else _hindrance(model)
     if reason is None:
         return cast(Step, load_part(cast(str, find_architecture(model.config.arch).decode))(model, weights))
     if backend == "compiled":
-        raise ValueError(f"the compiled step cannot serve: {reason}")
+        raise ValueError(f"the compiled step is unavailable: {reason}")
     return ModelStep(rounded(model, weights), reason)
 
 
@@ -56,7 +74,12 @@ def _hindrance(model: LanguageModel) -> str | None:
 
 
 class ModelStep:
-    """The model's own forward."""
+    """The fallback: the model's own forward.
+
+    Args:
+        model: the model, its weights rounded already.
+        reason: why this kind of step was chosen.
+    """
 
     compiled = False
     tiled = False
@@ -72,6 +95,7 @@ class ModelStep:
         device, vocab_size = self.model.device, self.model.config.vocab_size
         if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
             raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
+        # All rows in order need no copy of their state.
         if torch.equal(rows, torch.arange(len(state.position))):
             logits, after = self.model(tokens[:, None].to(device), state, logits="last")
             return logits, cast(State, after)

@@ -13,13 +13,31 @@ WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit integers (out, in) and a scale for each output (out,): weight = scale x integers, within scale / 2."""
+    """Round a weight to 8 bits: weight[o, i] = scale[o] integers[o, i], within scale[o] / 2.
+
+    scale[o] = max_i |weight[o, i]| / 127.
+
+    Args:
+        weight: (outputs, inputs).
+
+    Returns:
+        integers (outputs, inputs) int8, -127 to 127, and scale (outputs,).
+    """
+    # Not 0, for an output whose weights all are.
     scale = weight.abs().amax(1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
-    """The model with its linear weights rounded, held in its own type; itself where nothing is to round."""
+    """Round the linear weights of a model.
+
+    Args:
+        model: the model, unchanged.
+        weights: the format to round to.
+
+    Returns:
+        A copy in the model's own dtype, or for "float32" the model itself.
+    """
     if weights == "float32":
         return model
     model = copy.deepcopy(model)

@@ -1,4 +1,9 @@
-"""C code of the package, compiled for this processor when it is first wanted, and kept in the user's cache."""
+"""C code of the package, compiled for this processor on first use and cached.
+
+The cached library is named by a hash of all it depends on: the compiler and its version, the flags, the processor, the
+source, and every file that the source includes by `#include "..."`, directly or not. Such a file is searched for beside
+the file that includes it, then from the folder of the package: `#include "ops/common/panels.h"`.
+"""
 
 import contextlib
 import ctypes
@@ -6,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,40 +20,56 @@ from pathlib import Path
 
 import pooch
 
-# Mathematical functions of whole vectors are declared under -ffast-math alone. Not when linking: it would have the
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder from which C files are included."""
+
+# Vector forms of mathematical functions are declared under -ffast-math alone. Not when linking: it would have the
 # processor round small numbers to zero in the whole process.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC")
 THREADS = "-fopenmp"
 
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
+
 
 @functools.cache
 def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
-    """The compiled form of a C file, None where that fails; and by what it was compiled, or why not.
+    """Compile and load a C file.
 
-    `flags`: of the compiler, after those of all files.
+    Args:
+        source: the C file.
+        flags: flags of the compiler, after those of all files.
+
+    Returns:
+        The library, or None if it cannot be compiled or loaded; and the compiler, or the reason of the failure.
     """
     compiler = c_compiler()
     if compiler is None:
         named = f": CC is {os.environ['CC']!r}" if os.environ.get("CC") else ""
         return None, f"no C compiler was found{named}"
     try:
-        return _kept_or_made(compiler, source, flags), f"compiled by {shlex.join(compiler)}"
+        return _load_or_compile(compiler, source, flags), f"compiled by {shlex.join(compiler)}"
     except subprocess.SubprocessError as error:
-        return None, f"{shlex.join(compiler)} failed: {_what_failed(error)}"
+        return None, f"{shlex.join(compiler)} failed: {_error_line(error)}"
     except OSError as error:
-        return None, f"the compiled code cannot be kept or loaded: {error}"
+        return None, f"the compiled code cannot be saved or loaded: {error}"
 
 
 def c_compiler() -> list[str] | None:
-    """The command of the system's C compiler, None where there is none."""
+    """Find the system's C compiler.
+
+    Returns:
+        Its command: that of the environment variable CC, else cc, gcc or clang; None without a compiler.
+    """
     asked = shlex.split(os.environ.get("CC", ""))
     commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
     return next(([path, *rest] for first, *rest in commands if (path := shutil.which(first))), None)
 
 
-def _kept_or_made(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = "\0".join((*compiler, said, *COMPILE, *flags, THREADS, _processor())).encode() + source.read_bytes()
+def _load_or_compile(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    parts = "\0".join((*compiler, version, *COMPILE, *flags, THREADS, _processor())).encode()
+    for content in _sources(source).values():
+        parts += b"\0" + content
     name = f"{source.stem}-{hashlib.sha256(parts).hexdigest()[:16]}.so"
     folder = Path(pooch.os_cache("timemix"))
     with contextlib.suppress(OSError):
@@ -55,36 +77,52 @@ def _kept_or_made(compiler: list[str], source: Path, flags: tuple[str, ...]) -> 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            # Renamed when whole: another process may look for it now.
+            # Renamed when complete: another process may load it at any time.
             return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / name).replace(folder / name)))
     except OSError:
-        # A cache that cannot be written, or holds no code that runs: for this process alone.
+        # The cache cannot be written, or its file system allows no execution: compile for this process alone.
         with tempfile.TemporaryDirectory(prefix="timemix-") as work:
             return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / name)))
+
+
+def _sources(source: Path) -> dict[Path, bytes]:
+    """Return the content of a C file and of each file that it includes, in order of first inclusion."""
+    found: dict[Path, bytes] = {}
+    pending = [source.resolve()]
+    while pending:
+        path = pending.pop()
+        if path in found:
+            continue
+        found[path] = path.read_bytes()
+        for name in reversed(_INCLUDE.findall(found[path])):
+            candidates = (folder / os.fsdecode(name) for folder in (path.parent, PACKAGE))
+            # The compiler reports a file that does not exist.
+            pending += [each.resolve() for each in candidates if each.is_file()][:1]
+    return found
 
 
 def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path) -> Path:
     def run(*arguments: str) -> None:
         subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
 
-    part = str(to.with_suffix(".o"))
+    part, include = str(to.with_suffix(".o")), ("-I", str(PACKAGE))
     try:
-        run(*COMPILE, *flags, THREADS, "-c", str(source), "-o", part)
+        run(*COMPILE, *flags, THREADS, *include, "-c", str(source), "-o", part)
         run("-shared", THREADS, part, "-lm", "-o", str(to))
     except subprocess.CalledProcessError:
-        # A compiler without OpenMP leaves the threads out.
-        run(*COMPILE, *flags, "-c", str(source), "-o", part)
+        # A compiler without OpenMP: one thread.
+        run(*COMPILE, *flags, *include, "-c", str(source), "-o", part)
         run("-shared", part, "-lm", "-o", str(to))
     return to
 
 
-def _what_failed(error: subprocess.SubprocessError) -> str:
+def _error_line(error: subprocess.SubprocessError) -> str:
     lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else str(error))
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Describe the processor: what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timemix.ops.common.spread import embedding, spread
+from timemix.ops.common.spread import broadcast_parameter, embedding
 
 # Up to here the weights are read faster from the left, measured on two cores.
 FEW_ROWS = 4
@@ -71,7 +71,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None or not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y = F.linear(x, weight)
-    return y + spread(bias, y)
+    return y + broadcast_parameter(bias, y)
 
 
 class Embedding(nn.Embedding):
@@ -93,4 +93,4 @@ class LayerNorm(nn.LayerNorm):
         if not torch.compiler.is_compiling():
             return super().forward(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return y * spread(self.weight, y) + spread(self.bias, y)
+        return y * broadcast_parameter(self.weight, y) + broadcast_parameter(self.bias, y)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.models.config import ShiftedConfig
-from timemix.ops.common.spread import spread
+from timemix.ops.common.spread import broadcast_parameter
 
 
 def time_table(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
@@ -23,7 +23,7 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
         return x
     T = x.shape[1]
     if position is None:
-        return x * spread(gamma[:T, None], x)
+        return x * broadcast_parameter(gamma[:T, None], x)
     gamma = gamma.to(x.dtype)
     target = position[:, None] + torch.arange(T, device=x.device)
     return x * gamma[target.clamp(max=len(gamma) - 1)][:, :, None]

@@ -1,7 +1,13 @@
-"""One token at a time, at the speed at which the weights can be read: the step of generation.
+"""The decode step: one token for each of some rows, at the speed at which the weights can be read.
 
-A model's own forward spends most of such a step in calls of small operators, and on one thread. Here it is one call of
-compiled code (step.c), for the weights as they are, in bfloat16, or in 8 bits. Where that cannot serve, the model does.
+    logits, state = step(tokens, state, rows)
+
+A model's own forward spends most of a step in calls of small operators, on one thread. The compiled step is one call of
+C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. The
+fallback is the model's own forward, with weights rounded alike.
+
+This module lays out in memory what step.c reads. The structures _Linear, _Layer and _Model are those of step.c and
+ops/common/panels.h, field by field.
 """
 
 import ctypes
@@ -72,7 +78,14 @@ class _Model(ctypes.Structure):
 
 
 class CompiledStep:
-    """The whole model in one call of step.c, which reads a copy of the linear weights, laid out for it."""
+    """The whole model in one call of step.c.
+
+    Linear weights are copied into panels (ops/common/panels.h). All other parameters are read where they are.
+
+    Args:
+        model: a supported model (`build_step` checks).
+        weights: the format that linear weights are rounded to.
+    """
 
     compiled = True
 
@@ -81,11 +94,11 @@ class CompiledStep:
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
         self.model = model
-        # The structures are of one call at a time.
+        # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
         self._panel = found.timemix_panel()
-        # What the structures point to.
+        # The tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
         self._layers = (_Layer * config.layers)(*(self._layer(cast(Rwkv1Block, block)) for block in model.blocks))
@@ -109,6 +122,7 @@ class CompiledStep:
         if isinstance(config, Rwkv1Config) and config.ctx_len >= lazy.FROM:
             self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
         self.tiled = self._filters is not None
+        # (rows, numbers for each row), as timemix_step asks for.
         self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
 
     @torch.no_grad()
@@ -117,11 +131,11 @@ class CompiledStep:
             return self._step(tokens.to(torch.int64).contiguous(), state, rows.to(torch.int64).contiguous())
 
     def _step(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        count, places = len(rows), len(state.position)
+        count, slots = len(rows), len(state.position)
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
-                # A prefill may leave views.
+                # A prefill may leave views; step.c writes into contiguous tensors.
                 if not x.is_contiguous():
                     x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
@@ -132,14 +146,14 @@ class CompiledStep:
         logits = torch.empty(count, self._model.vocabulary)
         given = (rows, state.position, starts, tokens, logits, self._scratch)
         pointers = (None if x is None else x.data_ptr() for x in given)
-        sizes = (ctypes.c_int64(count), ctypes.c_int64(places))
+        sizes = (ctypes.c_int64(count), ctypes.c_int64(slots))
         fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
         if fault == 1:
             raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
             raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise ValueError(f"a row is not one of the state's {places}, or stands at a negative position")
+            raise ValueError(f"a row is not one of the state's {slots}, or stands at a negative position")
         if isinstance(state.pending, Pending):
             state.pending.advance(state, rows)
         return logits, state
@@ -157,12 +171,13 @@ class CompiledStep:
 
     def looks_back(self, position: int) -> int:
         """Positions of the past that a step at a position reads: with tiles, the newest block and what is pending."""
-        return min(position, lazy.BLOCK) + 1 if self.tiled else position
+        return min(position, lazy.TILE) + 1 if self.tiled else position
 
     def _starts(self, state: State, rows: Tensor) -> Tensor | None:
-        """Where each row's own look at its past begins, what is older being pending; None: at its first token."""
+        """Return where each row's own sum over the past begins (R,), None for 0; older terms are in `pending`."""
         if self._filters is None:
             return None
+        # A state may come from another step, whose filters differ.
         pending = state.pending
         if not isinstance(pending, Pending) or pending.filters is not self._filters:
             state.pending = pending = Pending(state, self._filters)
@@ -172,7 +187,7 @@ class CompiledStep:
         return starts
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
-        """What of the mixer is the same in all layers."""
+        """Return the sizes of the mixer, the same in all layers."""
         ctx_len = config.ctx_len
         if isinstance(config, Rwkv1ExpConfig):
             return {"positions": ctx_len + 1, "modes": config.exponentials, "newest": config.taps}
@@ -199,6 +214,7 @@ class CompiledStep:
         elif WEIGHTS[self._type] == "bfloat16":
             weight = weight.to(torch.bfloat16)
         missing = -linear.out_features % panel
+        # (outputs, inputs) -> (panels, PANEL, inputs) -> (panels, inputs, PANEL), zeros after the last output
         panels = F.pad(weight, (0, 0, 0, missing)).view(-1, panel, linear.in_features).transpose(1, 2)
         return _Linear(
             weight=self._hold(panels),
@@ -212,24 +228,28 @@ class CompiledStep:
         return (ctypes.c_void_p * 2)(self._hold(norm.weight), self._hold(norm.bias))
 
     def _hold(self, x: Tensor) -> int:
-        """Address of a tensor's numbers, which stay there as long as this step."""
+        """Return the address of a tensor's numbers, valid for the life of this step."""
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
 
 
 def _tables(mixer: TimeMix) -> dict[str, Tensor | None]:
-    """What a layer of rwkv1 looks up."""
+    """Return the tables of a layer of rwkv1."""
     return {name: getattr(mixer, name) for name in ("f", "alpha", "beta", "gamma")}
 
 
 @torch.no_grad()
 def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
-    """What a layer of rwkv1_exp looks up: how its slots grow a token older, and tables with an entry for the end."""
+    """Return the tables of a layer of rwkv1_exp.
+
+    own and other (H, K): one token on, slot j becomes own_j S_j + other_j S_partner. begin (H, K) is phi(0), fade (H,)
+    is rho. alpha, beta and gamma have one entry more, for all positions from ctx_len on.
+    """
     curves, end = mixer.curves, mixer.config.ctx_len + 1
     own, sines = turned(curves, torch.ones(()))
     found = {
         "own": own,
-        # A pair turns: the sine goes down into the first and up into the second.
+        # A pair is rotated: minus the sine for the first slot, plus for the second, as in `exponential.partners`.
         "other": torch.where(torch.arange(own.shape[1]) % 2 == 0, -sines, sines),
         "begin": basis(curves, torch.zeros(())),
         "coefficients": curves.coefficients,

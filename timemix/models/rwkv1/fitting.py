@@ -1,11 +1,17 @@
-"""Curves over lags fitted by sums of decaying exponentials.
+"""Fits of curves by lag with sums of decaying exponentials.
 
-A fit minimizes sum_lag weight (f - fit)^2 over rates, angles and coefficients together (Levenberg-Marquardt, in
-float64), from several starts: the matrix pencil (Hua and Sarkar, 1990), real rates evenly spaced in their logarithm,
-pairs evenly spaced in their angle, and fits grown two exponentials at a time, each where most of what is left lies. The
-best is kept.
+    fit(lag) = sum_j c_j phi_j(lag)        slots, rate, angle and c (coefficients) as in `ops.exponential`
+    error    = sum_lag weight(lag) (f(lag) - fit(lag))^2,   weights of sum 1
 
-Slots, rate, angle and coefficients as in `ops.exponential`; S curves at once, L lags.
+The error is minimized over rates, angles and coefficients together, by the method of Levenberg and Marquardt in
+float64. It has many local minima, so there are several starts, and the best result counts:
+
+    matrix pencil:  the poles of the curve itself (Hua and Sarkar, 1990), at three window lengths
+    real rates:     evenly spaced in their logarithm
+    slow pairs:     evenly spaced in their angle
+    growth:         two exponentials more at a time, those of a grid that lower the error most
+
+Shapes: S curves at once (the H heads), L lags, K exponentials.
 """
 
 import math
@@ -19,20 +25,28 @@ from torch.nn import functional as F
 from timemix.ops.rwkv1.exponential import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
-"""exp(-8) of a value is left one lag later: faster is as good as a tap."""
+"""Largest rate: exp(-8) is left one lag later, so a faster decay is no better than a tap."""
 
 MOST_COEFFICIENTS = 20.0
-"""Sum of |coefficients| at most, in units of max |f|: what cancels costs digits."""
+"""Largest sum of |coefficients|, in units of max |f|: large terms that cancel lose digits."""
 
 STEPS = 200
-"""Of a refinement."""
+"""Steps of a refinement."""
 
 MOST_GROWN = 32
-"""Exponentials beyond which a fit is not grown, and hardly refined: its starts are good, and each step costs K^3."""
+"""Exponentials up to which a fit is grown, and refined in STEPS steps. With more, the other starts are good, and each
+step costs O(K^3)."""
 
 
 class Fit(NamedTuple):
-    """rate (S, K), angle (S, K // 2), coefficients (S, K), error (S,): the weighted mean square that is left."""
+    """A fit of each curve.
+
+    Args:
+        rate: (S, K).
+        angle: (S, K // 2).
+        coefficients: (S, K).
+        error: weighted mean square of f - fit (S,).
+    """
 
     rate: Tensor
     angle: Tensor
@@ -41,7 +55,16 @@ class Fit(NamedTuple):
 
 
 def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
-    """Best fit of each curve f (H, L) under weight (H, L) >= 0 by K exponentials, K at most L."""
+    """Fit each curve by a sum of exponentials.
+
+    Args:
+        f: curves (H, L) by lag.
+        weight: weight of each lag (H, L), >= 0, of any scale.
+        exponentials: K, at most L.
+
+    Returns:
+        The best fit found for each curve.
+    """
     f, weight = f.double(), weight.double()
     weight = weight / weight.sum(1, keepdim=True)
     starts = [*_pencils(f, weight, exponentials), _real(f, exponentials), _around(f, exponentials)]
@@ -52,45 +75,55 @@ def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
 
 
 def _better(a: Fit, b: Fit) -> Fit:
-    """Curve by curve the fit of the smaller error."""
+    """Return, curve by curve, the fit of the smaller error."""
     first = a.error <= b.error
     return Fit(*(torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True)))
 
 
 def _real(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Real rates from 1 to 1 / L."""
+    """Start from real rates, 1 down to 1 / L."""
     H, L = f.shape
     rate = torch.logspace(0, -math.log10(L), K, dtype=f.dtype).expand(H, K)
     return rate.clone(), f.new_zeros(H, K // 2)
 
 
 def _around(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Slow pairs whose angles lie evenly around the circle: with K = L they fit any curve."""
+    """Start from slow pairs at evenly spaced angles: with K = L these are a Fourier basis, which fits any curve."""
     H, _ = f.shape
-    # Where no real one stands beside them, half a step away from 0.
+    # With K even there is no real exponential for angle 0: the angles are half a step away from it.
     angle = 2 * math.pi / K * (torch.arange(1, K // 2 + 1, dtype=f.dtype) - (0 if K % 2 else 0.5))
     return f.new_full((H, K), LEAST_RATE), angle.expand(H, K // 2).clone()
 
 
 def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
-    """Poles of the matrix pencil at several window lengths, of the curves whose late, light lags are tapered."""
+    """Start from the poles of the matrix pencil, at several window lengths.
+
+    A sum of K exponentials z_j^lag has a window matrix Y[i, j] = f(i + j) of rank K. Its row space is invariant under a
+    shift by one lag, and the eigenvalues of that shift are the poles z_j = exp(-rate + i angle).
+    """
     H, L = f.shape
     starts = []
+    # Lags of little weight are multiplied down, so that the poles describe the others.
     taper = (weight / weight.amax(1, keepdim=True)).sqrt()
     for length in sorted({L // 2, L // 3, L // 5} - {0}):
         rate, angle = _real(f, K)
         if min(length, L - length) > K:
             for h in range(H):
+                # (L,) -> (L - length, length + 1)
                 rows = (f[h] * taper[h]).unfold(0, length + 1, 1)
                 right = torch.linalg.svd(rows, full_matrices=False)[2][:K]
+                # The shift, by least squares: `right` without its last column, onto `right` without its first.
                 poles = torch.linalg.eigvals(torch.linalg.pinv(right[:, :-1].T) @ right[:, 1:].T)
-                _place(poles, rate[h], angle[h])
+                _fill_slots(poles, rate[h], angle[h])
         starts.append((rate, angle))
     return starts
 
 
-def _place(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
-    """Poles into the slots of one curve, slowest first, as far as there is room; negative ones as pairs."""
+def _fill_slots(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
+    """Write poles into the slots of one curve, rate (K,) and angle (K // 2,), slowest first, as many as fit.
+
+    Of a conjugate pair the pole of positive phase counts. A negative real pole, phase pi, becomes a pair.
+    """
     K = len(rate)
     pairs, real = [], []
     for pole in sorted(poles.tolist(), key=abs, reverse=True):
@@ -109,9 +142,13 @@ def _place(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
 
 
 def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
-    """Two exponentials more at a time, beginning with one where K is odd: a pair, or two real ones, on a grid."""
+    """Grow a fit by two exponentials at a time, a pair or two real ones from a grid; from one real one if K is odd.
+
+    With the residual `left` and candidates phi_1, phi_2: target_i = sum_lag weight left phi_i and
+    gram_ij = sum_lag weight phi_i phi_j. The best coefficients lower the error by target^T gram^-1 target, the gain.
+    """
     H, L = f.shape
-    # The odd real one stays last.
+    # New ones come first, so that the odd real one stays last.
     fit = Fit(f.new_zeros(H, 0), f.new_zeros(H, 0), f.new_zeros(H, 0), (weight * f**2).sum(1))
     if K % 2:
         fit = _refined(f, weight, *_real(f, 1))
@@ -121,14 +158,18 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
     pairs = len(rates) * len(angles)
     grid_rate = torch.cat([rates.repeat_interleave(len(angles))[:, None].expand(-1, 2), reals])
     grid_angle = torch.cat([angles.repeat(len(rates)), rates.new_zeros(len(reals))])[:, None]
+    # (candidates, 2, L), then all products of the two: (candidates * 4, L)
     found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), torch.arange(L))
     products = (found[:, :, None] * found[:, None]).flatten(0, 2)
+    # (S, candidates, 2, 2); the ridge is for two equal rates.
     gram = (weight @ products.t()).view(H, -1, 2, 2) + 1e-9 * torch.eye(2, dtype=f.dtype)
     while fit.rate.shape[1] < K:
         left = f - _values(fit, L)
+        # (S, candidates, 2)
         target = ((weight * left) @ found.flatten(0, 1).t()).view(H, -1, 2)
         gain = (target * torch.linalg.solve(gram, target)).sum(-1)
-        # The places of the largest gain are neighbours; so the best pair, and the best two real ones.
+        # The candidates of largest gain are neighbours of one another, so two kinds are tried: the best pair, and the
+        # best two real ones.
         tried = []
         for part in (slice(0, pairs), slice(pairs, None)):
             i = gain[:, part].argmax(1)
@@ -139,7 +180,7 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
 
 
 def _values(fit: Fit, L: int) -> Tensor:
-    """The fitted curves (S, L)."""
+    """Evaluate the fitted curves: (S, L)."""
     if fit.rate.shape[1] == 0:
         return fit.rate.new_zeros(len(fit.rate), L)
     curves = Curves(fit.rate, fit.angle, fit.coefficients, fit.rate[:, 0])
@@ -147,7 +188,11 @@ def _values(fit: Fit, L: int) -> Tensor:
 
 
 def _solved(phi: Tensor, f: Tensor, weight: Tensor) -> Tensor:
-    """Coefficients (S, K) of phi (S, K, L) by weighted ridge least squares, the smallest ridge that keeps the bound."""
+    """Solve for the coefficients (S, K) of phi (S, K, L): (gram + ridge I) c = target.
+
+    gram = sum_lag weight phi phi^T, target = sum_lag weight f phi. The ridge, a power of ten relative to the largest
+    entry of gram, is the smallest for which sum |c| <= MOST_COEFFICIENTS max |f|.
+    """
     gram = (phi * weight[:, None]) @ phi.transpose(1, 2)
     target = ((phi * weight[:, None]) @ f[:, :, None]).squeeze(-1)
     scale = gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
@@ -161,7 +206,13 @@ def _solved(phi: Tensor, f: Tensor, weight: Tensor) -> Tensor:
 
 
 def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
-    """Levenberg-Marquardt over log rate, angle and coefficients; a slot keeps its kind, real or of a pair."""
+    """Refine a fit by the method of Levenberg and Marquardt, over p = (log rate, angle, coefficients).
+
+        (J J^T + damping diag(J J^T)) step = J residual,   J[p, lag] = sqrt(weight) d fit(lag) / dp
+
+    A step that lowers the cost is taken, and damping falls; else it is dropped, and damping rises. All S curves at
+    once, each with its own damping. A slot keeps its kind, real or of a pair. rate (S, K), angle (S, K // 2).
+    """
     S, L = f.shape
     K = rate.shape[1]
     lags = torch.arange(L, dtype=f.dtype)
@@ -176,7 +227,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
     phi = phi_of(log_rate, angle)
     c = _solved(phi, f, weight)
     root = weight.sqrt()[:, None]
-    # Without it coefficients run off in opposite directions where two exponentials meet.
+    # Without a ridge, coefficients grow without bound in opposite directions where two exponentials meet.
     ridge = 1e-7 * (weight * f**2).sum(1) / f.abs().amax(1).clamp(min=1e-12) ** 2
 
     def cost_of(phi: Tensor, c: Tensor) -> Tensor:
@@ -185,19 +236,23 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
     cost, damping = cost_of(phi, c), torch.full((S,), 1e-2, dtype=f.dtype)
     angles = K // 2
     for _ in range(STEPS if K <= MOST_GROWN else 5):
-        # Both slots of a pair move with the first one's rate, and with one angle.
+        # d fit / d log rate = -lag rate c phi; both slots of a pair have the rate of the first: (S, K, L)
         by_rate = -lags * (c * torch.where(paired, log_rate[:, first], log_rate).exp())[:, :, None] * phi
         by_rate = _of_pairs(by_rate, angle)
+        # d fit / d angle = lag (c . partners(phi)), over the pair: (S, K // 2, 2, L) -> (S, K // 2, L)
         by_angle = _pairs(lags * c[:, :, None] * partners(phi, 1)).sum(2)
         by_angle = torch.where((angle != 0)[:, :, None], by_angle, 0)
+        # (S, K + K // 2 + K, L)
         jacobian = torch.cat([by_rate, by_angle, phi], 1) * root
         residual = root[:, 0] * (f - (c[:, :, None] * phi).sum(1))
         pull = (jacobian @ residual[:, :, None]).squeeze(-1)
+        # The gradient of ridge |c|^2.
         pull[:, K + angles :] -= ridge[:, None] * c
         normal = jacobian @ jacobian.transpose(1, 2)
         normal.diagonal(dim1=1, dim2=2)[:, K + angles :] += ridge[:, None]
         diagonal = normal.diagonal(dim1=1, dim2=2).clone()
         normal.diagonal(dim1=1, dim2=2).add_(damping[:, None] * diagonal + 1e-14)
+        # Bounded: at most a factor of e in a rate, and everything within its range.
         step = torch.linalg.solve(normal, pull)
         new_rate = (log_rate + step[:, :K].clamp(-1, 1)).clamp(math.log(LEAST_RATE), math.log(MOST_RATE))
         new_angle = torch.where(angle != 0, (angle + step[:, K : K + angles]).clamp(1e-4, math.pi), angle)
@@ -211,6 +266,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
         )
         phi = torch.where(better[:, None, None], new_phi, phi)
         cost = torch.where(better, new_cost, cost)
+    # The exact optimum in c, within the bound.
     c = _solved(phi, f, weight)
     rate = torch.where(paired, log_rate[:, first], log_rate).exp()
     error = (weight * (f - (c[:, :, None] * phi).sum(1)) ** 2).sum(1)
@@ -218,12 +274,12 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """x (S, K, L) of slots as (S, K // 2, 2, L), without an odd last one."""
+    """Pair up the slots of x: (S, K, L) -> (S, K // 2, 2, L), without an odd last one."""
     return x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
 
 
 def _of_pairs(x: Tensor, angle: Tensor) -> Tensor:
-    """x (S, K, L) of slots, those of a pair added up in its first."""
+    """Move derivatives by the rate of a pair into its first slot: x (S, K, L), the two of a pair added up."""
     pairs = _pairs(x)
     added = torch.stack([pairs.sum(2), torch.zeros_like(pairs[:, :, 0])], 2)
     pairs = torch.where((angle != 0)[:, :, None, None], added, pairs)

@@ -1,8 +1,16 @@
-"""Sums over the past: the running sum, and the convolution with one filter per head, in blocks of time.
+"""Sums over the past.
 
-Both are safe for terms of any finite size: a term that lies in the future of an output is not added to it, or meets an
-exact zero, so rounding is relative to what the output itself is made of. Gradients likewise, the other way round.
-Memory grows linearly with time.
+    running sum:         y[t] = sum_{u<=t} x[u]
+    Toeplitz matrix:     W[t, u] = f(t-u), 0 for u > t
+    causal convolution:  y[t] = sum_{u<=t} f(t-u) x[u]
+
+The running sum is per channel; f is a curve by lag, one per head. The convolution is computed in blocks of L = 256
+outputs: block a .. a+L is one product of an (L, a+L) strip of W with x[0 .. a+L]. As W depends on the lag alone, all
+strips are parts of one (L, T) matrix, so memory grows linearly with time.
+
+Both sums are accurate for terms of any finite size. A term in the future of an output is never added to it, or is
+multiplied by an exact zero, so an output rounds relative to its own terms alone. Gradients likewise, with past and
+future exchanged.
 """
 
 import torch
@@ -16,15 +24,25 @@ BLOCK = 256
 """Positions of a block of the convolution."""
 
 _SUM_BLOCK = 16
+"""Positions of a block of the running sum."""
+
 _SUM_SMALL = 2**18
-"""Elements below which the walk along time costs less than the calls that avoid it."""
+"""Elements below which `torch.cumsum` is faster than the calls that replace it."""
 
 
 @operator("timemix::running_sum")
 def running_sum(x: Tensor, reverse: bool = False) -> Tensor:
-    """Sum of x (B, T, C) over time up to each position, or, in reverse, from each position to the end.
+    """Sum over time: y[t] = sum_{u<=t} x[u].
 
-    In blocks whose rows of channels are added whole: `torch.cumsum` walks along time, one channel after another.
+    In blocks, by additions of whole rows of channels. `torch.cumsum` goes along time, one channel after another, which
+    is slow in memory.
+
+    Args:
+        x: terms (B, T, C).
+        reverse: sum over u >= t instead.
+
+    Returns:
+        y (B, T, C), in x's dtype.
     """
     if x.numel() < _SUM_SMALL:
         return x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
@@ -34,7 +52,10 @@ def running_sum(x: Tensor, reverse: bool = False) -> Tensor:
 
 
 def _sum_in_place(y: Tensor, reverse: bool) -> None:
-    """y (B, T, C), contiguous along C."""
+    """Replace y (B, T, C), contiguous along C, by its running sum.
+
+    Each block is summed on its own, all blocks at once; then each gets the running sum of the totals before it.
+    """
     T = y.shape[1]
     blocks = T // _SUM_BLOCK
     if blocks < 2:
@@ -42,6 +63,7 @@ def _sum_in_place(y: Tensor, reverse: bool) -> None:
         for t in order:
             y[:, t] += y[:, t + 1 if reverse else t - 1]
         return
+    # (B, T, C) -> (B, blocks, _SUM_BLOCK, C), and the positions left over
     even = y[:, : blocks * _SUM_BLOCK].unflatten(1, (blocks, _SUM_BLOCK))
     rest = y[:, blocks * _SUM_BLOCK :]
     if reverse:
@@ -82,21 +104,31 @@ running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_
 
 @operator("timemix::toeplitz")
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """(H, rows, columns) with f(columns - rows + i - j) at [i, j], zero in the future, from f (H, ctx_len) by lag.
+    """Lay out curves as matrices: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
 
-    With as many rows as columns W of a whole text; with fewer its last rows. The future comes from padding, so its
-    gradient is cut off rather than multiplied by zero: entries up there can be infinite.
+    With rows = columns this is W of a whole text, with fewer rows its last rows. Zeros of the future come from padding.
+    So their gradient is cut off, not multiplied by zero: entries there can be infinite.
+
+    Args:
+        f: curves (H, ctx_len) by lag, taken as 0 past ctx_len.
+        rows: at most `columns`.
+        columns: positions of the past and present.
+
+    Returns:
+        W (H, rows, columns).
     """
     if fused.serves_lags(f, rows):
         return fused.toeplitz(f, rows, columns)
     f = F.pad(f, (0, max(0, columns - f.shape[1])))[:, :columns]
+    # Window i of f(columns-1) ... f(0), 0 ... 0 is row rows-1-i: (H, columns + rows - 1) -> (H, rows, columns)
     windows = F.pad(f.flip(-1), (0, rows - 1)).unfold(-1, columns, 1)
     return _upside_down(windows)
 
 
 def _upside_down(windows: Tensor) -> Tensor:
-    """windows (H, rows, columns), rows in reverse: by index, as `flip` would keep their columns apart in memory."""
+    """Reverse the rows of windows (H, rows, columns)."""
     rows = windows.shape[1]
+    # By index: `flip` would keep the strides of the view, in which neighbouring columns lie apart.
     return windows[:, torch.arange(rows - 1, -1, -1, device=windows.device)]
 
 
@@ -107,7 +139,7 @@ def _(f: Tensor, rows: int, columns: int) -> Tensor:
 
 @torch.library.custom_op("timemix::toeplitz_backward", mutates_args=())
 def _toeplitz_backward(gradient: Tensor, ctx_len: int) -> Tensor:
-    """Gradient of f (H, ctx_len): sums over the diagonals of a lag."""
+    """Gradient of f: df(lag) = sum of dW[i, j] over the diagonal of that lag; (H, rows, columns) -> (H, ctx_len)."""
     by_lag = diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
     return of_length(by_lag, ctx_len).to(gradient.dtype)
 
@@ -129,53 +161,74 @@ toeplitz.register_autograd(_toeplitz_gradient, setup_context=_toeplitz_setup)
 
 
 def diagonal_sums(pairs: Tensor) -> Tensor:
-    """Sums over each diagonal i - j = -(columns - 1) ... rows - 1 of pairs (H, rows, columns), in at least float32."""
+    """Sum over diagonals: sums[d] = sum of pairs[i, j] over i - j = d, for d = 1 - columns ... rows - 1.
+
+    Args:
+        pairs: matrices (H, rows, columns).
+
+    Returns:
+        Sums (H, rows + columns - 1), in at least float32.
+    """
     _, rows, columns = pairs.shape
     if fused.serves_lags(pairs, rows):
         return fused.diagonal_sums(pairs)
-    # A row more by one entry than the others stands one place further right: diagonals become columns.
+    # Rows padded to rows + columns entries, then read as rows of one entry less: each row moves one column further
+    # right than the row above, and diagonals become columns.
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
     return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))
 
 
 def of_length(f: Tensor, ctx_len: int) -> Tensor:
-    """f (H, lags) cut, or with zeros after it."""
+    """Cut f (H, lags), or pad it with zeros, to (H, ctx_len)."""
     return F.pad(f, (0, ctx_len - f.shape[1])) if ctx_len > f.shape[1] else f[:, :ctx_len].clone()
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which to sum products of x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @operator("timemix::causal_convolution")
 def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
-    """y[t] = sum_{u<=t} f(t - u) x[u] per head, at the last positions: (B, last, H, N) from x (B, T, H, N).
+    """Convolve with one curve per head: y[t] = sum_{u<=t} f(t-u) x[u], at the last positions.
 
-    f (H, ctx_len) by lag, ctx_len at least T. Products run in x's dtype with float32 accumulation, each of a block of
-    positions with all of its past: (L, U) by (U, B * N) for U = L, 2 L, ... T.
+    Products run in x's dtype with float32 accumulation: one for each block of L outputs, (L, U) by (U, B N) for
+    U = L, 2 L, ... T.
+
+    Args:
+        x: sources (B, T, H, N).
+        f: curves (H, ctx_len) by lag, ctx_len >= T.
+        last: number of outputs, 1 to T.
+
+    Returns:
+        y (B, last, H, N), in x's dtype.
     """
     B, T, H, N = x.shape
     L, width = _block(T)
+    # The last L rows of W for `width` positions; the strip of an earlier block is the same, moved along the lags.
     strip = toeplitz(f.to(x.dtype), L, width)
+    # (B, T, H, N) -> (H, T, B N)
     rows = x.permute(2, 1, 0, 3).reshape(H, T, B * N)
     parts = []
     for a in range((T - last) // L * L, T, L):
         b = min(a + L, T)
+        # Column `start` of the strip is source 0: f(a + i) stands at [i, start].
         start = width - L - a
         # Batched products of strided matrices run at half the speed; a copy costs a tenth of one.
         parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
     y = torch.cat(parts, 1)[:, -last:].contiguous()
+    # (H, last, B N) -> (B, last, H, N)
     return y.view(H, last, B, N).permute(2, 1, 0, 3)
 
 
 def _block(T: int) -> tuple[int, int]:
-    """Positions of a block, and of all blocks together, of which the last may be filled in part."""
+    """Return L, the positions of a block, and the positions of all blocks: T rounded up to a multiple of L."""
     L = min(BLOCK, T)
     return L, -(-T // L) * L
 
 
 def _future_strip(f: Tensor, L: int, width: int) -> Tensor:
-    """(H, L, width) with f(j - i) at [i, j], zero in the past: the first L columns of the whole matrix, transposed."""
+    """Return the first L columns of W, transposed: (H, L, width) with f(j - i) at [i, j], 0 for j < i."""
     f = F.pad(f, (L - 1, max(0, width - f.shape[1])))[:, : width + L - 1]
     return _upside_down(f.unfold(-1, width, 1))
 
@@ -188,25 +241,33 @@ def _(x: Tensor, f: Tensor, last: int) -> Tensor:
 
 @torch.library.custom_op("timemix::causal_convolution_backward", mutates_args=())
 def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and f from that of y (B, last, H, N)."""
+    """Gradients of x and f from that of y (B, last, H, N).
+
+    dx[u] = sum_{t>=u} f(t-u) dy[t];  df(lag) = sum_t dy[t] . x[t-lag], over batch and channels of the head.
+    """
     B, T, H, N = x.shape
     L, width = _block(T)
+    # (B, last, H, N) -> (H, T, B N), zeros before the last positions
     dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
     parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
     dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3)
 
-    # Block by block of lags: all pairs of blocks that lie d blocks apart share the same L x L lags.
+    # All pairs of blocks that lie d blocks apart have the same L x L lags: one product for all of them, whose diagonals
+    # are the lags from d L - L + 1 to d L + L - 1.
     blocks = width // L
 
     def rows_by_block(a: Tensor) -> Tensor:
+        # (H, T, B N) -> (H, L, blocks, B N)
         return F.pad(a, (0, 0, 0, width - T)).view(H, blocks, L, -1).transpose(1, 2).contiguous()
 
     target, source = rows_by_block(dy), rows_by_block(x.permute(2, 1, 0, 3).reshape(H, T, B * N))
     by_lag = torch.zeros(H, width + L - 1, dtype=sum_dtype(x), device=x.device)
     for d in range(blocks):
         later, earlier = target[:, :, d:].contiguous(), source[:, :, : blocks - d].contiguous()
+        # (H, L, (blocks - d) B N) by its transpose: (H, L, L), summed over pairs of blocks, batch and channels
         pairs = later.flatten(2) @ earlier.flatten(2).transpose(1, 2)
+        # by_lag[L - 1 + lag]
         by_lag[:, d * L : (d + 2) * L - 1] += diagonal_sums(pairs)
     return dx, of_length(by_lag[:, L - 1 :], f.shape[1]).to(f.dtype)
 

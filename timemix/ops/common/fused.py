@@ -1,7 +1,17 @@
-"""What lies between the matrix products of a training step, in C: one pass over memory each.
+"""A training step between its matrix products, in C, forward and backward: each function is one pass over memory.
 
-For products in float32 and bfloat16 on the CPU, where a C compiler is found, and for code that torch does not compile.
-The modules that call these functions say the same in torch, for all else.
+    norm_shift:  y[t, c] = z[t - d(c), c],  z = LayerNorm(x)
+    weigh:       source = alpha exp(k) v,   total[t] = sum_{u<=t} exp(k[u]),   gate = sigmoid(r)
+    divide:      y = gate beta numerator / total
+    gates:       hidden = act(k) v,   gate = sigmoid(r)
+    scaled:      y = (x + bias) by
+    toeplitz, diagonal_sums:  as in ops.causal
+
+The backward formulas are in the C files, which fused.c lists. The biases of linear maps are added here, in a pass over
+the data that is needed anyway.
+
+Supported: products in float32 and bfloat16 on the CPU, with a C compiler, outside of code that torch compiles. The
+modules that call these functions have a fallback in PyTorch for everything else.
 """
 
 import ctypes
@@ -19,19 +29,29 @@ from torch.nn import functional as F
 from timemix.runtime.native import library
 
 ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
-"""In the order of the C code, here and in models/step.c."""
+"""In the order of `enum activation` (ops/common/activations.h)."""
 
 _TYPES = (torch.float32, torch.bfloat16)
+"""In the order of `enum type` (ops/common/types.h)."""
+
 _PARTS = 16
+"""Parts in which C code sums over rows: a fixed number, so that the bits do not depend on the number of threads."""
 
 ENOUGH_ROWS = 64
-"""Rows from which it pays without gradients too, where weights are joined for each call."""
+"""Rows from which the kernels are faster without gradients too, although weights are joined for each call."""
 
 _left_out = False
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the fused form is to be taken for x (..., C)."""
+    """Return whether to use these kernels in a model.
+
+    Args:
+        x: input of a sublayer (..., C).
+
+    Returns:
+        False if unsupported, or slower than PyTorch.
+    """
     return (
         (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TYPES)
@@ -40,7 +60,15 @@ def serves(x: Tensor) -> bool:
 
 
 def serves_lags(x: Tensor, rows: int) -> bool:
-    """Whether `toeplitz` and `diagonal_sums` here are to be taken for matrices of so many rows, of the type of x."""
+    """Return whether to use `toeplitz` and `diagonal_sums` of this module.
+
+    Args:
+        x: a tensor of the dtype and device of the matrices.
+        rows: rows of a matrix.
+
+    Returns:
+        False if unsupported, or slower than PyTorch.
+    """
     return rows >= ENOUGH_ROWS and _takes(x)
 
 
@@ -55,13 +83,13 @@ def _takes(x: Tensor) -> bool:
 
 
 def available() -> bool:
-    """Whether the C code could be compiled."""
+    """Return whether the C code could be compiled."""
     return _library()[0] is not None
 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Within it nothing is fused: for hooks on single maps, and for torch's own speed."""
+    """Disable these kernels in a `with` block: for hooks on single linear maps, and to measure PyTorch alone."""
     global _left_out
     before, _left_out = _left_out, True
     try:
@@ -73,37 +101,82 @@ def left_out() -> Iterator[None]:
 def norm_shift(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """LayerNorm of x (B, T, C) float32, then token-shift, in `dtype`.
+    """Apply LayerNorm, then token-shift.
 
-    Channels edges[d - 1] to edges[d] come from d positions back, zeros before the first; those after the last edge from
-    their own.
+    Args:
+        x: (B, T, C), float32.
+        weight: of the norm (C,).
+        bias: of the norm (C,).
+        eps: added to the variance.
+        edges: channels edges[d - 1] to edges[d] come from d positions back, zeros before the first position; those
+            from the last edge on are not shifted.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        (B, T, C), in `dtype`.
     """
     return _NormShift.apply(x, _numbers(weight), _numbers(bias), eps, edges, dtype)
 
 
 def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of k, v and r side by side, kvr (B, T, 3 C) + bias (3 C,), what time-mix sums, what it divides by, and its gate.
+    """Compute the sources, denominator and gate of a time-mix. k is clamped as in `wkv1`.
 
-    alpha exp(k) v (H, T, B, N), the running sum of exp(k), in float32, and sigmoid(r), both (B, T, H, N). k is clamped
-    as in `wkv1`; alpha (H, ctx_len), None for 1.
+    Args:
+        kvr: k, v and r side by side, without bias (B, T, 3 C).
+        bias: their biases (3 C,).
+        alpha: (H, ctx_len), None for 1.
+        heads: H.
+
+    Returns:
+        alpha exp(k) v (H, T, B, N), in the layout of the products that sum it; the running sum of exp(k)
+        (B, T, H, N), in float32; sigmoid(r) (B, T, H, N).
     """
     return _Weigh.apply(kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads)
 
 
 def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
-    """gate beta numerator / total (B, T, H, N), from numerator (H, T, B, N); beta (H, ctx_len), None for 1."""
+    """Compute gate beta numerator / total, the output of a time-mix.
+
+    Args:
+        numerator: (H, T, B, N).
+        total: as `weigh` returns it.
+        gate: as `weigh` returns it.
+        beta: (H, ctx_len), None for 1.
+
+    Returns:
+        (B, T, H, N), in the dtype of `gate`.
+    """
     return _Divide.apply(numerator, total, gate, None if beta is None else _numbers(beta))
 
 
 def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
-    """Of k (F), v (F) and r (`channels`) side by side, kvr + bias: activation(k) v (..., F), and sigmoid(r)."""
+    """Compute the hidden values and gate of a channel-mix.
+
+    Args:
+        kvr: k (F), v (F) and r (C) side by side, without bias (..., 2 F + C).
+        bias: their biases (2 F + C,).
+        channels: C.
+        activation: a name in `ACTIVATION_KINDS`.
+
+    Returns:
+        act(k) v (..., F), and sigmoid(r) (..., C).
+    """
     return _Gates.apply(kvr, _numbers(bias), channels, activation)
 
 
 def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
-    """(x + bias) by, for x (..., C) and `by` of its shape; or x (B, T, C) and one number for each position (ctx_len,).
+    """Compute (x + bias) by.
 
-    Raises ValueError for fewer numbers than positions.
+    Args:
+        x: (..., C); (B, T, C) for a factor by position.
+        bias: (C,).
+        by: a factor of x's shape, or one for each position (ctx_len,).
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ValueError: fewer factors than positions.
     """
     if by.ndim == 1 and len(by) < x.shape[1]:
         raise ValueError(f"{len(by)} numbers are too few for {x.shape[1]} positions")
@@ -111,14 +184,30 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
 
 
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """As `causal.toeplitz`, without gradients; at most as many rows as columns."""
+    """Lay out curves as matrices, as `causal.toeplitz`, without gradients.
+
+    Args:
+        f: (H, ctx_len) by lag.
+        rows: at most `columns`.
+        columns: positions.
+
+    Returns:
+        (H, rows, columns).
+    """
     matrices = f.new_empty(len(f), rows, columns)
     _call("timemix_toeplitz", f, *map(ctypes.c_int64, (*matrices.shape, f.shape[1])), f.contiguous(), matrices)
     return matrices
 
 
 def diagonal_sums(pairs: Tensor) -> Tensor:
-    """As `causal.diagonal_sums`, in float32, without gradients."""
+    """Sum over diagonals, as `causal.diagonal_sums`, without gradients.
+
+    Args:
+        pairs: (H, rows, columns).
+
+    Returns:
+        (H, rows + columns - 1), float32.
+    """
     H, rows, columns = pairs.shape
     sums = pairs.new_empty(H, rows + columns - 1, dtype=torch.float32)
     _call("timemix_diagonal_sums", pairs, *map(ctypes.c_int64, pairs.shape), pairs.contiguous(), sums)
@@ -126,18 +215,18 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """What the C code reads as float32, one after the other."""
+    """Convert to contiguous float32, the format of parameters in the C code."""
     return x.float().contiguous()
 
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    # What is not a number must stay so: it tells of a run that diverged.
+    # NaN must stay NaN: it is the sign of a run that diverged.
     return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={_PARTS}")
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> Any:
-    """A function of fused.c, for products of the type of `like`; tensors are passed by their address, None as NULL."""
+    """Call a C function for products in the dtype of `like`. Tensors are passed by address, None as NULL."""
     code, _ = _library()
     assert code is not None
     first = (_TYPES.index(like.dtype), torch.get_num_threads())
@@ -168,6 +257,8 @@ class _Ffn(ctypes.Structure):
 
 
 class _NormShift(torch.autograd.Function):
+    """ops/common/norm_shift.c."""
+
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
@@ -184,12 +275,15 @@ class _NormShift(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
+        # Sums over parts of the rows.
         dweight, dbias = x.new_empty(2, _PARTS, x.shape[-1])
         _call("timemix_norm_shift_back", dy, ctx.shift, x, weight, mean, scale, dy, dx, dweight, dbias)
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
 
 
 class _Weigh(torch.autograd.Function):
+    """weigh of ops/rwkv1/time_mix.c."""
+
     @staticmethod
     def forward(ctx, kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         kvr = kvr.contiguous()
@@ -204,13 +298,16 @@ class _Weigh(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dsource: Tensor, dtotal: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
         kvr, bias, alpha, gate = ctx.saved_tensors
-        dkvr, dbias, dalpha = torch.empty_like(kvr), bias.new_empty(len(kvr), len(bias)), _by_text(alpha, gate)
+        # dbias (B, 3 C) and dalpha (B, H, T): sums over the positions of each sequence.
+        dkvr, dbias, dalpha = torch.empty_like(kvr), bias.new_empty(len(kvr), len(bias)), _by_sequence(alpha, gate)
         gradients = (each.contiguous() for each in (dsource, dtotal, dgate))
         _call("timemix_weigh_back", kvr, _sizes(gate, alpha), kvr, bias, gate, *gradients, dkvr, dbias, dalpha)
-        return dkvr, dbias.sum(0), _of_table(dalpha, alpha), None
+        return dkvr, dbias.sum(0), _sum_of_table(dalpha, alpha), None
 
 
 class _Divide(torch.autograd.Function):
+    """divide of ops/rwkv1/time_mix.c."""
+
     @staticmethod
     def forward(ctx, numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
         numerator, y = numerator.contiguous(), torch.empty_like(gate)
@@ -223,28 +320,32 @@ class _Divide(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         numerator, total, gate, beta = ctx.saved_tensors
         dnumerator, dtotal, dgate = torch.empty_like(numerator), torch.empty_like(total), torch.empty_like(gate)
-        dbeta, given = _by_text(beta, gate), (numerator, total, gate, dy.contiguous())
+        dbeta, given = _by_sequence(beta, gate), (numerator, total, gate, dy.contiguous())
         _call("timemix_divide_back", gate, _sizes(gate, beta), *given, dnumerator, dtotal, dgate, dbeta)
-        return dnumerator, dtotal, dgate, _of_table(dbeta, beta)
+        return dnumerator, dtotal, dgate, _sum_of_table(dbeta, beta)
 
 
 def _sizes(gate: Tensor, table: Tensor | None) -> _Sizes:
+    """Sizes from gate (B, T, H, N), and alpha or beta."""
     return _Sizes(*gate.shape, *((0, None) if table is None else (table.shape[1], table.data_ptr())))
 
 
-def _by_text(table: Tensor | None, gate: Tensor) -> Tensor | None:
-    """Room for each text's part of the gradient of a table (B, H, T)."""
+def _by_sequence(table: Tensor | None, gate: Tensor) -> Tensor | None:
+    """Allocate the gradient of a table for each sequence (B, H, T)."""
     B, T, H, _ = gate.shape
     return None if table is None else table.new_empty(B, H, T)
 
 
-def _of_table(by_text: Tensor | None, table: Tensor | None) -> Tensor | None:
-    if by_text is None or table is None:
+def _sum_of_table(by_sequence: Tensor | None, table: Tensor | None) -> Tensor | None:
+    if by_sequence is None or table is None:
         return None
-    return F.pad(by_text.sum(0), (0, table.shape[1] - by_text.shape[2]))
+    # (B, H, T) -> (H, ctx_len)
+    return F.pad(by_sequence.sum(0), (0, table.shape[1] - by_sequence.shape[2]))
 
 
 class _Gates(torch.autograd.Function):
+    """ops/common/gates.c."""
+
     @staticmethod
     def forward(ctx, kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
         kvr = kvr.contiguous()
@@ -266,6 +367,8 @@ class _Gates(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
+    """ops/common/scale.c."""
+
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
         x, by = x.contiguous(), by.contiguous()
@@ -283,16 +386,17 @@ class _Scaled(torch.autograd.Function):
         outputs = (dx, dbias, *_gate_and_gamma(dby, by))
         _call("timemix_scale_back", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), dy, *outputs)
         if by.ndim == 1:
+            # (B, T) -> (ctx_len,)
             dby = F.pad(dby.sum(0), (0, len(by) - dby.shape[1]))
         return dx, dbias.sum(0), dby
 
 
 def _rows(x: Tensor, by: Tensor) -> Iterator[ctypes.c_int64]:
-    """B, T and C, as far as the rows differ by position."""
+    """Return B, T and C; with a factor of x's shape, positions do not matter: (B T, 1, C)."""
     sizes = x.shape if by.ndim == 1 else (x.shape[:-1].numel(), 1, x.shape[-1])
     return map(ctypes.c_int64, sizes)
 
 
 def _gate_and_gamma(x: Tensor, by: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """x in the place of the two that is that of `by`."""
+    """Return (None, x) if `by` is a gamma (ctx_len,), (x, None) if it is a gate."""
     return (None, x) if by.ndim == 1 else (x, None)

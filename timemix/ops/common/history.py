@@ -1,7 +1,10 @@
-"""What a layer keeps of every past position, and tables looked up by lag.
+"""The history of a layer, one entry for each past position, and tables looked up by lag.
 
-Rows of a batch may stand at different positions, so every function takes `position` (B,): the number of
-tokens that a row has seen.
+    append:      history[b, :, position[b] + i] = new[b, :, i]
+    weights_at:  W[b, h, i, u] = f_h(position[b] + i - u), 0 in the future
+
+Rows of a batch may be at different positions. So every function takes `position` (B,), the number of tokens that each
+row has seen.
 """
 
 import torch
@@ -9,9 +12,16 @@ from torch import Tensor
 
 
 def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
-    """History (B, H, ctx_len, N) with the first `lengths` of `new` (B, H, T, N) written at each row's position.
+    """Write new entries at each row's position, in place unless gradients are recorded.
 
-    Writes in place unless a gradient is being recorded.
+    Args:
+        history: (B, H, ctx_len, N).
+        new: (B, H, T, N).
+        position: tokens seen by each row (B,).
+        lengths: entries of `new` that count (B,), 1 to T; None for T.
+
+    Returns:
+        The history (B, H, ctx_len, N).
     """
     if torch.is_grad_enabled():
         history = history.clone()
@@ -20,33 +30,71 @@ def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | Non
     new = new.to(history.dtype)
     if lengths is None:
         rows = torch.arange(len(position), device=new.device)[:, None]
+        # Indexed by (B, T) around a slice of heads: (B, T, H, N)
         history[rows, :, position[:, None] + time] = new.transpose(1, 2)
     else:
+        # The pairs (row, step) that count, one after another: (pairs, H, N)
         row, step = (time < lengths[:, None]).nonzero(as_tuple=True)
         history[row, :, position[row] + step] = new.transpose(1, 2)[row, step]
     return history
 
 
 def lags(position: Tensor, T: int, U: int) -> Tensor:
-    """Lag t - u (B, T, U) of every past position u seen from each row's next T positions; negative: the future."""
+    """Return the lag t - u of every position u from each row's next T positions t.
+
+    Args:
+        position: tokens seen by each row (B,).
+        T: number of targets.
+        U: number of sources.
+
+    Returns:
+        Lags (B, T, U), negative in the future.
+    """
     target = position[:, None] + torch.arange(T, device=position.device)
     return target[:, :, None] - torch.arange(U, device=position.device)
 
 
 def weights_at(f: Tensor, lag: Tensor) -> Tensor:
-    """f (H, ctx_len) looked up at lag (B, T, U), zero in the future: (B, H, T, U)."""
-    # Padding may lie past the table's end.
+    """Look up f by lag.
+
+    Args:
+        f: weights (H, ctx_len) by lag.
+        lag: (B, T, U), negative in the future.
+
+    Returns:
+        Weights (B, H, T, U), 0 in the future.
+    """
+    # Clamped above too: padding may be past the table's end. (H, B, T, U) -> (B, H, T, U)
     return torch.where(lag >= 0, f[:, lag.clamp(0, f.shape[1] - 1)], 0).transpose(0, 1)
 
 
 def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
-    """f (H, ctx_len, ctx_len) at each row's next T positions and U sources, zero in the future: (B, H, T, U)."""
+    """Look up f by pair of positions.
+
+    Args:
+        f: weights (H, ctx_len, ctx_len) by target and source.
+        position: tokens seen by each row (B,).
+        T: number of targets.
+        U: number of sources.
+
+    Returns:
+        Weights (B, H, T, U), 0 in the future.
+    """
     target = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=f.shape[1] - 1)
+    # (H, B, T, U) -> (B, H, T, U)
     return f.tril()[:, target, :U].transpose(0, 1)
 
 
 def extended(table: Tensor, length: int) -> Tensor:
-    """A table (..., ctx_len) and after it, up to `length`, the mean of its last quarter."""
+    """Extend a table by the mean of its last quarter.
+
+    Args:
+        table: (..., ctx_len).
+        length: entries wanted.
+
+    Returns:
+        (..., length), or the table itself if that is no longer.
+    """
     ctx_len = table.shape[-1]
     if length <= ctx_len:
         return table

@@ -1,4 +1,4 @@
-"""Operators that the compiler leaves alone, and that cost nothing where there is no compiler."""
+"""Functions of tensors that torch.compile does not look into, without the cost of a custom operator elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,13 @@ import torch
 
 
 class Operator:
-    """A function of tensors as a custom operator of torch, for gradients and for compiled code; elsewhere itself.
+    """A function that is a custom operator of torch for gradients and in compiled code, and itself elsewhere.
 
-    The first call of a custom operator has torch import its compiler, which takes longer than to write a short text.
+    On the first call of a custom operator torch imports its compiler, which takes longer than generating a short text.
+
+    Args:
+        name: name of the operator, "timemix::NAME".
+        function: a function of tensors and numbers that writes into none of its arguments.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -26,5 +30,12 @@ class Operator:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Makes a function an Operator of this name."""
+    """Return a decorator that turns a function into an `Operator`.
+
+    Args:
+        name: name of the operator, "timemix::NAME".
+
+    Returns:
+        The decorator.
+    """
     return lambda function: Operator(name, function)

@@ -1,7 +1,9 @@
-"""Parameters spread over positions, whose gradient the framework's own kernels sum, also in a compiled step.
+"""Broadcast parameters and embeddings whose gradients PyTorch's own kernels sum, in a compiled step too.
 
-Compiled code would sum it in the midst of its loops: column by column at a tenth of the speed of memory, or, for the
-rows of an embedding, in the order in which threads come, which differs from run to run.
+    y[..., c] = x[c];   dx[c] = sum of dy[..., c]
+
+Code compiled by torch would fuse that sum into its loops. Then it runs column by column, at a tenth of the memory
+bandwidth. For an embedding it would add rows in the order in which threads arrive, which differs from run to run.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 @torch.library.custom_op("timemix::sum_to", mutates_args=())
 def _sum_to(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum of x over the dims in which `shape`, of as many dims, has 1."""
+    """Sum x over the dimensions in which `shape`, of as many dimensions, has 1."""
     return x.sum_to_size(shape) if x.shape != tuple(shape) else x.clone()
 
 
@@ -22,7 +24,9 @@ def _(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.new_empty(shape)
 
 
-class _Spread(torch.autograd.Function):
+class _Broadcast(torch.autograd.Function):
+    """expand, with the sum of the gradient in an operator that the compiler does not fuse."""
+
     @staticmethod
     def forward(ctx, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.shape = x.shape
@@ -33,16 +37,32 @@ class _Spread(torch.autograd.Function):
         return _sum_to(gradient.contiguous(), ctx.shape), None
 
 
-def spread(x: Tensor, like: Tensor) -> Tensor:
-    """x, in the type of `like` and of as many dims, broadcast to its shape."""
+def broadcast_parameter(x: Tensor, like: Tensor) -> Tensor:
+    """Broadcast a parameter to the shape of `like`.
+
+    Args:
+        x: the parameter, of at most as many dimensions as `like`.
+        like: the tensor that x is added to or multiplied with.
+
+    Returns:
+        x in the dtype of `like`. In compiled code it has the shape of `like`, else as many dimensions.
+    """
     x = x.to(like.dtype)
     x = x.view((1,) * (like.ndim - x.ndim) + x.shape)
-    return _Spread.apply(x, like.shape) if torch.compiler.is_compiling() else x
+    return _Broadcast.apply(x, like.shape) if torch.compiler.is_compiling() else x
 
 
 @torch.library.custom_op("timemix::embedding", mutates_args=())
 def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Rows (B, T, C) of weight (V, C) at tokens (B, T)."""
+    """Look up rows of an embedding.
+
+    Args:
+        weight: (V, C).
+        tokens: (B, T), 0 to V - 1.
+
+    Returns:
+        (B, T, C).
+    """
     return F.embedding(tokens, weight)
 
 

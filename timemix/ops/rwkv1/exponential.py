@@ -2,19 +2,26 @@
 
     f_h(lag) = sum_j coefficients_hj phi_hj(lag)  (+ taps_h(lag) at the first M lags)
 
-Slots (2i, 2i+1) of a head are two real exponentials exp(-rate lag) where angle_i = 0; else a pair that shares the first
-one's rate: exp(-rate lag) cos(angle_i lag) and exp(-rate lag) sin(angle_i lag). With K odd the last is real.
+Slots 2i and 2i+1 of a head are one of two kinds:
 
-With t the position and rho_h = exp(-forget_h) where t >= ctx_len, else 1, per head, channel and slot
+    angle_i = 0:  two real exponentials, phi(lag) = exp(-rate lag), each with its own rate
+    else:         a pair with the rate of the first, exp(-rate lag) cos(angle_i lag) and exp(-rate lag) sin(angle_i lag)
 
-    S_j[t] = rho turn(S_j[t-1]) + phi_j(0) alpha(t) e^k[t] v[t]        turn: phi_j(lag) becomes phi_j(lag + 1)
+With K odd the last slot is real. With t the position, and rho_h = exp(-forget_h) where t >= ctx_len, else 1, per head,
+channel and slot:
+
+    S_j[t] = rho turn(S)_j[t-1] + phi_j(0) alpha(t) e^k[t] v[t]        turn: phi_j(lag) becomes phi_j(lag + 1)
     D[t]   = rho D[t-1] + e^k[t]
     wkv[t] = beta(t) sum_j coefficients_j S_j[t] / D[t]
 
-which within ctx_len is wkv1. Past it the denominator of wkv1 would grow for ever and the output fade, hence rho, for
-both; alpha and beta are there the mean of their last quarter.
+Within ctx_len this is wkv1. Past it, the denominator of wkv1 would grow without bound and new tokens would count for
+less and less. Hence rho, for numerator and denominator. alpha and beta are constant there: the mean of their last
+quarter.
 
-Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); those of the curves below.
+Three forms: in training within ctx_len, `wkv1` with that f; else chunks of 128 positions (`_chunk`); and the recurrence
+in loops (`_reference`).
+
+Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); those of the curves below. K slots, M taps.
 """
 
 import math
@@ -29,14 +36,23 @@ from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.api import K_MAX, K_MIN, compute_dtype, times_table, wkv1
 
 CHUNK = 128
-"""Positions that are computed at once; the state is carried from one chunk to the next."""
+"""Positions of a chunk; the state is carried from one chunk to the next."""
 
 LEAST_RATE, MOST_FORGET = 1e-4, 0.3
-"""Bounds in use. Every exponential decays; exp(K_MAX + MOST_FORGET * CHUNK), the largest term, is a float32."""
+"""Bounds of rate and forget when used. So every exponential decays, and the largest term of a chunk,
+exp(K_MAX + MOST_FORGET * CHUNK), is in the range of float32."""
 
 
 class Curves(NamedTuple):
-    """Parameters: rate (H, K), angle (H, K // 2), coefficients (H, K), forget (H,), taps (H, M) or None."""
+    """Parameters of the curves.
+
+    Args:
+        rate: decay (H, K) per token; that of slot 2i+1 is unused in a pair.
+        angle: rotation (H, K // 2) per token, in radians; exactly 0 for two real slots.
+        coefficients: weights of the slots (H, K).
+        forget: -log rho (H,), past ctx_len.
+        taps: free weights (H, M) of the first M lags, or None.
+    """
 
     rate: Tensor
     angle: Tensor
@@ -46,10 +62,14 @@ class Curves(NamedTuple):
 
 
 class ExpState(NamedTuple):
-    """What wkv1_exp keeps of the past, of one size at every position; at least float32.
+    """State of wkv1_exp, of the same size at every position; at least float32.
 
-    numerators (B, H, K, N): S; denominators (B, H, N): D; position (B,): tokens seen by each row; taps (B, H, M, N):
-    the newest M values alpha e^k v, oldest first, faded as S is; None without taps.
+    Args:
+        numerators: S (B, H, K, N).
+        denominators: D (B, H, N).
+        position: tokens seen by each row (B,).
+        taps: the newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho as S is; None without
+            taps.
     """
 
     numerators: Tensor
@@ -68,7 +88,20 @@ def exp_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ExpState:
-    """State before the first token."""
+    """Create the state before the first token.
+
+    Args:
+        batch: rows B.
+        heads: H.
+        head_size: N.
+        exponentials: K.
+        taps: M.
+        dtype: float32 or float64.
+        device: device of the tensors.
+
+    Returns:
+        Zeros at position 0.
+    """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(batch, heads, *shape, head_size, dtype=dtype, device=device)
@@ -78,14 +111,24 @@ def exp_state(
 
 
 def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
-    """What multiplies a slot, and what its partner, when it grows older by `lags`: each (H, K, *lags), in float64.
+    """Return the factors that make slots older by d lags.
 
-    phi_2i(lag + d) = c phi_2i(lag) - s phi_2i+1(lag), phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag) with c and s
-    the two of d; of a real slot s is 0. In float64, as angle * lag loses digits.
+        phi_2i(lag + d)   = c phi_2i(lag)   - s phi_2i+1(lag)        c = exp(-rate d) cos(angle d)
+        phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag)          s = exp(-rate d) sin(angle d), 0 for a real slot
+
+    With `partners`: turn^d(S) = c S + s partners(S).
+
+    Args:
+        curves: the parameters.
+        lags: d, of any shape.
+
+    Returns:
+        c and s, each (H, K, *lags), in float64: angle * d loses digits.
     """
     K = curves.rate.shape[1]
     paired, angle = _paired(curves)
     rate = curves.rate.double().clamp(min=LEAST_RATE)
+    # Both slots of a pair take the rate of the first.
     first = torch.arange(K, device=rate.device) // 2 * 2
     rate = torch.where(paired, rate[:, first], rate)
     shape = (*rate.shape, *[1] * lags.ndim)
@@ -96,7 +139,7 @@ def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _paired(curves: Curves) -> tuple[Tensor, Tensor]:
-    """Which slots (H, K) belong to a pair, and the angle of each; an angle of 0 keeps a gradient of 0."""
+    """Return which slots (H, K) belong to a pair, and the angle of each slot, without gradient where it is 0."""
     K = curves.rate.shape[1]
     angle = F.pad(curves.angle.double().repeat_interleave(2, 1), (0, K % 2))
     paired = angle != 0
@@ -104,7 +147,15 @@ def _paired(curves: Curves) -> tuple[Tensor, Tensor]:
 
 
 def basis(curves: Curves, lags: Tensor) -> Tensor:
-    """phi (H, K, *lags) at lags of any shape, in float64."""
+    """Evaluate the exponentials.
+
+    Args:
+        curves: the parameters.
+        lags: lags of any shape.
+
+    Returns:
+        phi (H, K, *lags), in float64.
+    """
     cosines, sines = turned(curves, lags)
     paired, _ = _paired(curves)
     odd = torch.arange(paired.shape[1], device=paired.device) % 2 == 1
@@ -112,7 +163,15 @@ def basis(curves: Curves, lags: Tensor) -> Tensor:
 
 
 def curve(curves: Curves, length: int) -> Tensor:
-    """f (H, length) by lag."""
+    """Evaluate the curves.
+
+    Args:
+        curves: the parameters.
+        length: number of lags.
+
+    Returns:
+        f (H, length) by lag.
+    """
     lags = torch.arange(length, device=curves.rate.device)
     f = (curves.coefficients.double()[:, :, None] * basis(curves, lags)).sum(1)
     if curves.taps is not None:
@@ -122,24 +181,41 @@ def curve(curves: Curves, length: int) -> Tensor:
 
 
 def unfading(curves: Curves, ctx_len: int) -> Tensor:
-    """f (H, ctx_len) for texts that end there."""
-    # A parameter without any gradient would have no place in an optimizer's state.
+    """Evaluate the curves for texts within ctx_len, where `forget` has no effect.
+
+    Args:
+        curves: the parameters.
+        ctx_len: number of lags.
+
+    Returns:
+        f (H, ctx_len) by lag.
+    """
+    # Gives `forget` a gradient of 0: a parameter without a gradient would have no optimizer state.
     return curve(curves, ctx_len) + 0 * curves.forget[:, None]
 
 
 def initial_forget(ctx_len: int) -> float:
-    """-log(1 - 1 / ctx_len), within its bounds: what is past then weighs as much as ctx_len tokens."""
+    """Return the initial forget, -log(1 - 1 / ctx_len) within its bounds: the past then weighs as ctx_len tokens."""
     return min(-math.log1p(-1 / ctx_len), MOST_FORGET) if ctx_len > 1 else MOST_FORGET
 
 
 def fading(forget: Tensor) -> Tensor:
-    """-log rho (H,), within its bounds."""
+    """Return -log rho (H,): forget within its bounds."""
     return forget.clamp(0, MOST_FORGET)
 
 
 def partners(x: Tensor, dim: int) -> Tensor:
-    """x with slots 2i and 2i+1 of `dim` exchanged, the new 2i negated; an odd last one is 0."""
+    """Exchange the slots of each pair: slot 2i becomes -x[2i+1], slot 2i+1 becomes x[2i].
+
+    Args:
+        x: a tensor with K slots in `dim`.
+        dim: the dimension of slots.
+
+    Returns:
+        The same shape; with K odd, 0 in the last slot.
+    """
     K = x.shape[dim]
+    # (..., K, ...) -> (..., K // 2, 2, ...) -> two of (..., K // 2, ...)
     even, odd = x.narrow(dim, 0, K // 2 * 2).unflatten(dim, (K // 2, 2)).unbind(dim + 1)
     swapped = torch.stack([-odd, even], dim + 1).flatten(dim, dim + 1)
     return swapped if K % 2 == 0 else torch.cat([swapped, torch.zeros_like(x.narrow(dim, K - 1, 1))], dim)
@@ -157,17 +233,28 @@ def wkv1_exp(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ExpState | None]:
-    """Weighted average of the past of each channel (formula above), at any position.
+    """Compute the weighted average of the past of each channel (formula above), at any position.
 
-    k, v (B, T, H, N) in float32, bfloat16 or float64; alpha, beta (H, ctx_len), None for 1. Returns y (B, T, H, N) in
-    v's dtype, and the state after these tokens, or None where `state` is None (training). `lengths` (B,), each from 1
-    to T: only the first `lengths` tokens of a row count; y is meaningless after them. The state is consumed.
+    k is clamped to [-60, 30]. exp, sums, the division and the state are in at least float32, outside autocast. Products
+    within a chunk run in v's dtype with float32 accumulation.
 
-    k is clamped to [-60, 30]; exp, sums, the division and all that touches the state run in at least float32, outside
-    autocast; products within a chunk in v's dtype with float32 accumulation. `backend`: auto, or reference, the
-    recurrence above in loops.
+    Args:
+        k: keys (B, T, H, N) in float32, bfloat16 or float64.
+        v: values, as k.
+        curves: the parameters of f.
+        alpha: weight of each source position (H, ctx_len), None for 1.
+        beta: weight of each target position (H, ctx_len), None for 1.
+        ctx_len: position from which rho applies.
+        state: state before these tokens, None at position 0. It is consumed.
+        lengths: (B,), 1 to T: only the first `lengths` tokens of a row count; y is meaningless after them.
+        backend: "auto", or "reference", the recurrence in loops.
 
-    Raises ValueError for shapes that do not fit or an unknown backend; TypeError for float16, which exp(k) leaves.
+    Returns:
+        y (B, T, H, N) in v's dtype, and the state after these tokens, None if `state` is None.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        TypeError: float16, whose range exp(k) leaves.
     """
     _check(k, v, curves, alpha, beta, ctx_len, backend)
     B, T, H, N = k.shape
@@ -202,7 +289,10 @@ def _reference(
     past: ExpState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, ExpState]:
-    """The recurrence, position by position, row by row; alpha and beta (H, ctx_len + 1), the last for all after it."""
+    """The recurrence, row by row, position by position, slot by slot.
+
+    alpha and beta (H, ctx_len + 1), the last entry for all later positions.
+    """
     B, T, H, _ = k.shape
     K, dtype = curves.rate.shape[1], past.numerators.dtype
     rate, rho = curves.rate.clamp(min=LEAST_RATE), (-fading(curves.forget)).exp()[:, None]
@@ -210,22 +300,25 @@ def _reference(
     alpha, beta = (ones if table is None else table for table in (alpha, beta))
     y, numerators, denominators, taps = [], [], [], []
     for b in range(B):
+        # S (H, K, N), D (H, N)
         S, D, start = past.numerators[b], past.denominators[b], int(past.position[b])
         recent = [] if past.taps is None else list(past.taps[b].unbind(1))
         length = T if lengths is None else int(lengths[b])
         y_row = []
         for step in range(length):
             t = start + step
-            place = min(t, ctx_len)
+            entry = min(t, ctx_len)
             fade = rho if t >= ctx_len else torch.ones_like(rho)
             exp_k = k[b, step].to(dtype).clamp(K_MIN, K_MAX).exp()
-            x = alpha[:, place, None] * exp_k * v[b, step].to(dtype)
+            # (H, N)
+            x = alpha[:, entry, None] * exp_k * v[b, step].to(dtype)
             heads = []
             for h in range(H):
                 slots = [(-rate[h, j]).exp() * S[h, j] * fade[h] + x[h] for j in range(K)]
                 for i in range(K // 2):
                     angle = curves.angle[h, i]
                     if angle != 0:
+                        # turn: a rotation by the angle, and the decay.
                         cosine, sine = (-rate[h, 2 * i]).exp() * fade[h] * S[h, 2 * i : 2 * i + 2]
                         slots[2 * i] = angle.cos() * cosine - angle.sin() * sine + x[h]
                         slots[2 * i + 1] = angle.sin() * cosine + angle.cos() * sine
@@ -233,10 +326,11 @@ def _reference(
             S, D = torch.stack(heads), fade * D + exp_k
             total = (curves.coefficients[:, :, None] * S).sum(1)
             if curves.taps is not None:
+                # The newest M values, oldest first.
                 recent = [fade * old for old in recent[1:]] + [x]
                 M = curves.taps.shape[1]
                 total = total + sum(curves.taps[:, m, None] * recent[M - 1 - m] for m in range(M))
-            y_row.append(beta[:, place, None] * total / D)
+            y_row.append(beta[:, entry, None] * total / D)
         y_row += [torch.zeros_like(past.denominators[b])] * (T - length)
         y.append(torch.stack(y_row).to(v.dtype))
         numerators.append(S)
@@ -259,10 +353,18 @@ def _chunk(
     past: ExpState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, ExpState]:
-    """At most CHUNK positions at once: a convolution with f, and what the state adds to each of them.
+    """Compute at most CHUNK positions at once.
 
-    What rho takes away is the same above and below: instead, the later a source the more it is worth, until the state
-    is brought back to size at the end. `lengths` may be 0 here.
+    With i the position within the chunk, x = alpha e^k v, and S, D the state before it:
+
+        numerator[i] = sum_{j<=i} f(i-j) x[j]  +  sum_j coefficients_j turn^(i+1)(S)_j  (+ taps of the past)
+        total[i]     = D + sum_{j<=i} e^k[j]
+        wkv[i]       = beta(i) numerator[i] / total[i]
+        after the chunk:  S = turn^L(S) + sum_j phi(L-1-j) x[j],   D = total[L-1]
+
+    The same factor in numerator and total changes nothing. So rho is not applied to the past at each step. Instead a
+    source, x or e^k, is multiplied by rho^-n, n the number of steps past ctx_len from the start of the chunk up to it.
+    At the end the state is multiplied by rho^n. Lengths may be 0 here.
     """
     L = k.shape[1]
     dtype, position = past.numerators.dtype, past.position
@@ -272,45 +374,57 @@ def _chunk(
         exp_k = torch.where((steps < lengths[:, None])[:, :, None, None], exp_k, 0)
 
     def fadings(seen: Tensor) -> Tensor:
-        """Steps past ctx_len among the first `seen` (B, ...) of this chunk."""
+        """Return how many of the first `seen` (B, ...) steps of this chunk are past ctx_len: n above."""
         before = position.view(-1, *[1] * (seen.ndim - 1))
         return (before + seen - ctx_len).clamp(min=0) - (before - ctx_len).clamp(min=0)
 
     forget = fading(curves.forget).to(dtype)
+    # rho^-n: (B, L, H)
     growth = (fadings(steps[None] + 1)[:, :, None] * forget).exp()
     weights = exp_k * growth[..., None]
     # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
     source = times_table(weights, alpha, position) * v.to(dtype)
 
     numerator = causal_convolution(source.to(v.dtype), f[:, :L], L).to(dtype)
-    # S grown older by d, times the coefficients, is S times what the coefficients become the other way round.
+    # What the state adds: c . turn^d(S) = (turn^d transposed)(c) . S, so only the coefficients are turned, for each
+    # d = 1 ... L: (H, K, L) transposed, by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
     cosines, sines = turned(curves, steps + 1)
     c = curves.coefficients.double()[:, :, None]
     reading = (c * cosines - partners(c, 1) * sines).to(dtype)
     numerator = numerator + (reading.transpose(1, 2) @ past.numerators).transpose(1, 2)
     if curves.taps is not None and past.taps is not None:
         M = curves.taps.shape[1]
+        # The past value m, oldest first, is i + M - m tokens old at step i: (H, L, M) by (B, H, M, N)
         lags = steps[:, None] + M - torch.arange(M, device=k.device)
         taps = F.pad(curves.taps, (0, L))[:, lags].to(dtype)
         numerator = numerator + (taps @ past.taps).transpose(1, 2)
+    # (B, L, H, N) -> (B, L, H N) -> (B, L, H, N)
     total = past.denominators[:, None] + running_sum(weights.flatten(2)).view(weights.shape)
     y = times_table(numerator / total, beta, position).to(v.dtype)
 
+    # The state after `seen` tokens of each row, (1,) or (B,).
     seen = torch.full_like(position[:1], L) if lengths is None else lengths
+    # rho^n: (B, H, 1)
     shrink = (-fadings(seen.expand(len(position)))[:, None] * forget).exp()[:, :, None]
+    # (H, K, rows) -> (rows, H, K, 1)
     cosines, sines = (x.to(dtype).permute(2, 0, 1)[..., None] for x in turned(curves, seen))
-    # Padding is zero in `source`, whatever lag it is given.
+    # phi at the age of each source: (H, K, rows, L) -> (rows, H, K, L). Padding is 0 in `source`, so any lag will do.
     phi = basis(curves, (seen[:, None] - 1 - steps).clamp(min=0)).to(dtype).permute(2, 0, 1, 3)
+    # (rows, H, K, L) by (B, H, L, N) -> (B, H, K, N)
     added = phi @ source.transpose(1, 2)
     numerators = cosines * past.numerators + sines * partners(past.numerators, 2) + added
-    recent = None
-    if past.taps is not None:
-        history = torch.cat([past.taps, source.transpose(1, 2)], 2)
-        newest = seen[:, None] + torch.arange(past.taps.shape[2], device=k.device)
-        rows = torch.arange(len(position), device=k.device)[:, None]
-        recent = history.transpose(1, 2)[rows, newest].transpose(1, 2) * shrink[..., None]
+    recent = None if past.taps is None else _newest(past.taps, source, seen) * shrink[..., None]
     after = numerators * shrink[..., None], total[:, -1] * shrink, position + seen
     return y, ExpState(*after, recent)
+
+
+def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
+    """Return the newest M values (B, H, M, N) of each row after `seen` (B,) or (1,) of the sources (B, L, H, N)."""
+    # (B, H, M + L, N), of which a row keeps the M entries that end after its `seen` new ones.
+    history = torch.cat([taps, source.transpose(1, 2)], 2)
+    newest = seen[:, None] + torch.arange(taps.shape[2], device=taps.device)
+    rows = torch.arange(len(taps), device=taps.device)[:, None]
+    return history.transpose(1, 2)[rows, newest].transpose(1, 2)
 
 
 def _check(

@@ -1,0 +1,52 @@
+/* Number formats of stored values. Arithmetic is always in float32: load() widens, store() rounds. */
+
+#ifndef TIMEMIX_TYPES_H
+#define TIMEMIX_TYPES_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* Forced inlining: callers pass `type` as a constant, so each inner loop is compiled for one format. */
+#define INLINE static inline __attribute__((always_inline))
+/* For a function of a header that not every file calls. */
+#define LOCAL static __attribute__((unused))
+
+/* INT8 is for weights alone (panels.h). */
+enum type { FLOAT32, BFLOAT16, INT8 };
+#define BYTES(type) ((type) == FLOAT32 ? 4 : (type) == BFLOAT16 ? 2 : 1)
+
+typedef union {
+    float value;
+    uint32_t bits;
+} number;
+
+/* x[i] as float32. A bfloat16 is the upper half of a float32. */
+INLINE float load(enum type type, const void *x, int64_t i) {
+    if (type == FLOAT32) return ((const float *)x)[i];
+    return (number){.bits = (uint32_t)((const uint16_t *)x)[i] << 16}.value;
+}
+
+/* x[i] = value, rounded to nearest, ties to even. */
+INLINE void store(enum type type, void *x, int64_t i, float value) {
+    if (type == FLOAT32) {
+        ((float *)x)[i] = value;
+        return;
+    }
+    const uint32_t bits = (number){.value = value}.bits;
+    /* Adding 0x7fff, and 1 if the last kept bit is odd, carries into the kept bits exactly where rounding goes up. A
+       NaN could overflow into infinity, so it is written as the quiet NaN. */
+    ((uint16_t *)x)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* &x[i], for reading and for writing. */
+INLINE const void *from(enum type type, const void *x, int64_t i) { return (const char *)x + i * BYTES(type); }
+
+INLINE void *into(enum type type, void *x, int64_t i) { return (char *)x + i * BYTES(type); }
+
+/* Prefetches x[i] ... x[i + n - 1]: for loops backwards in time, whose addresses not every processor predicts. */
+INLINE void prefetch(enum type type, const void *x, int64_t i, int64_t n) {
+    const char *line = from(type, x, i), *end = from(type, x, i + n);
+    for (; line < end; line += 64) __builtin_prefetch(line);
+}
+
+#endif

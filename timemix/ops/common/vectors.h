@@ -1,0 +1,56 @@
+/* Vectors of WIDTH numbers, as wide as the processor's registers, and weights of any format loaded into them. */
+
+#ifndef TIMEMIX_VECTORS_H
+#define TIMEMIX_VECTORS_H
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "ops/common/types.h"
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t bytes __attribute__((vector_size(WIDTH)));
+typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
+
+/* weights[at] ... weights[at + WIDTH - 1] as float32.
+
+   Through intrinsics where they exist: from __builtin_convertvector, compilers widen in two steps, each half a
+   register. */
+INLINE vec load_vector(const void *weights, int64_t at, enum type type) {
+    if (type == FLOAT32) {
+        vec x;
+        memcpy(&x, (const float *)weights + at, sizeof x);
+        return x;
+    }
+    if (type == BFLOAT16) {
+        halves x;
+        memcpy(&x, (const uint16_t *)weights + at, sizeof x);
+#if defined(__AVX512F__)
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#elif defined(__AVX2__)
+        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);
+#else
+        return (vec)(__builtin_convertvector(x, words) << 16);
+#endif
+    }
+    bytes x;
+    memcpy(&x, (const int8_t *)weights + at, sizeof x);
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)x));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)x)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(x, integers), vec);
+#endif
+}
+
+#endif
