@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import timemix
-from timemix.cli import main
+from timemix.cli.main import main
 
 FIXTURES = Path(__file__).parent / "fixtures" / "version1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def test_prepared_folder(call):
 
 
 def test_experiment_file():
-    from timemix.experiments.experiment import read_experiment
+    from timemix.experiments.spec import read_experiment
 
     experiment = read_experiment(FIXTURES / "experiment.toml")
     found = {
