@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.helpers.tiers import slow
 from timemix.bench import baselines, race
 from timemix.bench import op as bench_op
 from timemix.bench import sample as bench_sample
@@ -146,7 +147,7 @@ def test_wrong_uses_end_in_one_sentence(arguments, words):
 WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_rotary"])
+@pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
 def test_writing_beside_others(arch, tmp_path):
     report = bench_sample.bench_sample(
         model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TEXT
+from tests.helpers.runs import TEXT
 from timemix.cli.main import main
 from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
+TINY = [*QUICK, "--model.layers", "1"]
 
 
 def run(*arguments, cwd=None, **options):
@@ -55,9 +56,19 @@ def call(capsys, monkeypatch, tmp_path):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "my.txt").write_text(TEXT)
-    result = run("train", "cpu-small", "--data", "my.txt", "--out", "runs/mine", *QUICK, cwd=folder)
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as end:
+            main(["train", "cpu-small", "--data", "my.txt", "--out", "runs/mine", *QUICK])
+    assert not end.value.code
     return folder
+
+
+@pytest.fixture
+def use(call, trained, monkeypatch):
+    """Runs a command in this process, in the folder of the trained run: (status, stdout, stderr)."""
+    monkeypatch.chdir(trained)
+    return call
 
 
 def test_help_names_every_verb_quickly():
@@ -81,49 +92,48 @@ def test_train_writes_a_run_folder(trained):
     assert (trained / "runs/mine/samples.txt").read_text().startswith("--- step 6\n")
 
 
-def test_train_prints_plain_lines_and_its_choices_where_there_is_no_terminal(tmp_path):
+def test_train_prints_plain_lines_and_its_choices_without_a_terminal(call, tmp_path):
     (tmp_path / "my.txt").write_text(TEXT)
-    result = run("train", "--data", "my.txt", "--out", "r", *QUICK, cwd=tmp_path)
-    assert "rwkv1, " in result.stderr
-    assert "wkv1 dense (fastest up to 256 positions), not compiled (" in result.stderr
-    assert re.search(r"step 6/6  loss \d\.\d{3}  valid \d\.\d{3}", result.stderr)
-    assert "\x1b" not in result.stderr
+    _, _, err = call("train", "--data", "my.txt", "--out", "r", *TINY)
+    assert "rwkv1, " in err
+    assert "wkv1 dense (fastest up to 256 positions), not compiled (" in err
+    assert re.search(r"step 6/6  loss \d\.\d{3}  valid \d\.\d{3}", err)
+    assert "\x1b" not in err
 
 
 @pytest.mark.parametrize("arch", ["mha_rotary", "mha_pro"])
 def test_the_architecture_is_a_flag(call, tmp_path, arch):
     (tmp_path / "my.txt").write_text(TEXT)
-    status, _, err = call("train", "--data", "my.txt", "--out", "r", "--model.arch", arch, *QUICK)
+    status, _, err = call("train", "--data", "my.txt", "--out", "r", "--model.arch", arch, *TINY)
     assert status == 0
     assert f"{arch}, " in err
     assert call("sample", "r", "--prompt", "the", "--tokens", "5")[0] == 0
 
 
-def test_sample_streams_prompt_and_text(trained):
+def test_sample_streams_prompt_and_text(trained, use):
     result = run("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40", cwd=trained)
     assert result.stdout.startswith("the cat")
     assert len(result.stdout) == len("the cat") + 40 + 1
-    again = run("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40", cwd=trained)
-    assert again.stdout == result.stdout
+    assert use("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40") == (0, result.stdout, result.stderr)
 
 
-def test_sample_json_and_count(trained):
-    result = run("sample", "runs/mine", "--prompt", "the", "--tokens", "9", "--count", "3", "--json", cwd=trained)
-    report = json.loads(result.stdout)
+def test_sample_json_and_count(use):
+    _, out, _ = use("sample", "runs/mine", "--prompt", "the", "--tokens", "9", "--count", "3", "--json")
+    report = json.loads(out)
     assert [len(t) for t in report["texts"]] == [9, 9, 9]
 
 
-def test_eval_reports_units_and_json(trained):
-    plain = run("eval", "runs/mine", "--data", "my.txt", cwd=trained)
-    assert "nats per token" in plain.stdout
-    assert "bits per byte" in plain.stdout
-    report = json.loads(run("eval", "runs/mine", "--data", "my.txt", "--json", cwd=trained).stdout)
+def test_eval_reports_units_and_json(use):
+    _, plain, _ = use("eval", "runs/mine", "--data", "my.txt")
+    assert "nats per token" in plain
+    assert "bits per byte" in plain
+    report = json.loads(use("eval", "runs/mine", "--data", "my.txt", "--json")[1])
     assert report["tokens"] == len(TEXT)
     assert 0 < report["nats_per_token"] < 5
 
 
-def test_eval_without_data_takes_the_held_out_text(trained):
-    report = json.loads(run("eval", "runs/mine", "--json", cwd=trained).stdout)
+def test_eval_without_data_takes_the_held_out_text(trained, use):
+    report = json.loads(use("eval", "runs/mine", "--json")[1])
     last = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()][-1]
     assert report["data"] == "the held-out text"
     assert report["nats_per_token"] == pytest.approx(last["valid_loss"], abs=0.01)
@@ -131,21 +141,21 @@ def test_eval_without_data_takes_the_held_out_text(trained):
 
 def test_a_vocabulary_without_line_ends_has_a_default_prompt(call, tmp_path):
     (tmp_path / "my.txt").write_text(TEXT.replace("\n", " "))
-    assert call("train", "--data", "my.txt", "--out", "r", *QUICK)[0] == 0
+    assert call("train", "--data", "my.txt", "--out", "r", *TINY)[0] == 0
     assert call("sample", "r", "--tokens", "5")[0] == 0
 
 
-def test_eval_counts_unknown_characters(trained):
+def test_eval_counts_unknown_characters(trained, use):
     (trained / "odd.txt").write_text("the cat Ω sat", encoding="utf-8")
-    result = run("eval", "runs/mine", "--data", "odd.txt", cwd=trained)
-    assert result.returncode == 0
-    assert "1 unknown" in result.stdout
+    status, out, _ = use("eval", "runs/mine", "--data", "odd.txt")
+    assert status == 0
+    assert "1 unknown" in out
 
 
-def test_a_long_prompt_is_taken_from_its_end_and_says_so(trained):
-    result = run("sample", "runs/mine", "--prompt", "the cat " * 20, "--tokens", "3", cwd=trained)
-    assert result.returncode == 0
-    assert "the prompt has 160 tokens, the context 64: the model sees the last 64" in result.stderr
+def test_a_long_prompt_is_taken_from_its_end_and_says_so(use):
+    status, _, err = use("sample", "runs/mine", "--prompt", "the cat " * 20, "--tokens", "3")
+    assert status == 0
+    assert "the prompt has 160 tokens, the context 64: the model sees the last 64" in err
 
 
 def test_info_shows_the_published_sizes(call):
@@ -162,16 +172,16 @@ def test_data_describes_and_prepares(call, tmp_path):
     assert status == 0
     assert json.loads(out)["characters"] == len(TEXT)
     assert call("data", "my.txt", "--out", "tokens", "--data.tokenizer", "byte")[0] == 0
-    assert call("train", "--data", "tokens", "--out", "r", *QUICK)[0] == 0
+    assert call("train", "--data", "tokens", "--out", "r", *TINY)[0] == 0
 
 
-def test_resume_of_a_complete_run_says_so(trained):
-    result = run("train", "--resume", "runs/mine", cwd=trained)
-    assert result.returncode == 0
-    assert "runs/mine is complete: 6 steps" in result.stdout
+def test_resume_of_a_complete_run_says_so(use):
+    status, out, _ = use("train", "--resume", "runs/mine")
+    assert status == 0
+    assert "runs/mine is complete: 6 steps" in out
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
+def test_ctrl_c_saves_and_resume_goes_on(call, tmp_path):
     (tmp_path / "my.txt").write_text(TEXT)
     process = subprocess.Popen(
         [sys.executable, "-m", "timemix", "train", "--data", "my.txt", "--out", "r", *QUICK, "--train.steps", "3000"],
@@ -189,11 +199,12 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
     config = tmp_path / "r/config.toml"
     config.write_text(config.read_text().replace("steps = 3000", f"steps = {stopped_at + 2}"))
-    result = run("train", "--resume", "r", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"going on with r after step {stopped_at}" in result.stderr
+    status, _, err = call("train", "--resume", "r")
+    assert status == 0, err
+    assert f"going on with r after step {stopped_at}" in err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_quiet(trained):
     command = f"{sys.executable} -m timemix sample runs/mine --prompt the --tokens 3000 | head -c 20"
     result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, check=False)
@@ -278,7 +289,9 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     assert not (tmp_path / "r").exists()
 
 
-def test_compare_architectures_and_call_it_again(call, tmp_path):
+def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
+    # Memory is measured in processes of their own: in tests/test_compare.py.
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
     (tmp_path / "my.txt").write_text(TEXT)
     options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1536", "--seeds", "2", "--no-tune"]
     status, out, err = call("compare", *options, "--out", "c", "--json")
@@ -318,31 +331,31 @@ def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
     assert int(saved.name[5:]) < int(re.search(r"steps = (\d+)", config.read_text())[1])
 
 
-def test_inspect_prints_draws_and_gives_json(trained):
-    result = run("inspect", "runs/mine", "--tokens", "200", cwd=trained)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^    3  ffn    value ", result.stdout, re.MULTILINE)
-    pictures = [line for line in result.stdout.splitlines() if line.endswith(".png")]
+def test_inspect_prints_draws_and_gives_json(trained, use):
+    status, out, err = use("inspect", "runs/mine", "--tokens", "200")
+    assert status == 0, err
+    assert re.search(r"^    3  ffn    value ", out, re.MULTILINE)
+    pictures = [line for line in out.splitlines() if line.endswith(".png")]
     assert pictures == [f"runs/mine/inspect/{name}.png" for name in ("tables", "projections", "shift")]
     assert all((trained / p).stat().st_size > 3000 for p in pictures)
-    result = run("inspect", "runs/mine", "--data", "my.txt", "--tokens", "200", "--json", "--out", "i", cwd=trained)
-    assert len(json.loads(result.stdout)["projections"]) == 4 * 6
+    _, out, _ = use("inspect", "runs/mine", "--data", "my.txt", "--tokens", "200", "--json", "--out", "i")
+    assert len(json.loads(out)["projections"]) == 4 * 6
 
 
-def test_inspect_of_a_run_without_weights_says_what_can_be_shown(trained, tmp_path):
+def test_inspect_of_a_run_without_weights_says_what_can_be_shown(call, trained, tmp_path):
     shutil.copytree(trained / "runs/mine", tmp_path / "mine")
     shutil.rmtree(tmp_path / "mine/checkpoints")
-    result = run("inspect", "mine", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "mine has no weights" in result.stderr
-    assert result.stderr.endswith("its losses can: timemix plot mine\n")
+    status, _, err = call("inspect", "mine")
+    assert status == 2
+    assert "mine has no weights" in err
+    assert err.endswith("its losses can: timemix plot mine\n")
 
 
-def test_prompt_characters_outside_the_vocabulary_are_named(trained):
-    result = run("sample", "runs/mine", "--prompt", "the Ωmega", cwd=trained)
-    assert result.returncode == 2
-    assert "Ω" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_prompt_characters_outside_the_vocabulary_are_named(use):
+    status, _, err = use("sample", "runs/mine", "--prompt", "the Ωmega")
+    assert status == 2
+    assert "Ω" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -357,17 +370,18 @@ def test_prompt_characters_outside_the_vocabulary_are_named(trained):
         ("--count", "0", "--count is 0; it must be at least 1"),
     ],
 )
-def test_wrong_sampling_values(trained, option, value, words):
-    result = run("sample", "runs/mine", option, value, cwd=trained)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert "Traceback" not in result.stderr
+def test_wrong_sampling_values(use, option, value, words):
+    status, _, err = use("sample", "runs/mine", option, value)
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in err
 
 
 def readme_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_readme_as_it_stands(tmp_path):
     """Every command and every piece of Python of the README, the training shortened."""
     (tmp_path / "my.txt").write_text(TEXT + "It was so.\n" * 40)

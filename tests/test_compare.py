@@ -1,6 +1,5 @@
 """Comparisons end to end on a small text: same batches, tuning, going on, failures, and what is refused."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,55 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import TEXT, write_text_file
+from tests.helpers.comparisons import BASE, finish, small
+from tests.helpers.runs import TEXT, write_text_file
+from timemix.bench.measure import measure_training
 from timemix.errors import UserError
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
-from timemix.experiments.spec import Experiment, Variant, Verdict
+from timemix.experiments.spec import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed
 from timemix.training.signals import Interrupted
 from timemix.training.trainer import Trainer
 
-BASE = {
-    "model": {"layers": 1, "heads": 2, "channels": 16, "ctx_len": 16, "ffn_ratio": 2.0},
-    "train": {"batch_size": 4, "valid_every": 4, "log_every": 1, "precision": "float32", "warmup": 0.0},
-}
-
-
-def small(source, **fields):
-    settings = {
-        "title": "small",
-        "variants": (
-            Variant("rwkv1", color="red"),
-            Variant("mha", {"model": {"arch": "mha_rotary"}}, label="attention"),
-        ),
-        "tokens": 8 * 64,
-        "seeds": (1, 2),
-        "base": BASE | {"data": {"source": str(source)}},
-        "tune": {"train": {"lr": [1e-4, 1e-2]}},
-        "prompts": ("the cat",),
-        "verdicts": (Verdict("rwkv1 is better", "rwkv1", "mha"),),
-    }
-    return Experiment(**(settings | fields))
-
 
 @pytest.fixture
 def unmeasured(monkeypatch):
     """No process of its own for the memory of a step: three seconds each, and measured in `done`."""
     monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
-
-
-@contextlib.contextmanager
-def unwatched(job, config):
-    yield lambda progress: None
-
-
-def finish(comparison):
-    lines = []
-    comparison.run(unwatched, lines.append)
-    return lines
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +43,22 @@ def done(tmp_path_factory):
         seen.setdefault(str(self.out), []).append(inputs.numpy().copy())
         return loss_of(self, inputs, targets)
 
+    measured = {}
+
+    def once(config, steps):
+        """Three seconds in a process of its own: for the first variant only."""
+        if not measured:
+            measured.update(measure_training(config, steps))
+        return measured
+
     experiment = small(write_text_file(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "loss_of", spy)
+        patch.setattr("timemix.experiments.compare.measure_training", once)
         comparison = Comparison(experiment, folder / "out")
         lines = finish(comparison)
-    return comparison, seen, lines, write_report(comparison)
+        table = write_report(comparison)
+    return comparison, seen, lines, table
 
 
 def batches(seen, name):
@@ -374,6 +352,7 @@ def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     assert "1.5 s of training per run" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs(tmp_path):
     write_text_file(tmp_path)
     (tmp_path / "small.toml").write_text(

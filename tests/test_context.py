@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import timemix
-from tests.runs import TEXT, small_config, small_trainer, with_model
+from tests.helpers.models import varied
+from tests.helpers.runs import TEXT, small_config, small_trainer, with_model, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
@@ -17,15 +18,6 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.registry import model_config
 from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
-
-
-def varied(config) -> LanguageModel:
-    """A model whose tables are all different and positive, as training leaves them."""
-    model = LanguageModel(config).double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.rand_like(p) + 0.5 if p.ndim < 3 and ".mixer." in name else 0.3 * torch.randn_like(p))
-    return model
 
 
 def resized(model: LanguageModel, ctx_len: int) -> LanguageModel:
@@ -61,7 +53,7 @@ def test_within_both_contexts_it_is_the_same_model(name, ctx_len):
 
 
 @pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
-def test_what_is_added_is_the_mean_of_the_last_quarter_with_alpha_and_beta_level(arch):
+def test_longer_tables_are_the_mean_of_the_last_quarter_and_level(arch):
     model = varied(model_config(arch, vocab_size=11, layers=1, heads=2, channels=8, ctx_len=16))
     mixer = model.blocks[0].mixer
     time = torch.arange(16, dtype=torch.float64)
@@ -96,12 +88,17 @@ def test_a_free_w_can_be_cut_but_not_extended():
         model.block.resized(model.state_dict(), config, 9)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    trainer = small_trainer(tmp_path_factory.mktemp("start"), steps=40, save_every=40, valid_every=20)
+    trainer.run()
+    return trainer
+
+
 class TestGoingOnFromARun:
-    @pytest.fixture
-    def run(self, tmp_path):
-        trainer = small_trainer(tmp_path, steps=40, save_every=40, valid_every=20)
-        trainer.run()
-        return trainer
+    @pytest.fixture(autouse=True)
+    def _same_text(self, tmp_path):
+        write_text_file(tmp_path)
 
     def config(self, run, source, **model):
         config = small_config(source, steps=6, valid_every=3, save_every=3)

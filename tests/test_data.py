@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.tiers import examples
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.config import DataConfig
 from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
@@ -103,7 +104,7 @@ def test_ids_lie_on_disk_in_little_endian():
     assert int.from_bytes(raw[:2], "little") == corpus.tokenizer.encode(TEXT)[0]
 
 
-def test_the_alphabet_is_that_of_the_whole_text_and_words_of_the_training_part():
+def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
     Path("split.txt").write_text("one two three\n" * 9 + "six x seven é\n", encoding="utf-8")
     whole = Path("split.txt").read_text(encoding="utf-8")
     assert prepare(Path("c"), DataConfig(source="split.txt")).tokenizer.vocab_size == len(set(whole))
@@ -212,7 +213,7 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 90))
 
 
 @pytest.mark.parametrize("order", ["random", "epoch"])
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(sizes=SIZES, seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 500), min_size=2, max_size=6))
 def test_batches_are_a_function_of_the_step(order, sizes, seed, steps):
     ctx_len, batch_size, more = sizes
@@ -247,7 +248,7 @@ def test_random_windows_reach_every_place_and_differ_by_seed():
     assert not np.array_equal(batches(0)[0], batches(1)[0])
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(ctx_len=st.integers(1, 8), windows=st.integers(1, 12), rest=st.integers(0, 7), seed=st.integers(0, 99))
 def test_every_window_comes_once_per_epoch(ctx_len, windows, rest, seed):
     tokens = np.arange((windows + 1) * ctx_len + 1 + rest % ctx_len, dtype=np.uint8)
@@ -277,7 +278,7 @@ def test_a_text_of_one_window_and_one_shorter(order):
         Batches(np.arange(8), batch_size=2, ctx_len=8, seed=0, order=order)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(length=st.integers(0, 120), ctx_len=st.integers(1, 20), batch_size=st.integers(1, 6))
 def test_validation_takes_every_target_once(length, ctx_len, batch_size):
     tokens = np.arange(length, dtype=np.uint8)

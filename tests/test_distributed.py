@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import timemix
-from tests.process_group import SETTINGS, config
-from tests.runs import TEXT, small_config, write_text_file
+from tests.helpers.process_group import SETTINGS, config
+from tests.helpers.runs import TEXT, small_config, write_text_file
+from tests.helpers.tiers import slow
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
@@ -56,12 +57,21 @@ def same_curve(a: Path, b: Path, tolerance: float) -> None:
         torch.testing.assert_close(tensor, theirs[name], atol=100 * tolerance, rtol=100 * tolerance)
 
 
+def run_group(folder: Path, names: list[str]) -> Path:
+    """Runs of these settings, of two processes and of one."""
+    group = torchrun("tests.helpers.process_group", folder, *names)
+    _, errors = group.communicate(timeout=300)
+    assert group.returncode == 0, errors
+    for name in names:
+        new_run(config(folder, name, "replicate"), folder / name).run()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of two processes, and what one process began for them to go on with."""
+    """The plain runs, and what one process began for two to resume."""
     folder = tmp_path_factory.mktemp("processes")
-    write_text_file(folder)
-    prepare(folder / "tokens", small_config(folder / "text.txt").data)
+    prepare(folder / "tokens", small_config(write_text_file(folder)).data)
     for strategy in STRATEGIES:
 
         def stop(progress):
@@ -70,17 +80,21 @@ def folder(tmp_path_factory):
 
         with pytest.raises(Interrupted):
             new_run(config(folder, "plain", strategy), folder / f"handed-{strategy}").run(stop)
-    group = torchrun("tests.process_group", folder)
-    _, errors = group.communicate(timeout=300)
-    assert group.returncode == 0, errors
-    for name in SETTINGS:
-        new_run(config(folder, name, "replicate"), folder / name).run()
-    return folder
+    return run_group(folder, ["plain"])
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The runs of all other settings."""
+    folder = tmp_path_factory.mktemp("others")
+    prepare(folder / "tokens", small_config(write_text_file(folder)).data)
+    return run_group(folder, [name for name in SETTINGS if name != "plain"])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_processes_learn_what_one_does(folder, name, strategy):
+@pytest.mark.parametrize("name", ["plain", *(slow(name) for name in SETTINGS if name != "plain")])
+def test_two_processes_learn_what_one_does(request, name, strategy):
+    folder = request.getfixturevalue("folder" if name == "plain" else "others")
     # Muon makes small singular values large, and their rounding with them.
     tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
@@ -164,6 +178,7 @@ def children(parent: int) -> list[int]:
     return sorted(int(word) for word in listed.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ps") is None, reason="finds the processes of the run with ps")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
@@ -188,6 +203,7 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
     assert trainer.step == before + 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
     command, out = long_run(tmp_path)
     group = torchrun(*command, start_new_session=True)

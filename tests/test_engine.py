@@ -4,46 +4,24 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_generation import reanchored, recomputed
-from tests.test_models import VARIANTS, build
+from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, recomputed
+from tests.helpers.models import CTX, VARIANTS, build
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples
 from timemix.errors import UserError
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
 from timemix.models.rwkv1 import tiles as lazy
-from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
-
-CTX = 12
-CHARACTERS = CharacterTokenizer(list("abcdefghijk"), "error")
-KINDS = {
-    "rwkv1, compiled": lambda: build(VARIANTS["rwkv1"], torch.float32),
-    "rwkv1, float64": lambda: build(VARIANTS["rwkv1"]),
-    "rwkv1_exp": lambda: build(VARIANTS["rwkv1_exp"], torch.float32),
-    "mha_pro": lambda: build(VARIANTS["mha_pro"]),
-}
+from timemix.tokenizers.character import ByteTokenizer
 
 
 @pytest.fixture(params=KINDS)
 def model(request):
     return KINDS[request.param]()
-
-
-def finish(engine):
-    """All events of an engine, by request."""
-    events = {}
-    while engine.busy:
-        for event in engine.step():
-            events.setdefault(event.id, []).append(event)
-    return events
-
-
-def alone(model, request, tokenizer=CHARACTERS):
-    engine = Engine(model, tokenizer)
-    engine.add(request)
-    return finish(engine)[0]
 
 
 def assert_same(found, expected):
@@ -83,7 +61,7 @@ def test_requests_that_come_at_any_time_get_what_they_get_alone(model):
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4), st.booleans()), min_size=1, max_size=8), st.integers(1, 4)
 )
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_in_any_order_with_any_places_and_cancellations(plan, places):
     model = KINDS["rwkv1, compiled"]()
     engine = Engine(model, CHARACTERS, places=places)
@@ -227,7 +205,7 @@ def written(text, tokenizer, **request):
     return finish(engine)[0]
 
 
-def test_stop_strings_end_the_text_before_them_and_nothing_of_them_is_told():
+def test_stop_strings_end_the_text_before_them():
     events = written([2, 0, 1, 0, 2, 3, 4], CHARACTERS, tokens=7, stop=("acd", "zzz"))
     # c, a, b, a, c, d: "a" waits for what follows it.
     assert [e.text for e in events] == ["c", "", "ab", "", "", ""]
@@ -240,7 +218,7 @@ def test_what_was_held_back_is_told_at_the_end():
     assert events[-1].finished == "length"
 
 
-def test_characters_of_several_bytes_are_told_whole_and_stop_strings_do_not_split_them():
+def test_stop_strings_do_not_split_characters_of_several_bytes():
     text = list("a€b€€c".encode())
     tokenizer = ByteTokenizer()
     events = written(text, tokenizer, tokens=len(text), stop=("€c",))
@@ -265,7 +243,7 @@ def test_cancel(model):
     assert_same(events[third], alone(model, REQUESTS[0]))
 
 
-@pytest.mark.parametrize("cut", [0, 1, 5, 12, 20])
+@pytest.mark.parametrize(("model", "cut"), pairwise(KINDS, [0, 1, 5, 12, 20], strength=1), indirect=["model"])
 def test_going_on_from_a_stream_equals_going_on(model, cut):
     whole = Request([1, 2, 3], 25, Sampler(repetition_penalty=1.3), seed=4, log_probabilities=True)
     expected = alone(model, whole)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import timemix
-from tests.runs import TEXT, small_trainer
-from tests.test_models import VARIANTS, build
+from tests.helpers.models import VARIANTS, build
+from tests.helpers.runs import TEXT, small_trainer
 from timemix.errors import UserError
 from timemix.evaluation.loss import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_wkv1 import assert_same, gradients_of
+from tests.helpers.operators import assert_same, gradients_of
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1 import exponential
 from timemix.ops.rwkv1.api import wkv1
@@ -14,7 +16,10 @@ from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, wk
 CTX, H, N = 6, 3, 2
 
 
-@pytest.fixture(params=[128, 4, 1])
+CHUNKS = [128, 4, 1]
+
+
+@pytest.fixture(params=CHUNKS)
 def chunk(request, monkeypatch):
     monkeypatch.setattr(exponential, "CHUNK", request.param)
     return request.param
@@ -100,18 +105,25 @@ def test_a_curve_is_its_exponentials_and_taps():
     torch.testing.assert_close(curve(curves, 1)[0], expected[:1])
 
 
-@pytest.mark.parametrize("tables", [True, False])
-@pytest.mark.parametrize(("K", "M"), [(1, 0), (2, 1), (5, 0), (4, 6)])
-@pytest.mark.parametrize("T", [1, CTX, 9, 15])
-def test_chunks_equal_the_reference(T, K, M, tables, chunk):
+@pytest.mark.parametrize(
+    ("T", "sizes", "tables", "chunk"),
+    pairwise([1, CTX, 9, 15], [(1, 0), (2, 1), (5, 0), (4, 6)], [True, False], CHUNKS),
+    indirect=["chunk"],
+)
+def test_chunks_equal_the_reference(T, sizes, tables, chunk):
+    K, M = sizes
     x = inputs(T=T, tables=tables)
     curves = curves_of(K, M)
     assert_same(outputs_and_gradients(x, curves, "auto"), outputs_and_gradients(x, curves, "reference"))
 
 
-@pytest.mark.parametrize(("K", "M"), [(1, 0), (4, 1), (5, 3)])
-@pytest.mark.parametrize(("start", "T"), [(0, 1), (0, 9), (3, 1), (3, 5), (CTX - 1, 1), (CTX, 1), (9, 7)])
-def test_chunks_equal_the_reference_from_a_state(start, T, K, M, chunk):
+@pytest.mark.parametrize(
+    ("positions", "sizes", "chunk"),
+    pairwise([(0, 1), (0, 9), (3, 1), (3, 5), (CTX - 1, 1), (CTX, 1), (9, 7)], [(1, 0), (4, 1), (5, 3)], CHUNKS),
+    indirect=["chunk"],
+)
+def test_chunks_equal_the_reference_from_a_state(positions, sizes, chunk):
+    (start, T), (K, M) = positions, sizes
     x, curves = inputs(T=T), curves_of(K, M)
     state = state_after([start, start], curves)
     expected = outputs_and_gradients(x, curves, "reference", state)
@@ -133,7 +145,7 @@ def test_rows_at_different_positions_with_padding(M, chunk):
         torch.testing.assert_close(after.denominators[0], expected["after.denominators"][row])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 4), st.integers(1, 5))
 def test_pieces_equal_the_whole(pieces, K, M, size):
     x, curves = inputs(T=sum(pieces)), curves_of(K, M)

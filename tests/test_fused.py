@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.test_models import VARIANTS
+from tests.helpers.models import VARIANTS
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.activations import ACTIVATIONS
 from timemix.models.layers.channel_mix import ChannelMix
@@ -55,7 +57,7 @@ def distances(a, exact):
     return logits.item(), (torch.stack(off).norm() / torch.stack(size).norm()).item()
 
 
-def test_it_serves_training_and_long_texts_and_nothing_that_it_does_not_know():
+def test_fused_code_supports_training_and_long_texts_only():
     x = torch.zeros(1, 1, 4)
     assert fused.serves(x)
     assert fused.serves(x.bfloat16())
@@ -81,13 +83,12 @@ def test_without_gradients_the_values_are_those_of_training(rows):
     torch.testing.assert_close(logits, model(tokens)[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 65), (1, 300)])
-@pytest.mark.parametrize(
-    "config",
-    [*VARIANTS.values(), *(model_config("rwkv1", activation=name) for name in ACTIVATIONS)],
-    ids=str,
-)
-def test_a_model_is_as_exact_as_in_torch(config, shape, monkeypatch):
+CONFIGS = VARIANTS | {name: model_config("rwkv1", activation=name) for name in ACTIVATIONS}
+
+
+@pytest.mark.parametrize(("name", "shape"), pairwise(CONFIGS, [(1, 1), (3, 7), (2, 65), (1, 300)], strength=1))
+def test_a_model_is_as_exact_as_in_torch(name, shape, monkeypatch):
+    config = CONFIGS[name]
     tokens = torch.randint(13, shape)
     names = called(monkeypatch)
     ours = logits_and_gradients(config, tokens)
@@ -122,7 +123,7 @@ def leaf(*shape, scale=1.0):
     return (torch.randn(shape) * scale).requires_grad_()
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     B=st.integers(1, 3),
     T=st.integers(1, 40),
@@ -145,7 +146,7 @@ def test_norm_and_shift_of_any_size(B, T, C, fractions, scale, seed):
         torch.testing.assert_close(one.double(), other, atol=3e-5 * max(1, other.abs().max()), rtol=1e-4)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     rows=st.integers(1, 40),
     hidden=st.integers(1, 40),

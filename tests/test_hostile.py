@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import timemix
-from tests.runs import small_config, write_text_file
+from tests.helpers.runs import small_config, write_text_file
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import LONGEST, UserError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import TEXT, small_config, with_model, write_text_file
+from tests.helpers.runs import TEXT, small_config, with_model, write_text_file
 from timemix.evaluation.inspect import draw, inspect_run
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.language_model import LanguageModel

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.runs import small_trainer
+from tests.helpers.runs import small_trainer
 from timemix.errors import UserError
 from timemix.ops.common import fused
 from timemix.runtime import machine
@@ -62,7 +62,8 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
     assert whole.valid_loss == trainer.valid_loss
 
 
-@pytest.mark.skipif(machine.cpp_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.slow
+@pytest.mark.skipif(compiling.cpp_compiler() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
 def test_a_compiled_run_learns_the_same_and_goes_on_to_the_same_end(tmp_path, arch):
     whole = small_trainer(tmp_path, arch, name="whole", compile="on")

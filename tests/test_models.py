@@ -5,46 +5,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.helpers.models import CTX, VARIANTS, build
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples
 from timemix.config.presets import preset
 from timemix.errors import UserError
 from timemix.models.attention.model import rotary
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.token_shift import TokenShift, shift_fractions
 from timemix.models.registry import ARCHITECTURES, model_config
-
-CTX = 12
-
-VARIANTS = {name: model_config(name) for name in ARCHITECTURES} | {
-    "shift by 1, 2, 3": model_config("rwkv1", token_shift=(0.25, 0.0, 0.3)),
-    "shift interpolated": model_config("mha_shift", token_shift=(0.5, 0.25), token_shift_top=()),
-    "no tables": model_config("rwkv1", alpha=False, beta=False, gamma=False),
-    "no tables, pro": model_config("mha_pro", alpha=False, beta=False, gamma=False),
-    "weighted": model_config("rwkv1", denominator="weighted"),
-    "weighted, original": model_config("rwkv1", denominator="weighted", initial="original"),
-    "free W": model_config("rwkv1", weights="free"),
-    "free W, weighted": model_config("rwkv1", weights="free", denominator="weighted"),
-    "exponentials, odd": model_config("rwkv1_exp", exponentials=5, taps=2),
-    "one exponential": model_config("rwkv1_exp", exponentials=1, alpha=False, beta=False, gamma=False),
-    "zero, rotary": model_config("mha_rotary", initial="zero"),
-    "one head": model_config("rwkv1", heads=1),
-    "a head per channel": model_config("rwkv1", heads=16),
-    "a head per channel, pro": model_config("mha_pro", heads=16),
-    "relu2": model_config("rwkv1", activation="relu2"),
-}
-
-
-def build(config, dtype=torch.float64, noise=0.3, **fields):
-    """A small model with every parameter moved away from its special initial value."""
-    sizes = {"vocab_size": 11, "ctx_len": CTX, "layers": 3, "channels": 16}
-    model = LanguageModel(dataclasses.replace(config, **(sizes | fields))).to(dtype).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=noise)
-    return model
 
 
 @pytest.fixture(params=VARIANTS)
@@ -77,7 +50,7 @@ def test_no_position_sees_the_future(model):
         assert not torch.allclose(before[:, t:], after[:, t:])
 
 
-@settings(max_examples=10, deadline=None)
+@examples(10)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.sampled_from(sorted(VARIANTS)))
 def test_any_split_with_the_state_carried_equals_one_piece(pieces, variant):
     torch.manual_seed(1)
@@ -215,9 +188,7 @@ def test_exponentials_start_as_rwkv1():
         assert (exp.rate >= 1e-4).all()
 
 
-@pytest.mark.parametrize("initial", ["zero", "original"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("vocab_size", [65, 1000])
+@pytest.mark.parametrize(("vocab_size", "arch", "initial"), pairwise([65, 1000], ARCHITECTURES, ["zero", "original"]))
 def test_initial_loss_is_near_uniform(arch, initial, vocab_size):
     config = model_config(arch, initial=initial, vocab_size=vocab_size, layers=3, channels=128, ctx_len=32)
     model = LanguageModel(config)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.runs import small_trainer
+from tests.helpers.runs import small_trainer
 from timemix.training import optim
 from timemix.training.optim import _QUINTICS, Muon, orthogonalized
 

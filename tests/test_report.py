@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import write_text_file
-from tests.test_compare import finish, small
+from tests.helpers.comparisons import finish, small
+from tests.helpers.runs import write_text_file
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import to_html, write_report
 from timemix.experiments.spec import Variant, Verdict
@@ -31,8 +31,11 @@ def comparison(tmp_path_factory):
     experiment = small(source, variants=variants, verdicts=verdicts, prompts=("the <i>", "cat"), by_position=True)
     base = experiment.base | {"data": {"source": str(source), "tokenizer": "byte"}}
     found = Comparison(replace(experiment, base=base), folder / "out")
-    finish(found)
-    write_report(found)
+    with pytest.MonkeyPatch.context() as patch:
+        # Three seconds for each variant, and no part of what is shown here.
+        patch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+        finish(found)
+        write_report(found)
     return found
 
 

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or crowded out goes on to the very same end."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed_run import CONFIG, config
-from tests.runs import small_config, small_trainer, with_model, write_text_file
+from tests.helpers.killed_run import CONFIG, config, start
+from tests.helpers.pairwise import pairwise
+from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
 from timemix.data.prepare import prepare
 from timemix.errors import UserError
 from timemix.runs import folder as run_folder
@@ -55,10 +57,10 @@ def stop_at(step: int):
     return watch
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("order", ["random", "epoch"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "order", "accumulation"),
+    pairwise(["float32", "bfloat16", "float64"], ["adamw", "muon"], ["random", "epoch"], [1, 2]),
+)
 def test_stopped_and_resumed_twice_is_the_undisturbed_run(tmp_path, precision, optimizer, order, accumulation):
     settings = {"precision": precision, "optimizer": optimizer, "accumulation": accumulation, "weight_decay": 0.1}
     config = with_model(small_config(write_text_file(tmp_path), steps=9, **settings), dropout=0.2)
@@ -82,32 +84,32 @@ class Killed:
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokens = folder, folder / "tokens"
         prepare(self.tokens, small_config(write_text_file(folder)).data)
-        started = time.monotonic()
-        self.lines = self._run("whole").communicate()[0].split()
-        assert self.lines.count("step") == CONFIG["steps"]
-        self.seconds_per_step = (time.monotonic() - started) / CONFIG["steps"]
+        self.events = self._to_its_end("whole")
+        assert self.events.count("step") == CONFIG["steps"]
 
-    def _run(self, name: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "tests.killed_run", self.folder / name, self.tokens, str(self.SLOW)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    def _to_its_end(self, name: str) -> list[str]:
+        child, events = start(self.folder / name, self.tokens, self.SLOW)
+        seen = []
+        with events, contextlib.suppress(EOFError):
+            while True:
+                seen.append(events.recv())
+        child.join()
+        assert child.exitcode == 0
+        return seen
 
     def kill(self, name: str, event: str, number: int, delay: float) -> None:
-        """Begins a run or goes on with it, and kills it `delay` seconds after an event's `number`-th time."""
-        child = self._run(name)
-        assert child.stdout is not None
-        for line in child.stdout:
-            number -= line.strip() == event
-            if number == 0:
-                break
-        time.sleep(delay)
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        """Start or resume a run, and kill it `delay` seconds after an event's `number`-th time."""
+        child, events = start(self.folder / name, self.tokens, self.SLOW)
+        with events:
+            with contextlib.suppress(EOFError):
+                while number:
+                    number -= events.recv() == event
+            time.sleep(delay)
+            child.kill()
+            child.join()
 
     def finish(self, name: str) -> None:
-        child = self._run(name)
-        child.communicate()
-        assert child.returncode == 0
+        self._to_its_end(name)
         same_end(self.folder / "whole", self.folder / name)
 
 
@@ -128,7 +130,7 @@ def test_fifty_kills(tmp_path):
     inside = 0
     for i in range(50):
         event = ("saving", "step")[i % 2]
-        number = draw.randint(1, runs.lines.count(event))
+        number = draw.randint(1, runs.events.count(event))
         runs.kill(f"run-{i}", event, number, draw.random() * (runs.SLOW if event == "saving" else 0.01))
         inside += bool(list((tmp_path / f"run-{i}" / "checkpoints").glob(".*")))
         runs.finish(f"run-{i}")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.helpers.tiers import examples
 from timemix.errors import UserError
 from timemix.generation.sampler import Sampler, draw
 
@@ -163,7 +164,7 @@ def test_renaming_tokens_renames_the_result(logits, sampler, order):
 
 
 @given(st.lists(st.tuples(LOGITS, samplers(PENALTY)), min_size=1, max_size=5))
-@settings(max_examples=50)
+@examples(50)
 def test_each_row_has_its_own_settings_and_no_neighbours(cases):
     logits = torch.tensor([row for row, _ in cases])
     seen = logits > 1

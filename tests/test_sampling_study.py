@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.runs import TEXT, write_text_file
+from tests.helpers.runs import TEXT, write_text_file
 from timemix.errors import UserError
 from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep, to_markdown
 from timemix.experiments.spec import SamplingExperiment

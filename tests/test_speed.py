@@ -14,6 +14,7 @@ from timemix.experiments.speed import build_table, run_speed, slope
 from timemix.models.registry import model_config
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_in_its_own_process():
     model = model_config("rwkv1", layers=1, heads=2, channels=64, ctx_len=64, vocab_size=50)
     small = RunConfig(model=model, train=TrainConfig(batch_size=4, precision="float32"))
@@ -25,6 +26,7 @@ def test_a_step_is_measured_in_its_own_process():
     assert b["peak_memory"] > a["peak_memory"]
 
 
+@pytest.mark.slow
 def test_want_of_memory_is_an_error_of_that_size_alone():
     model = model_config("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50, backend="dense")
     assert measure_training(RunConfig(model=model, train=TrainConfig(batch_size=1)), steps=1) == {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.test_engine import CHARACTERS, KINDS, alone
+from tests.helpers.engines import CHARACTERS, KINDS, alone
+from tests.helpers.pairwise import pairwise
 from timemix.errors import UserError
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -18,8 +19,7 @@ def stream_of(model, tokens=9):
     return event.stream
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [0, 1, 9, 30])
+@pytest.mark.parametrize(("kind", "tokens"), pairwise(KINDS, [0, 1, 9, 30], strength=1))
 def test_saved_and_loaded_it_goes_on_the_same(kind, tokens, tmp_path):
     model = KINDS[kind]()
     stream = stream_of(model, tokens)

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.tiers import examples
 from timemix.errors import UserError
 from timemix.tokenizers.base import KINDS
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
@@ -64,7 +65,7 @@ def test_ids_are_those_of_the_library(choice, text):
 
 
 @each_choice
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(text=FROM_ANY_PLANE)
 def test_any_text_comes_back_or_is_named(choice, text):
     kind, unknown = choice
@@ -86,7 +87,7 @@ def test_any_text_comes_back_or_is_named(choice, text):
 
 
 @each_choice
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(before=FROM_ANY_PLANE, surrogate=SURROGATES, after=FROM_ANY_PLANE)
 def test_lone_surrogates_are_refused(choice, before, surrogate, after):
     text = before + surrogate + after
@@ -97,7 +98,7 @@ def test_lone_surrogates_are_refused(choice, before, surrogate, after):
 
 
 @each_choice
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_streaming_gives_whole_characters_and_the_same_text(choice, data):
     tokenizer = TRAINED[choice]
@@ -180,7 +181,7 @@ PARTS = ["   ", " ", "\n\n", "\n", "\t", "\u00a0", "\x1c", "\u2003", "a", "b", "
 SPACED_LIBRARY = tokenizers.Tokenizer.from_str(SPACED.to_json())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(text=st.lists(st.sampled_from(PARTS), max_size=30).map("".join), piece=st.integers(1, 20))
 def test_no_subword_reaches_over_a_cut(text, piece):
     with pytest.MonkeyPatch.context() as patch:

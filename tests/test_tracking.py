@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import small_config, small_trainer, write_text_file
+from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import UserError

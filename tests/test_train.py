@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import timemix
-from tests.runs import TEXT, small_config, small_trainer, write_text_file
+from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.data.corpus import open_corpus
@@ -85,7 +85,7 @@ def test_the_first_ctrl_c_saves_and_signals_are_given_back(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_checkpoint(tmp_path, what):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, what):
     trainer = small_trainer(tmp_path)
 
     def poison(progress):
@@ -238,12 +238,17 @@ def test_a_text_too_short_for_one_window_is_refused_and_leaves_nothing(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    trainer = small_trainer(tmp_path_factory.mktemp("good"))
+    trainer.run()
+    return trainer.out
+
+
 class TestDamagedCheckpoints:
     @pytest.fixture
-    def run(self, tmp_path):
-        trainer = small_trainer(tmp_path)
-        trainer.run()
-        return trainer.out
+    def run(self, good, tmp_path):
+        return shutil.copytree(good, tmp_path / "run")
 
     def test_no_run(self, run):
         with pytest.raises(UserError, match=r"there is no run folder .*nun; .* has run"):

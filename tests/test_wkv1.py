@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.operators import assert_same, gradients_of
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples, slow
 from timemix.ops.common import causal, fused, spectral
 from timemix.ops.common.fused import serves
 from timemix.ops.common.spread import broadcast_parameter, embedding
@@ -16,9 +19,10 @@ from timemix.ops.rwkv1.api import Wkv1State, choose_backend, gated_wkv1, wkv1, w
 CTX = 9
 
 
-@pytest.fixture(
-    params=["dense", *(f"{name}{size}" for name in ("blocked", "spectral") for size in ("", " 1", " 2", " 4"))]
-)
+BACKENDS = ["dense", *(f"{name}{size}" for name in ("blocked", "spectral") for size in ("", " 1", " 2", " 4"))]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Each parallel form; blocks of a few positions too, so that a short text has many."""
     name, _, block = request.param.partition(" ")
@@ -67,19 +71,6 @@ def outputs_and_gradients(named, backend, state=None, denominator="plain", lengt
     if after is not None:
         values["position"] = after.position
     return values
-
-
-def gradients_of(values, leaves):
-    """Gradients of all the values at once; a different weight for every entry, so that no two mistakes cancel."""
-    total = sum((x * torch.sin(torch.arange(x.numel()).double()).view(x.shape).to(x)).sum() for x in values.values())
-    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 def test_reference_is_the_formula():
@@ -135,9 +126,11 @@ def test_reference_gradcheck(denominator):
     assert torch.autograd.gradcheck(call, (*x.values(), state.numerators, state.denominators))
 
 
-@pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize("tables", [True, False])
-@pytest.mark.parametrize("T", [1, 5, CTX])
+@pytest.mark.parametrize(
+    ("T", "tables", "denominator", "backend"),
+    pairwise([1, 5, CTX], [True, False], ["plain", "weighted"], BACKENDS),
+    indirect=["backend"],
+)
 def test_every_form_equals_the_reference(T, tables, denominator, backend):
     x = inputs(T=T, tables=tables)
     expected = outputs_and_gradients(x, "reference", denominator=denominator)
@@ -155,9 +148,13 @@ def test_a_free_w_equals_the_reference(T, denominator):
             wkv1(**x, denominator=denominator, backend=backend)
 
 
-@pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize(("start", "T"), [(0, CTX), (0, 1), (4, 1), (3, 5), (2, 6), (CTX - 1, 1)])
-def test_every_form_equals_the_reference_from_a_state(start, T, denominator, backend):
+@pytest.mark.parametrize(
+    ("positions", "denominator", "backend"),
+    pairwise([(0, CTX), (0, 1), (4, 1), (3, 5), (2, 6), (CTX - 1, 1)], ["plain", "weighted"], BACKENDS),
+    indirect=["backend"],
+)
+def test_every_form_equals_the_reference_from_a_state(positions, denominator, backend):
+    start, T = positions
     x = inputs(T=T)
     state = from_state(2, start, 3, 2, denominator)
     expected = outputs_and_gradients(x, "reference", state, denominator)
@@ -172,8 +169,11 @@ def test_a_free_w_equals_the_reference_from_a_state(denominator):
     assert_same(outputs_and_gradients(x, "auto", state, denominator), expected)
 
 
-@pytest.mark.parametrize("denominator", ["plain", "weighted"])
-@pytest.mark.parametrize("tables", [True, "free"])
+@pytest.mark.parametrize(
+    ("tables", "denominator", "backend"),
+    pairwise([True, "free"], ["plain", "weighted"], BACKENDS),
+    indirect=["backend"],
+)
 def test_rows_at_different_positions_with_padding(tables, denominator, backend):
     if tables == "free":
         backend = "dense"
@@ -198,7 +198,7 @@ def test_rows_at_different_positions_with_padding(tables, denominator, backend):
         torch.testing.assert_close(after.numerators[0], expected["after.numerators"][row])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(1, 40), st.integers(1, 9), st.integers(0, 3), st.integers(1, 3), st.sampled_from(["float32", "float64"])
 )
@@ -213,7 +213,7 @@ def test_blocks_of_any_size_equal_the_whole_matrix(T, block, spare, B, dtype):
             assert_same(outputs_and_gradients(x, form), whole, **tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.sampled_from(["plain", "weighted"]))
 def test_pieces_equal_the_whole(pieces, denominator):
     T = min(sum(pieces), CTX)
@@ -252,15 +252,19 @@ def hard_keys(case, T, shape):
     return torch.where(torch.rand(B, T, H, N, generator=generator) < 0.5, -60.0, 30.0).double()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("form", ["dense", "blocked", "spectral"])
-@pytest.mark.parametrize(("T", "shape"), [(64, (2, 2, 8)), (513, (2, 2, 8)), (2048, (1, 2, 4)), (8192, (1, 1, 2))])
-@pytest.mark.parametrize("case", ["normal of deviation 8", "-60, last 30", "-60 or 30"])
-def test_guarantee_on_hard_keys(case, T, shape, form, fused, monkeypatch):
+CASES, FORMS = ["normal of deviation 8", "-60, last 30", "-60 or 30"], ["dense", "blocked", "spectral"]
+SHAPES = {64: (2, 2, 8), 513: (2, 2, 8), 2048: (1, 2, 4), 8192: (1, 1, 2)}
+LONG = [slow(*row) for row in itertools.product(CASES, [8192], FORMS, [False, True])]
+
+
+@pytest.mark.parametrize(
+    ("case", "T", "form", "fused"), [*pairwise(CASES, [64, 513, 2048], FORMS, [False, True]), *LONG]
+)
+def test_guarantee_on_hard_keys(case, T, form, fused, monkeypatch):
     """DESIGN section 2: float32 against float64, output and every gradient, on three hard cases of k."""
     if form != "dense":
         monkeypatch.setattr(causal, "_SUM_SMALL", 0)
-    B, H, N = shape
+    shape = B, H, N = SHAPES[T]
     x = {"k": hard_keys(case, T, shape), "v": torch.randn(B, T, H, N, dtype=torch.float64)}
     x |= {"f": torch.randn(H, T, dtype=torch.float64)}
     x |= {n: 1 + 0.3 * torch.randn(H, T, dtype=torch.float64) for n in ("alpha", "beta")}

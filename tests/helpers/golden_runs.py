@@ -1,6 +1,6 @@
-"""Short loss curves of every architecture and preset, to see at once what changes behaviour.
+"""Short loss curves of every architecture and preset, to detect changes of behaviour.
 
-python -m tests.golden_runs writes tests/golden/runs.json anew, after a change that is meant to change them.
+python -m tests.helpers.golden_runs rewrites tests/golden/runs.json, after a change that is meant to change it.
 """
 
 import json
@@ -23,7 +23,7 @@ from timemix.runtime import native
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer
 
-PATH = Path(__file__).parent / "golden" / "runs.json"
+PATH = Path(__file__).parent.parent / "golden" / "runs.json"
 STEPS = 5
 NAMES = [f"{name} {arch}" for name in PRESETS for arch in ARCHITECTURES] + ["cpu-small rwkv1 muon"]
 

@@ -1,4 +1,4 @@
-"""Runs of two processes for tests/test_distributed.py: torchrun ... -m tests.process_group FOLDER."""
+"""Runs of two processes for tests/test_distributed.py: torchrun ... -m tests.helpers.process_group FOLDER NAME..."""
 
 import json
 import os
@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs import small_config, with_model
-from timemix.data.prepare import prepare
+from tests.helpers.runs import small_config, with_model
 from timemix.errors import UserError
 from timemix.evaluation.loss import loss_per_token
-from timemix.runtime.distributed import Elsewhere, joined
+from timemix.runtime.distributed import Elsewhere, World, joined
 from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
@@ -34,32 +33,32 @@ def config(folder: Path, name: str, strategy: str):
     return with_model(made, heads=5, channels=15)
 
 
+def stop_and_resume(folder: Path, strategy: str, world: World) -> None:
+    """Stop a run, resume one that a single process began, and write the losses that each process knows."""
+
+    def stop(progress):
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        new_run(config(folder, "plain", strategy), folder / f"stopped-{strategy}", world).run(stop)
+    trainer = resume_run(folder / f"handed-{strategy}", world)
+    assert trainer.step == 3
+    trainer.run()
+    # Batches of a validation that do not come out even.
+    losses = [loss_per_token(trainer.model, np.arange(n) % 7, tokens_per_batch=16, world=world) for n in (17, 50, 81)]
+    (folder / f"losses-{strategy}-{world.rank}.json").write_text(json.dumps(losses))
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     with joined() as world:
-        if world.first and not (folder / "tokens").exists():
-            prepare(folder / "tokens", small_config(folder / "text.txt").data)
         world.first_does(lambda: None)
         for strategy in ("replicate", "shard"):
-            for name in SETTINGS:
+            for name in names:
                 new_run(config(folder, name, strategy), folder / f"{name}-{strategy}-{world.size}", world).run()
-
-            stopped = folder / f"stopped-{strategy}"
-
-            def stop(progress):
-                if progress.step == 3:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            with pytest.raises(Interrupted):
-                new_run(config(folder, "plain", strategy), stopped, world).run(stop)
-            trainer = resume_run(folder / f"handed-{strategy}", world)
-            assert trainer.step == 3
-            trainer.run()
-            # Batches of a validation that do not come out even.
-            losses = [
-                loss_per_token(trainer.model, np.arange(n) % 7, tokens_per_batch=16, world=world) for n in (17, 50, 81)
-            ]
-            (folder / f"losses-{strategy}-{world.rank}.json").write_text(json.dumps(losses))
+            if "plain" in names:
+                stop_and_resume(folder, strategy, world)
 
         def fail():
             raise UserError("only process 0 says this")
