@@ -82,7 +82,7 @@ def test_a_compiled_run_learns_the_same_and_goes_on_to_the_same_end(tmp_path, ar
 
 def test_freed_memory_is_kept():
     code = (
-        "import resource, torch; from timemix.machine import keep_freed_memory; keep_freed_memory()\n"
+        "import resource, torch; from timemix.runtime.machine import keep_freed_memory; keep_freed_memory()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for i in range(8):\n"
         "    if i == 4: before = faults()\n"

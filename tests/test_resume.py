@@ -274,7 +274,7 @@ def test_another_process_is_told_who_holds_the_run(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from timemix.files import FolderLock;"
+        "import os, signal, sys; from pathlib import Path; from timemix.storage.locks import FolderLock;"
         "lock = FolderLock(Path(sys.argv[1])); lock.take(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)

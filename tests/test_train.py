@@ -269,9 +269,9 @@ class TestDamagedCheckpoints:
         if damage == "remove":
             path.unlink()
         else:
-            path.write_bytes(
-                {"truncate": content[: len(content) // 2], "empty": b"", "noise": b"\xff\x00" * 50}[damage]
-            )
+            # Of a TOML file in the midst of a line: one that ends with a line is a shorter one.
+            half = content.index(b" =", len(content) // 2) if name.endswith(".toml") else len(content) // 2
+            path.write_bytes({"truncate": content[:half], "empty": b"", "noise": b"\xff\x00" * 50}[damage])
         with pytest.raises(UserError, match=name.replace(".", r"\.")) as error:
             timemix.load(run)
         assert "\n" not in str(error.value)
