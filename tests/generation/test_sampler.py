@@ -15,7 +15,7 @@ from tests.helpers.tiers import examples
 from timemix.errors import UserError
 from timemix.generation.sampler import Sampler, draw
 
-GOLDEN = Path(__file__).parent / "golden" / "top_a.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "top_a.safetensors"
 
 V = 12
 FILTERS = {

@@ -28,7 +28,7 @@ from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def metrics(run: Path) -> list[dict]:

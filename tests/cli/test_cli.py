@@ -16,7 +16,7 @@ from tests.helpers.runs import TEXT
 from timemix.cli.main import main
 from timemix.experiments.spec import read_experiment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 TINY = [*QUICK, "--model.layers", "1"]

@@ -24,7 +24,7 @@ from timemix.data.sources import read_source
 from timemix.errors import UserError
 from timemix.tokenizers.make import train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = 'It was a day, as zé said: "no"\nand 12 fish 鱼🐈 swam; o\'er the sea.\n' * 12
 
 

@@ -30,7 +30,7 @@ from timemix.runtime.distributed import World, my_rows
 from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
 STRATEGIES = ("replicate", "shard")
 

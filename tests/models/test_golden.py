@@ -13,7 +13,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.registry import model_config
 from timemix.training.optim import build_optimizers
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 ARCHITECTURES = {"RWKV": "rwkv1", "MHA_rotary": "mha_rotary", "MHA_shift": "mha_shift", "MHA_pro": "mha_pro"}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 

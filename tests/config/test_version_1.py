@@ -11,7 +11,7 @@ import torch
 import timemix
 from timemix.cli.main import main
 
-FIXTURES = Path(__file__).parent / "fixtures" / "version1"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
 RUNS = ("rwkv1", "rwkv1_exp", "rwkv1_free", "mha_rotary", "mha_shift", "mha_pro")
 STATES = ("rwkv1", "rwkv1_exp")
