@@ -87,10 +87,11 @@ def _is_caught(fault: dict[str, str]) -> bool:
         path = copy / fault["file"]
         path.write_text(path.read_text(encoding="utf-8").replace(fault["old"], fault["new"]), encoding="utf-8")
         status, seconds, last = _run(copy, fault["tests"])
-    # A test module that cannot be imported is not a test that fails.
-    word = "caught" if status == FAILED else "NOT CAUGHT"
+    # A test module that cannot be imported is not a test that fails; a process that crashes (a negative status) is.
+    caught = status == FAILED or status < 0
+    word = "caught" if caught else "NOT CAUGHT"
     print(f"{word}  {fault['name']} ({fault['module']}, {seconds:.0f} s, {last})", flush=True)
-    return status == FAILED
+    return caught
 
 
 def _copied(folder: Path) -> Path:
