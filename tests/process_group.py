@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs import small_config, with_model
 from timemix.data.prepare import prepare
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.runtime.distributed import Elsewhere, joined
 from timemix.training.signals import Interrupted
@@ -62,9 +62,9 @@ def main() -> None:
             (folder / f"losses-{strategy}-{world.rank}.json").write_text(json.dumps(losses))
 
         def fail():
-            raise UserError("only process 0 says this")
+            raise TimemixError("only process 0 says this")
 
-        with pytest.raises(UserError if world.first else Elsewhere):
+        with pytest.raises(TimemixError if world.first else Elsewhere):
             world.first_does(fail)
 
 

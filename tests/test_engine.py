@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.test_generation import reanchored, recomputed
 from tests.test_models import VARIANTS, build
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -320,7 +320,7 @@ def test_a_prompt_after_a_stream_equals_one_prompt(model):
     ],
 )
 def test_requests_that_cannot_be(fields, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(TimemixError, match=words):
         Request(**({"prompt": [1]} | fields))
 
 
@@ -333,13 +333,13 @@ def test_what_an_engine_refuses():
     other = build(VARIANTS["rwkv1"], ctx_len=13)
     engine = Engine(other)
     engine.add(Request([1], 0, keep_stream=True))
-    with pytest.raises(UserError, match="the stream to go on with is of another model"):
+    with pytest.raises(TimemixError, match="the stream to go on with is of another model"):
         Engine(model).add(Request([1], start=finish(engine)[0][-1].stream))
-    with pytest.raises(UserError, match="places is 0"):
+    with pytest.raises(TimemixError, match="places is 0"):
         Engine(model, places=0)
-    with pytest.raises(UserError, match="token 11 is outside the vocabulary of 11"):
+    with pytest.raises(TimemixError, match="token 11 is outside the vocabulary of 11"):
         Engine(model).add(Request([3, 11]))
-    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+    with pytest.raises(TimemixError, match="stop strings need a tokenizer"):
         Engine(model).add(Request([3], stop=("a",)))
 
 

@@ -8,7 +8,7 @@ import torch
 import timemix
 from tests.runs import small_trainer
 from tests.test_models import VARIANTS, build
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.generation.generate import generate_tokens, stream_text
 from timemix.generation.sampler import Sampler, draw
 
@@ -85,12 +85,12 @@ def test_seeds_and_samples_differ_and_repeat():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_an_empty_prompt_is_an_error(prompts):
-    with pytest.raises(UserError, match="the prompt is empty"):
+    with pytest.raises(TimemixError, match="the prompt is empty"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), prompts, 3, Sampler()))
 
 
 def test_keep_is_a_share():
-    with pytest.raises(UserError, match="keep is 0"):
+    with pytest.raises(TimemixError, match="keep is 0"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), [[1]], 3, Sampler(), keep=0))
 
 
@@ -113,7 +113,7 @@ def test_text_in_text_out(run):
 
 
 def test_a_prompt_outside_the_vocabulary_is_named(run):
-    with pytest.raises(UserError, match="Q"):
+    with pytest.raises(TimemixError, match="Q"):
         timemix.generate(run, "the Q", tokens=3)
 
 

@@ -7,14 +7,14 @@ timemix.generate(run, "The ", tokens=100)
 from typing import TYPE_CHECKING, Any
 
 from timemix._version import __version__
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 
 if TYPE_CHECKING:
     from timemix.generation.generate import generate
     from timemix.runs.load import load
 
 
-__all__ = ["UserError", "__version__", "generate", "load"]
+__all__ = ["TimemixError", "__version__", "generate", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from timemix.cli.options import default_prompt, parse
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
     from timemix.generation.engine import Engine, Event
@@ -52,7 +52,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+                raise InvalidValue(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, arguments, "sample")
     settings = parsed.sampling
     if parsed.save_state is not None and settings.count > 1:
-        raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
+        raise InvalidValue(f"--save-state takes the state of one text; leave --count {settings.count} out")
     from timemix.generation.engine import Engine, Request
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import load_stream, save_stream

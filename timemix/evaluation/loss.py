@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus, text_size
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
@@ -62,10 +62,10 @@ def loss_per_token(
 
     Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config. The
     processes of a `world` take turns at the batches; each gets the loss of the whole.
-    Raises UserError for a stride below 1.
+    Raises InvalidValue for a stride below 1.
     """
     if stride is not None and stride < 1:
-        raise UserError(f"stride is {stride}; it must be at least 1 token")
+        raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
     was_training = model.training
     model.eval()
     ctx_len = model.config.ctx_len
@@ -97,11 +97,11 @@ def loss_by_position(
 
     A shorter rest is left out. Where the model's context ends within a window it is read as generation goes on: the
     newest half of the context again at position 0, as often as its end is reached.
-    Raises UserError for a text shorter than a window and its next token.
+    Raises InvalidValue for a text shorter than a window and its next token.
     """
     length = contexts * model.config.ctx_len
     if len(tokens) < length + 1:
-        raise UserError(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
+        raise InvalidValue(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
     was_training = model.training
     model.eval()
     total = np.zeros(length)
@@ -129,7 +129,7 @@ def evaluate(
 
     Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
     number is reported. What is not predicted, the first token and what was left out, counts in no denominator.
-    Raises UserError when fewer than two tokens are left.
+    Raises TimemixError when fewer than two tokens are left.
     """
     tokens, unknown = tokenizer.encode_lenient(text)
     read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
@@ -157,7 +157,7 @@ def _in_units(
 ) -> dict[str, float | int]:
     """Loss of tokens, whose text has `size` characters and bytes."""
     if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
+        raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
     bits = nats * (len(tokens) - 1) / math.log(2)
     first = tokenizer.decode(tokens[:1])

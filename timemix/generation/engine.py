@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
 from timemix.generation.sampler import Sampler, draw
 from timemix.generation.session import Stream
@@ -41,7 +41,7 @@ class Request:
     goes on, so that the cost per token stays constant; "exact" reads the newest max_position tokens for every token, as
     the original code did. A longer prompt is cut to its end.
 
-    Raises UserError for an empty prompt or stop string, a negative count or seed, or `keep` outside (0, 1].
+    Raises InvalidValue for an empty prompt or stop string, a negative count or seed, or `keep` outside (0, 1].
     """
 
     prompt: Sequence[int]
@@ -58,20 +58,20 @@ class Request:
 
     def __post_init__(self) -> None:
         if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
-            raise UserError("the prompt is empty; give at least one token to go on from")
+            raise InvalidValue("the prompt is empty; give at least one token to go on from")
         if self.tokens < 0:
-            raise UserError(f"tokens is {self.tokens}; it must be at least 0")
+            raise InvalidValue(f"tokens is {self.tokens}; it must be at least 0")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("seed", "sample"):
             if not 0 <= getattr(self, name) < 2**64:
-                raise UserError(f"{name} must be a whole number from 0 to 2^64 - 1, not {getattr(self, name)}")
+                raise InvalidValue(f"{name} must be a whole number from 0 to 2^64 - 1, not {getattr(self, name)}")
         if "" in self.stop:
-            raise UserError("a stop string is empty; give at least one character")
+            raise InvalidValue("a stop string is empty; give at least one character")
         if not self.sampler.is_of_one_row:
-            raise UserError("the sampler of a request has one number for each field, not one per row")
+            raise InvalidValue("the sampler of a request has one number for each field, not one per row")
         if not 0 < self.keep <= 1:
-            raise UserError(f"keep is {self.keep}; it is a share of the context, above 0 and at most 1")
+            raise InvalidValue(f"keep is {self.keep}; it is a share of the context, above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class Engine:
     ) -> None:
         """Without a tokenizer events have no text. `weights`: what the steps round theirs to, long prompts not.
 
-        Raises UserError for fewer than one place.
+        Raises InvalidValue for fewer than one place.
         """
         if places < 1:
-            raise UserError(f"places is {places}; it must be at least 1")
+            raise InvalidValue(f"places is {places}; it must be at least 1")
         self.model, self.tokenizer, self.places = model, tokenizer, places
         self.advance = step or build_step(model, weights)
         parameters = sum(p.numel() for p in model.parameters())
@@ -147,18 +147,18 @@ class Engine:
     def add(self, request: Request) -> int:
         """Takes a request; returns its id.
 
-        Raises UserError for a token outside the vocabulary, stop strings without a tokenizer, or a stream of a model of
-        other sizes.
+        Raises InvalidValue for a token outside the vocabulary, stop strings without a tokenizer, or a stream of a model
+        of other sizes.
         """
         start = request.start
         old = () if start is None else (*start.tokens, *start.seen)
         outside = next((t for t in (*request.prompt, *old) if not 0 <= t < self.model.config.vocab_size), None)
         if outside is not None:
-            raise UserError(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
+            raise InvalidValue(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
         if request.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer")
+            raise InvalidValue("stop strings need a tokenizer")
         if start is not None and _shapes(start.state) != _shapes(self._state):
-            raise UserError("the stream to go on with is of another model")
+            raise InvalidValue("the stream to go on with is of another model")
         number = next(self._ids)
         self._waiting.append((number, request))
         return number

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.generation.engine import Context, Engine, Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
@@ -31,7 +31,7 @@ def generate_tokens(
     `engine.Request`, whose errors it raises too.
     """
     if not prompts:
-        raise UserError("the prompt is empty; give at least one token to go on from")
+        raise InvalidValue("the prompt is empty; give at least one token to go on from")
     engine = Engine(model, places=len(prompts), weights=weights)
     for i, prompt in enumerate(prompts):
         engine.add(Request(list(prompt), tokens, sampler.row(i), seed, i, context=context, keep=keep))
@@ -53,7 +53,7 @@ def stream_text(
 ) -> Iterator[list[str]]:
     """Yields, token by token, the new text of each of `count` samples; never half a character.
 
-    A sample ends at the first of the `stop` strings. Raises UserError for a prompt that is empty or has characters
+    A sample ends at the first of the `stop` strings. Raises TimemixError for a prompt that is empty or has characters
     outside the vocabulary.
     """
     ids = loaded.tokenizer.encode(prompt).tolist()
@@ -81,7 +81,7 @@ def generate(
     """`count` texts that go on from `prompt` (not included), at most `tokens` tokens each.
 
     `run`: a run folder, or what `load` gave. `weights`: float32, bfloat16 or int8, what the model's are rounded to for
-    speed. Raises UserError as `load` and `stream_text` do.
+    speed. Raises TimemixError as `load` and `stream_text` do.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     pieces = stream_text(

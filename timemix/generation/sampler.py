@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 PerRow = float | Sequence[float] | Tensor
 
@@ -47,7 +47,7 @@ class Sampler:
        - `top_a` (RWKV-LM 0.01, doi 10.5281/zenodo.5196577): remove p < top_a * p_max ** top_a_power; 0 = off.
     4. What stays is renormalised. The most probable token always stays.
 
-    Raises UserError for a value out of its range.
+    Raises InvalidValue for a value out of its range.
     """
 
     temperature: PerRow = 1.0
@@ -65,7 +65,7 @@ class Sampler:
             allowed, accepts = _ALLOWED[field.name]
             for value in values if isinstance(values, list) else [values]:
                 if not (math.isfinite(value) and accepts(value)):
-                    raise UserError(f"{field.name} must be {allowed}, not {value!r}")
+                    raise InvalidValue(f"{field.name} must be {allowed}, not {value!r}")
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
             object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
 
@@ -163,7 +163,7 @@ def draw(
     random numbers: as easy as 1, 2, 3") with key (seed, sample) and counter position: it depends on nothing
     else, and no state is carried. A token of probability 0 is never drawn.
 
-    Raises UserError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
+    Raises TimemixError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
     """
     seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
     counters = zip(seeds, _integers(sample), _integers(position), strict=True)
@@ -181,7 +181,7 @@ def draw(
 def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:
     """A number in [0, 1), a multiple of 2^-53; what the generator gave before does not matter."""
     if not 0 <= seed < 2**64:
-        raise UserError(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
+        raise InvalidValue(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
     # A fifth of the time of a new generator.
     state = generator.state
     state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from timemix.config.version_1 import representation
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
@@ -77,13 +77,15 @@ def save_stream(stream: Stream, path: str | Path, model: LanguageModel) -> None:
 def load_stream(path: str | Path, model: LanguageModel) -> Stream:
     """The stream that `save_stream` wrote of the same model.
 
-    Raises UserError for a file that is missing, damaged, something else, or of another model.
+    Raises DamagedFile for a file that is missing, damaged, something else, or of another model.
     """
     path = Path(path)
     with open_tensors(path) as file:
         about = _about(path, (file.metadata() or {}).get("timemix_stream"))
         if about["model"] != model_hash(model) and not _is_of_version_1(about["model"], model):
-            raise UserError(f"{path} is a state of another model ({about['architecture']}); give the run that wrote it")
+            raise DamagedFile(
+                f"{path} is a state of another model ({about['architecture']}); give the run that wrote it"
+            )
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -104,7 +106,7 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
             if not 0 <= int(state.position) <= (model.max_position or 2**62):
                 raise ValueError(f"its position is {int(state.position)}")
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
+            raise DamagedFile(f"{path} is damaged: {error}") from error
     return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
 
 
@@ -117,7 +119,7 @@ def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
 def _about(path: Path, text: str | None) -> dict[str, Any]:
     """What a file says of itself."""
     if text is None:
-        raise UserError(f"{path} holds no state that timemix wrote")
+        raise DamagedFile(f"{path} holds no state that timemix wrote")
     try:
         about = json.loads(text)
         fits = (
@@ -128,5 +130,5 @@ def _about(path: Path, text: str | None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         fits = False
     if not fits:
-        raise UserError(f"{path} is damaged: what it says of its state cannot be read")
+        raise DamagedFile(f"{path} is damaged: what it says of its state cannot be read")
     return about

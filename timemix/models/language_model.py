@@ -5,7 +5,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig, Recompute
 from timemix.models.layers.block import Block
 from timemix.models.layers.linear import Embedding, Linear
@@ -30,7 +30,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.architecture = find_architecture(config.arch)
         if not isinstance(config, self.architecture.config):
-            raise UserError(f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}")
+            raise InvalidValue(
+                f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}"
+            )
         self.block = block_class(config)
         self.embedding = Embedding(config.vocab_size, config.channels)
         self.input_norm = self.block.input_norm(config)

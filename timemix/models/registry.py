@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from timemix.errors import UserError, nearest
+from timemix.errors import InvalidValue, nearest
 from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShiftConfig
 from timemix.models.config import ModelConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
@@ -106,21 +106,21 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the entry of an architecture. Raises UserError, with the nearest right name, for an unknown one."""
+    """Return the entry of an architecture. Raises InvalidValue, with the nearest right name, for an unknown one."""
     if name not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
+        raise InvalidValue(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
 def model_config(arch: str, **fields: Any) -> ModelConfig:
     """Return the settings of an architecture: its own defaults, `fields` over them.
 
-    Raises UserError for an unknown architecture, a field that it lacks, or a value out of range.
+    Raises InvalidValue for an unknown architecture, a field that it lacks, or a value out of range.
     """
     config = find_architecture(arch).config
     for name in fields:
         if name not in config.__dataclass_fields__:
-            raise UserError(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
+            raise InvalidValue(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
     return config(arch=arch, **fields)
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from timemix.runtime.distributed import ProcessLost
+from timemix.errors import ProcessLost
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
