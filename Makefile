@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo claims test test-slow check clean
+# One process of pytest for each core, at most four.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20 --durations-min 0.5
+
+.PHONY: demo claims test test-all check clean
 
 demo: .venv/installed
 	$(BIN)/timemix demo
@@ -10,11 +13,13 @@ demo: .venv/installed
 claims: .venv/installed
 	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
 
+# The fast tier: minutes on two cores.
 test: check
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m 'not slow'
 
-test-slow: .venv/installed-dev
-	$(BIN)/pytest -m slow
+# What `make test` leaves out: slow tests, and properties again with all their examples.
+test-all: .venv/installed-dev
+	TIMEMIX_TESTS=all $(PYTEST) -m 'slow or hypothesis'
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

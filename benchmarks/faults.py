@@ -105,7 +105,19 @@ def _copied(folder: Path) -> Path:
 
 def _run(copy: Path, tests: str) -> tuple[int, float, str]:
     """Exit status of pytest, its seconds, and the test that failed or the last line of the output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--hypothesis-seed=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-m",
+        "slow or not slow",
+        "-p",
+        "no:cacheprovider",
+        "--tb=no",
+        "--hypothesis-seed=0",
+    ]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     start = time.monotonic()
     try:

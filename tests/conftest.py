@@ -4,9 +4,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+from tests.helpers.tiers import ALL, FAST_EXAMPLES
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Properties without settings of their own.
+settings.register_profile("timemix", max_examples=100 if ALL else 2 * FAST_EXAMPLES, deadline=None)
+settings.load_profile("timemix")
 
 
 @pytest.fixture(autouse=True)

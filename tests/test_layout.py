@@ -1,6 +1,7 @@
 """The package's own order: imports go one way, and importing does nothing else."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,12 @@ def test_exported_names_exist():
     assert all(hasattr(timemix, name) for name in timemix.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = timemix.nothing
+
+
+def test_no_test_module_imports_another():
+    """What several of them need lies in tests/helpers."""
+    tests = Path(__file__).parent
+    found = [
+        p.name for p in tests.rglob("*.py") if re.search(r"^\s*(from|import) tests[\w.]*\.test_", p.read_text(), re.M)
+    ]
+    assert not found

@@ -1,0 +1,414 @@
+"""The command line as a person uses it: verbs, output, error sentences, exit status."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import TEXT
+from timemix.cli.main import main
+from timemix.experiments.spec import read_experiment
+
+ROOT = Path(__file__).parents[2]
+VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")
+QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
+TINY = [*QUICK, "--model.layers", "1"]
+
+
+def run(*arguments, cwd=None, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "timemix", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Runs a command in this process, in an empty folder: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            main([str(a) for a in arguments])
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "my.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as end:
+            main(["train", "cpu-small", "--data", "my.txt", "--out", "runs/mine", *QUICK])
+    assert not end.value.code
+    return folder
+
+
+@pytest.fixture
+def use(call, trained, monkeypatch):
+    """Runs a command in this process, in the folder of the trained run: (status, stdout, stderr)."""
+    monkeypatch.chdir(trained)
+    return call
+
+
+def test_help_names_every_verb_quickly():
+    start = time.perf_counter()
+    result = run("--help")
+    assert time.perf_counter() - start < 5
+    for verb in VERBS:
+        assert f"  {verb} " in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(call, verb):
+    status, out, _ = call(verb, "--help")
+    assert status == 0
+    assert f"timemix {verb}" in out
+
+
+def test_train_writes_a_run_folder(trained):
+    names = {p.name for p in (trained / "runs/mine").iterdir()}
+    assert names == {".lock", "config.toml", "data", "metrics.jsonl", "checkpoints", "samples.txt", "loss.png"}
+    assert (trained / "runs/mine/samples.txt").read_text().startswith("--- step 6\n")
+
+
+def test_train_prints_plain_lines_and_its_choices_without_a_terminal(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    _, _, err = call("train", "--data", "my.txt", "--out", "r", *TINY)
+    assert "rwkv1, " in err
+    assert "wkv1 dense (fastest up to 256 positions), not compiled (" in err
+    assert re.search(r"step 6/6  loss \d\.\d{3}  valid \d\.\d{3}", err)
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("arch", ["mha_rotary", "mha_pro"])
+def test_the_architecture_is_a_flag(call, tmp_path, arch):
+    (tmp_path / "my.txt").write_text(TEXT)
+    status, _, err = call("train", "--data", "my.txt", "--out", "r", "--model.arch", arch, *TINY)
+    assert status == 0
+    assert f"{arch}, " in err
+    assert call("sample", "r", "--prompt", "the", "--tokens", "5")[0] == 0
+
+
+def test_sample_streams_prompt_and_text(trained, use):
+    result = run("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40", cwd=trained)
+    assert result.stdout.startswith("the cat")
+    assert len(result.stdout) == len("the cat") + 40 + 1
+    assert use("sample", "runs/mine", "--prompt", "the cat", "--tokens", "40") == (0, result.stdout, result.stderr)
+
+
+def test_sample_json_and_count(use):
+    _, out, _ = use("sample", "runs/mine", "--prompt", "the", "--tokens", "9", "--count", "3", "--json")
+    report = json.loads(out)
+    assert [len(t) for t in report["texts"]] == [9, 9, 9]
+
+
+def test_eval_reports_units_and_json(use):
+    _, plain, _ = use("eval", "runs/mine", "--data", "my.txt")
+    assert "nats per token" in plain
+    assert "bits per byte" in plain
+    report = json.loads(use("eval", "runs/mine", "--data", "my.txt", "--json")[1])
+    assert report["tokens"] == len(TEXT)
+    assert 0 < report["nats_per_token"] < 5
+
+
+def test_eval_without_data_takes_the_held_out_text(trained, use):
+    report = json.loads(use("eval", "runs/mine", "--json")[1])
+    last = [json.loads(line) for line in (trained / "runs/mine/metrics.jsonl").read_text().splitlines()][-1]
+    assert report["data"] == "the held-out text"
+    assert report["nats_per_token"] == pytest.approx(last["valid_loss"], abs=0.01)
+
+
+def test_a_vocabulary_without_line_ends_has_a_default_prompt(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT.replace("\n", " "))
+    assert call("train", "--data", "my.txt", "--out", "r", *TINY)[0] == 0
+    assert call("sample", "r", "--tokens", "5")[0] == 0
+
+
+def test_eval_counts_unknown_characters(trained, use):
+    (trained / "odd.txt").write_text("the cat Ω sat", encoding="utf-8")
+    status, out, _ = use("eval", "runs/mine", "--data", "odd.txt")
+    assert status == 0
+    assert "1 unknown" in out
+
+
+def test_a_long_prompt_is_taken_from_its_end_and_says_so(use):
+    status, _, err = use("sample", "runs/mine", "--prompt", "the cat " * 20, "--tokens", "3")
+    assert status == 0
+    assert "the prompt has 160 tokens, the context 64: the model sees the last 64" in err
+
+
+def test_info_shows_the_published_sizes(call):
+    _, out, _ = call("info", "seed")
+    for count in ("17,218,048", "18,563,328", "18,563,648"):
+        assert count in out
+    report = json.loads(call("info", "seed", "--model.arch", "mha_pro", "--json")[1])
+    assert report["parameters"]["total"] == 18_563_648
+
+
+def test_data_describes_and_prepares(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    status, out, _ = call("data", "my.txt", "--json")
+    assert status == 0
+    assert json.loads(out)["characters"] == len(TEXT)
+    assert call("data", "my.txt", "--out", "tokens", "--data.tokenizer", "byte")[0] == 0
+    assert call("train", "--data", "tokens", "--out", "r", *TINY)[0] == 0
+
+
+def test_resume_of_a_complete_run_says_so(use):
+    status, out, _ = use("train", "--resume", "runs/mine")
+    assert status == 0
+    assert "runs/mine is complete: 6 steps" in out
+
+
+def test_ctrl_c_saves_and_resume_goes_on(call, tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timemix", "train", "--data", "my.txt", "--out", "r", *QUICK, "--train.steps", "3000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "r/metrics.jsonl").exists() or len((tmp_path / "r/metrics.jsonl").read_text()) < 200:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with: timemix train --resume r" in err
+    assert "Traceback" not in err
+    stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
+    config = tmp_path / "r/config.toml"
+    config.write_text(config.read_text().replace("steps = 3000", f"steps = {stopped_at + 2}"))
+    status, _, err = call("train", "--resume", "r")
+    assert status == 0, err
+    assert f"going on with r after step {stopped_at}" in err
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_quiet(trained):
+    command = f"{sys.executable} -m timemix sample runs/mine --prompt the --tokens 3000 | head -c 20"
+    result = subprocess.run(command, shell=True, cwd=trained, capture_output=True, text=True, check=False)
+    assert len(result.stdout) == 20
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
+        (["train", "cpu-smal", "--out", "r"], "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
+        (["train", "--model.arch", "rwkv2", "--out", "r"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["train", "--data", "nothing.txt", "--out", "r"], "nothing.txt"),
+        (["train", "--data", "mi.txt", "--out", "r"], "my.txt"),
+        (["train", "--data", "empty.txt", "--out", "r"], "empty"),
+        (["train", "--data", "binary.bin", "--out", "r"], "binary"),
+        (["train", "--data", "latin.txt", "--out", "r"], "byte 3"),
+        (["train", "--data", "latin.txt", "--data.encoding", "utf-7000", "--out", "r"], "utf-7000"),
+        (["train", "--data", "short.txt", "--out", "r"], "tokens"),
+        (["train", "--data", "my.txt", "--out", "my.txt"], "exists already"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.heads", "5"], "does not divide"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.layers", "0"], "must be at least 1"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.layer", "3"], "--model.layers"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.steps", "many"], "--train.steps"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.batch-size", "99999999"], "GiB are free"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.device", "gpu9"], "gpu9"),
+        (["train", "--data", "my.txt"], "--out"),
+        (["train", "--data=nothing.txt", "--out", "r"], "nothing.txt"),
+        (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"], "model.ffn_ratio nan"),
+        (["train", "--resume", "nothing"], "nothing"),
+        (["sample", "nothing"], "there is no run folder nothing"),
+        (["sample", "folder"], "is no run folder"),
+        (["eval", "nothing", "--data", "my.txt"], "there is no run folder nothing"),
+        (["plot", "nothing"], "nothing"),
+        (["plot"], "runs"),
+        (["plot", "folder", "--smoothing", "2"], "smoothing must be from 0 to 1"),
+        (["compare"], "name an experiment file, one of activation, architectures"),
+        (["compare", "head"], "there is no experiment 'head'; did you mean 'heads'?"),
+        (["compare", "heads", "--arch", "rwkv1"], "name an experiment file"),
+        (["compare", "nothing.toml"], "cannot read nothing.toml"),
+        (["compare", "empty.toml"], "empty.toml: title is missing"),
+        (["compare", "my.txt"], "my.txt is damaged"),
+        (["compare", "binary.bin"], "binary.bin is damaged"),
+        (["compare", "heads", "--data", "nothing.txt"], "nothing.txt"),
+        (["compare", "heads", "--data", "my.txt", "--out", "folder"], "folder is no comparison's folder and not empty"),
+        (["compare", "--arch", "rwkv2"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["compare", "--arch", "rwkv1", "rwkv1"], "two variants have the name 'rwkv1'"),
+        (["compare", "--arch", "rwkv1", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["compare", "--arch", "rwkv1", "--size", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
+        (["compare", "heads", "--no-tune", "--data", "my.txt"], "--size and --no-tune go with --arch"),
+        (["compare", "heads", "--device", "cuda:77", "--data", "long.txt"], "device 'cuda:77' cannot be used"),
+        (["compare", "heads", "--reuse", "nowhere", "--data", "long.txt"], "there is no folder nowhere"),
+        (["compare", "long-context", "--seeds", "3"], "--seeds and --tokens say nothing to it"),
+        (["inspect", "nothing"], "there is no run folder nothing"),
+        (["inspect", "folder"], "is no run folder"),
+        (["inspect", "folder", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
+        (["data", "nothing.txt"], "nothing.txt"),
+        (["info", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words):
+    (tmp_path / "my.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/letter.txt").write_text("dear")
+    (tmp_path / "empty.toml").write_text("")
+    (tmp_path / "long.txt").write_text(TEXT * 9)
+    status, out, err = call(*arguments)
+    assert status == 2
+    assert words in err
+    if words[0] != "-":
+        assert err.startswith("timemix: ")
+        assert err.count("\n") == 1
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
+    # Memory is measured in processes of their own: in tests/test_compare.py.
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+    (tmp_path / "my.txt").write_text(TEXT)
+    options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1536", "--seeds", "2", "--no-tune"]
+    status, out, err = call("compare", *options, "--out", "c", "--json")
+    assert status == 0
+    table = json.loads(out)
+    assert [(row["name"], row["chosen"]) for row in table["variants"]] == [("rwkv1", {}), ("mha_shift", {})]
+    assert err.splitlines()[-1] == "the comparison is in c: loss.png, report.html, table.md"
+    status, out, err = call("compare", *options, "--out", "c")
+    assert status == 0
+    assert out == (tmp_path / "c/table.md").read_text()
+    assert "held-out loss" not in err
+    assert (
+        call("plot", "c/variants/rwkv1/seed-1", "c/variants/rwkv1/seed-2", "--out", "p.svg", "--smoothing", "0")[0] == 0
+    )
+    # The runs are ordinary runs.
+    assert call("sample", "c/variants/mha_shift/seed-1", "--prompt", "the", "--tokens", "3")[0] == 0
+
+
+def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT)
+    options = ["--data", "my.txt", "--arch", "rwkv1", "--seeds", "1", "--no-tune", "--out", "c"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timemix", "compare", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "c/variants/rwkv1/seed-1/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text()) > 200:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "timemix: stopped; the same command goes on with c\n"
+    (saved,) = (tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir()
+    config = metrics.with_name("config.toml")
+    assert int(saved.name[5:]) < int(re.search(r"steps = (\d+)", config.read_text())[1])
+
+
+def test_inspect_prints_draws_and_gives_json(trained, use):
+    status, out, err = use("inspect", "runs/mine", "--tokens", "200")
+    assert status == 0, err
+    assert re.search(r"^    3  ffn    value ", out, re.MULTILINE)
+    pictures = [line for line in out.splitlines() if line.endswith(".png")]
+    assert pictures == [f"runs/mine/inspect/{name}.png" for name in ("tables", "projections", "shift")]
+    assert all((trained / p).stat().st_size > 3000 for p in pictures)
+    _, out, _ = use("inspect", "runs/mine", "--data", "my.txt", "--tokens", "200", "--json", "--out", "i")
+    assert len(json.loads(out)["projections"]) == 4 * 6
+
+
+def test_inspect_of_a_run_without_weights_says_what_can_be_shown(call, trained, tmp_path):
+    shutil.copytree(trained / "runs/mine", tmp_path / "mine")
+    shutil.rmtree(tmp_path / "mine/checkpoints")
+    status, _, err = call("inspect", "mine")
+    assert status == 2
+    assert "mine has no weights" in err
+    assert err.endswith("its losses can: timemix plot mine\n")
+
+
+def test_prompt_characters_outside_the_vocabulary_are_named(use):
+    status, _, err = use("sample", "runs/mine", "--prompt", "the Ωmega")
+    assert status == 2
+    assert "Ω" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", "-1", "temperature must be 0 or more"),
+        ("--top-p", "0", "top_p"),
+        ("--tokens", "0", "at least 1"),
+        ("--prompt", "", "empty"),
+        ("--checkpoint", "77", "it has best, newest"),
+        ("--seed", "-1", "seed"),
+        ("--count", "0", "--count is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_sampling_values(use, option, value, words):
+    status, _, err = use("sample", "runs/mine", option, value)
+    assert status == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
+def readme_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_readme_as_it_stands(tmp_path):
+    """Every command and every piece of Python of the README, the training shortened."""
+    (tmp_path / "my.txt").write_text(TEXT + "It was so.\n" * 40)
+    result = run("demo", "--steps", "20", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("writes:") == 3
+    next_commands = re.findall(r"^  timemix (.*)$", result.stdout, re.MULTILINE)
+    assert len(next_commands) == 3
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (commands,) = readme_blocks("sh")
+    lines = commands.splitlines() + [f"timemix {c}" for c in next_commands[:2]]
+    assert len(lines) > 6
+    for line in lines:
+        if line.startswith("timemix train cpu-small"):
+            line = line.partition("#")[0] + " ".join(QUICK)
+        if line.startswith("timemix bench train"):
+            line = line.partition("#")[0] + "--model.channels 16 --train.batch-size 2 --train.compile off --seconds 0.1"
+        if line.startswith("timemix bench sample"):
+            line = line.partition("#")[0] + "--model.channels 16 --model.ctx-len 64 --batches 1 --seconds 0.05"
+        if line.startswith("timemix compare"):
+            line = line.partition("#")[0] + "--tokens 3072 --seeds 2 --no-tune"
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    (tmp_path / "shift.toml").write_text(readme_blocks("toml")[0])
+    assert len(read_experiment(tmp_path / "shift.toml").variants) == 2
+    for block in readme_blocks("python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{block}\n{done.stderr}"

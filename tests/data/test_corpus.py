@@ -1,0 +1,303 @@
+"""Prepared folders, and batches as a pure function of the step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.tiers import examples
+from timemix.data.batches import Batches, validation_windows
+from timemix.data.config import DataConfig
+from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
+from timemix.data.downloads import DOWNLOADS, Download
+from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
+from timemix.errors import TimemixError
+
+TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(TEXT.encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "unknown"), [("character", "error"), ("character", "byte"), ("byte", "error"), ("subword", "error")]
+)
+def test_a_prepared_folder_holds_the_text(kind, unknown):
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer=kind, unknown=unknown, vocab_size=270))
+    assert corpus.tokenizer.decode(corpus.train) == TEXT[: int(0.9 * len(TEXT))]
+    assert corpus.tokenizer.decode(corpus.valid) == TEXT[int(0.9 * len(TEXT)) :]
+    # A view of the file, not a copy in memory.
+    assert not corpus.train[:].flags.writeable
+    assert corpus.train.dtype == corpus.tokenizer.dtype
+    assert Path("out/train-00000.bin").stat().st_size == len(corpus.train) * corpus.tokenizer.dtype.itemsize
+    assert corpus.info["train"]["bytes"] + corpus.info["valid"]["bytes"] == len(TEXT.encode())
+    again = open_corpus(Path("out"))
+    assert again.tokenizer.hash == corpus.tokenizer.hash
+    assert np.array_equal(again.train, corpus.train)
+    assert is_corpus(Path("out"))
+    assert not is_corpus(Path("."))
+    assert not is_corpus(Path("text.txt"))
+
+
+@given(st.integers(0, 300), st.integers(1, 400), st.integers(1, 30))
+def test_spread_takes_pieces_in_order_from_beginning_to_end(tokens, most, pieces):
+    ids = np.arange(tokens)
+    kept = evenly_spaced(ids, most, pieces)
+    assert len(kept) == min(tokens, most)
+    assert (np.diff(kept) > 0).all()
+    assert (np.diff(kept) > 1).sum() < pieces
+    if tokens > most >= pieces > 1:
+        assert (kept[0], kept[-1]) == (0, tokens - 1)
+    np.testing.assert_array_equal(evenly_spaced(ids, None), ids)
+
+
+def test_held_out_text_can_be_thinned():
+    Path("long.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    whole = prepare(Path("whole"), DataConfig(source="long.txt"))
+    thin = prepare(Path("thin"), DataConfig(source="long.txt", valid_tokens=100))
+    assert len(whole.valid) > 300
+    np.testing.assert_array_equal(thin.valid, evenly_spaced(whole.valid, 100))
+    np.testing.assert_array_equal(thin.train, whole.train)
+    assert thin.info["valid"]["tokens"] == thin.info["valid"]["characters"] == 100
+
+
+def test_unknown_characters_of_thinned_text_are_counted():
+    Path("train.txt").write_text("abcdefgh" * 100)
+    Path("valid.txt").write_text("abcdefgx" * 100)
+    config = DataConfig(source="train.txt", valid="valid.txt", unknown="unk", valid_tokens=80)
+    thin = prepare(Path("thin"), config)
+    assert thin.info["valid"]["unknown"] == int((thin.valid[:] == thin.tokenizer.vocab_size - 1).sum()) > 0
+
+
+def test_the_end_of_the_training_text_can_be_held_out():
+    Path("long.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    whole = prepare(Path("whole"), DataConfig(source="long.txt"))
+    tuning = hold_out_end(whole, Path("tuning"), share=0.1)
+    np.testing.assert_array_equal(np.concatenate([tuning.train, tuning.valid]), whole.train)
+    assert len(tuning.train) == int(0.9 * len(whole.train))
+    assert tuning.tokenizer.hash == whole.tokenizer.hash
+    assert is_corpus(Path("tuning"))
+    assert len(hold_out_end(whole, Path("less"), valid_tokens=30).valid) == 30
+
+
+def test_the_hash_is_of_the_text_not_of_its_place():
+    Path("again.txt").write_bytes(TEXT.encode())
+    one = text_hash(DataConfig(source="text.txt"))
+    assert one == text_hash(DataConfig(source="again.txt"))
+    Path("valid.txt").write_text("a\n")
+    assert one != text_hash(DataConfig(source="text.txt", valid="valid.txt"))
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    prepare(Path("other"), DataConfig(source="text.txt", valid_fraction=0.2))
+    assert text_hash(DataConfig(source="out")) != text_hash(DataConfig(source="other"))
+
+
+def test_ids_lie_on_disk_in_little_endian():
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer="subword", vocab_size=270, valid_fraction=0))
+    raw = Path("out/train-00000.bin").read_bytes()
+    assert int.from_bytes(raw[:2], "little") == corpus.tokenizer.encode(TEXT)[0]
+
+
+def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
+    Path("split.txt").write_text("one two three\n" * 9 + "six x seven é\n", encoding="utf-8")
+    whole = Path("split.txt").read_text(encoding="utf-8")
+    assert prepare(Path("c"), DataConfig(source="split.txt")).tokenizer.vocab_size == len(set(whole))
+    words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
+    assert words.info["valid"]["unknown"] == 4
+    assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
+    with pytest.raises(
+        TimemixError, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* --data.unknown unk"
+    ):
+        prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
+
+
+def test_no_validation():
+    corpus = prepare(Path("out"), DataConfig(source="text.txt", valid_fraction=0))
+    assert (len(corpus.train), len(corpus.valid)) == (len(TEXT), 0)
+    assert len(open_corpus(Path("out")).valid) == 0
+
+
+def test_separate_validation_text():
+    Path("valid.txt").write_text("abcxyx", encoding="utf-8")
+    with pytest.raises(TimemixError, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* --data.unknown unk"):
+        prepare(Path("out"), DataConfig(source="text.txt", valid="valid.txt"))
+    assert not Path("out").exists()
+    for unknown, tokens in (("unk", 6), ("byte", 6)):
+        corpus = prepare(Path(unknown), DataConfig(source="text.txt", valid="valid.txt", unknown=unknown))
+        assert corpus.info["valid"]["unknown"] == 3
+        assert (len(corpus.train), len(corpus.valid)) == (len(TEXT), tokens)
+
+
+def test_the_validation_part_of_a_download(monkeypatch, tmp_path):
+    import zipfile
+
+    monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache")
+    monkeypatch.setitem(DOWNLOADS, "served", Download("http://127.0.0.1:9/", "text.zip", "train.txt", "valid.txt"))
+    Path("cache").mkdir()
+    with zipfile.ZipFile("cache/text.zip", "w") as archive:
+        archive.writestr("train.txt", "train text")
+        archive.writestr("valid.txt", "air")
+    corpus = prepare(Path("out"), DataConfig(source="served"))
+    assert corpus.tokenizer.decode(corpus.valid) == "air"
+    assert corpus.tokenizer.decode(corpus.train) == "train text"
+
+
+def test_describe_counts():
+    report = describe(DataConfig(source="text.txt", tokenizer="byte"))
+    assert report["characters"] == len(TEXT)
+    assert report["bytes"] == report["train"]["tokens"] + report["valid"]["tokens"] == len(TEXT.encode())
+    assert report["distinct_characters"] == len(set(TEXT))
+    assert (report["tokenizer"], report["vocab_size"]) == ("byte", 256)
+    assert sorted(p.name for p in Path(".").iterdir()) == ["text.txt"]
+    json.dumps(report)
+
+
+def test_a_failed_preparation_can_be_made_again_and_leaves_nothing(monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(TimemixError, match="no space left on the device for .*out"):
+            prepare(Path("out"), DataConfig(source="text.txt"))
+    assert not Path("out").exists()
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    assert sorted(p.name for p in Path(".").iterdir()) == ["out", "text.txt"]
+
+
+def test_an_existing_folder_is_left_alone():
+    Path("out").mkdir()
+    with pytest.raises(TimemixError, match="out exists already; choose another folder"):
+        prepare(Path("out"), DataConfig(source="text.txt"))
+
+
+def test_damaged_folders_are_refused():
+    def refused(sentence):
+        with pytest.raises(TimemixError, match=sentence):
+            open_corpus(Path("out"))
+        shutil.rmtree("out")
+        prepare(Path("out"), DataConfig(source="text.txt"))
+
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    Path("out/train-00000.bin").write_bytes(Path("out/train-00000.bin").read_bytes()[:-1])
+    refused(r"out/train-00000\.bin has \d+ bytes, not \d+: it is damaged")
+    Path("out/train-00000.bin").write_bytes(b"\xff" + Path("out/train-00000.bin").read_bytes()[1:])
+    refused(r"out/train-00000\.bin holds the id 255, outside the vocabulary: it is damaged")
+    Path("out/train-00000.bin").write_bytes(b"\0" + Path("out/train-00000.bin").read_bytes()[1:])
+    refused(r"out/train-00000\.bin is damaged: its content is not what was written")
+    Path("out/valid-00000.bin").unlink()
+    refused(r"cannot read out/valid-00000\.bin: No such file")
+    for text in ("", "{", "[]", "{}", '{"format_version": 1}'):
+        Path("out/data.json").write_text(text)
+        refused(r"out/data\.json is damaged")
+    Path("out/data.json").write_text(
+        Path("out/data.json").read_text().replace('"format_version": 2', '"format_version": 9')
+    )
+    refused(r"out/data\.json has format_version 9; this timemix reads 1 and 2")
+    Path("out/tokenizer.json").unlink()
+    refused(r"cannot read the tokenizer out/tokenizer\.json")
+    prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))
+    Path("out/tokenizer.json").write_bytes(Path("other/tokenizer.json").read_bytes())
+    refused(r"out/tokenizer\.json is not the tokenizer that made the tokens")
+    with pytest.raises(TimemixError, match=r"cannot read nowhere/data\.json: No such file"):
+        open_corpus(Path("nowhere"))
+
+
+SIZES = st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(0, 90))
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+@examples(50)
+@given(sizes=SIZES, seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 500), min_size=2, max_size=6))
+def test_batches_are_a_function_of_the_step(order, sizes, seed, steps):
+    ctx_len, batch_size, more = sizes
+    tokens = np.arange(ctx_len + 1 + more, dtype=np.uint8)
+
+    def batches():
+        return Batches(tokens, batch_size=batch_size, ctx_len=ctx_len, seed=seed, order=order)
+
+    one = batches()
+    forwards = {step: one(step) for step in sorted(steps)}
+    for step in steps:
+        inputs, targets = batches()(step)
+        assert np.array_equal(inputs, forwards[step][0])
+        assert np.array_equal(targets, forwards[step][1])
+        assert inputs.shape == targets.shape == (batch_size, ctx_len)
+        assert inputs.dtype == targets.dtype == np.int64
+        # The tokens are their own positions, so a window counts up by one and its targets lie one further.
+        assert np.array_equal(inputs, inputs[:, :1] + np.arange(ctx_len))
+        assert np.array_equal(targets, inputs + 1)
+        assert targets.max() <= tokens[-1]
+
+
+def test_random_windows_reach_every_place_and_differ_by_seed():
+    tokens = np.arange(20, dtype=np.uint8)
+    batches = Batches(tokens, batch_size=64, ctx_len=8, seed=1)
+    counts = np.bincount(np.concatenate([batches(step)[0][:, 0] for step in range(200)]), minlength=12)
+    assert len(counts) == 12
+    # 12800 draws of 12 places: 1067 each, standard deviation 31.
+    assert abs(counts - 12800 / 12).max() < 160
+    other = Batches(tokens, batch_size=64, ctx_len=8, seed=2)
+    assert not np.array_equal(batches(0)[0], other(0)[0])
+    assert not np.array_equal(batches(0)[0], batches(1)[0])
+
+
+@examples(50)
+@given(ctx_len=st.integers(1, 8), windows=st.integers(1, 12), rest=st.integers(0, 7), seed=st.integers(0, 99))
+def test_every_window_comes_once_per_epoch(ctx_len, windows, rest, seed):
+    tokens = np.arange((windows + 1) * ctx_len + 1 + rest % ctx_len, dtype=np.uint8)
+    batches = Batches(tokens, batch_size=1, ctx_len=ctx_len, seed=seed, order="epoch")
+    starts = np.array([batches(step)[0][0, 0] for step in range(3 * windows)]).reshape(3, windows)
+    for epoch in starts:
+        first = epoch.min()
+        assert 0 <= first <= ctx_len
+        assert np.array_equal(np.sort(epoch), first + ctx_len * np.arange(windows))
+
+
+def test_epochs_differ_in_order_and_phase():
+    tokens = np.arange(201, dtype=np.uint8)
+    batches = Batches(tokens, batch_size=7, ctx_len=10, seed=0, order="epoch")
+    starts = np.concatenate([batches(step)[0][:, 0] for step in range(19 * 30 // 7)])
+    epochs = starts[: len(starts) // 19 * 19].reshape(-1, 19)
+    assert len(set(epochs.min(1).tolist())) > 5
+    assert len({tuple(np.argsort(epoch)) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_a_text_of_one_window_and_one_shorter(order):
+    inputs, targets = Batches(np.arange(9), batch_size=2, ctx_len=8, seed=0, order=order)(5)
+    assert inputs.tolist() == [list(range(8))] * 2
+    assert targets.tolist() == [list(range(1, 9))] * 2
+    with pytest.raises(TimemixError, match="the training text has 8 tokens; a window of ctx_len 8 needs 9"):
+        Batches(np.arange(8), batch_size=2, ctx_len=8, seed=0, order=order)
+
+
+@examples(100)
+@given(length=st.integers(0, 120), ctx_len=st.integers(1, 20), batch_size=st.integers(1, 6))
+def test_validation_takes_every_target_once(length, ctx_len, batch_size):
+    tokens = np.arange(length, dtype=np.uint8)
+    windows = list(validation_windows(tokens, ctx_len, batch_size))
+    targets = np.concatenate([y.ravel() for _, y in windows] or [tokens[:0]])
+    assert targets.tolist() == list(range(1, length))
+    for x, y in windows:
+        assert np.array_equal(x + 1, y)
+        assert x.dtype == y.dtype == np.int64
+        assert x.shape[0] <= batch_size
+    assert all(x.shape[1] == ctx_len for x, _ in windows[:-1])
+    rest = (length - 1) % ctx_len if length else 0
+    if rest:
+        assert windows[-1][0].shape == (1, rest)
+
+
+def test_a_text_of_tinyshakespeares_size_is_split_as_everywhere():
+    """1,115,394 characters, 65 of them distinct: the first 1,003,854 are for training."""
+    text = "".join(chr(32 + i) for i in range(65)) * 17160
+    Path("long.txt").write_text(text[:1115394])
+    corpus = prepare(Path("out"), DataConfig(source="long.txt"))
+    assert (len(corpus.train), len(corpus.valid), corpus.tokenizer.vocab_size) == (1003854, 111540, 65)

@@ -1,0 +1,111 @@
+"""Inspection against values computed by hand, and what it says of models that lack what it shows."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.runs import TEXT, small_config, with_model, write_text_file
+from timemix.evaluation.inspect import draw, inspect_run
+from timemix.evaluation.loss import loss_per_token
+from timemix.models.language_model import LanguageModel
+from timemix.runs.load import load
+from timemix.training.start import new_run
+
+
+def trained(tmp_path, arch="rwkv1", **fields):
+    config = with_model(small_config(write_text_file(tmp_path), arch, steps=12), **fields)
+    trainer = new_run(config, tmp_path / "run")
+    trainer.run()
+    loaded = load(tmp_path / "run")
+    return loaded, loaded.tokenizer.encode(TEXT)[:200]
+
+
+@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_shift", "mha_pro"])
+def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
+    loaded, tokens = trained(tmp_path, arch)
+    report = inspect_run(loaded, tokens)
+    names = ["query", "key", "value"] if arch.startswith("mha") else ["receptance", "key", "value"]
+    assert [r["projection"] for r in report["projections"] if (r["layer"], r["half"]) == (1, "mixer")] == names
+    row = next(r for r in report["projections"] if (r["layer"], r["half"], r["projection"]) == (0, "mixer", "value"))
+
+    # By hand: norm, shift the first half of the channels by one, |weight| x deviation.
+    block = loaded.model.blocks[0]
+    windows = torch.from_numpy(tokens[:192].astype(np.int64)).view(-1, 16)
+    rest = torch.from_numpy(tokens[192:199].astype(np.int64))[None]
+    inputs = []
+    with torch.no_grad():
+        for piece in (windows, rest):
+            x = block.mixer_norm(loaded.model.embedding(piece))
+            x = torch.cat([torch.nn.functional.pad(x[:, :-1, :8], (0, 0, 1, 0)), x[:, :, 8:]], -1)
+            inputs.append(x.flatten(0, 1))
+        deviation = torch.cat(inputs).std(0, correction=0)
+        strength = block.mixer.value.weight.abs().mean(0) * deviation
+    assert row["shifted"] == pytest.approx(float(strength[:8].mean()), rel=1e-5)
+    assert row["unshifted"] == pytest.approx(float(strength[8:].mean()), rel=1e-5)
+    assert row["share"] == pytest.approx(row["shifted"] / (row["shifted"] + row["unshifted"]))
+
+    # The loss without them: the weights that meet them are zero.
+    changed = load(tmp_path / "run").model
+    with torch.no_grad():
+        changed.blocks[0].mixer.value.weight[:, :8] = 0
+    assert row["loss_without_shifted"] == pytest.approx(loss_per_token(changed, tokens), abs=1e-5)
+    assert report["loss"] == pytest.approx(loss_per_token(loaded.model, tokens), abs=1e-6)
+
+
+def test_the_start_is_the_model_before_the_first_step(tmp_path):
+    config = small_config(write_text_file(tmp_path), steps=4, seed=5)
+    trainer = new_run(config, tmp_path / "run")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    trainer.run()
+    loaded = load(tmp_path / "run")
+    seen = {}
+    real = LanguageModel.to
+
+    def spy(self, *arguments):
+        seen.update(self.state_dict())
+        return real(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "to", spy)
+        report = inspect_run(loaded, loaded.tokenizer.encode(TEXT)[:100])
+    assert all(torch.equal(before[name], seen[name]) for name in before)
+    # rwkv1 starts with keys and receptances of zero: nothing to share.
+    rows = [r for r in report["projections"] if r["half"] == "mixer"]
+    assert [r["share_at_start"] is None for r in rows] == [r["projection"] != "value" for r in rows]
+
+
+def test_statistics_and_tables_are_the_models_own(tmp_path):
+    loaded, tokens = trained(tmp_path)
+    report = inspect_run(loaded, tokens)
+    assert json.loads(json.dumps(report)) == report
+    mixer = loaded.model.blocks[1].mixer
+    for name in ("f", "alpha", "beta", "gamma"):
+        np.testing.assert_allclose(report["tables"][1][name], getattr(mixer, name).detach(), rtol=1e-6)
+    receptance = next(r for r in report["projections"] if r["projection"] == "receptance")
+    assert 0 < receptance["quantiles"][0] < receptance["mean"] < receptance["quantiles"][-1] < 1
+
+
+def test_pictures_of_what_there_is(tmp_path):
+    loaded, tokens = trained(tmp_path, alpha=False, weights="free")
+    report = inspect_run(loaded, tokens)
+    assert np.array(report["tables"][0]["f"]).shape == (4, 16, 16)
+    pictures = draw(report, loaded.config.model, tmp_path / "pictures")
+    assert [p.name for p in pictures] == ["tables.png", "projections.png", "shift.png"]
+    assert all(p.stat().st_size > 3000 for p in pictures)
+
+
+def test_a_model_without_token_shift_says_so(tmp_path):
+    loaded, tokens = trained(tmp_path, "mha_rotary")
+    report = inspect_run(loaded, tokens)
+    assert report["not_shown"].keys() == {"tables", "token-shift"}
+    assert all(r["shifted"] is None and "loss_without_shifted" not in r for r in report["projections"])
+    assert [p.name for p in draw(report, loaded.config.model, tmp_path / "pictures")] == ["projections.png"]
+
+
+def test_a_layer_whose_channels_all_come_from_before(tmp_path):
+    loaded, tokens = trained(tmp_path, token_shift=(1.0,), token_shift_top=())
+    rows = inspect_run(loaded, tokens)["projections"]
+    assert {r["share"] for r in rows if r["layer"] == 0} == {1.0}
+    assert {r["share"] for r in rows if r["layer"] == 1} == {None}

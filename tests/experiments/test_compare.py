@@ -1,0 +1,396 @@
+"""Comparisons end to end on a small text: same batches, tuning, going on, failures, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.comparisons import BASE, finish, small
+from tests.helpers.runs import TEXT, write_text_file
+from timemix.bench.measure import measure_training
+from timemix.errors import TimemixError
+from timemix.experiments.compare import Comparison
+from timemix.experiments.report import write_report
+from timemix.experiments.spec import Variant
+from timemix.runs.load import load
+from timemix.runs.metrics import read_metrics
+from timemix.storage.locks import claimed
+from timemix.training.signals import Interrupted
+from timemix.training.trainer import Trainer
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """No process of its own for the memory of a step: three seconds each, and measured in `done`."""
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished comparison, what its trainers read, and its report."""
+    folder = tmp_path_factory.mktemp("compare")
+    seen = {}
+    loss_of = Trainer.loss_of
+
+    def spy(self, inputs, targets):
+        seen.setdefault(str(self.out), []).append(inputs.numpy().copy())
+        return loss_of(self, inputs, targets)
+
+    measured = {}
+
+    def once(config, steps):
+        """Three seconds in a process of its own: for the first variant only."""
+        if not measured:
+            measured.update(measure_training(config, steps))
+        return measured
+
+    experiment = small(write_text_file(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "loss_of", spy)
+        patch.setattr("timemix.experiments.compare.measure_training", once)
+        comparison = Comparison(experiment, folder / "out")
+        lines = finish(comparison)
+        table = write_report(comparison)
+    return comparison, seen, lines, table
+
+
+def batches(seen, name):
+    return next(b for out, b in seen.items() if out.endswith(name))
+
+
+def test_all_variants_of_a_seed_see_the_same_batches(done):
+    _, seen, lines, _ = done
+    assert len(seen) == len(lines) == 2 * (2 + 2)
+    for run in ("seed-1", "seed-2", "tuning-0", "tuning-1"):
+        np.testing.assert_array_equal(batches(seen, f"rwkv1/{run}"), batches(seen, f"mha/{run}"))
+    assert not np.array_equal(batches(seen, "rwkv1/seed-1"), batches(seen, "rwkv1/seed-2"))
+
+
+def test_tuning_takes_the_best_point_without_the_validation_text(done):
+    comparison, _, _, table = done
+    for variant, row in zip(comparison.experiment.variants, table["variants"], strict=True):
+        losses = [point["valid_loss"] for point in row["tuning"]]
+        assert row["chosen"] == comparison.experiment.tuning_points()[int(np.argmin(losses))]
+        seed = comparison.config(comparison.seed_jobs(variant)[0])
+        assert seed.train.lr == row["chosen"]["train.lr"]
+    (whole,) = [corpora[False][1] for corpora in comparison._corpora.values()]
+    (tuning,) = [corpora[True][1] for corpora in comparison._corpora.values()]
+    cut = int(0.95 * len(whole.train))
+    np.testing.assert_array_equal(tuning.train, whole.train[:cut])
+    assert len(tuning.valid) <= len(whole.train) - cut
+    assert tuning.tokenizer.hash == whole.tokenizer.hash
+
+
+def test_the_table_is_what_the_runs_logged(done):
+    comparison, _, _, table = done
+    for variant, row in zip(comparison.experiment.variants, table["variants"], strict=True):
+        for job in comparison.seed_jobs(variant):
+            rows = read_metrics(comparison.folder(job))
+            assert row["valid_losses"][job.number] == rows[-1]["valid_loss"]
+            assert row["valid_at"][job.number]["4"] == next(r["valid_loss"] for r in rows if r["step"] == 4)
+        assert row["tokens_per_second"] > 0
+        assert all("by_position" not in comparison.result(job) for job in comparison.tuning_jobs(variant))
+        assert row["peak_memory"] > 0
+    first, second = (row["valid_losses"] for row in table["variants"])
+    difference = np.mean([second[s] - first[s] for s in (1, 2)])
+    assert table["variants"][1]["difference"]["mean"] == pytest.approx(difference)
+    assert table["verdicts"][0]["gain"]["mean"] == pytest.approx(difference)
+    assert json.loads((comparison.out / "table.json").read_text())["title"] == "small"
+    text = (comparison.out / "table.md").read_text()
+    assert "| attention |" in text
+    assert "rwkv1 is better" in text
+    assert (comparison.out / "loss.png").stat().st_size > 5000
+
+
+def test_called_again_it_runs_nothing(done, monkeypatch):
+    comparison, _, _, table = done
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("a finished run was trained again"))
+    again = Comparison(replace(comparison.experiment, title="other words", verdicts=()), comparison.out)
+    assert finish(again) == []
+    assert write_report(again)["variants"][0]["valid_losses"] == table["variants"][0]["valid_losses"]
+    write_report(comparison)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_is_asked_for_later_is_measured_without_training(tmp_path, monkeypatch):
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    finish(Comparison(experiment, tmp_path / "out"))
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
+    later = Comparison(replace(experiment, by_position=True), tmp_path / "out")
+    assert len(finish(later)) == 2
+    table = write_report(later)
+    (losses,) = table["variants"][0]["by_position"].values()
+    assert len(losses) == 16
+    assert (tmp_path / "out" / "position.png").exists()
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
+    comparison, _, _, table = done
+    third = Variant("third", {"model": {"ffn": {"activation": "relu2"}}})
+    experiment = replace(comparison.experiment, variants=(*comparison.experiment.variants, third))
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    (pool / "first").symlink_to(comparison.out)
+    trained = []
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (trained.append(self.out.parent.name), step(self))[1])
+    other = Comparison(experiment, pool / "second", reuse=pool)
+    finish(other)
+    assert set(trained) == {"third"}
+    assert write_report(other)["variants"][1]["valid_losses"] == table["variants"][1]["valid_losses"]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    whole = Comparison(experiment, tmp_path / "whole")
+    finish(whole)
+    steps = []
+    step = Trainer.train_step
+
+    def stops(self):
+        steps.append(self.step)
+        if len(steps) == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", stops)
+    with pytest.raises(Interrupted):
+        finish(Comparison(experiment, tmp_path / "stopped"))
+    again = Comparison(experiment, tmp_path / "stopped")
+    assert finish(again)[0].startswith("mha seed 1")
+    # The step that the signal reached was finished and saved, so no step ran twice.
+    assert steps == list(range(8)) * 2
+    for a, b in zip(write_report(whole)["variants"], write_report(again)["variants"], strict=True):
+        assert a["valid_losses"] == b["valid_losses"]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
+    # A rate that rises to 1e30 makes the loss infinite.
+    fails = Variant("fails", {"train": {"lr_final": 1e30, "schedule": "linear"}})
+    experiment = small(write_text_file(tmp_path), variants=(fails, Variant("good")), seeds=(1,), verdicts=())
+    comparison = Comparison(experiment, tmp_path / "out")
+    assert "fails seed 1: failed: every tuning run failed: the loss is not finite" in " ".join(finish(comparison))
+    table = write_report(comparison)
+    assert table["variants"][0]["failed"].keys() == {1}
+    assert table["variants"][1]["valid_losses"].keys() == {1}
+    assert "fails, seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
+    assert [line.split(":")[0] for line in finish(Comparison(experiment, tmp_path / "out"))] == ["fails seed 1"]
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkeypatch, capsys):
+    step = Trainer.train_step
+
+    def broken(self):
+        if self.out.parent.name == "rwkv1":
+            raise RuntimeError("a bug")
+        return step(self)
+
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", broken)
+        comparison = Comparison(experiment, tmp_path / "out")
+        assert finish(comparison)[0] == "rwkv1 seed 1: failed: RuntimeError: a bug (1 of 2)"
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    assert write_report(comparison)["variants"][1]["valid_losses"]
+    (line,) = finish(Comparison(experiment, tmp_path / "out"))
+    assert line.startswith("rwkv1 seed 1: held-out loss")
+
+
+def test_seeds_follow_when_tuning_chooses_anew(tmp_path):
+    experiment = small(write_text_file(tmp_path), seeds=(1,))
+    comparison = Comparison(experiment, tmp_path / "out")
+    finish(comparison)
+    variant = experiment.variants[0]
+    chosen = experiment.tuning_points().index(comparison.best_point(variant))
+    other = comparison.folder(comparison.tuning_jobs(variant)[1 - chosen]) / "result.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"valid_loss": 0.0}))
+    again = Comparison(experiment, tmp_path / "out")
+    assert [line.split(":")[0] for line in finish(again)] == ["rwkv1 seed 1"]
+    trained = load(again.folder(again.seed_jobs(variant)[0])).config
+    assert trained.train.lr == experiment.tuning_points()[1 - chosen]["train.lr"]
+
+
+def test_a_folder_that_moved_goes_on(tmp_path, monkeypatch):
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    step = Trainer.train_step
+
+    def stops(self):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stops)
+        with pytest.raises(Interrupted):
+            finish(Comparison(experiment, tmp_path / "out"))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    steps = []
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (steps.append(self.step), step(self))[1])
+    finish(Comparison(experiment, tmp_path / "moved"))
+    assert steps == [*range(4, 8), *range(8)]
+
+
+def test_what_kill_9_leaves_is_begun_again(tmp_path):
+    experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
+    comparison = Comparison(experiment, tmp_path / "out")
+    first, second = (comparison.folder(comparison.seed_jobs(v)[0]) for v in experiment.variants)
+    # While the folder was made, and while a copy of another comparison's run was.
+    (first / "data").mkdir(parents=True)
+    second.mkdir(parents=True)
+    (second / "config.toml").write_text("format_version = 1\n[train]\nsteps = 3\n")
+    assert len(finish(comparison)) == 2
+    assert all(comparison.result(comparison.seed_jobs(v)[0])["steps"] == 8 for v in experiment.variants)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from timemix.storage.locks import claimed
+with claimed(Path(sys.argv[1])) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_one_process_at_a_time_and_ends_with_it(tmp_path):
+    path = tmp_path / "folder" / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "True\n"
+        with claimed(path) as mine:
+            assert not mine
+    finally:
+        holder.kill()
+        holder.wait()
+    with claimed(path, wait=True) as mine:
+        assert mine
+
+
+def test_text_that_is_too_short_is_refused_before_anything_runs(tmp_path):
+    source = write_text_file(tmp_path)
+    plain = small(source, tune={}, seeds=(1,), by_position=True)
+
+    def on(**data):
+        return replace(plain, base=BASE | {"data": {"source": str(source)} | data})
+
+    with pytest.raises(TimemixError, match="the held-out text has 0 tokens; 'rwkv1' needs 17"):
+        Comparison(on(valid_fraction=0.0), tmp_path / "a")
+    with pytest.raises(TimemixError, match="needs 17"):
+        Comparison(on(valid_tokens=16), tmp_path / "b")
+    with pytest.raises(TimemixError, match="the training text has"):
+        Comparison(on(valid_fraction=0.999), tmp_path / "c")
+    with pytest.raises(TimemixError, match="device 'cuda:99'"):
+        Comparison(plain, tmp_path / "d", device="cuda:99")
+    with pytest.raises(TimemixError, match="there is no folder .*nowhere to reuse"):
+        Comparison(plain, tmp_path / "e", reuse=tmp_path / "nowhere")
+
+
+def test_damaged_files_of_its_folder_are_named(done, tmp_path):
+    comparison, *_ = done
+    out = shutil.copytree(comparison.out, tmp_path / "out")
+    result = out / "variants" / "mha" / "seed-2" / "result.json"
+    result.write_text("{}")
+    with pytest.raises(TimemixError, match=r"seed-2/result.json is damaged: remove it to run mha seed 2 again"):
+        finish(Comparison(comparison.experiment, out))
+    (out / "experiment.json").write_text("{}")
+    with pytest.raises(TimemixError, match="holds another experiment .*of another kind, or damaged"):
+        Comparison(comparison.experiment, out)
+
+
+def test_what_is_not_its_folder_is_refused(tmp_path):
+    source = write_text_file(tmp_path)
+    experiment = small(source, tune={}, seeds=(1,))
+    out = tmp_path / "out"
+    Comparison(experiment, out)
+    with pytest.raises(TimemixError, match=r"holds another experiment \(different: seeds\)"):
+        Comparison(replace(experiment, seeds=(1, 2)), out)
+    base = experiment.base | {"data": {"source": str(source), "order": "epoch"}}
+    with pytest.raises(TimemixError, match=r"different: base, variants"):
+        Comparison(replace(experiment, variants=experiment.variants[:1], verdicts=(), base=base), out)
+    with pytest.raises(TimemixError, match="the vocabulary has no 'Ω'"):
+        Comparison(replace(experiment, prompts=("the Ω",)), tmp_path / "prompts")
+    source.write_text(TEXT + "more", encoding="utf-8")
+    with pytest.raises(TimemixError, match="the text changed since .* was begun"):
+        Comparison(experiment, out)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").write_text("dear")
+    with pytest.raises(TimemixError, match="no comparison's folder and not empty"):
+        Comparison(experiment, foreign)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TimemixError, match=r"cannot write .*file"):
+        Comparison(experiment, tmp_path / "file")
+
+
+def test_a_text_that_moved_is_the_same_text(tmp_path):
+    source = write_text_file(tmp_path)
+    experiment = small(source, tune={}, seeds=(1,))
+    Comparison(experiment, tmp_path / "out")
+    moved = source.rename(tmp_path / "moved.txt")
+    Comparison(replace(experiment, base=BASE | {"data": {"source": str(moved)}}), tmp_path / "out")
+
+
+def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"step_seconds": 0.25})
+    experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={}, seeds=(1, 2))
+    comparison = Comparison(experiment, tmp_path / "out")
+    monkeypatch.setattr(Comparison, "memory", lambda self, variant: None)
+    finish(comparison)
+    assert all(comparison.result(j)["steps"] == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
+    write_report(comparison)
+    assert "1.5 s of training per run" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs(tmp_path):
+    write_text_file(tmp_path)
+    (tmp_path / "small.toml").write_text(
+        """
+title = "small"
+tokens = 512
+seeds = [1, 2, 3]
+base.model = { layers = 1, heads = 2, channels = 16, ctx_len = 16 }
+base.train = { batch_size = 4, valid_every = 8 }
+base.data.source = "text.txt"
+[[variants]]
+name = "rwkv1"
+[[variants]]
+name = "mha"
+set.model.arch = "mha_rotary"
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "-m", "timemix", "compare", "small.toml", "--out", "out", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    ended = sorted(line.split(":")[0] for line in result.stderr.splitlines() if "held-out loss" in line)
+    assert ended == [f"{v} seed {s}" for v in ("mha", "rwkv1") for s in (1, 2, 3)]
+    table = json.loads(result.stdout)
+    assert [len(row["valid_losses"]) for row in table["variants"]] == [3, 3]
+
+
+def test_a_variant_of_another_tokenizer_has_its_own_tokens(tmp_path):
+    bytes_ = Variant("bytes", {"data": {"tokenizer": "byte"}})
+    experiment = small(write_text_file(tmp_path), variants=(Variant("chars"), bytes_), verdicts=())
+    comparison = Comparison(experiment, tmp_path / "out")
+    folders = [comparison.config(comparison.tuning_jobs(v)[0]).data.source for v in comparison.experiment.variants]
+    assert len(set(folders)) == 2
+    assert all(Path(f).is_dir() for f in folders)
+    assert [comparison.same_text(v) for v in experiment.variants] == [True, False]

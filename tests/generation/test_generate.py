@@ -1,0 +1,101 @@
+"""Generation: steps equal recomputing everything, rows are independent, the context's end is passed."""
+
+import math
+
+import pytest
+import torch
+
+import timemix
+from tests.helpers.engines import reanchored, recomputed
+from tests.helpers.models import VARIANTS, build
+from tests.helpers.pairwise import pairwise
+from tests.helpers.runs import small_trainer
+from timemix.errors import TimemixError
+from timemix.generation.generate import generate_tokens, stream_text
+from timemix.generation.sampler import Sampler
+
+CTX = 12
+
+
+def generated(model, prompts, tokens, sampler, **options):
+    columns = list(generate_tokens(model, prompts, tokens, sampler, **options))
+    assert len(columns) == tokens
+    return torch.stack(columns, 1).tolist()
+
+
+@pytest.mark.parametrize(("variant", "prompt"), pairwise(VARIANTS, [[3], list(range(11)), [1, 2, 3] * 9], strength=1))
+def test_steps_equal_recomputing_the_context(variant, prompt):
+    model = build(VARIANTS[variant])
+    sampler = Sampler(temperature=0.9, top_a=0.02, repetition_penalty=1.2)
+    endless = model.max_position is None
+    window = (lambda text: text) if endless else reanchored(len(prompt), CTX, CTX // 2)
+    expected = recomputed(model, prompt, 27, sampler, 7, window)
+    assert generated(model, [prompt], 27, sampler, seed=7) == [expected]
+
+
+@pytest.mark.parametrize("variant", ["rwkv1", "mha_pro"])
+def test_exact_context_is_a_sliding_window(variant):
+    model = build(VARIANTS[variant])
+    expected = recomputed(model, [1, 2], 30, Sampler(), 3, lambda text: text[-CTX:])
+    assert generated(model, [[1, 2]], 30, Sampler(), seed=3, context="exact") == [expected]
+
+
+def test_rows_of_any_length_do_not_depend_on_each_other():
+    model = build(VARIANTS["rwkv1"])
+    prompts = [[1], [2, 3, 4, 5, 6], list(range(11)), [7] * 20]
+    together = generated(model, prompts, 30, Sampler(), seed=5)
+    for row, prompt in enumerate(prompts):
+        others = [[9, 9, 9]] * row
+        assert generated(model, [*others, prompt], 30, Sampler(), seed=5)[row] == together[row]
+
+
+def test_seeds_and_samples_differ_and_repeat():
+    model = build(VARIANTS["rwkv1"])
+    a, b = generated(model, [[1], [1]], 30, Sampler(), seed=1)
+    assert a != b
+    assert generated(model, [[1]], 30, Sampler(), seed=1) == [a]
+    assert generated(model, [[1]], 30, Sampler(), seed=2) != [a]
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
+def test_an_empty_prompt_is_an_error(prompts):
+    with pytest.raises(TimemixError, match="the prompt is empty"):
+        list(generate_tokens(build(VARIANTS["rwkv1"]), prompts, 3, Sampler()))
+
+
+def test_keep_is_a_share():
+    with pytest.raises(TimemixError, match="keep is 0"):
+        list(generate_tokens(build(VARIANTS["rwkv1"]), [[1]], 3, Sampler(), keep=0))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    trainer = small_trainer(tmp_path_factory.mktemp("run"), steps=60, valid_every=60, save_every=60)
+    trainer.run()
+    return trainer.out
+
+
+def test_text_in_text_out(run):
+    loaded = timemix.load(run)
+    texts = timemix.generate(loaded, "the ", tokens=50, count=3, seed=1)
+    assert [len(t) for t in texts] == [50] * 3
+    assert len(set(texts)) == 3
+    assert timemix.generate(run, "the ", tokens=50, count=2, seed=1) == texts[:2]
+    pieces = list(stream_text(loaded, "the ", tokens=50, seed=1))
+    assert "".join(p for (p,) in pieces) == texts[0]
+    assert all(len(p) <= 1 for (p,) in pieces)
+
+
+def test_a_prompt_outside_the_vocabulary_is_named(run):
+    with pytest.raises(TimemixError, match="Q"):
+        timemix.generate(run, "the Q", tokens=3)
+
+
+def test_greedy_takes_the_most_probable(run):
+    loaded = timemix.load(run)
+    ids = loaded.tokenizer.encode("the ").tolist()
+    with torch.no_grad():
+        logits, _ = loaded.model(torch.tensor([ids]), logits="last")
+    (text,) = timemix.generate(loaded, "the ", tokens=1, sampler=Sampler(temperature=0))
+    assert text == loaded.tokenizer.decode([int(logits.argmax())])
+    assert math.isfinite(float(logits.max()))

@@ -1,0 +1,47 @@
+"""Small models of every kind, for the tests of models, generation, the engine and evaluation."""
+
+import dataclasses
+
+import torch
+
+from timemix.models.language_model import LanguageModel
+from timemix.models.registry import ARCHITECTURES, model_config
+
+CTX = 12
+
+VARIANTS = {name: model_config(name) for name in ARCHITECTURES} | {
+    "shift by 1, 2, 3": model_config("rwkv1", token_shift=(0.25, 0.0, 0.3)),
+    "shift interpolated": model_config("mha_shift", token_shift=(0.5, 0.25), token_shift_top=()),
+    "no tables": model_config("rwkv1", alpha=False, beta=False, gamma=False),
+    "no tables, pro": model_config("mha_pro", alpha=False, beta=False, gamma=False),
+    "weighted": model_config("rwkv1", denominator="weighted"),
+    "weighted, original": model_config("rwkv1", denominator="weighted", initial="original"),
+    "free W": model_config("rwkv1", weights="free"),
+    "free W, weighted": model_config("rwkv1", weights="free", denominator="weighted"),
+    "exponentials, odd": model_config("rwkv1_exp", exponentials=5, taps=2),
+    "one exponential": model_config("rwkv1_exp", exponentials=1, alpha=False, beta=False, gamma=False),
+    "zero, rotary": model_config("mha_rotary", initial="zero"),
+    "one head": model_config("rwkv1", heads=1),
+    "a head per channel": model_config("rwkv1", heads=16),
+    "a head per channel, pro": model_config("mha_pro", heads=16),
+    "relu2": model_config("rwkv1", activation="relu2"),
+}
+
+
+def build(config, dtype=torch.float64, noise=0.3, **fields):
+    """A small model with every parameter moved away from its special initial value."""
+    sizes = {"vocab_size": 11, "ctx_len": CTX, "layers": 3, "channels": 16}
+    model = LanguageModel(dataclasses.replace(config, **(sizes | fields))).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=noise)
+    return model
+
+
+def varied(config) -> LanguageModel:
+    """A model whose tables are all different and positive, as training leaves them."""
+    model = LanguageModel(config).double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.rand_like(p) + 0.5 if p.ndim < 3 and ".mixer." in name else 0.3 * torch.randn_like(p))
+    return model

@@ -1,0 +1,340 @@
+"""The compiled step equals the model: logits and state, all weights, any rows, hard keys."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.models import VARIANTS as MODELS
+from tests.helpers.models import build
+from tests.helpers.pairwise import pairwise
+from tests.helpers.runs import small_trainer
+from timemix.cli.main import main
+from timemix.generation.decode import ModelStep, build_step
+from timemix.models.quantize import quantized, rounded
+from timemix.models.registry import model_config
+from timemix.models.rwkv1 import decode as step_module
+from timemix.models.rwkv1 import tiles as lazy
+from timemix.models.rwkv1.decode import CompiledStep
+from timemix.runtime import native
+
+CTX = 24
+
+VARIANTS = {
+    "rwkv1": {},
+    "no tables": {"alpha": False, "beta": False, "gamma": False},
+    "mish": {"activation": "mish"},
+    "relu2": {"activation": "relu2"},
+    "silu, shift by three": {"activation": "silu", "token_shift": (0.25, 0.0, 0.5)},
+    "no shift": {"token_shift": ()},
+    "shift that ends": {"token_shift": (0.5,), "token_shift_top": ()},
+    "odd sizes": {"channels": 21, "heads": 3, "ffn_ratio": 1.7, "vocab_size": 13},
+    "wide heads": {"channels": 216, "heads": 2},
+    "exponentials": {"exponentials": 4},
+    "odd exponentials, taps": {"exponentials": 5, "taps": 3},
+    "one exponential, no tables": {"exponentials": 1, "alpha": False, "beta": False, "gamma": False},
+}
+
+
+def model_of(variant, **changed):
+    sizes = {"vocab_size": 19, "ctx_len": CTX, "layers": 2, "heads": 4, "channels": 32, "ffn_ratio": 2.5}
+    fields = sizes | VARIANTS[variant] | changed
+    # Else wide matrices make large numbers of their inputs.
+    noise = fields["channels"] ** -0.5
+    arch = "rwkv1_exp" if "exponentials" in fields else "rwkv1"
+    model = build(model_config(arch, **fields), torch.float32, noise, **fields)
+    if arch == "rwkv1_exp":
+        with torch.no_grad():
+            # Real exponentials beside the pairs.
+            for block in model.blocks:
+                block.mixer.angle[1:, :1] = 0
+    return model
+
+
+def begun(model, rows):
+    """A state whose rows stand at different positions."""
+    lengths = torch.arange(1, rows + 1)
+    tokens = torch.randint(model.config.vocab_size, (rows, rows))
+    with torch.no_grad():
+        _, state = model(tokens, model.init_state(rows), lengths=lengths)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler():
+    found, reason = step_module.step_library()
+    assert found is not None, f"these tests are of the compiled step: {reason}"
+
+
+@pytest.mark.parametrize(("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], ["float32", "bfloat16", "int8"]))
+def test_equals_the_model_in_logits_and_state(variant, rows, weights):
+    model = model_of(variant)
+    expected = rounded(model, weights)
+    state = begun(model, rows)
+    # Past the end of the tables, where there is one to pass.
+    if model.max_position is None:
+        state.position += CTX - 4
+    other = state.clone()
+    step = build_step(model, weights, backend="compiled")
+    for _ in range(8):
+        tokens = torch.randint(model.config.vocab_size, (rows,))
+        with torch.no_grad():
+            logits, other = expected(tokens[:, None], other, logits="last")
+        found, state = step(tokens, state, torch.arange(rows))
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+        assert state.position.equal(other.position)
+        for own, theirs in zip(state.layers, other.layers, strict=True):
+            assert own.keys() == theirs.keys()
+            for name in own:
+                largest = max(1.0, float(theirs[name].abs().max()))
+                torch.testing.assert_close(own[name] / largest, theirs[name] / largest, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles from any context on, small enough that every way of making them is taken."""
+    for name, value in {"FROM": 1, "TILE": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
+        monkeypatch.setattr(lazy, name, value)
+
+
+@pytest.mark.parametrize(("begin", "scale"), pairwise([0, 1, 13, 20, 21, 40, 96], [1.0, 60.0], strength=1))
+def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
+    model = model_of("rwkv1", ctx_len=150)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.f.mul_(torch.rand_like(block.mixer.f))
+            block.mixer.key.weight.mul_(scale)
+    state = model.init_state(2)
+    with torch.no_grad():
+        if begin:
+            _, state = model(torch.randint(19, (2, begin)), state)
+        plain, state = state.clone(), state.clone()
+        step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+        for t in range(begin, 150):
+            tokens = torch.randint(19, (2,))
+            logits, plain = model(tokens[:, None], plain, logits="last")
+            found, state = step(tokens, state, rows)
+            torch.testing.assert_close(found, logits, atol=2e-5 * scale, rtol=1e-4)
+            if t == begin + 9:
+                # A row that begins again, put or written from outside.
+                state.put(torch.tensor([0]), model.init_state(1))
+                plain.put(torch.tensor([0]), model.init_state(1))
+            if t == begin + 30:
+                for each in (state, plain):
+                    each.position[1] -= 7
+                    for layer in each.layers:
+                        layer["numerators"][1] *= 0.5
+    assert state.pending is not None
+    assert state.clone().pending is None
+
+
+def test_tiles_see_writes_that_a_put_follows_and_serve_without_counts(tiles):
+    model = model_of("rwkv1", ctx_len=60)
+    step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            _, state = model(torch.randint(19, (2, 30)), model.init_state(2))
+            step(torch.tensor([1, 2]), state, rows)
+            for layer in state.layers:
+                layer["numerators"][1] *= 0.5
+            state.put(torch.tensor([0]), model.init_state(1))
+            expected, _ = model(torch.tensor([[3], [4]]), state.clone(), logits="last")
+            found, _ = step(torch.tensor([3, 4]), state, rows)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [8.0, 60.0])
+def test_equals_the_model_for_hard_keys(scale):
+    model = model_of("rwkv1")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.key.weight.mul_(scale)
+    state, other = model.init_state(1), model.init_state(1)
+    step = CompiledStep(model, "float32")
+    for _ in range(CTX):
+        token = torch.randint(model.config.vocab_size, (1,))
+        with torch.no_grad():
+            logits, other = model(token[:, None], other, logits="last")
+        found, state = step(token, state, torch.tensor([0]))
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "model"])
+def test_some_rows_leave_the_others_alone(kind):
+    model = model_of("rwkv1")
+    step = build_step(model, backend=kind)
+    state = begun(model, 5)
+    before = state.clone()
+    rows = torch.tensor([3, 0])
+    found, state = step(torch.tensor([4, 5]), state, rows)
+    with torch.no_grad():
+        logits, part = model(torch.tensor([[4], [5]]), before.clone().select(rows), logits="last")
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+    before.put(rows, part)
+    assert state.position.tolist() == [2, 2, 3, 5, 5]
+    for own, theirs in zip(state.layers, before.layers, strict=True):
+        for name in own:
+            torch.testing.assert_close(own[name], theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_tokens_and_the_end_of_the_context_change_nothing():
+    model = model_of("rwkv1")
+    state = model.init_state(2)
+    step = CompiledStep(model, "float32")
+    for token in (-1, 19):
+        with pytest.raises(ValueError, match="outside the vocabulary of 19"):
+            build_step(model, backend="model")(torch.tensor([1, token]), state, torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="outside the vocabulary of 19"):
+            step(torch.tensor([1, token]), state, torch.tensor([0, 1]))
+    assert state.position.tolist() == [0, 0]
+    for wrong in (torch.tensor([0, 2]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="not one of the state's 2"):
+            step(torch.tensor([1, 2]), state, wrong)
+    state.position[1] = CTX
+    with pytest.raises(ValueError, match=f"stands at {CTX}, the end"):
+        step(torch.tensor([1, 2]), state, torch.tensor([0, 1]))
+    assert all(not x.any() for layer in state.layers for x in layer.values())
+
+
+def test_eight_bits_are_within_half_a_step():
+    weight = torch.randn(7, 33)
+    weight[3] = 0
+    integers, scale = quantized(weight)
+    assert integers.dtype == torch.int8
+    assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
+    assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+def test_rounding_costs_little_loss(capsys, tmp_path):
+    """int8 within 0.005 nats, as `timemix eval` tells it."""
+    trainer = small_trainer(tmp_path, steps=60)
+    trainer.run()
+    losses = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        with pytest.raises(SystemExit):
+            main(["eval", str(trainer.out), "--json", "--weights", weights])
+        losses[weights] = json.loads(capsys.readouterr().out)["nats_per_token"]
+    assert len(set(losses.values())) == 3
+    assert abs(losses["bfloat16"] - losses["float32"]) < 0.005
+    assert abs(losses["int8"] - losses["float32"]) < 0.005
+
+
+def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
+    model = model_of("wide heads")
+    step = CompiledStep(model, "float32")
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(step(torch.tensor([1]), model.init_state(1), torch.tensor([0]))[0])
+    torch.set_num_threads(threads)
+    assert found[0].equal(found[1])
+    assert found[0].equal(found[2])
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "words"),
+    [
+        ("mha_rotary", torch.float32, "no compiled step for mha_rotary"),
+        ("weighted", torch.float32, "weighted denominator"),
+        ("free W", torch.float32, "a free W"),
+        ("rwkv1", torch.float64, "not torch.float64"),
+    ],
+)
+def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, words):
+    model = build(MODELS[variant], dtype)
+    step = build_step(model)
+    assert isinstance(step, ModelStep)
+    assert words in step.reason
+    with pytest.raises(ValueError, match=words):
+        build_step(model, backend="compiled")
+    state = model.init_state(1)
+    logits, state = step(torch.tensor([1]), state, torch.tensor([0]))
+    assert logits.shape == (1, model.config.vocab_size)
+
+
+def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
+    model = model_of("rwkv1")
+    native.library.cache_clear()
+    monkeypatch.setenv("CC", str(tmp_path / "nothing"))
+    try:
+        step = build_step(model)
+        assert isinstance(step, ModelStep)
+        assert step.reason == f"no C compiler was found: CC is '{tmp_path / 'nothing'}'"
+        broken = tmp_path / "broken"
+        broken.write_text("#!/bin/sh\necho 'step.c: in its midst\nerror: it is broken' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        native.library.cache_clear()
+        assert build_step(model).reason == f"{broken} failed: error: it is broken"
+    finally:
+        native.library.cache_clear()
+
+
+def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, tmp_path):
+    model = model_of("rwkv1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # It is compiled four times here, and what it computes is tested elsewhere.
+    monkeypatch.setattr(native, "COMPILE", ("-O0", "-march=native", "-fPIC"))
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"{compiler} -O1")
+
+    def build():
+        native.library.cache_clear()
+        calls.write_text("")
+        step = build_step(model, backend="compiled")
+        step(torch.tensor([1]), model.init_state(1), torch.tensor([0]))
+        return len(calls.read_text().splitlines())
+
+    try:
+        # Its version, compiling, linking.
+        assert build() == 3
+        assert build() == 1
+        (kept,) = (tmp_path / "timemix").glob("step-*.so")
+        damaged = tmp_path / "second" / "timemix" / kept.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"cut off")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+        assert build() == 3
+        assert damaged.stat().st_size == kept.stat().st_size
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert build() == 3
+        # Without OpenMP.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+        assert build() == 4
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_changed_header_gives_a_new_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, header = tmp_path / "answer.c", tmp_path / "inner.h"
+    (tmp_path / "outer.h").write_text('# include "inner.h"\n')
+    source.write_text('#include "outer.h"\n#include "ops/common/types.h"\nint answer(void) { return ANSWER; }\n')
+
+    def answer(value):
+        header.write_text(f"#ifndef ANSWER\n#define ANSWER {value}\n#endif\n")
+        native.library.cache_clear()
+        found, reason = native.library(source)
+        assert found is not None, reason
+        return found.answer(), len(list((tmp_path / "timemix").glob("answer-*.so")))
+
+    assert answer(1) == (1, 1)
+    assert answer(2) == (2, 2)
+    # Cached, by content.
+    assert answer(1) == (1, 2)
+    native.library.cache_clear()
+    assert native.library(source, "-DANSWER=3")[0].answer() == 3
+
+
+def test_importing_compiles_nothing(tmp_path):
+    code = "import timemix.models.rwkv1.decode, timemix.generation.engine"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": ""})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,144 @@
+"""The original 2021 code's logits, gradients and training trajectory (tests/golden/README.md)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from timemix.config.run import TrainConfig
+from timemix.models.language_model import LanguageModel
+from timemix.models.registry import model_config
+from timemix.training.optim import build_optimizers
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ARCHITECTURES = {"RWKV": "rwkv1", "MHA_rotary": "mha_rotary", "MHA_shift": "mha_shift", "MHA_pro": "mha_pro"}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+def our_name(name: str) -> str:
+    """Name of a parameter of the original in this package."""
+    parts = name.split(".")
+    renamed = {"tok_emb": "embedding", "ln_f": "norm"}
+    if parts[0] != "blocks":
+        return ".".join([renamed.get(parts[0], parts[0]), *parts[1:]])
+    half = {"ln1": "mixer_norm", "ln2": "ffn_norm", "attn": "mixer", "mlp": "ffn"}[parts[2]]
+    rest = parts[3:]
+    if rest[0].startswith("time_"):
+        rest = [{"w": "f"}.get(rest[0][5:], rest[0][5:])]
+    elif rest == ["head_mix", "weight"]:
+        rest = ["head_mix"]
+    elif half == "ffn" and rest[0] == "weight":
+        rest[0] = "output"
+    return ".".join([*parts[:2], half, *rest])
+
+
+def our_layout(name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The original's f has lag 0 last; its other tables carry extra axes of size 1."""
+    if name.endswith("time_w"):
+        tensor = tensor.flip(-1)
+    return tensor.reshape(like.shape)
+
+
+class Golden:
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = file.metadata()
+        arch = ARCHITECTURES[name]
+        fields = {} if name in ("MHA_rotary", "MHA_shift") else {"activation": "mish"}
+        config = model_config(
+            arch,
+            vocab_size=int(meta["vocab_size"]),
+            ctx_len=int(meta["ctx_len"]),
+            layers=int(meta["n_layer"]),
+            heads=int(meta["n_head"]),
+            channels=int(meta["n_embd"]),
+            ffn_ratio=int(meta["ffn_hidden"]) / int(meta["n_embd"]),
+            **fields,
+        )
+        self.decayed = {our_name(n) for n in json.loads(meta["decay_params"])}
+        self.model = LanguageModel(config).to(dtype)
+        self.model.load_state_dict(self.group("weights"))
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        ours = dict(self.model.named_parameters())
+        named = {n.removeprefix(f"{prefix}."): x for n, x in self.tensors.items() if n.startswith(f"{prefix}.")}
+        return {our_name(n): our_layout(n, x, ours[our_name(n)]) for n, x in named.items()}
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def golden(request, dtype):
+    return Golden(request.param, dtype)
+
+
+def close(ours, theirs, dtype, relative=0.0):
+    torch.testing.assert_close(ours.double(), theirs.double(), atol=TOLERANCE[dtype], rtol=relative)
+
+
+def test_logits_loss_and_gradients(golden, dtype):
+    inputs, target = golden.tensors["input"], golden.tensors["target"]
+    logits, state = golden.model(inputs)
+    assert state is None
+    close(logits, golden.tensors["logits"], dtype)
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    close(loss, golden.tensors["loss"].squeeze(), dtype)
+    loss.backward()
+    gradients = golden.group("grad")
+    parameters = dict(golden.model.named_parameters())
+    assert gradients.keys() == parameters.keys()
+    for name, gradient in gradients.items():
+        close(parameters[name].grad, gradient, dtype)
+
+
+def test_a_window_shorter_than_the_context(golden, dtype):
+    length = int(golden.tensors["short_length"])
+    logits, _ = golden.model(golden.tensors["input"][:, :length])
+    close(logits, golden.tensors["logits_short"], dtype)
+
+
+def test_carried_state_gives_the_same_logits(golden, dtype):
+    inputs = golden.tensors["input"]
+    state, parts = golden.model.init_state(len(inputs)), []
+    with torch.no_grad():
+        for piece in inputs.split([1, 7, 1, 15], dim=1):
+            logits, state = golden.model(piece, state)
+            parts.append(logits)
+    close(torch.cat(parts, 1), golden.tensors["logits"], dtype)
+
+
+def test_training_trajectory(golden, dtype):
+    """20 steps of the real optimizer: loss before each step, logits after the last."""
+    model = golden.model
+    (optimizer,) = build_optimizers(model, TrainConfig(lr=2e-3, weight_decay=0.01))
+    losses = []
+    for batch in golden.tensors["train.batches"]:
+        logits, _ = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    close(torch.stack(losses), golden.tensors["train.losses"], dtype)
+    final, _ = model(golden.tensors["input"])
+    # Adam divides by the size of the gradient, so rounding of tiny gradients grows over the 20 steps.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(final.double(), golden.tensors["train.final_logits"], atol=tolerance, rtol=0)
+
+
+def test_weight_decay_falls_on_the_same_parameters(golden):
+    (optimizer,) = build_optimizers(golden.model, TrainConfig(weight_decay=0.01))
+    decayed, rest, embedding = optimizer.param_groups
+    names = {id(p): n for n, p in golden.model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == golden.decayed
+    assert {names[id(p)] for p in embedding["params"]} == {"embedding.weight"}
+    assert len(decayed["params"]) + len(rest["params"]) + 1 == len(names)
+    assert rest["weight_decay"] == embedding["weight_decay"] == 0

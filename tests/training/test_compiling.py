@@ -1,0 +1,105 @@
+"""Compiling and its fallbacks, and memory that is kept."""
+
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.runs import small_trainer
+from timemix.errors import TimemixError
+from timemix.ops.common import fused
+from timemix.runtime import machine
+from timemix.training import compiling
+from timemix.training.compiling import COMPILE_FROM, choose_compile
+from timemix.training.start import resume_run
+
+CPU = torch.device("cpu")
+
+
+def test_auto_compiles_long_runs_where_it_can(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to gain by it")
+    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to gain by it")
+    assert choose_compile("on", 1, CPU) == (True, "asked for")
+    assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
+    assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
+    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler was found")
+    with pytest.raises(TimemixError, match="--train.compile on: no C\\+\\+ compiler was found; leave it out"):
+        small_trainer(tmp_path, compile="on")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", ["auto", "on"])
+def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_path, caplog, asked):
+    def broken(model, **options):
+        def call(*args):
+            raise torch._dynamo.exc.TorchDynamoException("CppCompileError: out of luck\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(compiling, "COMPILE_FROM", 0)
+    monkeypatch.setattr(fused, "available", lambda: False)
+    trainer = small_trainer(tmp_path, compile=asked)
+    assert trainer.compiled
+    if asked == "on":
+        with pytest.raises(TimemixError, match="the model cannot be compiled: CppCompileError: out of luck$"):
+            trainer.run()
+        return
+    trainer.run()
+    assert not trainer.compiled
+    assert caplog.text.count("out of luck); training goes on without") == 1
+    whole = small_trainer(tmp_path, name="whole", compile="off")
+    whole.run()
+    assert whole.valid_loss == trainer.valid_loss
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiling.cpp_compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
+def test_a_compiled_run_learns_the_same_and_goes_on_to_the_same_end(tmp_path, arch):
+    whole = small_trainer(tmp_path, arch, name="whole", compile="on")
+    losses = [whole.train_step() for _ in range(8)]
+    plain = small_trainer(tmp_path, arch, name="plain", compile="off")
+    for ours, theirs in zip(losses, [plain.train_step() for _ in range(8)], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    stopped = small_trainer(tmp_path, arch, name="stopped", compile="on")
+    again = [stopped.train_step() for _ in range(4)]
+    stopped.save()
+    stopped.lock.release()
+    resumed = resume_run(stopped.out)
+    again += [resumed.train_step() for _ in range(4)]
+    assert again == losses
+
+
+def test_freed_memory_is_kept():
+    code = (
+        "import resource, torch; from timemix.runtime.machine import keep_freed_memory; keep_freed_memory()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(8):\n"
+        "    if i == 4: before = faults()\n"
+        "    torch.ones(2**22) + torch.ones(2**22)\n"
+        "print(faults() - before)"
+    )
+    if sys.platform != "linux":
+        pytest.skip("other systems have other allocators")
+
+    def faults() -> int:
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    # Given back, at least one tensor of 16 MiB would need fresh pages in each of 4 rounds. Now and then the system lays
+    # out a process so that the allocator does so all the same: seen in a quarter of them.
+    assert any(faults() * resource.getpagesize() < 4 * 2**24 / 3 for _ in range(8))
+
+
+def test_speed_and_bandwidth_are_those_of_the_machine():
+    assert 1e8 < machine.memory_bandwidth(CPU) < 1e13
+    assert machine.memory_bandwidth(CPU) == machine.memory_bandwidth(CPU)

@@ -1,0 +1,222 @@
+"""Several processes train what one process trains: same losses, same weights, each token once; they end together."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import timemix
+from tests.helpers.process_group import SETTINGS, config
+from tests.helpers.runs import TEXT, small_config, write_text_file
+from tests.helpers.tiers import slow
+from timemix.data.batches import Batches
+from timemix.data.prepare import prepare
+from timemix.errors import TimemixError
+from timemix.evaluation.loss import loss_per_token
+from timemix.runs import folder as run_folder
+from timemix.runtime.distributed import World, my_rows
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+STRATEGIES = ("replicate", "shard")
+
+
+def torchrun(*arguments, **options):
+    # A port of its own, so that two launches at once do not meet.
+    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def curve(run: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line.get(k, math.nan) for k in ("step", "loss", "grad_norm", "valid_loss")) for line in lines]
+
+
+def same_curve(a: Path, b: Path, tolerance: float) -> None:
+    for x, y in zip(curve(a), curve(b), strict=True):
+        assert x == pytest.approx(y, rel=tolerance, nan_ok=True)
+    ours, theirs = (timemix.load(run, checkpoint="newest").model.state_dict() for run in (a, b))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=100 * tolerance, rtol=100 * tolerance)
+
+
+def run_group(folder: Path, names: list[str]) -> Path:
+    """Runs of these settings, of two processes and of one."""
+    group = torchrun("tests.helpers.process_group", folder, *names)
+    _, errors = group.communicate(timeout=300)
+    assert group.returncode == 0, errors
+    for name in names:
+        new_run(config(folder, name, "replicate"), folder / name).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The plain runs, and what one process began for two to resume."""
+    folder = tmp_path_factory.mktemp("processes")
+    prepare(folder / "tokens", small_config(write_text_file(folder)).data)
+    for strategy in STRATEGIES:
+
+        def stop(progress):
+            if progress.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Interrupted):
+            new_run(config(folder, "plain", strategy), folder / f"handed-{strategy}").run(stop)
+    return run_group(folder, ["plain"])
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The runs of all other settings."""
+    folder = tmp_path_factory.mktemp("others")
+    prepare(folder / "tokens", small_config(write_text_file(folder)).data)
+    return run_group(folder, [name for name in SETTINGS if name != "plain"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["plain", *(slow(name) for name in SETTINGS if name != "plain")])
+def test_two_processes_learn_what_one_does(request, name, strategy):
+    folder = request.getfixturevalue("folder" if name == "plain" else "others")
+    # Muon makes small singular values large, and their rounding with them.
+    tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
+    same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_process_goes_on_with_what_two_began(folder, strategy):
+    trainer = resume_run(folder / f"stopped-{strategy}")
+    # Two processes agree to stop in the step after.
+    assert trainer.step == 4
+    trainer.run()
+    same_curve(folder / "plain", trainer.out, 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_go_on_with_what_one_began(folder, strategy):
+    same_curve(folder / "plain", folder / f"handed-{strategy}", 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_process_knows_the_loss_of_the_whole_text(folder, strategy):
+    model = timemix.load(folder / f"handed-{strategy}", checkpoint="newest").model
+    alone = [loss_per_token(model, np.arange(n) % 7, tokens_per_batch=16) for n in (17, 50, 81)]
+    for rank in range(2):
+        assert json.loads((folder / f"losses-{strategy}-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_checkpoint_looks_the_same_whoever_wrote_it(folder):
+    runs = [folder / "plain", *(folder / f"plain-{s}-2" for s in STRATEGIES)]
+    listings = [sorted((p.name, p.stat().st_size) for p in run_folder.newest(r).glob("*.safetensors")) for r in runs]
+    assert listings[0] == listings[1] == listings[2]
+
+
+@given(
+    size=st.integers(1, 5),
+    rows=st.integers(1, 4),
+    windows=st.integers(2, 40),
+    order=st.sampled_from(["epoch", "random"]),
+)
+def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, order):
+    tokens = np.arange(8 * (windows + 1) + 1)
+    batch_size = size * rows
+    batches = Batches(tokens, batch_size=batch_size, ctx_len=8, seed=3, order=order)
+    seen: list[int] = []
+    for step in range(math.ceil(windows / batch_size)):
+        parts = [batches(step, my_rows(batch_size, World(rank, size)))[0] for rank in range(size)]
+        assert [len(p) for p in parts] == [rows] * size
+        np.testing.assert_array_equal(np.concatenate(parts), batches(step)[0])
+        seen += np.concatenate(parts)[:, 0].tolist()
+    if order == "epoch":
+        epoch = seen[:windows]
+        assert len(set(epoch)) == windows
+        assert np.diff(sorted(epoch)).tolist() == [8] * (windows - 1)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    with pytest.raises(TimemixError, match="--train.batch-size 4 cannot be cut into 3 equal parts .* a multiple of 3"):
+        new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
+    assert not (tmp_path / "run").exists()
+
+
+def long_run(tmp_path: Path) -> tuple[list, Path]:
+    out = tmp_path / "run"
+    options = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
+    often = "--train.steps 100000 --train.save-every 20 --train.valid-every 1000 --train.precision float32"
+    text = write_text_file(tmp_path, TEXT)
+    return ["timemix", "train", "cpu-small", "--data", text, "--out", out, *options.split(), *often.split()], out
+
+
+def wait_for_checkpoint(run: Path, group: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not (run_folder.checkpoints(run) if run.exists() else []):
+        assert group.poll() is None, group.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def children(parent: int) -> list[int]:
+    """Processes that a process started, oldest first."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
+    return sorted(int(word) for word in listed.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ps") is None, reason="finds the processes of the run with ps")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
+    command, out = long_run(tmp_path)
+    group = torchrun(*command)
+    wait_for_checkpoint(out, group)
+    started = time.monotonic()
+    os.kill(children(group.pid)[rank], signal.SIGKILL)
+    _, errors = group.communicate(timeout=60)
+    assert time.monotonic() - started < 60
+    assert group.returncode != 0
+    told = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
+    assert len(told) == 1, errors
+    assert re.search(
+        r"a process of this run has gone .*; the last good checkpoint is .*step-\d+; go on with --res", told[0]
+    )
+    assert "trainer.run" not in errors
+    trainer = resume_run(out)
+    before = trainer.step
+    assert before >= 20
+    trainer.train_step()
+    assert trainer.step == before + 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
+    command, out = long_run(tmp_path)
+    group = torchrun(*command, start_new_session=True)
+    wait_for_checkpoint(out, group)
+    # As a terminal does: to all processes at once.
+    os.killpg(group.pid, signal.SIGINT)
+    _, errors = group.communicate(timeout=60)
+    assert len(re.findall(r"^timemix: stopped; saved .*step-\d+; go on with: ", errors, re.MULTILINE)) == 1, errors
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+
+    again = torchrun(*command)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode != 0
+    assert len(re.findall(r"^timemix: .*run exists already; choose another --out", errors, re.MULTILINE)) == 1, errors
+    assert "Traceback" not in errors.split("ChildFailedError")[0].split("torch/distributed")[0]

@@ -1,0 +1,301 @@
+"""A run that was stopped, killed or crowded out goes on to the very same end."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.killed_run import CONFIG, config, start
+from tests.helpers.pairwise import pairwise
+from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
+from timemix.data.prepare import prepare
+from timemix.errors import TimemixError
+from timemix.runs import folder as run_folder
+from timemix.storage import files
+from timemix.storage.locks import FolderLock
+from timemix.training import trainer as trainer_module
+from timemix.training.signals import Interrupted
+from timemix.training.start import new_run, resume_run
+
+TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
+ROOT = Path(__file__).parents[2]
+
+
+def metrics(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+
+
+def same_end(a: Path, b: Path) -> None:
+    """Weights, optimizer state, losses and kept checkpoints of two runs are equal, bit for bit."""
+    assert [c.name for c in run_folder.checkpoints(a)] == [c.name for c in run_folder.checkpoints(b)]
+    for x, y in zip(run_folder.checkpoints(a), run_folder.checkpoints(b), strict=True):
+        for name in ("model.safetensors", "training.safetensors"):
+            assert (x / name).read_bytes() == (y / name).read_bytes(), f"{name} of {x.name}"
+        progress = [json.loads((folder / "training.json").read_text()) | {"seconds": 0} for folder in (x, y)]
+        assert progress[0] == progress[1]
+    assert metrics(a) == metrics(b)
+    assert sorted(p.name for p in (b / "checkpoints").iterdir()) == [c.name for c in run_folder.checkpoints(b)]
+
+
+def stop_at(step: int):
+    def watch(progress):
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "order", "accumulation"),
+    pairwise(["float32", "bfloat16", "float64"], ["adamw", "muon"], ["random", "epoch"], [1, 2]),
+)
+def test_stopped_and_resumed_twice_is_the_undisturbed_run(tmp_path, precision, optimizer, order, accumulation):
+    settings = {"precision": precision, "optimizer": optimizer, "accumulation": accumulation, "weight_decay": 0.1}
+    config = with_model(small_config(write_text_file(tmp_path), steps=9, **settings), dropout=0.2)
+    config = replace(config, data=replace(config.data, order=order))
+    new_run(config, tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        new_run(config, tmp_path / "stopped").run(stop_at(3))
+    with pytest.raises(Interrupted):
+        resume_run(tmp_path / "stopped").run(stop_at(5))
+    resumed = resume_run(tmp_path / "stopped")
+    assert resumed.step == 5
+    resumed.run()
+    same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+class Killed:
+    """Runs of `killed_run`, each killed at an instant that is drawn beforehand."""
+
+    SLOW = 0.02
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tokens = folder, folder / "tokens"
+        prepare(self.tokens, small_config(write_text_file(folder)).data)
+        self.events = self._to_its_end("whole")
+        assert self.events.count("step") == CONFIG["steps"]
+
+    def _to_its_end(self, name: str) -> list[str]:
+        child, events = start(self.folder / name, self.tokens, self.SLOW)
+        seen = []
+        with events, contextlib.suppress(EOFError):
+            while True:
+                seen.append(events.recv())
+        child.join()
+        assert child.exitcode == 0
+        return seen
+
+    def kill(self, name: str, event: str, number: int, delay: float) -> None:
+        """Start or resume a run, and kill it `delay` seconds after an event's `number`-th time."""
+        child, events = start(self.folder / name, self.tokens, self.SLOW)
+        with events:
+            with contextlib.suppress(EOFError):
+                while number:
+                    number -= events.recv() == event
+            time.sleep(delay)
+            child.kill()
+            child.join()
+
+    def finish(self, name: str) -> None:
+        self._to_its_end(name)
+        same_end(self.folder / "whole", self.folder / name)
+
+
+def test_killed_in_training_and_in_saves(tmp_path):
+    runs = Killed(tmp_path)
+    draw = random.Random(1)
+    runs.kill("run", "saving", 9, runs.SLOW * draw.random())
+    assert list((tmp_path / "run" / "checkpoints").glob(".*")), "it was not killed inside a save"
+    runs.kill("run", "step", 4, 0.0)
+    runs.kill("run", "saving", 4, runs.SLOW * draw.random())
+    runs.finish("run")
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path):
+    runs = Killed(tmp_path)
+    draw = random.Random(2)
+    inside = 0
+    for i in range(50):
+        event = ("saving", "step")[i % 2]
+        number = draw.randint(1, runs.events.count(event))
+        runs.kill(f"run-{i}", event, number, draw.random() * (runs.SLOW if event == "saving" else 0.01))
+        inside += bool(list((tmp_path / f"run-{i}" / "checkpoints").glob(".*")))
+        runs.finish(f"run-{i}")
+    assert inside >= 20
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_killed_while_old_checkpoints_are_removed(tmp_path, monkeypatch, removed):
+    """At the last step: nothing but the resume is left to remove them, and none may be there by half."""
+    undisturbed = small_trainer(tmp_path, name="whole", valid_every=100, save_every=3)
+    undisturbed.run()
+    trainer = small_trainer(tmp_path, valid_every=100, save_every=3)
+    remove = shutil.rmtree
+
+    class Kill(BaseException):
+        pass
+
+    def killed(path, *args, **kwargs):
+        if trainer.step == 8 and Path(path).name.startswith(".step-00000006.replaced"):
+            if removed:
+                (Path(path) / "training.json").unlink()
+            raise Kill
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Kill):
+        trainer.run()
+    monkeypatch.undo()
+    resume_run(trainer.out).run()
+    same_end(undisturbed.out, trainer.out)
+
+
+def test_killed_before_old_checkpoints_are_removed(tmp_path, monkeypatch):
+    undisturbed = small_trainer(tmp_path, name="whole", valid_every=100)
+    undisturbed.run()
+    trainer = small_trainer(tmp_path, valid_every=100)
+    monkeypatch.setattr(trainer_module, "prune", lambda run: None)
+    trainer.run()
+    monkeypatch.undo()
+    assert len(run_folder.checkpoints(trainer.out)) == 2
+    resume_run(trainer.out)
+    same_end(undisturbed.out, trainer.out)
+
+
+def full_disk(folder: str):
+    """A `_sync` that finds no space for files of a folder whose name begins so."""
+    sync = files._sync
+
+    def full(path: Path) -> None:
+        if any(part.startswith(folder) for part in path.parts):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    return full
+
+
+def test_a_full_disk_stops_the_run_at_the_last_good_checkpoint(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, valid_every=100)
+    monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
+    with pytest.raises(
+        TimemixError, match=r"step 8: no space left .*; the last good checkpoint is .*step-00000004, from"
+    ):
+        trainer.run()
+    monkeypatch.undo()
+    assert [p.name for p in (trainer.out / "checkpoints").iterdir()] == ["step-00000004"]
+    resume_run(trainer.out).run()
+    undisturbed = small_trainer(tmp_path, name="whole", valid_every=100)
+    undisturbed.run()
+    same_end(undisturbed.out, trainer.out)
+
+
+def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
+    trainer = small_trainer(tmp_path, steps=12, valid_every=100, full_disk="continue")
+    monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
+    trainer.run()
+    assert "step 8: no space left on the device" in caplog.text
+    assert "step-00000004; training goes on" in caplog.text
+    assert run_folder.newest(trainer.out).name == "step-00000012"
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, valid_every=100, full_disk="continue")
+    monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
+    with pytest.raises(TimemixError, match="no space left"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("full", ["stop", "continue"])
+def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full):
+    trainer = small_trainer(tmp_path, full_disk=full)
+    whole = small_trainer(tmp_path, name="whole", full_disk=full)
+    whole.run()
+    path, open_file = trainer.metrics.path, Path.open
+
+    class Short:
+        """A file on a disk with room for ten bytes more."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, raw):
+            return self.file.write(raw[:10])
+
+    def opened(self, *args, **kwargs):
+        file = open_file(self, *args, **kwargs)
+        return Short(file) if self == path and trainer.step == 4 else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    if full == "stop":
+        with pytest.raises(TimemixError, match=r"no space left on the device for .*metrics.jsonl"):
+            trainer.run()
+        assert metrics(trainer.out) == [line for line in metrics(whole.out) if line["step"] < 4]
+    else:
+        trainer.run()
+        assert metrics(trainer.out) == metrics(whole.out)
+
+
+def test_a_run_in_use_is_refused_and_its_user_named(tmp_path):
+    trainer = small_trainer(tmp_path)
+    with pytest.raises(
+        TimemixError, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait for its end"
+    ):
+        resume_run(trainer.out)
+    trainer.run()
+    resume_run(trainer.out)
+
+
+def test_another_process_is_told_who_holds_the_run(tmp_path):
+    trainer = small_trainer(tmp_path)
+    command = [sys.executable, "-m", "timemix", "train", "--resume", trainer.out]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert told.returncode == 2
+    assert f"is in use by process {os.getpid()} on" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from timemix.storage.locks import FolderLock;"
+        "lock = FolderLock(Path(sys.argv[1])); lock.take(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    child.wait()
+    lock = FolderLock(tmp_path)
+    lock.take()
+    assert lock.taken_over is not None
+    assert lock.taken_over.startswith(f"process {child.pid} on ")
+    lock.release()
+    lock.take()
+    assert lock.taken_over is None
+
+
+def test_a_config_of_the_kill_test_is_a_hard_one(tmp_path):
+    """Saves fall between lines of metrics, lines between saves, and some checkpoints are saved for their loss."""
+    made = config(write_text_file(tmp_path))
+    train = made.train
+    assert train.save_every % train.log_every
+    assert train.save_every % train.valid_every
+    assert made.model.dropout > 0
