@@ -16,6 +16,7 @@ TimemixError
 
 import difflib
 import typing
+from pathlib import Path
 
 LONGEST = 1000
 """Characters of a message at most."""
@@ -80,6 +81,19 @@ class ProcessLost(Unavailable):
 
 class NotFinite(TimemixError):
     """A loss or a gradient is not finite: the run fails in the same way again."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a run after its step was saved; no TimemixError, since nothing failed.
+
+    Args:
+        number: Number of the signal.
+        saved: The newest checkpoint, None in processes that write none.
+    """
+
+    def __init__(self, number: int, saved: Path | None) -> None:
+        super().__init__(f"stopped; saved {saved}")
+        self.number = number
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

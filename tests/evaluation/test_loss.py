@@ -13,7 +13,7 @@ import timemix
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_trainer
 from timemix.errors import TimemixError
-from timemix.evaluation.loss import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
+from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
 
 
 @given(
@@ -80,15 +80,15 @@ def loaded(tmp_path_factory):
 
 
 def test_units(loaded):
-    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:500])
+    result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:500])
     assert result["bits_per_character"] == pytest.approx(result["nats_per_token"] / math.log(2))
     assert result["bits_per_byte"] == pytest.approx(result["bits_per_character"])
     assert (result["tokens"], result["characters"], result["bytes"], result["unknown"]) == (500, 500, 500, 0)
 
 
 def test_unknown_characters_are_left_out_and_counted(loaded):
-    known = evaluate(loaded.model, loaded.tokenizer, TEXT[:300])
-    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
+    known = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:300])
+    result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
     assert result["unknown"] == 3
     assert result["nats_per_token"] == pytest.approx(known["nats_per_token"])
     assert result["bits_per_byte"] == pytest.approx(known["bits_per_byte"])
@@ -111,4 +111,4 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
 
 def test_too_short_a_text(loaded):
     with pytest.raises(TimemixError, match="the text has 1 tokens; at least 2 are needed"):
-        evaluate(loaded.model, loaded.tokenizer, "t")
+        evaluate_text(loaded.model, loaded.tokenizer, "t")

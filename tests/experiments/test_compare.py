@@ -15,14 +15,13 @@ import pytest
 from tests.helpers.comparisons import BASE, finish, small
 from tests.helpers.runs import TEXT, write_text_file
 from timemix.bench.measure import measure_training
-from timemix.errors import TimemixError
+from timemix.errors import Interrupted, TimemixError
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
 from timemix.experiments.spec import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed
-from timemix.training.signals import Interrupted
 from timemix.training.trainer import Trainer
 
 

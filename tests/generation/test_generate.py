@@ -11,7 +11,7 @@ from tests.helpers.models import VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
 from timemix.errors import TimemixError
-from timemix.generation.generate import generate_tokens, stream_text
+from timemix.generation.generate import generate_tokens, stream
 from timemix.generation.sampler import Sampler
 
 CTX = 12
@@ -81,7 +81,7 @@ def test_text_in_text_out(run):
     assert [len(t) for t in texts] == [50] * 3
     assert len(set(texts)) == 3
     assert timemix.generate(run, "the ", tokens=50, count=2, seed=1) == texts[:2]
-    pieces = list(stream_text(loaded, "the ", tokens=50, seed=1))
+    pieces = list(stream(loaded, "the ", tokens=50, seed=1))
     assert "".join(p for (p,) in pieces) == texts[0]
     assert all(len(p) <= 1 for (p,) in pieces)
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.runs import small_config, with_model
-from timemix.errors import TimemixError
+from timemix.errors import Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.runtime.distributed import Elsewhere, World, joined
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 SETTINGS = {

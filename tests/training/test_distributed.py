@@ -23,11 +23,10 @@ from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
-from timemix.errors import TimemixError
+from timemix.errors import Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.runs import folder as run_folder
 from timemix.runtime.distributed import World, my_rows
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 ROOT = Path(__file__).parents[2]

@@ -19,12 +19,11 @@ from tests.helpers.killed_run import CONFIG, config, start
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
 from timemix.data.prepare import prepare
-from timemix.errors import TimemixError
+from timemix.errors import Interrupted, TimemixError
 from timemix.runs import folder as run_folder
 from timemix.storage import files
 from timemix.storage.locks import FolderLock
 from timemix.training import trainer as trainer_module
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")

@@ -16,10 +16,9 @@ from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
-from timemix.errors import TimemixError
+from timemix.errors import Interrupted, TimemixError
 from timemix.models.registry import ARCHITECTURES
 from timemix.runs import folder as run_folder
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 

@@ -16,7 +16,7 @@ from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
-from timemix.errors import InvalidValue
+from timemix.errors import Interrupted, InvalidValue
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.to_exponential import exponential_config, with_exponentials
@@ -24,7 +24,6 @@ from timemix.reporting.plots import plot_loss, save_picture
 from timemix.runs.load import Loaded, load
 from timemix.runtime.machine import keep_freed_memory
 from timemix.storage.files import write_text
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer
 

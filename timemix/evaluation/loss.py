@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from timemix.data.corpus import Corpus, text_size
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
+from timemix.runs.load import Loaded, load
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
 from timemix.tokenizers.base import Tokenizer
@@ -123,6 +125,31 @@ def loss_by_position(
 
 
 def evaluate(
+    run: str | Path | Loaded, text: str | None = None, *, precision: str = "float32", stride: int | None = None
+) -> dict[str, float | int]:
+    """Measure the loss of a trained model on a text.
+
+    Args:
+        run: Run folder, checkpoint folder, or what `load` returned.
+        text: Text of at least two tokens; None: the text that the run held out.
+        precision: Of matrix products: "float32" or "bfloat16".
+        stride: Tokens by which windows of ctx_len move, at least 1; None: windows side by side.
+
+    Returns:
+        `nats_per_token`, `bits_per_character`, `bits_per_byte` (UTF-8), and the counts `tokens`, `characters`, `bytes`
+        and `unknown` (characters outside the vocabulary).
+
+    Raises:
+        InvalidValue: The text has fewer than two tokens, or `stride` is below 1.
+        FileError: The run, or its data, cannot be loaded.
+    """
+    loaded = run if isinstance(run, Loaded) else load(run)
+    if text is None:
+        return evaluate_held_out(loaded.model, loaded.corpus(), precision=precision, stride=stride)
+    return evaluate_text(loaded.model, loaded.tokenizer, text, precision=precision, stride=stride)
+
+
+def evaluate_text(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
 ) -> dict[str, float | int]:
     """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).

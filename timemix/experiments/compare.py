@@ -31,7 +31,7 @@ from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import hold_out_end, prepare, text_hash
-from timemix.errors import DamagedFile, FileError, InvalidValue, MissingFile, NotFinite, TimemixError
+from timemix.errors import DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.spec import TUNING_SEED, Experiment, Variant
 from timemix.models.config import ModelConfig
@@ -42,7 +42,6 @@ from timemix.storage.files import write_text
 from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resolved, resume_run
 from timemix.training.trainer import Trainer, Watch
 

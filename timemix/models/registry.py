@@ -15,10 +15,10 @@ from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """What can be known of an architecture before a model is built.
+    """Describe an architecture without importing torch.
 
     Args:
-        name: As in `--model.arch`.
+        name: Value of the setting `model.arch`.
         config: Class of its settings, derived from `ModelConfig`.
         model: "module:class" of its block, a `models.layers.block.Block`.
         year: Of its publication.
@@ -101,7 +101,14 @@ DEFAULT_ARCHITECTURE = "rwkv1"
 
 
 def list_architectures(*, bounded: bool | None = None) -> list[str]:
-    """Return the names of all architectures, or of those whose context ends at ctx_len, or has no end."""
+    """Return the names of the architectures.
+
+    Args:
+        bounded: True: those whose context ends at ctx_len. False: those whose context has no end. None: all.
+
+    Returns:
+        Names, oldest first.
+    """
     return [name for name, each in ARCHITECTURES.items() if bounded is None or each.bounded == bounded]
 
 

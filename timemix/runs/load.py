@@ -23,7 +23,14 @@ from timemix.tokenizers.make import load_tokenizer
 
 @dataclass
 class Loaded:
-    """A trained model with its tokenizer and the config of its run."""
+    """Hold a trained model with its tokenizer and the config of its run.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        config: Config of its run.
+        folder: Checkpoint folder that it was loaded from.
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -72,9 +79,19 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
 
 
 def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
-    """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
+    """Load a trained model with its tokenizer and config.
 
-    `checkpoint`: as for `find`. Raises DamagedFile when something is missing, damaged, or does not fit together.
+    Args:
+        run: Run folder, or one of its checkpoint folders.
+        checkpoint: "best" (lowest validation loss), "newest", or a step; of a run folder.
+        device: PyTorch device, such as "cpu" or "cuda:1".
+
+    Returns:
+        The model in eval mode, the tokenizer, the config and the checkpoint folder.
+
+    Raises:
+        MissingFile: There is no such run or checkpoint.
+        DamagedFile: A file is damaged, or the files do not fit together.
     """
     folder = find(run, checkpoint)
     config = read_toml(folder / "config.toml")

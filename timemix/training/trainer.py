@@ -17,7 +17,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
-from timemix.errors import CannotWrite, DamagedFile, InvalidValue, NotFinite, ProcessLost, Unavailable
+from timemix.errors import CannotWrite, DamagedFile, Interrupted, InvalidValue, NotFinite, ProcessLost, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
@@ -34,7 +34,7 @@ from timemix.training.hooks import Hook
 from timemix.training.optim import build_optimizers, learning_rate
 from timemix.training.parallel import in_parallel, without_exchange
 from timemix.training.saving import gathered, restore_training
-from timemix.training.signals import STOP_SIGNALS, Interrupted, collected_signals
+from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch
 
 logger = logging.getLogger("timemix")
