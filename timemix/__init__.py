@@ -1,30 +1,72 @@
 """timemix: train, compare and run RWKV language models.
 
-run = timemix.load("runs/demo")
+run = timemix.train("cpu-small", "runs/mine", data="text.txt")
 timemix.generate(run, "The ", tokens=100)
+
+The names below are the public interface; all modules but `timemix.errors` are internal. `import timemix` imports no
+torch: a name is imported at its first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from timemix import errors
 from timemix._version import __version__
-from timemix.errors import UserError
 
 if TYPE_CHECKING:
-    from timemix.generation.generate import generate
+    from timemix.evaluation.loss import evaluate
+    from timemix.generation.engine import Engine, Request
+    from timemix.generation.generate import generate, stream
+    from timemix.generation.sampler import Sampler
+    from timemix.generation.session import Session, load_session, save_session
+    from timemix.models.language_model import build_model
+    from timemix.models.registry import Architecture, list_architectures
     from timemix.runs.load import load
+    from timemix.training.train import train
 
+_MODULES = {
+    "Architecture": "timemix.models.registry",
+    "Engine": "timemix.generation.engine",
+    "Request": "timemix.generation.engine",
+    "Sampler": "timemix.generation.sampler",
+    "Session": "timemix.generation.session",
+    "build_model": "timemix.models.language_model",
+    "evaluate": "timemix.evaluation.loss",
+    "generate": "timemix.generation.generate",
+    "list_architectures": "timemix.models.registry",
+    "load": "timemix.runs.load",
+    "load_session": "timemix.generation.session",
+    "save_session": "timemix.generation.session",
+    "stream": "timemix.generation.generate",
+    "train": "timemix.training.train",
+}
+"""Module of each public name."""
 
-__all__ = ["UserError", "__version__", "generate", "load"]
+__all__ = [
+    "Architecture",
+    "Engine",
+    "Request",
+    "Sampler",
+    "Session",
+    "__version__",
+    "build_model",
+    "errors",
+    "evaluate",
+    "generate",
+    "list_architectures",
+    "load",
+    "load_session",
+    "save_session",
+    "stream",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the package must not import torch.
-    if name == "load":
-        from timemix.runs.load import load
+    if name not in _MODULES:
+        raise AttributeError(f"module 'timemix' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
-        return load
-    if name == "generate":
-        from timemix.generation.generate import generate
 
-        return generate
-    raise AttributeError(f"module 'timemix' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

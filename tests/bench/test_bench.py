@@ -13,7 +13,7 @@ from timemix.bench import train as bench_train
 from timemix.bench.baselines import plain_wkv1
 from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.generation.decode import build_step
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
@@ -139,7 +139,7 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
     ],
 )
 def test_wrong_uses_end_in_one_sentence(arguments, words):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(TimemixError) as told:
         verb(arguments)
     assert words in str(told.value)
 
@@ -200,5 +200,5 @@ def test_the_bytes_of_the_floor():
 
 
 def test_sizes_that_cannot_be_written_are_refused():
-    with pytest.raises(UserError, match=r"--batches \[0\]: each must be at least 1"):
+    with pytest.raises(TimemixError, match=r"--batches \[0\]: each must be at least 1"):
         verb(["sample", "--batches", "0"])

@@ -7,7 +7,7 @@ import pytest
 
 from timemix.config.presets import PRESETS, preset
 from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.models.registry import ARCHITECTURES, model_config
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import learning_rate
@@ -73,7 +73,7 @@ def test_seed_is_the_published_figure():
     ],
 )
 def test_wrong_values_are_one_clear_sentence(call, sentence):
-    with pytest.raises(UserError, match=re.escape(sentence)) as error:
+    with pytest.raises(TimemixError, match=re.escape(sentence)) as error:
         call()
     assert "\n" not in str(error.value)
 
@@ -84,12 +84,12 @@ def test_wrong_values_are_one_clear_sentence(call, sentence):
 def test_damaged_config_files_name_the_file(content, tmp_path):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(str(path))):
+    with pytest.raises(TimemixError, match=re.escape(str(path))):
         read_toml(path)
 
 
 def test_a_missing_config_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(TimemixError, match="No such file"):
         read_toml(tmp_path / "config.toml")
 
 
@@ -124,5 +124,5 @@ class TestLearningRate:
 
 @pytest.mark.parametrize("backend", ["blocked", "spectral"])
 def test_a_free_w_refuses_the_backends_that_need_lags(backend):
-    with pytest.raises(UserError, match=f"backend {backend} needs decomposed weights"):
+    with pytest.raises(TimemixError, match=f"backend {backend} needs decomposed weights"):
         model_config("rwkv1", weights="free", backend=backend)

@@ -18,7 +18,7 @@ import pytest
 from timemix.data import readers as decoding
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.sources import read_source
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 
 TEXT = "first line\r\nsecond, with é and 鱼\n\tthird 🐈\n"
 
@@ -29,7 +29,7 @@ def _in_folder(tmp_path, monkeypatch):
 
 
 def refused(source, sentence, **options):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(TimemixError) as caught:
         read_source(str(source), **options)
     assert re.search(sentence, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)

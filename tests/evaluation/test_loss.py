@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import timemix
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_trainer
-from timemix.errors import UserError
-from timemix.evaluation.loss import evaluate, evaluate_held_out, loss_by_position, loss_per_token, windows
+from timemix.errors import TimemixError
+from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
 
 
 @given(
@@ -45,7 +45,7 @@ def test_loss_by_position_splits_the_loss_of_whole_windows():
         logits, _ = model(torch.from_numpy(text[:-1].astype(np.int64)).view(5, 12))
     targets = torch.from_numpy(text[1:].astype(np.int64)).view(5, 12)
     assert by_position[3] == pytest.approx(float(F.cross_entropy(logits[:, 3], targets[:, 3])), rel=1e-6)
-    with pytest.raises(UserError, match="needs 13"):
+    with pytest.raises(TimemixError, match="needs 13"):
         loss_by_position(model, text[:12])
 
 
@@ -80,15 +80,15 @@ def loaded(tmp_path_factory):
 
 
 def test_units(loaded):
-    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:500])
+    result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:500])
     assert result["bits_per_character"] == pytest.approx(result["nats_per_token"] / math.log(2))
     assert result["bits_per_byte"] == pytest.approx(result["bits_per_character"])
     assert (result["tokens"], result["characters"], result["bytes"], result["unknown"]) == (500, 500, 500, 0)
 
 
 def test_unknown_characters_are_left_out_and_counted(loaded):
-    known = evaluate(loaded.model, loaded.tokenizer, TEXT[:300])
-    result = evaluate(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
+    known = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:300])
+    result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
     assert result["unknown"] == 3
     assert result["nats_per_token"] == pytest.approx(known["nats_per_token"])
     assert result["bits_per_byte"] == pytest.approx(known["bits_per_byte"])
@@ -97,7 +97,7 @@ def test_unknown_characters_are_left_out_and_counted(loaded):
 
 @pytest.mark.parametrize("stride", [0, -1])
 def test_a_stride_below_one_is_refused(stride):
-    with pytest.raises(UserError, match="it must be at least 1 token"):
+    with pytest.raises(TimemixError, match="it must be at least 1 token"):
         loss_per_token(build(VARIANTS["rwkv1"]), np.zeros(20, np.uint8), stride=stride)
 
 
@@ -110,5 +110,5 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
 
 
 def test_too_short_a_text(loaded):
-    with pytest.raises(UserError, match="the text has 1 tokens; at least 2 are needed"):
-        evaluate(loaded.model, loaded.tokenizer, "t")
+    with pytest.raises(TimemixError, match="the text has 1 tokens; at least 2 are needed"):
+        evaluate_text(loaded.model, loaded.tokenizer, "t")

@@ -11,7 +11,7 @@ from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, 
 from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -45,7 +45,7 @@ REQUESTS = [
 
 def test_requests_that_come_at_any_time_get_what_they_get_alone(model):
     expected = [alone(model, request) for request in REQUESTS]
-    engine = Engine(model, CHARACTERS, places=3)
+    engine = Engine(model, CHARACTERS, slots=3)
     events = {}
     for number, request in enumerate(REQUESTS):
         assert engine.add(request) == number
@@ -64,7 +64,7 @@ def test_requests_that_come_at_any_time_get_what_they_get_alone(model):
 @examples(15)
 def test_in_any_order_with_any_places_and_cancellations(plan, places):
     model = KINDS["rwkv1, compiled"]()
-    engine = Engine(model, CHARACTERS, places=places)
+    engine = Engine(model, CHARACTERS, slots=places)
     events, cancelled = {}, set()
     for which, steps, cancel in plan:
         id = engine.add(REQUESTS[which])
@@ -92,7 +92,7 @@ def test_equals_recomputing_the_whole_context():
 
 def test_a_place_used_again_holds_nothing_of_before(model):
     expected = alone(model, REQUESTS[0])
-    engine = Engine(model, CHARACTERS, places=1)
+    engine = Engine(model, CHARACTERS, slots=1)
     for request in REQUESTS[1:4]:
         engine.add(request)
         finish(engine)
@@ -110,7 +110,7 @@ def test_with_tiles_too_each_gets_what_it_gets_alone(monkeypatch):
     expected = [alone(model, request) for request in requests]
     for name, value in {"FROM": 1, "TILE": 2, "_BY_MATRIX": 2, "_BY_TILES": 4}.items():
         monkeypatch.setattr(lazy, name, value)
-    engine = Engine(model, CHARACTERS, places=3)
+    engine = Engine(model, CHARACTERS, slots=3)
     assert engine.advance.tiled
     events = {}
     for request in requests:
@@ -125,7 +125,7 @@ def test_with_tiles_too_each_gets_what_it_gets_alone(monkeypatch):
 
 def test_a_model_that_gives_no_numbers_ends_what_is_at_work_and_no_more():
     model = KINDS["rwkv1, compiled"]()
-    engine = Engine(model, CHARACTERS, places=1)
+    engine = Engine(model, CHARACTERS, slots=1)
     engine.add(REQUESTS[0])
     after = engine.add(REQUESTS[3])
     engine.step()
@@ -157,7 +157,7 @@ def test_text_held_back_goes_with_the_stream():
         engine = Engine(model, CHARACTERS, step=writes(model, text))
         id = engine.add(Request([0], tokens=7, stop=("acd",)))
         first = [event for _ in range(cut) for event in engine.step()]
-        stream = engine.stream(id)
+        stream = engine.session(id)
         engine = Engine(model, CHARACTERS, step=writes(model, text))
         engine._few = 10
         engine.add(Request([], tokens=7 - cut, stop=("acd",), start=stream))
@@ -234,7 +234,7 @@ def test_stop_strings_do_not_split_characters_of_several_bytes():
 
 
 def test_cancel(model):
-    engine = Engine(model, CHARACTERS, places=1)
+    engine = Engine(model, CHARACTERS, slots=1)
     first, second, third = (engine.add(REQUESTS[0]) for _ in range(3))
     engine.step()
     assert engine.cancel(first)
@@ -251,9 +251,9 @@ def test_going_on_from_a_stream_equals_going_on(model, cut):
     whole = Request([1, 2, 3], 25, Sampler(repetition_penalty=1.3), seed=4, log_probabilities=True)
     expected = alone(model, whole)
     engine = Engine(model, CHARACTERS)
-    engine.add(Request(whole.prompt, cut, whole.sampler, 4, keep_stream=True, log_probabilities=True))
+    engine.add(Request(whole.prompt, cut, whole.sampler, 4, keep_session=True, log_probabilities=True))
     (first,) = finish(engine).values()
-    stream = first[-1].stream
+    stream = first[-1].session
     assert stream.written == cut
     engine = Engine(model, CHARACTERS)
     for _ in range(2):
@@ -269,20 +269,20 @@ def test_a_stream_of_a_request_at_work_branches(model):
     id = engine.add(Request([1, 2], 20, seed=3))
     for _ in range(6):
         engine.step()
-    stream = engine.stream(id)
+    stream = engine.session(id)
     rest = [e.token for e in finish(engine)[id]]
     same = alone(model, Request([], 14, seed=3, start=stream.clone()))
     assert [e.token for e in same] == rest
     other = alone(model, Request([5, 5], 14, seed=3, start=stream))
     assert [e.token for e in other] != rest
     with pytest.raises(KeyError):
-        engine.stream(id)
+        engine.session(id)
 
 
 def test_a_prompt_after_a_stream_equals_one_prompt(model):
     engine = Engine(model, CHARACTERS)
-    engine.add(Request([1, 2, 3], 0, keep_stream=True))
-    stream = finish(engine)[0][-1].stream
+    engine.add(Request([1, 2, 3], 0, keep_session=True))
+    stream = finish(engine)[0][-1].session
     together = alone(model, Request([1, 2, 3, 4, 5], 6, log_probabilities=True))
     assert_same(alone(model, Request([4, 5], 6, start=stream, log_probabilities=True)), together)
 
@@ -301,7 +301,7 @@ def test_a_prompt_after_a_stream_equals_one_prompt(model):
     ],
 )
 def test_requests_that_cannot_be(fields, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(TimemixError, match=words):
         Request(**({"prompt": [1]} | fields))
 
 
@@ -313,14 +313,14 @@ def test_what_an_engine_refuses():
     model = build(VARIANTS["rwkv1"])
     other = build(VARIANTS["rwkv1"], ctx_len=13)
     engine = Engine(other)
-    engine.add(Request([1], 0, keep_stream=True))
-    with pytest.raises(UserError, match="the stream to go on with is of another model"):
-        Engine(model).add(Request([1], start=finish(engine)[0][-1].stream))
-    with pytest.raises(UserError, match="places is 0"):
-        Engine(model, places=0)
-    with pytest.raises(UserError, match="token 11 is outside the vocabulary of 11"):
+    engine.add(Request([1], 0, keep_session=True))
+    with pytest.raises(TimemixError, match="the stream to go on with is of another model"):
+        Engine(model).add(Request([1], start=finish(engine)[0][-1].session))
+    with pytest.raises(TimemixError, match="slots is 0"):
+        Engine(model, slots=0)
+    with pytest.raises(TimemixError, match="token 11 is outside the vocabulary of 11"):
         Engine(model).add(Request([3, 11]))
-    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+    with pytest.raises(TimemixError, match="stop strings need a tokenizer"):
         Engine(model).add(Request([3], stop=("a",)))
 
 

@@ -10,8 +10,8 @@ from tests.helpers.engines import reanchored, recomputed
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
-from timemix.errors import UserError
-from timemix.generation.generate import generate_tokens, stream_text
+from timemix.errors import TimemixError
+from timemix.generation.generate import generate_tokens, stream
 from timemix.generation.sampler import Sampler
 
 CTX = 12
@@ -59,12 +59,12 @@ def test_seeds_and_samples_differ_and_repeat():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_an_empty_prompt_is_an_error(prompts):
-    with pytest.raises(UserError, match="the prompt is empty"):
+    with pytest.raises(TimemixError, match="the prompt is empty"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), prompts, 3, Sampler()))
 
 
 def test_keep_is_a_share():
-    with pytest.raises(UserError, match="keep is 0"):
+    with pytest.raises(TimemixError, match="keep is 0"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), [[1]], 3, Sampler(), keep=0))
 
 
@@ -81,13 +81,13 @@ def test_text_in_text_out(run):
     assert [len(t) for t in texts] == [50] * 3
     assert len(set(texts)) == 3
     assert timemix.generate(run, "the ", tokens=50, count=2, seed=1) == texts[:2]
-    pieces = list(stream_text(loaded, "the ", tokens=50, seed=1))
+    pieces = list(stream(loaded, "the ", tokens=50, seed=1))
     assert "".join(p for (p,) in pieces) == texts[0]
     assert all(len(p) <= 1 for (p,) in pieces)
 
 
 def test_a_prompt_outside_the_vocabulary_is_named(run):
-    with pytest.raises(UserError, match="Q"):
+    with pytest.raises(TimemixError, match="Q"):
         timemix.generate(run, "the Q", tokens=3)
 
 

@@ -5,26 +5,26 @@ import torch
 
 from tests.helpers.engines import CHARACTERS, KINDS, alone
 from tests.helpers.pairwise import pairwise
-from timemix.errors import UserError
+from timemix.errors import TimemixError
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
-from timemix.generation.session import load_stream, model_hash, save_stream
+from timemix.generation.session import load_session, model_hash, save_session
 
 
 def stream_of(model, tokens=9):
     engine = Engine(model, CHARACTERS)
-    engine.add(Request([1, 2, 3], tokens, Sampler(repetition_penalty=1.2), keep_stream=True))
+    engine.add(Request([1, 2, 3], tokens, Sampler(repetition_penalty=1.2), keep_session=True))
     while engine.busy:
         *_, event = engine.step()
-    return event.stream
+    return event.session
 
 
 @pytest.mark.parametrize(("kind", "tokens"), pairwise(KINDS, [0, 1, 9, 30], strength=1))
 def test_saved_and_loaded_it_goes_on_the_same(kind, tokens, tmp_path):
     model = KINDS[kind]()
     stream = stream_of(model, tokens)
-    save_stream(stream, tmp_path / "state", model)
-    loaded = load_stream(tmp_path / "state", model)
+    save_session(stream, tmp_path / "state", model)
+    loaded = load_session(tmp_path / "state", model)
     assert (loaded.tokens, loaded.unread, loaded.written, loaded.seen) == (
         stream.tokens,
         stream.unread,
@@ -58,21 +58,21 @@ def test_the_hash_is_of_sizes_and_every_weight():
 
 def test_another_model_is_refused(tmp_path):
     model = KINDS["rwkv1, compiled"]()
-    save_stream(stream_of(model), tmp_path / "state", model)
+    save_session(stream_of(model), tmp_path / "state", model)
     with torch.no_grad():
         model.head.weight[0, 0] += 1
-    with pytest.raises(UserError, match=r"is a state of another model \(rwkv1\)"):
-        load_stream(tmp_path / "state", model)
-    with pytest.raises(UserError, match="of another model"):
-        load_stream(tmp_path / "state", KINDS["mha_pro"]())
+    with pytest.raises(TimemixError, match=r"is a state of another model \(rwkv1\)"):
+        load_session(tmp_path / "state", model)
+    with pytest.raises(TimemixError, match="of another model"):
+        load_session(tmp_path / "state", KINDS["mha_pro"]())
 
 
 def test_files_that_are_no_state_are_refused_by_name(tmp_path):
     model = KINDS["rwkv1, compiled"]()
-    with pytest.raises(UserError, match=r"nothing is missing"):
-        load_stream(tmp_path / "nothing", model)
+    with pytest.raises(TimemixError, match=r"nothing is missing"):
+        load_session(tmp_path / "nothing", model)
     good = tmp_path / "good"
-    save_stream(stream_of(model), good, model)
+    save_session(stream_of(model), good, model)
     whole = good.read_bytes()
     for name, content in {
         "empty": b"",
@@ -81,8 +81,8 @@ def test_files_that_are_no_state_are_refused_by_name(tmp_path):
         "nothing unread": whole.replace(b'\\"unread\\": 1', b'\\"unread\\": 0'),
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} (is|holds)"):
-            load_stream(tmp_path / name, model)
+        with pytest.raises(TimemixError, match=f"{name} (is|holds)"):
+            load_session(tmp_path / name, model)
 
 
 def test_weights_are_no_state(tmp_path):
@@ -90,5 +90,5 @@ def test_weights_are_no_state(tmp_path):
 
     model = KINDS["rwkv1, compiled"]()
     save_file({"position": torch.zeros(1)}, tmp_path / "weights")
-    with pytest.raises(UserError, match="holds no state that timemix wrote"):
-        load_stream(tmp_path / "weights", model)
+    with pytest.raises(TimemixError, match="holds no state that timemix wrote"):
+        load_session(tmp_path / "weights", model)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from tests.helpers.runs import small_config, with_model
-from timemix.errors import UserError
+from timemix.errors import Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.runtime.distributed import Elsewhere, World, joined
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 SETTINGS = {
@@ -61,9 +60,9 @@ def main() -> None:
                 stop_and_resume(folder, strategy, world)
 
         def fail():
-            raise UserError("only process 0 says this")
+            raise TimemixError("only process 0 says this")
 
-        with pytest.raises(UserError if world.first else Elsewhere):
+        with pytest.raises(TimemixError if world.first else Elsewhere):
             world.first_does(fail)
 
 

@@ -20,7 +20,7 @@ import timemix
 from tests.helpers.runs import small_config, write_text_file
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
-from timemix.errors import LONGEST, UserError
+from timemix.errors import LONGEST, TimemixError
 from timemix.runs import folder as run_folder
 from timemix.runs.metrics import read_metrics
 from timemix.tokenizers.make import load_tokenizer
@@ -51,7 +51,7 @@ def tokens(good, tmp_path):
 
 
 def refused(action, name: str) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(TimemixError) as told:
         action()
     assert name in str(told.value)
     assert "\n" not in str(told.value)
@@ -239,7 +239,7 @@ def test_flipped_bits_in_a_header_are_named_or_harmless(run):
         damaged = bytearray(raw)
         damaged[place] ^= 1 << int(draw.integers(8))
         path.write_bytes(damaged)
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(TimemixError):
             logits, _ = timemix.load(run).model(torch.zeros(1, 4, dtype=torch.int64))
             assert not math.isnan(logits.sum().item())
 
@@ -371,7 +371,7 @@ def test_two_thousand_damaged_files(good, tmp_path):
                 try:
                     with seconds(20):
                         reader()
-                except UserError as error:
+                except TimemixError as error:
                     sentences.append(str(error))
                 except BaseException as error:
                     shutil.copy(path, tmp_path / "failed")

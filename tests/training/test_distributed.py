@@ -23,11 +23,10 @@ from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
-from timemix.errors import UserError
+from timemix.errors import Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.runs import folder as run_folder
 from timemix.runtime.distributed import World, my_rows
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +150,7 @@ def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, orde
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--train.batch-size 4 cannot be cut into 3 equal parts .* a multiple of 3"):
+    with pytest.raises(TimemixError, match="--train.batch-size 4 cannot be cut into 3 equal parts .* a multiple of 3"):
         new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
     assert not (tmp_path / "run").exists()
 

@@ -19,12 +19,11 @@ from tests.helpers.killed_run import CONFIG, config, start
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
 from timemix.data.prepare import prepare
-from timemix.errors import UserError
+from timemix.errors import Interrupted, TimemixError
 from timemix.runs import folder as run_folder
 from timemix.storage import files
 from timemix.storage.locks import FolderLock
 from timemix.training import trainer as trainer_module
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
@@ -190,7 +189,9 @@ def full_disk(folder: str):
 def test_a_full_disk_stops_the_run_at_the_last_good_checkpoint(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, valid_every=100)
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
-    with pytest.raises(UserError, match=r"step 8: no space left .*; the last good checkpoint is .*step-00000004, from"):
+    with pytest.raises(
+        TimemixError, match=r"step 8: no space left .*; the last good checkpoint is .*step-00000004, from"
+    ):
         trainer.run()
     monkeypatch.undo()
     assert [p.name for p in (trainer.out / "checkpoints").iterdir()] == ["step-00000004"]
@@ -212,7 +213,7 @@ def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
 def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, valid_every=100, full_disk="continue")
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(TimemixError, match="no space left"):
         trainer.run()
 
 
@@ -247,7 +248,7 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
 
     monkeypatch.setattr(Path, "open", opened)
     if full == "stop":
-        with pytest.raises(UserError, match=r"no space left on the device for .*metrics.jsonl"):
+        with pytest.raises(TimemixError, match=r"no space left on the device for .*metrics.jsonl"):
             trainer.run()
         assert metrics(trainer.out) == [line for line in metrics(whole.out) if line["step"] < 4]
     else:
@@ -257,7 +258,9 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
 
 def test_a_run_in_use_is_refused_and_its_user_named(tmp_path):
     trainer = small_trainer(tmp_path)
-    with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait for its end"):
+    with pytest.raises(
+        TimemixError, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait for its end"
+    ):
         resume_run(trainer.out)
     trainer.run()
     resume_run(trainer.out)

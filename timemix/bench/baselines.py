@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.bench.race import Contender
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig, ShiftedConfig
 from timemix.models.registry import like_size_of
 from timemix.models.rwkv1.config import Rwkv1Config
@@ -44,9 +44,9 @@ def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
 
 
 def naive_config(model: ModelConfig) -> Rwkv1Config:
-    """The settings of the same model with the naive op. Raises UserError for a model that it cannot compute."""
+    """The settings of the same model with the naive op. Raises InvalidValue for a model that it cannot compute."""
     if not isinstance(model, Rwkv1Config) or model.weights == "free" or not (model.alpha and model.beta):
-        raise UserError("bench train compares rwkv1, with alpha and beta, to the others; leave --model.arch out")
+        raise InvalidValue("bench train compares rwkv1, with alpha and beta, to the others; leave model.arch out")
     config = replace(model)
     # A backend that no run may ask for, hence past the checks.
     object.__setattr__(config, "backend", PLAIN)

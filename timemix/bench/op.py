@@ -8,7 +8,7 @@ from torch import Tensor
 
 from timemix.bench.baselines import FORMS, OP, PLAIN, attention, plain_wkv1
 from timemix.bench.race import Contender, Say, machine_now, race, too_large
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.machine import keep_freed_memory
 
@@ -19,10 +19,10 @@ def bench_op(
     """Forward and backward of wkv1 alone, each form in float32 and, where the device has it, bfloat16, and of fused
     attention of that size.
 
-    Raises UserError for a device that this machine does not have, or sizes that make no head.
+    Raises InvalidValue for a device that this machine does not have, or sizes that make no head.
     """
     if channels % heads or min(*ctx_lens, batch_size, heads) < 1:
-        raise UserError(f"{channels} channels cannot be cut into {heads} heads, or a size is below 1")
+        raise InvalidValue(f"heads={heads} does not divide channels={channels}, or a size is below 1")
     where, _ = choose_device(device)
     precision, reason = choose_precision("auto", where)
     dtypes = [torch.float32, torch.bfloat16] if precision == "bfloat16" else [torch.float32]

@@ -15,7 +15,7 @@ from torch import nn
 
 from timemix.bench.baselines import llama_like
 from timemix.bench.race import Contender, Say, machine_now, race
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -40,11 +40,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
     """Steps of a model of random weights, alone, in batches and by position; and the time to a first token.
 
-    Raises UserError for a context shorter than what a path writes in its turn.
+    Raises InvalidValue for a context shorter than what a path writes in its turn.
     """
     if model.ctx_len < 2 * STEPS:
-        raise UserError(
-            f"--model.ctx-len is {model.ctx_len}; bench sample writes {STEPS} tokens at a time: at least {2 * STEPS}"
+        raise InvalidValue(
+            f"model.ctx_len is {model.ctx_len}; bench sample writes {STEPS} tokens at a time: at least {2 * STEPS}"
         )
     device = torch.device("cpu")
     torch.manual_seed(0)

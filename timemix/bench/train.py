@@ -27,7 +27,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     where that is asked for or pays; the plain writing in float32; rotary attention of the same size, and a Llama of the
     `transformers` library where that is installed.
 
-    Raises UserError for another architecture than rwkv1 with tables.
+    Raises TimemixError for another architecture than rwkv1 with tables.
     """
     naive = naive_config(model)
     device, _ = choose_device(train.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from timemix.cli.compare import _say
 from timemix.cli.options import parse, preset_of
 from timemix.config.run import TrainConfig
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig
 from timemix.storage.files import write_text
 
@@ -71,13 +71,13 @@ class BenchSampleArguments:
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
-            raise UserError(f"--batches {list(self.batches)}: each must be at least 1")
+            raise InvalidValue(f"--batches {list(self.batches)}: each must be at least 1")
 
 
 def bench(arguments: list[str]) -> int:
     what = arguments[0] if arguments else ""
     if what not in ("op", "train", "sample"):
-        raise UserError(f"bench what? timemix bench op, bench train or bench sample, not {what!r}")
+        raise InvalidValue(f"bench what? timemix bench op, bench train or bench sample, not {what!r}")
     asked: BenchOpArguments | BenchTrainArguments | BenchSampleArguments
     if what == "op":
         asked = parse(BenchOpArguments, arguments[1:], "bench op")
@@ -91,7 +91,7 @@ def bench(arguments: list[str]) -> int:
         default = BenchTrainArguments(replace(config.model, vocab_size=65), config.train)
         asked = parse(BenchTrainArguments, rest, "bench train", default)
     if not 0 < asked.seconds < math.inf:
-        raise UserError(f"--seconds is {asked.seconds}; it must be above 0, and finite")
+        raise InvalidValue(f"--seconds is {asked.seconds}; it must be above 0, and finite")
     from timemix.bench.op import bench_op
     from timemix.bench.race import to_markdown
     from timemix.bench.train import bench_train

@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import parse
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
@@ -116,12 +116,12 @@ def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | Non
 
 
 def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
-    """Name and experiment that the options describe. Raises UserError for none, for both, or for bad values."""
+    """Name and experiment that the options describe. Raises InvalidValue for none, for both, or for bad values."""
     if (parsed.experiment is None) == (not parsed.arch):
         known = ", ".join(path.stem for path in shipped())
-        raise UserError(f"name an experiment file, one of {known}, or architectures with --arch")
+        raise InvalidValue(f"name an experiment file, one of {known}, or architectures with --arch")
     if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
-        raise UserError("--size and --no-tune go with --arch; an experiment file says these itself")
+        raise InvalidValue("--size and --no-tune go with --arch; an experiment file says these itself")
     if parsed.experiment is not None:
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)
@@ -131,12 +131,12 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
     changes: dict[str, Any] = {}
     if parsed.seeds is not None:
         if parsed.seeds < 1:
-            raise UserError(f"--seeds is {parsed.seeds}; it must be at least 1")
+            raise InvalidValue(f"--seeds is {parsed.seeds}; it must be at least 1")
         changes["seeds"] = tuple(range(1, parsed.seeds + 1))
     if parsed.tokens is not None:
         changes |= {"tokens": parsed.tokens, "seconds": None}
     if changes and not isinstance(experiment, Experiment):
-        raise UserError(f"{name} trains no variants: --seeds and --tokens say nothing to it")
+        raise InvalidValue(f"{name} trains no variants: --seeds and --tokens say nothing to it")
     return name, replace(experiment, **changes)
 
 

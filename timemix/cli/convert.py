@@ -16,7 +16,7 @@ from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import Interrupted, InvalidValue
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.language_model import LanguageModel
 from timemix.models.rwkv1.to_exponential import exponential_config, with_exponentials
@@ -24,7 +24,6 @@ from timemix.reporting.plots import plot_loss, save_picture
 from timemix.runs.load import Loaded, load
 from timemix.runtime.machine import keep_freed_memory
 from timemix.storage.files import write_text
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer
 
@@ -71,7 +70,7 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         if self.finetune < 0:
-            raise UserError(f"--finetune is {self.finetune}; it must be at least 0")
+            raise InvalidValue(f"--finetune is {self.finetune}; it must be at least 0")
 
 
 def convert(arguments: list[str]) -> int:
@@ -103,8 +102,8 @@ def _convert(parsed: ConvertArguments, loaded: Loaded, exponentials: int, out: P
     """One run folder; returns its row of the report, and the losses of the original."""
     try:
         model, fits = with_exponentials(loaded.model, exponentials, parsed.taps)
-    except UserError as error:
-        raise UserError(f"{loaded.folder}: {error}") from None
+    except InvalidValue as error:
+        raise InvalidValue(f"{loaded.folder}: {error}") from error
     config = replace(loaded.config, model=model.config, start=str(loaded.folder))
     converted = Loaded(model, loaded.tokenizer, config, loaded.folder)
     trainer = new_run(_config(parsed, converted), out, start=converted)

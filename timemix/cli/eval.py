@@ -40,7 +40,7 @@ class EvalArguments:
 def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
     from timemix.data.sources import read_source
-    from timemix.evaluation.loss import evaluate, evaluate_held_out
+    from timemix.evaluation.loss import evaluate_held_out, evaluate_text
     from timemix.models.quantize import rounded
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device, choose_precision
@@ -54,7 +54,7 @@ def eval(arguments: list[str]) -> int:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:
         text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
-        name, result = parsed.data, evaluate(loaded.model, loaded.tokenizer, text, **options)
+        name, result = parsed.data, evaluate_text(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
         print(json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **result}))
         return 0

@@ -8,7 +8,7 @@ from typing import Any
 import tyro
 
 from timemix.cli.options import parse
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, InvalidValue
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class InspectArguments:
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
-            raise UserError(f"--tokens is {self.tokens}; it must be at least 2")
+            raise InvalidValue(f"--tokens is {self.tokens}; it must be at least 2")
 
 
 def inspect(arguments: list[str]) -> int:
@@ -47,7 +47,7 @@ def inspect(arguments: list[str]) -> int:
     from timemix.runtime.device import choose_device
 
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
-        raise UserError(
+        raise DamagedFile(
             f"{parsed.run} has no weights, so neither tables nor projections can be shown; its losses can:"
             f" timemix plot {parsed.run}"
         )

@@ -3,11 +3,14 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
+from dataclasses import fields
+from typing import Any
 
 from timemix._version import __version__
-from timemix.errors import UserError
+from timemix.errors import FileError, InvalidValue, TimemixError, nearest
 
 VERBS = {
     "demo": "train on the built-in text for some minutes, sample, plot",
@@ -34,7 +37,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one verb and exits: 0, 2 after an error that a person can mend, 130 after Ctrl-C."""
+    """Run one verb and exit: 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -45,13 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         verb = arguments[0]
         if verb not in VERBS:
-            from timemix.errors import nearest
-
-            raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+            raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
         module = importlib.import_module(f"timemix.cli.{verb}")
         sys.exit(getattr(module, verb)(arguments[1:]))
-    except UserError as error:
-        print(f"timemix: {error}", file=sys.stderr)
+    except TimemixError as error:
+        print(f"timemix: {_with_flags(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("timemix: interrupted", file=sys.stderr)
@@ -65,3 +66,27 @@ def main(arguments: list[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"timemix: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _with_flags(error: TimemixError) -> str:
+    """Return the sentence of an error with flags for settings: `--train.batch-size` for `train.batch_size`.
+
+    A quoted value stays as it is, and so does the sentence of a file, where the dotted name is a field of the file.
+    """
+    if isinstance(error, FileError):
+        return str(error)
+    from timemix.config.run import TrainConfig
+    from timemix.data.config import DataConfig
+    from timemix.models.registry import ARCHITECTURES
+
+    kinds: dict[str, list[type[Any]]] = {
+        "model": [each.config for each in ARCHITECTURES.values()],
+        "data": [DataConfig],
+        "train": [TrainConfig],
+    }
+    known = {f"{part}.{field.name}" for part, each in kinds.items() for kind in each for field in fields(kind)}
+
+    def flag(match: re.Match[str]) -> str:
+        return f"--{match[0].replace('_', '-')}" if match[0] in known else match[0]
+
+    return re.sub(r"""'[^']*'|"[^"]*"|(?<![\w./-])(?:model|data|train)\.\w+(?![\w/-]|\.\w)""", flag, str(error))

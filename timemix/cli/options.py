@@ -1,5 +1,8 @@
 """What the verbs of the command line share: reading options, naming a preset, printing a report."""
 
+import contextlib
+import io
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -7,6 +10,7 @@ import tyro
 
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
+from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
     from timemix.tokenizers.base import Tokenizer
@@ -16,14 +20,29 @@ Arguments = TypeVar("Arguments")
 
 
 def parse(kind: type[Arguments], arguments: Sequence[str], verb: str, default: Arguments | None = None) -> Arguments:
-    """Options of a verb as a dataclass; tyro prints help and what is wrong with them, and exits."""
-    parsed = tyro.cli(
-        kind,
-        prog=f"timemix {verb}",
-        args=list(arguments),
-        default=default,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    """Options of a verb as a dataclass; tyro prints help and what is wrong with them, and exits.
+
+    Raises InvalidValue for a value that a setting refuses.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(
+                kind,
+                prog=f"timemix {verb}",
+                args=list(arguments),
+                default=default,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        # tyro prints the ValueErrors of a dataclass in a form of its own.
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, InvalidValue):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
     assert parsed is not None
     return parsed
 

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from timemix.cli.options import parse
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def plot(arguments: list[str]) -> int:
     from timemix.reporting.plots import plot_loss
 
     if not parsed.runs:
-        raise UserError("name at least one run folder: timemix plot runs/NAME")
+        raise InvalidValue("name at least one run folder: timemix plot runs/NAME")
     out = parsed.out or parsed.runs[0] / "loss.png"
     plot_loss(list(parsed.runs), out, x=parsed.x, smoothing=parsed.smoothing, title=parsed.title)
     print(out)

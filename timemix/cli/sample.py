@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from timemix.cli.options import default_prompt, parse
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
     from timemix.generation.engine import Engine, Event
-    from timemix.generation.session import Stream
+    from timemix.generation.session import Session
     from timemix.runs.load import Loaded
 
 
@@ -52,7 +52,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+                raise InvalidValue(f"--{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,21 @@ def sample(arguments: list[str]) -> int:
     parsed = parse(SampleArguments, arguments, "sample")
     settings = parsed.sampling
     if parsed.save_state is not None and settings.count > 1:
-        raise UserError(f"--save-state takes the state of one text; leave --count {settings.count} out")
+        raise InvalidValue(f"--save-state takes the state of one text; leave --count {settings.count} out")
     from timemix.generation.engine import Engine, Request
     from timemix.generation.sampler import Sampler
-    from timemix.generation.session import load_stream, save_stream
+    from timemix.generation.session import load_session, save_session
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device
 
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
-    start = None if parsed.load_state is None else load_stream(parsed.load_state, loaded.model)
+    start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
     prompt = parsed.prompt
     if prompt is None:
         prompt = default_prompt(loaded.tokenizer) if start is None else ""
     _note_long_prompt(prompt, loaded)
-    engine = Engine(loaded.model, loaded.tokenizer, places=settings.count, weights=parsed.weights)
+    engine = Engine(loaded.model, loaded.tokenizer, slots=settings.count, weights=parsed.weights)
     if not engine.advance.compiled:
         print(f"timemix: tokens are written step by step by the model itself: {engine.advance.reason}", file=sys.stderr)
     ids = loaded.tokenizer.encode(prompt).tolist()
@@ -113,23 +113,23 @@ def sample(arguments: list[str]) -> int:
                 stop=settings.stop,
                 log_probabilities=parsed.log_probabilities,
                 start=start,
-                keep_stream=parsed.save_state is not None,
+                keep_session=parsed.save_state is not None,
                 context=settings.context,
             )
         )
     saving = parsed.save_state
     noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
     with noted as interrupts:
-        streams: list[Stream] = []
+        sessions: list[Session] = []
         gone: BrokenPipeError | None = None
         try:
-            for _ in _written(engine, prompt, parsed, streams):
+            for _ in _written(engine, prompt, parsed, sessions):
                 if interrupts:
                     break
         except BrokenPipeError as error:
             gone = error
         if saving:
-            save_stream(streams[0] if streams else engine.stream(0), saving, loaded.model)
+            save_session(sessions[0] if sessions else engine.session(0), saving, loaded.model)
     if gone is not None:
         raise gone
     if interrupts:
@@ -148,10 +148,10 @@ def _interrupts_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _written(engine: "Engine", prompt: str, parsed: SampleArguments, streams: "list[Stream]") -> Iterator["Event"]:
+def _written(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "list[Session]") -> Iterator["Event"]:
     """Prints the texts of an engine, one as it comes, several when all have ended; gives their events.
 
-    The stream of a text that has ended goes into the list before its end is printed.
+    The session of a text that has ended goes into the list before its end is printed.
     """
     count = parsed.sampling.count
     streaming = count == 1 and not parsed.json
@@ -161,8 +161,8 @@ def _written(engine: "Engine", prompt: str, parsed: SampleArguments, streams: "l
         sys.stdout.write(prompt)
     while engine.busy:
         for event in engine.step():
-            if event.stream is not None:
-                streams.append(event.stream)
+            if event.session is not None:
+                sessions.append(event.session)
             texts[event.id] += event.text
             told[event.id].append(event.log_probability)
             if streaming:

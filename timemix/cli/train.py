@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import default_prompt, parse, preset_of
 from timemix.config.run import RunConfig, TrainConfig, read_toml
 from timemix.data.config import DataConfig
-from timemix.errors import UserError
+from timemix.errors import AlreadyExists, CannotWrite, InvalidValue, ProcessLost, TimemixError
 from timemix.models.config import ModelConfig
 from timemix.storage.files import cannot_write
 
@@ -63,7 +63,7 @@ def _defaults(arguments: list[str]) -> tuple[RunConfig, list[str]]:
     if start is None:
         return preset_of(arguments, "cpu-small")
     if not arguments[0].startswith("-"):
-        raise UserError(f"--from {start} brings its own settings: leave out the preset {arguments[0]!r}")
+        raise InvalidValue(f"--from {start} brings its own settings: leave out the preset {arguments[0]!r}")
     from timemix.runs.folder import find
 
     config = read_toml(find(start) / "config.toml")
@@ -92,7 +92,7 @@ def train(arguments: list[str]) -> int:
             return _train(asked, hook, world)
         except Elsewhere:
             return 2
-        except UserError:
+        except TimemixError:
             # What is wrong in one process is most often wrong in all.
             if world.says_first():
                 raise
@@ -117,7 +117,12 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
     else:
         out = asked.out
         start = None if asked.from_ is None else str(asked.from_)
-        trainer = new_run(RunConfig(asked.model, asked.data, asked.train, start), out, world)
+        try:
+            trainer = new_run(RunConfig(asked.model, asked.data, asked.train, start), out, world)
+        except AlreadyExists as error:
+            raise AlreadyExists(
+                f"{out} exists already; choose another --out, or resume it with --resume {out}"
+            ) from error
     hooks = [hook] if hook is not None else []
     if asked.tracking.tensorboard and world.first:
         hooks.append(tensorboard(out / "tensorboard", trainer.step))
@@ -153,6 +158,8 @@ def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Seque
                     each(line)
 
             trainer.run(both, hook)
+    except (CannotWrite, ProcessLost) as error:
+        raise type(error)(f"{error}; resume with: timemix train --resume {trainer.out}") from error
     except Interrupted as stop:
         if world.first:
             print(f"timemix: {stop}; go on with: timemix train --resume {trainer.out}", file=sys.stderr)
@@ -208,5 +215,5 @@ def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 30
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {trainer.step}\n{text}\n\n")
     except OSError as error:
-        raise UserError(cannot_write(path, error)) from error
+        raise CannotWrite(cannot_write(path, error)) from error
     return text

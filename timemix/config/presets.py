@@ -4,7 +4,7 @@ from typing import Any
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
-from timemix.errors import UserError, nearest
+from timemix.errors import InvalidValue, nearest
 from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, model_config
 
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -72,10 +72,10 @@ _ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")
 def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
     """Run config of a preset for an architecture.
 
-    Raises UserError for an unknown name.
+    Raises InvalidValue for an unknown name.
     """
     if name not in _SIZES:
-        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+        raise InvalidValue(f"unknown preset {name!r}{nearest(name, PRESETS)}")
     sizes = _SIZES[name]
     fields = sizes["model"] | (sizes.get("ffn", {}) if arch in _CHANNEL_MIXES else {})
     known = find_architecture(arch).config.__dataclass_fields__

@@ -12,10 +12,10 @@ import tomli_w
 
 from timemix.config.version_1 import flattened
 from timemix.data.config import DataConfig
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, InvalidValue
 from timemix.models.config import ModelConfig, Recompute
 from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, list_architectures, model_config
-from timemix.storage.settings import UNFIT, check_range, from_dict, parse_toml, to_dict
+from timemix.storage.settings import UNFIT, check_range, from_dict, nearest_divisors, parse_toml, to_dict
 
 FORMAT_VERSION = 2
 """Of config.toml; 1 had `mixer` and `ffn` tables in `model`."""
@@ -98,16 +98,17 @@ class TrainConfig:
         for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):
             check_range(f"train.{name}", getattr(self, name), 0)
         if self.seed >= 2**64:
-            raise UserError(f"train.seed is {self.seed}; it must be below 2^64")
+            raise InvalidValue(f"train.seed is {self.seed}; it must be below 2^64")
         if self.batch_size % self.accumulation:
-            raise UserError(
-                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
+            raise InvalidValue(
+                f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size};"
+                f" nearest divisors: {nearest_divisors(self.accumulation, self.batch_size)}"
             )
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"train.{name} {getattr(self, name)} is a share of the run, from 0 to 1")
+                raise InvalidValue(f"train.{name}={getattr(self, name)} is a share of the run, from 0 to 1")
         if len(self.betas) != 2 or any(not 0 <= b < 1 for b in self.betas):
-            raise UserError(f"train.betas {list(self.betas)}: two numbers in [0, 1)")
+            raise InvalidValue(f"train.betas={list(self.betas)} must be two numbers in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:
-            raise UserError(
+            raise InvalidValue(
                 f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} ends at ctx_len;"
                 f" that of {', '.join(list_architectures(bounded=False))} has no end"
             )
@@ -147,13 +148,13 @@ def to_toml(config: RunConfig) -> str:
 def read_toml(path: Path) -> RunConfig:
     """Run config of a `config.toml`.
 
-    Raises UserError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
+    Raises DamagedFile when the file is missing, no TOML, of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
     version = data.pop("format_version", None)
     try:
         if version not in (1, FORMAT_VERSION):
-            raise UserError(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
+            raise InvalidValue(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
         return from_dict(RunConfig, flattened(data) if version == 1 else data)
     except UNFIT as error:
-        raise UserError(f"{path}: {error}") from None
+        raise DamagedFile(f"{path}: {error}") from error

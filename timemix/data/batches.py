@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 
 class Batches:
@@ -15,16 +15,16 @@ class Batches:
     once per epoch, in a new order and from a new starting point in every epoch. Calling with a step gives (inputs,
     targets), each (batch_size, ctx_len) int64, targets one token later; with a step and a slice, those rows of it.
 
-    Raises UserError for a text shorter than a window and its next token.
+    Raises InvalidValue for a text shorter than a window and its next token.
     """
 
     def __init__(
         self, tokens: np.ndarray | Tokens, *, batch_size: int, ctx_len: int, seed: int, order: str = "random"
     ) -> None:
         if len(tokens) < ctx_len + 1:
-            raise UserError(
+            raise InvalidValue(
                 f"the training text has {len(tokens)} tokens; a window of ctx_len {ctx_len} needs {ctx_len + 1}:"
-                " take more text or a smaller --model.ctx-len"
+                " take more text or a smaller model.ctx_len"
             )
         self._tokens, self._batch_size, self._ctx_len = tokens, batch_size, ctx_len
         self._seed, self._order = seed, order

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
 TokenizerKind = Literal["character", "byte", "word", "subword"]
@@ -35,7 +35,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
-            raise UserError(f"data.valid_fraction {self.valid_fraction} is not in [0, 1)")
+            raise InvalidValue(f"data.valid_fraction={self.valid_fraction} is not in [0, 1)")
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)
         if self.valid_tokens is not None:
             check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)

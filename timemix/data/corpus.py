@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from timemix.data.shards import Tokens, check_shard, map_shards, shard_name
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.storage.json_files import is_count, read_json
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -65,23 +65,23 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
 def open_corpus(folder: Path) -> Corpus:
     """A prepared folder, its tokens memory-mapped; every file is read once and checked against its hash.
 
-    Raises UserError when a file is missing, damaged, or does not fit the others.
+    Raises DamagedFile when a file is missing, damaged, or does not fit the others.
     """
     path = folder / "data.json"
     info = read_json(path)
     try:
         version = info["format_version"]
         if version not in (1, DATA_FORMAT_VERSION):
-            raise UserError(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
+            raise DamagedFile(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
         if not all(is_count(info[split][n]) for split in SPLITS for n in ("tokens", "characters", "bytes", "unknown")):
             raise ValueError("a count is no number")
         shards = {split: _shards(folder, split, info[split], version) for split in SPLITS}
         tokenizer_hash = info["tokenizer"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error!r}") from None
+        raise DamagedFile(f"{path} is damaged: {error!r}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.hash != tokenizer_hash:
-        raise UserError(f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it")
+        raise DamagedFile(f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it")
     dtype = tokenizer.dtype.newbyteorder("<")
     for split in SPLITS:
         for place, shard in shards[split].items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, Unavailable
 from timemix.runtime.progress import ShowProgress, meter
 from timemix.storage.files import write_text
 
@@ -79,9 +79,9 @@ def opened_member(entry: Download, path: Path, member: str) -> Iterator[tuple[IO
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             yield file, archive.getinfo(member).file_size
     except KeyError as error:
-        raise UserError(f"{path} has no member {member}; {_by_hand(entry, path)}") from error
+        raise DamagedFile(f"{path} has no member {member}; {_by_hand(entry, path)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{path} is a damaged zip ({error}); {_by_hand(entry, path)}") from error
+        raise DamagedFile(f"{path} is a damaged zip ({error}); {_by_hand(entry, path)}") from error
 
 
 def _by_hand(entry: Download, path: Path) -> str:
@@ -115,11 +115,11 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
             logger.warning("no hash of %s is published; it has sha256 %s, kept in %s", entry.url, seen, pin)
     except ValueError as error:
         where = f" (kept in {pin}; delete that to take the new file)" if entry.sha256 is None else ""
-        raise UserError(
+        raise DamagedFile(
             f"{entry.url} is not the file it was: its sha256 is not {known}{where}; {_by_hand(entry, path)}"
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {entry.url} ({error}); try again, or {_by_hand(entry, path)}") from error
+        raise Unavailable(f"cannot download {entry.url} ({error}); try again, or {_by_hand(entry, path)}") from error
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from timemix.data.config import DataConfig
 from timemix.data.sources import Source, open_source
-from timemix.errors import UserError
+from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
@@ -27,10 +27,6 @@ PROCESSES_FROM = 1 << 26
 
 
 CHANGED = "the text changed while it was read; call again when it stays as it is"
-
-
-class Unfit(UserError):
-    """A text that does not serve: the same call would fail in the same way again."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Text:
     sha256: of all text. hash: of both sources with a NUL between.
     tokenizer: one that is made already.
 
-    Raises UserError as `open_source` does, and where both sources are the same text.
+    Raises TimemixError as `open_source` does, and where both sources are the same text.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
@@ -68,8 +64,8 @@ class Text:
         if self.valid is not None:
             self.sizes["valid"] = _measure(self.valid, progress, whole, parted)
             if self.sizes["valid"].sha256 == self.sizes["train"].sha256:
-                raise UserError(
-                    f"the validation text is the training text, {config.source}; leave out --data.valid to hold out the"
+                raise InvalidValue(
+                    f"the validation text is the training text, {config.source!r}; leave out data.valid to hold out the"
                     " end of it"
                 )
         self.sha256, self.hash = whole.hexdigest(), parted.hexdigest()
@@ -106,11 +102,11 @@ class Text:
         try:
             with in_processes(count, *begin) as each:
                 yield each
-        except BrokenProcessPool:
-            raise UserError(
-                f"a process that read {self.config.source} with this one was ended, perhaps for want of memory;"
-                " call again to go on"
-            ) from None
+        except BrokenProcessPool as error:
+            raise Unavailable(
+                f"a process that read {self.config.source} was killed, perhaps because memory ran out;"
+                " call again to resume"
+            ) from error
 
     def readings(self) -> list[tuple[Source, TextSize, dict[str, int | None]]]:
         """Each source, and the characters of each split in it (None: all that is left)."""
@@ -213,8 +209,8 @@ def encoded(
             for split, missing in unknown.items():
                 try:
                     made.refuse(missing)
-                except UserError as error:
-                    raise Unfit(f"the {split} text does not fit: {error}") from None
+                except InvalidValue as error:
+                    raise Unfit(f"the {split} text does not fit: {error}") from error
 
 
 def _cut(made: Tokenizer, texts: _Texts, splits: dict[str, int | None]) -> Iterator[tuple[str, int, str]]:

@@ -16,9 +16,9 @@ from timemix._version import __version__
 from timemix.data import shards
 from timemix.data.config import DataConfig
 from timemix.data.corpus import DATA_FORMAT_VERSION, SPLITS, Corpus, evenly_spaced, is_corpus, open_corpus, text_size
-from timemix.data.pipeline import Piece, Text, Unfit, encoded, no_counts
+from timemix.data.pipeline import Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
-from timemix.errors import UserError
+from timemix.errors import AlreadyExists, FileError, InUse, Unfit
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import appear, atomic_folder, explained, write_text
 from timemix.storage.locks import claimed
@@ -45,14 +45,14 @@ def prepare(
 
     `tokenizer`: one that is made already. `progress` shows downloads and long readings on stderr.
 
-    Raises UserError as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
+    Raises InUse as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
     `out` exists, and when the text changes meanwhile.
     """
     _refuse_existing(out)
     lock = out.with_name(f".{out.name}.lock")
     with claimed(lock) as mine:
         if not mine:
-            raise UserError(f"another process is preparing {out}; wait for it, or choose another folder")
+            raise InUse(f"another process is preparing {out}; wait for it, or choose another folder")
         try:
             _refuse_existing(out)
             with explained(out):
@@ -83,7 +83,7 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     """Writes a prepared folder whose validation text is the end of the training text of `corpus`.
 
     `share` of its tokens are held out, then thinned to `valid_tokens` as by `prepare`: choices made on it leave the
-    validation text of `corpus` unseen. Raises UserError as `prepare` does.
+    validation text of `corpus` unseen. Raises TimemixError as `prepare` does.
     """
     _refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
@@ -145,7 +145,7 @@ class _State:
     def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
         """The tokenizer that was made, or a new one, in an empty folder."""
         path = self.folder / "tokenizer.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, UserError):
+        with contextlib.suppress(OSError, ValueError, KeyError, FileError):
             found = json.loads((self.folder / self.FILE).read_text(encoding="utf-8"))
             made = load_tokenizer(path)
             if found == self._content | {"tokenizer": made.hash, "splits": found["splits"]}:
@@ -164,7 +164,7 @@ class _State:
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
         """Goes on after the finished token files of a split; where these are damaged, with the first one."""
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(FileError):
             return ShardWriter(
                 self.folder, split, made.dtype, shards=self.of(split).get("shards", ()), vocab_size=made.vocab_size
             )
@@ -259,4 +259,4 @@ def _write_info(folder: Path, made: Tokenizer, splits: dict[str, dict[str, Any]]
 
 def _refuse_existing(out: Path) -> None:
     if out.exists():
-        raise UserError(f"{out} exists already; choose another folder")
+        raise AlreadyExists(f"{out} exists already; choose another folder")

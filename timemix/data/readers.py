@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, FileError, InvalidValue
 from timemix.runtime.progress import Advance, untold
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -40,12 +40,12 @@ def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Adva
                 advance(done)
                 yield chunk
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path} is damaged: it does not decompress ({error}); get it again") from error
+        raise DamagedFile(f"{path} is damaged: it does not decompress ({error}); get it again") from error
     except OSError as error:
         # The decompressors raise an OSError without a number.
         if error.errno is None:
-            raise UserError(f"{path} is damaged: it does not decompress ({error}); get it again") from error
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise DamagedFile(f"{path} is damaged: it does not decompress ({error}); get it again") from error
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
 
 
 def decoded(data: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
@@ -70,13 +70,13 @@ def decoded(data: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             # What follows may be damaged, or show that this is no text at all: that is said first.
             collections.deque(data, maxlen=0)
-            raise UserError(
+            raise InvalidValue(
                 f"{name} is not {encoding}: byte {fed - len(error.object) + error.start} cannot be read"
-                f" ({error.reason}); name its encoding with --data.encoding, such as latin-1 or utf-16"
+                f" ({error.reason}); name its encoding with data.encoding, such as latin-1 or utf-16"
             ) from error
         except ValueError as error:
             collections.deque(data, maxlen=0)
-            raise UserError(f"{name} is not {encoding}: {error}; name its encoding with --data.encoding") from error
+            raise InvalidValue(f"{name} is not {encoding}: {error}; name its encoding with data.encoding") from error
         if nul < 0 and (found := text.find("\0")) >= 0:
             nul = characters + found
         begins = characters == 0
@@ -86,7 +86,7 @@ def decoded(data: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
         if text and nul < 0:
             yield text
     if nul >= 0:
-        raise UserError(f"{name} looks binary: a NUL at character {nul} of its {encoding}; give a text file")
+        raise DamagedFile(f"{name} looks binary: a NUL at character {nul} of its {encoding}; give a text file")
 
 
 def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
@@ -96,9 +96,9 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
         if nul >= 0:
             # A file that is also damaged is said to be that.
             collections.deque(data, maxlen=0)
-            raise UserError(
+            raise InvalidValue(
                 f"{name} looks binary: a NUL at byte {fed + nul};"
-                " if it is text, name its encoding: --data.encoding utf-16"
+                " if it is text, name its encoding: data.encoding utf-16"
             )
         fed += len(chunk)
         yield chunk
@@ -119,6 +119,6 @@ def _codec_name(encoding: str) -> str:
         " ".encode(encoding)
         return codecs.lookup(encoding).name
     except (LookupError, ValueError) as error:
-        raise UserError(
+        raise InvalidValue(
             f"Python knows no text encoding {encoding!r}; choose one such as utf-8, utf-16 or latin-1"
         ) from error

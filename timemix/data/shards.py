@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, FileError
 from timemix.storage.files import check_regular
 
 SHARD_BYTES = 1 << 27
@@ -77,7 +77,7 @@ class ShardWriter:
         of all bytes, goes on after them. `vocab_size` is for that check.
     finished: called after each file that is written and synced.
 
-    Raises UserError as `check_shard` does, and OSError.
+    Raises TimemixError as `check_shard` does, and OSError.
     """
 
     def __init__(
@@ -152,25 +152,25 @@ class ShardWriter:
 def check_shard(path: Path, dtype: np.dtype, shard: dict[str, Any], vocab_size: int, *hashes: Any) -> None:
     """Reads a token file once, block by block, and gives its bytes to `hashes` too.
 
-    Raises UserError where it cannot be read, or its size, its ids or its sha256 are not what `shard` says of it.
+    Raises FileError where it cannot be read, or its size, its ids or its sha256 are not what `shard` says of it.
     """
     size = shard["tokens"] * dtype.itemsize
     own = hashlib.sha256()
     check_regular(path)
     try:
         if (found := path.stat().st_size) != size:
-            raise UserError(f"{path} has {found} bytes, not {size}: it is damaged")
+            raise DamagedFile(f"{path} has {found} bytes, not {size}: it is damaged")
         with path.open("rb") as file:
             while block := file.read(IDS_AT_ONCE * dtype.itemsize):
                 largest = int(np.frombuffer(block, dtype).max())
                 if largest >= vocab_size:
-                    raise UserError(f"{path} holds the id {largest}, outside the vocabulary: it is damaged")
+                    raise DamagedFile(f"{path} holds the id {largest}, outside the vocabulary: it is damaged")
                 for sha256 in (own, *hashes):
                     sha256.update(block)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
     if own.hexdigest() != shard["sha256"]:
-        raise UserError(f"{path} is damaged: its content is not what was written; make the folder anew")
+        raise DamagedFile(f"{path} is damaged: its content is not what was written; prepare the folder again")
 
 
 def map_shards(paths: Sequence[Path], dtype: np.dtype) -> Tokens:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
 from timemix.data.readers import CHUNK, chunks, decoded
-from timemix.errors import UserError
+from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
 
 logger = logging.getLogger("timemix")
@@ -33,7 +33,7 @@ class Source:
 
     size: bytes to read, of the files as they lie.
     read: gives the text in pieces, none of them empty, and tells its argument the bytes read so far. It raises
-        UserError as `read_source` does.
+        TimemixError as `read_source` does.
     """
 
     name: str
@@ -61,7 +61,7 @@ def open_source(
     are; a byte order mark is dropped. The files of a folder come in sorted order, hidden ones left out, with
     a newline between two. `encoding` is that of files; downloads are kept in `cache` (None: the user's).
 
-    Raises UserError where there is no such source, and while it is read, where it cannot be read, is empty, looks
+    Raises MissingFile where there is no such source, and while it is read, where it cannot be read, is empty, looks
     binary, or is not in `encoding`.
     """
     if os.path.isdir(source):
@@ -75,7 +75,7 @@ def open_source(
     matches = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
     if matches:
         return _files_source(source, matches, encoding)
-    raise UserError(_no_source(source))
+    raise MissingFile(_no_source(source))
 
 
 def _builtin() -> Source:
@@ -94,10 +94,10 @@ def _files_below(folder: Path) -> list[Path]:
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [Path(place, name) for name in files if not name.startswith(".")]
     except OSError as error:
-        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}; check its permissions") from error
+        raise FileError(f"cannot read the folder {error.filename}: {error.strerror}; check its permissions") from error
     found = sorted(path for path in found if path.is_file())
     if not found:
-        raise UserError(f"the folder {folder} holds no files; name a file, or a folder with text files")
+        raise MissingFile(f"the folder {folder} holds no files; name a file, or a folder with text files")
     return found
 
 
@@ -120,7 +120,7 @@ def _files_source(source: str, files: list[Path], encoding: str) -> Source:
                 begun, last = True, text[-1]
             before += _size(path)
         if not last:
-            raise UserError(f"{source} is empty; give a text to read")
+            raise InvalidValue(f"{source} is empty; give a text to read")
 
     name = Path(source).name or str(Path(source).resolve())
     return Source(name, tuple(map(str, files)), sum(map(_size, files)), read)
@@ -130,7 +130,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _no_source(source: str) -> str:

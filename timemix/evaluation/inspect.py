@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timemix.data.batches import validation_windows
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
@@ -37,10 +37,10 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
     (heads, ctx_len), gamma (ctx_len). `projections`: see `measure_projections`. `loss`: nats per token on `tokens`.
     `not_shown`: what this architecture lacks, each with the reason.
 
-    Raises UserError for a text shorter than two tokens.
+    Raises InvalidValue for a text shorter than two tokens.
     """
     if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed")
+        raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed")
     model = loaded.model
     # The same draw as at the start of the run.
     torch.manual_seed(loaded.config.train.seed)
@@ -169,7 +169,7 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
 
 def draw(report: dict[str, Any], config: ModelConfig, out: Path) -> list[Path]:
     """Pictures of an `inspect_run` report in the folder `out`: tables.png, projections.png, shift.png, as far as the
-    architecture has what they show. Returns their paths. Raises UserError where one cannot be written."""
+    architecture has what they show. Returns their paths. Raises TimemixError where one cannot be written."""
     pictures = []
     for name, shown, drawing in (
         ("tables.png", "tables" not in report["not_shown"], _draw_tables),

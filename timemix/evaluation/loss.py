@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus, text_size
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
+from timemix.runs.load import Loaded, load
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
 from timemix.tokenizers.base import Tokenizer
@@ -62,10 +64,10 @@ def loss_per_token(
 
     Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config. The
     processes of a `world` take turns at the batches; each gets the loss of the whole.
-    Raises UserError for a stride below 1.
+    Raises InvalidValue for a stride below 1.
     """
     if stride is not None and stride < 1:
-        raise UserError(f"stride is {stride}; it must be at least 1 token")
+        raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
     was_training = model.training
     model.eval()
     ctx_len = model.config.ctx_len
@@ -97,11 +99,11 @@ def loss_by_position(
 
     A shorter rest is left out. Where the model's context ends within a window it is read as generation goes on: the
     newest half of the context again at position 0, as often as its end is reached.
-    Raises UserError for a text shorter than a window and its next token.
+    Raises InvalidValue for a text shorter than a window and its next token.
     """
     length = contexts * model.config.ctx_len
     if len(tokens) < length + 1:
-        raise UserError(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
+        raise InvalidValue(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
     was_training = model.training
     model.eval()
     total = np.zeros(length)
@@ -123,13 +125,38 @@ def loss_by_position(
 
 
 def evaluate(
+    run: str | Path | Loaded, text: str | None = None, *, precision: str = "float32", stride: int | None = None
+) -> dict[str, float | int]:
+    """Measure the loss of a trained model on a text.
+
+    Args:
+        run: Run folder, checkpoint folder, or what `load` returned.
+        text: Text of at least two tokens; None: the text that the run held out.
+        precision: Of matrix products: "float32" or "bfloat16".
+        stride: Tokens by which windows of ctx_len move, at least 1; None: windows side by side.
+
+    Returns:
+        `nats_per_token`, `bits_per_character`, `bits_per_byte` (UTF-8), and the counts `tokens`, `characters`, `bytes`
+        and `unknown` (characters outside the vocabulary).
+
+    Raises:
+        InvalidValue: The text has fewer than two tokens, or `stride` is below 1.
+        FileError: The run, or its data, cannot be loaded.
+    """
+    loaded = run if isinstance(run, Loaded) else load(run)
+    if text is None:
+        return evaluate_held_out(loaded.model, loaded.corpus(), precision=precision, stride=stride)
+    return evaluate_text(loaded.model, loaded.tokenizer, text, precision=precision, stride=stride)
+
+
+def evaluate_text(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
 ) -> dict[str, float | int]:
     """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
 
     Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
     number is reported. What is not predicted, the first token and what was left out, counts in no denominator.
-    Raises UserError when fewer than two tokens are left.
+    Raises TimemixError when fewer than two tokens are left.
     """
     tokens, unknown = tokenizer.encode_lenient(text)
     read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
@@ -157,7 +184,7 @@ def _in_units(
 ) -> dict[str, float | int]:
     """Loss of tokens, whose text has `size` characters and bytes."""
     if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
+        raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
     bits = nats * (len(tokens) - 1) / math.log(2)
     first = tokenizer.decode(tokens[:1])

@@ -31,7 +31,7 @@ from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import hold_out_end, prepare, text_hash
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.spec import TUNING_SEED, Experiment, Variant
 from timemix.models.config import ModelConfig
@@ -42,9 +42,8 @@ from timemix.storage.files import write_text
 from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resolved, resume_run
-from timemix.training.trainer import NotFinite, Trainer, Watch
+from timemix.training.trainer import Trainer, Watch
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -78,8 +77,8 @@ class Comparison:
 
     `prompts`: those of the experiment, or the beginning of the held-out text.
 
-    Raises UserError for what no run could mend: the folder holds something else, the text changed since it was begun or
-    is too short, the vocabulary lacks a character of a prompt, the device is not there.
+    Raises TimemixError for what no run could mend: the folder holds something else, the text changed since it was
+    begun or is too short, the vocabulary lacks a character of a prompt, the device is not there.
     """
 
     def __init__(self, experiment: Experiment, out: Path, *, reuse: Path | None = None, device: str = "auto") -> None:
@@ -90,7 +89,7 @@ class Comparison:
         self._points = experiment.tuning_points()
         choose_device(device)
         if reuse is not None and not reuse.is_dir():
-            raise UserError(f"there is no folder {reuse} to reuse runs of")
+            raise MissingFile(f"there is no folder {reuse} to reuse runs of")
         with claimed(out / ".data.lock", wait=True):
             self._check_folder()
             self._corpora = {data: self._corpus(i, data) for i, data in enumerate(self._data_configs())}
@@ -108,7 +107,7 @@ class Comparison:
         Batches(corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=0, order=config.data.order)
         least = ctx_len + 1 if self.experiment.by_position else 2
         if len(corpus.valid) < least:
-            raise UserError(f"the held-out text has {len(corpus.valid)} tokens; {variant.name!r} needs {least}")
+            raise InvalidValue(f"the held-out text has {len(corpus.valid)} tokens; {variant.name!r} needs {least}")
 
     def _data_configs(self) -> list[DataConfig]:
         return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
@@ -124,15 +123,15 @@ class Comparison:
         ours = json.loads(json.dumps({"experiment": asdict(self.experiment), "texts": texts}))
         if not path.exists():
             if any(not p.name.startswith(".") for p in self.out.iterdir()):
-                raise UserError(f"{self.out} is no comparison's folder and not empty; choose another --out")
+                raise FileError(f"{self.out} is no comparison's folder and not empty; choose another folder")
             write_text(path, json.dumps(ours, indent=1))
             return
         theirs = read_json(path)
         # Words and verdicts may be mended later; what a run is may not.
         if other := _difference(theirs.get("experiment"), ours["experiment"]):
-            raise UserError(f"{self.out} holds another experiment (different: {other}); choose another --out")
+            raise FileError(f"{self.out} holds another experiment (different: {other}); choose another folder")
         if theirs.get("texts") != texts:
-            raise UserError(f"the text changed since {self.out} was begun: its hash differs; choose another --out")
+            raise FileError(f"the text changed since {self.out} was begun: its hash differs; choose another folder")
 
     def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
         """Prepared folder and tokens, for the seeds (False) and, where there is a grid, for tuning (True)."""
@@ -188,7 +187,7 @@ class Comparison:
         result = read_json(path)
         checks = _FAILED if "error" in result else _RESULT
         if misfit(result, checks) or not are_numbers(result.get("by_position", [])):
-            raise UserError(f"{path} is damaged: remove it to run {job.name} again")
+            raise DamagedFile(f"{path} is damaged: remove it to run {job.name} again")
         return result
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
@@ -251,7 +250,7 @@ class Comparison:
                 result = self._run(job, watching)
             except Interrupted:
                 raise
-            except (UserError, OSError) as error:
+            except (TimemixError, OSError) as error:
                 result = {"error": str(error), "diverged": isinstance(error, NotFinite)}
             except Exception as error:
                 traceback.print_exc()
@@ -273,7 +272,7 @@ class Comparison:
         folder = self.folder(job)
         if not job.tuning and self.best_point(job.variant) is None:
             errors = [r["error"] for j in self.tuning_jobs(job.variant) if (r := self.result(j)) and "error" in r]
-            raise UserError(f"every tuning run failed: {errors[-1]}")
+            raise TimemixError(f"every tuning run failed: {errors[-1]}")
         config, keys = self.config(job), self._keys(job)
         if (same := self._same_run(keys, job)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -324,12 +323,12 @@ class Comparison:
         if not path.exists():
             measured = self._measured(variant, steps=20)
             if "error" in measured:
-                raise UserError(f"a step of variant {variant.name!r} failed: {measured['error']}")
+                raise TimemixError(f"a step of variant {variant.name!r} failed: {measured['error']}")
             steps = max(1, int(seconds / measured["step_seconds"]))
             write_text(path, json.dumps({"steps": steps, "step_seconds": measured["step_seconds"]}))
         counted = read_json(path)
         if misfit(counted, {"steps": lambda x: is_count(x) and x > 0}):
-            raise UserError(f"{path} is damaged: remove it to measure again")
+            raise DamagedFile(f"{path} is damaged: remove it to measure again")
         return counted["steps"]
 
     def _measured(self, variant: Variant, steps: int) -> dict[str, Any]:
@@ -348,7 +347,7 @@ class Comparison:
             write_text(path, json.dumps(measured))
         peak = read_json(path).get("peak_memory")
         if not (peak is None or is_number(peak)):
-            raise UserError(f"{path} is damaged: remove it to measure again")
+            raise DamagedFile(f"{path} is damaged: remove it to measure again")
         return peak
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
@@ -380,7 +379,7 @@ def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
     """The run of a config in a folder: as its newest checkpoint left it, or from its start.
 
     A folder without a config, as a process leaves it that is killed while making one, or with another one, is begun
-    anew. Device and place of the tokens are those of `config`. Raises UserError as `new_run` and `resume_run` do.
+    anew. Device and place of the tokens are those of `config`. Raises TimemixError as `new_run` and `resume_run` do.
     """
     path = folder / "config.toml"
     if path.exists():
@@ -407,7 +406,7 @@ def _beginning(corpora: list[Corpus]) -> str:
     for end in range(len(text), 0, -1):
         if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
             return text[:end]
-    raise UserError("the held-out text begins with no prompt that every variant can read; give prompts")
+    raise InvalidValue("the held-out text begins with no prompt that every variant can read; give prompts")
 
 
 def _keys(config: RunConfig, corpus: Corpus) -> list[str]:

@@ -24,7 +24,7 @@ from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import prepare, text_hash
 from timemix.data.shards import Tokens
-from timemix.errors import UserError
+from timemix.errors import FileError, InUse, InvalidValue
 from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
 from timemix.experiments.spec import PROMPT_TOKENS, SamplingExperiment
@@ -65,11 +65,11 @@ def run_sampling(
     """Trains writer and judge, writes with every setting, and returns the table, also written to `out`.
 
     Goes on where it was: training from its checkpoints, settings from what measurements.json holds.
-    Raises UserError where `out` holds another experiment, or another process works in it.
+    Raises InUse where `out` holds another experiment, or another process works in it.
     """
     with claimed(out / ".lock") as mine:
         if not mine:
-            raise UserError(f"another process is working in {out}")
+            raise InUse(f"another process is working in {out}")
         corpus = _corpus(experiment, out)
         writer = _trained(experiment.config("writer"), corpus, out, "writer", device, say)
         judge = _trained(experiment.config("judge"), corpus, out, "judge", device, say)
@@ -106,7 +106,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
     elif (theirs := read_json(path)) != ours:
         same = theirs.get("experiment") == ours["experiment"]
         what = "this experiment on another text" if same else "another experiment"
-        raise UserError(f"{out} holds {what}; choose another --out")
+        raise FileError(f"{out} holds {what}; choose another folder")
     if is_corpus(Path(config.source)):
         return open_corpus(Path(config.source))
     folder = out / "data"
@@ -130,7 +130,7 @@ def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
     """Pieces of held-out text, evenly spread."""
     last = len(corpus.valid) - PROMPT_TOKENS
     if last < count:
-        raise UserError(f"the held-out text has {len(corpus.valid)} tokens; {count} prompts need more")
+        raise InvalidValue(f"the held-out text has {len(corpus.valid)} tokens; {count} prompts need more")
     return [corpus.valid[s : s + PROMPT_TOKENS].tolist() for s in (last * i // count for i in range(count))]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
-from timemix.errors import UserError, nearest
+from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
 from timemix.models.registry import DEFAULT_ARCHITECTURE
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
@@ -82,34 +82,34 @@ class Experiment:
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
         if (self.tokens is None) == (self.seconds is None):
-            raise UserError("give a budget: either tokens or seconds")
+            raise InvalidValue("give a budget: either tokens or seconds")
         if not 0 < (self.tokens if self.tokens is not None else self.seconds or 0) < math.inf:
-            raise UserError("the budget must be above 0, and finite")
+            raise InvalidValue("the budget must be above 0, and finite")
         if not self.seeds:
-            raise UserError("it has no seeds")
+            raise InvalidValue("it has no seeds")
         if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"seeds {list(self.seeds)}: one stands twice")
+            raise InvalidValue(f"seeds {list(self.seeds)}: one stands twice")
         if min(self.seeds) < 0 or (self.tune and TUNING_SEED in self.seeds):
-            raise UserError(f"seeds {list(self.seeds)}: they start at 1, since tuning takes seed {TUNING_SEED}")
+            raise InvalidValue(f"seeds {list(self.seeds)}: they start at 1, since tuning takes seed {TUNING_SEED}")
         for key, values in _flat(self.tune).items():
             if not isinstance(values, list) or not values:
-                raise UserError(f"tune.{key} is {values!r}; it must be a list of values")
+                raise InvalidValue(f"tune.{key} is {values!r}; it must be a list of values")
             if key.startswith("data."):
-                raise UserError(f"tune.{key}: the text is the same for all points of a grid")
+                raise InvalidValue(f"tune.{key}: the text is the same for all points of a grid")
         runs = len(self.variants) * math.prod(map(len, _flat(self.tune).values()))
         if runs > MOST_TUNING_RUNS:
-            raise UserError(f"tune asks for {runs} runs; at most {MOST_TUNING_RUNS} can be made")
+            raise InvalidValue(f"tune asks for {runs} runs; at most {MOST_TUNING_RUNS} can be made")
         if "" in self.prompts:
-            raise UserError("a prompt is empty; it needs at least one character")
+            raise InvalidValue("a prompt is empty; it needs at least one character")
         for variant in self.variants:
             for point in self.tuning_points():
                 train = self.config(variant, point, self.seeds[0]).train
             for verdict in self.verdicts:
                 step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
                 if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
-                    raise UserError(f"a verdict asks for step {step}, which is not validated")
+                    raise InvalidValue(f"a verdict asks for step {step}, which is not validated")
         if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
-            raise UserError("a verdict on the first positions needs by_position = true")
+            raise InvalidValue("a verdict on the first positions needs by_position = true")
 
     def tuning_points(self) -> list[dict[str, Any]]:
         """Every combination of the tuning grid; one empty point where there is none."""
@@ -119,7 +119,7 @@ class Experiment:
     def config(self, variant: Variant, point: dict[str, Any], seed: int, steps: int | None = None) -> RunConfig:
         """The run of a variant at a tuning point. `steps` overrides the budget in tokens.
 
-        Raises UserError, naming the variant, for fields or values that no run takes.
+        Raises TimemixError, naming the variant, for fields or values that no run takes.
         """
         config = variant_config(self.preset, self.base, variant, point)
         if steps is None:
@@ -152,19 +152,19 @@ class SamplingExperiment:
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.tokens < 8 or not (self.temperatures and self.top_a and self.powers):
-            raise UserError("give at least 2 samples of 8 tokens, and values of temperatures, top_a and powers")
+            raise InvalidValue("give at least 2 samples of 8 tokens, and values of temperatures, top_a and powers")
         if not all(0 < t < math.inf for t in self.temperatures):
-            raise UserError(f"temperatures {list(self.temperatures)} must be above 0")
+            raise InvalidValue(f"temperatures {list(self.temperatures)} must be above 0")
         if not (all(0 < a <= 1 for a in self.top_a) and all(0 <= p < math.inf for p in self.powers)):
-            raise UserError("top_a must lie above 0 and be at most 1, powers be 0 or more")
+            raise InvalidValue("top_a must lie above 0 and be at most 1, powers be 0 or more")
         self.config("writer")
         limit = self.config("judge").model.ctx_len
         if PROMPT_TOKENS + self.tokens > limit:
             length = f"{PROMPT_TOKENS} tokens of prompt and {self.tokens} of text"
-            raise UserError(f"{length} are more than the judge's ctx_len {limit}")
+            raise InvalidValue(f"{length} are more than the judge's ctx_len {limit}")
 
     def config(self, name: Literal["writer", "judge"]) -> RunConfig:
-        """Run config of writer or judge. Raises UserError for fields or values that no run takes."""
+        """Run config of writer or judge. Raises TimemixError for fields or values that no run takes."""
         return variant_config(self.preset, self.base, Variant(name, getattr(self, name)), {})
 
 
@@ -187,12 +187,12 @@ class SpeedExperiment:
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
         if self.rounds < 1 or not self.ctx_lens or any(t < 1 or self.tokens % t for t in self.ctx_lens):
-            raise UserError("ctx_lens must divide tokens, and rounds be at least 1")
+            raise InvalidValue("ctx_lens must divide tokens, and rounds be at least 1")
         for variant in self.variants:
             self.config(variant, self.ctx_lens[0])
 
     def config(self, variant: Variant, ctx_len: int) -> RunConfig:
-        """Run config of a variant at a context length. Raises UserError for fields or values that no run takes."""
+        """Run config of a variant at a context length. Raises TimemixError for fields or values that no run takes."""
         config = variant_config(self.preset, self.base, variant, {})
         model = replace(config.model, ctx_len=ctx_len, vocab_size=self.vocab_size)
         return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
@@ -201,27 +201,27 @@ class SpeedExperiment:
 def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | SpeedVerdict]) -> None:
     names = [v.name for v in variants]
     if max(len(variants), len(verdicts)) > MOST_VARIANTS:
-        raise UserError(
+        raise InvalidValue(
             f"it has {len(variants)} variants and {len(verdicts)} verdicts; at most {MOST_VARIANTS} of each"
         )
     if not names:
-        raise UserError("it has no variant; add [[variants]] with a name")
+        raise InvalidValue("it has no variant; add [[variants]] with a name")
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise UserError(f"two variants have the name {name!r}")
+            raise InvalidValue(f"two variants have the name {name!r}")
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
-            raise UserError(f"variant name {name!r} cannot name a folder")
+            raise InvalidValue(f"variant name {name!r} cannot name a folder")
     labels = [v.heading for v in variants]
     for i, label in enumerate(labels):
         if label in labels[:i]:
-            raise UserError(f"two variants have the label {label!r}")
+            raise InvalidValue(f"two variants have the label {label!r}")
     for variant in variants:
         if variant.color and not _is_color(variant.color):
-            raise UserError(f"variant {variant.name!r}: {variant.color!r} is no color that matplotlib knows")
+            raise InvalidValue(f"variant {variant.name!r}: {variant.color!r} is no color that matplotlib knows")
     for verdict in verdicts:
         for name in (verdict.better, verdict.worse):
             if name not in names:
-                raise UserError(f"a verdict names the variant {name!r}{nearest(name, names)}")
+                raise InvalidValue(f"a verdict names the variant {name!r}{nearest(name, names)}")
 
 
 def _is_color(color: str) -> bool:
@@ -233,7 +233,7 @@ def _is_color(color: str) -> bool:
 def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
     """A preset with the fields of `base`, of the variant and of a tuning point over it.
 
-    Raises UserError, naming the variant, for fields or values that no run takes.
+    Raises InvalidValue, naming the variant, for fields or values that no run takes.
     """
     try:
         own: dict[str, Any] = {}
@@ -242,20 +242,20 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         model = own.get("model", {})
         arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
         return from_dict(RunConfig, merged(to_dict(preset(preset_name, str(arch))), own))
-    except UserError as error:
-        raise UserError(f"variant {variant.name!r}: {error}") from None
+    except InvalidValue as error:
+        raise InvalidValue(f"variant {variant.name!r}: {error}") from error
 
 
 def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """Nested tables of both; where they meet, the value of `high`.
 
-    Raises UserError where one has a table and the other a value.
+    Raises InvalidValue where one has a table and the other a value.
     """
     both = dict(low)
     for name, value in high.items():
         old = both.get(name)
         if name in both and isinstance(old, dict) != isinstance(value, dict):
-            raise UserError(f"{name} is {(value if isinstance(old, dict) else old)!r}; it must be a table")
+            raise InvalidValue(f"{name} is {(value if isinstance(old, dict) else old)!r}; it must be a table")
         both[name] = merged(old, value) if isinstance(old, dict) else value
     return both
 
@@ -290,13 +290,13 @@ def shipped() -> list[Path]:
 
 
 def find_experiment(name: str) -> Path:
-    """A file by its path, or one that comes with the package by its name. Raises UserError for neither."""
+    """A file by its path, or one that comes with the package by its name. Raises MissingFile for neither."""
     known = {path.stem: path for path in shipped()}
     if name in known:
         return known[name]
     if Path(name).suffix == ".toml" or Path(name).is_file():
         return Path(name)
-    raise UserError(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
+    raise MissingFile(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
 
 
 KINDS: dict[str, type] = {"training": Experiment, "speed": SpeedExperiment, "sampling": SamplingExperiment}
@@ -306,13 +306,13 @@ AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
 def read_experiment(path: Path) -> AnyExperiment:
     """An experiment file; its `kind` is one of KINDS, training where it names none.
 
-    Raises UserError, naming the file, for a missing file, no TOML, an unknown field, or values that do not serve.
+    Raises TimemixError, naming the file, for a missing file, no TOML, an unknown field, or values that do not serve.
     """
     data = parse_toml(path)
     kind = data.pop("kind", "training")
     try:
         if not isinstance(kind, str) or kind not in KINDS:
-            raise UserError(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
+            raise InvalidValue(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
         return from_dict(KINDS[kind], data)
     except UNFIT as error:
-        raise UserError(f"{path}: {error}") from None
+        raise DamagedFile(f"{path}: {error}") from error

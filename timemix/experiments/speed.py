@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from timemix.bench.measure import OUT_OF_MEMORY, measure_training
-from timemix.errors import UserError
+from timemix.errors import FileError, InUse
 from timemix.experiments.spec import SpeedExperiment
 from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
@@ -38,12 +38,12 @@ def run_speed(
     """Measures what is not yet measured, writes the table and its picture, and returns the table.
 
     Variants take turns within a round, so that what else the machine does falls on all of them.
-    Raises UserError where `out` holds another experiment, or another process measures into it.
+    Raises InUse where `out` holds another experiment, or another process measures into it.
     """
     choose_device(device)
     with claimed(out / ".lock") as mine:
         if not mine:
-            raise UserError(f"another process is measuring into {out}")
+            raise InUse(f"another process is measuring into {out}")
         _check_folder(experiment, out)
         path = out / "measurements.json"
         found = read_json(path) if path.exists() else {}
@@ -79,7 +79,7 @@ def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
     theirs = read_json(path)
     differ = [n for n in ("variants", "ctx_lens", "tokens", "preset", "base", "vocab_size") if theirs.get(n) != ours[n]]
     if differ:
-        raise UserError(f"{out} holds another experiment (different: {', '.join(differ)}); choose another --out")
+        raise FileError(f"{out} holds another experiment (different: {', '.join(differ)}); choose another folder")
 
 
 def _words(measured: dict[str, Any]) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
 from timemix.generation.sampler import Sampler, draw
-from timemix.generation.session import Stream
+from timemix.generation.session import Session
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
 from timemix.models.state import State
@@ -30,18 +30,27 @@ STEPS_FOR = 4e7
 
 @dataclass(frozen=True)
 class Request:
-    """A text to go on with.
+    """Describe one text to generate.
 
-    prompt: tokens to read first; may be empty where `start`, a stream to go on with, is given. tokens: most to write.
-    sampler: for one row. The draws depend on (seed, sample, number of the token) alone. stop: strings at the first of
-    which the text ends, before it. log_probabilities: tell that of each token, in nats, at temperature 1 and before any
-    filter. keep_stream: give the stream with the last event, to go on with.
+    Past the model's `max_position`, "reanchor" reads the newest share `keep` of the context again at position 0 and
+    continues, so that the cost per token stays constant. "exact" reads the newest max_position tokens for every token,
+    as the original code did. A longer prompt is cut to its end.
 
-    Past the model's `max_position`: "reanchor" keeps the newest share `keep` of the context, reads it at position 0 and
-    goes on, so that the cost per token stays constant; "exact" reads the newest max_position tokens for every token, as
-    the original code did. A longer prompt is cut to its end.
+    Args:
+        prompt: Token ids to read first; may be empty where `start` is given.
+        tokens: Largest number of tokens to generate, at least 0.
+        sampler: Settings of one row.
+        seed: 0 to 2^64 - 1; a draw depends on (seed, sample, number of the token) alone.
+        sample: Number of the sample, 0 to 2^64 - 1.
+        stop: Strings; the text ends before the first of them.
+        log_probabilities: Report each token's log-probability in nats, at temperature 1 and before any filter.
+        start: Session to continue, None for a new text.
+        keep_session: Return the session with the last event.
+        context: "reanchor" or "exact".
+        keep: Share of the context that "reanchor" keeps, above 0 and at most 1.
 
-    Raises UserError for an empty prompt or stop string, a negative count or seed, or `keep` outside (0, 1].
+    Raises:
+        InvalidValue: An empty prompt or stop string, or a number out of its range.
     """
 
     prompt: Sequence[int]
@@ -51,36 +60,40 @@ class Request:
     sample: int = 0
     stop: tuple[str, ...] | str = ()
     log_probabilities: bool = False
-    start: Stream | None = None
-    keep_stream: bool = False
+    start: Session | None = None
+    keep_session: bool = False
     context: Context = "reanchor"
     keep: float = 0.5
 
     def __post_init__(self) -> None:
         if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
-            raise UserError("the prompt is empty; give at least one token to go on from")
+            raise InvalidValue("the prompt is empty; give at least one token")
         if self.tokens < 0:
-            raise UserError(f"tokens is {self.tokens}; it must be at least 0")
+            raise InvalidValue(f"tokens is {self.tokens}; it must be at least 0")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("seed", "sample"):
             if not 0 <= getattr(self, name) < 2**64:
-                raise UserError(f"{name} must be a whole number from 0 to 2^64 - 1, not {getattr(self, name)}")
+                raise InvalidValue(f"{name} must be a whole number from 0 to 2^64 - 1, not {getattr(self, name)}")
         if "" in self.stop:
-            raise UserError("a stop string is empty; give at least one character")
+            raise InvalidValue("a stop string is empty; give at least one character")
         if not self.sampler.is_of_one_row:
-            raise UserError("the sampler of a request has one number for each field, not one per row")
+            raise InvalidValue("the sampler of a request has one number for each field, not one per row")
         if not 0 < self.keep <= 1:
-            raise UserError(f"keep is {self.keep}; it is a share of the context, above 0 and at most 1")
+            raise InvalidValue(f"keep is {self.keep}; it is a share of the context, above 0 and at most 1")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token of a request, or its end.
+    """Report one token of a request, or its end.
 
-    token: None at an end without one (nothing was to be written). text: characters that are complete and do not begin a
-    stop string; the last event brings what was held back. log_probability: nats, where asked for. finished: why it
-    ended, "length" or "stop", None where it goes on. stream: with the last event, where asked for.
+    Args:
+        id: Id of the request, from `Engine.add`.
+        token: Token id, None at an end without a token.
+        text: Complete characters that do not begin a stop string; the last event brings what was held back.
+        log_probability: In nats, None unless the request asks for it.
+        finished: "length" or "stop" at the end, otherwise None.
+        session: With the last event, where the request asks for it.
     """
 
     id: int
@@ -88,7 +101,7 @@ class Event:
     text: str
     log_probability: float | None = None
     finished: Literal["length", "stop"] | None = None
-    stream: Stream | None = None
+    session: Session | None = None
 
 
 @dataclass
@@ -110,9 +123,19 @@ class _Row:
 
 
 class Engine:
-    """Writes texts for requests, `places` of them at once; the others wait their turn.
+    """Generate text for many requests at once; a request joins and leaves at any step.
 
-    A row's state holds nothing of other rows, nor of those that had its place before.
+    A row's state holds nothing of other rows, nor of those that had its slot before.
+
+    Args:
+        model: The model, in eval mode.
+        tokenizer: Decodes the text of events; None: events have no text.
+        slots: Active requests at most, at least 1; the others are pending.
+        weights: "float32", "bfloat16" or "int8": rounding of the weights of decode steps; long prompts use float32.
+        step: Decode step to use, None for the fastest that the model has.
+
+    Raises:
+        InvalidValue: `slots` is below 1.
     """
 
     def __init__(
@@ -120,17 +143,13 @@ class Engine:
         model: LanguageModel,
         tokenizer: Tokenizer | None = None,
         *,
-        places: int = 32,
+        slots: int = 32,
         weights: Weights = "float32",
         step: Step | None = None,
     ) -> None:
-        """Without a tokenizer events have no text. `weights`: what the steps round theirs to, long prompts not.
-
-        Raises UserError for fewer than one place.
-        """
-        if places < 1:
-            raise UserError(f"places is {places}; it must be at least 1")
-        self.model, self.tokenizer, self.places = model, tokenizer, places
+        if slots < 1:
+            raise InvalidValue(f"slots is {slots}; it must be at least 1")
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.advance = step or build_step(model, weights)
         parameters = sum(p.numel() for p in model.parameters())
         # Measured at 0.8, 17 and 100 M parameters: the call takes long for what it does, the step is bound by memory.
@@ -145,26 +164,40 @@ class Engine:
         self._sampler: Sampler | None = None
 
     def add(self, request: Request) -> int:
-        """Takes a request; returns its id.
+        """Add a request.
 
-        Raises UserError for a token outside the vocabulary, stop strings without a tokenizer, or a stream of a model of
-        other sizes.
+        Args:
+            request: The request.
+
+        Returns:
+            Its id, which its events carry.
+
+        Raises:
+            InvalidValue: A token outside the vocabulary, stop strings without a tokenizer, or a session of another
+                model.
         """
         start = request.start
         old = () if start is None else (*start.tokens, *start.seen)
         outside = next((t for t in (*request.prompt, *old) if not 0 <= t < self.model.config.vocab_size), None)
         if outside is not None:
-            raise UserError(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
+            raise InvalidValue(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
         if request.stop and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer")
+            raise InvalidValue("stop strings need a tokenizer")
         if start is not None and _shapes(start.state) != _shapes(self._state):
-            raise UserError("the stream to go on with is of another model")
+            raise InvalidValue("the session to continue is of another model")
         number = next(self._ids)
         self._waiting.append((number, request))
         return number
 
     def cancel(self, id: int) -> bool:
-        """Ends a request at once; False where it has ended already. What it has written was told."""
+        """End a request at once.
+
+        Args:
+            id: Id of the request.
+
+        Returns:
+            False where it has ended already.
+        """
         for row in self._rows:
             if row.id == id:
                 self._leave(row)
@@ -175,25 +208,39 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is at work or waits."""
+        """Whether a request is active or pending."""
         return bool(self._rows or self._waiting)
 
-    def stream(self, id: int) -> Stream:
-        """What is to be known to go on elsewhere with a request at work, a copy. Raises KeyError where none is."""
+    def session(self, id: int) -> Session:
+        """Return a copy of an active request's session.
+
+        Args:
+            id: Id of the request.
+
+        Returns:
+            The session, which `Request(start=...)` continues.
+
+        Raises:
+            KeyError: The request is not active.
+        """
         row = next((row for row in self._rows if row.id == id), None)
         if row is None:
             raise KeyError(id)
-        return self._stream_of(row)
+        return self._session_of(row)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Writes one token of every request at work, in the order in which they came; waiting ones join first.
+        """Generate one token of every active request; pending requests join first.
 
-        Raises ValueError for a model that gives no numbers; all requests at work end with it.
+        Returns:
+            One event per active request, in the order in which they came.
+
+        Raises:
+            ValueError: The logits are not finite; all active requests end.
         """
         events = []
-        self._grow(min(self.places, len(self._rows) + len(self._waiting)))
-        while self._waiting and len(self._rows) < self.places:
+        self._grow(min(self.slots, len(self._rows) + len(self._waiting)))
+        while self._waiting and len(self._rows) < self.slots:
             number, request = self._waiting.popleft()
             row = self._enter(number, request)
             if request.tokens == 0:
@@ -359,14 +406,14 @@ class Engine:
         row.held = text[len(text) - held :]
         return text[: len(text) - held], False
 
-    def _kept(self, row: _Row) -> Stream | None:
-        return self._stream_of(row) if row.request.keep_stream else None
+    def _kept(self, row: _Row) -> Session | None:
+        return self._session_of(row) if row.request.keep_session else None
 
-    def _stream_of(self, row: _Row) -> Stream:
+    def _session_of(self, row: _Row) -> Session:
         limit = self.model.max_position
         kept = max(row.unread, limit or 1)
         state = self._state.select(torch.tensor([row.place])) if row.position else self.model.init_state(1)
-        return Stream(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen), row.held)
+        return Session(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen), row.held)
 
 
 def _shapes(state: State) -> list[dict[str, torch.Size]]:

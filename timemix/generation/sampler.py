@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 PerRow = float | Sequence[float] | Tensor
 
@@ -29,25 +29,32 @@ _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """How logits become the probabilities of the next token.
+    """Describe how logits become the probabilities of the next token.
 
-    Each field is one number for all rows, or a sequence or tensor of B numbers, one per row. The order is
-    always:
+    Each field is one number for all rows, or a sequence or tensor of B numbers, one per row. The order is always:
 
-    1. `repetition_penalty` (CTRL, arXiv 1909.05858): positive logits of tokens seen in the context are
-       divided by it, negative ones multiplied; 1 = off.
-    2. `temperature`: p = softmax(logits / temperature); 0 = greedy, all probability on the largest logit, the
-       lowest id among equals.
-    3. The filters, each judging the same p (not what another filter left): a token stays if every filter
-       keeps it. Among equal tokens the lowest ids rank first.
-       - `top_k` (arXiv 1805.04833): keep the k most probable; 0 = off.
-       - `top_p` (arXiv 1904.09751): keep the most probable up to the first whose running sum reaches top_p;
-         1 = off.
-       - `min_p` (arXiv 2407.01082): keep p >= min_p * p_max; 0 = off.
-       - `top_a` (RWKV-LM 0.01, doi 10.5281/zenodo.5196577): remove p < top_a * p_max ** top_a_power; 0 = off.
+    1. `repetition_penalty`.
+    2. `temperature`: p = softmax(logits / temperature).
+    3. The filters, each judging the same p (not what another filter left): a token stays if every filter keeps it.
+       Among equal tokens the lowest ids rank first.
     4. What stays is renormalised. The most probable token always stays.
 
-    Raises UserError for a value out of its range.
+    Args:
+        temperature: At least 0; 0 = greedy, all probability on the largest logit, the lowest id among equals.
+        top_k: Whole number, at least 0: keep the k most probable tokens; 0 = off.
+        top_p: Above 0, at most 1: keep the most probable up to the first whose running sum reaches top_p; 1 = off.
+        min_p: 0 to 1: keep p >= min_p * p_max; 0 = off.
+        top_a: 0 to 1: remove p < top_a * p_max ** top_a_power; 0 = off.
+        top_a_power: At least 0.
+        repetition_penalty: Above 0: positive logits of tokens seen in the context are divided by it, negative ones
+            multiplied; 1 = off.
+
+    Raises:
+        InvalidValue: A value is out of its range.
+
+    Source:
+        repetition_penalty: CTRL, arXiv 1909.05858. top_k: arXiv 1805.04833. top_p: arXiv 1904.09751.
+        min_p: arXiv 2407.01082. top_a: RWKV-LM 0.01, doi 10.5281/zenodo.5196577.
     """
 
     temperature: PerRow = 1.0
@@ -65,7 +72,7 @@ class Sampler:
             allowed, accepts = _ALLOWED[field.name]
             for value in values if isinstance(values, list) else [values]:
                 if not (math.isfinite(value) and accepts(value)):
-                    raise UserError(f"{field.name} must be {allowed}, not {value!r}")
+                    raise InvalidValue(f"{field.name} must be {allowed}, not {value!r}")
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
             object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
 
@@ -163,7 +170,7 @@ def draw(
     random numbers: as easy as 1, 2, 3") with key (seed, sample) and counter position: it depends on nothing
     else, and no state is carried. A token of probability 0 is never drawn.
 
-    Raises UserError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
+    Raises TimemixError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
     """
     seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
     counters = zip(seeds, _integers(sample), _integers(position), strict=True)
@@ -181,7 +188,7 @@ def draw(
 def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:
     """A number in [0, 1), a multiple of 2^-53; what the generator gave before does not matter."""
     if not 0 <= seed < 2**64:
-        raise UserError(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
+        raise InvalidValue(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
     # A fifth of the time of a new generator.
     state = generator.state
     state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}

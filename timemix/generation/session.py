@@ -1,6 +1,4 @@
-"""A text that is being written, as a value: what the model keeps of it and what it has yet to read. It can be copied,
-branched, saved, and gone on with elsewhere.
-"""
+"""A session: a text in progress as a value, which can be copied, branched, saved and continued elsewhere."""
 
 import hashlib
 import json
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 
 from timemix.config.version_1 import representation
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
@@ -21,12 +19,16 @@ from timemix.storage.tensors import open_tensors, write_tensors
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One text in the midst of being written.
+class Session:
+    """Hold a text in progress: its state, and what continuing it needs.
 
-    state: of one row. tokens: the newest of the text, as many as a context that is read again can take (all that are
-    unread at least); the last `unread` of them are not in the state yet. written: tokens drawn so far. seen: the tokens
-    that occurred. held: the end of its text, not told yet because it may begin a stop string.
+    Args:
+        state: State of one row.
+        tokens: Newest token ids of the text, as many as the model reads again at most, and all unread ones.
+        unread: Number of tokens at the end of `tokens` that are not in the state yet.
+        written: Tokens generated so far.
+        seen: Token ids that occurred in the text.
+        held: End of the text that is held back because it may begin a stop string.
     """
 
     state: State
@@ -36,13 +38,13 @@ class Stream:
     seen: frozenset[int] = field(default_factory=frozenset)
     held: str = ""
 
-    def clone(self) -> "Stream":
-        """A copy with a state of its own, to go on with in another way."""
+    def clone(self) -> "Session":
+        """Return a copy with a state of its own, to continue in another way."""
         return replace(self, state=self.state.clone())
 
     @property
     def nbytes(self) -> int:
-        """Size of its state in bytes."""
+        """Return the size of the state in bytes."""
         return self.state.nbytes
 
 
@@ -55,35 +57,53 @@ def model_hash(model: LanguageModel, config: str | None = None) -> str:
     return sha256.hexdigest()
 
 
-def save_stream(stream: Stream, path: str | Path, model: LanguageModel) -> None:
-    """Writes a stream of a model as one safetensors file, whole or not at all.
+def save_session(session: Session, path: str | Path, model: LanguageModel) -> None:
+    """Save a session as one safetensors file; the write is atomic.
 
-    Raises CannotWrite where it cannot be written.
+    Args:
+        session: The session.
+        path: File to write.
+        model: The session's model; the file holds the hash of its weights.
+
+    Raises:
+        CannotWrite: The file cannot be written.
     """
-    tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(stream.state.layers) for name, x in layer.items()}
+    tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(session.state.layers) for name, x in layer.items()}
     about = {
         "model": model_hash(model),
         "architecture": model.config.arch,
-        "tokens": stream.tokens,
-        "unread": stream.unread,
-        "written": stream.written,
-        "seen": sorted(stream.seen),
-        "held": stream.held,
+        "tokens": session.tokens,
+        "unread": session.unread,
+        "written": session.written,
+        "seen": sorted(session.seen),
+        "held": session.held,
     }
     with atomic_file(Path(path)) as temporary:
-        write_tensors(temporary, tensors | {"position": stream.state.position}, {"timemix_stream": json.dumps(about)})
+        write_tensors(temporary, tensors | {"position": session.state.position}, {"timemix_session": json.dumps(about)})
 
 
-def load_stream(path: str | Path, model: LanguageModel) -> Stream:
-    """The stream that `save_stream` wrote of the same model.
+def load_session(path: str | Path, model: LanguageModel) -> Session:
+    """Load a session that `save_session` wrote.
 
-    Raises UserError for a file that is missing, damaged, something else, or of another model.
+    Args:
+        path: The file.
+        model: The model that the session belongs to.
+
+    Returns:
+        The session, on the model's device.
+
+    Raises:
+        FileError: The file is missing, damaged, of another kind, or of another model.
     """
     path = Path(path)
     with open_tensors(path) as file:
-        about = _about(path, (file.metadata() or {}).get("timemix_stream"))
+        metadata = file.metadata() or {}
+        # Files before 0.3 have the other key.
+        about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
         if about["model"] != model_hash(model) and not _is_of_version_1(about["model"], model):
-            raise UserError(f"{path} is a state of another model ({about['architecture']}); give the run that wrote it")
+            raise DamagedFile(
+                f"{path} is a state of another model ({about['architecture']}); give the run that wrote it"
+            )
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -104,8 +124,8 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
             if not 0 <= int(state.position) <= (model.max_position or 2**62):
                 raise ValueError(f"its position is {int(state.position)}")
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
+            raise DamagedFile(f"{path} is damaged: {error}") from error
+    return Session(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
@@ -117,7 +137,7 @@ def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
 def _about(path: Path, text: str | None) -> dict[str, Any]:
     """What a file says of itself."""
     if text is None:
-        raise UserError(f"{path} holds no state that timemix wrote")
+        raise DamagedFile(f"{path} holds no state that timemix wrote")
     try:
         about = json.loads(text)
         fits = (
@@ -128,5 +148,5 @@ def _about(path: Path, text: str | None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         fits = False
     if not fits:
-        raise UserError(f"{path} is damaged: what it says of its state cannot be read")
+        raise DamagedFile(f"{path} is damaged: what it says of its state cannot be read")
     return about

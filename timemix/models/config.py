@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from timemix.errors import UserError
-from timemix.storage.settings import LARGEST_VOCABULARY, check_range
+from timemix.errors import InvalidValue
+from timemix.storage.settings import LARGEST_VOCABULARY, check_range, nearest_divisors
 
 Initial = Literal["zero", "original"]
 Recompute = Literal["none", "cheap", "all"]
@@ -40,7 +40,7 @@ class ModelConfig:
             if hasattr(self, name):
                 check_range(f"model.{name}", getattr(self, name), 1, most)
         if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout {self.dropout} is not in [0, 1)")
+            raise InvalidValue(f"model.dropout={self.dropout} is not in [0, 1)")
 
     def size_words(self) -> str:
         """Return the size as a person reads it."""
@@ -52,19 +52,18 @@ class ModelConfig:
 
 
 def check_heads(heads: int, channels: int) -> None:
-    """Raises UserError for a number of heads that does not divide the channels."""
+    """Raises InvalidValue for a number of heads that does not divide the channels."""
     if channels % heads:
-        divisors = [h for h in range(1, channels + 1) if channels % h == 0]
-        close = min(divisors, key=lambda h: abs(h - heads))
-        raise UserError(
-            f"model.heads {heads} does not divide model.channels {channels}; the nearest that does is {close}"
+        raise InvalidValue(
+            f"model.heads={heads} does not divide model.channels={channels};"
+            f" nearest divisors: {nearest_divisors(heads, channels)}"
         )
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises UserError for a number that is not above 0 and finite."""
+    """Raises InvalidValue for a number that is not above 0 and finite."""
     if not 0 < value < float("inf"):
-        raise UserError(f"model.{name} is {value}; it must be above 0, and finite")
+        raise InvalidValue(f"model.{name} is {value}; it must be above 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ class ShiftedConfig(ModelConfig):
         super().__post_init__()
         check_heads(self.heads, self.channels)
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
-            raise UserError(f"model.ffn_ratio {self.ffn_ratio} gives the feed-forward sublayer no sensible size")
+            raise InvalidValue(f"model.ffn_ratio={self.ffn_ratio} gives the feed-forward sublayer no sensible size")
         for name in ("token_shift", "token_shift_top"):
             fractions = getattr(self, name) or ()
             if len(fractions) > MOST_FRACTIONS:
-                raise UserError(f"model.{name} has {len(fractions)} fractions; it may have {MOST_FRACTIONS}")
+                raise InvalidValue(f"model.{name} has {len(fractions)} fractions; it may have {MOST_FRACTIONS}")
             if any(not 0 <= x <= 1 for x in fractions) or sum(fractions) > 1 + 1e-9:
-                raise UserError(f"model.{name} {list(fractions)}: fractions lie in [0, 1] and sum to at most 1")
+                raise InvalidValue(f"model.{name}={list(fractions)}: fractions lie in [0, 1] and sum to at most 1")
 
     def size_words(self) -> str:
         return (

@@ -1,22 +1,38 @@
 """The language model around every architecture: embedding, blocks, head, and the state that it carries."""
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig, Recompute
 from timemix.models.layers.block import Block
 from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
-from timemix.models.registry import find_architecture, load_part
+from timemix.models.registry import find_architecture, load_part, model_config
 from timemix.models.state import State
 
 
 def block_class(config: ModelConfig) -> type[Block]:
     """Import the class of the blocks of a config's architecture, which also answers for what stands outside them."""
     return load_part(find_architecture(config.arch).model)
+
+
+def build_model(arch: str, **fields: Any) -> "LanguageModel":
+    """Create a model with initial values from torch's random generator.
+
+    Args:
+        arch: Name of an architecture, see `list_architectures`.
+        **fields: Settings of the architecture, such as `layers=2`, `channels=64`, `ctx_len=128`, `vocab_size=256`.
+
+    Returns:
+        The model on the CPU in float32, in training mode.
+
+    Raises:
+        InvalidValue: The architecture is unknown, lacks a field, or a value is out of its range.
+    """
+    return LanguageModel(model_config(arch, **fields))
 
 
 class LanguageModel(nn.Module):
@@ -30,7 +46,9 @@ class LanguageModel(nn.Module):
         self.config = config
         self.architecture = find_architecture(config.arch)
         if not isinstance(config, self.architecture.config):
-            raise UserError(f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}")
+            raise InvalidValue(
+                f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}"
+            )
         self.block = block_class(config)
         self.embedding = Embedding(config.vocab_size, config.channels)
         self.input_norm = self.block.input_norm(config)

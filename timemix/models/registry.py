@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from timemix.errors import UserError, nearest
+from timemix.errors import InvalidValue, nearest
 from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShiftConfig
 from timemix.models.config import ModelConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
@@ -15,10 +15,10 @@ from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """What can be known of an architecture before a model is built.
+    """Describe an architecture without importing torch.
 
     Args:
-        name: As in `--model.arch`.
+        name: Value of the setting `model.arch`.
         config: Class of its settings, derived from `ModelConfig`.
         model: "module:class" of its block, a `models.layers.block.Block`.
         year: Of its publication.
@@ -101,26 +101,33 @@ DEFAULT_ARCHITECTURE = "rwkv1"
 
 
 def list_architectures(*, bounded: bool | None = None) -> list[str]:
-    """Return the names of all architectures, or of those whose context ends at ctx_len, or has no end."""
+    """Return the names of the architectures.
+
+    Args:
+        bounded: True: those whose context ends at ctx_len. False: those whose context has no end. None: all.
+
+    Returns:
+        Names, oldest first.
+    """
     return [name for name, each in ARCHITECTURES.items() if bounded is None or each.bounded == bounded]
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the entry of an architecture. Raises UserError, with the nearest right name, for an unknown one."""
+    """Return the entry of an architecture. Raises InvalidValue, with the nearest right name, for an unknown one."""
     if name not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
+        raise InvalidValue(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
 def model_config(arch: str, **fields: Any) -> ModelConfig:
     """Return the settings of an architecture: its own defaults, `fields` over them.
 
-    Raises UserError for an unknown architecture, a field that it lacks, or a value out of range.
+    Raises InvalidValue for an unknown architecture, a field that it lacks, or a value out of range.
     """
     config = find_architecture(arch).config
     for name in fields:
         if name not in config.__dataclass_fields__:
-            raise UserError(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
+            raise InvalidValue(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
     return config(arch=arch, **fields)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue, MissingFile
 from timemix.runs.metrics import read_metrics
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import is_number
@@ -54,12 +54,12 @@ def plot_loss(
     training loss, as a share of its logged lines; 0 = none. The vertical axis fits what comes after the first
     tenth of each run, for the first losses dwarf the rest. Last validation losses stand at the right edge.
 
-    Raises UserError for an unknown x or suffix, a smoothing outside 0 to 1, no run, a run without losses,
+    Raises InvalidValue for an unknown x or suffix, a smoothing outside 0 to 1, no run, a run without losses,
     whatever `read_metrics` raises it for, and where `out` cannot be written.
     """
     _check(out, x, smoothing)
     if not runs:
-        raise UserError("there is no run to plot; name one or more run folders")
+        raise InvalidValue("there is no run to plot; name one or more run folders")
 
     key, _ = _X_AXES[x]
     curves = [_curve(run, key, smoothing) for run in runs]
@@ -88,11 +88,11 @@ def plot_bands(
     held-out losses at the end, mean over the runs, stand at the right edge. `colors`: of groups by name, where not
     the usual ones. Runs of one group must have logged the same steps.
 
-    Raises UserError as `plot_loss` does, and for a group without runs.
+    Raises InvalidValue as `plot_loss` does, and for a group without runs.
     """
     _check(out, x, smoothing)
     if not groups or not all(groups.values()):
-        raise UserError("there is no run to plot; name one or more run folders")
+        raise InvalidValue("there is no run to plot; name one or more run folders")
     bands = {name: mean_over_runs(runs, smoothing) for name, runs in groups.items()}
     ends = {name: _last_losses(runs) for name, runs in groups.items()}
     last_x = max(positions[x][-1] for positions, _, _ in bands.values())
@@ -116,7 +116,7 @@ def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: 
     """Draws how much more each variant loses than the first at each position of the window, to `out` (.png or .svg).
 
     losses: nats per token by position, by name; neighbours are averaged under a Gaussian of 1.5 positions.
-    Raises UserError where `out` cannot be written.
+    Raises TimemixError where `out` cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -142,12 +142,12 @@ def mean_over_runs(
     """Tokens, steps and seconds (points,) by name, and mean and standard deviation of the smoothed training loss.
 
     Over runs that logged the same steps, as far as all of them go; seconds are their mean.
-    Raises UserError as `plot_loss` does.
+    Raises MissingFile as `plot_loss` does.
     """
     curves = {name: [_curve(run, key, smoothing).smoothed for run in runs] for name, (key, _) in _X_AXES.items()}
     points = min(c.shape[1] for c in curves["tokens"])
     if points == 0:
-        raise UserError(f"{runs[0] / 'metrics.jsonl'} holds no training losses yet")
+        raise MissingFile(f"{runs[0] / 'metrics.jsonl'} holds no training losses yet")
     x = {name: np.mean([c[0, :points] for c in each], axis=0) for name, each in curves.items()}
     losses = np.stack([c[1, :points] for c in curves["tokens"]])
     deviation = losses.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(points)
@@ -169,15 +169,15 @@ def _last_losses(runs: Sequence[Path]) -> float | None:
 def _check(out: Path, x: str, smoothing: float) -> None:
     check_picture_name(out)
     if x not in _X_AXES:
-        raise UserError(f"x must be one of {', '.join(_X_AXES)}, not {x!r}")
+        raise InvalidValue(f"x must be one of {', '.join(_X_AXES)}, not {x!r}")
     if not 0 <= smoothing <= 1:
-        raise UserError(f"smoothing must be from 0 to 1, not {smoothing}")
+        raise InvalidValue(f"smoothing must be from 0 to 1, not {smoothing}")
 
 
 def check_picture_name(out: Path) -> None:
-    """Raises UserError for a file name whose suffix is not a picture's."""
+    """Raises InvalidValue for a file name whose suffix is not a picture's."""
     if out.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"cannot tell the picture's format from {out}; end its name in .png or .svg")
+        raise InvalidValue(f"cannot tell the picture's format from {out}; end its name in .png or .svg")
 
 
 def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str | None) -> "tuple[Figure, Axes]":
@@ -201,7 +201,7 @@ def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str 
 
 
 def save_picture(figure: "Figure", out: Path) -> None:
-    """Writes a figure as .png, of few colors to keep it small, or .svg. Raises UserError where it cannot."""
+    """Writes a figure as .png, of few colors to keep it small, or .svg. Raises TimemixError where it cannot."""
     from PIL import Image
 
     check_picture_name(out)
@@ -230,7 +230,7 @@ def _curve(run: Path, key: str, smoothing: float) -> _Curve:
     rows = read_metrics(run)
     train, valid = _points(rows, key, "loss"), _points(rows, key, "valid_loss")
     if not train.size and not valid.size:
-        raise UserError(f"{run / 'metrics.jsonl'} holds no losses yet; plot again when the run has gone on")
+        raise MissingFile(f"{run / 'metrics.jsonl'} holds no losses yet; plot again when the run has gone on")
     smoothed = np.stack([train[0], _gaussian(train[1], smoothing * train.shape[1])])
     return _Curve(train, smoothed, valid)
 

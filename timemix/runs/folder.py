@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, MissingFile
 from timemix.storage.files import remove_folder
 from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
 
@@ -15,13 +15,13 @@ def checkpoint_name(step: int) -> str:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """training.json of a checkpoint. Raises UserError when it is missing, damaged, or a value cannot be."""
+    """training.json of a checkpoint. Raises DamagedFile when it is missing, damaged, or a value cannot be."""
     path = folder / "training.json"
     progress = {"losses_since_line": [], "usual_loss": [0.0, 0.0, 0]} | read_json(path)
     if name := misfit(progress, _PROGRESS):
-        raise UserError(f"{path} is damaged: {name} is {progress.get(name)!r}")
+        raise DamagedFile(f"{path} is damaged: {name} is {progress.get(name)!r}")
     if len(progress["losses_since_line"]) > progress["step"]:
-        raise UserError(f"{path} is damaged: it holds more losses than steps")
+        raise DamagedFile(f"{path} is damaged: it holds more losses than steps")
     return progress
 
 
@@ -42,10 +42,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> Path:
-    """Newest checkpoint. Raises UserError when the run has none."""
+    """Newest checkpoint. Raises MissingFile when the run has none."""
     found = checkpoints(run)
     if not found:
-        raise UserError(_no_checkpoint(run))
+        raise MissingFile(_no_checkpoint(run))
     return found[-1]
 
 
@@ -77,11 +77,11 @@ def prune(run: Path) -> None:
 def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     """Folder of a checkpoint: of a run folder ("best", of the lowest validation loss, "newest", or a step), or itself.
 
-    Raises UserError when there is none.
+    Raises MissingFile when there is none.
     """
     path = Path(run)
     if not path.is_dir():
-        raise UserError(f"there is no run folder {path}{_similar(path)}")
+        raise MissingFile(f"there is no run folder {path}{_similar(path)}")
     if (path / "model.safetensors").exists():
         return path
     if checkpoint == "best":
@@ -91,7 +91,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     newest(path)
     steps = {str(int(c.name.removeprefix("step-"))): c for c in checkpoints(path)}
     if str(checkpoint) not in steps:
-        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
+        raise MissingFile(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
     return steps[str(checkpoint)]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from timemix.config.run import RunConfig, read_toml
 from timemix.data.corpus import Corpus, open_run_corpus
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import find
@@ -23,7 +23,14 @@ from timemix.tokenizers.make import load_tokenizer
 
 @dataclass
 class Loaded:
-    """A trained model with its tokenizer and the config of its run."""
+    """Hold a trained model with its tokenizer and the config of its run.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        config: Config of its run.
+        folder: Checkpoint folder that it was loaded from.
+    """
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -31,25 +38,25 @@ class Loaded:
     folder: Path
 
     def corpus(self) -> Corpus:
-        """Tokens of its run. Raises UserError as `open_run_corpus` does, and for those of another vocabulary."""
+        """Tokens of its run. Raises DamagedFile as `open_run_corpus` does, and for those of another vocabulary."""
         run = self.folder.parent.parent
         corpus = open_run_corpus(run, self.config.data.source)
         if corpus.tokenizer.hash != self.tokenizer.hash:
-            raise UserError(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
+            raise DamagedFile(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
         return corpus
 
 
 def check_weights(model: LanguageModel, folder: Path) -> None:
-    """Raises UserError where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
+    """Raises DamagedFile where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
     path, ours = folder / "model.safetensors", model.state_dict()
     with open_tensors(path) as tensors:
         if other := sorted(set(tensors.keys()) ^ ours.keys()):
             where = "missing from it" if other[0] in ours else "only in the file"
-            raise UserError(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
+            raise DamagedFile(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
         for name, own in ours.items():
             if not fits_tensor(tensors, name, own.shape):
                 found = tensors.get_slice(name)
-                raise UserError(
+                raise DamagedFile(
                     f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
                     f" not {list(own.shape)}"
                 )
@@ -58,13 +65,13 @@ def check_weights(model: LanguageModel, folder: Path) -> None:
 def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
     """The model of a config without memory, which the weights of a checkpoint fit.
 
-    Raises UserError where they do not, before work or memory of the size that the config names is taken.
+    Raises DamagedFile where they do not, before work or memory of the size that the config names is taken.
     """
     path = folder / "model.safetensors"
     with open_tensors(path) as tensors:
         layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
     if layers != config.layers:
-        raise UserError(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
+        raise DamagedFile(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
     with torch.device("meta"):
         model = LanguageModel(config)
     check_weights(model, folder)
@@ -72,15 +79,25 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
 
 
 def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
-    """Model, tokenizer and config of a run folder or of one checkpoint folder; the model in eval mode.
+    """Load a trained model with its tokenizer and config.
 
-    `checkpoint`: as for `find`. Raises UserError when something is missing, damaged, or does not fit together.
+    Args:
+        run: Run folder, or one of its checkpoint folders.
+        checkpoint: "best" (lowest validation loss), "newest", or a step; of a run folder.
+        device: PyTorch device, such as "cpu" or "cuda:1".
+
+    Returns:
+        The model in eval mode, the tokenizer, the config and the checkpoint folder.
+
+    Raises:
+        MissingFile: There is no such run or checkpoint.
+        DamagedFile: A file is damaged, or the files do not fit together.
     """
     folder = find(run, checkpoint)
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(
+        raise DamagedFile(
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} entries,"
             f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
         )

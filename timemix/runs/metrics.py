@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import UserError
-from timemix.storage.files import CannotWrite, atomic_file, cannot_write, read_lines
+from timemix.errors import CannotWrite, DamagedFile, MissingFile
+from timemix.storage.files import atomic_file, cannot_write, read_lines
 from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
@@ -63,16 +63,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Lines of a run's metrics.jsonl, oldest first: step, tokens, seconds, loss and valid_loss (nats per
     token), and whatever else was logged. A last line cut short by a kill is skipped.
 
-    Raises UserError where the folder or the file is missing, or another line is not a JSON object.
+    Raises FileError where the folder or the file is missing, or another line is not a JSON object.
     """
     if not run.is_dir():
-        raise UserError(f"there is no run folder {run}; name one that `timemix train --out` made")
+        raise MissingFile(f"there is no run folder {run}; name the folder of a run")
     path = run / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
     damaged: int | None = None
     for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
         if damaged is not None:
-            raise UserError(f"line {damaged} of {path} is not a JSON object; remove or repair it")
+            raise DamagedFile(f"line {damaged} of {path} is not a JSON object; remove or repair it")
         try:
             row = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):

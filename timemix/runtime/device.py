@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from timemix.errors import UserError
+from timemix.errors import Unavailable
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
@@ -25,7 +25,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
 def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """The device that serves `device` in a process of a machine, and the reason.
 
-    Raises UserError for a device that torch does not know or this machine does not have.
+    Raises Unavailable for a device that torch does not know or this machine does not have.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -36,7 +36,7 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used: {reason}") from None
+        raise Unavailable(f"device {device!r} cannot be used: {reason}") from error
     return found, "asked for"
 
 

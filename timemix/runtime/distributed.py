@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import Unavailable
 
 Result = TypeVar("Result")
 
@@ -26,10 +26,6 @@ _LONG = timedelta(days=7)
 
 class Elsewhere(Exception):
     """Another process of the run tells why it ends; this one ends with it, quietly."""
-
-
-class ProcessLost(UserError):
-    """Another process of the run has gone or does not answer."""
 
 
 class World:
@@ -101,7 +97,7 @@ ALONE = World()
 def joined() -> Iterator[World]:
     """The world that torchrun made, or ALONE in a program started without it.
 
-    Raises UserError where the other processes cannot be reached.
+    Raises Unavailable where the other processes cannot be reached.
     """
     # The variables are torchrun's way to tell its processes who they are.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -114,7 +110,7 @@ def joined() -> Iterator[World]:
         # Work of process 0 alone may take long; that it is gone shows at once in any group.
         patient = dist.new_group(backend="gloo", timeout=_LONG)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot reach the other processes of this run: {str(error).splitlines()[0]}") from None
+        raise Unavailable(f"cannot reach the other processes of this run: {str(error).splitlines()[0]}") from error
     local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield World(rank, size, local_rank, local_size, store, patient)

@@ -8,53 +8,50 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from timemix.errors import UserError
+from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
 """Bytes of a JSON file at most: what one holds takes up to 30 times as much memory."""
 
 
-class CannotWrite(UserError):
-    """A disk that is full, or a place that cannot be written."""
-
-
 def check_regular(path: Path, largest: int | None = None, what: str = "") -> None:
-    """Raises UserError where a file is missing, a folder, pipe or device, or larger than `largest` bytes.
+    """Raises FileError where a file is missing, a folder, pipe or device, or larger than `largest` bytes.
 
     A pipe would be waited for without end, a device read without end. `what`: words for the file, before its path.
     """
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {what}{path}: {getattr(error, 'strerror', error)}") from None
+        kind = MissingFile if isinstance(error, FileNotFoundError) else FileError
+        raise kind(f"cannot read {what}{path}: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"cannot read {what}{path}: it is a folder, pipe or device, not a file")
+        raise FileError(f"cannot read {what}{path}: it is a folder, pipe or device, not a file")
     if largest is not None and found.st_size > largest:
-        raise UserError(f"{path} has {found.st_size:,} bytes; such a file has at most {largest:,}: it is damaged")
+        raise DamagedFile(f"{path} has {found.st_size:,} bytes; such a file has at most {largest:,}: it is damaged")
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
-    """Text of a UTF-8 file without byte order mark. Raises UserError as `check_regular` does, and for other bytes."""
+    """Text of a UTF-8 file without byte order mark. Raises FileError as `check_regular` does, and for other bytes."""
     check_regular(path, largest, what)
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(f"{path} is damaged: {error}") from error
 
 
 def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
     """Lines of a file with their ends, in pieces where one is longer than a mebibyte.
 
-    Raises UserError as `check_regular` does.
+    Raises FileError as `check_regular` does.
     """
     check_regular(path, largest)
     try:
         with path.open("rb") as file:
             yield from iter(lambda: file.readline(2**20), b"")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise FileError(f"cannot read {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -132,7 +129,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raises UserError for a block that fails to write `path`."""
+    """Raises CannotWrite for a block that fails to write `path`."""
     try:
         yield
     except OSError as error:

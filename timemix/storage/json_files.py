@@ -6,24 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.storage.files import read_text
 
 
 def parse_json(path: Path, what: str = "") -> Any:
-    """What a JSON file holds. Raises UserError when it is missing or damaged; `what` as for `check_regular`."""
+    """What a JSON file holds. Raises DamagedFile when it is missing or damaged; `what` as for `check_regular`."""
     text = read_text(path, what=what)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from None
+        raise DamagedFile(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError as `parse_json` does, and for another value."""
+    """A JSON object. Raises DamagedFile as `parse_json` does, and for another value."""
     data = parse_json(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise DamagedFile(f"{path} is damaged: it holds no JSON object")
     return data
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from timemix.errors import UserError
+from timemix.errors import FileError, InUse
 from timemix.storage.files import explained, write_text
 from timemix.storage.json_files import read_json
 
@@ -50,7 +50,7 @@ class FolderLock:
         self._holder = folder / ".lock.json"
 
     def take(self) -> None:
-        """Holds the folder. Raises UserError, naming the holder, where another process (or a lock) holds it."""
+        """Holds the folder. Raises InUse, naming the holder, where another process (or a lock) holds it."""
         import filelock
 
         if self._lock.is_locked:
@@ -59,7 +59,7 @@ class FolderLock:
             try:
                 self._lock.acquire(blocking=False)
             except filelock.Timeout:
-                raise UserError(f"{self.folder} is in use by {self._named()}; wait for its end, or stop it") from None
+                raise InUse(f"{self.folder} is in use by {self._named()}; wait for its end, or stop it") from None
             self.taken_over = self._named() if self._holder.exists() else None
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -76,5 +76,5 @@ class FolderLock:
         try:
             holder = read_json(self._holder)
             return f"process {holder['process']} on {holder['host']} since {holder['since']}"
-        except (UserError, KeyError, ValueError, RecursionError):
+        except (FileError, KeyError, ValueError, RecursionError):
             return "another process"

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from timemix.errors import UserError, nearest
+from timemix.errors import DamagedFile, InvalidValue, nearest
 from timemix.storage.files import read_text
 
 LARGEST_TOML = 256 * 2**10
@@ -19,9 +19,16 @@ MOST_DOTS = 200
 
 def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
     if not value >= least:
-        raise UserError(f"{name} is {value}; it must be at least {least}")
+        raise InvalidValue(f"{name} is {value}; it must be at least {least}")
     if value > most:
-        raise UserError(f"{name} is {value}; it must be at most {most}")
+        raise InvalidValue(f"{name} is {value}; it must be at most {most}")
+
+
+def nearest_divisors(value: int, total: int) -> str:
+    """Return the divisors of `total` on both sides of `value`, for an error sentence."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    near = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
+    return ", ".join(map(str, near))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -35,7 +42,7 @@ Config = TypeVar("Config")
 def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config:
     """Config dataclass from a nested dictionary.
 
-    Raises UserError for an unknown field (with the nearest right name) or a value of the wrong type.
+    Raises InvalidValue for an unknown field (with the nearest right name) or a value of the wrong type.
     """
     types_of = typing.get_type_hints(cls)
     hints = {field.name: types_of[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
@@ -44,11 +51,11 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in hints:
-            raise UserError(f"unknown field {path + name!r}{nearest(name, hints)}")
+            raise InvalidValue(f"unknown field {path + name!r}{nearest(name, hints)}")
         values[name] = _checked(f"{path}{name}", value, hints[name])
     missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in values and _required(f)]
     if missing:
-        raise UserError(f"{path + missing[0]} is missing")
+        raise InvalidValue(f"{path + missing[0]} is missing")
     return cls(**values)
 
 
@@ -60,36 +67,36 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) or origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{name} is {value!r}; it must be a table")
+            raise InvalidValue(f"{name} is {value!r}; it must be a table")
         return value if origin is dict else from_dict(typing.cast(type, hint), value, f"{name}.")
     if origin is Literal:
         if value not in args:
-            raise UserError(f"{name} is {value!r}{nearest(str(value), args)}")
+            raise InvalidValue(f"{name} is {value!r}{nearest(str(value), args)}")
         return value
     if origin is types.UnionType:
         return _checked(name, value, next(a for a in args if a is not type(None)))
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{name} is {value!r}; it must be a list")
+            raise InvalidValue(f"{name} is {value!r}; it must be a list")
         return tuple(_checked(name, item, args[0]) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not hint:
-        raise UserError(f"{name} is {value!r}; it must be of type {hint.__name__}")
+        raise InvalidValue(f"{name} is {value!r}; it must be of type {hint.__name__}")
     return value
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """Contents of a TOML file. Raises UserError when it is missing, no TOML, or larger than any that serves."""
+    """Contents of a TOML file. Raises DamagedFile when it is missing, no TOML, or larger than any that serves."""
     text = read_text(path, LARGEST_TOML)
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MOST_DOTS:
-            raise UserError(f"{path}: line {number} has {line.count('.')} dots; it may have {MOST_DOTS}: break it")
+            raise DamagedFile(f"{path}: line {number} has {line.count('.')} dots; it may have {MOST_DOTS}: break it")
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(f"{path} is damaged: {error}") from error
 
 
-UNFIT = (UserError, ValueError, ArithmeticError, RecursionError)
+UNFIT = (ValueError, ArithmeticError, RecursionError)
 """What `from_dict` raises for values of any kind: its own sentences, and numbers too large to show or to convert."""

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, MissingFile
 from timemix.storage.files import check_regular
 
 LARGEST_HEADER = 16 * 2**20
@@ -23,18 +23,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except SafetensorError as error:
         # The library hides the errno of a full disk in its text.
         if "os error 28" in str(error):
-            raise OSError(28, "No space left on device") from None
-        raise OSError(5, str(error)) from None
+            raise OSError(28, "No space left on device") from error
+        raise OSError(5, str(error)) from error
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file whose tensors are read one by one.
 
-    Raises UserError when it is missing, truncated or something else.
+    Raises FileError when it is missing, truncated or something else.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing")
+        raise MissingFile(f"{path} is missing")
     check_regular(path)
     try:
         with path.open("rb") as raw:
@@ -44,7 +44,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def fits_tensor(tensors: Any, name: str, shape: Sequence[int]) -> bool:

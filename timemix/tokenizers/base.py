@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
 
 KINDS = ("character", "byte", "word", "subword")
@@ -55,7 +55,7 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, 1-D, of `self.dtype`.
 
-        Raises UserError for a lone surrogate, and under unknown="error" for characters or words outside the
+        Raises TimemixError for a lone surrogate, and under unknown="error" for characters or words outside the
         vocabulary.
         """
         ids, unknown = self.encode_counted(text)
@@ -63,17 +63,17 @@ class Tokenizer(ABC):
         return ids
 
     def refuse(self, unknown: Counter[str]) -> None:
-        """Raises UserError, which names them, where there are `unknown` characters or words and none may be."""
+        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be."""
         if unknown and self.unknown == "error":
-            raise UserError(
+            raise InvalidValue(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
-                " the text, or train with --data.unknown unk"
+                " the text, or train with data.unknown unk"
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
         """Ids of `text`, 1-D, of `self.dtype`, and the number of unknown characters (or words) in it.
 
-        For evaluation: under unknown="error" these are left out. Raises UserError for a lone surrogate.
+        For evaluation: under unknown="error" these are left out. Raises TimemixError for a lone surrogate.
         """
         ids, unknown = self.encode_counted(text)
         return ids, unknown.total()
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
         The inverse of `encode`, except that words do not restore case and spacing (but encode to the same ids
-        again). Raises UserError for an id outside the vocabulary.
+        again). Raises TimemixError for an id outside the vocabulary.
         """
         return "".join(self.texts([np.asarray(ids)]))
 
@@ -120,7 +120,7 @@ class Tokenizer(ABC):
         return self._json
 
     def save(self, path: str | Path) -> None:
-        """Writes `tokenizer.json`: whole or not at all. Raises UserError where it cannot be written."""
+        """Writes `tokenizer.json`: whole or not at all. Raises TimemixError where it cannot be written."""
         write_text(Path(path), self._json)
 
 
@@ -136,10 +136,10 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Text that is complete with `token`: never half a UTF-8 character, so it may be empty.
 
-        Raises UserError for an id outside the vocabulary.
+        Raises InvalidValue for an id outside the vocabulary.
         """
         if not 0 <= token < len(self._pieces):
-            raise UserError(f"token {token} is outside the vocabulary of {len(self._pieces)}")
+            raise InvalidValue(f"token {token} is outside the vocabulary of {len(self._pieces)}")
         piece = self._pieces[token]
         if not self._spaced:
             return self._utf8.decode(piece)
@@ -151,7 +151,7 @@ class StreamDecoder:
         """What `push` gives for all of `ids` (tokens,), joined."""
         outside = (ids < 0) | (ids >= len(self._pieces))
         if outside.any():
-            raise UserError(f"token {ids[outside][0]} is outside the vocabulary of {len(self._pieces)}")
+            raise InvalidValue(f"token {ids[outside][0]} is outside the vocabulary of {len(self._pieces)}")
         found = [self._pieces[token] for token in ids.astype(np.int64).tolist()]
         if not self._spaced or not found:
             return self._utf8.decode(b"".join(found))
@@ -166,11 +166,11 @@ class StreamDecoder:
 
 
 def refuse_surrogates(text: str, before: int = 0) -> bytes:
-    """UTF-8 of a text, which `before` characters precede; raises UserError for a lone surrogate."""
+    """UTF-8 of a text, which `before` characters precede; raises InvalidValue for a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
+        raise InvalidValue(
             f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {before + error.start}:"
             " UTF-8 cannot hold it; remove it"
         ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import parse_json
 from timemix.tokenizers.base import KINDS, UNKNOWN, Tokenizer, refuse_surrogates
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
@@ -31,16 +31,16 @@ def train_tokenizer(
     unknown: see Tokenizer; "byte" is not for words.
     each: `map`, or the like in several processes, for counting words.
 
-    Raises UserError when the text is empty or holds a lone surrogate, or when a choice cannot be served.
+    Raises InvalidValue when the text is empty or holds a lone surrogate, or when a choice cannot be served.
     """
     if kind not in KINDS:
-        raise UserError(f"there is no tokenizer {kind!r}; choose one of {', '.join(KINDS)}")
+        raise InvalidValue(f"there is no tokenizer {kind!r}; choose one of {', '.join(KINDS)}")
     if unknown not in ("error", "unk", "byte"):
-        raise UserError(f"there is no choice {unknown!r} for unknown text; choose error, unk or byte")
+        raise InvalidValue(f"there is no choice {unknown!r} for unknown text; choose error, unk or byte")
     parts = _without_surrogates([text] if isinstance(text, str) else text)
     first = next(parts, "")
     if not first:
-        raise UserError(f"a {kind} tokenizer cannot be made from an empty text; give a text to train it on")
+        raise InvalidValue(f"a {kind} tokenizer cannot be made from an empty text; give a text to train it on")
     parts = itertools.chain([first], parts)
     if kind == "character":
         return CharacterTokenizer(sorted(set().union(*parts)), unknown)
@@ -69,7 +69,7 @@ def tokenizer_from_json(document: str) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json` that `Tokenizer.save` wrote.
 
-    Raises UserError when the file is missing, damaged, or made by another program.
+    Raises DamagedFile when the file is missing, damaged, or made by another program.
     """
     document = parse_json(Path(path), "the tokenizer ")
     try:
@@ -79,7 +79,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if json.loads(tokenizer.to_json()) != document:
             raise ValueError("other settings than ours")
     except Exception as error:  # The library raises bare Exception.
-        raise UserError(f"{path} is not a tokenizer that timemix wrote; give a tokenizer.json of a run") from error
+        raise DamagedFile(f"{path} is not a tokenizer that timemix wrote; give a tokenizer.json of a run") from error
     return tokenizer
 
 

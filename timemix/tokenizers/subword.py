@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair_encoding, written_document
 from timemix.tokenizers.pieces import pieces
@@ -43,7 +43,7 @@ class SubwordTokenizer(Tokenizer):
 
 def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     if vocab_size < 256:
-        raise UserError(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise --data.vocab-size")
+        raise InvalidValue(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise data.vocab_size")
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from tokenizers import normalizers
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.tokenizers.base import UNKNOWN, Tokenizer
 from timemix.tokenizers.document import numbered, written_document
 from timemix.tokenizers.pieces import PART, pieces
@@ -75,12 +75,12 @@ class WordTokenizer(Tokenizer):
 
 def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
     if unknown == "byte":
-        raise UserError("a word tokenizer cannot spell unknown words as bytes; choose --data.unknown unk or error")
+        raise InvalidValue("a word tokenizer cannot spell unknown words as bytes; choose data.unknown unk or error")
     counts: Counter[str] = Counter()
     for counted in each(count_words, pieces(parts, PART)):
         counts.update(counted)
     if not counts:
-        raise UserError("a word tokenizer cannot be made from a text of spaces; give a text with words")
+        raise InvalidValue("a word tokenizer cannot be made from a text of spaces; give a text with words")
     if unknown == "error":
         return WordTokenizer(sorted(counts), unknown)
     # A text may spell its own unknown words like this.

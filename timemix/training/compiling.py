@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 
 COMPILE_FROM = 2e13
 """Floating-point operations of a run from which compiling pays: some 100 s on two cores, where it takes 10 to 40 s."""
@@ -18,7 +18,7 @@ def choose_compile(
 
     `fused`: `ops.fused` has the whole of it, and compiled code is no faster (benchmarks/RESULTS.md).
 
-    Raises UserError where it is asked for and cannot be done.
+    Raises InvalidValue where it is asked for and cannot be done.
     """
     hindrance = None
     if processes > 1:
@@ -27,7 +27,7 @@ def choose_compile(
         hindrance = "no C++ compiler was found"
     if asked == "on":
         if hindrance:
-            raise UserError(f"--train.compile on: {hindrance}; leave it out")
+            raise InvalidValue(f"train.compile is 'on', but {hindrance}; leave it out")
         return True, "asked for"
     if asked == "off":
         return False, "asked for"

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue, Unavailable
 from timemix.runs.metrics import Line
 
 Hook = Callable[[Line], object]
@@ -13,26 +13,26 @@ Hook = Callable[[Line], object]
 
 
 def load_hook(name: str) -> Hook:
-    """The function that "module:function" names. Raises UserError where there is none."""
+    """The function that "module:function" names. Raises InvalidValue where there is none."""
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"--hook {name}: {error}; name a function as module:function") from None
+        raise InvalidValue(f"hook {name!r} cannot be used: {error}; name a function as module:function") from error
     if not callable(found):
-        raise UserError(f"--hook {name}: it is no function; name one as module:function")
+        raise InvalidValue(f"hook {name!r} is no function; name one as module:function")
     return found
 
 
 def tensorboard(folder: Path, step: int) -> Hook:
     """A hook that writes the numbers of each line for TensorBoard; what `folder` holds after `step` is dropped.
 
-    Raises UserError where TensorBoard is not installed.
+    Raises Unavailable where TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("TensorBoard is not installed; pip install 'timemix[tensorboard]'") from None
+    except ImportError as error:
+        raise Unavailable("TensorBoard is not installed; pip install 'timemix[tensorboard]'") from error
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(line: Line) -> None:

@@ -1,7 +1,7 @@
 """Memory of a training step, estimated before it is run."""
 
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.errors import UserError
+from timemix.errors import Unavailable
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import block_class
 from timemix.models.size import count_parameters
@@ -34,7 +34,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
 
 
 def refuse_too_large(config: RunConfig, world: World) -> None:
-    """Raises UserError when the run would not fit the memory that is free now."""
+    """Raises Unavailable when the run would not fit the memory that is free now."""
     device, _ = choose_device(config.train.device, world.local_rank)
     precision, _ = choose_precision(config.train.precision, device)
     needed = training_memory(config.model, config.train, precision, world.size)
@@ -42,8 +42,8 @@ def refuse_too_large(config: RunConfig, world: World) -> None:
         needed *= world.local_size
     free = free_memory(device)
     if free is not None and needed > free:
-        raise UserError(
+        raise Unavailable(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free;"
-            f" lower --train.batch-size ({config.train.batch_size}), cut it with --train.accumulation, or take"
-            " --train.recompute cheap or all"
+            f" lower train.batch_size ({config.train.batch_size}), cut it with train.accumulation, or take"
+            " train.recompute cheap or all"
         )

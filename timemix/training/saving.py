@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import DamagedFile
 from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import checkpoint_name, read_progress
 from timemix.runs.load import check_weights
@@ -43,7 +43,7 @@ def gathered(
 def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Puts weights and optimizer state of a checkpoint back; returns its training.json.
 
-    Raises UserError when a file is missing, damaged or does not fit the model.
+    Raises DamagedFile when a file is missing, damaged or does not fit the model.
     """
     _fill_from(folder, model)
     path = folder / "training.safetensors"
@@ -51,7 +51,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     if progress["step"] == 0:
         return progress
     if folder.name != checkpoint_name(progress["step"]):
-        raise UserError(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
+        raise DamagedFile(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
     names = {id(p): name for name, p in model.named_parameters()}
     with open_tensors(path) as tensors:
         for optimizer in optimizers:
@@ -59,7 +59,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
                 for key in state_names(optimizer):
                     name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
                     if not fits_tensor(tensors, name, shape):
-                        raise UserError(f"{path} does not fit this run: {name} is missing or of another shape")
+                        raise DamagedFile(f"{path} does not fit this run: {name} is missing or of another shape")
                     # The fused optimizer takes no other types.
                     tensor = tensors.get_tensor(name).to(torch.float32 if key == "step" else parameter.dtype)
                     optimizer.state[parameter][key] = tensor if key == "step" else part_like(tensor, parameter)

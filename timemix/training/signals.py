@@ -3,20 +3,11 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from timemix.runtime.distributed import ProcessLost
+from timemix.errors import ProcessLost
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its step was saved."""
-
-    def __init__(self, number: int, saved: Path | None) -> None:
-        super().__init__(f"stopped; saved {saved}")
-        self.number = number
 
 
 @contextmanager

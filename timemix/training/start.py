@@ -9,7 +9,7 @@ from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.config import TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
-from timemix.errors import UserError
+from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.models.config import ModelConfig
 from timemix.runs.folder import checkpoints, newest
 from timemix.runs.load import Loaded, empty_model, load
@@ -29,7 +29,7 @@ def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: Loaded
     model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`Block.resized`).
     `start`: a model made of it, to begin with instead.
 
-    Raises UserError when `out` exists, text or start do not serve, or the machine lacks the memory.
+    Raises TimemixError when `out` exists, text or start do not serve, or the machine lacks the memory.
     """
     if start is None and config.start is not None:
         start = load(config.start)
@@ -59,8 +59,8 @@ def _check_start(model: ModelConfig, start: Loaded) -> None:
     ours, theirs = to_dict(model), to_dict(start.config.model)
     for name in sorted((ours.keys() | theirs.keys()) - {"ctx_len", "dropout", "vocab_size", "initial"}):
         if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"model.{name} {ours.get(name)} is not that of {start.folder}, {theirs.get(name)}; leave it out:"
+            raise InvalidValue(
+                f"model.{name}={ours.get(name)!r} is not that of {start.folder}, {theirs.get(name)!r}; leave it out:"
                 " only ctx_len and dropout may differ"
             )
 
@@ -68,10 +68,10 @@ def _check_start(model: ModelConfig, start: Loaded) -> None:
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{out} exists already; choose another --out, or go on with --resume {out}") from None
+    except FileExistsError as error:
+        raise AlreadyExists(f"{out} exists already; choose another folder, or resume it with resume_run") from error
     except OSError as error:
-        raise UserError(cannot_write(out, error)) from None
+        raise CannotWrite(cannot_write(out, error)) from error
 
 
 def _fill_folder(
@@ -105,7 +105,7 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None) -> Corpus:
         return prepare(out / "data", config.data, tokenizer=tokenizer, progress=True)
     corpus = open_corpus(source)
     if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
-        raise UserError(
+        raise InvalidValue(
             f"{source} was prepared with another vocabulary than that of {config.start}:"
             f" {corpus.tokenizer.differences(tokenizer)}; name the text instead"
         )
@@ -115,14 +115,14 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None) -> Corpus:
 def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     """A run as its newest checkpoint left it, or at its start where it has none yet.
 
-    Any number of processes goes on with what any number began. Raises UserError when another process works on the run,
-    when something in the folder is missing or damaged, or its data are not those it began with.
+    Any number of processes goes on with what any number began. Raises InUse when another process works on the run,
+    FileError when something in the folder is missing or damaged, or its data are not those it began with.
     """
     lock = world.first_does(lambda: _take(out))
     config = read_toml(out / "config.toml")
     corpus = open_run_corpus(out, config.data.source)
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(f"the data of {out} have another vocabulary than its config.toml")
+        raise DamagedFile(f"the data of {out} have another vocabulary than its config.toml")
     saved = checkpoints(out)
     if saved:
         # Before a model of the size that config.toml names is made.

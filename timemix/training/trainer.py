@@ -17,7 +17,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
-from timemix.errors import UserError
+from timemix.errors import CannotWrite, DamagedFile, Interrupted, InvalidValue, NotFinite, ProcessLost, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
@@ -25,16 +25,16 @@ from timemix.runs.folder import best_loss, checkpoints, newest, prune
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.distributed import ALONE, ProcessLost, World, my_rows, whole
+from timemix.runtime.distributed import ALONE, World, my_rows, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
-from timemix.storage.files import CannotWrite, write_text
+from timemix.storage.files import write_text
 from timemix.storage.locks import FolderLock
 from timemix.training.compiling import choose_compile
 from timemix.training.hooks import Hook
 from timemix.training.optim import build_optimizers, learning_rate
 from timemix.training.parallel import in_parallel, without_exchange
 from timemix.training.saving import gathered, restore_training
-from timemix.training.signals import STOP_SIGNALS, Interrupted, collected_signals
+from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch
 
 logger = logging.getLogger("timemix")
@@ -59,15 +59,11 @@ class TrainingProgress:
 Watch = Callable[[TrainingProgress], None]
 
 
-class NotFinite(UserError):
-    """A loss or gradient that is not finite: the run would fail in the same way again."""
-
-
 def check_shares(train: TrainConfig, world: World) -> None:
-    """Raises UserError where the processes cannot take equal parts of a batch."""
+    """Raises InvalidValue where the processes cannot take equal parts of a batch."""
     if train.batch_size % (train.accumulation * world.size):
-        raise UserError(
-            f"--train.batch-size {train.batch_size} cannot be cut into {world.size} equal parts for the processes,"
+        raise InvalidValue(
+            f"train.batch_size={train.batch_size} cannot be cut into {world.size} equal parts for the processes,"
             f" each in {train.accumulation} pieces; take a multiple of {train.accumulation * world.size}"
         )
 
@@ -149,10 +145,10 @@ class Trainer:
         return splits | {"tokenizer": self.corpus.tokenizer.hash}
 
     def restore(self, folder: Path) -> None:
-        """Goes back to a checkpoint. Raises UserError where it is damaged or of other data."""
+        """Goes back to a checkpoint. Raises DamagedFile where it is damaged or of other data."""
         progress = restore_training(folder, self.model, self.optimizers)
         if progress.get("data") != self.data_hashes:
-            raise UserError(f"the data are not those that {self.out} was trained on: their hashes differ")
+            raise DamagedFile(f"the data are not those that {self.out} was trained on: their hashes differ")
         self.step = progress["step"]
         self.seconds = progress["seconds"]
         self.valid_loss = progress["valid_loss"]
@@ -174,7 +170,9 @@ class Trainer:
                 logits, _ = self._training_model(inputs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.config.train.compile == "on":
-                    raise UserError(f"the model cannot be compiled: {_first_line(error)}") from None
+                    raise Unavailable(
+                        f"the model cannot be compiled: {_first_line(error)}; leave train.compile out"
+                    ) from error
                 self._warn(f"the model cannot be compiled ({_first_line(error)}); training goes on without")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits, _ = self._training_model(inputs)
@@ -208,7 +206,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
-            raise NotFinite(f"{self._not_finite(what, self.step + 1)}; try a smaller --train.lr")
+            raise NotFinite(f"{self._not_finite(what, self.step + 1)}; try a smaller train.lr")
         if spike := self._spikes(loss):
             self._keep_batch(self.step, spike)
             self._warn(f"step {self.step + 1}: {spike}")
@@ -252,7 +250,7 @@ class Trainer:
             return None
         loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision, world=self.world)
         if not math.isfinite(loss):
-            raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller --train.lr")
+            raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller train.lr")
         self.valid_loss, self.valid_step = loss, self.step
         return loss
 
@@ -279,7 +277,7 @@ class Trainer:
             except CannotWrite as error:
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:
-                    raise CannotWrite(f"{sentence}, from which --resume {self.out} goes on") from None
+                    raise CannotWrite(sentence) from error
                 self._warn(f"{sentence}; training goes on")
                 return None
             prune(self.out)
@@ -294,7 +292,7 @@ class Trainer:
         both in process 0. `seconds` counts training steps alone, not validation or saving.
 
         On Ctrl-C or SIGTERM saves and raises Interrupted. Raises NotFinite when the loss is not finite, CannotWrite
-        when the disk is full, UserError when another process works on the run or one of this run's has gone.
+        when the disk is full, TimemixError when another process works on the run or one of this run's has gone.
         """
         self.world.first_does(self.lock.take)
         try:
@@ -311,9 +309,9 @@ class Trainer:
             if not self.world.lost(error):
                 raise
             raise ProcessLost(
-                f"a process of this run has gone or does not answer; {self._last_good()};"
-                f" go on with --resume {self.out}, with any number of processes"
-            ) from None
+                f"a process of this run has ended or does not answer; {self._last_good()};"
+                " resume the run with any number of processes"
+            ) from error
 
     def _run(self, watch: Watch, hook: Hook | None) -> None:
         config = self.config.train

@@ -9,7 +9,7 @@ values at or below 0, c is 1.
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.ops.common.history import extended
 
 TABLES = ("f", "alpha", "beta", "gamma")
@@ -18,8 +18,8 @@ TABLES = ("f", "alpha", "beta", "gamma")
 def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
     """Weights by name with tables for `ctx_len` positions instead of `old`; within both of them W is the same.
 
-    `logarithms`: the tables hold those of W's factors. Raises UserError for a free W, which says nothing of positions
-    that it was not trained on.
+    `logarithms`: the tables hold those of W's factors. Raises InvalidValue for a free W, which says nothing of
+    positions that it was not trained on.
     """
     result = dict(weights)
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
@@ -27,8 +27,8 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
         tables = {name: weights[f"{mixer}.{name}"] for name in TABLES if f"{mixer}.{name}" in weights}
         if tables["f"].ndim == 3:
             if ctx_len > old:
-                raise UserError(
-                    f"a free W cannot be extended from ctx_len {old} to {ctx_len}; keep --model.ctx-len {old}"
+                raise InvalidValue(
+                    f"a free W cannot be extended from ctx_len {old} to {ctx_len}; keep model.ctx_len {old}"
                 )
             tables["f"] = tables["f"][:, :ctx_len, :ctx_len]
         elif ctx_len > old:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ShiftedConfig
 from timemix.storage.settings import check_range
 
@@ -35,7 +35,7 @@ class Rwkv1Config(ShiftedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights == "free" and self.backend in ("blocked", "spectral"):
-            raise UserError(f"model.backend {self.backend} needs decomposed weights; free ones take dense")
+            raise InvalidValue(f"model.backend={self.backend!r} needs decomposed weights; free ones take dense")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.errors import UserError
+from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.resize import level
@@ -18,17 +18,17 @@ from timemix.models.rwkv1.fitting import fit_exponentials
 def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> Rwkv1ExpConfig:
     """The `rwkv1_exp` that an `rwkv1` becomes.
 
-    Raises UserError for another architecture, a free W, a weighted denominator, or numbers outside ctx_len.
+    Raises InvalidValue for another architecture, a free W, a weighted denominator, or numbers outside ctx_len.
     """
     if not isinstance(config, Rwkv1Config):
-        raise UserError(f"only rwkv1 can take a constant state; this is a run of {config.arch}")
+        raise InvalidValue(f"only rwkv1 can take a constant state; this is a run of {config.arch}")
     if config.weights == "free":
-        raise UserError("a free W has no curves over lags to fit; only decomposed weights can take a constant state")
+        raise InvalidValue("a free W has no curves over lags to fit; only decomposed weights can take a constant state")
     if config.denominator == "weighted":
-        raise UserError("a weighted denominator grows no constant state; only the plain one can")
-    for name, value, least in (("--constant-state", exponentials, 1), ("--taps", taps, 0)):
+        raise InvalidValue("a weighted denominator grows no constant state; only the plain one can")
+    for name, value, least in (("exponentials", exponentials, 1), ("taps", taps, 0)):
         if not least <= value <= config.ctx_len:
-            raise UserError(f"{name} is {value}; it must lie from {least} to the run's ctx_len {config.ctx_len}")
+            raise InvalidValue(f"{name} is {value}; it must lie from {least} to the run's ctx_len {config.ctx_len}")
     same = {field.name: getattr(config, field.name) for field in fields(Rwkv1ExpConfig) if hasattr(config, field.name)}
     return Rwkv1ExpConfig(**same | {"arch": "rwkv1_exp", "exponentials": exponentials, "taps": taps})
 
@@ -45,7 +45,7 @@ def with_exponentials(
     the tables, which trust the early positions more than the loss does. The first `taps` lags are exact.
 
     Per head `layer`, `head`, `f` and `fit` (ctx_len,) with the growth taken out, `error`: root of the weighted mean
-    square left, in units of that of f. Raises UserError as `exponential_config` does.
+    square left, in units of that of f. Raises InvalidValue as `exponential_config` does.
     """
     config = exponential_config(old.config, exponentials, taps)
     model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
@@ -57,7 +57,7 @@ def with_exponentials(
         tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names})
         weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
     if any(not x.isfinite().all() for x in weights.values()):
-        raise UserError("the model holds weights that are not finite")
+        raise InvalidValue("the model holds weights that are not finite")
     f = torch.cat([weights.pop(f"blocks.{i}.mixer.f") for i in range(config.layers)]).double().cpu()
 
     pairs = torch.arange(T, 0, -1, dtype=torch.float64).expand_as(f)

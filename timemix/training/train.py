@@ -1,0 +1,78 @@
+"""Training with one call."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig
+from timemix.errors import InvalidValue
+from timemix.models.registry import DEFAULT_ARCHITECTURE
+from timemix.runs.load import Loaded, load
+from timemix.storage.settings import from_dict, to_dict
+from timemix.training.hooks import Hook
+from timemix.training.start import new_run, resume_run
+from timemix.training.trainer import Watch
+
+
+def train(
+    config: RunConfig | str | None,
+    out: str | Path,
+    *,
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | str | None = None,
+    train: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    hook: Hook | None = None,
+) -> Loaded:
+    """Train a model, in one process.
+
+    `train("cpu-small", "runs/mine", data="text.txt", train={"steps": 500})` is the call of
+    `timemix train cpu-small --data text.txt --out runs/mine --train.steps 500`.
+
+    Args:
+        config: Name of a preset, or the config of the run; None with `resume`, whose run folder has one.
+        out: Run folder to create; with `resume` an existing one.
+        model: Settings of the model that replace those of the config, such as `{"layers": 2}`.
+        data: Settings of the text, or the source alone: a file, folder, glob, prepared folder, or "builtin".
+        train: Settings of the training, such as `{"steps": 500}`.
+        resume: Continue the run from its newest checkpoint.
+        watch: Called with a `TrainingProgress` after each step.
+        hook: Called with each line of metrics.jsonl, a dictionary.
+
+    Returns:
+        The best checkpoint, loaded on the CPU, the model in eval mode.
+
+    Raises:
+        InvalidValue: A setting, or the text, is not supported.
+        FileError: `out` exists already (AlreadyExists), or does not with `resume` (MissingFile); a file is damaged, in
+            use or cannot be written.
+        Unavailable: The machine lacks the device or the memory.
+        NotFinite: The loss or a gradient is not finite.
+        Interrupted: Ctrl-C or SIGTERM stopped the run; its newest step is saved.
+    """
+    out = Path(out)
+    changes = {"model": model, "data": {"source": data} if isinstance(data, str) else data, "train": train}
+    if resume:
+        if config is not None or any(changes.values()):
+            raise InvalidValue("a resumed run has its own settings; pass config=None and no others")
+        trainer = resume_run(out)
+    elif config is None:
+        raise InvalidValue("config is None; give a preset or a RunConfig, or resume=True")
+    else:
+        trainer = new_run(_changed(config, changes), out)
+    if trainer.step < trainer.config.train.steps:
+        trainer.run(watch or (lambda progress: None), hook)
+    return load(out)
+
+
+def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | None]) -> RunConfig:
+    """Return a config, or a preset, with other settings."""
+    given = {part: dict(own) for part, own in changes.items() if own}
+    if isinstance(config, str):
+        config = preset(config, given.get("model", {}).get("arch", DEFAULT_ARCHITECTURE))
+    if not given:
+        return config
+    tables = to_dict(config)
+    return from_dict(RunConfig, tables | {part: tables[part] | own for part, own in given.items()})
