@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timemix.cli.options import parse
-from timemix.cli.train import run_trainer, write_sample
+from timemix.cli.training import run_trainer, write_sample
 from timemix.config.presets import preset
 
 if TYPE_CHECKING:

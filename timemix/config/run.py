@@ -150,10 +150,19 @@ def read_toml(path: Path) -> RunConfig:
     Raises UserError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
-    version = data.pop("format_version", None)
     try:
-        if version not in (1, FORMAT_VERSION):
-            raise UserError(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
-        return from_dict(RunConfig, flattened(data) if version == 1 else data)
+        return from_dict(RunConfig, current(data))
     except UNFIT as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
+    """Return the tables of a `config.toml`, of any format version that can be read, as this version writes them.
+
+    `version`: of a file that names none. Raises UserError for a version that cannot be read.
+    """
+    version = data.get("format_version", version)
+    if version not in (1, FORMAT_VERSION):
+        raise UserError(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
+    tables = {name: value for name, value in data.items() if name != "format_version"}
+    return flattened(tables) if version == 1 else tables
