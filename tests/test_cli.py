@@ -17,7 +17,7 @@ from timemix.cli.main import main
 from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")
+VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "bench", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 
 

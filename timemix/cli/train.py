@@ -89,7 +89,8 @@ def _defaults(choice: Choice) -> RunConfig:
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
 
 
-def _parse(arguments: list[str]) -> "ResumeArguments | TrainArguments":
+def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
+    """Options of the verb, each from the flag, else from the file, run or preset that the first parse finds."""
     choice = first_parse(arguments)
     _check_choice(choice)
     if choice.resume is not None:
@@ -107,7 +108,7 @@ def _parse(arguments: list[str]) -> "ResumeArguments | TrainArguments":
 
 def train(arguments: list[str]) -> int:
     # Options first: under torchrun, what is wrong with them needs no other process.
-    asked = _parse(arguments)
+    asked = train_options(arguments)
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
 

@@ -35,13 +35,13 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
         find_architecture(own)
     except UNFIT as error:
         raise UserError(f"{path}: {error}") from None
-    base = preset(name, own)
+    base, other = preset(name, own), preset(name, arch or own)
     try:
         config = from_dict(RunConfig, _merged(to_dict(base), tables))
         config = replace(config, model=replace(config.model, vocab_size=base.model.vocab_size))
-        if arch is None or arch == own:
-            return config
-        return replace(config, model=_carried(config.model, given, preset(name, arch).model))
+        if other.model.arch != own:
+            config = replace(config, model=_carried(config.model, given, other.model))
+        return config
     except UNFIT as error:
         raise UserError(f"{path}: {error}") from None
 
