@@ -184,14 +184,14 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with: timemix train --resume r" in err
+    assert "resume with: timemix train --resume r" in err
     assert "Traceback" not in err
     stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
     config = tmp_path / "r/config.toml"
     config.write_text(config.read_text().replace("steps = 3000", f"steps = {stopped_at + 2}"))
     result = run("train", "--resume", "r", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"going on with r after step {stopped_at}" in result.stderr
+    assert f"resuming r after step {stopped_at}" in result.stderr
 
 
 def test_a_closed_pipe_is_quiet(trained):
@@ -312,7 +312,7 @@ def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "timemix: stopped; the same command goes on with c\n"
+    assert err == "timemix: stopped; the same command resumes c\n"
     (saved,) = (tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir()
     config = metrics.with_name("config.toml")
     assert int(saved.name[5:]) < int(re.search(r"steps = (\d+)", config.read_text())[1])

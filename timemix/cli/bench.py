@@ -29,11 +29,11 @@ class BenchOpArguments:
     seconds: float = 2.0
     """Seconds for each implementation at each length; at least three rounds."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     out: Path | None = None
     """New folder for bench.json and bench.md."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BenchTrainArguments:
     out: Path | None = None
     """New folder for bench.json and bench.md."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class BenchSampleArguments:
     out: Path | None = None
     """New folder for bench.json, bench.md and batches.png."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:

@@ -40,7 +40,7 @@ class ConvertArguments:
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
         if self.finetune < 0:

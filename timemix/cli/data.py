@@ -25,7 +25,7 @@ class DataArguments:
     """New folder for the tokens."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 def data(arguments: list[str]) -> int:

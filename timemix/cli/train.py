@@ -134,13 +134,13 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
         out = asked.resume
         trainer = resume_run(out, world)
         if world.first and trainer.lock.taken_over:
-            print(f"{trainer.lock.taken_over} held {out} and ended without letting go", file=sys.stderr)
+            print(f"{trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
         if trainer.step >= trainer.config.train.steps:
             if world.first:
                 print(f"{out} is complete: {trainer.step} steps")
             return 0
         if world.first:
-            print(f"going on with {out} after step {trainer.step}", file=sys.stderr)
+            print(f"resuming {out} after step {trainer.step}", file=sys.stderr)
     else:
         out = asked.out
         start = None if asked.from_ is None else str(asked.from_)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
-    """Trains with progress on stderr and draws the loss curve; returns the exit status."""
+    """Train with progress on stderr, then draw the loss curve; return the exit status."""
     from timemix.cli.watch import watching
     from timemix.reporting.plots import plot_loss
     from timemix.runtime.machine import keep_freed_memory
@@ -41,7 +41,7 @@ def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Seque
             trainer.run(both, hook)
     except Interrupted as stop:
         if world.first:
-            print(f"timemix: {stop}; go on with: timemix train --resume {trainer.out}", file=sys.stderr)
+            print(f"timemix: {stop}; resume with: timemix train --resume {trainer.out}", file=sys.stderr)
         return 128 + stop.number
     if not world.first:
         return 0
@@ -56,7 +56,7 @@ def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Seque
 
 
 def _ignore(progress: "TrainingProgress") -> None:
-    """For the processes that do not speak."""
+    """Watch of a process that prints nothing."""
 
 
 def _introduce(trainer: "Trainer") -> None:
@@ -74,7 +74,7 @@ def _introduce(trainer: "Trainer") -> None:
 
 
 def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
-    """Appends what the model writes now to samples.txt and returns it; without a prompt it goes on from a line end."""
+    """Append a sample of the model to samples.txt and return it; the prompt is a newline if none is given."""
     from timemix.generation.generate import generate
     from timemix.generation.sampler import Sampler
     from timemix.runs.load import Loaded, load
@@ -82,7 +82,7 @@ def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 30
     tokenizer = trainer.corpus.tokenizer
     if prompt is None:
         prompt = default_prompt(tokenizer)
-    # A model that is cut up over processes can write in none of them alone.
+    # A model that is sharded over processes cannot generate in one of them.
     alone = trainer.world.size == 1
     model = trainer.model if alone else load(trainer.out, checkpoint="newest").model
     model.eval()
