@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import timemix
+from timemix.cli.bench import VERBS as BENCH_VERBS
+from timemix.cli.main import VERBS
 
 PACKAGE = Path(timemix.__file__).parent
 
@@ -99,6 +101,21 @@ def imported_after(statement):
 )
 def test_torch_is_not_imported_early(statement):
     assert "torch" not in imported_after(statement)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"bench {verb}" for verb in BENCH_VERBS)])
+def test_no_verb_imports_torch_for_its_help(verb):
+    arguments = [*verb.split(), "--help"]
+    code = f"""
+import contextlib, io, sys
+from timemix.cli.main import main
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main({arguments})
+assert "usage: timemix {verb}" in out.getvalue(), out.getvalue()
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_exported_names_exist():

@@ -17,7 +17,7 @@ from timemix.cli.main import main
 from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "info")
+VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "bench", "info")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 TINY = [*QUICK, "--model.layers", "1"]
 
@@ -194,14 +194,14 @@ def test_ctrl_c_saves_and_resume_goes_on(call, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with: timemix train --resume r" in err
+    assert "resume with: timemix train --resume r" in err
     assert "Traceback" not in err
     stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
     config = tmp_path / "r/config.toml"
     config.write_text(config.read_text().replace("steps = 3000", f"steps = {stopped_at + 2}"))
     status, _, err = call("train", "--resume", "r")
     assert status == 0, err
-    assert f"going on with r after step {stopped_at}" in err
+    assert f"resuming r after step {stopped_at}" in err
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "timemix: stopped; the same command goes on with c\n"
+    assert err == "timemix: stopped; the same command resumes c\n"
     (saved,) = (tmp_path / "c/variants/rwkv1/seed-1/checkpoints").iterdir()
     config = metrics.with_name("config.toml")
     assert int(saved.name[5:]) < int(re.search(r"steps = (\d+)", config.read_text())[1])

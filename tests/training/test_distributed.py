@@ -210,7 +210,7 @@ def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
     # As a terminal does: to all processes at once.
     os.killpg(group.pid, signal.SIGINT)
     _, errors = group.communicate(timeout=60)
-    assert len(re.findall(r"^timemix: stopped; saved .*step-\d+; go on with: ", errors, re.MULTILINE)) == 1, errors
+    assert len(re.findall(r"^timemix: stopped; saved .*step-\d+; resume with: ", errors, re.MULTILINE)) == 1, errors
     lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(set(lines))
 

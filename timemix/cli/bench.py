@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from timemix.cli.compare import _say
-from timemix.cli.options import parse, preset_of
+from timemix.cli.options import PresetName, first_parse, parse
+from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig
@@ -15,81 +16,103 @@ from timemix.storage.files import write_text
 
 @dataclass(frozen=True)
 class BenchOpArguments:
-    """Time wkv1 alone, forward and backward, in each of its forms, beside a plain writing and fused attention."""
+    """Time the op alone, forward and backward, in each backend, beside a naive implementation and fused attention."""
 
     ctx_lens: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Positions."""
+    """Sequence lengths in tokens."""
     batch_size: int = 2
-    """Rows."""
+    """Sequences in a batch."""
     heads: int = 8
     """Number of heads; divides channels."""
     channels: int = 512
-    """Width."""
+    """Width of the model."""
     seconds: float = 2.0
-    """Time for each path at each length; three rounds at least."""
+    """Seconds for each implementation at each length; at least three rounds."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     out: Path | None = None
-    """Folder for bench.json and bench.md."""
+    """New folder for bench.json and bench.md."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 @dataclass(frozen=True)
 class BenchTrainArguments:
-    """Time a training step on random tokens, beside a plain writing and attention: timemix bench train seed
+    """Time a training step on random tokens, beside a naive implementation and attention.
 
-    A preset is named first; fields of its model and its training are changed as for `timemix train`.
+    timemix bench train seed
     """
 
+    preset: PresetName = DEFAULT_PRESET
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seconds: float = 10.0
-    """Time for each path; three rounds at least."""
+    """Seconds for each implementation; at least three rounds."""
     out: Path | None = None
-    """Folder for bench.json and bench.md."""
+    """New folder for bench.json and bench.md."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 @dataclass(frozen=True)
 class BenchSampleArguments:
-    """Time the writing of text, random weights, beside recomputing, a Llama and the floor: timemix bench sample seed
+    """Time generation with random weights, beside recomputation, a Llama and the memory bandwidth.
 
-    A preset is named first; fields of its model are changed as for `timemix train`.
+    timemix bench sample seed
     """
 
+    preset: PresetName = DEFAULT_PRESET
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Texts written at once."""
+    """Batch sizes."""
     seconds: float = 2.0
-    """Time for each path; three rounds at least."""
+    """Seconds for each implementation; at least three rounds."""
     out: Path | None = None
-    """Folder for bench.json, bench.md and batches.png."""
+    """New folder for bench.json, bench.md and batches.png."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise InvalidValue(f"--batches {list(self.batches)}: each must be at least 1")
 
 
+VERBS = {
+    "op": "speed of the op alone, forward and backward",
+    "train": "speed of a training step",
+    "sample": "speed of generation",
+}
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
+    return (
+        f"usage: timemix bench VERB [options]\n\n{verbs}\n\n"
+        "Each is timed beside other implementations. timemix bench VERB --help lists the options of a verb."
+    )
+
+
+def _parse(verb: str, arguments: list[str]) -> BenchOpArguments | BenchTrainArguments | BenchSampleArguments:
+    if verb == "op":
+        return parse(BenchOpArguments, arguments, "bench op")
+    choice = first_parse(arguments)
+    config = choice.preset_config()
+    # Not the vocabulary of a text: that of characters.
+    model = replace(config.model, vocab_size=65)
+    if verb == "sample":
+        return parse(BenchSampleArguments, arguments, "bench sample", BenchSampleArguments(model=model), choice)
+    default = BenchTrainArguments(model=model, train=config.train)
+    return parse(BenchTrainArguments, arguments, "bench train", default, choice)
+
+
 def bench(arguments: list[str]) -> int:
-    what = arguments[0] if arguments else ""
-    if what not in ("op", "train", "sample"):
-        raise InvalidValue(f"bench what? timemix bench op, bench train or bench sample, not {what!r}")
-    asked: BenchOpArguments | BenchTrainArguments | BenchSampleArguments
-    if what == "op":
-        asked = parse(BenchOpArguments, arguments[1:], "bench op")
-    elif what == "sample":
-        config, rest = preset_of(arguments[1:], "cpu-small")
-        sizes = BenchSampleArguments(replace(config.model, vocab_size=65))
-        asked = parse(BenchSampleArguments, rest, "bench sample", sizes)
-    else:
-        config, rest = preset_of(arguments[1:], "cpu-small")
-        # Not the vocabulary of a text: that of characters.
-        default = BenchTrainArguments(replace(config.model, vocab_size=65), config.train)
-        asked = parse(BenchTrainArguments, rest, "bench train", default)
+    verb = arguments[0] if arguments else ""
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        raise InvalidValue(f"bench what? timemix bench op, bench train or bench sample, not {verb!r}")
+    asked = _parse(verb, arguments[1:])
     if not 0 < asked.seconds < math.inf:
         raise InvalidValue(f"--seconds is {asked.seconds}; it must be above 0, and finite")
     from timemix.bench.op import bench_op

@@ -37,37 +37,39 @@ GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Train variants on the same batches, each at its best learning rate, and say which learns better.
+    """Train variants on the same batches, each at its best learning rate, and report which learns better.
 
-    Name an experiment file (.toml), one that comes with timemix, or architectures:
-    timemix compare --arch rwkv1 mha_rotary --data FILE --out DIR. Called again, it goes on where it was. Runs are
-    spread over processes by torchrun: torchrun --nproc-per-node 2 -m timemix compare ...
+    - timemix compare EXPERIMENT: a file (.toml), or the name of an experiment of timemix
+    - timemix compare --arch rwkv1 mha_rotary --data FILE --out DIR: architectures
+
+    The same command resumes an unfinished comparison. torchrun spreads the runs over processes:
+    torchrun --nproc-per-node 2 -m timemix compare ...
     """
 
     experiment: tyro.conf.Positional[str | None] = None
-    """Experiment file, or the name of one that comes with timemix."""
+    """Experiment file, or the name of an experiment of timemix."""
     arch: tuple[str, ...] = ()
-    """Architectures to compare, instead of a file."""
+    """Architectures, instead of an experiment file."""
     out: Path | None = None
-    """Folder of the comparison; None: runs/ and the name of the experiment."""
+    """Folder of the comparison. Default: runs/ and the name of the experiment."""
     data: str | None = None
-    """Training text: as `train --data`; None: what the file says, else `builtin`."""
+    """Training text, as in `train --data`. Default: that of the file, otherwise `builtin`."""
     valid: str | None = None
-    """Validation text; None: what the file says, else the end of the training text."""
+    """Validation text. Default: that of the file, otherwise the end of the training text."""
     seeds: int | None = None
-    """Run seeds 1 to this number; None: what the file says, else 1 to 3."""
+    """Number of seeds, counted from 1. Default: those of the file, otherwise 3."""
     tokens: int | None = None
-    """Training tokens of every run; None: what the file says, else 1.5 million."""
+    """Training tokens of each run. Default: those of the file, otherwise 1.5 million."""
     size: str = "cpu-small"
-    """Preset that gives the architectures of --arch their size."""
+    """Preset that gives the size of the architectures of --arch."""
     tune: bool = True
-    """With --arch: choose learning rate and initial values of each first, by 6 runs with seed 0."""
+    """With --arch: choice of the learning rate and the initial values of each by 6 runs with seed 0."""
     reuse: Path | None = None
-    """Folder of other comparisons' folders: a run that one of them has finished, same config and tokens, is copied."""
+    """Folder that holds other comparisons. Their finished runs with the same settings and tokens are copied."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one, under torchrun each process its own."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available, one GPU per process under torchrun."""
     json: bool = False
-    """Print the table as one JSON object."""
+    """The table as one JSON object on stdout."""
 
 
 def compare(arguments: list[str]) -> int:
@@ -76,9 +78,9 @@ def compare(arguments: list[str]) -> int:
     out = parsed.out or Path("runs") / name
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
+    from timemix.errors import Interrupted
     from timemix.experiments import sampling as sampling_study
     from timemix.experiments import speed, table
-    from timemix.training.signals import Interrupted
 
     try:
         if isinstance(experiment, Experiment):
@@ -90,7 +92,7 @@ def compare(arguments: list[str]) -> int:
         else:
             found, words = sampling_study.run_sampling(experiment, out, _say, device), sampling_study.to_markdown
     except Interrupted as stop:
-        _say(f"timemix: stopped; the same command goes on with {out}")
+        _say(f"timemix: stopped; the same command resumes {out}")
         return 128 + stop.number
     if first:
         print(json.dumps(found) if parsed.json else words(found), end="\n" if parsed.json else "")

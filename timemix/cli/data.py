@@ -1,8 +1,11 @@
 """The verb data: describe or prepare a text."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from timemix.cli.options import parse, print_report
 from timemix.data.config import DataConfig
@@ -10,29 +13,30 @@ from timemix.data.config import DataConfig
 
 @dataclass(frozen=True)
 class DataArguments:
-    """Describe a text, named first: timemix data FILE. With --out, write its tokens for `train --data` instead.
+    """Describe a text: timemix data FILE. With --out, write its tokens for `train --data` instead.
 
-    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are read as they are), `builtin`, or a
+    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `builtin`, or a
     download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8.
     """
 
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = None
+    """Text. Default: --data.source."""
     out: Path | None = None
-    """Folder to make."""
+    """New folder for the tokens."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 def data(arguments: list[str]) -> int:
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--data.source", *arguments]
     parsed = parse(DataArguments, arguments, "data")
+    config = parsed.data if parsed.source is None else replace(parsed.data, source=parsed.source)
     from timemix.data.prepare import describe, prepare
 
     if parsed.out is None:
-        report = describe(parsed.data, progress=True)
+        report = describe(config, progress=True)
     else:
-        report = prepare(parsed.out, parsed.data, progress=True).info | {"folder": str(parsed.out)}
+        report = prepare(parsed.out, config, progress=True).info | {"folder": str(parsed.out)}
     if parsed.json:
         print(json.dumps(report))
     else:

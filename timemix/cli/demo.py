@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timemix.cli.options import parse
-from timemix.cli.train import run_trainer, write_sample
+from timemix.cli.training import run_trainer, write_sample
 from timemix.config.presets import preset
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ DEMO_PROMPT = "The "
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Train a small rwkv1 on the built-in text for two to six minutes, with samples and a picture."""
+    """Train a small model on the built-in text for two to six minutes, with samples and a loss curve."""
 
     out: Path = Path("runs/demo")
-    """Folder to make for the run."""
+    """New folder for the run."""
     steps: int | None = None
-    """Fewer steps, to try it out; None: those of the preset."""
+    """Optimizer steps. Default: those of the preset."""
 
 
 def demo(arguments: list[str]) -> int:

@@ -20,21 +20,21 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
     data: str | None = None
-    """A file, folder, glob, `builtin`, or a named download; None: the text that the run held out."""
+    """Text: a file, folder, glob, `builtin`, or a named download. Default: held-out text of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files."""
     stride: int | None = None
-    """Move the window by this many tokens, so that each has context; None: windows side by side."""
+    """Tokens between the starts of windows; smaller ones give each token more context. Default: no overlap."""
     checkpoint: str = "best"
-    """best, newest, or a step."""
+    """Checkpoint: best, newest, or a step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of the matrix products."""
+    """Precision of the matrix products."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Round the weights to this, as `timemix sample --weights` does."""
+    """Format to which the weights are rounded, as in `timemix sample --weights`."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 def eval(arguments: list[str]) -> int:

@@ -6,27 +6,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from timemix._version import __version__
-from timemix.cli.options import parse, preset_of, print_report
+from timemix.cli.options import PresetName, first_parse, parse, print_report
+from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import TrainConfig
 from timemix.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class InfoArguments:
-    """Versions, devices and backends; parameters, FLOPs and memory of a preset: timemix info seed"""
+    """Versions, devices and backends; with a preset or an option of the model, its parameters, FLOPs and memory.
 
+    timemix info seed
+    """
+
+    preset: PresetName = DEFAULT_PRESET
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
 
 def info(arguments: list[str]) -> int:
-    config, rest = preset_of(arguments, "cpu-small")
-    asked = rest != arguments or any(a.startswith(("--model.", "--train.")) for a in arguments)
-    parsed = parse(InfoArguments, rest, "info", InfoArguments(config.model, config.train))
+    choice = first_parse(arguments)
+    config = choice.preset_config()
+    parsed = parse(InfoArguments, arguments, "info", InfoArguments(model=config.model, train=config.train), choice)
     report: dict[str, Any] = describe_machine()
-    if asked:
+    if set(arguments) - {"--json", "--no-json"}:
         report |= describe_model(parsed.model, parsed.train)
     if parsed.json:
         print(json.dumps(report))

@@ -13,24 +13,24 @@ from timemix.errors import DamagedFile, InvalidValue
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Look inside a trained model: its tables over time, what its projections give, which of them use token-shift."""
+    """Look inside a trained model: tables over time, outputs of the projections, their use of token-shift."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
     out: Path | None = None
-    """Folder for the pictures; None: inspect/ in the run folder."""
+    """Folder for the pictures. Default: inspect/ in the run folder."""
     data: str | None = None
-    """Text to read, as `eval --data`; None: the text that the run held out."""
+    """Text, as in `eval --data`. Default: held-out text of the run."""
     encoding: str = "utf-8"
     """Encoding of the text files."""
     tokens: int = 16384
-    """Read at most this many tokens."""
+    """Largest number of tokens that are read."""
     checkpoint: str = "best"
-    """best, newest, or a step."""
+    """Checkpoint: best, newest, or a step."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
 
     def __post_init__(self) -> None:
         if self.tokens < 2:

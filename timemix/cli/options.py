@@ -1,16 +1,22 @@
-"""What the verbs of the command line share: reading options, naming a preset, printing a report."""
+"""What the verbs of the command line share: the first parse, options as dataclasses, printing of a report."""
 
+import argparse
 import contextlib
+import inspect
 import io
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from timemix.config.presets import preset
+from timemix.config.presets import DEFAULT_PRESET, PRESETS, preset
 from timemix.config.run import RunConfig
+from timemix.data.config import DataConfig
 from timemix.errors import InvalidValue
+from timemix.models.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
 
 if TYPE_CHECKING:
     from timemix.tokenizers.base import Tokenizer
@@ -18,18 +24,64 @@ if TYPE_CHECKING:
 
 Arguments = TypeVar("Arguments")
 
+PresetName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="[PRESET]", help=f"Preset, before all options: {', '.join(PRESETS)}."),
+]
+"""Type of the option `preset`."""
 
-def parse(kind: type[Arguments], arguments: Sequence[str], verb: str, default: Arguments | None = None) -> Arguments:
+
+@dataclass(frozen=True)
+class Choice:
+    """The options that decide the class and the defaults of all others."""
+
+    preset: str | None = None
+    config: Path | None = None
+    from_: Path | None = None
+    resume: Path | None = None
+    arch: str | None = None
+
+    def preset_config(self) -> RunConfig:
+        """Return the settings of the preset for the architecture."""
+        return preset(self.preset or DEFAULT_PRESET, self.arch or DEFAULT_ARCHITECTURE)
+
+
+def first_parse(arguments: Sequence[str]) -> Choice:
+    """Read the deciding options and ignore all others; what is wrong with any of them is left to `parse`."""
+    named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag, name in (("--config", "config"), ("--from", "from_"), ("--resume", "resume")):
+        first.add_argument(flag, dest=name, type=Path, nargs="?")
+    first.add_argument("--model.arch", dest="arch", nargs="?")
+    found, _ = first.parse_known_args(arguments[len(named) :])
+    return Choice(preset=named[0] if named else None, **vars(found))
+
+
+def parse(
+    kind: type[Arguments],
+    arguments: Sequence[str],
+    verb: str,
+    default: Arguments | None = None,
+    choice: Choice | None = None,
+) -> Arguments:
     """Options of a verb as a dataclass; tyro prints help and what is wrong with them, and exits.
 
-    Raises InvalidValue for a value that a setting refuses.
+    `choice`: of the first parse, for a dataclass with a field `preset`. Raises InvalidValue for a value that a
+    setting refuses, and for a preset that stands where the first parse did not see it.
     """
+    words = inspect.cleandoc(kind.__doc__ or "")
+    if choice is not None:
+        words += (
+            f"\n\nArchitectures of --model.arch, on which the options of the model depend: {', '.join(ARCHITECTURES)}."
+        )
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             parsed = tyro.cli(
                 kind,
                 prog=f"timemix {verb}",
+                description=words,
                 args=list(arguments),
                 default=default,
                 config=(tyro.conf.AvoidSubcommands,),
@@ -44,21 +96,28 @@ def parse(kind: type[Arguments], arguments: Sequence[str], verb: str, default: A
         sys.stderr.write(printed.getvalue())
         raise
     assert parsed is not None
+    if choice is not None and (late := vars(parsed)["preset"]) != (choice.preset or DEFAULT_PRESET):
+        raise InvalidValue(
+            f"unexpected argument {late!r}; a preset comes before all options: timemix {verb} PRESET ..."
+        )
     return parsed
 
 
-def preset_of(arguments: list[str], default: str) -> tuple[RunConfig, list[str]]:
-    """The preset named first, or `default`, for the architecture of --model.arch; and the other arguments."""
-    name = default
-    if arguments and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-    arch = "rwkv1"
-    for i, argument in enumerate(arguments):
-        if argument == "--model.arch" and i + 1 < len(arguments):
-            arch = arguments[i + 1]
-        elif argument.startswith("--model.arch="):
-            arch = argument.partition("=")[2]
-    return preset(name, arch), arguments
+@dataclass(frozen=True)
+class DataOptions(DataConfig):
+    """Text, its split, and how it becomes tokens."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = DataConfig.source
+    """A file, folder, glob, prepared folder, `builtin`, or a named download (`timemix data --help`)."""
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "DataOptions":
+        """Return the options whose defaults are these settings."""
+        return cls(**vars(config))
+
+    def config(self) -> DataConfig:
+        """Return the settings."""
+        return DataConfig(**vars(self))
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ class PlotArguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     out: Path | None = None
-    """PNG or SVG to write; None: loss.png in the first run."""
+    """PNG or SVG file. Default: loss.png in the first run."""
     x: Literal["tokens", "steps", "seconds"] = "tokens"
     """Horizontal axis."""
     smoothing: float = 0.03
-    """Width of the Gaussian over the training loss, as a share of its points; 0: none."""
+    """Width of the Gaussian over the training loss, as a share of its points; 0: no smoothing."""
     title: str | None = None
-    """Heading of the picture."""
+    """Title of the picture."""
 
 
 def plot(arguments: list[str]) -> int:

@@ -22,32 +22,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; see timemix.sampling.Sampler."""
+    """How tokens are sampled."""
 
     tokens: int = 300
-    """Tokens to write."""
+    """Number of generated tokens."""
     count: int = 1
-    """Samples to write, in one batch."""
+    """Number of samples, generated in one batch."""
     seed: int = 0
-    """Same seed, same text."""
+    """Random seed; the same seed gives the same text."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
+    """Divisor of the logits; 0: always the most probable token."""
     top_k: int = 0
-    """Keep the k most probable tokens; 0 is off."""
+    """Number of most probable tokens that are kept; 0: off."""
     top_p: float = 1.0
-    """Keep the most probable tokens up to this total; 1 is off."""
+    """Total probability of the most probable tokens that are kept; 1: off."""
     min_p: float = 0.0
-    """Keep tokens of at least this share of the largest probability; 0 is off."""
+    """Least probability of a kept token, as a share of the largest; 0: off."""
     top_a: float = 0.02
-    """Remove tokens below top_a * p_max ^ top_a_power; 0 is off."""
+    """Factor of the threshold top_a * p_max ^ top_a_power, below which tokens are removed; 0: off."""
     top_a_power: float = 2.0
-    """See top_a."""
+    """Exponent of the threshold of --top-a."""
     repetition_penalty: float = 1.0
-    """Makes tokens of the context less likely; 1 is off."""
+    """Penalty on tokens that are in the context; 1: off."""
     context: Literal["reanchor", "exact"] = "reanchor"
-    """Past ctx_len: go on from the newest half (constant cost), or recompute the whole window for each token."""
+    """Past ctx_len: restart from the newest half (constant cost), or recompute the whole window for each token."""
     stop: tuple[str, ...] = ()
-    """Texts at the first of which a sample ends, before it."""
+    """Stop strings. A sample ends before the first of them."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
@@ -57,26 +57,26 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Write text with a trained model."""
+    """Generate text with a trained model."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
     prompt: str | None = None
-    """Text to go on from; None: none with --load-state, else a line end, or the first token of the vocabulary."""
+    """Prompt. Default: empty with --load-state, otherwise a newline, or the first token of a vocabulary without it."""
     checkpoint: str = "best"
-    """best, newest, or a step."""
+    """Checkpoint: best, newest, or a step."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Round the weights to this: the fewer bytes, the faster."""
+    """Format to which the weights are rounded; fewer bytes are faster."""
     load_state: Path | None = None
-    """Go on with the text whose state is in this file."""
+    """File of a saved state, from which generation resumes."""
     save_state: Path | None = None
-    """Write the state after the text, and after a stop string that ended it, to this file, to go on; also on Ctrl-C."""
+    """File for the state on exit (also on Ctrl-C). Resume with --load-state."""
     log_probabilities: bool = False
-    """With --json: the log-probability of each token in nats, at temperature 1 and before any filter."""
+    """With --json: log-probability of each token in nats, at temperature 1 and before any filter."""
     device: str = "auto"
-    """cpu, cuda ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
     json: bool = False
-    """Print one JSON object."""
+    """One JSON object on stdout instead of text."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
 
 

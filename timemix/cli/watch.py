@@ -4,14 +4,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from timemix.training.trainer import TrainingProgress, Watch
+if TYPE_CHECKING:
+    from timemix.training.trainer import TrainingProgress, Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def watching(first_step: int, steps: int) -> Iterator[Watch]:
+def watching(first_step: int, steps: int) -> "Iterator[Watch]":
     """Gives the function that `Trainer.run` calls after each step."""
     if sys.stderr.isatty():
         with _bar(first_step, steps) as watch:
@@ -20,10 +22,10 @@ def watching(first_step: int, steps: int) -> Iterator[Watch]:
         yield _lines()
 
 
-def _lines() -> Watch:
+def _lines() -> "Watch":
     newest = -SECONDS_BETWEEN_LINES
 
-    def watch(progress: TrainingProgress) -> None:
+    def watch(progress: "TrainingProgress") -> None:
         nonlocal newest
         now = time.monotonic()
         if now - newest < SECONDS_BETWEEN_LINES and progress.step < progress.steps:
@@ -43,7 +45,7 @@ def _lines() -> Watch:
 
 
 @contextlib.contextmanager
-def _bar(first_step: int, steps: int) -> Iterator[Watch]:
+def _bar(first_step: int, steps: int) -> "Iterator[Watch]":
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
@@ -57,7 +59,7 @@ def _bar(first_step: int, steps: int) -> Iterator[Watch]:
     with Bars(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task("", total=steps, completed=first_step, loss="-", valid="-", speed="-", left="-")
 
-        def watch(progress: TrainingProgress) -> None:
+        def watch(progress: "TrainingProgress") -> None:
             bars.update(
                 task,
                 completed=progress.step,
@@ -70,7 +72,7 @@ def _bar(first_step: int, steps: int) -> Iterator[Watch]:
         yield watch
 
 
-def _seconds_left(progress: TrainingProgress) -> float:
+def _seconds_left(progress: "TrainingProgress") -> float:
     tokens_left = progress.tokens / progress.step * (progress.steps - progress.step)
     return tokens_left / progress.tokens_per_second
 

@@ -64,6 +64,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PRESETS = tuple(_SIZES)
+DEFAULT_PRESET = "cpu-small"
 # The activation of a preset is that of channel-mixes alone.
 _CHANNEL_MIXES = ("rwkv1", "rwkv1_exp", "mha_pro")
 _ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")

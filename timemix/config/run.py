@@ -38,45 +38,45 @@ class TrainConfig:
     steps: int = 2000
     """Optimizer steps."""
     batch_size: int = 12
-    """Windows of ctx_len tokens per step, over all accumulated pieces."""
+    """Windows of ctx_len tokens per step, summed over the accumulated pieces."""
     contexts: int = 1
-    """Make a window this many times ctx_len long; more than 1 for an architecture whose context has no end."""
+    """Length of a window in units of ctx_len; above 1 only for an architecture whose context has no end."""
     accumulation: int = 1
-    """Pieces into which a batch is cut to save memory; divides batch_size."""
+    """Gradient accumulation: pieces of a batch, to save memory; divides batch_size."""
     lr: float = 3e-3
     """Largest learning rate."""
     lr_final: float = 1e-4
     """Learning rate at the end."""
     embedding_lr: float = 1.0
-    """Learning rate of the embedding as a multiple of that of all the rest."""
+    """Learning rate of the embedding, as a multiple of lr."""
     schedule: Schedule = "cosine"
-    """Way from lr to lr_final; `constant` holds lr, then decays over the last `decay` of the run."""
+    """Learning-rate schedule from lr to lr_final; `constant` decays only over the last share --train.decay."""
     warmup: float = 0.0
-    """Share of the run's tokens over which the learning rate rises from 0."""
+    """Share of the run over which the learning rate rises from 0."""
     decay: float = 0.2
-    """Share of the run's tokens over which `constant` decays linearly."""
+    """Share of the run over which the schedule `constant` decays linearly."""
     optimizer: OptimizerName = "adamw"
-    """adamw; or muon for the matrices inside blocks, with AdamW for all the rest."""
+    """Optimizer: adamw, or muon for the matrices inside blocks and AdamW for all other parameters."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
-    """Weight decay of the linear weights inside blocks; nothing else is decayed."""
+    """Weight decay of the linear weights inside blocks; other parameters have none."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0 for no clipping."""
+    """Gradient clipping: largest norm; 0: no clipping."""
     precision: Precision = "auto"
-    """Of the matrix products; auto: bfloat16 where the processor has it, else float32."""
+    """Precision of the matrix products; auto: bfloat16 if the processor supports it, otherwise float32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto: cuda where there is one."""
+    """PyTorch device: cpu, cuda, cuda:1 ...; auto: cuda if available."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the training step (torch.compile); auto: where it can be done and the run gains by it."""
+    """torch.compile of the training step; auto: if it is supported and saves time over the run."""
     recompute: Recompute = "none"
-    """What the backward pass computes again to save memory: nothing, all but products, or whole blocks."""
+    """Activation recomputation in the backward pass: nothing, all but matrix products, or whole blocks."""
     strategy: Strategy = "replicate"
-    """Of several processes under torchrun: replicate holds the model in each, shard cuts it up over them."""
+    """Under torchrun: replicate keeps the whole model in each process, shard splits it over the processes."""
     seed: int = 1
-    """Seed of initial values, batches and dropout."""
+    """Random seed of initial values, batches and dropout."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     valid_every: int = 250
@@ -84,11 +84,11 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints; the newest and the best are kept."""
     full_disk: Literal["stop", "continue"] = "stop"
-    """When a checkpoint cannot be written: stop, or go on with the last good one and try again at the next."""
+    """If a checkpoint cannot be written: stop, or train on and retry at the next checkpoint."""
     spike: float = 6.0
-    """Report a loss this many standard deviations above those of the steps before; 0 reports none."""
+    """Threshold of a reported loss spike, in standard deviations above the preceding losses; 0: no report."""
     save_bad_batches: bool = False
-    """Write the batch of a loss that spikes or is not finite to bad-batches/ in the run folder."""
+    """Batches of a loss that spikes or is not finite, saved to bad-batches/ in the run folder."""
 
     def __post_init__(self) -> None:
         # Checkpoints are numbered by eight digits.
@@ -151,10 +151,19 @@ def read_toml(path: Path) -> RunConfig:
     Raises DamagedFile when the file is missing, no TOML, of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
-    version = data.pop("format_version", None)
     try:
-        if version not in (1, FORMAT_VERSION):
-            raise InvalidValue(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
-        return from_dict(RunConfig, flattened(data) if version == 1 else data)
+        return from_dict(RunConfig, current(data))
     except UNFIT as error:
         raise DamagedFile(f"{path}: {error}") from error
+
+
+def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
+    """Return the tables of a `config.toml`, of any format version that can be read, as this version writes them.
+
+    `version`: of a file that names none. Raises InvalidValue for a version that cannot be read.
+    """
+    version = data.get("format_version", version)
+    if version not in (1, FORMAT_VERSION):
+        raise InvalidValue(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
+    tables = {name: value for name, value in data.items() if name != "format_version"}
+    return flattened(tables) if version == 1 else tables

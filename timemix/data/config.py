@@ -17,21 +17,21 @@ class DataConfig:
     source: str = "builtin"
     """A file, folder, glob, prepared folder, `builtin`, or a named download (`timemix data --help`)."""
     valid: str | None = None
-    """Source of the validation text; None: the end of the source."""
+    """Source of the validation text. Default: the end of the training source."""
     valid_fraction: float = 0.1
-    """Share of the source, at its end, held out for validation when `valid` is not given."""
+    """Share of the source, at its end, held out for validation without --data.valid."""
     encoding: str = "utf-8"
-    """Encoding of the text files: any that Python knows."""
+    """Encoding of the text files, by its Python name."""
     tokenizer: TokenizerKind = "character"
-    """What a token is."""
+    """Unit of the tokens."""
     vocab_size: int = 4096
-    """Largest vocabulary of a subword or word tokenizer."""
+    """Largest vocabulary of a subword or word tokenizer, in tokens."""
     unknown: Unknown = "error"
-    """What encodes text outside the vocabulary: nothing, <unk>, or its bytes."""
+    """Handling of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None
-    """Keep at most this many tokens of the held-out text, in 20 pieces spread evenly over it; None: all."""
+    """Largest number of held-out tokens, in 20 evenly spread pieces. Default: all."""
     order: Literal["random", "epoch"] = "random"
-    """Batches: windows at random places, or each window once per epoch."""
+    """Order of the batches: windows at random positions, or each window once per epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:

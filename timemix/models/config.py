@@ -20,9 +20,9 @@ class ModelConfig:
     """Architecture and size: what every model has."""
 
     arch: str = ""
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     vocab_size: int = 256
-    """Entries of the vocabulary; training sets it from the tokenizer."""
+    """Vocabulary size; training sets it from the tokenizer."""
     ctx_len: int = 64
     """Context length in tokens."""
     layers: int = 4
@@ -75,9 +75,9 @@ class ShiftedConfig(ModelConfig):
     ffn_ratio: float = 3.0
     """Hidden size of the feed-forward sublayer, as a multiple of channels."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels taken from 1, 2, 3 ... tokens back."""
+    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
     token_shift_top: tuple[float, ...] | None = None
-    """The same for the last layer, interpolated over the layers between; None: as token_shift."""
+    """token_shift of the last layer; layers between are interpolated. Default: token_shift."""
     initial: Initial = "zero"
     """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
     activation: Activation = "gelu"

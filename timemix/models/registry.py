@@ -114,7 +114,8 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
 
 def find_architecture(name: str) -> Architecture:
     """Return the entry of an architecture. Raises InvalidValue, with the nearest right name, for an unknown one."""
-    if name not in ARCHITECTURES:
+    # A file may hold a value of any type.
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InvalidValue(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
     return ARCHITECTURES[name]
 

@@ -11,9 +11,9 @@ class RotaryConfig(ShiftedConfig):
     """Architecture and size of `mha_rotary`: rotary attention with GeGLU."""
 
     arch: str = "mha_rotary"
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     token_shift: tuple[float, ...] = ()
-    """Fractions of the channels taken from 1, 2, 3 ... tokens back."""
+    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
     initial: Initial = "original"
     """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
     rotary_base: float = 10000.0
@@ -31,9 +31,9 @@ class RotaryShiftConfig(RotaryConfig):
     """Architecture and size of `mha_shift`: `mha_rotary` with token-shift."""
 
     arch: str = "mha_shift"
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels taken from 1, 2, 3 ... tokens back."""
+    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class ProConfig(ShiftedConfig):
     """Architecture and size of `mha_pro`: attention times W, talking heads, token-shift, channel-mix."""
 
     arch: str = "mha_pro"
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     initial: Initial = "original"
     """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
     alpha: bool = True
-    """Learn alpha_h(u), the weight of a source position."""
+    """Learned alpha_h(u), weight of a source position."""
     beta: bool = True
-    """Learn beta_h(t), the weight of a target position."""
+    """Learned beta_h(t), weight of a target position."""
     gamma: bool = True
-    """Learn gamma(t), the output weight of a position."""
+    """Learned gamma(t), output weight of a position."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
 

@@ -13,19 +13,19 @@ class Rwkv1Config(ShiftedConfig):
     """Architecture and size of `rwkv1`."""
 
     arch: str = "rwkv1"
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     alpha: bool = True
-    """Learn alpha_h(u), the weight of a source position."""
+    """Learned alpha_h(u), weight of a source position."""
     beta: bool = True
-    """Learn beta_h(t), the weight of a target position."""
+    """Learned beta_h(t), weight of a target position."""
     gamma: bool = True
-    """Learn gamma(t), the output weight of a position."""
+    """Learned gamma(t), output weight of a position."""
     weights: Literal["decomposed", "free"] = "decomposed"
-    """decomposed: f_h(t-u) alpha_h(u) beta_h(t); free: one number W_h[t,u] for each pair, as in AFT."""
+    """Form of W: decomposed, f_h(t-u) alpha_h(u) beta_h(t); or free, a parameter W_h[t,u] per pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
-    """plain: running sum of exp(k); weighted: W = exp(f + alpha + beta) in it too (AFT's form)."""
+    """Denominator: plain, the running sum of exp(k); or weighted by W = exp(f + alpha + beta), as in AFT."""
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
-    """Form in which wkv is computed; auto takes the fastest for the context length."""
+    """Backend of wkv; auto: the fastest for the context length."""
 
     version_1: ClassVar = {
         "mixer": ("TimeMixConfig", ("alpha", "beta", "gamma", "weights", "denominator", "backend")),
@@ -43,17 +43,17 @@ class Rwkv1ExpConfig(ShiftedConfig):
     """Architecture and size of `rwkv1_exp`."""
 
     arch: str = "rwkv1_exp"
-    """Architecture; the options below depend on it."""
+    """Architecture, on which the other options of the model depend."""
     exponentials: int = 8
-    """K: decaying exponentials whose sum is f_h(lag); the state has so many numerators for each channel."""
+    """K, number of decaying exponentials whose sum is f_h(lag); the state has K numerators per channel."""
     taps: int = 0
-    """M: lags at which f_h has a number of its own besides."""
+    """M, number of first lags at which f_h has a parameter of its own besides."""
     alpha: bool = True
-    """Learn alpha_h(u), the weight of a source position."""
+    """Learned alpha_h(u), weight of a source position."""
     beta: bool = True
-    """Learn beta_h(t), the weight of a target position."""
+    """Learned beta_h(t), weight of a target position."""
     gamma: bool = True
-    """Learn gamma(t), the output weight of a position."""
+    """Learned gamma(t), output weight of a position."""
 
     version_1: ClassVar = {
         "mixer": ("ExpTimeMixConfig", ("exponentials", "taps", "alpha", "beta", "gamma")),
