@@ -1,4 +1,4 @@
-"""Training of every architecture and preset goes as it went: a change of any loss is a change of behaviour."""
+"""Training of the architectures of 2021 in every preset stays as it was: a change of any loss is a change of behaviour."""
 
 import json
 
