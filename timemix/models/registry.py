@@ -10,6 +10,7 @@ from typing import Any
 from timemix.errors import UserError, nearest
 from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShiftConfig
 from timemix.models.config import ModelConfig
+from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 
 
@@ -92,6 +93,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "black",
             "attention times W, talking heads, token-shift, channel-mix",
             weights="timemix.models.attention.weights",
+        ),
+        Architecture(
+            "llama",
+            LlamaConfig,
+            "timemix.models.llama.model:LlamaBlock",
+            2023,
+            "blue",
+            "attention with rotary positions, grouped heads, SwiGLU, RMSNorm",
+            weights="timemix.models.llama.weights",
         ),
     )
 }
