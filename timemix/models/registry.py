@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "gray",
             "attention with rotary positions, GeGLU",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
             "mha_shift",
@@ -83,7 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "green",
             "the same with token-shift",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
             "mha_pro",
@@ -92,7 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "black",
             "attention times W, talking heads, token-shift, channel-mix",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
             "llama",
