@@ -15,7 +15,7 @@ VERBS = {
     "sample": "write text with a trained model",
     "eval": "loss of a trained model on a text",
     "compare": "train variants side by side, and say which learns better",
-    "convert": "make a recurrent network of a trained rwkv1: a state of one size, no end",
+    "convert": "turn a trained model into a recurrent network: a state of one size, no end",
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "draw the loss curves of runs",
     "data": "describe a text, or prepare it for training",
