@@ -30,6 +30,7 @@ from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel, block_class
 from timemix.models.layers.token_shift import TokenShift
 from timemix.models.registry import model_config
+from timemix.models.rwkv1.weights import from_published
 from timemix.ops.rwkv1.api import wkv1
 from timemix.runtime.device import autocast, choose_precision
 from timemix.runtime.machine import keep_freed_memory, matrix_product_peak, process_memory
@@ -47,26 +48,6 @@ VOCAB = 65
 CPU = torch.device("cpu")
 
 
-def copy_weights(original: torch.nn.Module, ours: LanguageModel) -> None:
-    """The original's weights under our names (f is indexed by lag here, the other way round there)."""
-    theirs = dict(original.named_parameters())
-    table = {"mixer.f": "attn.time_w", "mixer_norm": "ln1", "ffn_norm": "ln2", "ffn.output": "mlp.weight"}
-    for half, their_half in (("mixer", "attn"), ("ffn", "mlp")):
-        for name in ("key", "value", "receptance", "output"):
-            table.setdefault(f"{half}.{name}", f"{their_half}.{name}")
-        for name in ("alpha", "beta", "gamma"):
-            table.setdefault(f"{half}.{name}", f"{their_half}.time_{name}")
-    with torch.no_grad():
-        for name, p in ours.named_parameters():
-            if name.startswith("blocks."):
-                _, layer, rest = name.split(".", 2)
-                known = max((k for k in table if rest.startswith(k)), key=len)
-                source = theirs[f"blocks.{layer}.{rest.replace(known, table[known], 1)}"]
-            else:
-                source = theirs[name.replace("embedding", "tok_emb").replace("norm", "ln_f")]
-            p.copy_((source.flip(-1) if name.endswith("mixer.f") else source).reshape(p.shape))
-
-
 def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
     config = module.GPTConfig(
         VOCAB,
@@ -82,7 +63,7 @@ def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
     with torch.no_grad():
         for p in original.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
-    copy_weights(original, ours)
+    ours.load_state_dict(from_published({name: p.detach() for name, p in original.named_parameters()}))
     tokens = torch.randint(0, VOCAB, (2, sizes["ctx_len"]))
     with torch.no_grad():
         difference = (original(tokens)[0] - ours(tokens)[0]).abs().max().item()

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import timemix
 from timemix.cli.bench import VERBS as BENCH_VERBS
 from timemix.cli.main import VERBS
+from timemix.models.registry import ARCHITECTURES
 
 PACKAGE = Path(timemix.__file__).parent
 
@@ -83,6 +85,85 @@ def test_no_circle_even_of_types():
 
     for name in graph:
         visit(name, ())
+
+
+ARCHITECTURE_FOLDERS = {each.model.split(".")[2] for each in ARCHITECTURES.values()}
+# Other modules that may name an architecture.
+MAY_NAME = ("models.registry", "config.presets", "bench.baselines")
+# Fields of syntax nodes that hold identifiers and imported paths.
+NAMES = ("id", "attr", "name", "asname", "arg", "module", "rest", "kwd_attrs", "names")
+
+
+def may_name_architectures(module: str) -> bool:
+    wing, _, rest = module.partition(".")
+    own = wing in ("models", "ops") and rest.split(".")[0] in ARCHITECTURE_FOLDERS
+    return own or module in MAY_NAME
+
+
+def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every identifier, imported path and string constant, without docstrings."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield line, node.value
+        for field in NAMES:
+            value = getattr(node, field, None)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    yield line, text
+
+
+def names_an_architecture(text: str) -> bool:
+    """Whether a text contains a name of the registry, as it is or in camel case."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
+    return any(name in snake for name in ARCHITECTURES)
+
+
+def architectures_named(tree: ast.AST) -> list[str]:
+    """Every name of an architecture in a module's code, and every test of a name's beginning."""
+    found = [f"line {line}: {text!r}" for line, text in words_of(tree) if names_an_architecture(text)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "removeprefix"):
+            texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            found += [
+                f"line {node.lineno}: the beginning {text!r}" for text in texts if text in ("rwkv", "mha", "mha_")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if not may_name_architectures(name)])
+def test_no_architecture_is_named_outside_its_folder(name):
+    assert not architectures_named(ast.parse(modules()[name].read_text()))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from timemix.models.rwkv1.config import A",
+        "import timemix.ops.rwkv1",
+        "from timemix.models import llama",
+        "x = Rwkv1Config()",
+        "x = MhaRotaryBlock()",
+        "isinstance(x, a.LlamaBlock)",
+        "x = 'a trained rwkv1'",
+        "x = f'{y} of mha_pro'",
+        "def f(rwkv1_exp): ...",
+        "f(rwkv1=3)",
+        "arch.startswith('rwkv')",
+        "x = {'mha_shift': 1}",
+        "match x:\n    case 'llama': pass",
+    ],
+)
+def test_a_named_architecture_is_found(code):
+    assert architectures_named(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code", ['"""A trained rwkv1."""', 'class A:\n    x: int\n    """Of rwkv1."""', "# rwkv1", "wkv1(k, v)"]
+)
+def test_docstrings_and_comments_may_name_architectures(code):
+    assert not architectures_named(ast.parse(code))
 
 
 def imported_after(statement):

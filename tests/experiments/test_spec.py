@@ -76,7 +76,7 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ('name = "weighted"\n', "", "name is missing"),
         ("model.denominator", "model.denominators", "variant 'weighted': unknown field 'model.denominators'"),
         ('"weighted"\n[[verdicts]]', '"wieghted"\n[[verdicts]]', "did you mean 'weighted'?"),
-        ("channels = 32", "channels = 30", "variant 'plain': model.heads 4 does not divide model.channels 30"),
+        ("channels = 32", "channels = 30", "variant 'plain': model.heads=4 does not divide model.channels=30"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "one stands twice"),
         ("seeds = [1, 2]", "seeds = [0, 1]", "tuning takes seed 0"),
         ("seeds = [1, 2]", "seeds = []", "it has no seeds"),
@@ -148,3 +148,19 @@ def test_a_speed_experiment_keeps_the_tokens_of_a_step():
     assert [experiment.config(experiment.variants[0], t).train.batch_size for t in (16, 64)] == [8, 2]
     with pytest.raises(TimemixError, match="ctx_lens must divide tokens"):
         SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(48,), tokens=128)
+
+
+def test_a_field_that_an_architecture_lacks_is_not_tuned_there():
+    tune = {"train": {"lr": [1e-3, 2e-3]}, "model": {"initial": ["original", "zero"], "alpha": [True, False]}}
+    variants = tuple(Variant(arch, {"model": {"arch": arch}}) for arch in ("rwkv1", "mha_rotary"))
+    experiment = Experiment("t", variants, tokens=1000, tune=tune)
+    first, second = (experiment.points_of(variant) for variant in variants)
+    assert list(first.values()) == experiment.tuning_points()
+    assert {number: tuple(point.values()) for number, point in second.items()} == {
+        0: (1e-3, "original"),
+        2: (1e-3, "zero"),
+        4: (2e-3, "original"),
+        6: (2e-3, "zero"),
+    }
+    with pytest.raises(TimemixError, match="unknown field 'model.alpha'"):
+        Experiment("t", variants[1:], tokens=1000, tune=tune)

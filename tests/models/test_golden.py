@@ -9,37 +9,15 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from timemix.config.run import TrainConfig
+from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
-from timemix.models.registry import model_config
+from timemix.models.registry import find_architecture, load_part, model_config
+from timemix.models.rwkv1.weights import from_published, our_name, published_name, to_published
 from timemix.training.optim import build_optimizers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARCHITECTURES = {"RWKV": "rwkv1", "MHA_rotary": "mha_rotary", "MHA_shift": "mha_shift", "MHA_pro": "mha_pro"}
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-
-
-def our_name(name: str) -> str:
-    """Name of a parameter of the original in this package."""
-    parts = name.split(".")
-    renamed = {"tok_emb": "embedding", "ln_f": "norm"}
-    if parts[0] != "blocks":
-        return ".".join([renamed.get(parts[0], parts[0]), *parts[1:]])
-    half = {"ln1": "mixer_norm", "ln2": "ffn_norm", "attn": "mixer", "mlp": "ffn"}[parts[2]]
-    rest = parts[3:]
-    if rest[0].startswith("time_"):
-        rest = [{"w": "f"}.get(rest[0][5:], rest[0][5:])]
-    elif rest == ["head_mix", "weight"]:
-        rest = ["head_mix"]
-    elif half == "ffn" and rest[0] == "weight":
-        rest[0] = "output"
-    return ".".join([*parts[:2], half, *rest])
-
-
-def our_layout(name: str, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The original's f has lag 0 last; its other tables carry extra axes of size 1."""
-    if name.endswith("time_w"):
-        tensor = tensor.flip(-1)
-    return tensor.reshape(like.shape)
 
 
 class Golden:
@@ -64,9 +42,11 @@ class Golden:
         self.model.load_state_dict(self.group("weights"))
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        ours = dict(self.model.named_parameters())
-        named = {n.removeprefix(f"{prefix}."): x for n, x in self.tensors.items() if n.startswith(f"{prefix}.")}
-        return {our_name(n): our_layout(n, x, ours[our_name(n)]) for n, x in named.items()}
+        return from_published(self.published(prefix))
+
+    def published(self, prefix: str) -> dict[str, torch.Tensor]:
+        start = f"{prefix}."
+        return {n.removeprefix(start): x for n, x in self.tensors.items() if n.startswith(start)}
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)
@@ -81,6 +61,26 @@ def golden(request, dtype):
 
 def close(ours, theirs, dtype, relative=0.0):
     torch.testing.assert_close(ours.double(), theirs.double(), atol=TOLERANCE[dtype], rtol=relative)
+
+
+def test_names_and_layouts_go_both_ways(golden):
+    assert load_part(find_architecture(golden.model.config.arch).weights).our_name is our_name
+    weights = golden.published("weights")
+    assert all(published_name(our_name(name)) == name for name in weights)
+    back = to_published(golden.group("weights"))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.gate.weight", "ln_f", "blocks.x.ln1.weight", "embedding.weight", ""])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(InvalidValue, match="is not a parameter of the original 2021 code"):
+        our_name(name)
+
+
+def test_a_free_w_has_no_published_form():
+    with pytest.raises(InvalidValue, match="free W"):
+        to_published({"blocks.0.mixer.f": torch.zeros(1, 4, 4)})
 
 
 def test_logits_loss_and_gradients(golden, dtype):

@@ -14,8 +14,8 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.config.presets import preset
 from timemix.errors import TimemixError
-from timemix.models.attention.model import rotary
 from timemix.models.language_model import LanguageModel
+from timemix.models.layers.rotary import rotary
 from timemix.models.layers.token_shift import TokenShift, shift_fractions
 from timemix.models.registry import ARCHITECTURES, model_config
 
@@ -188,9 +188,15 @@ def test_exponentials_start_as_rwkv1():
         assert (exp.rate >= 1e-4).all()
 
 
-@pytest.mark.parametrize(("vocab_size", "arch", "initial"), pairwise([65, 1000], ARCHITECTURES, ["zero", "original"]))
-def test_initial_loss_is_near_uniform(arch, initial, vocab_size):
-    config = model_config(arch, initial=initial, vocab_size=vocab_size, layers=3, channels=128, ctx_len=32)
+HAVE_INITIAL = [name for name, each in ARCHITECTURES.items() if "initial" in each.config.__dataclass_fields__]
+INITIAL = [(name, {"initial": initial}) for name in HAVE_INITIAL for initial in ("zero", "original")]
+INITIAL += [(name, {}) for name in ARCHITECTURES if name not in HAVE_INITIAL]
+
+
+@pytest.mark.parametrize(("vocab_size", "case"), pairwise([65, 1000], INITIAL, strength=1))
+def test_initial_loss_is_near_uniform(case, vocab_size):
+    arch, fields = case
+    config = model_config(arch, vocab_size=vocab_size, layers=3, channels=128, ctx_len=32, **fields)
     model = LanguageModel(config)
     x = torch.randint(0, vocab_size, (16, 33))
     logits, _ = model(x[:, :-1])
@@ -198,7 +204,7 @@ def test_initial_loss_is_near_uniform(arch, initial, vocab_size):
     assert abs(loss.item() - math.log(vocab_size)) < 0.15
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", HAVE_INITIAL)
 def test_zero_makes_every_block_the_identity(arch):
     model = LanguageModel(model_config(arch, initial="zero", channels=16, ctx_len=CTX))
     x = torch.randn(2, CTX, 16)
@@ -265,10 +271,10 @@ def test_token_shift_is_interpolated_over_the_layers():
     ]
 
 
-def test_rotary_turns_pairs_of_the_first_half():
+def test_rotary_turns_pairs_of_the_first_dims():
     x = torch.zeros(1, 1, 3, 8, dtype=torch.float64)
     x[..., 0] = x[..., 1] = x[..., 4] = 1
-    y = rotary(x, torch.arange(3), 10000.0)
+    y = rotary(x, torch.arange(3), 10000.0, 4)
     t, angle = 2, 2 * 10000 ** (-2 / 4)
     expected = [math.cos(t), math.cos(angle), math.sin(t), math.sin(angle), 1, 0, 0, 0]
     torch.testing.assert_close(y[0, 0, t], torch.tensor(expected, dtype=torch.float64))
@@ -278,7 +284,7 @@ def test_attention_scores_depend_on_distance_only():
     q, k = torch.randn(1, 1, 1, 16, dtype=torch.float64), torch.randn(1, 1, 1, 16, dtype=torch.float64)
 
     def score(a, b):
-        return rotary(q, torch.tensor([a]), 10000.0) @ rotary(k, torch.tensor([b]), 10000.0).mT
+        return rotary(q, torch.tensor([a]), 10000.0, 8) @ rotary(k, torch.tensor([b]), 10000.0, 8).mT
 
     torch.testing.assert_close(score(9, 4), score(105, 100))
 

@@ -19,6 +19,10 @@ from timemix.ops.rwkv1.api import K_MAX, K_MIN
 PLAIN = "plain float32"
 """The naive implementation: what every other path is compared to, and must give the values of."""
 
+LIBRARY = "transformers Llama"
+"""A model of another library, with about as many parameters."""
+WITHOUT_LIBRARY = "transformers is not installed: its Llama is left out"
+
 OP, FORMS = wkv1, ("dense", "blocked", "spectral")
 
 
@@ -68,7 +72,7 @@ def rotary_like(model: ModelConfig) -> ModelConfig:
     return like_size_of(model, "mha_rotary")
 
 
-def llama_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
+def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
     """A Llama-style model of `transformers` with about as many parameters, None where that is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]

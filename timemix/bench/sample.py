@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from timemix.bench.baselines import llama_like
+from timemix.bench.baselines import LIBRARY, WITHOUT_LIBRARY, library_like
 from timemix.bench.race import Contender, Say, machine_now, race
 from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
@@ -87,7 +87,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict
     if steps["float32"][0].compiled:
         for weights, (step, expected) in steps.items():
             contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
-    contenders += _llamas(model, position, say)
+    contenders += _library_models(model, position, say)
     memory = torch.ones(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
@@ -146,43 +146,43 @@ def _standing(model: LanguageModel, rows: int, position: int) -> State:
     return state
 
 
-def _llamas(model: LanguageModel, position: int, say: Say) -> list[Contender]:
+def _library_models(model: LanguageModel, position: int, say: Say) -> list[Contender]:
     """A Llama of `transformers` of the same size, its cache as full; none where that is not installed."""
-    llama = llama_like(model.config, torch.device("cpu"))
-    if llama is None:
-        say("transformers is not installed: its Llama is left out")
+    library = library_like(model.config, torch.device("cpu"))
+    if library is None:
+        say(WITHOUT_LIBRARY)
         return []
-    llamas = {"float32": llama.eval(), "bfloat16": copy.deepcopy(llama).bfloat16()}
-    found = [_llama(each, weights, position) for weights, each in llamas.items()]
+    models = {"float32": library.eval(), "bfloat16": copy.deepcopy(library).bfloat16()}
+    found = [_library_step(each, weights, position) for weights, each in models.items()]
     wanted, why = choose_compile("auto", math.inf, torch.device("cpu"))
     if not wanted:
-        say(f"the Llama is not compiled: {why}")
+        say(f"{LIBRARY} is not compiled: {why}")
         return found
-    return found + [_compiled_llama(each, weights, model.config.ctx_len) for weights, each in llamas.items()]
+    return found + [_library_compiled(each, weights, model.config.ctx_len) for weights, each in models.items()]
 
 
-def _llama(llama: nn.Module, weights: str, position: int) -> Contender:
+def _library_step(library: nn.Module, weights: str, position: int) -> Contender:
     from transformers import DynamicCache  # type: ignore[import-not-found]
 
-    vocab_size = cast(Any, llama.config).vocab_size
+    vocab_size = cast(Any, library.config).vocab_size
     cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64)
-    llama(torch.randint(vocab_size, (1, position)), past_key_values=cache, use_cache=True)
+    library(torch.randint(vocab_size, (1, position)), past_key_values=cache, use_cache=True)
 
     @torch.no_grad()
     def call() -> None:
         for _ in range(STEPS):
-            llama(token, past_key_values=cache, use_cache=True)
+            library(token, past_key_values=cache, use_cache=True)
         cache.crop(-STEPS)
 
-    return Contender(f"transformers Llama with its cache {weights}", call, STEPS)
+    return Contender(f"{LIBRARY} with its cache {weights}", call, STEPS)
 
 
-def _compiled_llama(llama: nn.Module, weights: str, ctx_len: int) -> Contender:
+def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contender:
     """With the cache of one size that its library compiles for; a token looks at all of it."""
     from transformers import StaticCache
 
-    cache, token = StaticCache(config=llama.config, max_cache_len=ctx_len), torch.zeros(1, 1, dtype=torch.int64)
-    compiled = torch.compile(llama, dynamic=False)
+    cache, token = StaticCache(config=library.config, max_cache_len=ctx_len), torch.zeros(1, 1, dtype=torch.int64)
+    compiled = torch.compile(library, dynamic=False)
 
     @torch.no_grad()
     def call() -> None:

@@ -7,7 +7,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from timemix.bench.baselines import PLAIN, llama_like, naive_backend, naive_config, rotary_like
+from timemix.bench.baselines import (
+    LIBRARY,
+    PLAIN,
+    WITHOUT_LIBRARY,
+    library_like,
+    naive_backend,
+    naive_config,
+    rotary_like,
+)
 from timemix.bench.race import Contender, Say, machine_now, race, too_large
 from timemix.config.run import TrainConfig
 from timemix.evaluation.loss import cross_entropy
@@ -50,10 +58,10 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
         expected = _logits(plain, tokens[:, :-1], "float32")
     ours.recompute = rotary.recompute = train.recompute
     models: dict[str, nn.Module] = {model.arch: ours, rotary.config.arch: rotary}
-    if (llama := llama_like(model, device)) is not None:
-        models["transformers Llama"] = llama
+    if (library := library_like(model, device)) is not None:
+        models[LIBRARY] = library
     else:
-        say("transformers is not installed: its Llama is left out")
+        say(WITHOUT_LIBRARY)
     for name, each in models.items():
         called = {f"{name} {precision}": each}
         if each is ours and ours.block.runs_in_c(model, "float32", device):

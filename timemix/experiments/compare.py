@@ -86,7 +86,7 @@ class Comparison:
         self._reuse = reuse
         self._call = _call_name()
         self._known_to_have_ended: set[Path] = set()
-        self._points = experiment.tuning_points()
+        self._points = {v.name: experiment.points_of(v) for v in experiment.variants}
         choose_device(device)
         if reuse is not None and not reuse.is_dir():
             raise MissingFile(f"there is no folder {reuse} to reuse runs of")
@@ -98,11 +98,12 @@ class Comparison:
         self.prompts = experiment.prompts or (_beginning(corpora),)
         for corpus, prompt in itertools.product(corpora, self.prompts):
             corpus.tokenizer.encode(prompt)
-        for variant, tuning in itertools.product(experiment.variants, {False, len(self._points) > 1}):
-            self._check_length(variant, self.corpus(variant, tuning))
+        for variant in experiment.variants:
+            for tuning in {False, len(self._points[variant.name]) > 1}:
+                self._check_length(variant, self.corpus(variant, tuning))
 
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
-        config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
+        config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
         train, ctx_len = config.train, config.model.ctx_len
         Batches(corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=0, order=config.data.order)
         least = ctx_len + 1 if self.experiment.by_position else 2
@@ -114,7 +115,7 @@ class Comparison:
 
     def _data_config(self, variant: Variant) -> DataConfig:
         """What decides the tokens of a variant; the order of its batches does not."""
-        config = self.experiment.config(variant, self._points[0], self.experiment.seeds[0])
+        config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
         return replace(config.data, order="random")
 
     def _check_folder(self) -> None:
@@ -142,7 +143,7 @@ class Comparison:
             whole = (self.out / "data" / str(number)).resolve()
             corpus = open_corpus(whole) if is_corpus(whole) else prepare(whole, config, progress=True)
         found = {False: (whole, corpus)}
-        if len(self._points) > 1:
+        if any(len(points) > 1 for points in self._points.values()):
             tuning = (self.out / "data" / f"{number}-tuning").resolve()
             if not is_corpus(tuning):
                 hold_out_end(corpus, tuning, valid_tokens=config.valid_tokens or max(2, len(corpus.valid)))
@@ -171,10 +172,11 @@ class Comparison:
 
     def point(self, job: Job) -> dict[str, Any]:
         """Tuning point of a job; empty where every tuning run failed."""
-        return self._points[job.number] if job.tuning else self.best_point(job.variant) or {}
+        return self._points[job.variant.name][job.number] if job.tuning else self.best_point(job.variant) or {}
 
     def tuning_jobs(self, variant: Variant) -> list[Job]:
-        return [Job(variant, i, True) for i in range(len(self._points))] if len(self._points) > 1 else []
+        points = self._points[variant.name]
+        return [Job(variant, number, True) for number in points] if len(points) > 1 else []
 
     def seed_jobs(self, variant: Variant) -> list[Job]:
         return [Job(variant, seed, False) for seed in self.experiment.seeds]
@@ -194,12 +196,12 @@ class Comparison:
         """The tuning point of the lowest held-out loss, None where tuning is not complete or every run failed."""
         jobs = self.tuning_jobs(variant)
         if not jobs:
-            return self._points[0]
+            return self._points[variant.name][0]
         results = [self.result(job) for job in jobs]
         if any(r is None for r in results):
             return None
         losses = [(r or {}).get("valid_loss", math.inf) for r in results]
-        return self._points[int(np.argmin(losses))] if min(losses) < math.inf else None
+        return self.point(jobs[int(np.argmin(losses))]) if min(losses) < math.inf else None
 
     def run(self, watching: Callable[[Job, RunConfig], Any], say: Say) -> None:
         """Runs what no other process runs, until every job has ended, here or elsewhere.
@@ -332,7 +334,8 @@ class Comparison:
         return counted["steps"]
 
     def _measured(self, variant: Variant, steps: int) -> dict[str, Any]:
-        config = self.experiment.config(variant, self.best_point(variant) or self._points[0], self.experiment.seeds[0])
+        point = self.best_point(variant) or self._points[variant.name][0]
+        config = self.experiment.config(variant, point, self.experiment.seeds[0])
         model = replace(config.model, vocab_size=self.corpus(variant).tokenizer.vocab_size)
         train = replace(config.train, device=self.device)
         return measure_training(replace(config, model=model, train=train), steps=steps)

@@ -11,7 +11,7 @@ from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
-from timemix.models.registry import DEFAULT_ARCHITECTURE
+from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 TUNING_SEED = 0
@@ -102,7 +102,7 @@ class Experiment:
         if "" in self.prompts:
             raise InvalidValue("a prompt is empty; it needs at least one character")
         for variant in self.variants:
-            for point in self.tuning_points():
+            for point in self.points_of(variant).values():
                 train = self.config(variant, point, self.seeds[0]).train
             for verdict in self.verdicts:
                 step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
@@ -115,6 +115,27 @@ class Experiment:
         """Every combination of the tuning grid; one empty point where there is none."""
         grid = _flat(self.tune)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    def points_of(self, variant: Variant) -> dict[int, dict[str, Any]]:
+        """Return the points of the grid that differ for a variant, by their number in `tuning_points`.
+
+        A field of the model that the variant's architecture lacks, and another variant's has, is left out.
+        """
+        left_out = [key for key in _flat(self.tune) if self._lacks(variant, key) and not self._all_lack(key)]
+        first = {key: _flat(self.tune)[key][0] for key in left_out}
+        return {
+            number: {key: value for key, value in point.items() if key not in first}
+            for number, point in enumerate(self.tuning_points())
+            if all(point[key] == value for key, value in first.items())
+        }
+
+    def _lacks(self, variant: Variant, key: str) -> bool:
+        arch = _architecture(flattened(merged(self.base, variant.set)))
+        name = key.rpartition(".")[2]
+        return key.startswith("model.") and name not in find_architecture(arch).config.__dataclass_fields__
+
+    def _all_lack(self, key: str) -> bool:
+        return all(self._lacks(variant, key) for variant in self.variants)
 
     def config(self, variant: Variant, point: dict[str, Any], seed: int, steps: int | None = None) -> RunConfig:
         """The run of a variant at a tuning point. `steps` overrides the budget in tokens.
@@ -239,11 +260,15 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         own: dict[str, Any] = {}
         for layer in (base, variant.set, _nested(point)):
             own = merged(own, flattened(layer))
-        model = own.get("model", {})
-        arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
-        return from_dict(RunConfig, merged(to_dict(preset(preset_name, str(arch))), own))
+        return from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
     except InvalidValue as error:
         raise InvalidValue(f"variant {variant.name!r}: {error}") from error
+
+
+def _architecture(fields: dict[str, Any]) -> str:
+    """Return the architecture that the fields of a run's config name, or the default one."""
+    model = fields.get("model", {})
+    return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
 
 
 def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

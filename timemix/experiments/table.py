@@ -122,15 +122,21 @@ def verdict_rows(table: dict[str, Any]) -> list[list[str]]:
 
 def tuning_rows(table: dict[str, Any]) -> list[list[str]]:
     """The tuning grid as text, heading first, a star at each row's lowest loss; nothing where none was tuned."""
-    points = table["variants"][0]["tuning"]
-    if not points:
-        return []
-    rows = [["variant", *(point_words({k: v for k, v in p.items() if k != "valid_loss"}) for p in points)]]
-    for row in table["variants"]:
-        losses = [p["valid_loss"] for p in row["tuning"]]
-        best = min((x for x in losses if x is not None), default=None)
-        rows.append([row["label"], *("failed" if x is None else f"{x:.4f}{' *' * (x == best)}" for x in losses)])
+    tried = [
+        {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row["tuning"]}
+        for row in table["variants"]
+    ]
+    # Variants of architectures with different fields have different points.
+    points = list(dict.fromkeys(point for losses in tried for point in losses))
+    rows = [["variant", *points]] if points else []
+    for row, losses in zip(table["variants"] if points else [], tried, strict=False):
+        best = min((x for x in losses.values() if x is not None), default=None)
+        rows.append([row["label"], *(_tried(losses[p], best) if p in losses else "-" for p in points)])
     return rows
+
+
+def _tried(loss: float | None, best: float | None) -> str:
+    return "failed" if loss is None else f"{loss:.4f}{' *' * (loss == best)}"
 
 
 def to_markdown(table: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from timemix.errors import InvalidValue, nearest
 from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShiftConfig
 from timemix.models.config import ModelConfig
+from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 
 
@@ -73,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "gray",
             "attention with rotary positions, GeGLU",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
             "mha_shift",
@@ -82,7 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "green",
             "the same with token-shift",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
             "mha_pro",
@@ -91,7 +92,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "black",
             "attention times W, talking heads, token-shift, channel-mix",
-            weights="timemix.models.attention.weights",
+            weights="timemix.models.rwkv1.weights",
+        ),
+        Architecture(
+            "llama",
+            LlamaConfig,
+            "timemix.models.llama.model:LlamaBlock",
+            2023,
+            "blue",
+            "attention with rotary positions, grouped heads, SwiGLU, RMSNorm",
+            weights="timemix.models.llama.weights",
         ),
     )
 }

@@ -14,26 +14,10 @@ from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.layers.initial import log_decay, orthogonal, scale_outputs, set_weights, table_like
 from timemix.models.layers.linear import Linear, joint_linear
 from timemix.models.layers.resize import with_ctx_len
+from timemix.models.layers.rotary import rotary
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
 from timemix.ops.common.history import append, lags, weights_at
-
-
-def rotary(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """Rotary position encoding (arXiv 2104.09864) of the first half of each head's dims.
-
-    x (B, H, T, N), position (T,) or (B, 1, T). Dims i and i + R/2 of the first R = N/2 form a pair, turned by
-    position * base^(-2i/R); R is rounded down to an even number.
-    """
-    R = x.shape[-1] // 4 * 2
-    if R == 0:
-        return x
-    exponent = torch.arange(0, R, 2, device=x.device, dtype=torch.float64) / R
-    angle = position[..., None] * base**-exponent
-    # Angles in float64: in float32 the turn is off by 1e-4 after a thousand positions.
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b, rest = x[..., : R // 2], x[..., R // 2 : R], x[..., R:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 class RotaryAttention(nn.Module):
@@ -74,8 +58,10 @@ class RotaryAttention(nn.Module):
         lag = None
         if position is not None:
             target = position[:, None, None] + target
-        q = rotary(q, target, self.rotary_base)
-        k = rotary(k, target, self.rotary_base)
+        # The first half of each head's dims, rounded down to an even number.
+        turned = self.config.head_size // 4 * 2
+        q = rotary(q, target, self.rotary_base, turned)
+        k = rotary(k, target, self.rotary_base, turned)
         if state is not None and position is not None:
             U = min(int(position.max()) + T, self.config.ctx_len)
             keys = append(state["keys"], k, position, lengths)

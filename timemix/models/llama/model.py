@@ -1,0 +1,159 @@
+"""Llama (arXiv 2302.13971), today's usual attention baseline.
+
+    x = x + attention(RMSNorm(x)),   x = x + down(silu(gate(RMSNorm(x))) * up(RMSNorm(x)))
+
+Rotary positions over the whole head, optionally fewer key and value heads than query heads (arXiv 2305.13245), no
+biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/test_llama.py).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timemix.models.layers.block import Block, Kept, Model, Tensors
+from timemix.models.layers.initial import set_weights
+from timemix.models.layers.linear import Linear, to_product_dtype
+from timemix.models.layers.rotary import rotary
+from timemix.models.llama.config import LlamaConfig
+from timemix.ops.common.history import append, lags
+from timemix.ops.common.spread import broadcast_parameter
+
+
+class RMSNorm(nn.RMSNorm):
+    """weight * x / sqrt(mean(x^2) + eps) over channels (arXiv 1910.07467), in at least float32.
+
+    When compiled, PyTorch's kernels sum the gradient of the weight, so that the sum's order does not change.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
+        return y * broadcast_parameter(self.weight, y)
+
+
+class GroupedAttention(nn.Module):
+    """Causal attention with rotary positions, through PyTorch's fused kernel.
+
+    Query heads g G ... g G + G - 1 read key and value head g, with G = heads / kv_heads.
+    State: the turned keys and the values of every past position, each (B, kv_heads, ctx_len, N).
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.channels
+        self.query = Linear(C, C, bias=False)
+        self.key = Linear(C, C // config.groups, bias=False)
+        self.value = Linear(C, C // config.groups, bias=False)
+        self.output = Linear(C, C, bias=False)
+
+    def init_state(self, batch_size: int) -> Tensors:
+        config = self.config
+        shape = (batch_size, config.heads // config.groups, config.ctx_len, config.head_size)
+        new = self.key.weight.new_zeros
+        return {"keys": new(shape), "values": new(shape)}
+
+    def forward(
+        self, x: Tensor, state: Tensors | None, position: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensors | None]:
+        """x (B, T, C) to (B, T, C) and the next state."""
+        config = self.config
+        B, T, C = x.shape
+        # (B, T, C) -> (B, H, T, N); H is kv_heads for keys and values.
+        q, k, v = (
+            linear(x).view(B, T, -1, config.head_size).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        target = torch.arange(T, device=x.device)
+        if position is not None:
+            # Rows may be at different positions: (B, 1, T)
+            target = position[:, None, None] + target
+        q, k = (rotary(each, target, config.rotary_base, config.head_size) for each in (q, k))
+        seen = None
+        if state is not None and position is not None:
+            # Sources up to the newest position of any row.
+            U = min(int(position.max()) + T, config.ctx_len)
+            keys = append(state["keys"], k, position, lengths)
+            values = append(state["values"], v, position, lengths)
+            state = {"keys": keys, "values": values}
+            k, v = keys[:, :, :U].to(q.dtype), values[:, :, :U].to(q.dtype)
+            # (B, T, U) -> (B, 1, T, U)
+            seen = (lags(position, T, U) >= 0)[:, None]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=config.groups > 1
+        )
+        # (B, H, T, N) -> (B, T, C)
+        return self.output(y.transpose(1, 2).reshape(B, T, C)), state
+
+
+class Swiglu(nn.Module):
+    """down(silu(gate(x)) * up(x)): the gated feed-forward layer of arXiv 2002.05202."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        C, hidden = config.channels, config.ffn_hidden
+        self.gate = Linear(C, hidden, bias=False)
+        self.up = Linear(C, hidden, bias=False)
+        self.down = Linear(hidden, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) to (B, T, C)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class LlamaBlock(Block):
+    """Attention, then SwiGLU, each after RMSNorm."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mixer_norm = RMSNorm(config.channels, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.channels, config.norm_eps)
+        self.mixer = GroupedAttention(config)
+        self.ffn = Swiglu(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size: int) -> Tensors:
+        return self.mixer.init_state(batch_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensors | None = None,
+        carry: Tensor | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensors | None, Tensor | None]:
+        y, state = self.mixer(to_product_dtype(self.mixer_norm(x)), state, position, lengths)
+        x = x + self.dropout(y).to(x.dtype)
+        y = self.ffn(to_product_dtype(self.ffn_norm(x)))
+        return x + self.dropout(y).to(x.dtype), state, carry
+
+    @classmethod
+    def final_norm(cls, config: LlamaConfig) -> nn.Module:
+        return RMSNorm(config.channels, config.norm_eps)
+
+    @classmethod
+    def set_initial_values(cls, model: Model) -> None:
+        """Draw every weight from normal(0, initial_std); norms begin as one."""
+        set_weights(model, lambda _, module: nn.init.normal_(module.weight, std=model.config.initial_std))
+
+    @classmethod
+    def mixing_flops(cls, config: LlamaConfig) -> int:
+        """Count queries by keys and weights by values, whole T x T matrices."""
+        return config.layers * 2 * config.channels * 2 * config.ctx_len
+
+    @classmethod
+    def kept(cls, config: LlamaConfig, rows: int) -> Kept:
+        C, hidden, shared = config.channels, config.ffn_hidden, config.channels // config.groups
+        return Kept(11 * C + 2 * shared + 4 * hidden, 4 * C + 2 * shared + 2 * hidden)
+
+    def projections(self) -> dict[tuple[str, str], nn.Linear]:
+        mixer, ffn = self.mixer, self.ffn
+        return {
+            ("mixer", "query"): mixer.query,
+            ("mixer", "key"): mixer.key,
+            ("mixer", "value"): mixer.value,
+            ("ffn", "gate"): ffn.gate,
+            ("ffn", "up"): ffn.up,
+        }

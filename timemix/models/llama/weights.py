@@ -1,0 +1,117 @@
+"""Names and settings of LlamaForCausalLM (`transformers`), to ours and back. Layouts are the same."""
+
+from typing import Any
+
+from torch import Tensor
+
+from timemix.errors import InvalidValue
+from timemix.models.llama.config import LlamaConfig
+
+_OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_IN_BLOCK = {
+    "mixer_norm": "input_layernorm",
+    "mixer.query": "self_attn.q_proj",
+    "mixer.key": "self_attn.k_proj",
+    "mixer.value": "self_attn.v_proj",
+    "mixer.output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+}
+_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
+
+
+def published_name(name: str) -> str:
+    """Return the name of our parameter in LlamaForCausalLM."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, layer, rest = name.split(".", 2)
+    return f"model.layers.{layer}.{_IN_BLOCK[rest.removesuffix('.weight')]}.weight"
+
+
+def our_name(name: str) -> str:
+    """Return our name of a parameter of LlamaForCausalLM. Raises InvalidValue for one that is not known."""
+    if name in _OUTSIDE_BACK:
+        return _OUTSIDE_BACK[name]
+    parts = name.split(".", 3)
+    known = _IN_BLOCK_BACK.get(parts[3].removesuffix(".weight")) if len(parts) == 4 else None
+    if parts[:2] != ["model", "layers"] or not name.endswith(".weight") or known is None:
+        raise InvalidValue(f"{name!r} is not a parameter of LlamaForCausalLM without biases")
+    return f"blocks.{parts[2]}.{known}.weight"
+
+
+def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a LlamaForCausalLM under our names; a head tied to the embedding gets a copy of it."""
+    ours = {our_name(name): weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if "head.weight" not in ours and "embedding.weight" in ours:
+        ours["head.weight"] = ours["embedding.weight"].clone()
+    return ours
+
+
+def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return our weights under the names of LlamaForCausalLM."""
+    return {published_name(name): weight for name, weight in weights.items()}
+
+
+def published_config(config: LlamaConfig) -> dict[str, Any]:
+    """Return the settings of the same model as in the config.json of `transformers`."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.channels,
+        "intermediate_size": config.ffn_hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads // config.groups,
+        "max_position_embeddings": config.ctx_len,
+        "rope_theta": config.rotary_base,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.initial_std,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def our_config(published: dict[str, Any]) -> LlamaConfig:
+    """Return our settings for a config.json of `transformers`.
+
+    Raises:
+        InvalidValue: For a setting that this architecture lacks: biases, scaled rotary positions, another activation, a
+            head size of its own, a hidden size that is no multiple of 8.
+    """
+    rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    heads, hidden, channels = (published[f] for f in ("num_attention_heads", "intermediate_size", "hidden_size"))
+    for name, found, wanted in (
+        ("model_type", published.get("model_type", "llama"), "llama"),
+        ("hidden_act", published.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", published.get("attention_bias", False), False),
+        ("mlp_bias", published.get("mlp_bias", False), False),
+        ("rope_type", kind, "default"),
+        ("head_dim", published.get("head_dim") or channels // heads, channels // heads),
+        ("intermediate_size", hidden, max(8, round(hidden / 8) * 8)),
+    ):
+        if found != wanted:
+            raise InvalidValue(f"{name} is {found!r}; llama supports {wanted!r} here")
+    kv_heads = published.get("num_key_value_heads") or heads
+    return LlamaConfig(
+        vocab_size=published["vocab_size"],
+        ctx_len=published["max_position_embeddings"],
+        layers=published["num_hidden_layers"],
+        channels=channels,
+        heads=heads,
+        kv_heads=0 if kv_heads == heads else kv_heads,
+        ffn_ratio=hidden / channels,
+        rotary_base=float(rope.get("rope_theta", published.get("rope_theta", 10000.0))),
+        norm_eps=float(published.get("rms_norm_eps", 1e-6)),
+        initial_std=float(published.get("initializer_range", 0.02)),
+    )
