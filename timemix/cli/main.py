@@ -39,13 +39,13 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
-        return
-    if arguments[0] == "--version":
-        print(f"timemix {__version__}")
-        return
     try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return
+        if arguments[0] == "--version":
+            print(f"timemix {__version__}", flush=True)
+            return
         verb = arguments[0]
         if verb not in VERBS:
             raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
