@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import parse
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
-from timemix.errors import InvalidValue
+from timemix.errors import Interrupted, InvalidValue
 from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
@@ -78,7 +78,6 @@ def compare(arguments: list[str]) -> int:
     first = int(os.environ.get("RANK", "0")) == 0
     from timemix.experiments import sampling as sampling_study
     from timemix.experiments import speed, table
-    from timemix.training.signals import Interrupted
 
     try:
         if isinstance(experiment, Experiment):

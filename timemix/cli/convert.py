@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ RANGES = ((0, 1), (1, 4), (4, 8), (8, 16))
 
 CONTEXTS = 4
 """Length of the fine-tune's windows, in ctx_len."""
+
+_FLAGS = {"exponentials": "--constant-state", "taps": "--taps"}
 
 MOST_TOKENS = 2**18
 """Of the held-out text, its first."""
@@ -77,7 +80,10 @@ def convert(arguments: list[str]) -> int:
     parsed = parse(ConvertArguments, arguments, "convert")
     loaded = load(parsed.run)
     for each in parsed.constant_state:
-        exponential_config(loaded.config.model, each, parsed.taps)
+        try:
+            exponential_config(loaded.config.model, each, parsed.taps)
+        except InvalidValue as error:
+            raise InvalidValue(re.sub("^exponentials|^taps", lambda name: _FLAGS[name[0]], str(error))) from error
     several = len(parsed.constant_state) > 1
     report: dict[str, Any] = {"run": str(loaded.folder), "ctx_len": loaded.config.model.ctx_len, "converted": []}
     for each in parsed.constant_state:

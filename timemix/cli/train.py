@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import default_prompt, parse, preset_of
 from timemix.config.run import RunConfig, TrainConfig, read_toml
 from timemix.data.config import DataConfig
-from timemix.errors import AlreadyExists, CannotWrite, InvalidValue, ProcessLost, TimemixError
+from timemix.errors import AlreadyExists, CannotWrite, Interrupted, InvalidValue, ProcessLost, TimemixError
 from timemix.models.config import ModelConfig
 from timemix.storage.files import cannot_write
 
@@ -138,7 +138,6 @@ def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Seque
     from timemix.cli.watch import watching
     from timemix.reporting.plots import plot_loss
     from timemix.runtime.machine import keep_freed_memory
-    from timemix.training.signals import Interrupted
 
     keep_freed_memory()
 
