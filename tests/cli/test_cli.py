@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.runs import TEXT
 from timemix.cli.main import main
+from timemix.errors import FileError, InvalidValue, NotFinite
 from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +236,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["train", "--data", "my.txt"], "--out"),
         (["train", "--data=nothing.txt", "--out", "r"], "nothing.txt"),
         (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),
-        (["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"], "model.ffn_ratio nan"),
+        (["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"], "--model.ffn-ratio=nan"),
         (["train", "--resume", "nothing"], "nothing"),
         (["sample", "nothing"], "there is no run folder nothing"),
         (["sample", "folder"], "is no run folder"),
@@ -412,3 +413,26 @@ def test_the_readme_as_it_stands(tmp_path):
     for block in readme_blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            InvalidValue("train.batch_size=3 is odd; lower model.ctx_len."),
+            "--train.batch-size=3 is odd; lower --model.ctx-len.",
+        ),
+        (InvalidValue("'train.lr' is quoted, a/train.lr and train.lr.txt are files"), None),
+        (InvalidValue("--train.lr is a flag, model.nothing no setting"), None),
+        (FileError("c.toml: train.lr is 0"), None),
+        (NotFinite("try a smaller train.lr"), "try a smaller --train.lr"),
+    ],
+)
+def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("timemix.cli.info.info", fail)
+    with pytest.raises(SystemExit):
+        main(["info"])
+    assert capsys.readouterr().err == f"timemix: {sentence or error}\n"

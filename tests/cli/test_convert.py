@@ -13,7 +13,7 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
 from timemix import generate
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.registry import model_config
 from timemix.models.rwkv1 import fitting
@@ -79,14 +79,14 @@ def test_taps_are_exact_and_the_rest_is_fitted():
         (model_config("rwkv1_exp", **(SMALL | {"exponentials": 4})), (4,), "this is a run of rwkv1_exp"),
         (model_config("rwkv1", weights="free", **SMALL), (4,), "a free W has no curves"),
         (model_config("rwkv1", denominator="weighted", **SMALL), (4,), "weighted denominator"),
-        (model_config("rwkv1", **SMALL), (0,), "--constant-state is 0; it must lie from 1 to the run's ctx_len 12"),
-        (model_config("rwkv1", **SMALL), (13,), "--constant-state is 13"),
-        (model_config("rwkv1", **SMALL), (4, 13), "--taps is 13; it must lie from 0"),
-        (model_config("rwkv1", **SMALL), (4, -1), "--taps is -1"),
+        (model_config("rwkv1", **SMALL), (0,), "exponentials is 0; it must lie from 1 to the run's ctx_len 12"),
+        (model_config("rwkv1", **SMALL), (13,), "exponentials is 13"),
+        (model_config("rwkv1", **SMALL), (4, 13), "taps is 13; it must lie from 0"),
+        (model_config("rwkv1", **SMALL), (4, -1), "taps is -1"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(model, numbers, words):
-    with pytest.raises(TimemixError, match=words):
+    with pytest.raises(InvalidValue, match=words):
         with_exponentials(varied(model), *numbers)
 
 
@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_refused():
     old = varied(model_config("rwkv1", **SMALL))
     with torch.no_grad():
         old.blocks[1].mixer.f[0, 2] = float("nan")
-    with pytest.raises(TimemixError, match="not finite"):
+    with pytest.raises(InvalidValue, match="not finite"):
         with_exponentials(old, 2)
 
 
@@ -168,9 +168,9 @@ def test_windows_of_several_contexts(tmp_path):
     resume_run(halted.out).run()
     a, b = (timemix.load(tmp_path / n, checkpoint="newest").model.state_dict() for n in ("whole", "halted"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(TimemixError, match=r"train.contexts is 2, but the context of rwkv1 ends at ctx_len"):
+    with pytest.raises(InvalidValue, match=r"train.contexts is 2, but the context of rwkv1 ends at ctx_len"):
         RunConfig(train=TrainConfig(contexts=2))
-    with pytest.raises(TimemixError, match=r"train.contexts is 0"):
+    with pytest.raises(InvalidValue, match=r"train.contexts is 0"):
         TrainConfig(contexts=0)
 
 
@@ -194,7 +194,7 @@ def test_losses_past_the_context(ctx_len):
     logits, _ = new(inputs)
     own = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)
     np.testing.assert_allclose(loss_by_position(new, text, contexts=3), own, rtol=1e-9)
-    with pytest.raises(TimemixError, match=f"a window of {9 * ctx_len} needs"):
+    with pytest.raises(InvalidValue, match=f"a window of {9 * ctx_len} needs"):
         loss_by_position(old, text, contexts=9)
 
 
@@ -204,5 +204,5 @@ def test_settings_out_of_range():
         ({"exponentials": 13}, "model.exponentials is 13; it must be at most 12"),
         ({"taps": -1}, "model.taps is -1"),
     ):
-        with pytest.raises(TimemixError, match=words):
+        with pytest.raises(InvalidValue, match=words):
             model_config("rwkv1_exp", ctx_len=12, **fields)

@@ -16,7 +16,7 @@ from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.errors import TimemixError
 from timemix.models.registry import model_config
 
-VERSION_1 = Path(__file__).parent / "fixtures" / "version1"
+VERSION_1 = Path(__file__).parents[1] / "fixtures" / "version1"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_files_of_format_version_1(arch):
         ("model = 3\n", "model is 3; it must be a table"),
         ("[model]\narch = 'rwkv2'\n", "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
         ("[model]\narch = [1]\n", "unknown architecture [1]; known: "),
-        ("[model]\nheads = 5\n", "model.heads 5 does not divide model.channels 128"),
+        ("[model]\nheads = 5\n", "model.heads=5 does not divide model.channels=128"),
         ("[model]\nvocab_size = 'all'\n", "model.vocab_size is 'all'"),
         ("format_version = 9\n", "it has format_version 9; this timemix reads 1 and 2"),
         ("[model\n", "is damaged"),

@@ -7,7 +7,7 @@ import pytest
 
 from timemix.config.presets import PRESETS, preset
 from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
-from timemix.errors import TimemixError
+from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.models.registry import ARCHITECTURES, model_config
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import learning_rate
@@ -49,13 +49,13 @@ def test_seed_is_the_published_figure():
         ),
         (
             lambda: model_config("rwkv1", heads=5),
-            "model.heads 5 does not divide model.channels 128; the nearest that does is 4",
+            "model.heads=5 does not divide model.channels=128; nearest divisors: 4, 8",
         ),
         (lambda: model_config("rwkv1", layers=0), "model.layers is 0; it must be at least 1"),
-        (lambda: model_config("rwkv1", dropout=1.0), "model.dropout 1.0 is not in [0, 1)"),
+        (lambda: model_config("rwkv1", dropout=1.0), "model.dropout=1.0 is not in [0, 1)"),
         (lambda: model_config("rwkv1", token_shift=(0.6, 0.6)), "fractions lie in [0, 1] and sum to at most 1"),
         (lambda: TrainConfig(lr=float("nan")), "train.lr is nan; it must be at least 0"),
-        (lambda: TrainConfig(batch_size=10, accumulation=3), "train.accumulation 3 does not divide"),
+        (lambda: TrainConfig(batch_size=10, accumulation=3), "train.accumulation=3 does not divide"),
         (lambda: from_dict(RunConfig, {"model": {"layer": 3}}), "unknown field 'model.layer'; did you mean 'layers'?"),
         (lambda: from_dict(RunConfig, {"model": {"layers": "3"}}), "model.layers is '3'; it must be of type int"),
         (lambda: from_dict(RunConfig, {"model": {"layers": True}}), "must be of type int"),
@@ -73,7 +73,7 @@ def test_seed_is_the_published_figure():
     ],
 )
 def test_wrong_values_are_one_clear_sentence(call, sentence):
-    with pytest.raises(TimemixError, match=re.escape(sentence)) as error:
+    with pytest.raises(InvalidValue, match=re.escape(sentence)) as error:
         call()
     assert "\n" not in str(error.value)
 
@@ -84,12 +84,12 @@ def test_wrong_values_are_one_clear_sentence(call, sentence):
 def test_damaged_config_files_name_the_file(content, tmp_path):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
-    with pytest.raises(TimemixError, match=re.escape(str(path))):
+    with pytest.raises(DamagedFile, match=re.escape(str(path))):
         read_toml(path)
 
 
 def test_a_missing_config_file_is_named(tmp_path):
-    with pytest.raises(TimemixError, match="No such file"):
+    with pytest.raises(MissingFile, match="No such file"):
         read_toml(tmp_path / "config.toml")
 
 
@@ -124,5 +124,5 @@ class TestLearningRate:
 
 @pytest.mark.parametrize("backend", ["blocked", "spectral"])
 def test_a_free_w_refuses_the_backends_that_need_lags(backend):
-    with pytest.raises(TimemixError, match=f"backend {backend} needs decomposed weights"):
+    with pytest.raises(InvalidValue, match=f"backend='{backend}' needs decomposed weights"):
         model_config("rwkv1", weights="free", backend=backend)

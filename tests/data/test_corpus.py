@@ -15,7 +15,7 @@ from timemix.data.config import DataConfig
 from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
-from timemix.errors import TimemixError
+from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 
@@ -111,9 +111,7 @@ def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
     words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
     assert words.info["valid"]["unknown"] == 4
     assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
-    with pytest.raises(
-        TimemixError, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* --data.unknown unk"
-    ):
+    with pytest.raises(Unfit, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* data.unknown unk"):
         prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
 
 
@@ -125,7 +123,7 @@ def test_no_validation():
 
 def test_separate_validation_text():
     Path("valid.txt").write_text("abcxyx", encoding="utf-8")
-    with pytest.raises(TimemixError, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* --data.unknown unk"):
+    with pytest.raises(Unfit, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* data.unknown unk"):
         prepare(Path("out"), DataConfig(source="text.txt", valid="valid.txt"))
     assert not Path("out").exists()
     for unknown, tokens in (("unk", 6), ("byte", 6)):
@@ -164,7 +162,7 @@ def test_a_failed_preparation_can_be_made_again_and_leaves_nothing(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(TimemixError, match="no space left on the device for .*out"):
+        with pytest.raises(CannotWrite, match="no space left on the device for .*out"):
             prepare(Path("out"), DataConfig(source="text.txt"))
     assert not Path("out").exists()
     prepare(Path("out"), DataConfig(source="text.txt"))
@@ -173,13 +171,13 @@ def test_a_failed_preparation_can_be_made_again_and_leaves_nothing(monkeypatch):
 
 def test_an_existing_folder_is_left_alone():
     Path("out").mkdir()
-    with pytest.raises(TimemixError, match="out exists already; choose another folder"):
+    with pytest.raises(AlreadyExists, match="out exists already; choose another folder"):
         prepare(Path("out"), DataConfig(source="text.txt"))
 
 
 def test_damaged_folders_are_refused():
     def refused(sentence):
-        with pytest.raises(TimemixError, match=sentence):
+        with pytest.raises(FileError, match=sentence):
             open_corpus(Path("out"))
         shutil.rmtree("out")
         prepare(Path("out"), DataConfig(source="text.txt"))
@@ -205,7 +203,7 @@ def test_damaged_folders_are_refused():
     prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))
     Path("out/tokenizer.json").write_bytes(Path("other/tokenizer.json").read_bytes())
     refused(r"out/tokenizer\.json is not the tokenizer that made the tokens")
-    with pytest.raises(TimemixError, match=r"cannot read nowhere/data\.json: No such file"):
+    with pytest.raises(MissingFile, match=r"cannot read nowhere/data\.json: No such file"):
         open_corpus(Path("nowhere"))
 
 
@@ -274,7 +272,7 @@ def test_a_text_of_one_window_and_one_shorter(order):
     inputs, targets = Batches(np.arange(9), batch_size=2, ctx_len=8, seed=0, order=order)(5)
     assert inputs.tolist() == [list(range(8))] * 2
     assert targets.tolist() == [list(range(1, 9))] * 2
-    with pytest.raises(TimemixError, match="the training text has 8 tokens; a window of ctx_len 8 needs 9"):
+    with pytest.raises(InvalidValue, match="the training text has 8 tokens; a window of ctx_len 8 needs 9"):
         Batches(np.arange(8), batch_size=2, ctx_len=8, seed=0, order=order)
 
 

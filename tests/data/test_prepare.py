@@ -21,7 +21,7 @@ from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
 from timemix.data.sources import read_source
-from timemix.errors import TimemixError
+from timemix.errors import DamagedFile, InUse, TimemixError
 from timemix.tokenizers.make import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_folders_of_version_1_open(tmp_path):
     np.testing.assert_array_equal(old.train[:], train)
     np.testing.assert_array_equal(old.valid[:], valid)
     (out / "train.bin").write_bytes(b"\1" + (out / "train.bin").read_bytes()[1:])
-    with pytest.raises(TimemixError, match=r"train\.bin is damaged: its content is not what was written"):
+    with pytest.raises(DamagedFile, match=r"train\.bin is damaged: its content is not what was written"):
         open_corpus(out)
 
 
@@ -209,5 +209,5 @@ def test_two_processes_do_not_prepare_one_folder(tmp_path):
     from timemix.storage.locks import claimed
 
     (tmp_path / "text.txt").write_text(WORDS)
-    with claimed(tmp_path / ".out.lock"), pytest.raises(TimemixError, match="another process is preparing"):
+    with claimed(tmp_path / ".out.lock"), pytest.raises(InUse, match="another process is preparing"):
         prepare(tmp_path / "out", DataConfig(source=str(tmp_path / "text.txt")))

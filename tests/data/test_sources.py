@@ -114,14 +114,14 @@ def test_empty_sources():
 
 def test_binary_files():
     Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    refused("picture.png", r"picture\.png looks binary: a NUL at byte 8; .* --data\.encoding utf-16")
+    refused("picture.png", r"picture\.png looks binary: a NUL at byte 8; .* data\.encoding utf-16")
     Path("wide.txt").write_bytes("ab\0c".encode("utf-16"))
     refused("wide.txt", r"wide\.txt looks binary: a NUL at character 2 of its utf-16", encoding="utf-16")
 
 
 def test_wrong_encodings():
     Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
-    refused("latin.txt", r"latin\.txt is not utf-8: byte 3 cannot be read .* --data\.encoding")
+    refused("latin.txt", r"latin\.txt is not utf-8: byte 3 cannot be read .* data\.encoding")
     assert read_source("latin.txt", encoding="latin-1").text == "cafés"
     Path("odd.txt").write_bytes(b"abc")
     refused("odd.txt", r"odd\.txt is not utf-16: byte 2", encoding="utf-16")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import timemix
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_trainer
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue
 from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
 
 
@@ -45,7 +45,7 @@ def test_loss_by_position_splits_the_loss_of_whole_windows():
         logits, _ = model(torch.from_numpy(text[:-1].astype(np.int64)).view(5, 12))
     targets = torch.from_numpy(text[1:].astype(np.int64)).view(5, 12)
     assert by_position[3] == pytest.approx(float(F.cross_entropy(logits[:, 3], targets[:, 3])), rel=1e-6)
-    with pytest.raises(TimemixError, match="needs 13"):
+    with pytest.raises(InvalidValue, match="needs 13"):
         loss_by_position(model, text[:12])
 
 
@@ -97,7 +97,7 @@ def test_unknown_characters_are_left_out_and_counted(loaded):
 
 @pytest.mark.parametrize("stride", [0, -1])
 def test_a_stride_below_one_is_refused(stride):
-    with pytest.raises(TimemixError, match="it must be at least 1 token"):
+    with pytest.raises(InvalidValue, match="it must be at least 1 token"):
         loss_per_token(build(VARIANTS["rwkv1"]), np.zeros(20, np.uint8), stride=stride)
 
 
@@ -110,5 +110,5 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
 
 
 def test_too_short_a_text(loaded):
-    with pytest.raises(TimemixError, match="the text has 1 tokens; at least 2 are needed"):
+    with pytest.raises(InvalidValue, match="the text has 1 tokens; at least 2 are needed"):
         evaluate_text(loaded.model, loaded.tokenizer, "t")

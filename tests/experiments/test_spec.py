@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from timemix.errors import TimemixError
+from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.experiments.spec import (
     Experiment,
     SpeedExperiment,
@@ -104,7 +104,7 @@ def test_another_text_changes_the_source_alone(tmp_path):
 )
 def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, old, new, words):
     assert old in FILE
-    with pytest.raises(TimemixError) as error:
+    with pytest.raises(DamagedFile) as error:
         read(tmp_path, FILE.replace(old, new, 1))
     assert str(tmp_path / "two.toml") in str(error.value)
     assert "\n" not in str(error.value)
@@ -112,14 +112,14 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, old, new, words):
 
 
 def test_no_variant(tmp_path):
-    with pytest.raises(TimemixError, match="it has no variant"):
+    with pytest.raises(DamagedFile, match="it has no variant"):
         read(tmp_path, 'title = "none"\ntokens = 10\nvariants = []\n')
 
 
 def test_an_unknown_experiment_names_the_nearest():
-    with pytest.raises(TimemixError, match="did you mean 'heads'"):
+    with pytest.raises(MissingFile, match="did you mean 'heads'"):
         find_experiment("head")
-    with pytest.raises(TimemixError, match="cannot read missing.toml"):
+    with pytest.raises(MissingFile, match="cannot read missing.toml"):
         read_experiment(find_experiment("missing.toml"))
 
 
@@ -146,7 +146,7 @@ def test_the_shipped_experiments_compare_like_with_like(path):
 def test_a_speed_experiment_keeps_the_tokens_of_a_step():
     experiment = SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(16, 64), tokens=128)
     assert [experiment.config(experiment.variants[0], t).train.batch_size for t in (16, 64)] == [8, 2]
-    with pytest.raises(TimemixError, match="ctx_lens must divide tokens"):
+    with pytest.raises(InvalidValue, match="ctx_lens must divide tokens"):
         SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(48,), tokens=128)
 
 

@@ -11,7 +11,7 @@ from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, 
 from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue, TimemixError
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -301,7 +301,7 @@ def test_a_prompt_after_a_stream_equals_one_prompt(model):
     ],
 )
 def test_requests_that_cannot_be(fields, words):
-    with pytest.raises(TimemixError, match=words):
+    with pytest.raises(InvalidValue, match=words):
         Request(**({"prompt": [1]} | fields))
 
 
@@ -314,7 +314,7 @@ def test_what_an_engine_refuses():
     other = build(VARIANTS["rwkv1"], ctx_len=13)
     engine = Engine(other)
     engine.add(Request([1], 0, keep_session=True))
-    with pytest.raises(TimemixError, match="the stream to go on with is of another model"):
+    with pytest.raises(InvalidValue, match="the session to continue is of another model"):
         Engine(model).add(Request([1], start=finish(engine)[0][-1].session))
     with pytest.raises(TimemixError, match="slots is 0"):
         Engine(model, slots=0)

@@ -10,7 +10,7 @@ from tests.helpers.engines import reanchored, recomputed
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue
 from timemix.generation.generate import generate_tokens, stream
 from timemix.generation.sampler import Sampler
 
@@ -59,12 +59,12 @@ def test_seeds_and_samples_differ_and_repeat():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_an_empty_prompt_is_an_error(prompts):
-    with pytest.raises(TimemixError, match="the prompt is empty"):
+    with pytest.raises(InvalidValue, match="the prompt is empty"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), prompts, 3, Sampler()))
 
 
 def test_keep_is_a_share():
-    with pytest.raises(TimemixError, match="keep is 0"):
+    with pytest.raises(InvalidValue, match="keep is 0"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), [[1]], 3, Sampler(), keep=0))
 
 
@@ -87,7 +87,7 @@ def test_text_in_text_out(run):
 
 
 def test_a_prompt_outside_the_vocabulary_is_named(run):
-    with pytest.raises(TimemixError, match="Q"):
+    with pytest.raises(InvalidValue, match="Q"):
         timemix.generate(run, "the Q", tokens=3)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.helpers.tiers import examples
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue
 from timemix.generation.sampler import Sampler, draw
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "top_a.safetensors"
@@ -254,7 +254,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
     ],
 )
 def test_values_out_of_range_are_named(field, value, allowed):
-    with pytest.raises(TimemixError, match=f"^{field} must be {allowed}"):
+    with pytest.raises(InvalidValue, match=f"^{field} must be {allowed}"):
         Sampler(**{field: value})
 
 
@@ -350,7 +350,7 @@ def test_draw_resolves_what_float32_would_round_away():
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seed_out_of_range_is_named(seed):
-    with pytest.raises(TimemixError, match=f"seed must be .*, not {seed}"):
+    with pytest.raises(InvalidValue, match=f"seed must be .*, not {seed}"):
         draw(torch.ones(1, 2), seed=seed, sample=[0], position=[0])
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.engines import CHARACTERS, KINDS, alone
 from tests.helpers.pairwise import pairwise
-from timemix.errors import TimemixError
+from timemix.errors import DamagedFile, MissingFile
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, model_hash, save_session
@@ -61,15 +61,15 @@ def test_another_model_is_refused(tmp_path):
     save_session(stream_of(model), tmp_path / "state", model)
     with torch.no_grad():
         model.head.weight[0, 0] += 1
-    with pytest.raises(TimemixError, match=r"is a state of another model \(rwkv1\)"):
+    with pytest.raises(DamagedFile, match=r"is a state of another model \(rwkv1\)"):
         load_session(tmp_path / "state", model)
-    with pytest.raises(TimemixError, match="of another model"):
+    with pytest.raises(DamagedFile, match="of another model"):
         load_session(tmp_path / "state", KINDS["mha_pro"]())
 
 
 def test_files_that_are_no_state_are_refused_by_name(tmp_path):
     model = KINDS["rwkv1, compiled"]()
-    with pytest.raises(TimemixError, match=r"nothing is missing"):
+    with pytest.raises(MissingFile, match=r"nothing is missing"):
         load_session(tmp_path / "nothing", model)
     good = tmp_path / "good"
     save_session(stream_of(model), good, model)
@@ -81,7 +81,7 @@ def test_files_that_are_no_state_are_refused_by_name(tmp_path):
         "nothing unread": whole.replace(b'\\"unread\\": 1', b'\\"unread\\": 0'),
     }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(TimemixError, match=f"{name} (is|holds)"):
+        with pytest.raises(DamagedFile, match=f"{name} (is|holds)"):
             load_session(tmp_path / name, model)
 
 
@@ -90,5 +90,5 @@ def test_weights_are_no_state(tmp_path):
 
     model = KINDS["rwkv1, compiled"]()
     save_file({"position": torch.zeros(1)}, tmp_path / "weights")
-    with pytest.raises(TimemixError, match="holds no state that timemix wrote"):
+    with pytest.raises(DamagedFile, match="holds no state that timemix wrote"):
         load_session(tmp_path / "weights", model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timemix
-from tests.runs import small_trainer
+from tests.helpers.runs import small_trainer
 from timemix.config.run import TrainConfig
 from timemix.evaluation.inspect import inspect_run
 from timemix.generation.engine import Engine, Request

@@ -13,7 +13,7 @@ from tests.helpers.models import varied
 from tests.helpers.runs import TEXT, small_config, small_trainer, with_model, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue, Unfit
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import model_config
 from timemix.runs import folder as run_folder
@@ -84,7 +84,7 @@ def test_a_free_w_can_be_cut_but_not_extended():
     config = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8, weights="free")
     model = LanguageModel(config).double()
     assert resized(model, 5).blocks[0].mixer.f.shape == (2, 5, 5)
-    with pytest.raises(TimemixError, match="a free W cannot be extended from ctx_len 8 to 9; keep --model.ctx-len 8"):
+    with pytest.raises(InvalidValue, match="a free W cannot be extended from ctx_len 8 to 9; keep model.ctx_len 8"):
         model.block.resized(model.state_dict(), config, 9)
 
 
@@ -126,18 +126,18 @@ class TestGoingOnFromARun:
 
     def test_unknown_characters_are_named(self, run, tmp_path):
         (tmp_path / "new.txt").write_text("the hät. " * 100)
-        with pytest.raises(TimemixError, match=r"the vocabulary has no 'ä' \(U\+00E4\)"):
+        with pytest.raises(Unfit, match=r"the vocabulary has no 'ä' \(U\+00E4\)"):
             new_run(self.config(run, tmp_path / "new.txt"), tmp_path / "next")
         assert not (tmp_path / "next").exists()
 
     def test_another_vocabulary_is_refused_and_its_characters_named(self, run, tmp_path):
         (tmp_path / "new.txt").write_text(TEXT.replace("d", "ö"))
         prepare(tmp_path / "tokens", DataConfig(source=str(tmp_path / "new.txt")))
-        with pytest.raises(TimemixError, match=r"tokens was prepared with another vocabulary .*'ö' .*, .*'d' "):
+        with pytest.raises(InvalidValue, match=r"tokens was prepared with another vocabulary .*'ö' .*, .*'d' "):
             new_run(self.config(run, tmp_path / "tokens"), tmp_path / "next")
 
     def test_another_model_is_refused(self, run, tmp_path):
-        with pytest.raises(TimemixError, match=r"model.channels 32 is not that of .*step-\d+, 16; leave it out"):
+        with pytest.raises(InvalidValue, match=r"model.channels=32 is not that of .*step-\d+, 16; leave it out"):
             new_run(self.config(run, tmp_path / "text.txt", channels=32), tmp_path / "next")
         assert not (tmp_path / "next").exists()
 

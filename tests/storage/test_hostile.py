@@ -20,7 +20,7 @@ import timemix
 from tests.helpers.runs import small_config, write_text_file
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
-from timemix.errors import LONGEST, TimemixError
+from timemix.errors import LONGEST, FileError, TimemixError
 from timemix.runs import folder as run_folder
 from timemix.runs.metrics import read_metrics
 from timemix.tokenizers.make import load_tokenizer
@@ -51,7 +51,7 @@ def tokens(good, tmp_path):
 
 
 def refused(action, name: str) -> None:
-    with pytest.raises(TimemixError) as told:
+    with pytest.raises(FileError) as told:
         action()
     assert name in str(told.value)
     assert "\n" not in str(told.value)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples
-from timemix.errors import TimemixError
+from timemix.errors import CannotWrite, DamagedFile, InvalidValue, MissingFile
 from timemix.tokenizers.base import KINDS
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
 from timemix.tokenizers.pieces import PIECE
@@ -72,7 +72,7 @@ def test_any_text_comes_back_or_is_named(choice, text):
     tokenizer = TRAINED[choice]
     lenient, count = tokenizer.encode_lenient(text)
     if count and unknown == "error":
-        with pytest.raises(TimemixError, match="the vocabulary has no"):
+        with pytest.raises(InvalidValue, match="the vocabulary has no"):
             tokenizer.encode(text)
         return
     ids = tokenizer.encode(text)
@@ -93,7 +93,7 @@ def test_lone_surrogates_are_refused(choice, before, surrogate, after):
     text = before + surrogate + after
     sentence = f"lone surrogate, U\\+{ord(surrogate):04X}, at character {len(before)}:"
     for act in (TRAINED[choice].encode, TRAINED[choice].encode_lenient, lambda t: train(*choice, t)):
-        with pytest.raises(TimemixError, match=sentence):
+        with pytest.raises(InvalidValue, match=sentence):
             act(text)
 
 
@@ -123,7 +123,7 @@ def test_character_ids_follow_the_order_of_the_alphabet():
 
 def test_unknown_characters():
     with pytest.raises(
-        TimemixError, match=re.escape("the vocabulary has no 'é' (U+00E9) and '鱼' (U+9C7C); leave them")
+        InvalidValue, match=re.escape("the vocabulary has no 'é' (U+00E9) and '鱼' (U+9C7C); leave them")
     ):
         train("character", text="abc").encode("aé鱼é")
     ids, count = train("character", text="abc").encode_lenient("aé鱼éc")
@@ -139,7 +139,7 @@ def test_unknown_characters():
 
 def test_many_unknown_characters_are_counted_in_the_sentence():
     with pytest.raises(
-        TimemixError, match="'h' .* and 18 more; leave them out of the text, or train with --data.unknown"
+        InvalidValue, match="'h' .* and 18 more; leave them out of the text, or train with data.unknown"
     ):
         train("character", text=" ").encode("".join(map(chr, range(97, 123))))
 
@@ -159,7 +159,7 @@ def test_words_are_split_as_in_2021():
 def test_words_decode_with_spaces_between_and_none_after_a_newline():
     tokenizer = train("word", text="Go on, cat!\nNow.\n\nEnd")
     assert tokenizer.decode(tokenizer.encode("go ON,cat\n\nend .")) == "go on , cat \n\nend ."
-    with pytest.raises(TimemixError, match="the vocabulary has no 'stop' and 'dog'; leave them out"):
+    with pytest.raises(InvalidValue, match="the vocabulary has no 'stop' and 'dog'; leave them out"):
         tokenizer.encode("stop dog stop go")
 
 
@@ -230,7 +230,7 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     whole = TRAINED["character", "error"].to_json().encode()
     path = tmp_path / "tokenizer.json"
     path.write_bytes(whole[: int(kept * len(whole)) if kept != 1 else 1])
-    with pytest.raises(TimemixError, match=r"tokenizer\.json is damaged"):
+    with pytest.raises(DamagedFile, match=r"tokenizer\.json is damaged"):
         load_tokenizer(path)
 
 
@@ -244,9 +244,9 @@ def test_files_of_others_are_refused(tmp_path):
     gap["model"]["vocab"]["T"] = 999
     for document in ({}, [], 3, {"model": {"type": "BPE", "vocab": {}}}, foreign, broken, gap):
         path.write_text(json.dumps(document))
-        with pytest.raises(TimemixError, match="is not a tokenizer that timemix wrote"):
+        with pytest.raises(DamagedFile, match="is not a tokenizer that timemix wrote"):
             load_tokenizer(path)
-    with pytest.raises(TimemixError, match="cannot read the tokenizer .*none.json: No such file"):
+    with pytest.raises(MissingFile, match="cannot read the tokenizer .*none.json: No such file"):
         load_tokenizer(tmp_path / "none.json")
 
 
@@ -258,7 +258,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(TimemixError, match=r"no space left on the device for .*tokenizer\.json"):
+    with pytest.raises(CannotWrite, match=r"no space left on the device for .*tokenizer\.json"):
         TRAINED["byte", "error"].save(path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
@@ -267,13 +267,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_ids_outside_the_vocabulary_are_refused(choice):
     tokenizer = TRAINED[choice]
     for token in (-1, tokenizer.vocab_size):
-        with pytest.raises(TimemixError, match=f"token {token} is outside the vocabulary of {tokenizer.vocab_size}"):
+        with pytest.raises(InvalidValue, match=f"token {token} is outside the vocabulary of {tokenizer.vocab_size}"):
             tokenizer.decode([0, token])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_text_trains_nothing(kind):
-    with pytest.raises(TimemixError, match=f"a {kind} tokenizer cannot be made from an empty text"):
+    with pytest.raises(InvalidValue, match=f"a {kind} tokenizer cannot be made from an empty text"):
         train(kind, text="")
 
 
@@ -283,9 +283,9 @@ def test_choices_that_cannot_be_served():
         (("byte", "skip"), "there is no choice 'skip' for unknown text; choose error, unk or byte"),
         (("word", "byte"), "a word tokenizer cannot spell unknown words as bytes"),
     ]:
-        with pytest.raises(TimemixError, match=sentence):
+        with pytest.raises(InvalidValue, match=sentence):
             train(*arguments)
-    with pytest.raises(TimemixError, match="a subword vocabulary of 255 cannot hold the 256 bytes"):
+    with pytest.raises(InvalidValue, match="a subword vocabulary of 255 cannot hold the 256 bytes"):
         train_tokenizer("subword", "abc", vocab_size=255)
-    with pytest.raises(TimemixError, match="from a text of spaces"):
+    with pytest.raises(InvalidValue, match="from a text of spaces"):
         train("word", text="   ")

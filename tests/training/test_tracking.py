@@ -12,7 +12,7 @@ import torch
 from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
-from timemix.errors import NotFinite, TimemixError
+from timemix.errors import CannotWrite, InvalidValue, NotFinite, Unavailable
 from timemix.models.size import flops_per_token
 from timemix.runs.metrics import Metrics
 from timemix.runtime import machine
@@ -164,7 +164,7 @@ def test_hooks_are_named_as_module_and_function(tmp_path, monkeypatch):
     assert line == {"seen": True}
     sys.modules.pop("my_hooks")
     for name in ("my_hooks", "my_hooks:read", "nothing_here:write", "my_hooks:number", ":", ""):
-        with pytest.raises(TimemixError, match="--hook .*as module:function"):
+        with pytest.raises(InvalidValue, match="hook .*as module:function"):
             load_hook(name)
 
 
@@ -197,7 +197,7 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
 
 def test_without_tensorboard_its_flag_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(TimemixError, match=r"pip install 'timemix\[tensorboard\]'"):
+    with pytest.raises(Unavailable, match=r"pip install 'timemix\[tensorboard\]'"):
         tensorboard(tmp_path, 0)
 
 
@@ -206,7 +206,7 @@ def test_metrics_that_could_not_be_written_come_with_the_next(tmp_path, monkeypa
     metrics.write({"step": 1})
     os.chmod(tmp_path, 0o700)
     monkeypatch.setattr(metrics, "path", tmp_path / "nowhere" / "metrics.jsonl")
-    with pytest.raises(TimemixError, match="cannot write"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         metrics.write({"step": 2})
     monkeypatch.setattr(metrics, "path", tmp_path / "metrics.jsonl")
     metrics.write({"step": 3})
@@ -215,7 +215,7 @@ def test_metrics_that_could_not_be_written_come_with_the_next(tmp_path, monkeypa
 
 def test_validation_on_the_training_text_is_refused(tmp_path):
     text = write_text_file(tmp_path)
-    with pytest.raises(TimemixError, match="the validation text is the training text"):
+    with pytest.raises(InvalidValue, match="the validation text is the training text"):
         prepare(tmp_path / "tokens", DataConfig(source=str(text), valid=str(text)))
 
 

@@ -16,7 +16,16 @@ from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
-from timemix.errors import Interrupted, TimemixError
+from timemix.errors import (
+    AlreadyExists,
+    DamagedFile,
+    FileError,
+    Interrupted,
+    InvalidValue,
+    MissingFile,
+    NotFinite,
+    Unavailable,
+)
 from timemix.models.registry import ARCHITECTURES
 from timemix.runs import folder as run_folder
 from timemix.training.start import new_run, resume_run
@@ -94,7 +103,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, what):
             else:
                 trainer.model.head.weight.register_hook(lambda g: g * math.inf)
 
-    with pytest.raises(TimemixError, match=rf"the {what} is not finite at step 7; .*step-00000004; try a smaller"):
+    with pytest.raises(NotFinite, match=rf"the {what} is not finite at step 7; .*step-00000004; try a smaller"):
         trainer.run(poison)
     assert run_folder.newest(trainer.out).name == "step-00000004"
     timemix.load(trainer.out)
@@ -114,7 +123,7 @@ def test_newest_and_best_are_kept(tmp_path):
     assert run_folder.best(trainer.out).name == "step-00000005"
     assert timemix.load(trainer.out).folder.name == "step-00000005"
     assert timemix.load(trainer.out, checkpoint="40").folder.name == "step-00000040"
-    with pytest.raises(TimemixError, match="it has best, newest, 5, 40"):
+    with pytest.raises(MissingFile, match="it has best, newest, 5, 40"):
         timemix.load(trainer.out, checkpoint="7")
 
 
@@ -138,7 +147,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()
     shutil.rmtree(tmp_path / "tokens")
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path, TEXT.replace("cat", "act")))))
-    with pytest.raises(TimemixError, match="the data are not those that .*run was trained on"):
+    with pytest.raises(DamagedFile, match="the data are not those that .*run was trained on"):
         resume_run(tmp_path / "run")
 
 
@@ -166,7 +175,7 @@ def test_weights_gone_bad_are_not_saved(tmp_path):
 
             optimizer.step = step
 
-    with pytest.raises(TimemixError, match="the validation loss is not finite at step 8; the last good checkpoint is"):
+    with pytest.raises(NotFinite, match="the validation loss is not finite at step 8; the last good checkpoint is"):
         trainer.run(poison)
     assert run_folder.newest(trainer.out).name == "step-00000004"
 
@@ -221,18 +230,18 @@ def test_no_held_out_text_means_no_validation(tmp_path):
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(TimemixError, match="exists already; choose another --out, or go on with --resume"):
+    with pytest.raises(AlreadyExists, match="exists already; choose another folder, or resume it"):
         small_trainer(tmp_path)
 
 
 def test_a_batch_too_large_for_memory_is_refused_beforehand(tmp_path):
-    with pytest.raises(TimemixError, match=r"needs about .* GiB of memory and .* are free; lower --train.batch-size"):
+    with pytest.raises(Unavailable, match=r"needs about .* GiB of memory and .* are free; lower train.batch_size"):
         small_trainer(tmp_path, batch_size=10_000_000)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_text_too_short_for_one_window_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(TimemixError, match="token"):
+    with pytest.raises(InvalidValue, match="token"):
         new_run(small_config(write_text_file(tmp_path, "ab c")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -250,14 +259,14 @@ class TestDamagedCheckpoints:
         return shutil.copytree(good, tmp_path / "run")
 
     def test_no_run(self, run):
-        with pytest.raises(TimemixError, match=r"there is no run folder .*nun; .* has run"):
+        with pytest.raises(MissingFile, match=r"there is no run folder .*nun; .* has run"):
             timemix.load(run.with_name("nun"))
 
     def test_no_checkpoint(self, run, tmp_path):
         shutil.rmtree(run / "checkpoints")
-        with pytest.raises(TimemixError, match="has no checkpoint yet"):
+        with pytest.raises(MissingFile, match="has no checkpoint yet"):
             timemix.load(run)
-        with pytest.raises(TimemixError, match="is no run folder: it has no config.toml"):
+        with pytest.raises(MissingFile, match="is no run folder: it has no config.toml"):
             timemix.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.toml", "training.json"])
@@ -271,14 +280,14 @@ class TestDamagedCheckpoints:
             # Of a TOML file in the midst of a line: one that ends with a line is a shorter one.
             half = content.index(b" =", len(content) // 2) if name.endswith(".toml") else len(content) // 2
             path.write_bytes({"truncate": content[:half], "empty": b"", "noise": b"\xff\x00" * 50}[damage])
-        with pytest.raises(TimemixError, match=name.replace(".", r"\.")) as error:
+        with pytest.raises(FileError, match=name.replace(".", r"\.")) as error:
             timemix.load(run)
         assert "\n" not in str(error.value)
 
     def test_damaged_training_state_is_named(self, run):
         path = run_folder.newest(run) / "training.safetensors"
         path.write_bytes(path.read_bytes()[:100])
-        with pytest.raises(TimemixError, match="training.safetensors is damaged"):
+        with pytest.raises(DamagedFile, match="training.safetensors is damaged"):
             resume_run(run)
 
     def test_weights_of_another_architecture(self, run, tmp_path):
@@ -287,7 +296,7 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "model.safetensors").write_bytes(
             (run_folder.newest(other.out) / "model.safetensors").read_bytes()
         )
-        with pytest.raises(TimemixError, match="holds another architecture than its config.toml names"):
+        with pytest.raises(DamagedFile, match="holds another architecture than its config.toml names"):
             timemix.load(run)
 
     def test_another_tokenizer(self, run, tmp_path):
@@ -296,11 +305,11 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "tokenizer.json").write_bytes(
             (run_folder.newest(other.out) / "tokenizer.json").read_bytes()
         )
-        with pytest.raises(TimemixError, match="it is not this model's tokenizer"):
+        with pytest.raises(DamagedFile, match="it is not this model's tokenizer"):
             timemix.load(run)
 
     def test_weights_of_another_size(self, run):
         path = run_folder.newest(run) / "config.toml"
         path.write_text(path.read_text().replace("channels = 16", "channels = 32"))
-        with pytest.raises(TimemixError, match="does not fit its config.toml"):
+        with pytest.raises(DamagedFile, match="does not fit its config.toml"):
             timemix.load(run)

@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import parse
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
-from timemix.errors import InvalidValue
+from timemix.errors import Interrupted, InvalidValue
 from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
@@ -78,7 +78,6 @@ def compare(arguments: list[str]) -> int:
     out = parsed.out or Path("runs") / name
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
-    from timemix.errors import Interrupted
     from timemix.experiments import sampling as sampling_study
     from timemix.experiments import speed, table
 

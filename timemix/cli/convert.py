@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import tyro
 from timemix.cli.options import parse
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
+
+_FLAGS = {"exponentials": "--constant-state", "taps": "--taps"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def convert(arguments: list[str]) -> int:
     ]
     # What is wrong with the last is found before the first begins.
     for conversion in conversions:
-        check_conversion(conversion, loaded.config.model)
+        try:
+            check_conversion(conversion, loaded.config.model)
+        except InvalidValue as error:
+            raise InvalidValue(re.sub("^exponentials|^taps", lambda name: _FLAGS[name[0]], str(error))) from error
     report: dict[str, Any] = {"run": str(loaded.folder), "ctx_len": loaded.config.model.ctx_len, "converted": []}
     for conversion in conversions:
         try:
