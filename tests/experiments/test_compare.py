@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.comparisons import BASE, finish, small
 from tests.helpers.runs import TEXT, write_text_file
 from timemix.bench.measure import measure_training
-from timemix.errors import Interrupted, TimemixError
+from timemix.errors import CannotWrite, DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, Unavailable
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
 from timemix.experiments.spec import Variant
@@ -283,15 +283,15 @@ def test_text_that_is_too_short_is_refused_before_anything_runs(tmp_path):
     def on(**data):
         return replace(plain, base=BASE | {"data": {"source": str(source)} | data})
 
-    with pytest.raises(TimemixError, match="the held-out text has 0 tokens; 'rwkv1' needs 17"):
+    with pytest.raises(InvalidValue, match="the held-out text has 0 tokens; 'rwkv1' needs 17"):
         Comparison(on(valid_fraction=0.0), tmp_path / "a")
-    with pytest.raises(TimemixError, match="needs 17"):
+    with pytest.raises(InvalidValue, match="needs 17"):
         Comparison(on(valid_tokens=16), tmp_path / "b")
-    with pytest.raises(TimemixError, match="the training text has"):
+    with pytest.raises(InvalidValue, match="the training text has"):
         Comparison(on(valid_fraction=0.999), tmp_path / "c")
-    with pytest.raises(TimemixError, match="device 'cuda:99'"):
+    with pytest.raises(Unavailable, match="device 'cuda:99'"):
         Comparison(plain, tmp_path / "d", device="cuda:99")
-    with pytest.raises(TimemixError, match="there is no folder .*nowhere to reuse"):
+    with pytest.raises(MissingFile, match="there is no folder .*nowhere to reuse"):
         Comparison(plain, tmp_path / "e", reuse=tmp_path / "nowhere")
 
 
@@ -300,10 +300,10 @@ def test_damaged_files_of_its_folder_are_named(done, tmp_path):
     out = shutil.copytree(comparison.out, tmp_path / "out")
     result = out / "variants" / "mha" / "seed-2" / "result.json"
     result.write_text("{}")
-    with pytest.raises(TimemixError, match=r"seed-2/result.json is damaged: remove it to run mha seed 2 again"):
+    with pytest.raises(DamagedFile, match=r"seed-2/result.json is damaged: remove it to run mha seed 2 again"):
         finish(Comparison(comparison.experiment, out))
     (out / "experiment.json").write_text("{}")
-    with pytest.raises(TimemixError, match="holds another experiment .*of another kind, or damaged"):
+    with pytest.raises(FileError, match="holds another experiment .*of another kind, or damaged"):
         Comparison(comparison.experiment, out)
 
 
@@ -312,23 +312,23 @@ def test_what_is_not_its_folder_is_refused(tmp_path):
     experiment = small(source, tune={}, seeds=(1,))
     out = tmp_path / "out"
     Comparison(experiment, out)
-    with pytest.raises(TimemixError, match=r"holds another experiment \(different: seeds\)"):
+    with pytest.raises(FileError, match=r"holds another experiment \(different: seeds\)"):
         Comparison(replace(experiment, seeds=(1, 2)), out)
     base = experiment.base | {"data": {"source": str(source), "order": "epoch"}}
-    with pytest.raises(TimemixError, match=r"different: base, variants"):
+    with pytest.raises(FileError, match=r"different: base, variants"):
         Comparison(replace(experiment, variants=experiment.variants[:1], verdicts=(), base=base), out)
-    with pytest.raises(TimemixError, match="the vocabulary has no 'Ω'"):
+    with pytest.raises(InvalidValue, match="the vocabulary has no 'Ω'"):
         Comparison(replace(experiment, prompts=("the Ω",)), tmp_path / "prompts")
     source.write_text(TEXT + "more", encoding="utf-8")
-    with pytest.raises(TimemixError, match="the text changed since .* was begun"):
+    with pytest.raises(FileError, match="the text changed since .* was begun"):
         Comparison(experiment, out)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
-    with pytest.raises(TimemixError, match="no comparison's folder and not empty"):
+    with pytest.raises(FileError, match="no comparison's folder and not empty"):
         Comparison(experiment, foreign)
     (tmp_path / "file").write_text("")
-    with pytest.raises(TimemixError, match=r"cannot write .*file"):
+    with pytest.raises(CannotWrite, match=r"cannot write .*file"):
         Comparison(experiment, tmp_path / "file")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import TEXT, write_text_file
-from timemix.errors import TimemixError
+from timemix.errors import FileError, TimemixError
 from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep, to_markdown
 from timemix.experiments.spec import SamplingExperiment
 from timemix.generation.sampler import Sampler
@@ -102,10 +102,10 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     again = run_sampling(replace(study, title="other words"), tmp_path / "out", lines.append)
     assert again["rows"] == table["rows"]
     assert [line.split(":")[0] for line in lines] == ["writer", "judge"]
-    with pytest.raises(TimemixError, match="holds another experiment"):
+    with pytest.raises(FileError, match="holds another experiment"):
         run_sampling(replace(study, samples=5), tmp_path / "out", lines.append)
     source.write_text(TEXT * 2)
-    with pytest.raises(TimemixError, match="holds this experiment on another text"):
+    with pytest.raises(FileError, match="holds this experiment on another text"):
         run_sampling(study, tmp_path / "out", lines.append)
 
 

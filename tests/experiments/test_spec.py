@@ -162,5 +162,5 @@ def test_a_field_that_an_architecture_lacks_is_not_tuned_there():
         4: (2e-3, "original"),
         6: (2e-3, "zero"),
     }
-    with pytest.raises(TimemixError, match="unknown field 'model.alpha'"):
+    with pytest.raises(InvalidValue, match="unknown field 'model.alpha'"):
         Experiment("t", variants[1:], tokens=1000, tune=tune)

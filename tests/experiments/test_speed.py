@@ -7,7 +7,7 @@ import pytest
 
 from timemix.bench.measure import measure_training
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.errors import TimemixError
+from timemix.errors import FileError, Unavailable
 from timemix.experiments import speed
 from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.speed import build_table, run_speed, slope
@@ -105,7 +105,7 @@ def test_what_is_measured_is_not_measured_again(counted, tmp_path):
     assert lines == []
     assert again["variants"][1]["memory"][32] == [2 * 2**20] * 3
     other = SpeedExperiment(title="x", variants=EXPERIMENT.variants, ctx_lens=(16,), tokens=64)
-    with pytest.raises(TimemixError, match=r"different: ctx_lens"):
+    with pytest.raises(FileError, match=r"different: ctx_lens"):
         run_speed(other, tmp_path / "out", lines.append)
 
 
@@ -114,7 +114,7 @@ def test_other_failures_are_measured_again_and_decide_nothing(monkeypatch, tmp_p
     table = run_speed(EXPERIMENT, tmp_path / "out", lambda line: None)
     assert {v["verdict"] for v in table["verdicts"]} == {"not run"}
     assert json.loads((tmp_path / "out" / "measurements.json").read_text()) == {}
-    with pytest.raises(TimemixError, match="device 'cuda:99'"):
+    with pytest.raises(Unavailable, match="device 'cuda:99'"):
         run_speed(EXPERIMENT, tmp_path / "other", lambda line: None, device="cuda:99")
 
 

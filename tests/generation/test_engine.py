@@ -11,7 +11,7 @@ from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, 
 from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
-from timemix.errors import InvalidValue, TimemixError
+from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine, Request
 from timemix.generation.sampler import Sampler
@@ -316,11 +316,11 @@ def test_what_an_engine_refuses():
     engine.add(Request([1], 0, keep_session=True))
     with pytest.raises(InvalidValue, match="the session to continue is of another model"):
         Engine(model).add(Request([1], start=finish(engine)[0][-1].session))
-    with pytest.raises(TimemixError, match="slots is 0"):
+    with pytest.raises(InvalidValue, match="slots is 0"):
         Engine(model, slots=0)
-    with pytest.raises(TimemixError, match="token 11 is outside the vocabulary of 11"):
+    with pytest.raises(InvalidValue, match="token 11 is outside the vocabulary of 11"):
         Engine(model).add(Request([3, 11]))
-    with pytest.raises(TimemixError, match="stop strings need a tokenizer"):
+    with pytest.raises(InvalidValue, match="stop strings need a tokenizer"):
         Engine(model).add(Request([3], stop=("a",)))
 
 

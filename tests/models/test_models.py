@@ -13,7 +13,7 @@ from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.config.presets import preset
-from timemix.errors import TimemixError
+from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.rotary import rotary
 from timemix.models.layers.token_shift import TokenShift, shift_fractions
@@ -318,7 +318,7 @@ def test_every_parameter_learns():
 
 
 def test_a_mixer_of_another_architecture_is_refused():
-    with pytest.raises(TimemixError, match="rwkv1 has no field 'rotary_base'"):
+    with pytest.raises(InvalidValue, match="rwkv1 has no field 'rotary_base'"):
         model_config("rwkv1", rotary_base=1.0)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import timemix
 from tests.helpers.runs import small_trainer
 from timemix.config.run import TrainConfig
+from timemix.errors import Interrupted
 from timemix.evaluation.inspect import inspect_run
 from timemix.generation.engine import Engine, Request
 from timemix.models.config import ModelConfig
@@ -24,7 +25,6 @@ from timemix.models.registry import ARCHITECTURES, Architecture, model_config
 from timemix.models.size import flops_per_token
 from timemix.training.memory import training_memory
 from timemix.training.optim import learning_rate
-from timemix.training.signals import Interrupted
 from timemix.training.start import new_run, resume_run
 
 

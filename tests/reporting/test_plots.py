@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from timemix.errors import TimemixError
+from timemix.errors import CannotWrite, DamagedFile, TimemixError
 from timemix.reporting.plots import plot_loss
 from timemix.runs.metrics import read_metrics
 
@@ -178,7 +178,7 @@ def test_metrics_skip_a_last_line_cut_short(make_run):
 
 def test_metrics_name_another_broken_line(make_run):
     run = make_run(rows=[], tail='{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(TimemixError, match=r"line 2 of .*metrics\.jsonl"):
+    with pytest.raises(DamagedFile, match=r"line 2 of .*metrics\.jsonl"):
         read_metrics(run)
 
 
@@ -215,7 +215,7 @@ def test_a_failed_write_keeps_the_old_picture(make_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", half)
     run = make_run()
-    with pytest.raises(TimemixError, match=r"no space left on the device for .*loss\.png"):
+    with pytest.raises(CannotWrite, match=r"no space left on the device for .*loss\.png"):
         plot_loss([run], out)
     assert out.read_text() == "old"
     assert sorted(tmp_path.iterdir()) == [out, run]

@@ -23,7 +23,7 @@ from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
-from timemix.errors import Interrupted, TimemixError
+from timemix.errors import Interrupted, InvalidValue
 from timemix.evaluation.loss import loss_per_token
 from timemix.runs import folder as run_folder
 from timemix.runtime.distributed import World, my_rows
@@ -150,7 +150,7 @@ def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, orde
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(TimemixError, match="train.batch_size=4 cannot be cut into 3 equal parts .* a multiple of 3"):
+    with pytest.raises(InvalidValue, match="train.batch_size=4 cannot be cut into 3 equal parts .* a multiple of 3"):
         new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
     assert not (tmp_path / "run").exists()
 
