@@ -7,7 +7,6 @@ from pathlib import Path
 
 from timemix.cli.compare import _say
 from timemix.cli.options import PresetName, first_parse, parse
-from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig
@@ -43,7 +42,7 @@ class BenchTrainArguments:
     timemix bench train seed
     """
 
-    preset: PresetName = DEFAULT_PRESET
+    preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seconds: float = 10.0
@@ -61,7 +60,7 @@ class BenchSampleArguments:
     timemix bench sample seed
     """
 
-    preset: PresetName = DEFAULT_PRESET
+    preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from timemix._version import __version__
 from timemix.cli.options import PresetName, first_parse, parse, print_report
-from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import TrainConfig
 from timemix.models.config import ModelConfig
 
@@ -19,7 +18,7 @@ class InfoArguments:
     timemix info seed
     """
 
-    preset: PresetName = DEFAULT_PRESET
+    preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     json: bool = False

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 Arguments = TypeVar("Arguments")
 
 PresetName = Annotated[
-    str,
+    str | None,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="[PRESET]", help=f"Preset, before all options: {', '.join(PRESETS)}."),
+    tyro.conf.arg(
+        metavar="[PRESET]", help=f"Preset, before all options: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}."
+    ),
 ]
 """Type of the option `preset`."""
 
@@ -96,7 +98,7 @@ def parse(
         sys.stderr.write(printed.getvalue())
         raise
     assert parsed is not None
-    if choice is not None and (late := vars(parsed)["preset"]) != (choice.preset or DEFAULT_PRESET):
+    if choice is not None and (late := vars(parsed)["preset"]) != choice.preset:
         raise InvalidValue(
             f"unexpected argument {late!r}; a preset comes before all options: timemix {verb} PRESET ..."
         )

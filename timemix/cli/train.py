@@ -44,7 +44,7 @@ class TrainArguments:
 
     out: Path
     """New folder for the run."""
-    preset: PresetName = DEFAULT_PRESET
+    preset: PresetName = None
     config: Path | None = None
     """File of settings: config.toml of a run folder, or your own with only some fields. The preset gives the others.
     With --model.arch, fields that both architectures have are kept."""
