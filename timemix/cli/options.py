@@ -28,7 +28,9 @@ PresetName = Annotated[
     str | None,
     tyro.conf.Positional,
     tyro.conf.arg(
-        metavar="[PRESET]", help=f"Preset, before all options: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}."
+        metavar="[PRESET]",
+        help=f"Preset, before all options: {', '.join(PRESETS)}.",
+        help_behavior_hint=f"(default: {DEFAULT_PRESET})",
     ),
 ]
 """Type of the option `preset`."""
