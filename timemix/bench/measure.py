@@ -13,7 +13,7 @@ from timemix.config.run import RunConfig
 from timemix.evaluation.loss import cross_entropy
 from timemix.models.language_model import LanguageModel
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.machine import free_memory, keep_freed_memory, process_memory
+from timemix.runtime.machine import address_space, free_memory, keep_freed_memory, peak_memory, resident_memory
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
@@ -52,7 +52,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     )
     if not on_gpu:
         _limit_memory(device)
-    before = torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
+    before = torch.cuda.memory_allocated(device) if on_gpu else resident_memory()
     model = LanguageModel(config.model).to(device)
     model.recompute = train.recompute
     optimizers = build_optimizers(model, train, precision)
@@ -64,11 +64,11 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
         # The first step also allocates.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM")
+    peak = peak_memory(device)
     return {
         "step_seconds": fastest,
         "tokens_per_second": train.batch_size * ctx_len / fastest,
-        "peak_memory": None if peak is None or before is None else peak - before,
+        "peak_memory": None if peak is None else peak - before,
     }
 
 
@@ -92,12 +92,9 @@ def _step(
 
 def _limit_memory(device: torch.device) -> None:
     """Makes a want of memory an error of this process, before the system ends processes of its choice."""
-    free, size = free_memory(device), process_memory("VmSize")
-    if free is None or size is None:
-        return
     import resource
 
-    limit = size + int(0.9 * free)
+    limit = address_space() + int(0.9 * free_memory(device))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

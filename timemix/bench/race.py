@@ -36,7 +36,7 @@ class Contender:
 def too_large(matrix: int, device: torch.device) -> str | None:
     """Why matrices of so many numbers do not fit: three and their gradients, in float32."""
     free, needed = free_memory(device), 24 * matrix
-    if free is None or needed < free:
+    if needed < free:
         return None
     return f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
 

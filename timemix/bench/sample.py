@@ -24,7 +24,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
-from timemix.runtime.machine import largest_cache, process_memory
+from timemix.runtime.machine import largest_cache, peak_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
@@ -228,7 +228,7 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
         row["state_bytes"] = model.init_state(1).nbytes
         contender.call()
         # It only grows: what a later position needs more would show.
-        row["peak_memory"] = process_memory("VmHWM")
+        row["peak_memory"] = peak_memory(torch.device("cpu"))
     title = "a token at each position"
     if limit is not None:
         title += f", reading {kept} tokens again every {limit - cast(int, kept)}"
