@@ -6,6 +6,7 @@ from pathlib import Path
 
 from timemix.cli.options import parse, print_report
 from timemix.data.config import DataConfig
+from timemix.storage.json_files import to_json
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ def data(arguments: list[str]) -> int:
     from timemix.data.prepare import describe, prepare
 
     if parsed.out is None:
-        report = describe(parsed.data, progress=True)
+        report = to_json(describe(parsed.data, progress=True))
     else:
-        report = prepare(parsed.out, parsed.data, progress=True).info | {"folder": str(parsed.out)}
+        report = to_json(prepare(parsed.out, parsed.data, progress=True).info) | {"folder": str(parsed.out)}
     if parsed.json:
         print(json.dumps(report))
     else:

@@ -143,7 +143,7 @@ def evaluate_held_out(
 ) -> dict[str, float | int]:
     """The same for the validation tokens of a prepared folder."""
     size = text_size(corpus.tokenizer, corpus.valid)
-    counts = {name: corpus.info["valid"][name] for name in ("tokens", "characters", "bytes", "unknown")}
+    counts = {name: getattr(corpus.info.valid, name) for name in ("tokens", "characters", "bytes", "unknown")}
     return _in_units(model, corpus.tokenizer, corpus.valid, size, precision, stride) | counts
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from timemix.errors import UserError
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
-from timemix.storage.json_files import is_count
+from timemix.storage.json_files import Count, to_json, to_record
 from timemix.storage.settings import to_dict
 from timemix.storage.tensors import open_tensors, write_tensors
 
@@ -61,17 +60,19 @@ def save_stream(stream: Stream, path: str | Path, model: LanguageModel) -> None:
     Raises CannotWrite where it cannot be written.
     """
     tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(stream.state.layers) for name, x in layer.items()}
-    about = {
-        "model": model_hash(model),
-        "architecture": model.config.arch,
-        "tokens": stream.tokens,
-        "unread": stream.unread,
-        "written": stream.written,
-        "seen": sorted(stream.seen),
-        "held": stream.held,
-    }
+    about = _About(
+        model=model_hash(model),
+        architecture=model.config.arch,
+        tokens=stream.tokens,
+        unread=stream.unread,
+        written=stream.written,
+        seen=tuple(sorted(stream.seen)),
+        held=stream.held,
+    )
     with atomic_file(Path(path)) as temporary:
-        write_tensors(temporary, tensors | {"position": stream.state.position}, {"timemix_stream": json.dumps(about)})
+        write_tensors(
+            temporary, tensors | {"position": stream.state.position}, {"timemix_stream": json.dumps(to_json(about))}
+        )
 
 
 def load_stream(path: str | Path, model: LanguageModel) -> Stream:
@@ -82,8 +83,8 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
     path = Path(path)
     with open_tensors(path) as file:
         about = _about(path, (file.metadata() or {}).get("timemix_stream"))
-        if about["model"] != model_hash(model) and not _is_of_version_1(about["model"], model):
-            raise UserError(f"{path} is a state of another model ({about['architecture']}); give the run that wrote it")
+        if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
+            raise UserError(f"{path} is a state of another model ({about.architecture}); give the run that wrote it")
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -96,16 +97,16 @@ def load_stream(path: str | Path, model: LanguageModel) -> Stream:
                     x.copy_(saved)
             if found:
                 raise ValueError(f"it also holds {sorted(found)[0]}")
-            vocab_size, unread = model.config.vocab_size, about["unread"]
-            if not 1 <= unread <= len(about["tokens"]) or not all(
-                0 <= t < vocab_size for t in (*about["tokens"], *about["seen"])
+            vocab_size, unread = model.config.vocab_size, about.unread
+            if not 1 <= unread <= len(about.tokens) or not all(
+                0 <= t < vocab_size for t in (*about.tokens, *about.seen)
             ):
                 raise ValueError("its tokens are not of the model")
             if not 0 <= int(state.position) <= (model.max_position or 2**62):
                 raise ValueError(f"its position is {int(state.position)}")
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {error}") from None
-    return Stream(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
+    return Stream(state, about.tokens, unread, about.written, frozenset(about.seen), about.held)
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
@@ -114,19 +115,23 @@ def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
     return config is not None and saved == model_hash(model, config)
 
 
-def _about(path: Path, text: str | None) -> dict[str, Any]:
-    """What a file says of itself."""
+@dataclass(frozen=True)
+class _About:
+    """What a file says of its state, beside the tensors."""
+
+    model: str
+    architecture: str
+    tokens: tuple[Count, ...]
+    unread: Count
+    written: Count
+    seen: tuple[Count, ...]
+    held: str
+
+
+def _about(path: Path, text: str | None) -> _About:
     if text is None:
         raise UserError(f"{path} holds no state that timemix wrote")
     try:
-        about = json.loads(text)
-        fits = (
-            all(isinstance(about[name], str) for name in ("model", "architecture", "held"))
-            and all(is_count(about[name]) for name in ("unread", "written"))
-            and all(isinstance(about[name], list) and all(map(is_count, about[name])) for name in ("tokens", "seen"))
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path} is damaged: what it says of its state cannot be read")
-    return about
+        return to_record(json.loads(text), _About)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: what it says of its state cannot be read") from None
