@@ -111,7 +111,6 @@ def too_large(matrix: int, device: torch.device) -> str | None:
 
 def race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[Path]:
     """Times of each path, all taking turns, until `seconds` have gone for each on average, three rounds at least."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
     running = [c for c in contenders if c.fault is None]
     for contender in list(running):
@@ -128,7 +127,8 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
         for contender in running:
             start = time.perf_counter()
             contender.call()
-            synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times[contender.name].append(time.perf_counter() - start)
         rounds += 1
     base = times.get(contenders[0].name) or None

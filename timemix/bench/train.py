@@ -103,7 +103,8 @@ def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
     with autocast(precision, tokens.device):
         found = model(tokens)
-    return (found[0] if isinstance(found, tuple) else found.logits).detach().float()
+    result: Tensor = (found[0] if isinstance(found, tuple) else found.logits).detach().float()
+    return result
 
 
 def _step(

@@ -21,7 +21,8 @@ def load_hook(name: str) -> Hook:
         raise UserError(f"--hook {name}: {error}; name a function as module:function") from None
     if not callable(found):
         raise UserError(f"--hook {name}: it is no function; name one as module:function")
-    return found
+    hook: Hook = found
+    return hook
 
 
 def tensorboard(folder: Path, step: int) -> Hook:
