@@ -32,8 +32,9 @@ from timemix.models.layers.token_shift import TokenShift
 from timemix.models.registry import model_config
 from timemix.models.rwkv1.weights import from_published
 from timemix.ops.rwkv1.api import wkv1
+from timemix.runtime import machine
 from timemix.runtime.device import autocast, choose_precision
-from timemix.runtime.machine import keep_freed_memory, matrix_product_peak, process_memory
+from timemix.runtime.machine import keep_freed_memory, matrix_product_peak, resident_memory
 from timemix.training.compiling import choose_compile
 from timemix.training.optim import build_optimizers
 
@@ -182,10 +183,10 @@ def print_peak(module, whose: str) -> None:
     their_step, our_step, _ = steps(module, SIZES[LONG], compiled=False)
     if whose == "ours":
         keep_freed_memory()
-    before = process_memory("VmRSS")
+    before = resident_memory()
     for _ in range(3):
         their_step() if whose == "original" else our_step()
-    print(process_memory("VmHWM") - before)
+    print(machine.peak_memory(torch.device("cpu")) - before)
 
 
 def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:

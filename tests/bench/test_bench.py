@@ -21,6 +21,7 @@ from timemix.models.registry import model_config
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import wkv1
+from timemix.storage.json_files import to_json
 
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 
@@ -36,7 +37,8 @@ def test_the_plain_writing_is_the_reference():
 def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
     """bfloat16 where the processor has it: elsewhere it takes a hundred times as long."""
     monkeypatch.setattr(bench_op, "choose_precision", lambda *_: (dtypes[-1], "so it is"))
-    report = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    found = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert list(paths) == [
         "plain float32",
@@ -47,7 +49,7 @@ def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
         assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
         assert row["rounds"] >= 3
     assert paths["plain float32"]["ratio"] == {"median": 1, "low": 1, "high": 1}
-    words = race.to_markdown(report)
+    words = race.to_markdown(found)
     taken = 1e3 * paths["blocked float32"]["seconds"]
     assert f"| blocked float32 | {taken:.{3 if taken <= 10 else 1}f} |" in words
     assert "GFLOP/s in float32" in words
@@ -60,19 +62,21 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
         return 1.01 * wkv1(k, v, *args, backend=backend, **kwargs)[0], None
 
     monkeypatch.setattr(bench_op, "OP", wrong)
-    report = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    found = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
+    report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert paths["blocked float32"]["withheld"].startswith("parity failed: off by 1.0e-02")
     assert paths["dense float32"]["withheld"] == "fails: cannot"
     assert "seconds" not in paths["dense float32"]
-    assert "| blocked float32 | parity failed: off by" in race.to_markdown(report)
+    assert "| blocked float32 | parity failed: off by" in race.to_markdown(found)
 
 
 def test_a_training_step_beside_others():
     model = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
-    report = bench_train.bench_train(
+    found = bench_train.bench_train(
         model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
     )
+    report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     ours = next(row for name, row in paths.items() if name.startswith("rwkv1"))
     assert ours["tokens_per_second"] == pytest.approx(18 / ours["seconds"])
@@ -110,9 +114,10 @@ def paths_named(paths, beginning):
 def test_logits_that_differ_withhold_the_figure(monkeypatch):
     monkeypatch.setattr(baselines, "plain_wkv1", lambda k, v, *args: (v, None))
     model = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=9)
-    report = bench_train.bench_train(
+    found = bench_train.bench_train(
         model, TrainConfig(batch_size=2, compile="off"), seconds=0.01, say=lambda line: None
     )
+    report = to_json(found)
     rows = [row for row in report["results"][0]["paths"] if row["name"].startswith("rwkv1")]
     assert rows
     assert all(row["withheld"].startswith("parity failed: logits off by") for row in rows)
@@ -149,9 +154,8 @@ WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 4
 
 @pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
 def test_writing_beside_others(arch, tmp_path):
-    report = bench_sample.bench_sample(
-        model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None
-    )
+    found = bench_sample.bench_sample(model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None)
+    report = to_json(found)
     alone, batches, positions, first = report["results"]
     compiled = arch != "mha_rotary"
     names = [row["name"] for row in alone["paths"]]
@@ -167,9 +171,9 @@ def test_writing_beside_others(arch, tmp_path):
     assert len({row["state_bytes"] for row in positions["paths"]}) == 1
     assert ("reading 24 tokens again" in positions["title"]) == (arch != "rwkv1_exp")
     assert [row["name"] for row in first["paths"]][-1] == f"prompt of {192 if arch == 'rwkv1_exp' else 48}"
-    words = race.to_markdown(report)
+    words = race.to_markdown(found)
     assert "share of the floor" in words or not compiled
-    bench_sample.draw_batches(report, tmp_path / "batches.png")
+    bench_sample.draw_batches(found, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -181,9 +185,8 @@ def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
         return 1.01 * logits, state
 
     monkeypatch.setattr(CompiledStep, "__call__", wrong)
-    report = bench_sample.bench_sample(
-        model_config("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None
-    )
+    found = bench_sample.bench_sample(model_config("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None)
+    report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
     assert paths["step int8"]["withheld"].startswith("parity failed: logits off by 1.0e-02")
     assert "tokens_per_second" in paths["the model's forward float32"]

@@ -113,7 +113,7 @@ def test_the_new_run_is_like_any_other(run, tmp_path, capsys):
     status, text, _ = call(capsys, "eval", out, "--json")
     own = json.loads(text)["nats_per_token"]
     assert own == pytest.approx(json.loads(call(capsys, "eval", run, "--json")[1])["nats_per_token"], abs=0.02)
-    assert run_folder.read_progress(loaded.folder)["valid_loss"] == pytest.approx(own)
+    assert run_folder.read_progress(loaded.folder).valid_loss == pytest.approx(own)
     assert len(generate(loaded, "the cat", tokens=100)[0]) == 100
     assert call(capsys, "inspect", out)[0] == 0
     options = ["--train.steps", 3, "--train.contexts", 3, "--train.precision", "float32"]

@@ -16,6 +16,7 @@ from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
+from timemix.storage.json_files import to_json
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 
@@ -37,7 +38,7 @@ def test_a_prepared_folder_holds_the_text(kind, unknown):
     assert not corpus.train[:].flags.writeable
     assert corpus.train.dtype == corpus.tokenizer.dtype
     assert Path("out/train-00000.bin").stat().st_size == len(corpus.train) * corpus.tokenizer.dtype.itemsize
-    assert corpus.info["train"]["bytes"] + corpus.info["valid"]["bytes"] == len(TEXT.encode())
+    assert corpus.info.train.bytes + corpus.info.valid.bytes == len(TEXT.encode())
     again = open_corpus(Path("out"))
     assert again.tokenizer.hash == corpus.tokenizer.hash
     assert np.array_equal(again.train, corpus.train)
@@ -65,7 +66,7 @@ def test_held_out_text_can_be_thinned():
     assert len(whole.valid) > 300
     np.testing.assert_array_equal(thin.valid, evenly_spaced(whole.valid, 100))
     np.testing.assert_array_equal(thin.train, whole.train)
-    assert thin.info["valid"]["tokens"] == thin.info["valid"]["characters"] == 100
+    assert thin.info.valid.tokens == thin.info.valid.characters == 100
 
 
 def test_unknown_characters_of_thinned_text_are_counted():
@@ -73,7 +74,7 @@ def test_unknown_characters_of_thinned_text_are_counted():
     Path("valid.txt").write_text("abcdefgx" * 100)
     config = DataConfig(source="train.txt", valid="valid.txt", unknown="unk", valid_tokens=80)
     thin = prepare(Path("thin"), config)
-    assert thin.info["valid"]["unknown"] == int((thin.valid[:] == thin.tokenizer.vocab_size - 1).sum()) > 0
+    assert thin.info.valid.unknown == int((thin.valid[:] == thin.tokenizer.vocab_size - 1).sum()) > 0
 
 
 def test_the_end_of_the_training_text_can_be_held_out():
@@ -109,7 +110,7 @@ def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
     whole = Path("split.txt").read_text(encoding="utf-8")
     assert prepare(Path("c"), DataConfig(source="split.txt")).tokenizer.vocab_size == len(set(whole))
     words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
-    assert words.info["valid"]["unknown"] == 4
+    assert words.info.valid.unknown == 4
     assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
     with pytest.raises(Unfit, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* data.unknown unk"):
         prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
@@ -128,7 +129,7 @@ def test_separate_validation_text():
     assert not Path("out").exists()
     for unknown, tokens in (("unk", 6), ("byte", 6)):
         corpus = prepare(Path(unknown), DataConfig(source="text.txt", valid="valid.txt", unknown=unknown))
-        assert corpus.info["valid"]["unknown"] == 3
+        assert corpus.info.valid.unknown == 3
         assert (len(corpus.train), len(corpus.valid)) == (len(TEXT), tokens)
 
 
@@ -147,7 +148,7 @@ def test_the_validation_part_of_a_download(monkeypatch, tmp_path):
 
 
 def test_describe_counts():
-    report = describe(DataConfig(source="text.txt", tokenizer="byte"))
+    report = to_json(describe(DataConfig(source="text.txt", tokenizer="byte")))
     assert report["characters"] == len(TEXT)
     assert report["bytes"] == report["train"]["tokens"] + report["valid"]["tokens"] == len(TEXT.encode())
     assert report["distinct_characters"] == len(set(TEXT))

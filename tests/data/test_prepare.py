@@ -82,7 +82,7 @@ def test_pieces_give_the_tokens_of_the_whole(tmp_path, small, choice, encoding, 
     assert corpus.tokenizer.hash == made.hash
     np.testing.assert_array_equal(corpus.train[:], made.encode_lenient(content[:cut])[0])
     np.testing.assert_array_equal(corpus.valid[:], made.encode_lenient(content[cut:])[0])
-    assert corpus.info["valid"]["unknown"] == made.encode_lenient(content[cut:])[1]
+    assert corpus.info.valid.unknown == made.encode_lenient(content[cut:])[1]
     files = sorted((tmp_path / "out").glob("train-*.bin"))
     assert len(files) == -(-len(corpus.train) // max(1, shard // made.dtype.itemsize))
     assert max(file.stat().st_size for file in files) <= max(shard, made.dtype.itemsize)

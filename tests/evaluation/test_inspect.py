@@ -11,6 +11,7 @@ from timemix.evaluation.inspect import draw, inspect_run
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.runs.load import load
+from timemix.storage.json_files import to_json
 from timemix.training.start import new_run
 
 
@@ -25,7 +26,8 @@ def trained(tmp_path, arch="rwkv1", **fields):
 @pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_shift", "mha_pro"])
 def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
     loaded, tokens = trained(tmp_path, arch)
-    report = inspect_run(loaded, tokens)
+    found = inspect_run(loaded, tokens)
+    report = to_json(found)
     names = ["query", "key", "value"] if arch.startswith("mha") else ["receptance", "key", "value"]
     assert [r["projection"] for r in report["projections"] if (r["layer"], r["half"]) == (1, "mixer")] == names
     row = next(r for r in report["projections"] if (r["layer"], r["half"], r["projection"]) == (0, "mixer", "value"))
@@ -69,7 +71,7 @@ def test_the_start_is_the_model_before_the_first_step(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "to", spy)
-        report = inspect_run(loaded, loaded.tokenizer.encode(TEXT)[:100])
+        report = to_json(inspect_run(loaded, loaded.tokenizer.encode(TEXT)[:100]))
     assert all(torch.equal(before[name], seen[name]) for name in before)
     # rwkv1 starts with keys and receptances of zero: nothing to share.
     rows = [r for r in report["projections"] if r["half"] == "mixer"]
@@ -78,7 +80,8 @@ def test_the_start_is_the_model_before_the_first_step(tmp_path):
 
 def test_statistics_and_tables_are_the_models_own(tmp_path):
     loaded, tokens = trained(tmp_path)
-    report = inspect_run(loaded, tokens)
+    found = inspect_run(loaded, tokens)
+    report = to_json(found)
     assert json.loads(json.dumps(report)) == report
     mixer = loaded.model.blocks[1].mixer
     for name in ("f", "alpha", "beta", "gamma"):
@@ -89,23 +92,25 @@ def test_statistics_and_tables_are_the_models_own(tmp_path):
 
 def test_pictures_of_what_there_is(tmp_path):
     loaded, tokens = trained(tmp_path, alpha=False, weights="free")
-    report = inspect_run(loaded, tokens)
+    found = inspect_run(loaded, tokens)
+    report = to_json(found)
     assert np.array(report["tables"][0]["f"]).shape == (4, 16, 16)
-    pictures = draw(report, loaded.config.model, tmp_path / "pictures")
+    pictures = draw(found, loaded.config.model, tmp_path / "pictures")
     assert [p.name for p in pictures] == ["tables.png", "projections.png", "shift.png"]
     assert all(p.stat().st_size > 3000 for p in pictures)
 
 
 def test_a_model_without_token_shift_says_so(tmp_path):
     loaded, tokens = trained(tmp_path, "mha_rotary")
-    report = inspect_run(loaded, tokens)
+    found = inspect_run(loaded, tokens)
+    report = to_json(found)
     assert report["not_shown"].keys() == {"tables", "token-shift"}
     assert all(r["shifted"] is None and "loss_without_shifted" not in r for r in report["projections"])
-    assert [p.name for p in draw(report, loaded.config.model, tmp_path / "pictures")] == ["projections.png"]
+    assert [p.name for p in draw(found, loaded.config.model, tmp_path / "pictures")] == ["projections.png"]
 
 
 def test_a_layer_whose_channels_all_come_from_before(tmp_path):
     loaded, tokens = trained(tmp_path, token_shift=(1.0,), token_shift_top=())
-    rows = inspect_run(loaded, tokens)["projections"]
+    rows = to_json(inspect_run(loaded, tokens))["projections"]
     assert {r["share"] for r in rows if r["layer"] == 0} == {1.0}
     assert {r["share"] for r in rows if r["layer"] == 1} == {None}

@@ -81,18 +81,18 @@ def loaded(tmp_path_factory):
 
 def test_units(loaded):
     result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:500])
-    assert result["bits_per_character"] == pytest.approx(result["nats_per_token"] / math.log(2))
-    assert result["bits_per_byte"] == pytest.approx(result["bits_per_character"])
-    assert (result["tokens"], result["characters"], result["bytes"], result["unknown"]) == (500, 500, 500, 0)
+    assert result.bits_per_character == pytest.approx(result.nats_per_token / math.log(2))
+    assert result.bits_per_byte == pytest.approx(result.bits_per_character)
+    assert (result.tokens, result.characters, result.bytes, result.unknown) == (500, 500, 500, 0)
 
 
 def test_unknown_characters_are_left_out_and_counted(loaded):
     known = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:300])
     result = evaluate_text(loaded.model, loaded.tokenizer, TEXT[:150] + "Ω漢Ω" + TEXT[150:300])
-    assert result["unknown"] == 3
-    assert result["nats_per_token"] == pytest.approx(known["nats_per_token"])
-    assert result["bits_per_byte"] == pytest.approx(known["bits_per_byte"])
-    assert (result["tokens"], result["characters"], result["bytes"]) == (300, 303, 307)
+    assert result.unknown == 3
+    assert result.nats_per_token == pytest.approx(known.nats_per_token)
+    assert result.bits_per_byte == pytest.approx(known.bits_per_byte)
+    assert (result.tokens, result.characters, result.bytes) == (300, 303, 307)
 
 
 @pytest.mark.parametrize("stride", [0, -1])
@@ -105,8 +105,8 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
     trainer = small_trainer(tmp_path)
     trainer.run()
     result = evaluate_held_out(trainer.model, trainer.corpus)
-    assert result["nats_per_token"] == pytest.approx(trainer.valid_loss)
-    assert result["tokens"] == len(trainer.corpus.valid)
+    assert result.nats_per_token == pytest.approx(trainer.valid_loss)
+    assert result.tokens == len(trainer.corpus.valid)
 
 
 def test_too_short_a_text(loaded):

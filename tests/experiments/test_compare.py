@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.comparisons import BASE, finish, small
 from tests.helpers.runs import TEXT, write_text_file
-from timemix.bench.measure import measure_training
+from timemix.bench.measure import StepSpeed, measure_training
 from timemix.errors import CannotWrite, DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, Unavailable
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
@@ -28,7 +28,9 @@ from timemix.training.trainer import Trainer
 @pytest.fixture
 def unmeasured(monkeypatch):
     """No process of its own for the memory of a step: three seconds each, and measured in `done`."""
-    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+    monkeypatch.setattr(
+        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def done(tmp_path_factory):
         patch.setattr("timemix.experiments.compare.measure_training", once)
         comparison = Comparison(experiment, folder / "out")
         lines = finish(comparison)
-        table = write_report(comparison)
+        table = write_report(comparison).to_json()
     return comparison, seen, lines, table
 
 
@@ -95,7 +97,7 @@ def test_the_table_is_what_the_runs_logged(done):
             assert row["valid_losses"][job.number] == rows[-1]["valid_loss"]
             assert row["valid_at"][job.number]["4"] == next(r["valid_loss"] for r in rows if r["step"] == 4)
         assert row["tokens_per_second"] > 0
-        assert all("by_position" not in comparison.result(job) for job in comparison.tuning_jobs(variant))
+        assert all(comparison.result(job).by_position is None for job in comparison.tuning_jobs(variant))
         assert row["peak_memory"] > 0
     first, second = (row["valid_losses"] for row in table["variants"])
     difference = np.mean([second[s] - first[s] for s in (1, 2)])
@@ -113,7 +115,7 @@ def test_called_again_it_runs_nothing(done, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("a finished run was trained again"))
     again = Comparison(replace(comparison.experiment, title="other words", verdicts=()), comparison.out)
     assert finish(again) == []
-    assert write_report(again)["variants"][0]["valid_losses"] == table["variants"][0]["valid_losses"]
+    assert write_report(again).to_json()["variants"][0]["valid_losses"] == table["variants"][0]["valid_losses"]
     write_report(comparison)
 
 
@@ -124,7 +126,7 @@ def test_what_is_asked_for_later_is_measured_without_training(tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
     later = Comparison(replace(experiment, by_position=True), tmp_path / "out")
     assert len(finish(later)) == 2
-    table = write_report(later)
+    table = write_report(later).to_json()
     (losses,) = table["variants"][0]["by_position"].values()
     assert len(losses) == 16
     assert (tmp_path / "out" / "position.png").exists()
@@ -144,7 +146,7 @@ def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
     other = Comparison(experiment, pool / "second", reuse=pool)
     finish(other)
     assert set(trained) == {"third"}
-    assert write_report(other)["variants"][1]["valid_losses"] == table["variants"][1]["valid_losses"]
+    assert write_report(other).to_json()["variants"][1]["valid_losses"] == table["variants"][1]["valid_losses"]
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -168,7 +170,7 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
     assert finish(again)[0].startswith("mha seed 1")
     # The step that the signal reached was finished and saved, so no step ran twice.
     assert steps == list(range(8)) * 2
-    for a, b in zip(write_report(whole)["variants"], write_report(again)["variants"], strict=True):
+    for a, b in zip(write_report(whole).to_json()["variants"], write_report(again).to_json()["variants"], strict=True):
         assert a["valid_losses"] == b["valid_losses"]
 
 
@@ -179,7 +181,7 @@ def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     experiment = small(write_text_file(tmp_path), variants=(fails, Variant("good")), seeds=(1,), verdicts=())
     comparison = Comparison(experiment, tmp_path / "out")
     assert "fails seed 1: failed: every tuning run failed: the loss is not finite" in " ".join(finish(comparison))
-    table = write_report(comparison)
+    table = write_report(comparison).to_json()
     assert table["variants"][0]["failed"].keys() == {1}
     assert table["variants"][1]["valid_losses"].keys() == {1}
     assert "fails, seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
@@ -201,7 +203,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkey
         comparison = Comparison(experiment, tmp_path / "out")
         assert finish(comparison)[0] == "rwkv1 seed 1: failed: RuntimeError: a bug (1 of 2)"
     assert "RuntimeError: a bug" in capsys.readouterr().err
-    assert write_report(comparison)["variants"][1]["valid_losses"]
+    assert write_report(comparison).to_json()["variants"][1]["valid_losses"]
     (line,) = finish(Comparison(experiment, tmp_path / "out"))
     assert line.startswith("rwkv1 seed 1: held-out loss")
 
@@ -249,7 +251,7 @@ def test_what_kill_9_leaves_is_begun_again(tmp_path):
     second.mkdir(parents=True)
     (second / "config.toml").write_text("format_version = 1\n[train]\nsteps = 3\n")
     assert len(finish(comparison)) == 2
-    assert all(comparison.result(comparison.seed_jobs(v)[0])["steps"] == 8 for v in experiment.variants)
+    assert all(comparison.result(comparison.seed_jobs(v)[0]).steps == 8 for v in experiment.variants)
 
 
 HOLDER = """
@@ -341,12 +343,14 @@ def test_a_text_that_moved_is_the_same_text(tmp_path):
 
 
 def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"step_seconds": 0.25})
+    monkeypatch.setattr(
+        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(0.25, 64.0, None)
+    )
     experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={}, seeds=(1, 2))
     comparison = Comparison(experiment, tmp_path / "out")
     monkeypatch.setattr(Comparison, "memory", lambda self, variant: None)
     finish(comparison)
-    assert all(comparison.result(j)["steps"] == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
+    assert all(comparison.result(j).steps == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
     write_report(comparison)
     assert "1.5 s of training per run" in (tmp_path / "out" / "table.md").read_text()
 

@@ -12,6 +12,7 @@ from timemix.errors import FileError, TimemixError
 from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep, to_markdown
 from timemix.experiments.spec import SamplingExperiment
 from timemix.generation.sampler import Sampler
+from timemix.storage.json_files import to_json
 from timemix.training.trainer import Trainer
 
 MODEL = {"layers": 1, "heads": 2, "channels": 16, "ctx_len": 64}
@@ -71,17 +72,18 @@ def test_repetition_and_variety_of_texts_written_by_hand():
     texts = [[1] * 16, [4, 0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 0, 3, 2, 1, 4]]
     found = measure_text(texts, prompts, Judge())
     # 20 tokens have 13 8-grams; of all ones only the first is new.
-    assert found["repetition"][0] == pytest.approx(12 / 13)
-    assert found["variety"][0] == pytest.approx(1 / 13)
-    assert found["repetition"][1] == 0
-    assert found["variety"][1] == 1
-    assert found["judge_loss"] == pytest.approx([math.log(5)] * 2)
+    assert found.repetition[0] == pytest.approx(12 / 13)
+    assert found.variety[0] == pytest.approx(1 / 13)
+    assert found.repetition[1] == 0
+    assert found.variety[1] == 1
+    assert found.judge_loss == pytest.approx([math.log(5)] * 2)
 
 
 def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     source = write_text_file(tmp_path, TEXT)
     study, lines = experiment(source), []
-    table = run_sampling(study, tmp_path / "out", lines.append)
+    found_table = run_sampling(study, tmp_path / "out", lines.append)
+    table = to_json(found_table)
     assert len(table["rows"]) == 2 * 5 + 5
     rows = {row["label"]: row for row in table["rows"]}
     found = json.loads((tmp_path / "out" / "measurements.json").read_text())
@@ -95,11 +97,11 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
         "top-a writes less repetition than top-p at like entropy",
     ]
     assert (tmp_path / "out" / "top-a.png").stat().st_size > 5000
-    assert "| top-a 0.2, power 2 |" in to_markdown(table)
+    assert "| top-a 0.2, power 2 |" in to_markdown(found_table)
 
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained again"))
     lines.clear()
-    again = run_sampling(replace(study, title="other words"), tmp_path / "out", lines.append)
+    again = to_json(run_sampling(replace(study, title="other words"), tmp_path / "out", lines.append))
     assert again["rows"] == table["rows"]
     assert [line.split(":")[0] for line in lines] == ["writer", "judge"]
     with pytest.raises(FileError, match="holds another experiment"):

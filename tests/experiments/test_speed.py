@@ -5,13 +5,14 @@ import math
 
 import pytest
 
-from timemix.bench.measure import measure_training
+from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import FileError, Unavailable
 from timemix.experiments import speed
 from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
 from timemix.experiments.speed import build_table, run_speed, slope
 from timemix.models.registry import model_config
+from timemix.storage.json_files import to_json
 
 
 @pytest.mark.slow
@@ -20,18 +21,18 @@ def test_a_step_is_measured_in_its_own_process():
     small = RunConfig(model=model, train=TrainConfig(batch_size=4, precision="float32"))
     large = RunConfig(model=model, train=TrainConfig(batch_size=128, precision="float32"))
     a, b = measure_training(small, steps=1), measure_training(large, steps=1)
-    assert a["tokens_per_second"] == pytest.approx(4 * 64 / a["step_seconds"])
+    assert a.tokens_per_second == pytest.approx(4 * 64 / a.step_seconds)
     # 128 rows keep at least their inputs to the three products of 64 channels and their outputs.
-    assert b["peak_memory"] > 128 * 64 * 64 * 4 * 6
-    assert b["peak_memory"] > a["peak_memory"]
+    assert b.peak_memory > 128 * 64 * 64 * 4 * 6
+    assert b.peak_memory > a.peak_memory
 
 
 @pytest.mark.slow
 def test_want_of_memory_is_an_error_of_that_size_alone():
     model = model_config("rwkv1", layers=1, heads=1, channels=16, ctx_len=2**20, vocab_size=50, backend="dense")
-    assert measure_training(RunConfig(model=model, train=TrainConfig(batch_size=1)), steps=1) == {
-        "error": "out of memory"
-    }
+    assert measure_training(RunConfig(model=model, train=TrainConfig(batch_size=1)), steps=1) == StepFailure(
+        "out of memory"
+    )
 
 
 def test_slope_of_power_laws():
@@ -61,10 +62,10 @@ EXPERIMENT = SpeedExperiment(
 
 def measured(config, steps):
     if config.model.arch == "mha_rotary":
-        return {"tokens_per_second": 100.0, "peak_memory": 2 * 2**20}
+        return StepSpeed(1.0, 100.0, 2 * 2**20)
     if measured.calls % 3 == 2:
-        return {"error": "out of memory"}
-    return {"tokens_per_second": 200.0 + measured.calls, "peak_memory": 2**20}
+        return StepFailure("out of memory")
+    return StepSpeed(1.0, 200.0 + measured.calls, 2**20)
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def counted(monkeypatch):
 
 def test_verdicts_follow_the_ratios(counted, tmp_path):
     lines = []
-    table = run_speed(EXPERIMENT, tmp_path / "out", lines.append)
+    table = to_json(run_speed(EXPERIMENT, tmp_path / "out", lines.append))
     assert len(lines) == 2 * 3 * 3
     assert [v["verdict"] for v in table["verdicts"]] == [
         "holds",
@@ -101,7 +102,7 @@ def test_verdicts_follow_the_ratios(counted, tmp_path):
 def test_what_is_measured_is_not_measured_again(counted, tmp_path):
     run_speed(EXPERIMENT, tmp_path / "out", lambda line: None)
     lines = []
-    again = run_speed(EXPERIMENT, tmp_path / "out", lines.append)
+    again = to_json(run_speed(EXPERIMENT, tmp_path / "out", lines.append))
     assert lines == []
     assert again["variants"][1]["memory"][32] == [2 * 2**20] * 3
     other = SpeedExperiment(title="x", variants=EXPERIMENT.variants, ctx_lens=(16,), tokens=64)
@@ -110,8 +111,8 @@ def test_what_is_measured_is_not_measured_again(counted, tmp_path):
 
 
 def test_other_failures_are_measured_again_and_decide_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(speed, "measure_training", lambda config, steps: {"error": "illegal memory access"})
-    table = run_speed(EXPERIMENT, tmp_path / "out", lambda line: None)
+    monkeypatch.setattr(speed, "measure_training", lambda config, steps: StepFailure("illegal memory access"))
+    table = to_json(run_speed(EXPERIMENT, tmp_path / "out", lambda line: None))
     assert {v["verdict"] for v in table["verdicts"]} == {"not run"}
     assert json.loads((tmp_path / "out" / "measurements.json").read_text()) == {}
     with pytest.raises(Unavailable, match="device 'cuda:99'"):
@@ -121,5 +122,5 @@ def test_other_failures_are_measured_again_and_decide_nothing(monkeypatch, tmp_p
 def test_a_table_of_one_round_decides_nothing():
     one = SpeedExperiment(title="x", variants=(Variant("a"), Variant("b")), ctx_lens=(16,), tokens=64, rounds=1,
                           verdicts=(SpeedVerdict("c", "a", "b"),))  # fmt: skip
-    found = {f"{n} 16 0": {"tokens_per_second": s, "peak_memory": None} for n, s in (("a", 2.0), ("b", 1.0))}
-    assert build_table(one, found)["verdicts"][0]["verdict"] == "undecided"
+    found = {f"{n} 16 0": StepSpeed(1.0, s, None) for n, s in (("a", 2.0), ("b", 1.0))}
+    assert build_table(one, found).verdicts[0].verdict == "undecided"

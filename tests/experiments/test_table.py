@@ -1,13 +1,14 @@
 """Statistics and verdicts against published values and by their definition; what the table says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from timemix.experiments.spec import Verdict
-from timemix.experiments.table import judge, point_words, warnings
+from timemix.experiments.table import Row, Table, judge, point_words, warnings
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word
 
@@ -58,19 +59,21 @@ def test_a_verdict_follows_from_its_interval(gain, word):
 
 
 def test_a_verdict_may_ask_for_a_step():
-    better = {"comparable": True, "valid_losses": {1: 5.0, 2: 5.0}, "valid_at": {1: {"100": 1.0}, 2: {"100": 1.1}}}
-    worse = {"comparable": True, "valid_losses": {1: 4.0, 2: 4.1}, "valid_at": {1: {"100": 2.0}, 2: {"100": 2.1}}}
+    better = Row(
+        name="better", label="better", valid_losses={1: 5.0, 2: 5.0}, valid_at={1: {"100": 1.0}, 2: {"100": 1.1}}
+    )
+    worse = Row(name="worse", label="worse", valid_losses={1: 4.0, 2: 4.1}, valid_at={1: {"100": 2.0}, 2: {"100": 2.1}})
     at_end, early = Verdict("c", "a", "b"), Verdict("c", "a", "b", at_step=100)
-    assert judge(at_end, better, worse)["gain"]["mean"] == pytest.approx(-0.95)
-    assert judge(early, better, worse)["gain"]["mean"] == pytest.approx(1.0)
-    assert judge(early, better, worse)["verdict"] == "holds"
-    assert judge(early, better, worse | {"comparable": False})["verdict"] == "not run"
+    assert judge(at_end, better, worse).gain["mean"] == pytest.approx(-0.95)
+    assert judge(early, better, worse).gain["mean"] == pytest.approx(1.0)
+    assert judge(early, better, worse).verdict == "holds"
+    assert judge(early, better, replace(worse, comparable=False)).verdict == "not run"
 
 
 def test_a_verdict_may_ask_for_the_first_positions():
-    better = {"comparable": True, "by_position": {1: [1.0, 2.0, 9.0], 2: [1.0, 2.0, 9.0]}}
-    worse = {"comparable": True, "by_position": {1: [2.0, 3.0, 0.0], 2: [2.5, 3.5, 0.0]}}
-    gain = judge(Verdict("c", "a", "b", first_positions=2), better, worse)["gain"]
+    better = Row(name="better", label="better", by_position={1: [1.0, 2.0, 9.0], 2: [1.0, 2.0, 9.0]})
+    worse = Row(name="worse", label="worse", by_position={1: [2.0, 3.0, 0.0], 2: [2.5, 3.5, 0.0]})
+    gain = judge(Verdict("c", "a", "b", first_positions=2), better, worse).gain
     assert gain["mean"] == pytest.approx((1.0 + 1.5) / 2)
 
 
@@ -87,16 +90,18 @@ def test_how_numbers_read():
 def test_what_is_unfair_is_said():
     def row(label, parameters, lr, failed=()):
         tuning = [{"train.lr": x, "valid_loss": 1.0} for x in (1e-3, 2e-3, 4e-3)]
-        return {
-            "label": label,
-            "parameters": parameters,
-            "failed": dict(failed),
-            "chosen": {"train.lr": lr},
-            "tuning": tuning,
-            "comparable": label != "c",
-        }
+        return Row(
+            name=label,
+            label=label,
+            parameters=parameters,
+            failed=dict(failed),
+            chosen={"train.lr": lr},
+            tuning=tuning,
+            comparable=label != "c",
+        )
 
-    said = warnings({"variants": [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]})
+    rows = [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]
+    said = warnings(Table("t", 1, None, [1], rows, []))
     assert said == [
         "c, seed 3, failed: no",
         "c reads other text or tokens: not compared.",

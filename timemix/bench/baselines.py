@@ -91,4 +91,5 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         max_position_embeddings=model.ctx_len,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(device)
+    result: nn.Module = LlamaForCausalLM(config).to(device)
+    return result

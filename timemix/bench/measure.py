@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 import time
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +13,8 @@ from timemix.config.run import RunConfig
 from timemix.evaluation.loss import cross_entropy
 from timemix.models.language_model import LanguageModel
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.machine import free_memory, keep_freed_memory, process_memory
+from timemix.runtime.machine import address_space, free_memory, keep_freed_memory, peak_memory, resident_memory
+from timemix.storage.json_files import NotNegative, Positive, to_json
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
@@ -22,24 +23,41 @@ OUT_OF_MEMORY = "out of memory"
 _WANT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 
-def measure_training(config: RunConfig, steps: int = 3) -> dict[str, Any]:
-    """Training steps on random tokens: `step_seconds` (the fastest), `tokens_per_second`, `peak_memory` in bytes.
+@dataclass(frozen=True)
+class StepSpeed:
+    """A measured training step.
 
-    Peak memory: resident memory on the CPU, allocated memory on a GPU, above what stands before the model is built;
-    None where the system does not tell. `{"error": ...}` where a step fails, for want of memory say.
+    step_seconds: of the fastest step.
+    peak_memory: in bytes, above what the process holds before the model is built: resident memory on the CPU, allocated
+        memory on a GPU; None if unavailable.
     """
+
+    step_seconds: NotNegative
+    tokens_per_second: Positive
+    peak_memory: Positive | None
+
+
+@dataclass(frozen=True)
+class StepFailure:
+    """Why a training step could not be measured."""
+
+    error: str
+
+
+def measure_training(config: RunConfig, steps: int = 3) -> StepSpeed | StepFailure:
+    """Measure training steps on random tokens; a StepFailure where a step fails, for want of memory say."""
     asked = {"config": to_dict(config), "steps": steps, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "timemix.bench.measure"]
     child = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if child.returncode == 0:
-        return json.loads(child.stdout)
+        return StepSpeed(**json.loads(child.stdout))
     # Linux ends a process that takes too much memory with SIGKILL.
     if child.returncode == -9 or any(words in child.stderr for words in _WANT_OF_MEMORY):
-        return {"error": OUT_OF_MEMORY}
-    return {"error": (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]}
+        return StepFailure(OUT_OF_MEMORY)
+    return StepFailure((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1])
 
 
-def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
+def _measure(config: RunConfig, steps: int) -> StepSpeed:
     train = config.train
     device, _ = choose_device(train.device)
     precision, _ = choose_precision(train.precision, device)
@@ -52,7 +70,7 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
     )
     if not on_gpu:
         _limit_memory(device)
-    before = torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
+    before = torch.cuda.memory_allocated(device) if on_gpu else resident_memory()
     model = LanguageModel(config.model).to(device)
     model.recompute = train.recompute
     optimizers = build_optimizers(model, train, precision)
@@ -64,12 +82,12 @@ def _measure(config: RunConfig, steps: int) -> dict[str, Any]:
         # The first step also allocates.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM")
-    return {
-        "step_seconds": fastest,
-        "tokens_per_second": train.batch_size * ctx_len / fastest,
-        "peak_memory": None if peak is None or before is None else peak - before,
-    }
+    peak = peak_memory(device)
+    return StepSpeed(
+        step_seconds=fastest,
+        tokens_per_second=train.batch_size * ctx_len / fastest,
+        peak_memory=None if peak is None else peak - before,
+    )
 
 
 def _step(
@@ -92,16 +110,13 @@ def _step(
 
 def _limit_memory(device: torch.device) -> None:
     """Makes a want of memory an error of this process, before the system ends processes of its choice."""
-    free, size = free_memory(device), process_memory("VmSize")
-    if free is None or size is None:
-        return
     import resource
 
-    limit = size + int(0.9 * free)
+    limit = address_space() + int(0.9 * free_memory(device))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
-    print(json.dumps(_measure(from_dict(RunConfig, asked["config"]), asked["steps"])))
+    print(json.dumps(to_json(_measure(from_dict(RunConfig, asked["config"]), asked["steps"]))))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timemix.bench.baselines import FORMS, OP, PLAIN, attention, plain_wkv1
-from timemix.bench.race import Contender, Say, machine_now, race, too_large
+from timemix.bench.race import Contender, Heat, Report, Say, machine_now, race, too_large
 from timemix.errors import InvalidValue
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.machine import keep_freed_memory
@@ -15,7 +15,7 @@ from timemix.runtime.machine import keep_freed_memory
 
 def bench_op(
     *, ctx_lens: Sequence[int], batch_size: int, heads: int, channels: int, seconds: float, device: str, say: Say
-) -> dict[str, Any]:
+) -> Report:
     """Forward and backward of wkv1 alone, each form in float32 and, where the device has it, bfloat16, and of fused
     attention of that size.
 
@@ -45,9 +45,9 @@ def bench_op(
             if contender.name == PLAIN or contender.name.startswith("dense"):
                 contender.fault = contender.fault or too_large(heads * T * T, where)
         say(f"ctx_len {T}")
-        results.append({"ctx_len": T, "paths": race(contenders, seconds, where, say)})
+        results.append(Heat(ctx_len=T, paths=race(contenders, seconds, where, say)))
     work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
-    return {"work": work, "machine": machine_now(where), "results": results}
+    return Report(work, machine_now(where), results)
 
 
 def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor], dtype: torch.dtype) -> Contender:

@@ -6,15 +6,16 @@ the bandwidth measured in the same run. Weights that fit a cache can be faster t
 
 import copy
 import math
+import pathlib
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from timemix.bench.baselines import LIBRARY, WITHOUT_LIBRARY, library_like
-from timemix.bench.race import Contender, Say, machine_now, race
+from timemix.bench.race import Contender, Heat, Path, Report, Say, machine_now, race
 from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
 from timemix.generation.engine import Engine, Request
@@ -24,7 +25,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
-from timemix.runtime.machine import largest_cache, process_memory
+from timemix.runtime.machine import largest_cache, peak_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
@@ -37,7 +38,7 @@ POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
+def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> Report:
     """Steps of a model of random weights, alone, in batches and by position; and the time to a first token.
 
     Raises InvalidValue for a context shorter than what a path writes in its turn.
@@ -68,11 +69,11 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     )
     if fits:
         work += f"; weights in {' and '.join(fits)} fit the largest cache, {cast(int, cache) / 2**20:.0f} MiB"
-    return {"work": work, "machine": machine_now(device), "results": results}
+    return Report(work, machine_now(device), results)
 
 
 @torch.no_grad()
-def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict[str, Any]:
+def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat:
     """One text, its context half full, on each path."""
     position = _middle(model)
     tokens = torch.randint(model.config.vocab_size, (1, model.config.ctx_len))
@@ -92,14 +93,17 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> dict
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
     # Measured in turn with the steps: that of a machine shared with others changes.
-    bandwidth = 4 * memory.numel() / reading["seconds"]
+    assert reading.seconds is not None
+    bandwidth = 4 * memory.numel() / reading.seconds
+    paths = []
     for row in rows:
-        weights = row["name"].split()[-1]
-        if row["name"].startswith("step") and "seconds" in row:
+        if row.name.startswith("step") and row.seconds is not None:
+            weights = cast(Weights, row.name.split()[-1])
             moved = _weight_bytes(model, weights) + _state_bytes(model, steps[weights][0], position)
-            row["share_of_floor"] = moved / bandwidth / (row["seconds"] / STEPS)
+            row = replace(row, share_of_floor=moved / bandwidth / (row.seconds / STEPS))
+        paths.append(row)
     title = f"one text, position {position}, memory read at {bandwidth / 1e9:.0f} GB/s meanwhile"
-    return {"title": title, "bandwidth": bandwidth, "paths": _per_token(rows)}
+    return Heat(title=title, bandwidth=bandwidth, paths=_per_token(paths))
 
 
 def _steps(model: LanguageModel) -> Steps:
@@ -193,7 +197,7 @@ def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contend
     return Contender(f"the same, compiled {weights}", call, STEPS)
 
 
-def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seconds: float, say: Say) -> dict[str, Any]:
+def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seconds: float, say: Say) -> Heat:
     """Rows at once, each kind of weights."""
     position = _middle(model)
     contenders = [
@@ -202,10 +206,10 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
         for rows in batches
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
-    return {"title": f"texts at once, position {position}", "paths": _per_token(rows)}
+    return Heat(title=f"texts at once, position {position}", paths=_per_token(rows))
 
 
-def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> dict[str, Any]:
+def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
     """A token at each of POSITIONS of a text, what re-reading costs on average included."""
     limit = model.max_position
     kept = None if limit is None else max(1, limit // 2)
@@ -218,24 +222,25 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
     again = 0.0
     if limit is not None and kept is not None:
         (reading,) = race([_reading(f"{kept}", model, kept, step)], seconds, torch.device("cpu"), say)
-        again = reading["seconds"] / (limit - kept)
+        again = (reading.seconds or 0.0) / (limit - kept)
+    paths = []
     for position, row, contender in zip(POSITIONS, rows, contenders, strict=True):
-        if "withheld" in row:
-            continue
-        if limit is not None and position >= limit:
-            row["seconds"] += again * STEPS
-            row["tokens_per_second"] = STEPS / row["seconds"]
-        row["state_bytes"] = model.init_state(1).nbytes
-        contender.call()
-        # It only grows: what a later position needs more would show.
-        row["peak_memory"] = process_memory("VmHWM")
+        if row.seconds is not None:
+            if limit is not None and position >= limit:
+                seconds_here = row.seconds + again * STEPS
+                row = replace(row, seconds=seconds_here, tokens_per_second=STEPS / seconds_here)
+            contender.call()
+            # It only grows: what a later position needs more would show.
+            peak = peak_memory(torch.device("cpu"))
+            row = replace(row, state_bytes=model.init_state(1).nbytes, peak_memory=peak)
+        paths.append(row)
     title = "a token at each position"
     if limit is not None:
         title += f", reading {kept} tokens again every {limit - cast(int, kept)}"
-    return {"title": title, "paths": _per_token(rows)}
+    return Heat(title=title, paths=_per_token(paths))
 
 
-def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> dict[str, Any]:
+def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
     """From a prompt to its first token, beside the forward pass of training on as many tokens."""
     ctx_len = model.config.ctx_len
     rows = torch.randint(model.config.vocab_size, (16, ctx_len))
@@ -246,7 +251,7 @@ def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
     contenders = [Contender(f"forward as in training, 16 x {ctx_len}", forward, rows.numel())]
     lengths = {1, 16, ctx_len // 4, ctx_len} | ({4 * ctx_len} if model.max_position is None else set())
     contenders += [_reading(f"prompt of {n}", model, n, step) for n in sorted(lengths)]
-    return {"title": "time to the first token", "paths": race(contenders, seconds, torch.device("cpu"), say)}
+    return Heat(title="time to the first token", paths=race(contenders, seconds, torch.device("cpu"), say))
 
 
 def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Contender:
@@ -260,12 +265,14 @@ def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Conten
     return Contender(name, call, length)
 
 
-def _per_token(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _per_token(rows: list[Path]) -> list[Path]:
     """Rows whose `seconds` are those of a token of each text, not of all that a turn writes."""
-    for row in rows:
-        if "seconds" in row:
-            row["seconds"] /= 2 if row["name"].startswith("recomputing") else STEPS
-    return rows
+    return [
+        row
+        if row.seconds is None
+        else replace(row, seconds=row.seconds / (2 if row.name.startswith("recomputing") else STEPS))
+        for row in rows
+    ]
 
 
 def _middle(model: LanguageModel) -> int:
@@ -292,7 +299,7 @@ def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
     return total
 
 
-def draw_batches(report: dict[str, Any], path: Path) -> None:
+def draw_batches(report: Report, path: pathlib.Path) -> None:
     """A picture of tokens a second against texts at once."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
@@ -300,10 +307,10 @@ def draw_batches(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
-    for row in report["results"][1]["paths"]:
-        if "tokens_per_second" in row:
-            rows, _, name = row["name"].partition(" x ")
-            lines.setdefault(name, []).append((int(rows), row["tokens_per_second"]))
+    for row in report.results[1].paths:
+        if row.tokens_per_second is not None:
+            rows, _, name = row.name.partition(" x ")
+            lines.setdefault(name, []).append((int(rows), row.tokens_per_second))
     for name, points in lines.items():
         axes.loglog(*zip(*points, strict=True), marker="o", label=name.removeprefix("step "))
     batches = sorted({rows for points in lines.values() for rows, _ in points})

@@ -2,7 +2,8 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from timemix.bench.baselines import (
     naive_config,
     rotary_like,
 )
-from timemix.bench.race import Contender, Say, machine_now, race, too_large
+from timemix.bench.race import Contender, Heat, Report, Say, machine_now, race, too_large
 from timemix.config.run import TrainConfig
 from timemix.evaluation.loss import cross_entropy
 from timemix.models.config import ModelConfig
@@ -30,7 +31,7 @@ from timemix.training.optim import build_optimizers
 WITHOUT_C = "by torch's operators"
 
 
-def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> dict[str, Any]:
+def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
     """A training step of one size on random tokens: ours as `timemix train` runs it, without its C code, and compiled
     where that is asked for or pays; the plain writing in float32; rotary attention of the same size, and a Llama of the
     `transformers` library where that is installed.
@@ -81,15 +82,17 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
     with naive_backend():
         paths = race(contenders, seconds, device, say)
     machine = machine_now(device)
+    rows = []
     for row in paths:
-        own = models.get(row["name"].partition(f" {precision}")[0], ours)
+        own = models.get(row.name.partition(f" {precision}")[0], ours)
         weights = sum(p.numel() for n, p in own.named_parameters() if p.ndim == 2 and "mixer.f" not in n)
-        if row.get("tokens_per_second"):
-            used = "float32" if row["name"] == PLAIN else precision
-            row["share_of_peak"] = 6 * weights * row["tokens_per_second"] / machine[f"{used}_peak"]
-        row["parameters"] = sum(p.numel() for p in own.parameters())
+        share = None
+        if row.tokens_per_second:
+            peak = machine.peak("float32" if row.name == PLAIN else precision)
+            share = 6 * weights * row.tokens_per_second / peak
+        rows.append(replace(row, share_of_peak=share, parameters=sum(p.numel() for p in own.parameters())))
     work = f"training step: {model.size_words()}, batch {shape[0]}; {precision} ({reason})"
-    return {"work": work, "machine": machine, "results": [{"ctx_len": model.ctx_len, "paths": paths}]}
+    return Report(work, machine, [Heat(ctx_len=model.ctx_len, paths=rows)])
 
 
 def _c_or_not(path: str) -> AbstractContextManager[None]:
@@ -108,7 +111,8 @@ def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
     with autocast(precision, tokens.device):
         found = model(tokens)
-    return (found[0] if isinstance(found, tuple) else found.logits).detach().float()
+    result: Tensor = (found[0] if isinstance(found, tuple) else found.logits).detach().float()
+    return result
 
 
 def _step(

@@ -11,6 +11,7 @@ from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig
 from timemix.storage.files import write_text
+from timemix.storage.json_files import to_json
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def bench(arguments: list[str]) -> int:
         report = bench_train(asked.model, asked.train, seconds=asked.seconds, say=_say)
     words = to_markdown(report)
     if asked.out is not None:
-        write_text(asked.out / "bench.json", json.dumps(report, indent=1) + "\n")
+        write_text(asked.out / "bench.json", json.dumps(to_json(report), indent=1) + "\n")
         write_text(asked.out / "bench.md", words)
-    print(json.dumps(report) if asked.json else words, end="\n" if asked.json else "")
+    print(json.dumps(to_json(report)) if asked.json else words, end="\n" if asked.json else "")
     return 0

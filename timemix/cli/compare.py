@@ -26,9 +26,11 @@ from timemix.experiments.spec import (
     with_data,
 )
 from timemix.models.registry import find_architecture
+from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
     from timemix.experiments.compare import Job
+    from timemix.experiments.table import Table
     from timemix.training.trainer import Watch
 
 
@@ -83,19 +85,23 @@ def compare(arguments: list[str]) -> int:
 
     try:
         if isinstance(experiment, Experiment):
-            found, words = _train_all(experiment, out, device, parsed.reuse, first), table.to_markdown
+            trained = _train_all(experiment, out, device, parsed.reuse, first)
+            if trained is None:
+                return 0
+            found, words = trained.to_json(), table.to_markdown(trained)
         elif not first:
             return 0
         elif isinstance(experiment, SpeedExperiment):
-            found, words = speed.run_speed(experiment, out, _say, device), speed.to_markdown
+            timed = speed.run_speed(experiment, out, _say, device)
+            found, words = to_json(timed), speed.to_markdown(timed)
         else:
-            found, words = sampling_study.run_sampling(experiment, out, _say, device), sampling_study.to_markdown
+            written = sampling_study.run_sampling(experiment, out, _say, device)
+            found, words = to_json(written), sampling_study.to_markdown(written)
     except Interrupted as stop:
         _say(f"timemix: stopped; the same command resumes {out}")
         return 128 + stop.number
-    if first:
-        print(json.dumps(found) if parsed.json else words(found), end="\n" if parsed.json else "")
-        _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
+    print(json.dumps(found) if parsed.json else words, end="\n" if parsed.json else "")
+    _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
     return 0
 
 
@@ -106,14 +112,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | None, first: bool) -> dict[str, Any]:
+def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | None, first: bool) -> "Table | None":
     """Runs what is left of a comparison; the first process then writes its report and gets the table."""
     from timemix.experiments.compare import Comparison
     from timemix.experiments.report import write_report
 
     comparison = Comparison(experiment, out, reuse=reuse, device=device)
     comparison.run(_watching, _say)
-    return write_report(comparison) if first else {}
+    return write_report(comparison) if first else None
 
 
 def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:

@@ -9,6 +9,7 @@ import tyro
 
 from timemix.cli.options import parse, print_report
 from timemix.data.config import DataConfig
+from timemix.storage.json_files import to_json
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ def data(arguments: list[str]) -> int:
     from timemix.data.prepare import describe, prepare
 
     if parsed.out is None:
-        report = describe(config, progress=True)
+        report = to_json(describe(config, progress=True))
     else:
-        report = prepare(parsed.out, config, progress=True).info | {"folder": str(parsed.out)}
+        report = to_json(prepare(parsed.out, config, progress=True).info) | {"folder": str(parsed.out)}
     if parsed.json:
         print(json.dumps(report))
     else:

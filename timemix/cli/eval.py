@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from timemix.cli.options import parse
+from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
     from timemix.runs.load import Loaded
@@ -56,17 +57,19 @@ def eval(arguments: list[str]) -> int:
         text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
         name, result = parsed.data, evaluate_text(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
-        print(json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **result}))
+        print(
+            json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **to_json(result)})
+        )
         return 0
     print(
-        f"{result['nats_per_token']:.4f} nats per token, {result['bits_per_character']:.4f} bits per character,"
-        f" {result['bits_per_byte']:.4f} bits per byte\n"
-        f"{result['tokens']:,} tokens, {result['characters']:,} characters, {result['bytes']:,} bytes"
+        f"{result.nats_per_token:.4f} nats per token, {result.bits_per_character:.4f} bits per character,"
+        f" {result.bits_per_byte:.4f} bits per byte\n"
+        f"{result.tokens:,} tokens, {result.characters:,} characters, {result.bytes:,} bytes"
         f" of {name}, {loaded.folder}"
     )
-    if result["unknown"]:
+    if result.unknown:
         what = "words" if loaded.tokenizer.kind == "word" else "characters"
-        print(f"{result['unknown']:,} unknown {what} {_unknown_fate(loaded)}")
+        print(f"{result.unknown:,} unknown {what} {_unknown_fate(loaded)}")
     return 0
 
 

@@ -3,12 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from timemix.cli.options import parse
 from timemix.errors import DamagedFile, InvalidValue
+from timemix.storage.json_files import to_json
+
+if TYPE_CHECKING:
+    from timemix.evaluation.inspect import Inspection
 
 
 @dataclass(frozen=True)
@@ -60,26 +64,26 @@ def inspect(arguments: list[str]) -> int:
     report = inspect_run(loaded, evenly_spaced(tokens, parsed.tokens))
     pictures = draw(report, loaded.config.model, parsed.out or run / "inspect")
     if parsed.json:
-        print(json.dumps(report))
+        print(json.dumps(to_json(report)))
         return 0
     _print_projections(report)
-    for what, reason in report["not_shown"].items():
+    for what, reason in report.not_shown.items():
         print(f"not shown: {what}: {reason}")
     print("\n".join(str(picture) for picture in pictures))
     return 0
 
 
-def _print_projections(report: dict[str, Any]) -> None:
+def _print_projections(report: "Inspection") -> None:
     print(
-        f"{report['arch']}, {report['loss']:.4f} nats per token on {report['tokens']:,} tokens."
+        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens."
         " Share: of the shifted channels in |weight| x deviation of the input, now and at the start of training."
         " Added: nats per token when this projection alone does not see them.\n"
     )
     print("layer  half   projection      mean  deviation  share  start    added")
-    for row in report["projections"]:
-        share, start = (("-" if x is None else f"{x:.2f}") for x in (row["share"], row["share_at_start"]))
-        added = f"{row['loss_without_shifted'] - report['loss']:+.4f}" if "loss_without_shifted" in row else "-"
+    for row in report.projections:
+        share, start = (("-" if x is None else f"{x:.2f}") for x in (row.share, row.share_at_start))
+        added = f"{row.loss_without_shifted - report.loss:+.4f}" if row.loss_without_shifted is not None else "-"
         print(
-            f"{row['layer']:>5}  {row['half']:<6} {row['projection']:<11} {row['mean']:>8.3f} {row['deviation']:>10.3f}"
+            f"{row.layer:>5}  {row.half:<6} {row.projection:<11} {row.mean:>8.3f} {row.deviation:>10.3f}"
             f" {share:>6} {start:>6} {added:>8}"
         )

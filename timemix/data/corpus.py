@@ -5,20 +5,59 @@ tokenizer.json, and data.json (counts, hashes, where the text came from).
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from timemix.data.shards import Tokens, check_shard, map_shards, shard_name
+from timemix.data.shards import Shard, Tokens, check_shard, map_shards, shard_name
 from timemix.errors import DamagedFile
-from timemix.storage.json_files import is_count, read_json
+from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
 
 DATA_FORMAT_VERSION = 2
 SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """What data.json says of a split: its counts, the sha256 of its tokens, and its token files.
+
+    A folder of format version 1 names no files: each split has one.
+    """
+
+    tokens: Count
+    characters: Count
+    bytes: Count
+    unknown: Count
+    sha256: str
+    shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What data.json says of the tokenizer."""
+
+    kind: str
+    vocab_size: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """data.json of a prepared folder."""
+
+    format_version: int
+    files: tuple[str, ...]
+    encoding: str
+    dtype: str
+    tokenizer: TokenizerInfo
+    train: SplitInfo
+    valid: SplitInfo
+
+    def split(self, name: str) -> SplitInfo:
+        return {"train": self.train, "valid": self.valid}[name]
 
 
 @dataclass(frozen=True)
@@ -28,7 +67,7 @@ class Corpus:
     train: Tokens
     valid: Tokens
     tokenizer: Tokenizer
-    info: dict[str, Any]
+    info: DataInfo
 
 
 def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20) -> np.ndarray | Tokens:
@@ -68,19 +107,17 @@ def open_corpus(folder: Path) -> Corpus:
     Raises DamagedFile when a file is missing, damaged, or does not fit the others.
     """
     path = folder / "data.json"
-    info = read_json(path)
+    data = read_json(path)
+    version = data.get("format_version")
+    if version is not None and version not in (1, DATA_FORMAT_VERSION):
+        raise DamagedFile(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
     try:
-        version = info["format_version"]
-        if version not in (1, DATA_FORMAT_VERSION):
-            raise DamagedFile(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
-        if not all(is_count(info[split][n]) for split in SPLITS for n in ("tokens", "characters", "bytes", "unknown")):
-            raise ValueError("a count is no number")
-        shards = {split: _shards(folder, split, info[split], version) for split in SPLITS}
-        tokenizer_hash = info["tokenizer"]["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged: {error!r}") from error
+        info = to_record(data, DataInfo)
+        shards = {split: _shards(folder, split, info) for split in SPLITS}
+    except Misfit as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    if tokenizer.hash != tokenizer_hash:
+    if tokenizer.hash != info.tokenizer.sha256:
         raise DamagedFile(f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it")
     dtype = tokenizer.dtype.newbyteorder("<")
     for split in SPLITS:
@@ -90,15 +127,12 @@ def open_corpus(folder: Path) -> Corpus:
     return Corpus(train, valid, tokenizer, info)
 
 
-def _shards(folder: Path, split: str, counts: dict[str, Any], version: int) -> dict[Path, dict[str, Any]]:
-    """Tokens and sha256 of each token file of a split; raises ValueError and the like where data.json is damaged."""
-    if version == 1:
-        found = {folder / f"{split}.bin": counts}
-    else:
-        found = {folder / shard_name(split, number): shard for number, shard in enumerate(counts["shards"])}
-    for shard in (counts, *found.values()):
-        if not (is_count(shard["tokens"]) and isinstance(shard["sha256"], str)):
-            raise ValueError(f"no count and hash: {shard}")
-    if sum(shard["tokens"] for shard in found.values()) != counts["tokens"]:
-        raise ValueError(f"the shards of {split} have other tokens than the split")
+def _shards(folder: Path, split: str, info: DataInfo) -> dict[Path, Shard]:
+    """Path of each token file of a split. Raises Misfit where the files have other tokens than the split."""
+    counts = info.split(split)
+    if info.format_version == 1:
+        return {folder / f"{split}.bin": Shard(counts.tokens, counts.sha256)}
+    found = {folder / shard_name(split, number): shard for number, shard in enumerate(counts.shards or ())}
+    if sum(shard.tokens for shard in found.values()) != counts.tokens:
+        raise Misfit(f"the shards of {split} have other tokens than the split")
     return found

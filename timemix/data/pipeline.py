@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from timemix.data.config import DataConfig
+from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing
+from timemix.storage.json_files import Count
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
 from timemix.tokenizers.pieces import PART, equal_pieces, pieces
@@ -178,11 +180,26 @@ class Piece:
     unknown: int
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far a split came.
+
+    shards: its finished token files. pieces: number of the pieces before the one in which the last of them ends.
+    before: sha256 of the source's text up to that one, None at the end. tokens, unknown: those of these pieces.
+    """
+
+    shards: tuple[Shard, ...]
+    pieces: Count
+    before: str | None
+    tokens: Count
+    unknown: Count
+
+
 def encoded(
     text: Text,
     made: Tokenizer,
     counts: dict[str, dict[str, int]],
-    begun: dict[str, dict[str, Any]],
+    begun: dict[str, Done],
     progress: ShowProgress,
 ) -> Generator[Piece, None, None]:
     """Encodes the text; the pieces that `begun` counts as done are only read.
@@ -225,20 +242,20 @@ def _to_encode(
     cut: Iterator[tuple[str, int, str]],
     sha256: Any,
     counts: dict[str, dict[str, int]],
-    begun: dict[str, dict[str, Any]],
+    begun: dict[str, Done],
     waiting: collections.deque[tuple[str, int, str]],
 ) -> Iterator[str]:
     """The pieces that are not done yet; counts and hashes all of them, and says in `waiting` which were given."""
     for split, number, piece in cut:
         before = sha256.hexdigest()
-        done = begun.get(split, {"pieces": 0, "before": None})
-        if number == done["pieces"] and done["before"] not in (None, before):
+        done = begun.get(split)
+        if done is not None and number == done.pieces and done.before not in (None, before):
             raise Unfit(CHANGED)
         raw = piece.encode("utf-8", "surrogatepass")
         sha256.update(raw)
         counts[split]["characters"] += len(piece)
         counts[split]["bytes"] += len(raw)
-        if number >= done["pieces"]:
+        if done is None or number >= done.pieces:
             waiting.append((split, number, before))
             yield piece
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,24 @@ import numpy as np
 from timemix._version import __version__
 from timemix.data import shards
 from timemix.data.config import DataConfig
-from timemix.data.corpus import DATA_FORMAT_VERSION, SPLITS, Corpus, evenly_spaced, is_corpus, open_corpus, text_size
-from timemix.data.pipeline import Piece, Text, encoded, no_counts
+from timemix.data.corpus import (
+    DATA_FORMAT_VERSION,
+    SPLITS,
+    Corpus,
+    DataInfo,
+    SplitInfo,
+    TokenizerInfo,
+    evenly_spaced,
+    is_corpus,
+    open_corpus,
+    text_size,
+)
+from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
 from timemix.errors import AlreadyExists, FileError, InUse, Unfit
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import appear, atomic_folder, explained, write_text
+from timemix.storage.json_files import to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -72,9 +84,9 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
     except Unfit:
         shutil.rmtree(folder)
         raise
-    if config.valid_tokens is not None and splits["valid"]["tokens"] > config.valid_tokens:
-        splits["valid"] = _thinned(folder, made, len(splits["valid"]["shards"]), config.valid_tokens)
-    _write_info(folder, made, splits, {"files": text.files, "encoding": config.encoding})
+    if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
+        splits["valid"] = _thinned(folder, made, len(splits["valid"].shards or ()), config.valid_tokens)
+    _write_info(folder, made, splits, tuple(text.files), config.encoding)
     appear(folder, out)
     (out / _State.FILE).unlink()
 
@@ -94,11 +106,36 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     with atomic_folder(out) as folder:
         splits = {split: _write_ids(folder, split, corpus.tokenizer, ids) for split, ids in parts.items()}
         corpus.tokenizer.save(folder / "tokenizer.json")
-        _write_info(folder, corpus.tokenizer, splits, {name: corpus.info[name] for name in ("files", "encoding")})
+        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding)
     return open_corpus(out)
 
 
-def describe(config: DataConfig, *, progress: ShowProgress = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SplitCounts:
+    """Counts of a split."""
+
+    tokens: int
+    characters: int
+    bytes: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class TextDescription:
+    """A text and what `prepare` would make of it, in numbers."""
+
+    files: int
+    characters: int
+    bytes: int
+    distinct_characters: int
+    sha256: str
+    tokenizer: str
+    vocab_size: int
+    train: SplitCounts
+    valid: SplitCounts
+
+
+def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescription:
     """What `prepare` would make of a text, in numbers; raises as it does."""
     text = Text(config, progress)
     made = text.train_tokenizer(progress)
@@ -106,16 +143,17 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> dict[str,
     for _ in encoded(text, made, counts, {}, progress):
         pass
     sizes = text.sizes.values()
-    return {
-        "files": len(text.files),
-        "characters": sum(size.characters for size in sizes),
-        "bytes": sum(size.bytes for size in sizes),
-        "distinct_characters": len(set().union(*(size.alphabet for size in sizes))),
-        "sha256": text.sha256,
-        "tokenizer": made.kind,
-        "vocab_size": made.vocab_size,
-        **counts,
-    }
+    return TextDescription(
+        files=len(text.files),
+        characters=sum(size.characters for size in sizes),
+        bytes=sum(size.bytes for size in sizes),
+        distinct_characters=len(set().union(*(size.alphabet for size in sizes))),
+        sha256=text.sha256,
+        tokenizer=made.kind,
+        vocab_size=made.vocab_size,
+        train=SplitCounts(**counts["train"]),
+        valid=SplitCounts(**counts["valid"]),
+    )
 
 
 def text_hash(config: DataConfig) -> str:
@@ -123,15 +161,11 @@ def text_hash(config: DataConfig) -> str:
     if not is_corpus(Path(config.source)):
         return Text(config, False).hash
     info = open_corpus(Path(config.source)).info
-    return hashlib.sha256("\0".join(info[split]["sha256"] for split in SPLITS).encode()).hexdigest()
+    return hashlib.sha256("\0".join(info.split(split).sha256 for split in SPLITS).encode()).hexdigest()
 
 
 class _State:
-    """The folder of a preparation under way; its unfinished.json says of what it is, and how far each split came.
-
-    Of a split: its finished token files (`shards`); the pieces of text (`pieces`) before the one in which the last of
-    them ends, the tokens and unknown ones of those pieces, and the sha256 of the text `before` that one.
-    """
+    """The folder of a preparation under way; its unfinished.json says of what it is, and how far each split came."""
 
     FILE = "unfinished.json"
 
@@ -141,15 +175,17 @@ class _State:
         sizes: dict[str, Any] = {"part": PART, "shard": shards.SHARD_BYTES, "valid": text.valid is not None}
         sizes |= {"made": None if text.made is None else text.made.hash}
         self._content: dict[str, Any] = {"version": __version__, "text": text.hash, "settings": settings | sizes}
+        self._done: dict[str, Done] = {}
 
     def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
         """The tokenizer that was made, or a new one, in an empty folder."""
         path = self.folder / "tokenizer.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, FileError):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, FileError):
             found = json.loads((self.folder / self.FILE).read_text(encoding="utf-8"))
             made = load_tokenizer(path)
-            if found == self._content | {"tokenizer": made.hash, "splits": found["splits"]}:
-                self._content = found
+            done = {split: to_record(data, Done) for split, data in found.pop("splits").items()}
+            if found == self._content | {"tokenizer": made.hash}:
+                self._content, self._done = found, done
                 for stray in self.folder.glob(".*"):
                     # What a killed process was writing.
                     stray.unlink()
@@ -158,38 +194,41 @@ class _State:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         made.save(path)
-        self._content |= {"tokenizer": made.hash, "splits": {}}
+        self._content |= {"tokenizer": made.hash}
+        self._done = {}
         self._save()
         return made
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
         """Goes on after the finished token files of a split; where these are damaged, with the first one."""
         with contextlib.suppress(FileError):
-            return ShardWriter(
-                self.folder, split, made.dtype, shards=self.of(split).get("shards", ()), vocab_size=made.vocab_size
-            )
-        self._content["splits"].pop(split, None)
+            done = self._done.get(split)
+            shards = () if done is None else done.shards
+            return ShardWriter(self.folder, split, made.dtype, shards=shards, vocab_size=made.vocab_size)
+        self._done.pop(split, None)
         return ShardWriter(self.folder, split, made.dtype)
 
-    def of(self, split: str) -> dict[str, Any]:
-        """What is done of a split; empty where nothing is."""
-        return self._content["splits"].get(split, {})
+    @property
+    def begun(self) -> dict[str, Done]:
+        """What is done of the splits that were begun."""
+        return dict(self._done)
 
-    def done(self, split: str, **content: Any) -> None:
-        self._content["splits"][split] = content
+    def done(self, split: str, done: Done) -> None:
+        self._done[split] = done
         self._save()
 
     def _save(self) -> None:
-        write_text(self.folder / self.FILE, json.dumps(self._content))
+        splits = {split: to_json(done) for split, done in self._done.items()}
+        write_text(self.folder / self.FILE, json.dumps(self._content | {"splits": splits}))
 
 
-def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, dict[str, Any]]:
+def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, SplitInfo]:
     """Token files of both splits, and what data.json says of them."""
     writers = {split: state.writer(split, made) for split in SPLITS}
-    begun = {split: state.of(split) for split in SPLITS if state.of(split)}
+    begun = state.begun
     counts = {split: no_counts() for split in SPLITS}
     for split, done in begun.items():
-        counts[split] |= {"tokens": done["tokens"], "unknown": done["unknown"]}
+        counts[split] |= {"tokens": done.tokens, "unknown": done.unknown}
     with contextlib.closing(encoded(text, made, counts, begun, progress)) as given:
         for split, group in itertools.groupby(given, lambda piece: piece.split):
             _write_split(state, writers[split], made, split, counts[split], group)
@@ -198,7 +237,7 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         with writer:
             pass
     return {
-        split: counts[split] | {"sha256": writers[split].sha256.hexdigest(), "shards": writers[split].shards}
+        split: SplitInfo(**counts[split], sha256=writers[split].sha256.hexdigest(), shards=tuple(writers[split].shards))
         for split in SPLITS
     }
 
@@ -207,25 +246,23 @@ def _write_split(
     state: _State, writer: ShardWriter, made: Tokenizer, split: str, counts: dict[str, int], encoded: Iterator[Piece]
 ) -> None:
     """Writes the pieces of a split; `counts` are of those before the newest one."""
-    place: dict[str, Any] = {}
+    place = Done((), 0, None, 0, 0)
 
     def finished() -> None:
         # Of a text that does not fit nothing is kept: a later call has to name all that is missing again.
-        if made.unknown != "error" or not place["unknown"]:
-            state.done(split, shards=writer.shards, **place)
+        if made.unknown != "error" or not place.unknown:
+            state.done(split, replace(place, shards=tuple(writer.shards)))
 
     writer.finished = finished
     with writer:
         for piece in encoded:
-            before = {"tokens": counts["tokens"], "unknown": counts["unknown"]}
-            place |= {"pieces": piece.number, "before": piece.before, **before}
-            if made.unknown != "error" or not before["unknown"] + piece.unknown:
-                writer.add(piece.ids[max(0, writer.tokens - before["tokens"]) :])
-        place |= {"pieces": piece.number + 1, "before": None}
-        place |= {"tokens": counts["tokens"], "unknown": counts["unknown"]}
+            place = Done((), piece.number, piece.before, counts["tokens"], counts["unknown"])
+            if made.unknown != "error" or not place.unknown + piece.unknown:
+                writer.add(piece.ids[max(0, writer.tokens - place.tokens) :])
+        place = Done((), piece.number + 1, None, counts["tokens"], counts["unknown"])
 
 
-def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> dict[str, Any]:
+def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> SplitInfo:
     """Replaces the validation text in `files` files by pieces of it; what data.json says of these."""
     paths = [folder / shard_name("valid", number) for number in range(files)]
     kept = evenly_spaced(map_shards(paths, made.dtype), tokens)
@@ -234,7 +271,7 @@ def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> dict[str
     return _write_ids(folder, "valid", made, kept)
 
 
-def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens) -> dict[str, Any]:
+def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens) -> SplitInfo:
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:
         unknown = 0
@@ -242,19 +279,29 @@ def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Toke
             writer.add(block)
             unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
     characters, bytes_ = text_size(made, tokens)
-    counts = {"tokens": len(tokens), "characters": characters, "bytes": bytes_, "unknown": unknown}
-    return counts | {"sha256": writer.sha256.hexdigest(), "shards": writer.shards}
+    return SplitInfo(
+        tokens=len(tokens),
+        characters=characters,
+        bytes=bytes_,
+        unknown=unknown,
+        sha256=writer.sha256.hexdigest(),
+        shards=tuple(writer.shards),
+    )
 
 
-def _write_info(folder: Path, made: Tokenizer, splits: dict[str, dict[str, Any]], origin: dict[str, Any]) -> None:
-    info: dict[str, Any] = {
-        "format_version": DATA_FORMAT_VERSION,
-        **origin,
-        "dtype": made.dtype.name,
-        "tokenizer": {"kind": made.kind, "vocab_size": made.vocab_size, "sha256": made.hash},
-        **splits,
-    }
-    write_text(folder / "data.json", json.dumps(info, indent=1) + "\n")
+def _write_info(
+    folder: Path, made: Tokenizer, splits: dict[str, SplitInfo], files: tuple[str, ...], encoding: str
+) -> None:
+    info = DataInfo(
+        format_version=DATA_FORMAT_VERSION,
+        files=files,
+        encoding=encoding,
+        dtype=made.dtype.name,
+        tokenizer=TokenizerInfo(made.kind, made.vocab_size, made.hash),
+        train=splits["train"],
+        valid=splits["valid"],
+    )
+    write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
 
 
 def _refuse_existing(out: Path) -> None:

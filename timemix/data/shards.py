@@ -6,6 +6,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ import numpy as np
 
 from timemix.errors import DamagedFile, FileError
 from timemix.storage.files import check_regular
+from timemix.storage.json_files import Count
 
 SHARD_BYTES = 1 << 27
 """Most bytes of a file."""
@@ -25,6 +27,14 @@ IDS_AT_ONCE = 1 << 20
 def shard_name(split: str, number: int) -> str:
     """File name of a shard."""
     return f"{split}-{number:05}.bin"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of a token file."""
+
+    tokens: Count
+    sha256: str
 
 
 class Tokens:
@@ -86,7 +96,7 @@ class ShardWriter:
         split: str,
         dtype: np.dtype,
         *,
-        shards: Sequence[dict[str, Any]] = (),
+        shards: Sequence[Shard] = (),
         vocab_size: int = 0,
         finished: Callable[[], object] = lambda: None,
     ) -> None:
@@ -103,7 +113,7 @@ class ShardWriter:
     @property
     def tokens(self) -> int:
         """Ids in finished files."""
-        return sum(shard["tokens"] for shard in self.shards)
+        return sum(shard.tokens for shard in self.shards)
 
     def add(self, ids: np.ndarray) -> None:
         """Writes ids."""
@@ -141,7 +151,7 @@ class ShardWriter:
         with self._open() as file:
             file.flush()
             os.fsync(file.fileno())
-        self.shards.append({"tokens": self._written, "sha256": self._own.hexdigest()})
+        self.shards.append(Shard(self._written, self._own.hexdigest()))
         self._file, self._own, self._written = None, hashlib.sha256(), 0
         self.finished()
 
@@ -149,12 +159,12 @@ class ShardWriter:
         return self._folder / shard_name(self._split, number)
 
 
-def check_shard(path: Path, dtype: np.dtype, shard: dict[str, Any], vocab_size: int, *hashes: Any) -> None:
+def check_shard(path: Path, dtype: np.dtype, shard: Shard, vocab_size: int, *hashes: Any) -> None:
     """Reads a token file once, block by block, and gives its bytes to `hashes` too.
 
     Raises FileError where it cannot be read, or its size, its ids or its sha256 are not what `shard` says of it.
     """
-    size = shard["tokens"] * dtype.itemsize
+    size = shard.tokens * dtype.itemsize
     own = hashlib.sha256()
     check_regular(path)
     try:
@@ -169,7 +179,7 @@ def check_shard(path: Path, dtype: np.dtype, shard: dict[str, Any], vocab_size: 
                     sha256.update(block)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}") from error
-    if own.hexdigest() != shard["sha256"]:
+    if own.hexdigest() != shard.sha256:
         raise DamagedFile(f"{path} is damaged: its content is not what was written; prepare the folder again")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.ops.common import fused
 from timemix.reporting.plots import save_picture, spare_colors
 from timemix.runs.load import Loaded
+from timemix.storage.json_files import OPTIONAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,12 +32,55 @@ PROJECTIONS = {"query": "Q", "receptance": "R", "key": "K", "value": "V"}
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
-def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
-    """Everything that can be shown of a model, read off the text `tokens`, as one JSON object.
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What a projection of a layer gives on a text, and how it uses the shifted channels.
 
-    `tables`: per layer, each table as numbers, f (heads, ctx_len) by lag or (heads, ctx_len, ctx_len), alpha and beta
-    (heads, ctx_len), gamma (ctx_len). `projections`: see `measure_projections`. `loss`: nats per token on `tokens`.
-    `not_shown`: what this architecture lacks, each with the reason.
+    mean, deviation, quantiles: of its outputs, a receptance's after the sigmoid; the quantiles are those of QUANTILES.
+    shifted, unshifted: |weight| times the standard deviation of the input channel that it meets, mean over outputs and
+        over the shifted or the other channels. The fields that end in `_at_start`: of the model before training.
+    share: shifted / (shifted + unshifted), None where both are zero.
+    loss_without_shifted: nats per token when the shifted inputs of this projection alone are zero.
+
+    A layer without shifted channels has None in these.
+    """
+
+    layer: int
+    half: str
+    projection: str
+    mean: float
+    deviation: float
+    quantiles: list[float]
+    loss_without_shifted: float | None = field(default=None, metadata=OPTIONAL)
+    shifted: float | None
+    unshifted: float | None
+    share: float | None
+    shifted_at_start: float | None
+    unshifted_at_start: float | None
+    share_at_start: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that can be shown of a model, read off a text.
+
+    loss: nats per token on the text.
+    tables: per layer, each table as numbers, f (heads, ctx_len) by lag or (heads, ctx_len, ctx_len), alpha and beta
+        (heads, ctx_len), gamma (ctx_len).
+    not_shown: what this architecture lacks, each with the reason.
+    """
+
+    run: str
+    arch: str
+    tokens: int
+    loss: float
+    tables: list[dict[str, Any]]
+    projections: list[Projection]
+    not_shown: dict[str, str]
+
+
+def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
+    """Read everything that can be shown of a model off the text `tokens`.
 
     Raises InvalidValue for a text shorter than two tokens.
     """
@@ -53,45 +98,53 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> dict[str, Any]:
         not_shown["token-shift"] = (
             f"this {model.config.arch} has no token-shift: no channel is taken from earlier tokens"
         )
-    return {
-        "run": str(loaded.folder),
-        "arch": model.config.arch,
-        "tokens": len(tokens),
-        "loss": loss_per_token(model, tokens),
-        "tables": tables,
-        "projections": measure_projections(model, start, tokens),
-        "not_shown": not_shown,
-    }
+    return Inspection(
+        run=str(loaded.folder),
+        arch=model.config.arch,
+        tokens=len(tokens),
+        loss=loss_per_token(model, tokens),
+        tables=tables,
+        projections=measure_projections(model, start, tokens),
+        not_shown=not_shown,
+    )
 
 
-def measure_projections(
-    model: LanguageModel, start: LanguageModel, tokens: np.ndarray | Tokens
-) -> list[dict[str, Any]]:
-    """Of every projection in every layer, one row: what it gives on a text, and how it uses the shifted channels.
-
-    `mean`, `deviation` and `quantiles` (those of QUANTILES) of its outputs, a receptance's after the sigmoid.
-    `shifted` and `unshifted`: |weight| times the standard deviation of the input channel that it meets, mean over
-    outputs and over the shifted or the other channels; `shifted_at_start` and `unshifted_at_start`: of the model
-    `start`. `share`: shifted / (shifted + unshifted), None where both are zero. `loss_without_shifted`: nats per token
-    when the shifted inputs of this projection alone are zero. A layer without shifted channels has None in these.
-    """
+def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.ndarray | Tokens) -> list[Projection]:
+    """Measure every projection in every layer on a text; `start` is the model before training."""
     now, before = _observe(model, tokens), _observe(start, tokens)
     rows = []
     for (layer, half, name), seen in now.items():
         block = model.blocks[layer]
         linear, shifted = block.projections()[half, name], block.shifted
-        row: dict[str, Any] = {"layer": layer, "half": half, "projection": name, **seen.summary(name)}
-        use, use_before = _use(linear, seen.deviation, shifted), None
+        use, use_before, without = _use(linear, seen.deviation, shifted), None, None
         if use is not None:
             old = start.blocks[layer].projections()[half, name]
             use_before = _use(old, before[layer, half, name].deviation, shifted)
             with _without(linear, shifted):
-                row["loss_without_shifted"] = loss_per_token(model, tokens)
-        for key, pair in (("", use), ("_at_start", use_before)):
-            row[f"shifted{key}"], row[f"unshifted{key}"] = pair or (None, None)
-            row[f"share{key}"] = pair[0] / sum(pair) if pair and sum(pair) > 0 else None
-        rows.append(row)
+                without = loss_per_token(model, tokens)
+        mean, deviation, quantiles = seen.summary(name)
+        rows.append(
+            Projection(
+                layer=layer,
+                half=half,
+                projection=name,
+                mean=mean,
+                deviation=deviation,
+                quantiles=quantiles,
+                loss_without_shifted=without,
+                shifted=use and use[0],
+                unshifted=use and use[1],
+                share=_share(use),
+                shifted_at_start=use_before and use_before[0],
+                unshifted_at_start=use_before and use_before[1],
+                share_at_start=_share(use_before),
+            )
+        )
     return rows
+
+
+def _share(use: tuple[float, float] | None) -> float | None:
+    return use[0] / sum(use) if use and sum(use) > 0 else None
 
 
 class _Seen:
@@ -106,11 +159,12 @@ class _Seen:
         """Standard deviation of each input channel (C,)."""
         return torch.cat(self.inputs).std(0, correction=0)
 
-    def summary(self, name: str) -> dict[str, Any]:
+    def summary(self, name: str) -> tuple[float, float, list[float]]:
+        """Mean, deviation and quantiles of the outputs."""
         values = torch.cat(self.outputs)
         values = values.sigmoid() if name == "receptance" else values
         spread = np.quantile(values.numpy(), QUANTILES)
-        return {"mean": float(values.mean()), "deviation": float(values.std()), "quantiles": spread.tolist()}
+        return float(values.mean()), float(values.std()), spread.tolist()
 
 
 @torch.no_grad()
@@ -167,14 +221,14 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
         hook.remove()
 
 
-def draw(report: dict[str, Any], config: ModelConfig, out: Path) -> list[Path]:
+def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
     """Pictures of an `inspect_run` report in the folder `out`: tables.png, projections.png, shift.png, as far as the
     architecture has what they show. Returns their paths. Raises TimemixError where one cannot be written."""
     pictures = []
     for name, shown, drawing in (
-        ("tables.png", "tables" not in report["not_shown"], _draw_tables),
+        ("tables.png", "tables" not in report.not_shown, _draw_tables),
         ("projections.png", True, _draw_projections),
-        ("shift.png", "token-shift" not in report["not_shown"], _draw_shift),
+        ("shift.png", "token-shift" not in report.not_shown, _draw_shift),
     ):
         if shown:
             drawing(report, config, out / name)
@@ -182,12 +236,12 @@ def draw(report: dict[str, Any], config: ModelConfig, out: Path) -> list[Path]:
     return pictures
 
 
-def _draw_tables(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
     """A row per layer: f by lag, alpha by source, beta by target, gamma by target; a line per head."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    layers = report["tables"]
+    layers = report.tables
     names = [name for name in TABLES if any(name in tables for tables in layers)]
     labels = {"f": "lag", "alpha": "source position", "beta": "target position", "gamma": "target position"}
     figure = Figure(figsize=(2.6 * len(names) + 0.6, 1.55 * len(layers) + 0.6), dpi=130, layout="constrained")
@@ -217,25 +271,25 @@ def _draw_tables(report: dict[str, Any], config: ModelConfig, out: Path) -> None
     save_picture(figure, out)
 
 
-def _draw_projections(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+def _draw_projections(report: Inspection, config: ModelConfig, out: Path) -> None:
     """Of every projection and layer the median, the middle half and the middle 98 % of what it gives."""
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys((row["half"], row["projection"]) for row in report["projections"]))
+    kinds = list(dict.fromkeys((row.half, row.projection) for row in report.projections))
     columns = max(sum(half == h for h, _ in kinds) for half in HALVES)
     figure = Figure(figsize=(2.4 * columns + 0.6, 4.6), dpi=130, layout="constrained")
     grid = figure.subplots(len(HALVES), columns, squeeze=False)
     for i, half in enumerate(HALVES):
         here = [name for h, name in kinds if h == half]
         for axes, name in zip(grid[i], here, strict=False):
-            rows = [r for r in report["projections"] if (r["half"], r["projection"]) == (half, name)]
+            rows = [r for r in report.projections if (r.half, r.projection) == (half, name)]
             for row in rows:
-                low, lower, middle, upper, high = row["quantiles"]
-                axes.plot([row["layer"]] * 2, [low, high], color="#0072B2", linewidth=1)
-                axes.plot([row["layer"]] * 2, [lower, upper], color="#0072B2", linewidth=6, solid_capstyle="butt")
-                axes.plot(row["layer"], middle, "o", color="white", markeredgecolor="#0072B2", markersize=4)
+                low, lower, middle, upper, high = row.quantiles
+                axes.plot([row.layer] * 2, [low, high], color="#0072B2", linewidth=1)
+                axes.plot([row.layer] * 2, [lower, upper], color="#0072B2", linewidth=6, solid_capstyle="butt")
+                axes.plot(row.layer, middle, "o", color="white", markeredgecolor="#0072B2", markersize=4)
             axes.set_title(f"{half}: " + ("sigmoid(receptance)" if name == "receptance" else name), fontsize=9)
-            axes.set_xticks([r["layer"] for r in rows])
+            axes.set_xticks([r.layer for r in rows])
             _plain(axes)
         for axes in grid[i][len(here) :]:
             axes.set_visible(False)
@@ -244,25 +298,25 @@ def _draw_projections(report: dict[str, Any], config: ModelConfig, out: Path) ->
     save_picture(figure, out)
 
 
-def _draw_shift(report: dict[str, Any], config: ModelConfig, out: Path) -> None:
+def _draw_shift(report: Inspection, config: ModelConfig, out: Path) -> None:
     """Share of the shifted channels in what each projection reads, and the loss added when they are zeroed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 5.2), dpi=130, layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", squeeze=False)
     for column, half in enumerate(HALVES):
-        rows = [r for r in report["projections"] if r["half"] == half and r["shifted"] is not None]
-        names = list(dict.fromkeys(r["projection"] for r in rows))
+        rows = [r for r in report.projections if r.half == half and r.shifted is not None]
+        names = list(dict.fromkeys(r.projection for r in rows))
         colors = spare_colors(())
         top, bottom = grid[0][column], grid[1][column]
         for i, (name, color) in enumerate(zip(names, colors, strict=False)):
-            own = [r for r in rows if r["projection"] == name]
-            x = np.array([r["layer"] for r in own]) + (i - (len(names) - 1) / 2) * 0.25
-            share = np.array([np.nan if r["share"] is None else r["share"] for r in own])
-            start = np.array([np.nan if r["share_at_start"] is None else r["share_at_start"] for r in own])
+            own = [r for r in rows if r.projection == name]
+            x = np.array([r.layer for r in own]) + (i - (len(names) - 1) / 2) * 0.25
+            share = np.array([np.nan if r.share is None else r.share for r in own])
+            start = np.array([np.nan if r.share_at_start is None else r.share_at_start for r in own])
             top.bar(x, share, 0.22, color=color, label=f"{PROJECTIONS[name]} ({name})")
             top.plot(x, start, "_", color="black", markersize=9)
-            bottom.bar(x, [r["loss_without_shifted"] - report["loss"] for r in own], 0.22, color=color)
+            bottom.bar(x, [(r.loss_without_shifted or 0.0) - report.loss for r in own], 0.22, color=color)
         top.set_title(half, fontsize=10)
         top.set_ylim(0, 1)
         top.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")

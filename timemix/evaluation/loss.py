@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from timemix.runtime.distributed import ALONE, World
 from timemix.tokenizers.base import Tokenizer
 
 
-def windows(tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None) -> Iterator[tuple]:
+def windows(
+    tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Batches (inputs, targets, scored): the last `scored` targets of each row count.
 
     stride None: windows side by side. Else each window begins `stride` tokens after the one before and only
@@ -124,9 +127,25 @@ def loss_by_position(
     return total / rows
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss of a text in three units, and what was counted.
+
+    tokens, characters, bytes: of the whole text. unknown: characters or words outside the vocabulary.
+    """
+
+    nats_per_token: float
+    bits_per_character: float
+    bits_per_byte: float
+    tokens: int
+    characters: int
+    bytes: int
+    unknown: int
+
+
 def evaluate(
     run: str | Path | Loaded, text: str | None = None, *, precision: str = "float32", stride: int | None = None
-) -> dict[str, float | int]:
+) -> Evaluation:
     """Measure the loss of a trained model on a text.
 
     Args:
@@ -136,8 +155,7 @@ def evaluate(
         stride: Tokens by which windows of ctx_len move, at least 1; None: windows side by side.
 
     Returns:
-        `nats_per_token`, `bits_per_character`, `bits_per_byte` (UTF-8), and the counts `tokens`, `characters`, `bytes`
-        and `unknown` (characters outside the vocabulary).
+        The loss in nats per token, bits per character and bits per byte (UTF-8), and what was counted.
 
     Raises:
         InvalidValue: The text has fewer than two tokens, or `stride` is below 1.
@@ -151,7 +169,7 @@ def evaluate(
 
 def evaluate_text(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
-) -> dict[str, float | int]:
+) -> Evaluation:
     """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
 
     Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
@@ -160,18 +178,19 @@ def evaluate_text(
     """
     tokens, unknown = tokenizer.encode_lenient(text)
     read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
-    counts = {"tokens": len(tokens), "characters": len(text), "bytes": len(text.encode("utf-8")), "unknown": unknown}
     size = len(read), len(read.encode("utf-8"))
-    return _in_units(model, tokenizer, tokens, size, precision, stride) | counts
+    losses = _in_units(model, tokenizer, tokens, size, precision, stride)
+    return Evaluation(*losses, len(tokens), len(text), len(text.encode("utf-8")), unknown)
 
 
 def evaluate_held_out(
     model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
-) -> dict[str, float | int]:
+) -> Evaluation:
     """The same for the validation tokens of a prepared folder."""
     size = text_size(corpus.tokenizer, corpus.valid)
-    counts = {name: corpus.info["valid"][name] for name in ("tokens", "characters", "bytes", "unknown")}
-    return _in_units(model, corpus.tokenizer, corpus.valid, size, precision, stride) | counts
+    losses = _in_units(model, corpus.tokenizer, corpus.valid, size, precision, stride)
+    valid = corpus.info.valid
+    return Evaluation(*losses, valid.tokens, valid.characters, valid.bytes, valid.unknown)
 
 
 def _in_units(
@@ -181,8 +200,8 @@ def _in_units(
     size: tuple[int, int],
     precision: str,
     stride: int | None,
-) -> dict[str, float | int]:
-    """Loss of tokens, whose text has `size` characters and bytes."""
+) -> tuple[float, float, float]:
+    """Loss of tokens, whose text has `size` characters and bytes, in the three units of an Evaluation."""
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
@@ -190,8 +209,4 @@ def _in_units(
     first = tokenizer.decode(tokens[:1])
     # A first token that is part of a character decodes to U+FFFD: one byte of it is not predicted.
     first_bytes = 1 if first == "\ufffd" else len(first.encode("utf-8"))
-    return {
-        "nats_per_token": nats,
-        "bits_per_character": bits / max(size[0] - len(first), 1),
-        "bits_per_byte": bits / max(size[1] - first_bytes, 1),
-    }
+    return nats, bits / max(size[0] - len(first), 1), bits / max(size[1] - first_bytes, 1)

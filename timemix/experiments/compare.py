@@ -17,14 +17,14 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
-from timemix.bench.measure import measure_training
+from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.config.version_1 import flattened, nested
 from timemix.data.batches import Batches
@@ -39,7 +39,7 @@ from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
-from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
+from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, is_number, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
 from timemix.training.start import new_run, resolved, resume_run
@@ -49,13 +49,53 @@ Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
 BEGINNING_TOKENS = 24
 
-# What a result.json holds.
-_FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}
-_RESULT: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("valid_loss", "train_loss", "tokens_per_second", "seconds"), is_number),
-    **dict.fromkeys(("steps", "tokens", "parameters"), is_count),
-    "valid_at": lambda x: isinstance(x, dict) and all(map(is_number, x.values())),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """result.json of a job that has ended well. Losses in nats per token.
+
+    train_loss: mean over the last tenth of the logged losses. valid_at: held-out loss by step.
+    key: identifies the run. taken_from: folder of the comparison's run that it is a copy of.
+    """
+
+    steps: Count
+    tokens: Count
+    seconds: float
+    tokens_per_second: float
+    parameters: Count
+    train_loss: float
+    valid_loss: float
+    valid_at: dict[str, float]
+    by_position: tuple[float, ...] | None = field(default=None, metadata=OPTIONAL)
+    key: str | None = field(default=None, metadata=OPTIONAL)
+    taken_from: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """result.json of a job that failed.
+
+    diverged: it would fail again. call: the call of `timemix compare` that ran it.
+    """
+
+    error: str
+    diverged: bool | None = field(default=None, metadata=OPTIONAL)
+    call: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """budget.json: the steps that fit into a budget of seconds."""
+
+    steps: Annotated[int, Range(1, 2**63 - 1)]
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What counts in memory.json."""
+
+    peak_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +197,7 @@ class Comparison:
     def same_text(self, variant: Variant) -> bool:
         """Whether a variant's losses are per the same tokens of the same held-out text as the first variant's."""
         a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
-        return (a.tokenizer.hash, a.info["valid"]["sha256"]) == (b.tokenizer.hash, b.info["valid"]["sha256"])
+        return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
 
     def folder(self, job: Job) -> Path:
         return self.out / "variants" / job.variant.name / f"{'tuning' if job.tuning else 'seed'}-{job.number}"
@@ -181,16 +221,20 @@ class Comparison:
     def seed_jobs(self, variant: Variant) -> list[Job]:
         return [Job(variant, seed, False) for seed in self.experiment.seeds]
 
-    def result(self, job: Job) -> dict[str, Any] | None:
-        """What a job reached, `{"error": ...}` where it failed, None where it has not ended."""
+    def result(self, job: Job) -> Result | Failure | None:
+        """What a job reached, None where it has not ended."""
         path = self.folder(job) / "result.json"
         if not path.exists():
             return None
-        result = read_json(path)
-        checks = _FAILED if "error" in result else _RESULT
-        if misfit(result, checks) or not are_numbers(result.get("by_position", [])):
-            raise DamagedFile(f"{path} is damaged: remove it to run {job.name} again")
-        return result
+        try:
+            return _result(read_json(path))
+        except Misfit:
+            raise DamagedFile(f"{path} is damaged: remove it to run {job.name} again") from None
+
+    def good_result(self, job: Job) -> Result | None:
+        """What a job reached, None where it failed or has not ended."""
+        result = self.result(job)
+        return result if isinstance(result, Result) else None
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
         """The tuning point of the lowest held-out loss, None where tuning is not complete or every run failed."""
@@ -200,7 +244,7 @@ class Comparison:
         results = [self.result(job) for job in jobs]
         if any(r is None for r in results):
             return None
-        losses = [(r or {}).get("valid_loss", math.inf) for r in results]
+        losses = [r.valid_loss if isinstance(r, Result) else math.inf for r in results]
         return self.point(jobs[int(np.argmin(losses))]) if min(losses) < math.inf else None
 
     def run(self, watching: Callable[[Job, RunConfig], Any], say: Say) -> None:
@@ -224,19 +268,19 @@ class Comparison:
             result = self.result(job)
             if result is None:
                 return False
-            if "error" in result:
-                ended = bool(result.get("diverged")) or result.get("call") == self._call
+            if isinstance(result, Failure):
+                ended = bool(result.diverged) or result.call == self._call
             else:
                 # Tuning that was mended later may have chosen another point.
-                ended = job.tuning or (result.get("key") in self._keys(job) and self._whole(result, job))
+                ended = job.tuning or (result.key in self._keys(job) and self._whole(result, job))
             if not ended:
                 return False
             self._known_to_have_ended.add(self.folder(job))
         return True
 
-    def _whole(self, result: dict[str, Any], job: Job) -> bool:
+    def _whole(self, result: Result, job: Job) -> bool:
         """Whether a result holds all that the experiment asks for."""
-        return job.tuning or not self.experiment.by_position or "by_position" in result
+        return job.tuning or not self.experiment.by_position or result.by_position is not None
 
     def _keys(self, job: Job) -> list[str]:
         """What identifies the run of a job, in this version and in those before."""
@@ -248,72 +292,81 @@ class Comparison:
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):
                 return False
+            result: Result | Failure
             try:
                 result = self._run(job, watching)
             except Interrupted:
                 raise
             except (TimemixError, OSError) as error:
-                result = {"error": str(error), "diverged": isinstance(error, NotFinite)}
+                result = Failure(str(error), diverged=isinstance(error, NotFinite), call=self._call)
             except Exception as error:
                 traceback.print_exc()
-                result = {"error": f"{type(error).__name__}: {error}"}
-            if "error" in result:
-                result["call"] = self._call
-            write_text(folder / "result.json", json.dumps(result))
+                result = Failure(f"{type(error).__name__}: {error}", call=self._call)
+            write_text(folder / "result.json", json.dumps(to_json(result)))
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             else:
                 # Written by an older model.
                 folder.with_name("samples.json").unlink(missing_ok=True)
         ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
-        told = f"failed: {result['error']}" if "error" in result else f"held-out loss {result['valid_loss']:.4f}"
+        if isinstance(result, Failure):
+            told = f"failed: {result.error}"
+        else:
+            told = f"held-out loss {result.valid_loss:.4f}"
         say(f"{job.name}: {told} ({ended} of {of})")
         return True
 
-    def _run(self, job: Job, watching: Callable[[Job, RunConfig], Any]) -> dict[str, Any]:
+    def _run(self, job: Job, watching: Callable[[Job, RunConfig], Any]) -> Result:
         folder = self.folder(job)
         if not job.tuning and self.best_point(job.variant) is None:
-            errors = [r["error"] for j in self.tuning_jobs(job.variant) if (r := self.result(j)) and "error" in r]
+            results = [self.result(j) for j in self.tuning_jobs(job.variant)]
+            errors = [result.error for result in results if isinstance(result, Failure)]
             raise TimemixError(f"every tuning run failed: {errors[-1]}")
         config, keys = self.config(job), self._keys(job)
         if (same := self._same_run(keys, job)) is not None:
+            copied, result = same
             shutil.rmtree(folder, ignore_errors=True)
             # Its result last, written by the caller: a copy cut short has not ended.
-            shutil.copytree(same, folder, ignore=shutil.ignore_patterns("result.json"))
-            return read_json(same / "result.json") | {"taken_from": str(same)}
+            shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("result.json"))
+            return replace(result, taken_from=str(copied))
         trainer = begin_or_resume(config, folder)
         with watching(job, config) as watch:
-            return self._train(trainer, watch, job) | {"key": keys[0]}
+            return replace(self._train(trainer, watch, job), key=keys[0])
 
-    def _train(self, trainer: Trainer, watch: Watch, job: Job) -> dict[str, Any]:
+    def _train(self, trainer: Trainer, watch: Watch, job: Job) -> Result:
         trainer.run(watch)
         rows = read_metrics(trainer.out)
         losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
-        result: dict[str, Any] = {
-            "steps": trainer.step,
-            "tokens": trainer.tokens,
-            "seconds": trainer.seconds,
-            "tokens_per_second": trainer.tokens / trainer.seconds,
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "train_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
-            "valid_loss": trainer.valid_loss,
-            "valid_at": {str(row.get("step")): row["valid_loss"] for row in rows if is_number(row.get("valid_loss"))},
-        }
+        # `Comparison` refuses a text of which nothing is held out.
+        assert trainer.valid_loss is not None
+        result = Result(
+            steps=trainer.step,
+            tokens=trainer.tokens,
+            seconds=trainer.seconds,
+            tokens_per_second=trainer.tokens / trainer.seconds,
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
+            train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+            valid_loss=trainer.valid_loss,
+            valid_at={str(row.get("step")): row["valid_loss"] for row in rows if is_number(row.get("valid_loss"))},
+        )
         if self.experiment.by_position and not job.tuning:
             by_position = loss_by_position(trainer.model, trainer.corpus.valid, precision=trainer.precision)
-            result["by_position"] = [round(x, 5) for x in by_position.tolist()]
+            result = replace(result, by_position=tuple(round(x, 5) for x in by_position.tolist()))
         return result
 
-    def _same_run(self, keys: list[str], job: Job) -> Path | None:
-        """A finished run of another comparison under `reuse` with the same config and tokens."""
+    def _same_run(self, keys: list[str], job: Job) -> tuple[Path, Result] | None:
+        """Folder and result of a finished run of another comparison under `reuse` with the same config and tokens."""
         if self._reuse is None:
             return None
         for path in sorted(self._reuse.glob("*/variants/*/*/result.json")):
             if path.is_relative_to(self.out):
                 continue
-            result = read_json(path)
-            if result.get("key") in keys and self._whole(result, job):
-                return path.parent
+            try:
+                result = _result(read_json(path))
+            except Misfit:
+                continue
+            if isinstance(result, Result) and result.key in keys and self._whole(result, job):
+                return path.parent, result
         return None
 
     def _count_steps(self, variant: Variant) -> int | None:
@@ -324,34 +377,28 @@ class Comparison:
         path = self.out / "variants" / variant.name / "budget.json"
         if not path.exists():
             measured = self._measured(variant, steps=20)
-            if "error" in measured:
-                raise TimemixError(f"a step of variant {variant.name!r} failed: {measured['error']}")
-            steps = max(1, int(seconds / measured["step_seconds"]))
-            write_text(path, json.dumps({"steps": steps, "step_seconds": measured["step_seconds"]}))
-        counted = read_json(path)
-        if misfit(counted, {"steps": lambda x: is_count(x) and x > 0}):
-            raise DamagedFile(f"{path} is damaged: remove it to measure again")
-        return counted["steps"]
+            if isinstance(measured, StepFailure):
+                raise TimemixError(f"a step of variant {variant.name!r} failed: {measured.error}")
+            budget = _Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
+            write_text(path, json.dumps(to_json(budget)))
+        return _measured_before(path, _Budget).steps
 
-    def _measured(self, variant: Variant, steps: int) -> dict[str, Any]:
+    def _measured(self, variant: Variant, steps: int) -> StepSpeed | StepFailure:
         point = self.best_point(variant) or self._points[variant.name][0]
         config = self.experiment.config(variant, point, self.experiment.seeds[0])
         model = replace(config.model, vocab_size=self.corpus(variant).tokenizer.vocab_size)
         train = replace(config.train, device=self.device)
         return measure_training(replace(config, model=model, train=train), steps=steps)
 
-    def memory(self, variant: Variant) -> int | None:
+    def memory(self, variant: Variant) -> float | None:
         """Peak memory in bytes of a training step of a variant, measured once; None where it could not be."""
         path = self.out / "variants" / variant.name / "memory.json"
         if not path.exists():
             measured = self._measured(variant, steps=1)
-            if "error" in measured:
+            if isinstance(measured, StepFailure):
                 return None
-            write_text(path, json.dumps(measured))
-        peak = read_json(path).get("peak_memory")
-        if not (peak is None or is_number(peak)):
-            raise DamagedFile(f"{path} is damaged: remove it to measure again")
-        return peak
+            write_text(path, json.dumps(to_json(measured)))
+        return _measured_before(path, _Memory).peak_memory
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
@@ -359,7 +406,7 @@ class Comparison:
         from timemix.generation.sampler import Sampler
 
         job = self.seed_jobs(variant)[0]
-        if "error" in (self.result(job) or {"error": ""}):
+        if self.good_result(job) is None:
             return {}
         path = self.out / "variants" / variant.name / "samples.json"
         old = read_json(path) if path.exists() else {}
@@ -370,6 +417,21 @@ class Comparison:
             write_text(path, json.dumps(texts))
             return texts
         return old
+
+
+def _result(data: dict[str, Any]) -> Result | Failure:
+    """The content of a result.json. Raises Misfit where it is damaged."""
+    return to_record(data, Failure) if "error" in data else to_record(data, Result)
+
+
+Measured = TypeVar("Measured")
+
+
+def _measured_before(path: Path, kind: type[Measured]) -> Measured:
+    try:
+        return to_record(read_json(path), kind)
+    except Misfit:
+        raise DamagedFile(f"{path} is damaged: remove it to measure again") from None
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
@@ -418,7 +480,7 @@ def _keys(config: RunConfig, corpus: Corpus) -> list[str]:
     The first is of this version; the second, where version 1 had the architecture, of that.
     """
     info = corpus.info
-    hashes = [info["train"]["sha256"], info["valid"]["sha256"], info["tokenizer"]["sha256"]]
+    hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
     # The tokens' hashes say what the other fields of `data` and the vocabulary do.
     plain = replace(
         config,

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -10,6 +9,8 @@ from timemix.config.run import read_toml, to_toml
 from timemix.experiments.compare import Comparison
 from timemix.experiments.spec import Experiment
 from timemix.experiments.table import (
+    Row,
+    Table,
     build_table,
     result_rows,
     summary,
@@ -24,18 +25,18 @@ from timemix.storage.files import write_text
 MOST_POINTS = 400
 
 
-def write_report(comparison: Comparison) -> dict[str, Any]:
+def write_report(comparison: Comparison) -> Table:
     """Writes every file of the report and returns the table. Failed runs are named in it."""
     out, table = comparison.out, build_table(comparison)
-    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / "table.json", json.dumps(table.to_json(), indent=1) + "\n")
     write_text(out / "table.md", to_markdown(table))
     runs = finished_runs(comparison)
     if runs:
         colors = variant_colors(comparison.experiment)
-        plot_bands(runs, out / "loss.png", colors=colors, title=table["title"])
-    if any("by_position" in row for row in table["variants"][1:]):
+        plot_bands(runs, out / "loss.png", colors=colors, title=table.title)
+    if any(row.by_position for row in table.variants[1:]):
         plot_positions(
-            {row["label"]: _by_position(row) for row in table["variants"] if "by_position" in row},
+            {row.label: _by_position(row) for row in table.variants if row.by_position},
             out / "position.png",
             colors=variant_colors(comparison.experiment),
         )
@@ -43,19 +44,17 @@ def write_report(comparison: Comparison) -> dict[str, Any]:
     return table
 
 
-def _by_position(row: dict[str, Any]) -> list[float]:
+def _by_position(row: Row) -> list[float]:
     """Mean over the seeds."""
-    return np.mean(list(row["by_position"].values()), axis=0).tolist()
+    assert row.by_position is not None
+    mean: list[float] = np.mean(list(row.by_position.values()), axis=0).tolist()
+    return mean
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
     """Run folders of each variant by its label, where one has ended well."""
     runs = {
-        v.heading: [
-            comparison.folder(j)
-            for j in comparison.seed_jobs(v)
-            if "error" not in (comparison.result(j) or {"error": ""})
-        ]
+        v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if comparison.good_result(j) is not None]
         for v in comparison.experiment.variants
     }
     return {label: folders for label, folders in runs.items() if folders}
@@ -67,7 +66,7 @@ def variant_colors(experiment: Experiment) -> dict[str, str]:
     return {v.heading: v.color or next(spare) for v in experiment.variants}
 
 
-def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
+def to_html(comparison: Comparison, table: Table) -> str:
     """One page without any reference to the outside."""
     experiment, colors = comparison.experiment, variant_colors(comparison.experiment)
     curves, configs = [], {}
@@ -84,13 +83,13 @@ def to_html(comparison: Comparison, table: dict[str, Any]) -> str:
         for prompt, text in comparison.samples(variant).items():
             samples[prompt][variant.heading] = text
     page = {
-        "title": table["title"],
+        "title": table.title,
         "summary": summary(table),
         "curves": curves,
         "by_position": [
-            {"label": row["label"], "color": colors[row["label"]], "y": np.round(_by_position(row), 4).tolist()}
-            for row in table["variants"]
-            if "by_position" in row
+            {"label": row.label, "color": colors[row.label], "y": np.round(_by_position(row), 4).tolist()}
+            for row in table.variants
+            if row.by_position
         ],
         "table": result_rows(table),
         "verdicts": verdict_rows(table),

@@ -6,14 +6,15 @@ it writes is measured by the judge's loss, by repetition and by variety, text by
 OUT/writer, judge (run folders), data, table.json, table.md, top-a.png
 """
 
+import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -37,17 +38,65 @@ from timemix.reporting.statistics import Difference, interval, paired_difference
 from timemix.runs.folder import newest, read_progress
 from timemix.runs.load import load
 from timemix.storage.files import write_text
-from timemix.storage.json_files import are_numbers, is_number, misfit, read_json
+from timemix.storage.json_files import OPTIONAL, Misfit, Range, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 TOP_A, POWER = 0.02, 2.0
 POSITIONS = 8192
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
-_MEASURED: dict[str, Callable[[Any], bool]] = {
-    "entropy": is_number,
-    **dict.fromkeys(METRICS, lambda x: are_numbers(x) and len(x) > 0),
-}
+Each = Annotated[tuple[float, ...], Range(1)]
+"""A figure of each text, of one text at least."""
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """Of each text of a setting: loss under the judge, repetition and variety; see `measure_text`."""
+
+    judge_loss: Each
+    repetition: Each
+    variety: Each
+
+
+@dataclass(frozen=True)
+class Measured(TextFigures):
+    """What measurements.json holds of a setting."""
+
+    entropy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingRow:
+    """Means of a setting over its texts; differences: to top-a at the same temperature, paired by text."""
+
+    label: str
+    temperature: float
+    sampler: Sampler
+    entropy: float
+    judge_loss: float
+    repetition: float
+    variety: float
+    differences: dict[str, Difference | None] | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True)
+class SamplingJudgement:
+    """A verdict, and the paired gain that it follows from."""
+
+    claim: str
+    gain: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """Everything that a sampling experiment found: the content of table.json."""
+
+    title: str
+    rows: list[SettingRow]
+    verdicts: list[SamplingJudgement]
+    samples: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +110,7 @@ class Setting:
 
 def run_sampling(
     experiment: SamplingExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
-) -> dict[str, Any]:
+) -> SamplingTable:
     """Trains writer and judge, writes with every setting, and returns the table, also written to `out`.
 
     Goes on where it was: training from its checkpoints, settings from what measurements.json holds.
@@ -77,21 +126,29 @@ def run_sampling(
         logits = held_out_logits(writer, corpus.valid)
         settings = like_entropy(experiment, logits) + sweep(experiment)
         path = out / "measurements.json"
-        found = read_json(path) if path.exists() else {}
-        # What is damaged is measured again.
-        found = {label: m for label, m in found.items() if misfit(m, _MEASURED) is None}
+        found = _measured_before(path) if path.exists() else {}
         for setting in settings:
             if setting.label not in found:
-                found[setting.label] = {"entropy": mean_entropy(setting.sampler, logits)} | measure_text(
-                    _write(writer, prompts, experiment.tokens, setting.sampler), prompts, judge
-                )
-                write_text(path, json.dumps(found))
-                say(f"{setting.label}: judge's loss {statistics.fmean(found[setting.label]['judge_loss']):.3f}")
+                texts = _write(writer, prompts, experiment.tokens, setting.sampler)
+                figures = to_json(measure_text(texts, prompts, judge))
+                measured = Measured(**figures, entropy=mean_entropy(setting.sampler, logits))
+                found[setting.label] = measured
+                write_text(path, json.dumps({label: to_json(m) for label, m in found.items()}))
+                say(f"{setting.label}: judge's loss {statistics.fmean(measured.judge_loss):.3f}")
         table = build_table(experiment, settings, found)
-        write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+        write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
         write_text(out / "table.md", to_markdown(table))
         _draw(experiment, settings, table, logits, out / "top-a.png")
     return table
+
+
+def _measured_before(path: Path) -> dict[str, Measured]:
+    """What measurements.json holds, without what is damaged: that is measured again."""
+    found = {}
+    for label, data in read_json(path).items():
+        with contextlib.suppress(Misfit):
+            found[label] = to_record(data, Measured)
+    return found
 
 
 def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
@@ -122,7 +179,7 @@ def _trained(
     if trainer.step < trainer.config.train.steps:
         say(f"training {name}: {trainer.config.train.steps - trainer.step} steps")
         trainer.run()
-    say(f"{name}: held-out loss {read_progress(newest(out / name))['valid_loss']:.4f}")
+    say(f"{name}: held-out loss {read_progress(newest(out / name)).valid_loss:.4f}")
     return load(out / name, device=str(trainer.device)).model
 
 
@@ -211,17 +268,17 @@ def _write(model: LanguageModel, prompts: list[list[int]], tokens: int, sampler:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> dict[str, list[float]]:
+def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> TextFigures:
     """Loss under the judge, repetition and variety of every text.
 
     judge_loss: nats per token, given the prompt. repetition: share of the N_GRAM-grams of prompt and text that are not
     the first of their kind. variety: distinct 4-grams of the text per 4-gram.
     """
-    return {
-        "judge_loss": _judge_loss(texts, prompts, judge),
-        "repetition": [1 - _distinct(p + t, N_GRAM) for p, t in zip(prompts, texts, strict=True)],
-        "variety": [_distinct(t, 4) for t in texts],
-    }
+    return TextFigures(
+        judge_loss=tuple(_judge_loss(texts, prompts, judge)),
+        repetition=tuple(1 - _distinct(p + t, N_GRAM) for p, t in zip(prompts, texts, strict=True)),
+        variety=tuple(_distinct(t, 4) for t in texts),
+    )
 
 
 def _distinct(tokens: list[int], n: int) -> float:
@@ -242,67 +299,73 @@ def _judge_loss(texts: list[list[int]], prompts: list[list[int]], judge: Languag
     return losses
 
 
-def build_table(experiment: SamplingExperiment, settings: list[Setting], found: dict[str, Any]) -> dict[str, Any]:
+def build_table(experiment: SamplingExperiment, settings: list[Setting], found: dict[str, Measured]) -> SamplingTable:
     """Means of every setting, at each temperature the paired differences to top-a, and verdicts at temperature 1."""
-    rows = []
-    for setting in settings:
-        measured = found[setting.label]
-        row: dict[str, Any] = {
-            "label": setting.label,
-            "temperature": setting.temperature,
-            "sampler": asdict(setting.sampler),
-        }
-        row |= {"entropy": measured["entropy"], **{m: statistics.fmean(measured[m]) for m in METRICS}}
-        if " at " in setting.label and not setting.label.startswith("top-a"):
-            top_a = found[f"top-a at {setting.temperature:g}"]
-            row["differences"] = {m: paired_difference(_by_sample(top_a[m]), _by_sample(measured[m])) for m in METRICS}
-        rows.append(row)
+    rows = [_row(setting, found) for setting in settings]
     verdicts = []
     for row in rows:
-        if "differences" in row and row["temperature"] == 1.0:
-            rival = row["label"].partition(" at ")[0]
+        if row.differences is not None and row.temperature == 1.0:
+            rival = row.label.partition(" at ")[0]
             for metric, words in (("judge_loss", "more probable text"), ("repetition", "less repetition")):
-                gain: Difference | None = row["differences"][metric]
+                gain = row.differences[metric]
                 claim = f"top-a writes {words} than {rival} at like entropy"
-                verdicts.append({"claim": claim, "gain": gain, "verdict": verdict_word(gain)})
-    return {
-        "title": experiment.title,
-        "rows": rows,
-        "verdicts": verdicts,
-        "samples": experiment.samples,
-        "tokens": experiment.tokens,
-    }
+                verdicts.append(SamplingJudgement(claim, gain, verdict_word(gain)))
+    return SamplingTable(experiment.title, rows, verdicts, experiment.samples, experiment.tokens)
 
 
-def _by_sample(values: list[float]) -> dict[int, float]:
+def _row(setting: Setting, found: dict[str, Measured]) -> SettingRow:
+    measured, differences = found[setting.label], None
+    if " at " in setting.label and not setting.label.startswith("top-a"):
+        top_a = found[f"top-a at {setting.temperature:g}"]
+        differences = {
+            m: paired_difference(_by_sample(getattr(top_a, m)), _by_sample(getattr(measured, m))) for m in METRICS
+        }
+    return SettingRow(
+        label=setting.label,
+        temperature=setting.temperature,
+        sampler=setting.sampler,
+        entropy=measured.entropy,
+        judge_loss=statistics.fmean(measured.judge_loss),
+        repetition=statistics.fmean(measured.repetition),
+        variety=statistics.fmean(measured.variety),
+        differences=differences,
+    )
+
+
+def _by_sample(values: Sequence[float]) -> dict[int, float]:
     return dict(enumerate(values))
 
 
-def to_markdown(table: dict[str, Any]) -> str:
+def to_markdown(table: SamplingTable) -> str:
     """The table as a person reads it."""
     heading = ["setting", "entropy", "judge's loss", "repetition", "variety"]
     compared = [[*heading, "judge's loss - top-a's", "repetition - top-a's"]]
     swept = [heading]
-    for row in table["rows"]:
-        sampler = row["sampler"]
-        factor = next((f", {n} {sampler[n]:.3g}" for n in ("top_p", "min_p", "top_k") if sampler[n] not in (0, 1)), "")
-        factor = factor or (f", temperature {sampler['temperature']:.3g}" if row["label"].startswith("plain") else "")
-        cells = [row["label"] + factor, *(f"{row[k]:.4f}" for k in ("entropy", *METRICS))]
-        if " at " in row["label"]:
-            differences = row.get("differences")
-            compared.append([*cells, *(interval(differences and differences[m]) for m in METRICS[:2])])
+    for row in table.rows:
+        sampler = row.sampler
+        factor = next(
+            (
+                f", {n} {getattr(sampler, n):.3g}"
+                for n in ("top_p", "min_p", "top_k")
+                if getattr(sampler, n) not in (0, 1)
+            ),
+            "",
+        )
+        factor = factor or (f", temperature {sampler.temperature:.3g}" if row.label.startswith("plain") else "")
+        cells = [row.label + factor, *(f"{getattr(row, k):.4f}" for k in ("entropy", *METRICS))]
+        if " at " in row.label:
+            compared.append([*cells, *(interval((row.differences or {}).get(m)) for m in METRICS[:2])])
         else:
             swept.append(cells)
     parts = [
-        f"# {table['title']}",
-        f"{table['samples']} texts of {table['tokens']} tokens per setting, going on from the same held-out text."
+        f"# {table.title}",
+        f"{table.samples} texts of {table.tokens} tokens per setting, going on from the same held-out text."
         " Entropy: mean over held-out positions of the filtered distribution, nats. Judge's loss: nats per token of the"
         f" text under a larger model. Repetition: share of {N_GRAM}-grams seen before in the same text. Variety:"
         " distinct 4-grams per 4-gram. Differences are paired by text, with their 95 % interval.",
         markdown_table(compared),
         markdown_table(
-            [["claim", "better by", "verdict"]]
-            + [[v["claim"], interval(v["gain"]), v["verdict"]] for v in table["verdicts"]],
+            [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts],
             words=(0, 2),
         ),
         "The factors of top-a at temperature 1:",
@@ -312,14 +375,14 @@ def to_markdown(table: dict[str, Any]) -> str:
 
 
 def _draw(
-    experiment: SamplingExperiment, settings: list[Setting], table: dict[str, Any], logits: Tensor, out: Path
+    experiment: SamplingExperiment, settings: list[Setting], table: SamplingTable, logits: Tensor, out: Path
 ) -> None:
     """Kept mass against the largest probability, and the judge's loss against entropy."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 3.9), dpi=150, layout="constrained")
     mass, quality = figure.subplots(1, 2)
-    rows = {row["label"]: row for row in table["rows"]}
+    rows = {row.label: row for row in table.rows}
     p = Sampler().probabilities(logits)
     p_max = p.amax(-1).numpy()
     bins = np.linspace(0, 1, 21)
@@ -334,10 +397,10 @@ def _draw(
             kept = ((setting.sampler.probabilities(logits) > 0) * p).sum(-1).numpy()
             means = [kept[place == b].mean() if (place == b).sum() >= 10 else math.nan for b in range(20)]
             mass.plot((bins[:-1] + bins[1:]) / 2, means, color=color, marker=marker, markersize=4, label=name)
-        points = sorted((rows[s.label]["entropy"], rows[s.label]["judge_loss"]) for s in own)
+        points = sorted((rows[s.label].entropy, rows[s.label].judge_loss) for s in own)
         quality.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
     swept = [rows[s.label] for s in settings if " at " not in s.label]
-    quality.plot([r["entropy"] for r in swept], [r["judge_loss"] for r in swept], "x", color="0.5", markersize=5,
+    quality.plot([r.entropy for r in swept], [r.judge_loss for r in swept], "x", color="0.5", markersize=5,
                  label="sweep of top-a")  # fmt: skip
     mass.set_xlabel(f"largest probability (temperature {temperature:g})")
     mass.set_ylabel("mass kept, mean")

@@ -3,38 +3,72 @@
 OUT/experiment.json, measurements.json (grows; what stands in it is not measured again), table.json, table.md, speed.png
 """
 
+import contextlib
 import json
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from timemix.bench.measure import OUT_OF_MEMORY, measure_training
+from timemix.bench.measure import OUT_OF_MEMORY, StepFailure, StepSpeed, measure_training
 from timemix.errors import FileError, InUse
-from timemix.experiments.spec import SpeedExperiment
+from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
 from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
 from timemix.reporting.statistics import Difference, paired_difference, verdict_word
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
-from timemix.storage.json_files import is_number, misfit, read_json
+from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
-# What a value of measurements.json holds.
-_FAILED: dict[str, Callable[[Any], bool]] = {"error": lambda x: isinstance(x, str)}
-_MEASURED: dict[str, Callable[[Any], bool]] = {
-    "tokens_per_second": lambda x: is_number(x) and x > 0,
-    "peak_memory": lambda x: x is None or (is_number(x) and x > 0),
-}
+Measured = dict[str, StepSpeed | StepFailure]
+"""What measurements.json holds, by variant, context length and round."""
 
 
-def run_speed(
-    experiment: SpeedExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SpeedRow:
+    """What was measured of a variant: by context length a value per round, None where a step failed.
+
+    The slopes are the exponents of ctx_len in speed and memory, fitted over the upper half of the lengths.
+    """
+
+    name: str
+    label: str
+    tokens_per_second: dict[int, list[float | None]]
+    tokens_per_second_slope: float | None
+    memory: dict[int, list[float | None]]
+    memory_slope: float | None
+
+    def values(self, of: str) -> dict[int, list[float | None]]:
+        """Of `tokens_per_second` or `memory`."""
+        return self.memory if of == "memory" else self.tokens_per_second
+
+
+@dataclass(frozen=True)
+class SpeedJudgement:
+    """A verdict at one context length, and the ratio that it follows from."""
+
+    claim: str
+    at: int
+    ratio: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """Everything that a speed experiment found: the content of table.json."""
+
+    title: str
+    tokens: int
+    variants: list[SpeedRow]
+    verdicts: list[SpeedJudgement]
+
+
+def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None], device: str = "auto") -> SpeedTable:
     """Measures what is not yet measured, writes the table and its picture, and returns the table.
 
     Variants take turns within a round, so that what else the machine does falls on all of them.
@@ -46,9 +80,7 @@ def run_speed(
             raise InUse(f"another process is measuring into {out}")
         _check_folder(experiment, out)
         path = out / "measurements.json"
-        found = read_json(path) if path.exists() else {}
-        # What is damaged is measured again.
-        found = {key: m for key, m in found.items() if misfit(m, _FAILED) is None or misfit(m, _MEASURED) is None}
+        found = _measured_before(path) if path.exists() else {}
         for round_ in range(experiment.rounds):
             for ctx_len in experiment.ctx_lens:
                 for variant in experiment.variants:
@@ -60,12 +92,14 @@ def run_speed(
                     found[key] = measure_training(config, steps=2)
                     say(f"{key}: " + _words(found[key]))
                     # What failed for another reason than its size is measured again by the next call.
-                    kept = {k: v for k, v in found.items() if v.get("error", OUT_OF_MEMORY) == OUT_OF_MEMORY}
-                    write_text(path, json.dumps(kept, indent=1))
+                    kept = {
+                        k: m for k, m in found.items() if not (isinstance(m, StepFailure) and m.error != OUT_OF_MEMORY)
+                    }
+                    write_text(path, json.dumps({k: to_json(m) for k, m in kept.items()}, indent=1))
         table = build_table(experiment, found)
-        write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+        write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
         write_text(out / "table.md", to_markdown(table))
-        if any("error" not in measured for measured in found.values()):
+        if any(isinstance(measured, StepSpeed) for measured in found.values()):
             _draw(experiment, table, out / "speed.png")
     return table
 
@@ -82,52 +116,74 @@ def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
         raise FileError(f"{out} holds another experiment (different: {', '.join(differ)}); choose another folder")
 
 
-def _words(measured: dict[str, Any]) -> str:
-    if "error" in measured:
-        return str(measured["error"])
-    return f"{measured['tokens_per_second']:,.0f} tokens/s, {_mebibytes(measured['peak_memory'])}"
+def _measured_before(path: Path) -> Measured:
+    """What measurements.json holds, without what is damaged: that is measured again."""
+    found: Measured = {}
+    for key, data in read_json(path).items():
+        with contextlib.suppress(Misfit):
+            found[key] = to_record(data, StepSpeed)
+        with contextlib.suppress(Misfit):
+            found[key] = to_record(data, StepFailure)
+    return found
+
+
+def _words(measured: StepSpeed | StepFailure) -> str:
+    if isinstance(measured, StepFailure):
+        return measured.error
+    return f"{measured.tokens_per_second:,.0f} tokens/s, {_mebibytes(measured.peak_memory)}"
 
 
 def _mebibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
-def build_table(experiment: SpeedExperiment, found: dict[str, Any]) -> dict[str, Any]:
+def build_table(experiment: SpeedExperiment, found: Measured) -> SpeedTable:
     """Medians over the rounds, slopes, and verdicts at the longest context length.
 
     A slope is the exponent of ctx_len in the time of a step, or in its memory, fitted over the upper half of the
     lengths: at a constant number of tokens per step 0 is linear in the text, 1 quadratic.
     """
-    rows = []
-    for variant in experiment.variants:
-        row: dict[str, Any] = {"name": variant.name, "label": variant.heading}
-        for what, key in (("tokens_per_second", "tokens_per_second"), ("memory", "peak_memory")):
-            row[what] = {t: [found[f"{variant.name} {t} {r}"].get(key) for r in range(experiment.rounds)]
-                         for t in experiment.ctx_lens}  # fmt: skip
-            middle = {t: median(values) for t, values in row[what].items()}
-            row[f"{what}_slope"] = slope({t: v for t, v in middle.items() if v})
-        rows.append(row)
-    by_name = {row["name"]: row for row in rows}
+    rows = {variant.name: _row(experiment, variant, found) for variant in experiment.variants}
+    verdicts = [_judge(experiment, verdict, rows, found) for verdict in experiment.verdicts]
+    return SpeedTable(experiment.title, experiment.tokens, list(rows.values()), verdicts)
+
+
+def _row(experiment: SpeedExperiment, variant: Variant, found: Measured) -> SpeedRow:
+    speed: dict[int, list[float | None]] = {t: [] for t in experiment.ctx_lens}
+    memory: dict[int, list[float | None]] = {t: [] for t in experiment.ctx_lens}
+    for t in experiment.ctx_lens:
+        for round_ in range(experiment.rounds):
+            measured = found[f"{variant.name} {t} {round_}"]
+            speed[t].append(measured.tokens_per_second if isinstance(measured, StepSpeed) else None)
+            memory[t].append(measured.peak_memory if isinstance(measured, StepSpeed) else None)
+    return SpeedRow(variant.name, variant.heading, speed, _slope_of(speed), memory, _slope_of(memory))
+
+
+def _slope_of(values: dict[int, list[float | None]]) -> float | None:
+    return slope({t: middle for t, each in values.items() if (middle := median(each))})
+
+
+def _judge(
+    experiment: SpeedExperiment, verdict: SpeedVerdict, rows: dict[str, SpeedRow], found: Measured
+) -> SpeedJudgement:
     longest = max(experiment.ctx_lens)
-    fails = {
-        v.name: {found[f"{v.name} {longest} {r}"].get("error") for r in range(experiment.rounds)}
-        for v in experiment.variants
-    }
-    verdicts = []
-    for verdict in experiment.verdicts:
-        better, worse = (_logarithms(by_name[name][verdict.of][longest]) for name in (verdict.better, verdict.worse))
-        # Less memory is better, more speed is.
-        difference = paired_difference(better, worse) if verdict.of == "memory" else paired_difference(worse, better)
-        ratio: Difference | None = None
-        if difference is not None:
-            ratio = {k: None if v is None else math.exp(v) for k, v in difference.items()}
-        word = verdict_word(difference)
-        if better and fails[verdict.worse] == {OUT_OF_MEMORY}:
-            word = "holds: the other runs out of memory"
-        elif worse and fails[verdict.better] == {OUT_OF_MEMORY}:
-            word = "does not hold: it runs out of memory"
-        verdicts.append({"claim": verdict.claim, "at": longest, "ratio": ratio, "verdict": word})
-    return {"title": experiment.title, "tokens": experiment.tokens, "variants": rows, "verdicts": verdicts}
+
+    def out_of_memory(name: str) -> bool:
+        rounds = [found[f"{name} {longest} {r}"] for r in range(experiment.rounds)]
+        return all(isinstance(m, StepFailure) and m.error == OUT_OF_MEMORY for m in rounds)
+
+    better, worse = (_logarithms(rows[name].values(verdict.of)[longest]) for name in (verdict.better, verdict.worse))
+    # Less memory is better, more speed is.
+    difference = paired_difference(better, worse) if verdict.of == "memory" else paired_difference(worse, better)
+    ratio: Difference | None = None
+    if difference is not None:
+        ratio = {k: None if v is None else math.exp(v) for k, v in difference.items()}
+    word = verdict_word(difference)
+    if better and out_of_memory(verdict.worse):
+        word = "holds: the other runs out of memory"
+    elif worse and out_of_memory(verdict.better):
+        word = "does not hold: it runs out of memory"
+    return SpeedJudgement(verdict.claim, longest, ratio, word)
 
 
 def median(values: list[float | None]) -> float | None:
@@ -148,28 +204,26 @@ def _logarithms(values: list[float | None]) -> dict[int, float]:
     return {i: math.log(v) for i, v in enumerate(values) if v is not None}
 
 
-def to_markdown(table: dict[str, Any]) -> str:
+def to_markdown(table: SpeedTable) -> str:
     """The table as a person reads it."""
-    lengths = list(table["variants"][0]["memory"])
+    lengths = list(table.variants[0].memory)
     parts = [
-        f"# {table['title']}",
-        f"{table['tokens']:,} tokens per step; medians. A slope is the exponent of ctx_len.",
+        f"# {table.title}",
+        f"{table.tokens:,} tokens per step; medians. A slope is the exponent of ctx_len.",
     ]
     for what, heading, write, sign in (
         ("tokens_per_second", "tokens/s at ctx_len", lambda x: "-" if x is None else f"{x:,.0f}", -1),
         ("memory", "peak memory at ctx_len", _mebibytes, 1),
     ):
         rows = [[heading, *map(str, lengths), "slope" if what == "memory" else "slope of the time"]]
-        for row in table["variants"]:
-            power = row[f"{what}_slope"]
-            cells = [write(median(row[what][t])) for t in lengths]
-            rows.append([row["label"], *cells, "-" if power is None else f"{sign * power:.2f}"])
+        for row in table.variants:
+            power = row.memory_slope if what == "memory" else row.tokens_per_second_slope
+            cells = [write(median(row.values(what)[t])) for t in lengths]
+            rows.append([row.label, *cells, "-" if power is None else f"{sign * power:.2f}"])
         parts.append(markdown_table(rows))
-    if table["verdicts"]:
+    if table.verdicts:
         rows = [["claim", "ratio", "verdict"]]
-        rows += [
-            [f"{v['claim']} (ctx_len {v['at']})", ratio_words(v["ratio"]), v["verdict"]] for v in table["verdicts"]
-        ]
+        rows += [[f"{v.claim} (ctx_len {v.at})", ratio_words(v.ratio), v.verdict] for v in table.verdicts]
         parts.append(markdown_table(rows, words=(0, 2)))
     return "\n\n".join(parts) + "\n"
 
@@ -181,20 +235,20 @@ def ratio_words(ratio: Difference | None, unit: str = "") -> str:
     return f"{ratio['mean']:.2f}{unit}{spread}"
 
 
-def _draw(experiment: SpeedExperiment, table: dict[str, Any], out: Path) -> None:
+def _draw(experiment: SpeedExperiment, table: SpeedTable, out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.7), dpi=150, layout="constrained")
     speed, memory = figure.subplots(1, 2)
     spare = spare_colors(v.color for v in experiment.variants)
-    for i, (variant, row) in enumerate(zip(experiment.variants, table["variants"], strict=True)):
+    for i, (variant, row) in enumerate(zip(experiment.variants, table.variants, strict=True)):
         style: dict[str, Any] = {
             "color": variant.color or next(spare),
             "marker": "osD^vPX"[i % 7],
-            "label": row["label"],
+            "label": row.label,
         }
         for axes, what, unit in ((speed, "tokens_per_second", 1), (memory, "memory", 2**20)):
-            known = {t: m / unit for t, values in row[what].items() if (m := median(values)) is not None}
+            known = {t: m / unit for t, values in row.values(what).items() if (m := median(values)) is not None}
             axes.plot(known.keys(), known.values(), markeredgecolor="white", **style)
     speed.set_ylabel("tokens per second")
     memory.set_ylabel("peak memory (MiB)")

@@ -1,111 +1,164 @@
 """What a comparison found: means, paired differences with their intervals, verdicts; as JSON and as Markdown."""
 
 import statistics
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from timemix.experiments.compare import Comparison
+from timemix.experiments.compare import Comparison, Failure, Result
 from timemix.experiments.spec import Variant, Verdict
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
-from timemix.reporting.statistics import interval, paired_difference, verdict_word
+from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word
+from timemix.storage.json_files import OPTIONAL, to_json
 
 
-def build_table(comparison: Comparison) -> dict[str, Any]:
-    """Everything that a comparison found, as one JSON object; losses in nats per token, memory in bytes.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a comparison found of a variant; losses in nats per token and by seed, memory in bytes.
 
-    Differences are paired by seed, a variant's loss minus the first variant's, with a 95 % t-interval.
+    chosen: the tuning point that was taken. tuning: every tuning point with its `valid_loss`.
+    valid_at: by seed, the held-out losses by step. by_position: by seed, the loss at each position of the window.
+    failed: errors by seed. comparable: whether its losses are per the same tokens of the same text as the first row's.
+    difference: to the first row, paired by seed, with a 95 % t-interval.
     """
+
+    name: str
+    label: str
+    parameters: int | None = None
+    chosen: dict[str, Any] | None = None
+    tuning: list[dict[str, Any]] = field(default_factory=list)
+    train_losses: dict[int, float] = field(default_factory=dict)
+    valid_losses: dict[int, float] = field(default_factory=dict)
+    valid_at: dict[int, dict[str, float]] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    seconds: float = 0
+    peak_memory: float | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    comparable: bool = True
+    by_position: dict[int, tuple[float, ...]] | None = field(default=None, metadata=OPTIONAL)
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and the paired gain that it follows from."""
+
+    claim: str
+    better: str
+    worse: str
+    gain: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything that a comparison found: the content of table.json."""
+
+    title: str
+    tokens: int | None
+    seconds: float | None
+    seeds: list[int]
+    variants: list[Row]
+    verdicts: list[Judgement]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of table.json, whose first row has no `difference`."""
+        table = to_json(self)
+        del table["variants"][0]["difference"]
+        return table
+
+
+def build_table(comparison: Comparison) -> Table:
+    """Collect everything that a comparison found."""
     experiment = comparison.experiment
-    rows = [_row(comparison, variant) for variant in experiment.variants]
-    for row in rows[1:]:
-        row["difference"] = paired_difference(_losses(rows[0]), _losses(row)) if row["comparable"] else None
-    losses = {row["name"]: row for row in rows}
-    return {
-        "title": experiment.title,
-        "tokens": experiment.tokens,
-        "seconds": experiment.seconds,
-        "seeds": list(experiment.seeds),
-        "variants": rows,
-        "verdicts": [judge(verdict, losses[verdict.better], losses[verdict.worse]) for verdict in experiment.verdicts],
-    }
+    first, *others = [_row(comparison, variant) for variant in experiment.variants]
+    rows = [first]
+    for row in others:
+        difference = paired_difference(_losses(first), _losses(row)) if row.comparable else None
+        rows.append(replace(row, difference=difference))
+    by_name = {row.name: row for row in rows}
+    return Table(
+        title=experiment.title,
+        tokens=experiment.tokens,
+        seconds=experiment.seconds,
+        seeds=list(experiment.seeds),
+        variants=rows,
+        verdicts=[judge(verdict, by_name[verdict.better], by_name[verdict.worse]) for verdict in experiment.verdicts],
+    )
 
 
-def _row(comparison: Comparison, variant: Variant) -> dict[str, Any]:
-    jobs = comparison.seed_jobs(variant)
-    results = {job.number: comparison.result(job) or {"error": "not run"} for job in jobs}
-    good = {seed: r for seed, r in results.items() if "error" not in r}
-    row: dict[str, Any] = {
-        "name": variant.name,
-        "label": variant.heading,
-        "parameters": next((r["parameters"] for r in good.values()), None),
-        "chosen": comparison.best_point(variant),
-        "tuning": [
-            {**comparison.point(job), "valid_loss": (comparison.result(job) or {}).get("valid_loss")}
-            for job in comparison.tuning_jobs(variant)
-        ],
-        "train_losses": {seed: r["train_loss"] for seed, r in good.items()},
-        "valid_losses": {seed: r["valid_loss"] for seed, r in good.items()},
-        "valid_at": {seed: r["valid_at"] for seed, r in good.items()},
-        "tokens_per_second": statistics.median([r["tokens_per_second"] for r in good.values()]) if good else None,
-        "seconds": sum(r["seconds"] for r in good.values()),
-        "peak_memory": comparison.memory(variant),
-        "failed": {seed: r["error"] for seed, r in results.items() if "error" in r},
-        "comparable": comparison.same_text(variant),
-    }
-    if comparison.experiment.by_position and good:
-        row["by_position"] = {seed: r["by_position"] for seed, r in good.items()}
-    return row
+def _row(comparison: Comparison, variant: Variant) -> Row:
+    results = {job.number: comparison.result(job) or Failure("not run") for job in comparison.seed_jobs(variant)}
+    good = {seed: r for seed, r in results.items() if isinstance(r, Result)}
+    tuning: list[dict[str, Any]] = []
+    for job in comparison.tuning_jobs(variant):
+        tuned = comparison.good_result(job)
+        tuning.append({**comparison.point(job), "valid_loss": None if tuned is None else tuned.valid_loss})
+    return Row(
+        name=variant.name,
+        label=variant.heading,
+        parameters=next((r.parameters for r in good.values()), None),
+        chosen=comparison.best_point(variant),
+        tuning=tuning,
+        train_losses={seed: r.train_loss for seed, r in good.items()},
+        valid_losses={seed: r.valid_loss for seed, r in good.items()},
+        valid_at={seed: r.valid_at for seed, r in good.items()},
+        tokens_per_second=statistics.median([r.tokens_per_second for r in good.values()]) if good else None,
+        seconds=sum(r.seconds for r in good.values()),
+        peak_memory=comparison.memory(variant),
+        failed={seed: r.error for seed, r in results.items() if isinstance(r, Failure)},
+        comparable=comparison.same_text(variant),
+        by_position=_by_position(good) if comparison.experiment.by_position and good else None,
+    )
 
 
-def judge(verdict: Verdict, better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
+def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
+    return {seed: r.by_position for seed, r in good.items() if r.by_position is not None}
+
+
+def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
     """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run.
 
     Losses per different tokens, or of different texts, are not compared.
     """
     difference = None
-    if better["comparable"] == worse["comparable"]:
+    if better.comparable == worse.comparable:
         difference = paired_difference(_losses(better, verdict), _losses(worse, verdict))
-    return {
-        "claim": verdict.claim,
-        "better": verdict.better,
-        "worse": verdict.worse,
-        "gain": difference,
-        "verdict": verdict_word(difference),
-    }
+    return Judgement(verdict.claim, verdict.better, verdict.worse, difference, verdict_word(difference))
 
 
-def _losses(row: dict[str, Any], verdict: Verdict | None = None) -> dict[int, float]:
+def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
     """Held-out losses by seed: at the end, at a verdict's step, or over its first positions of the window."""
     if verdict is not None and verdict.at_step is not None:
         step = str(verdict.at_step)
-        return {seed: losses[step] for seed, losses in row["valid_at"].items() if step in losses}
+        return {seed: losses[step] for seed, losses in row.valid_at.items() if step in losses}
     if verdict is not None and verdict.first_positions is not None:
         n = verdict.first_positions
-        return {seed: statistics.fmean(losses[:n]) for seed, losses in row["by_position"].items()}
-    return row["valid_losses"]
+        return {seed: statistics.fmean(losses[:n]) for seed, losses in (row.by_position or {}).items()}
+    return row.valid_losses
 
 
-def summary(table: dict[str, Any]) -> str:
+def summary(table: Table) -> str:
     """Budget, seeds and units in one sentence."""
-    budget = f"{table['tokens']:,} tokens" if table["tokens"] else f"{table['seconds']:g} s of training"
+    budget = f"{table.tokens:,} tokens" if table.tokens else f"{table.seconds:g} s of training"
     return (
-        f"{budget} per run, seeds {', '.join(map(str, table['seeds']))}; losses in nats per token, mean ± standard"
+        f"{budget} per run, seeds {', '.join(map(str, table.seeds))}; losses in nats per token, mean ± standard"
         " deviation over seeds; difference to the first row, paired by seed, with its 95 % interval."
     )
 
 
-def result_rows(table: dict[str, Any]) -> list[list[str]]:
+def result_rows(table: Table) -> list[list[str]]:
     """The main table as text, its heading first."""
     rows = [["variant", "parameters", "chosen", "training loss", "held-out loss", "difference", "tokens/s", "memory"]]
-    for row in table["variants"]:
-        memory, speed = row["peak_memory"], row["tokens_per_second"]
+    for row in table.variants:
+        memory, speed = row.peak_memory, row.tokens_per_second
         rows.append(
             [
-                row["label"],
-                "-" if row["parameters"] is None else f"{row['parameters']:,}",
-                point_words(row["chosen"]),
-                mean_and_deviation(row["train_losses"].values()),
-                mean_and_deviation(row["valid_losses"].values()),
-                interval(row.get("difference")),
+                row.label,
+                "-" if row.parameters is None else f"{row.parameters:,}",
+                point_words(row.chosen),
+                mean_and_deviation(row.train_losses.values()),
+                mean_and_deviation(row.valid_losses.values()),
+                interval(row.difference),
                 "-" if speed is None else f"{speed:,.0f}",
                 "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
             ]
@@ -113,25 +166,23 @@ def result_rows(table: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def verdict_rows(table: dict[str, Any]) -> list[list[str]]:
+def verdict_rows(table: Table) -> list[list[str]]:
     """The verdicts as text, heading first."""
-    return [["claim", "better by", "verdict"]] + [
-        [v["claim"], interval(v["gain"]), v["verdict"]] for v in table["verdicts"]
-    ]
+    return [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts]
 
 
-def tuning_rows(table: dict[str, Any]) -> list[list[str]]:
+def tuning_rows(table: Table) -> list[list[str]]:
     """The tuning grid as text, heading first, a star at each row's lowest loss; nothing where none was tuned."""
     tried = [
-        {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row["tuning"]}
-        for row in table["variants"]
+        {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row.tuning}
+        for row in table.variants
     ]
     # Variants of architectures with different fields have different points.
     points = list(dict.fromkeys(point for losses in tried for point in losses))
     rows = [["variant", *points]] if points else []
-    for row, losses in zip(table["variants"] if points else [], tried, strict=False):
+    for row, losses in zip(table.variants if points else [], tried, strict=False):
         best = min((x for x in losses.values() if x is not None), default=None)
-        rows.append([row["label"], *(_tried(losses[p], best) if p in losses else "-" for p in points)])
+        rows.append([row.label, *(_tried(losses[p], best) if p in losses else "-" for p in points)])
     return rows
 
 
@@ -139,10 +190,10 @@ def _tried(loss: float | None, best: float | None) -> str:
     return "failed" if loss is None else f"{loss:.4f}{' *' * (loss == best)}"
 
 
-def to_markdown(table: dict[str, Any]) -> str:
+def to_markdown(table: Table) -> str:
     """The table as a person reads it."""
-    parts = [f"# {table['title']}", summary(table), markdown_table(result_rows(table), words=(0, 2))]
-    if table["verdicts"]:
+    parts = [f"# {table.title}", summary(table), markdown_table(result_rows(table), words=(0, 2))]
+    if table.verdicts:
         parts.append(markdown_table(verdict_rows(table), words=(0, 2)))
     if grid := tuning_rows(table):
         parts += ["Tuning: loss on the last 5 % of the training text, seed 0; the starred point was taken."]
@@ -152,26 +203,23 @@ def to_markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def warnings(table: dict[str, Any]) -> list[str]:
+def warnings(table: Table) -> list[str]:
     """What keeps the comparison from being fair or whole: failures, unlike parameters, a best point at the edge."""
     said = []
-    for row in table["variants"]:
-        said += [f"{row['label']}, seed {seed}, failed: {error}" for seed, error in row["failed"].items()]
-    said += [
-        f"{row['label']} reads other text or tokens: not compared."
-        for row in table["variants"]
-        if not row["comparable"]
-    ]
-    counts = [row["parameters"] for row in table["variants"] if row["parameters"]]
-    for row in table["variants"]:
-        if row["parameters"] and abs(row["parameters"] / counts[0] - 1) > 0.01:
-            said.append(f"{row['label']} has {row['parameters'] / counts[0] - 1:+.1%} parameters against the first.")
-        tried = {k: [p[k] for p in row["tuning"]] for k in (row["chosen"] or {}) if row["tuning"]}
+    for row in table.variants:
+        said += [f"{row.label}, seed {seed}, failed: {error}" for seed, error in row.failed.items()]
+    said += [f"{row.label} reads other text or tokens: not compared." for row in table.variants if not row.comparable]
+    counts = [row.parameters for row in table.variants if row.parameters]
+    for row in table.variants:
+        if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:
+            said.append(f"{row.label} has {row.parameters / counts[0] - 1:+.1%} parameters against the first.")
+        chosen = row.chosen or {}
+        tried = {k: [p[k] for p in row.tuning] for k in chosen if row.tuning}
         for name, values in tried.items():
-            value = row["chosen"][name]
+            value = chosen[name]
             numbers = isinstance(value, int | float) and not isinstance(value, bool)
             if numbers and len(set(values)) > 2 and value in (min(values), max(values)):
-                said.append(f"{row['label']} chose {name} {value:g} at the edge of its grid.")
+                said.append(f"{row.label} chose {name} {value:g} at the edge of its grid.")
     return said
 
 

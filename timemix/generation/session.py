@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from timemix.errors import DamagedFile
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
-from timemix.storage.json_files import is_count
+from timemix.storage.json_files import Count, to_json, to_record
 from timemix.storage.settings import to_dict
 from timemix.storage.tensors import open_tensors, write_tensors
 
@@ -69,17 +68,19 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
         CannotWrite: The file cannot be written.
     """
     tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(session.state.layers) for name, x in layer.items()}
-    about = {
-        "model": model_hash(model),
-        "architecture": model.config.arch,
-        "tokens": session.tokens,
-        "unread": session.unread,
-        "written": session.written,
-        "seen": sorted(session.seen),
-        "held": session.held,
-    }
+    about = _About(
+        model=model_hash(model),
+        architecture=model.config.arch,
+        tokens=session.tokens,
+        unread=session.unread,
+        written=session.written,
+        seen=tuple(sorted(session.seen)),
+        held=session.held,
+    )
     with atomic_file(Path(path)) as temporary:
-        write_tensors(temporary, tensors | {"position": session.state.position}, {"timemix_session": json.dumps(about)})
+        write_tensors(
+            temporary, tensors | {"position": session.state.position}, {"timemix_session": json.dumps(to_json(about))}
+        )
 
 
 def load_session(path: str | Path, model: LanguageModel) -> Session:
@@ -100,10 +101,8 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
         metadata = file.metadata() or {}
         # Files before 0.3 have the other key.
         about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
-        if about["model"] != model_hash(model) and not _is_of_version_1(about["model"], model):
-            raise DamagedFile(
-                f"{path} is a state of another model ({about['architecture']}); give the run that wrote it"
-            )
+        if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
+            raise DamagedFile(f"{path} is a state of another model ({about.architecture}); give the run that wrote it")
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -116,16 +115,16 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
                     x.copy_(saved)
             if found:
                 raise ValueError(f"it also holds {sorted(found)[0]}")
-            vocab_size, unread = model.config.vocab_size, about["unread"]
-            if not 1 <= unread <= len(about["tokens"]) or not all(
-                0 <= t < vocab_size for t in (*about["tokens"], *about["seen"])
+            vocab_size, unread = model.config.vocab_size, about.unread
+            if not 1 <= unread <= len(about.tokens) or not all(
+                0 <= t < vocab_size for t in (*about.tokens, *about.seen)
             ):
                 raise ValueError("its tokens are not of the model")
             if not 0 <= int(state.position) <= (model.max_position or 2**62):
                 raise ValueError(f"its position is {int(state.position)}")
         except (KeyError, ValueError, RuntimeError) as error:
-            raise DamagedFile(f"{path} is damaged: {error}") from error
-    return Session(state, tuple(about["tokens"]), unread, about["written"], frozenset(about["seen"]), about["held"])
+            raise DamagedFile(f"{path} is damaged: {error}") from None
+    return Session(state, about.tokens, unread, about.written, frozenset(about.seen), about.held)
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
@@ -134,19 +133,23 @@ def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
     return config is not None and saved == model_hash(model, config)
 
 
-def _about(path: Path, text: str | None) -> dict[str, Any]:
-    """What a file says of itself."""
+@dataclass(frozen=True)
+class _About:
+    """What a file says of its state, beside the tensors."""
+
+    model: str
+    architecture: str
+    tokens: tuple[Count, ...]
+    unread: Count
+    written: Count
+    seen: tuple[Count, ...]
+    held: str
+
+
+def _about(path: Path, text: str | None) -> _About:
     if text is None:
         raise DamagedFile(f"{path} holds no state that timemix wrote")
     try:
-        about = json.loads(text)
-        fits = (
-            all(isinstance(about[name], str) for name in ("model", "architecture", "held"))
-            and all(is_count(about[name]) for name in ("unread", "written"))
-            and all(isinstance(about[name], list) and all(map(is_count, about[name])) for name in ("tokens", "seen"))
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fits = False
-    if not fits:
-        raise DamagedFile(f"{path} is damaged: what it says of its state cannot be read")
-    return about
+        return to_record(json.loads(text), _About)
+    except (ValueError, RecursionError):
+        raise DamagedFile(f"{path} is damaged: what it says of its state cannot be read") from None

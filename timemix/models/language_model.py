@@ -16,7 +16,8 @@ from timemix.models.state import State
 
 def block_class(config: ModelConfig) -> type[Block]:
     """Import the class of the blocks of a config's architecture, which also answers for what stands outside them."""
-    return load_part(find_architecture(config.arch).model)
+    result: type[Block] = load_part(find_architecture(config.arch).model)
+    return result
 
 
 def build_model(arch: str, **fields: Any) -> "LanguageModel":

@@ -223,7 +223,8 @@ class _Curve(NamedTuple):
 
     @property
     def last_x(self) -> float:
-        return max(points[0, -1] for points in (self.train, self.valid) if points.size)
+        result: float = max(points[0, -1] for points in (self.train, self.valid) if points.size)
+        return result
 
 
 def _curve(run: Path, key: str, smoothing: float) -> _Curve:
@@ -250,7 +251,8 @@ def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     middle = slice(reach, reach + len(values))
     # Near the ends only a part of the weights falls on values.
-    return _convolved(values, weights)[middle] / _convolved(np.ones_like(values), weights)[middle]
+    result: np.ndarray = _convolved(values, weights)[middle] / _convolved(np.ones_like(values), weights)[middle]
+    return result
 
 
 def _convolved(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -1,39 +1,44 @@
 """Checkpoints of a run folder: which there are, the newest, the best."""
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from timemix.errors import DamagedFile, MissingFile
 from timemix.storage.files import remove_folder
-from timemix.storage.json_files import are_numbers, is_count, is_number, misfit, read_json
+from timemix.storage.json_files import Count, NotNegative, read_record
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """training.json of a checkpoint: what resuming needs besides tensors.
+
+    losses_since_line: of the steps after the newest line of metrics.jsonl, nats per token.
+    usual_loss: mean, variance and number of losses, as `SpikeWatch.state`.
+    data: sha256 of both splits and of the tokenizer.
+    """
+
+    step: Count
+    tokens: Count = 0
+    seconds: NotNegative
+    valid_loss: float | None
+    valid_step: Count | None
+    losses_since_line: tuple[float, ...] = ()
+    usual_loss: tuple[float, NotNegative, NotNegative] = (0.0, 0.0, 0)
+    data: dict[str, str] = field(default_factory=dict)
+
+
+def read_progress(folder: Path) -> Progress:
     """training.json of a checkpoint. Raises DamagedFile when it is missing, damaged, or a value cannot be."""
     path = folder / "training.json"
-    progress = {"losses_since_line": [], "usual_loss": [0.0, 0.0, 0]} | read_json(path)
-    if name := misfit(progress, _PROGRESS):
-        raise DamagedFile(f"{path} is damaged: {name} is {progress.get(name)!r}")
-    if len(progress["losses_since_line"]) > progress["step"]:
+    progress = read_record(path, Progress)
+    if len(progress.losses_since_line) > progress.step:
         raise DamagedFile(f"{path} is damaged: it holds more losses than steps")
     return progress
-
-
-_PROGRESS: dict[str, Callable[[Any], bool]] = {
-    "step": is_count,
-    "seconds": lambda x: is_number(x) and x >= 0,
-    "valid_loss": lambda x: x is None or is_number(x),
-    "valid_step": lambda x: x is None or is_count(x),
-    "losses_since_line": are_numbers,
-    # Mean, variance, and number of losses.
-    "usual_loss": lambda x: are_numbers(x) and len(x) == 3 and min(x[1:]) >= 0,
-}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -52,7 +57,7 @@ def newest(run: Path) -> Path:
 def _validated(run: Path) -> list[tuple[float, Path]]:
     """Validation loss and folder of the checkpoints that were validated at their own step."""
     found = [(read_progress(folder), folder) for folder in checkpoints(run)]
-    own = [(p["valid_loss"], folder) for p, folder in found if p["valid_step"] == p["step"]]
+    own = [(p.valid_loss, folder) for p, folder in found if p.valid_step == p.step]
     return [(loss, folder) for loss, folder in own if loss is not None]
 
 

@@ -2,36 +2,34 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from timemix.config.run import RunConfig, to_toml
-from timemix.runs.folder import checkpoint_name
+from timemix.runs.folder import Progress, checkpoint_name
 from timemix.storage.files import atomic_folder
+from timemix.storage.json_files import to_json
 from timemix.storage.tensors import write_tensors
 from timemix.tokenizers.base import Tokenizer
 
 
 def save_checkpoint(
     run: Path,
-    step: int,
     weights: dict[str, Tensor],
     training: dict[str, Tensor],
     config: RunConfig,
     tokenizer: Tokenizer,
-    progress: dict[str, Any],
+    progress: Progress,
 ) -> Path:
     """Writes checkpoints/step-NNNNNNNN of a run folder and returns its path.
 
-    `weights` and `training` as `gathered` gives them; `progress`: what resuming needs besides tensors (seconds,
-    validation loss ...). Raises CannotWrite when the disk is full.
+    `weights` and `training` as `gathered` gives them. Raises CannotWrite when the disk is full.
     """
-    folder = run / "checkpoints" / checkpoint_name(step)
+    folder = run / "checkpoints" / checkpoint_name(progress.step)
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
         write_tensors(temporary / "training.safetensors", training, {})
-        (temporary / "training.json").write_text(json.dumps({"step": step, **progress}, indent=1), encoding="utf-8")
+        (temporary / "training.json").write_text(json.dumps(to_json(progress), indent=1), encoding="utf-8")
     return folder

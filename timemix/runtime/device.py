@@ -15,7 +15,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Older torch cannot tell; without native instructions bfloat16 is slower than float32.
-        capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         has_it = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     if has_it:
         return "bfloat16", f"the {device.type} has bfloat16 instructions"
@@ -40,6 +40,6 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
     return found, "asked for"
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Matrix products in bfloat16 where the precision says so; nothing else changes."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -41,7 +41,7 @@ class World:
         size: int = 1,
         local_rank: int = 0,
         local_size: int = 1,
-        store: dist.Store | None = None,
+        store: dist.Store | None = None,  # type: ignore[name-defined]
         patient: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
@@ -80,7 +80,8 @@ class World:
         if self._store is None:
             return True
         try:
-            return self._store.add("timemix/said", 1) == 1
+            result: bool = self._store.add("timemix/said", 1) == 1
+            return result
         except RuntimeError:  # The store has gone with the process that kept it.
             return True
 
@@ -105,7 +106,7 @@ def joined() -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         # Work of process 0 alone may take long; that it is gone shows at once in any group.
         patient = dist.new_group(backend="gloo", timeout=_LONG)

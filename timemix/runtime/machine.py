@@ -6,8 +6,10 @@ import functools
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -25,16 +27,11 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes of memory free on a device, None where that cannot be told."""
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that are free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return psutil.virtual_memory().available
 
 
 @functools.cache
@@ -45,7 +42,7 @@ def matrix_product_peak(precision: str, device: torch.device) -> float:
     return 2 * size**3 / _fastest(lambda: a @ b, device)
 
 
-def _fastest(call, device: torch.device, seconds: float = 0.1) -> float:
+def _fastest(call: Callable[[], object], device: torch.device, seconds: float = 0.1) -> float:
     """Seconds of the fastest of the calls that fit into some time: the least disturbed."""
     fastest, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -64,41 +61,50 @@ def memory_bandwidth(device: torch.device) -> float:
     return numbers.numel() * numbers.element_size() / _fastest(numbers.sum, device)
 
 
+def resident_memory() -> int:
+    """Return the bytes of this process that lie in memory."""
+    return psutil.Process().memory_info().rss
+
+
+def address_space() -> int:
+    """Return the bytes of addresses that this process has reserved: what RLIMIT_AS limits."""
+    return psutil.Process().memory_info().vms
+
+
 def peak_memory(device: torch.device) -> int | None:
-    """Most memory of this process so far in bytes: allocated on a GPU, else resident; None where no one tells."""
+    """Return the most memory of this process so far in bytes: allocated on a GPU, else resident; None if unavailable.
+
+    Linux: VmHWM, which psutil does not report. ru_maxrss begins there with the memory of the process that started this
+    one, so it stands in on macOS alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    if sys.platform == "darwin":
         import resource
-    except ImportError:
-        return None
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next((int(value.split()[0]) * 1024 for value in _fields("/proc/self/status", "VmHWM")), None)
 
 
 def processor_name() -> str:
+    """Return the model name of the processor: psutil does not report it, and `platform` has none on Linux."""
+    return next(iter(_fields("/proc/cpuinfo", "model name")), platform.processor() or platform.machine())
+
+
+def _fields(path: str, name: str) -> list[str]:
+    """Return the values of the lines `name: value` of a file of the kernel; none if there is no such file."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == name]
 
 
 def largest_cache() -> int | None:
-    """Bytes of the largest cache of a processor, None where the system does not tell."""
+    """Return the bytes of the largest cache of a processor, None if unavailable. psutil reports no caches."""
     units = {"K": 2**10, "M": 2**20}
     try:
         sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
         return max(int(size[:-1]) * units[size[-1]] for size in sizes)
     except (OSError, ValueError, KeyError):
-        return None
-
-
-def process_memory(name: str) -> int | None:
-    """Bytes of a line of /proc/self/status, None where there is none."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields[name].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
         return None

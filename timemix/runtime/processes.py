@@ -5,10 +5,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
+
+import psutil
 
 MOST_PROCESSES = 16
 
@@ -17,8 +20,11 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may use."""
+    if sys.platform == "darwin":
+        # macOS binds no process to processors.
+        return psutil.cpu_count() or 1
+    return len(psutil.Process().cpu_affinity())
 
 
 @contextlib.contextmanager
@@ -34,7 +40,7 @@ def in_processes(count: int, begin: Callable[..., object], *arguments: object) -
     executor = ProcessPoolExecutor(count, spawn, initializer=_begin, initargs=(begin, arguments))
 
     def each(function: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
-        waiting: collections.deque[Future] = collections.deque()
+        waiting: collections.deque[Future[Any]] = collections.deque()
         for thing in things:
             with _without_interrupts():
                 waiting.append(executor.submit(function, thing))

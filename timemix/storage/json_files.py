@@ -1,13 +1,38 @@
-"""JSON files of any content: read, and checked by shape."""
+"""JSON files of any content: read, and checked against the dataclass that describes them."""
 
+import dataclasses
 import json
 import sys
-from collections.abc import Callable
+import types
+import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from timemix.errors import DamagedFile
 from timemix.storage.files import read_text
+
+Record = TypeVar("Record")
+
+OPTIONAL = {"optional": True}
+"""Metadata of a field that `to_json` leaves out where it is None."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, or of the length of a list, both included."""
+
+    least: float
+    most: float = sys.float_info.max
+
+
+Count = Annotated[int, Range(0, 2**63 - 1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(sys.float_info.min)]
+
+
+class Misfit(ValueError):
+    """A value that does not fit its field: `FIELD is VALUE`."""
 
 
 def parse_json(path: Path, what: str = "") -> Any:
@@ -27,23 +52,83 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a JSON object as a dataclass.
+
+    Raises:
+        DamagedFile: the file is missing, no JSON object, or a field has a wrong type or lies outside its range.
+    """
+    data = read_json(path)
+    try:
+        return to_record(data, kind)
+    except Misfit as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+
+
+def to_record(data: Any, kind: type[Record], place: str = "") -> Record:
+    """Check a JSON object by the types and ranges of a dataclass, and return it as one.
+
+    Fields that the dataclass does not have are ignored, as newer versions may write them; fields with a default may be
+    missing, as older versions did not write them. JSON lists become tuples.
+
+    Args:
+        data: a parsed JSON value.
+        kind: a dataclass of numbers, texts, lists, objects and other such dataclasses, or None, some with a `Range`.
+        place: prefix of the names in messages.
+
+    Raises:
+        Misfit: a field is missing or does not fit.
+    """
+    if not isinstance(data, dict):
+        raise Misfit(f"{place.rstrip('.') or 'it'} is no JSON object")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values = {}
+    for field in dataclasses.fields(typing.cast(Any, kind)):
+        if field.name in data:
+            values[field.name] = _checked(place + field.name, data[field.name], hints[field.name])
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise Misfit(f"{place}{field.name} is missing")
+    return kind(**values)
+
+
+def _checked(place: str, value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        found = _checked(place, value, args[0])
+        size = len(found) if isinstance(found, tuple) else found
+        if all(bound.least <= size <= bound.most for bound in args[1:]):
+            return found
+    elif origin in (types.UnionType, typing.Union):
+        (other,) = (each for each in args if each is not type(None))
+        return None if value is None else _checked(place, value, other)
+    elif origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(value, kinds, strict=True))
+            return tuple(_checked(f"{place}[{i}]", each, kind) for i, (each, kind) in pairs)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _checked(f"{place}.{key}", each, args[1]) for key, each in value.items()}
+    elif dataclasses.is_dataclass(hint):
+        return to_record(value, typing.cast(type, hint), f"{place}.")
+    elif hint is Any or (hint is float and is_number(value)) or (hint in (int, str, bool) and type(value) is hint):
+        return value
+    raise Misfit(f"{place} is {value!r}")
+
+
 def is_number(value: Any) -> bool:
     """Whether a value from a file is a finite number that a float can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value from a file is an integer from 0 that 64 bits hold."""
-    return type(value) is int and 0 <= value < 2**63
+def to_json(record: Any) -> dict[str, Any]:
+    """Return the JSON object of a dataclass, without its `OPTIONAL` fields that are None."""
+    fields = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
+    return {f.name: _plain(value) for f, value in fields if value is not None or not f.metadata.get("optional")}
 
 
-def are_numbers(value: Any) -> bool:
-    """Whether a value from a file is a list of numbers."""
-    return isinstance(value, list) and all(map(is_number, value))
-
-
-def misfit(data: Any, checks: dict[str, Callable[[Any], bool]]) -> str | None:
-    """Name of the first field of a JSON object that is missing or fails its check, None where all serve."""
-    return next(
-        (n for n, check in checks.items() if not (isinstance(data, dict) and n in data and check(data[n]))), None
-    )
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -59,7 +59,7 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
     return cls(**values)
 
 
-def _required(f: dataclasses.Field) -> bool:
+def _required(f: dataclasses.Field[Any]) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import normalizers
@@ -73,7 +74,7 @@ class WordTokenizer(Tokenizer):
         return np.concatenate(ids), unknown
 
 
-def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable) -> WordTokenizer:
+def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable[..., Any]) -> WordTokenizer:
     if unknown == "byte":
         raise InvalidValue("a word tokenizer cannot spell unknown words as bytes; choose data.unknown unk or error")
     counts: Counter[str] = Counter()

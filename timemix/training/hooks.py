@@ -21,7 +21,8 @@ def load_hook(name: str) -> Hook:
         raise InvalidValue(f"hook {name!r} cannot be used: {error}; name a function as module:function") from error
     if not callable(found):
         raise InvalidValue(f"hook {name!r} is no function; name one as module:function")
-    return found
+    hook: Hook = found
+    return hook
 
 
 def tensorboard(folder: Path, step: int) -> Hook:

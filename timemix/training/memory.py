@@ -41,7 +41,7 @@ def refuse_too_large(config: RunConfig, world: World) -> None:
     if device.type == "cpu":
         needed *= world.local_size
     free = free_memory(device)
-    if free is not None and needed > free:
+    if needed > free:
         raise Unavailable(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free;"
             f" lower train.batch_size ({config.train.batch_size}), cut it with train.accumulation, or take"

@@ -116,7 +116,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     for a, b, c in _QUINTICS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if wide is not matrices else x
+    result: Tensor = x.mT if wide is not matrices else x
+    return result
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
         # Imported where needed: it takes more than a second, half of what torch does.
         from torch.distributed.fsdp import fully_shard
 
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))
+        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))  # type: ignore[attr-defined]
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.

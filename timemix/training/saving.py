@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from timemix.errors import DamagedFile
 from timemix.models.language_model import LanguageModel
-from timemix.runs.folder import checkpoint_name, read_progress
+from timemix.runs.folder import Progress, checkpoint_name, read_progress
 from timemix.runs.load import check_weights
 from timemix.runtime.distributed import World, part_like, whole
 from timemix.storage.tensors import fits_tensor, open_tensors
@@ -40,7 +39,7 @@ def gathered(
     return weights, training
 
 
-def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
     """Puts weights and optimizer state of a checkpoint back; returns its training.json.
 
     Raises DamagedFile when a file is missing, damaged or does not fit the model.
@@ -48,10 +47,10 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     _fill_from(folder, model)
     path = folder / "training.safetensors"
     progress = read_progress(folder)
-    if progress["step"] == 0:
+    if progress.step == 0:
         return progress
-    if folder.name != checkpoint_name(progress["step"]):
-        raise DamagedFile(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress['step']}")
+    if folder.name != checkpoint_name(progress.step):
+        raise DamagedFile(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress.step}")
     names = {id(p): name for name, p in model.named_parameters()}
     with open_tensors(path) as tensors:
         for optimizer in optimizers:

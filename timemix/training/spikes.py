@@ -14,7 +14,7 @@ class SpikeWatch:
 
     def __init__(self, deviations: float) -> None:
         self._deviations = deviations
-        self.state = [0.0, 0.0, 0]
+        self.state: tuple[float, float, float] = (0.0, 0.0, 0)
 
     def __call__(self, loss: float) -> str | None:
         """A sentence's end that tells of a spike, None where this loss is none. A report needs 50 losses before it."""
@@ -25,9 +25,9 @@ class SpikeWatch:
         # A spike counts as the highest usual loss, so that a lasting rise is told a few times, not for ever.
         usual = highest if spike else loss
         weight = max(1 - self.DECAY, 1 / (seen + 1))
-        self.state = [
+        self.state = (
             mean + weight * (usual - mean),
             (1 - weight) * (variance + weight * (usual - mean) ** 2),
             seen + 1,
-        ]
+        )
         return f"the loss is {loss:.3f}, after {mean:.3f} ± {deviation:.3f} in the steps before" if spike else None

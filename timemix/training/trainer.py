@@ -21,7 +21,7 @@ from timemix.errors import CannotWrite, DamagedFile, Interrupted, InvalidValue, 
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
-from timemix.runs.folder import best_loss, checkpoints, newest, prune
+from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
@@ -141,21 +141,21 @@ class Trainer:
     def data_hashes(self) -> dict[str, str]:
         """What identifies the training data: sha256 of both splits and of the tokenizer."""
         info = self.corpus.info
-        splits = {split: info[split]["sha256"] for split in ("train", "valid")}
+        splits = {split: info.split(split).sha256 for split in ("train", "valid")}
         return splits | {"tokenizer": self.corpus.tokenizer.hash}
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint. Raises DamagedFile where it is damaged or of other data."""
         progress = restore_training(folder, self.model, self.optimizers)
-        if progress.get("data") != self.data_hashes:
+        if progress.data != self.data_hashes:
             raise DamagedFile(f"the data are not those that {self.out} was trained on: their hashes differ")
-        self.step = progress["step"]
-        self.seconds = progress["seconds"]
-        self.valid_loss = progress["valid_loss"]
-        self.valid_step = progress["valid_step"]
+        self.step = progress.step
+        self.seconds = progress.seconds
+        self.valid_loss = progress.valid_loss
+        self.valid_step = progress.valid_step
         self.best_loss = best_loss(self.out)
-        self._losses = progress["losses_since_line"]
-        self._spikes.state = progress["usual_loss"]
+        self._losses = list(progress.losses_since_line)
+        self._spikes.state = progress.usual_loss
 
     def tidy(self) -> None:
         """Removes what comes after the newest checkpoint, and older ones that a killed process still wanted to."""
@@ -260,20 +260,21 @@ class Trainer:
         When the disk is full the checkpoints before stay; raises CannotWrite then, or, to `go_on`, warns.
         """
         weights, training = gathered(self.model, self.optimizers, self.world)
-        progress = {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "valid_loss": self.valid_loss,
-            "valid_step": self.valid_step,
-            "losses_since_line": self._losses,
-            "usual_loss": self._spikes.state,
-            "data": self.data_hashes,
-        }
+        progress = Progress(
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            valid_loss=self.valid_loss,
+            valid_step=self.valid_step,
+            losses_since_line=tuple(self._losses),
+            usual_loss=self._spikes.state,
+            data=self.data_hashes,
+        )
 
         def write() -> Path | None:
             tokenizer = self.corpus.tokenizer
             try:
-                saved = save_checkpoint(self.out, self.step, weights, training, self.config, tokenizer, progress)
+                saved = save_checkpoint(self.out, weights, training, self.config, tokenizer, progress)
             except CannotWrite as error:
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:

@@ -120,7 +120,8 @@ class ProAttention(RotaryAttention):
         if self.beta is not None:
             beta = self.beta[:, target]
             W = W * (beta if lag is None else beta.transpose(0, 1))[..., None]
-        return W
+        result: Tensor = W
+        return result
 
     def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
         return times_gamma(y, self.gamma, position)
@@ -140,7 +141,8 @@ class Geglu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) to (B, T, C)."""
         k, v = joint_linear(x, self.key, self.value)
-        return self.output(self.activation(k) * v)
+        result: Tensor = self.output(self.activation(k) * v)
+        return result
 
 
 class RotaryBlock(ShiftedBlock):

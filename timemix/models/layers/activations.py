@@ -1,6 +1,7 @@
 """Activations of the feed-forward halves, by the names of the config."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ class _Mish(torch.autograd.Function):
     """With e = exp(x), n = e (e + 2), d = n + 2: mish = x n / d, and its derivative n / d + 4 x e (1 + e) / d^2."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide, _, n, inverse = _Mish.parts(x)
         return (wide * n * inverse).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         wide, e, n, inverse = _Mish.parts(x)
         slope = (n + 4 * wide * e * (1 + e) * inverse) * inverse
@@ -37,7 +38,8 @@ def mish(x: Tensor) -> Tensor:
 
     The framework's own takes a logarithm, an exponential and a hyperbolic tangent, 14 times as long as gelu.
     """
-    return _Mish.apply(x)
+    result: Tensor = _Mish.apply(x)  # type: ignore[no-untyped-call]
+    return result
 
 
 def relu2(x: Tensor) -> Tensor:

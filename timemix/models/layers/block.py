@@ -209,7 +209,8 @@ class ShiftedBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         if state is None and x.dtype == torch.float32 and fused.serves(x):
             return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
-        return self.shift(to_product_dtype(norm(x)), state, lengths)
+        result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths)
+        return result
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:

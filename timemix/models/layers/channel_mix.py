@@ -28,4 +28,5 @@ class ChannelMix(nn.Module):
             hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)
             return fused.scaled(F.linear(hidden, self.output.weight), self.output.bias, gate)
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)
-        return r.sigmoid() * self.output(ACTIVATIONS[self.activation](k) * v)
+        result: Tensor = r.sigmoid() * self.output(ACTIVATIONS[self.activation](k) * v)
+        return result

@@ -58,7 +58,10 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         return tuple(each(x) for each in linears)
     weight, bias = side_by_side(*linears)
-    return linear(x, weight.to(x.dtype), bias.to(x.dtype)).split([each.out_features for each in linears], dim=-1)
+    result: tuple[Tensor, ...] = linear(x, weight.to(x.dtype), bias.to(x.dtype)).split(
+        [each.out_features for each in linears], dim=-1
+    )
+    return result
 
 
 def side_by_side(*linears: Linear) -> tuple[Tensor, Tensor]:

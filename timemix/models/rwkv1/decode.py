@@ -14,7 +14,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ class CompiledStep:
             inputs=linear.in_features,
         )
 
-    def _norm(self, norm: nn.LayerNorm) -> ctypes.Array:
+    def _norm(self, norm: nn.LayerNorm) -> ctypes.Array[Any]:
         return (ctypes.c_void_p * 2)(self._hold(norm.weight), self._hold(norm.bias))
 
     def _hold(self, x: Tensor) -> int:

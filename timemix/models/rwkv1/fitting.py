@@ -275,7 +275,8 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
 def _pairs(x: Tensor) -> Tensor:
     """Pair up the slots of x: (S, K, L) -> (S, K // 2, 2, L), without an odd last one."""
-    return x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
+    result: Tensor = x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
+    return result
 
 
 def _of_pairs(x: Tensor, angle: Tensor) -> Tensor:

@@ -147,7 +147,8 @@ class Pending:
 def _causal_convolution(x: Tensor, f: Tensor) -> Tensor:
     """Return y[t] = sum_{u<=t} f(t-u) x[u], (H, T, N), from x of that shape and f (H, T) by lag."""
     # (H, T, N) -> (1, T, H, N) and back
-    return spectral_convolution(x.transpose(0, 1)[None], f)[0].transpose(0, 1)
+    result: Tensor = spectral_convolution(x.transpose(0, 1)[None], f)[0].transpose(0, 1)
+    return result
 
 
 def _written(state: State) -> list[tuple[int, int]]:

@@ -42,7 +42,8 @@ def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "aut
     kvr = F.linear(x, weight.to(x.dtype))
     y = gated_wkv1(kvr, bias, f, mixer.alpha, mixer.beta, mixer.config.heads, backend=backend)
     if mixer.gamma is None:
-        return mixer.output(y)
+        result: Tensor = mixer.output(y)
+        return result
     return fused.scaled(F.linear(y, mixer.output.weight), mixer.output.bias, mixer.gamma)
 
 

@@ -13,6 +13,8 @@ multiplied by an exact zero, so an output rounds relative to its own terms alone
 future exchanged.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,11 +93,11 @@ def _(x: Tensor, reverse: bool = False) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _running_sum_setup(ctx, inputs, output) -> None:
+def _running_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.reverse = inputs[1]
 
 
-def _running_sum_backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+def _running_sum_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return running_sum(gradient, not ctx.reverse), None
 
 
@@ -149,11 +151,11 @@ def _(gradient: Tensor, ctx_len: int) -> Tensor:
     return gradient.new_empty(gradient.shape[0], ctx_len)
 
 
-def _toeplitz_setup(ctx, inputs, output) -> None:
+def _toeplitz_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.ctx_len = inputs[0].shape[1]
 
 
-def _toeplitz_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _toeplitz_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return _toeplitz_backward(gradient, ctx.ctx_len), None, None
 
 
@@ -278,12 +280,12 @@ def _(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(H, T, B, N).permute(2, 1, 0, 3), torch.empty_like(f)
 
 
-def _convolution_setup(ctx, inputs, output) -> None:
+def _convolution_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, f, _ = inputs
     ctx.save_for_backward(x, f)
 
 
-def _convolution_gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+def _convolution_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     return *_causal_convolution_backward(gradient, *ctx.saved_tensors), None
 
 

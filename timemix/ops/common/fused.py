@@ -115,7 +115,8 @@ def norm_shift(
     Returns:
         (B, T, C), in `dtype`.
     """
-    return _NormShift.apply(x, _numbers(weight), _numbers(bias), eps, edges, dtype)
+    result: Tensor = _NormShift.apply(x, _numbers(weight), _numbers(bias), eps, edges, dtype)  # type: ignore[no-untyped-call]
+    return result
 
 
 def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +132,10 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
         alpha exp(k) v (H, T, B, N), in the layout of the products that sum it; the running sum of exp(k)
         (B, T, H, N), in float32; sigmoid(r) (B, T, H, N).
     """
-    return _Weigh.apply(kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads)
+    result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(  # type: ignore[no-untyped-call]
+        kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads
+    )
+    return result
 
 
 def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
@@ -146,7 +150,8 @@ def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) 
     Returns:
         (B, T, H, N), in the dtype of `gate`.
     """
-    return _Divide.apply(numerator, total, gate, None if beta is None else _numbers(beta))
+    result: Tensor = _Divide.apply(numerator, total, gate, None if beta is None else _numbers(beta))  # type: ignore[no-untyped-call]
+    return result
 
 
 def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,8 @@ def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Te
     Returns:
         act(k) v (..., F), and sigmoid(r) (..., C).
     """
-    return _Gates.apply(kvr, _numbers(bias), channels, activation)
+    result: tuple[Tensor, Tensor] = _Gates.apply(kvr, _numbers(bias), channels, activation)  # type: ignore[no-untyped-call]
+    return result
 
 
 def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
@@ -180,7 +186,8 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
     """
     if by.ndim == 1 and len(by) < x.shape[1]:
         raise ValueError(f"{len(by)} numbers are too few for {x.shape[1]} positions")
-    return _Scaled.apply(x, _numbers(bias), _numbers(by) if by.ndim == 1 else by.to(x.dtype))
+    result: Tensor = _Scaled.apply(x, _numbers(bias), _numbers(by) if by.ndim == 1 else by.to(x.dtype))  # type: ignore[no-untyped-call]
+    return result
 
 
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
@@ -261,7 +268,7 @@ class _NormShift(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
         x = x.contiguous()
         ctx.shift = _Shift(len(edges) - 1, (ctypes.c_int64 * len(edges))(*edges), *x.shape)
@@ -272,7 +279,7 @@ class _NormShift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         # Sums over parts of the rows.
@@ -285,7 +292,7 @@ class _Weigh(torch.autograd.Function):
     """weigh of ops/rwkv1/time_mix.c."""
 
     @staticmethod
-    def forward(ctx, kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         kvr = kvr.contiguous()
         B, T, H, N = *kvr.shape[:2], heads, kvr.shape[2] // 3 // heads
         source, gate = kvr.new_empty(H, T, B, N), kvr.new_empty(B, T, H, N)
@@ -296,7 +303,7 @@ class _Weigh(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dsource: Tensor, dtotal: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsource: Tensor, dtotal: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
         kvr, bias, alpha, gate = ctx.saved_tensors
         # dbias (B, 3 C) and dalpha (B, H, T): sums over the positions of each sequence.
         dkvr, dbias, dalpha = torch.empty_like(kvr), bias.new_empty(len(kvr), len(bias)), _by_sequence(alpha, gate)
@@ -309,7 +316,7 @@ class _Divide(torch.autograd.Function):
     """divide of ops/rwkv1/time_mix.c."""
 
     @staticmethod
-    def forward(ctx, numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
+    def forward(ctx: Any, numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
         numerator, y = numerator.contiguous(), torch.empty_like(gate)
         _call("timemix_divide", gate, _sizes(gate, beta), numerator, total, gate, y)
         ctx.save_for_backward(numerator, total, gate, beta)
@@ -317,7 +324,7 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         numerator, total, gate, beta = ctx.saved_tensors
         dnumerator, dtotal, dgate = torch.empty_like(numerator), torch.empty_like(total), torch.empty_like(gate)
         dbeta, given = _by_sequence(beta, gate), (numerator, total, gate, dy.contiguous())
@@ -347,7 +354,7 @@ class _Gates(torch.autograd.Function):
     """ops/common/gates.c."""
 
     @staticmethod
-    def forward(ctx, kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
         kvr = kvr.contiguous()
         rows, hidden_size = kvr.shape[:-1], (kvr.shape[-1] - channels) // 2
         hidden, gate = kvr.new_empty(*rows, hidden_size), kvr.new_empty(*rows, channels)
@@ -358,7 +365,7 @@ class _Gates(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dhidden: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dhidden: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
         kvr, bias, gate = ctx.saved_tensors
         dkvr, dbias = torch.empty_like(kvr), bias.new_empty(_PARTS, len(bias))
         gradients = (each.contiguous() for each in (dhidden, dgate))
@@ -370,7 +377,7 @@ class _Scaled(torch.autograd.Function):
     """ops/common/scale.c."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
         x, by = x.contiguous(), by.contiguous()
         y = torch.empty_like(x)
         _call("timemix_scale", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), y)
@@ -379,7 +386,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, by = ctx.saved_tensors
         dy, dx, dbias = dy.contiguous(), torch.empty_like(x), bias.new_empty(_PARTS, len(bias))
         dby = by.new_empty(x.shape[:2] if by.ndim == 1 else x.shape)

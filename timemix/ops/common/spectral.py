@@ -21,6 +21,7 @@ another, so that intermediate values stay in the processor's cache.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def block_length(T: int) -> int:
     Returns:
         About 1.4 sqrt(T), a multiple of 16: there transforms and products of spectra cost about the same.
     """
-    return max(16, round(1.4 * T**0.5 / 16) * 16)
+    result: int = max(16, round(1.4 * T**0.5 / 16) * 16)
+    return result
 
 
 @operator("timemix::spectral_convolution")
@@ -118,12 +120,13 @@ def _(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(f)
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    return _spectral_convolution_backward(gradient, *ctx.saved_tensors)
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _spectral_convolution_backward(gradient, *ctx.saved_tensors)
+    return result
 
 
 spectral_convolution.register_autograd(_gradients, setup_context=_setup)
@@ -178,7 +181,8 @@ def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:
     L = len(E) // 2 - 1
     # (n L,) -> (n - 1, 2 L - 1): the lags d L - L + 1 ... d L + L - 1 for d = 1 ... n - 1
     lags = of_length(f[None], n * L)[0, 1:].unfold(0, 2 * L - 1, L)
-    return toeplitz(F.pad(E @ lags.t(), (1, 0)), n, n).view(2, L + 1, n, n)
+    result: Tensor = toeplitz(F.pad(E @ lags.t(), (1, 0)), n, n).view(2, L + 1, n, n)
+    return result
 
 
 def _complex_product(a: Tensor, b: Tensor, first: int = 1, second: int = 1) -> Tensor:

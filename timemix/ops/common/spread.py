@@ -7,6 +7,7 @@ bandwidth. For an embedding it would add rows in the order in which threads arri
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ class _Broadcast(torch.autograd.Function):
     """expand, with the sum of the gradient in an operator that the compiler does not fuse."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.shape = x.shape
         return x.expand(shape)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _sum_to(gradient.contiguous(), ctx.shape), None
 
 
@@ -49,7 +50,7 @@ def broadcast_parameter(x: Tensor, like: Tensor) -> Tensor:
     """
     x = x.to(like.dtype)
     x = x.view((1,) * (like.ndim - x.ndim) + x.shape)
-    return _Broadcast.apply(x, like.shape) if torch.compiler.is_compiling() else x
+    return _Broadcast.apply(x, like.shape) if torch.compiler.is_compiling() else x  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("timemix::embedding", mutates_args=())
@@ -73,7 +74,8 @@ def _(weight: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.library.custom_op("timemix::embedding_backward", mutates_args=())
 def _embedding_backward(gradient: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward(gradient, tokens, vocab_size, -1, False)
+    result: Tensor = torch.ops.aten.embedding_dense_backward(gradient, tokens, vocab_size, -1, False)
+    return result
 
 
 @_embedding_backward.register_fake
@@ -81,13 +83,13 @@ def _(gradient: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     return gradient.new_empty(vocab_size, gradient.shape[-1])
 
 
-def _embedding_setup(ctx, inputs, output) -> None:
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     weight, tokens = inputs
     ctx.save_for_backward(tokens)
     ctx.vocab_size = len(weight)
 
 
-def _embedding_gradient(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+def _embedding_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return _embedding_backward(gradient, *ctx.saved_tensors, ctx.vocab_size), None
 
 

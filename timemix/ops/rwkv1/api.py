@@ -251,7 +251,8 @@ def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
         return _times_matrix(f, x, position, T)
     if position is not None:
         x = _aligned(x, position + T)
-    return causal_convolution(x, f, T)
+    result: Tensor = causal_convolution(x, f, T)
+    return result
 
 
 def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
