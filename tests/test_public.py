@@ -65,8 +65,8 @@ def test_generate_and_stream_give_the_same_text(run):
 
 
 def test_evaluate_a_text_and_the_held_out_one(run):
-    assert timemix.evaluate(run, TEXT)["nats_per_token"] > 0
-    assert timemix.evaluate(timemix.load(run))["tokens"] > 0
+    assert timemix.evaluate(run, TEXT).nats_per_token > 0
+    assert timemix.evaluate(timemix.load(run)).tokens > 0
 
 
 def test_a_saved_session_continues_the_text(run, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import TEXT
+from timemix.bench.measure import StepSpeed
 from timemix.cli.main import main
 from timemix.errors import FileError, InvalidValue, NotFinite
 from timemix.experiments.spec import read_experiment
@@ -292,7 +293,9 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
 
 def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
     # Memory is measured in processes of their own: in tests/test_compare.py.
-    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+    monkeypatch.setattr(
+        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
+    )
     (tmp_path / "my.txt").write_text(TEXT)
     options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1536", "--seeds", "2", "--no-tune"]
     status, out, err = call("compare", *options, "--out", "c", "--json")

@@ -223,9 +223,9 @@ def test_it_is_sampled_evaluated_inspected_and_extended(tmp_path):
     engine.add(Request(loaded.tokenizer.encode("the ").tolist(), tokens=8, seed=1))
     assert loaded.tokenizer.decode([e.token for _ in range(8) for e in engine.step()]) == whole
     report = inspect_run(loaded, loaded.tokenizer.encode("the cat sat on mat"))
-    assert [row["projection"] for row in report["projections"]] == ["value"] * 2
-    assert report["projections"][0]["shifted"] is not None
-    assert list(report["tables"][0]) == ["gamma"]
+    assert [row.projection for row in report.projections] == ["value"] * 2
+    assert report.projections[0].shifted is not None
+    assert list(report.tables[0]) == ["gamma"]
     model = replace(run.config.model, ctx_len=20)
     data = replace(run.config.data, source=str(tmp_path / "text.txt"))
     longer = new_run(replace(run.config, model=model, data=data, start=str(run.out)), tmp_path / "longer")
