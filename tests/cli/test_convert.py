@@ -56,8 +56,8 @@ def test_where_the_fit_is_exact_it_is_the_same_model(sizes, tables):
     new, fits = with_exponentials(old, K, M)
     x = torch.randint(0, 11, (3, 12))
     torch.testing.assert_close(new(x)[0], old(x)[0], atol=2e-3 if M == 0 else 1e-10, rtol=0)
-    assert max(fit["error"] for fit in fits) < (0.02 if M == 0 else 1e-12)
-    assert [(fit["layer"], fit["head"]) for fit in fits] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert max(fit.error for fit in fits) < (0.02 if M == 0 else 1e-12)
+    assert [(fit.layer, fit.head) for fit in fits] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_taps_are_exact_and_the_rest_is_fitted():
@@ -69,7 +69,7 @@ def test_taps_are_exact_and_the_rest_is_fitted():
     assert not torch.allclose(curve[..., 3:], f[..., 3:])
     without, _ = with_exponentials(old, 2)
     assert without.blocks[0].mixer.taps is None
-    assert fits[0]["f"] == pytest.approx(f[0, 0].tolist())
+    assert fits[0].f == pytest.approx(f[0, 0].tolist())
 
 
 @pytest.mark.parametrize(

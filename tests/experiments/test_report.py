@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.comparisons import finish, small
 from tests.helpers.runs import write_text_file
+from timemix.bench.measure import StepSpeed
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import to_html, write_report
 from timemix.experiments.spec import Variant, Verdict
@@ -33,7 +34,7 @@ def comparison(tmp_path_factory):
     found = Comparison(replace(experiment, base=base), folder / "out")
     with pytest.MonkeyPatch.context() as patch:
         # Three seconds for each variant, and no part of what is shown here.
-        patch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: {"peak_memory": None})
+        patch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None))
         finish(found)
         write_report(found)
     return found

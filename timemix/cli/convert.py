@@ -7,13 +7,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 from timemix.cli.options import parse
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
+from timemix.storage.json_files import to_json
+
+if TYPE_CHECKING:
+    from timemix.experiments.convert import Converted
 
 _FLAGS = {"exponentials": "--constant-state", "taps": "--taps"}
 
@@ -77,17 +81,21 @@ def convert(arguments: list[str]) -> int:
             check_conversion(conversion, loaded.config.model)
         except InvalidValue as error:
             raise InvalidValue(re.sub("^exponentials|^taps", lambda name: _FLAGS[name[0]], str(error))) from error
-    report: dict[str, Any] = {"run": str(loaded.folder), "ctx_len": loaded.config.model.ctx_len, "converted": []}
+    rows: list[Converted] = []
     for conversion in conversions:
         try:
-            row = convert_run(conversion, loaded, watching)
+            rows.append(convert_run(conversion, loaded, watching))
         except Interrupted as stop:
             print(f"timemix: {stop}; resume with: timemix train --resume {conversion.out}", file=sys.stderr)
             return 128 + stop.number
-        report["original"] = row.pop("original")
-        report["converted"].append(row)
         if not parsed.json:
-            _say(report, conversion is conversions[0])
+            _say(rows[-1], len(rows) == 1)
+    report = {
+        "run": str(loaded.folder),
+        "ctx_len": loaded.config.model.ctx_len,
+        "converted": [{n: x for n, x in to_json(row).items() if n not in ("run", "original")} for row in rows],
+        "original": rows[-1].original,
+    }
     if several:
         write_text(parsed.out / "convert.json", json.dumps(report, indent=1))
     if parsed.json:
@@ -95,17 +103,16 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
-def _say(report: dict[str, Any], first: bool) -> None:
-    row = report["converted"][-1]
-    error = math.sqrt(fmean(fit["error"] ** 2 for fit in row["fits"]))
-    name = f"{row['exponentials']} exponentials" + (f", {row['taps']} taps" if row["taps"] else "")
+def _say(row: "Converted", first: bool) -> None:
+    error = math.sqrt(fmean(fit.error**2 for fit in row.fits))
+    name = f"{row.exponentials} exponentials" + (f", {row.taps} taps" if row.taps else "")
     if first:
-        ranges = "".join(f"{r:>9}" for r in report["original"])
+        ranges = "".join(f"{r:>9}" for r in row.original)
         print(f"{'nats per token at positions, in ctx_len':<44}{ranges}")
-        print(_line("original, reading its newest half again", report["original"]))
-    print(_line(name, row["before"]), f"  {error:.1%} of the curves not fitted; {row['out']}")
-    if "after" in row:
-        print(_line(f"{name}, fine-tuned", row["after"]))
+        print(_line("original, reading its newest half again", row.original))
+    print(_line(name, row.before), f"  {error:.1%} of the curves not fitted; {row.out}")
+    if row.after is not None:
+        print(_line(f"{name}, fine-tuned", row.after))
 
 
 def _line(name: str, losses: dict[str, float]) -> str:

@@ -1,11 +1,11 @@
 """A trained model as a recurrent network: its run folder, losses by range of positions, a fine-tune to regain them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,11 +22,22 @@ from timemix.reporting.plots import plot_loss, save_picture
 from timemix.runs.load import Loaded
 from timemix.runtime.machine import keep_freed_memory
 from timemix.storage.files import write_text
+from timemix.storage.json_files import OPTIONAL, to_json
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer, Watch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+class Fitted(Protocol):
+    """A curve over lags and its fit, as the module that converts gives it."""
+
+    layer: int
+    head: int
+    error: float
+    f: list[float]
+    fit: list[float]
 
 
 Watching = Callable[[int, int], AbstractContextManager[Watch]]
@@ -65,6 +76,40 @@ class Conversion:
     device: str = "auto"
 
 
+@dataclass(frozen=True)
+class CurveError:
+    """What the fit of a curve leaves, as `FittedCurve.error`."""
+
+    layer: int
+    head: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A conversion that was made, as convert.json holds it. Losses are in nats per token, by range of positions.
+
+    Args:
+        run: Checkpoint that was converted.
+        exponentials: As in the conversion.
+        taps: As in the conversion.
+        out: New run folder.
+        fits: What the fit of each curve leaves.
+        original: Losses of the original.
+        before: Losses of the new model before the fine-tune.
+        after: Losses after the fine-tune, None without one.
+    """
+
+    run: str
+    exponentials: int
+    taps: int
+    out: str
+    fits: tuple[CurveError, ...]
+    original: dict[str, float]
+    before: dict[str, float]
+    after: dict[str, float] | None = field(default=None, metadata=OPTIONAL)
+
+
 def check_conversion(conversion: Conversion, model: ModelConfig) -> None:
     """Raises InvalidValue for a model that cannot be converted so."""
     _recurrent_part(model).exponential_config(model, conversion.exponentials, conversion.taps)
@@ -79,8 +124,8 @@ def _recurrent_part(model: ModelConfig) -> Any:
     return load_part(part)
 
 
-def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> dict[str, Any]:
-    """Make the run folder of a conversion; return its row of the report, with the losses of the original.
+def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> Converted:
+    """Make the run folder of a conversion.
 
     `watching` shows the progress of the fine-tune. Raises InvalidValue for a run that cannot be converted.
     """
@@ -95,23 +140,24 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> d
     trainer = new_run(_config(conversion, converted), out, start=converted)
     tokens = trainer.corpus.valid[:MOST_TOKENS]
     _draw(fits, out / "fit.png")
-    row = {
-        "exponentials": conversion.exponentials,
-        "taps": conversion.taps,
-        "out": str(out),
-        "fits": [{name: fit[name] for name in ("layer", "head", "error")} for fit in fits],
-        "original": losses_by_range(loaded.model, tokens),
-        "before": losses_by_range(trainer.model, tokens),
-    }
+    made = Converted(
+        run=str(loaded.folder),
+        exponentials=conversion.exponentials,
+        taps=conversion.taps,
+        out=str(out),
+        fits=tuple(CurveError(fit.layer, fit.head, fit.error) for fit in fits),
+        original=losses_by_range(loaded.model, tokens),
+        before=losses_by_range(trainer.model, tokens),
+    )
     if conversion.finetune:
         _finetune(trainer, watching)
-        row["after"] = losses_by_range(trainer.model, tokens)
+        made = replace(made, after=losses_by_range(trainer.model, tokens))
     else:
         # Once more, with its loss, by which the best checkpoint is chosen.
         trainer.validate()
         trainer.save()
-    write_text(out / "convert.json", json.dumps({"run": str(loaded.folder), **row}, indent=1))
-    return row
+    write_text(out / "convert.json", json.dumps(to_json(made), indent=1))
+    return made
 
 
 def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
@@ -160,20 +206,20 @@ def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[s
     return {f"{a}-{b}": float(losses[a * ctx_len : b * ctx_len].mean()) for a, b in RANGES if b <= contexts}
 
 
-def _draw(fits: list[dict[str, Any]], out: Path, most: int = 8) -> None:
+def _draw(fits: Sequence[Fitted], out: Path, most: int = 8) -> None:
     """A row per layer, a column per head: the curve and its fit. Of many layers or heads the first `most`."""
     from matplotlib.figure import Figure
 
-    layers, heads = (min(most, 1 + max(fit[name] for fit in fits)) for name in ("layer", "head"))
+    layers, heads = (min(most, 1 + max(getattr(fit, name) for fit in fits)) for name in ("layer", "head"))
     figure = Figure(figsize=(2.3 * heads + 0.4, 1.5 * layers + 0.4), dpi=130, layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True)
     for fit in fits:
-        if fit["layer"] >= layers or fit["head"] >= heads:
+        if fit.layer >= layers or fit.head >= heads:
             continue
-        axes: Axes = grid[fit["layer"]][fit["head"]]
-        axes.plot(fit["f"], color="0.6", linewidth=1, label="f")
-        axes.plot(fit["fit"], color="#D55E00", linewidth=1.3, label="fit")
-        axes.set_title(f"layer {fit['layer']}, head {fit['head']}: {fit['error']:.0%} left", fontsize=7)
+        axes: Axes = grid[fit.layer][fit.head]
+        axes.plot(fit.f, color="0.6", linewidth=1, label="f")
+        axes.plot(fit.fit, color="#D55E00", linewidth=1.3, label="fit")
+        axes.set_title(f"layer {fit.layer}, head {fit.head}: {fit.error:.0%} left", fontsize=7)
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:

@@ -1,7 +1,7 @@
 """A trained rwkv1 as a recurrent network: its curves f_h(lag) replaced by sums of decaying exponentials."""
 
-from dataclasses import fields
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,19 +33,35 @@ def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) ->
     return Rwkv1ExpConfig(**same | {"arch": "rwkv1_exp", "exponentials": exponentials, "taps": taps})
 
 
+@dataclass(frozen=True)
+class FittedCurve:
+    """A curve over lags and its fit.
+
+    Args:
+        layer: Of the curve's time-mix.
+        head: Of the curve.
+        error: Root of the weighted mean square that the fit leaves, in units of that of f.
+        f: The curve by lag, ctx_len values, with the growth taken out.
+        fit: The same of the sum of exponentials.
+    """
+
+    layer: int
+    head: int
+    error: float
+    f: list[float]
+    fit: list[float]
+
+
 @torch.no_grad()
-def with_exponentials(
-    old: LanguageModel, exponentials: int, taps: int = 0
-) -> tuple[LanguageModel, list[dict[str, Any]]]:
-    """A model with curves of so many exponentials, and what each fit leaves, a dictionary per head.
+def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> tuple[LanguageModel, list[FittedCurve]]:
+    """A model with curves of so many exponentials, and the fit of each head.
 
     Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`layers.resize`), as
     past ctx_len alpha and beta go on with the mean of their last quarter. A lag counts by the pairs of positions that
     lie so far apart, ctx_len - lag: at 4 exponentials and ctx_len 64 this served better than weights by 1 / t^2 or by
     the tables, which trust the early positions more than the loss does. The first `taps` lags are exact.
 
-    Per head `layer`, `head`, `f` and `fit` (ctx_len,) with the growth taken out, `error`: root of the weighted mean
-    square left, in units of that of f. Raises InvalidValue as `exponential_config` does.
+    Raises InvalidValue as `exponential_config` does.
     """
     config = exponential_config(old.config, exponentials, taps)
     model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
@@ -79,7 +95,7 @@ def with_exponentials(
     fitted = torch.cat([mixer.curve() for mixer in mixers]).double().cpu()
     error = _root_mean(pairs * (f - fitted) ** 2) / _root_mean(pairs * f**2).clamp(min=1e-12)
     rows = [
-        {"layer": i // heads, "head": i % heads, "error": left, "f": curve, "fit": fit}
+        FittedCurve(i // heads, i % heads, left, curve, fit)
         for i, (left, curve, fit) in enumerate(zip(error.tolist(), f.tolist(), fitted.tolist(), strict=True))
     ]
     return model, rows
