@@ -15,8 +15,9 @@ from timemix._version import __version__
 
 if TYPE_CHECKING:
     from timemix.evaluation.loss import evaluate
-    from timemix.generation.engine import Engine, Request
+    from timemix.generation.engine import Engine
     from timemix.generation.generate import generate, stream
+    from timemix.generation.request import Request
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import Session, load_session, save_session
     from timemix.models.language_model import build_model
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from timemix.runs.load import load
     from timemix.training.train import train
 
+
 _MODULES = {
     "Architecture": "timemix.models.registry",
     "Engine": "timemix.generation.engine",
-    "Request": "timemix.generation.engine",
+    "Request": "timemix.generation.request",
     "Sampler": "timemix.generation.sampler",
     "Session": "timemix.generation.session",
     "build_model": "timemix.models.language_model",

@@ -9,7 +9,8 @@ import torch
 
 from tests.helpers.runs import TEXT, write_text_file
 from timemix.errors import FileError, TimemixError
-from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep, to_markdown
+from timemix.experiments.sampling import like_entropy, mean_entropy, measure_text, run_sampling, sweep
+from timemix.experiments.sampling_report import to_markdown
 from timemix.experiments.spec import SamplingExperiment
 from timemix.generation.sampler import Sampler
 from timemix.storage.json_files import to_json

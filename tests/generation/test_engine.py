@@ -13,7 +13,8 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
-from timemix.generation.engine import Engine, Request
+from timemix.generation.engine import Engine
+from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.rwkv1 import tiles as lazy
 from timemix.tokenizers.character import ByteTokenizer

@@ -6,7 +6,8 @@ import torch
 from tests.helpers.engines import CHARACTERS, KINDS, alone
 from tests.helpers.pairwise import pairwise
 from timemix.errors import DamagedFile, MissingFile
-from timemix.generation.engine import Engine, Request
+from timemix.generation.engine import Engine
+from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, model_hash, save_session
 

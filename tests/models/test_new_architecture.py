@@ -15,7 +15,8 @@ from tests.helpers.runs import small_trainer
 from timemix.config.run import TrainConfig
 from timemix.errors import Interrupted
 from timemix.evaluation.inspect import inspect_run
-from timemix.generation.engine import Engine, Request
+from timemix.generation.engine import Engine
+from timemix.generation.request import Request
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block, Kept, Recipe

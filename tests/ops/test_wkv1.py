@@ -14,7 +14,8 @@ from tests.helpers.tiers import examples, slow
 from timemix.ops.common import causal, fused, spectral
 from timemix.ops.common.fused import serves
 from timemix.ops.common.spread import broadcast_parameter, embedding
-from timemix.ops.rwkv1.api import Wkv1State, choose_backend, gated_wkv1, wkv1, wkv1_state
+from timemix.ops.rwkv1.api import choose_backend, gated_wkv1, wkv1
+from timemix.ops.rwkv1.state import Wkv1State, wkv1_state
 
 CTX = 9
 

@@ -13,8 +13,8 @@ from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig, ShiftedConfig
 from timemix.models.registry import like_size_of
 from timemix.models.rwkv1.config import Rwkv1Config
-from timemix.ops.rwkv1 import BACKENDS, wkv1
-from timemix.ops.rwkv1.api import K_MAX, K_MIN
+from timemix.ops.rwkv1.api import BACKENDS, wkv1
+from timemix.ops.rwkv1.state import K_MAX, K_MIN
 
 PLAIN = "plain float32"
 """The naive implementation: what every other path is compared to, and must give the values of."""

@@ -18,7 +18,8 @@ from timemix.bench.baselines import LIBRARY, WITHOUT_LIBRARY, library_like
 from timemix.bench.race import Contender, Heat, Path, Report, Say, machine_now, race
 from timemix.errors import InvalidValue
 from timemix.generation.decode import Step, build_step
-from timemix.generation.engine import Engine, Request
+from timemix.generation.engine import Engine
+from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel

@@ -29,7 +29,7 @@ from timemix.models.registry import find_architecture
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
-    from timemix.experiments.compare import Job
+    from timemix.experiments.jobs import Job
     from timemix.experiments.table import Table
     from timemix.training.trainer import Watch
 
@@ -81,7 +81,7 @@ def compare(arguments: list[str]) -> int:
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
     from timemix.experiments import sampling as sampling_study
-    from timemix.experiments import speed, table
+    from timemix.experiments import sampling_report, speed, table
 
     try:
         if isinstance(experiment, Experiment):
@@ -96,7 +96,7 @@ def compare(arguments: list[str]) -> int:
             found, words = to_json(timed), speed.to_markdown(timed)
         else:
             written = sampling_study.run_sampling(experiment, out, _say, device)
-            found, words = to_json(written), sampling_study.to_markdown(written)
+            found, words = to_json(written), sampling_report.to_markdown(written)
     except Interrupted as stop:
         _say(f"timemix: stopped; the same command resumes {out}")
         return 128 + stop.number

@@ -15,7 +15,8 @@ from timemix.cli.options import default_prompt, parse
 from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from timemix.generation.engine import Engine, Event
+    from timemix.generation.engine import Engine
+    from timemix.generation.request import Event
     from timemix.generation.session import Session
     from timemix.runs.load import Loaded
 
@@ -85,7 +86,8 @@ def sample(arguments: list[str]) -> int:
     settings = parsed.sampling
     if parsed.save_state is not None and settings.count > 1:
         raise InvalidValue(f"--save-state takes the state of one text; leave --count {settings.count} out")
-    from timemix.generation.engine import Engine, Request
+    from timemix.generation.engine import Engine
+    from timemix.generation.request import Request
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import load_session, save_session
     from timemix.runs.load import load

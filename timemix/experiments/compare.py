@@ -17,99 +17,35 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig, read_toml, to_toml
-from timemix.config.version_1 import flattened, nested
 from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.prepare import hold_out_end, prepare, text_hash
 from timemix.errors import DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
+from timemix.experiments.identity import difference, run_keys
+from timemix.experiments.jobs import Budget, Failure, Job, Result, StepMemory, measured_before, read_result
 from timemix.experiments.spec import TUNING_SEED, Experiment, Variant
-from timemix.models.config import ModelConfig
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
-from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, is_number, read_json, to_json, to_record
+from timemix.storage.json_files import Misfit, is_number, read_json, to_json
 from timemix.storage.locks import claimed
-from timemix.storage.settings import to_dict
 from timemix.training.start import new_run, resolved, resume_run
 from timemix.training.trainer import Trainer, Watch
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
 BEGINNING_TOKENS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """result.json of a job that has ended well. Losses in nats per token.
-
-    train_loss: mean over the last tenth of the logged losses. valid_at: held-out loss by step.
-    key: identifies the run. taken_from: folder of the comparison's run that it is a copy of.
-    """
-
-    steps: Count
-    tokens: Count
-    seconds: float
-    tokens_per_second: float
-    parameters: Count
-    train_loss: float
-    valid_loss: float
-    valid_at: dict[str, float]
-    by_position: tuple[float, ...] | None = field(default=None, metadata=OPTIONAL)
-    key: str | None = field(default=None, metadata=OPTIONAL)
-    taken_from: str | None = field(default=None, metadata=OPTIONAL)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """result.json of a job that failed.
-
-    diverged: it would fail again. call: the call of `timemix compare` that ran it.
-    """
-
-    error: str
-    diverged: bool | None = field(default=None, metadata=OPTIONAL)
-    call: str | None = field(default=None, metadata=OPTIONAL)
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """budget.json: the steps that fit into a budget of seconds."""
-
-    steps: Annotated[int, Range(1, 2**63 - 1)]
-    step_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """What counts in memory.json."""
-
-    peak_memory: float | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison."""
-
-    variant: Variant
-    number: int
-    """Of the tuning point, or the seed."""
-    tuning: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant.name} {'tuning' if self.tuning else 'seed'} {self.number}"
 
 
 class Comparison:
@@ -169,7 +105,7 @@ class Comparison:
             return
         theirs = read_json(path)
         # Words and verdicts may be mended later; what a run is may not.
-        if other := _difference(theirs.get("experiment"), ours["experiment"]):
+        if other := difference(theirs.get("experiment"), ours["experiment"]):
             raise FileError(f"{self.out} holds another experiment (different: {other}); choose another folder")
         if theirs.get("texts") != texts:
             raise FileError(f"the text changed since {self.out} was begun: its hash differs; choose another folder")
@@ -227,7 +163,7 @@ class Comparison:
         if not path.exists():
             return None
         try:
-            return _result(read_json(path))
+            return read_result(read_json(path))
         except Misfit:
             raise DamagedFile(f"{path} is damaged: remove it to run {job.name} again") from None
 
@@ -284,7 +220,7 @@ class Comparison:
 
     def _keys(self, job: Job) -> list[str]:
         """What identifies the run of a job, in this version and in those before."""
-        return _keys(self.config(job), self.corpus(job.variant, job.tuning))
+        return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
         """Runs a job unless another process does or did; whether it ran."""
@@ -362,7 +298,7 @@ class Comparison:
             if path.is_relative_to(self.out):
                 continue
             try:
-                result = _result(read_json(path))
+                result = read_result(read_json(path))
             except Misfit:
                 continue
             if isinstance(result, Result) and result.key in keys and self._whole(result, job):
@@ -379,9 +315,9 @@ class Comparison:
             measured = self._measured(variant, steps=20)
             if isinstance(measured, StepFailure):
                 raise TimemixError(f"a step of variant {variant.name!r} failed: {measured.error}")
-            budget = _Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
+            budget = Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
             write_text(path, json.dumps(to_json(budget)))
-        return _measured_before(path, _Budget).steps
+        return measured_before(path, Budget).steps
 
     def _measured(self, variant: Variant, steps: int) -> StepSpeed | StepFailure:
         point = self.best_point(variant) or self._points[variant.name][0]
@@ -398,7 +334,7 @@ class Comparison:
             if isinstance(measured, StepFailure):
                 return None
             write_text(path, json.dumps(to_json(measured)))
-        return _measured_before(path, _Memory).peak_memory
+        return measured_before(path, StepMemory).peak_memory
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
@@ -417,21 +353,6 @@ class Comparison:
             write_text(path, json.dumps(texts))
             return texts
         return old
-
-
-def _result(data: dict[str, Any]) -> Result | Failure:
-    """The content of a result.json. Raises Misfit where it is damaged."""
-    return to_record(data, Failure) if "error" in data else to_record(data, Result)
-
-
-Measured = TypeVar("Measured")
-
-
-def _measured_before(path: Path, kind: type[Measured]) -> Measured:
-    try:
-        return to_record(read_json(path), kind)
-    except Misfit:
-        raise DamagedFile(f"{path} is damaged: remove it to measure again") from None
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
@@ -472,45 +393,3 @@ def _beginning(corpora: list[Corpus]) -> str:
         if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
             return text[:end]
     raise InvalidValue("the held-out text begins with no prompt that every variant can read; give prompts")
-
-
-def _keys(config: RunConfig, corpus: Corpus) -> list[str]:
-    """Identifies what a run computes: its config as written and its tokens, not where they lie or what runs it.
-
-    The first is of this version; the second, where version 1 had the architecture, of that.
-    """
-    info = corpus.info
-    hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
-    # The tokens' hashes say what the other fields of `data` and the vocabulary do.
-    plain = replace(
-        config,
-        model=replace(config.model, vocab_size=ModelConfig.vocab_size),
-        data=DataConfig(source="", order=config.data.order),
-        train=replace(config.train, device=""),
-    )
-    forms = [to_dict(plain)]
-    if (old := nested(plain.model)) is not None:
-        forms.append(forms[0] | {"model": old})
-    return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
-
-
-def _difference(theirs: Any, ours: dict[str, Any]) -> str:
-    """Names of the fields that decide a run and differ; empty where none does."""
-
-    def runs(experiment: Any) -> dict[str, Any]:
-        fields = {n: experiment[n] for n in ("tokens", "seconds", "seeds", "preset", "tune")}
-        fields["base"] = flattened(_without_source(experiment["base"]))
-        fields["tune"] = flattened(fields["tune"])
-        return fields | {"variants": [(v["name"], flattened(v["set"])) for v in experiment["variants"]]}
-
-    try:
-        old, new = runs(theirs), runs(ours)
-    except (KeyError, TypeError, AttributeError):
-        return "it is of another kind, or damaged"
-    return ", ".join(name for name in new if old[name] != new[name])
-
-
-def _without_source(base: Any) -> Any:
-    """What decides a run but the place of its text, which is known by its hash."""
-    data = {k: v for k, v in base.get("data", {}).items() if k not in ("source", "valid")}
-    return {k: v for k, v in base.items() if k != "data"} | ({"data": data} if data else {})

@@ -8,13 +8,11 @@ OUT/writer, judge (run folders), data, table.json, table.md, top-a.png
 
 import contextlib
 import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -28,84 +26,29 @@ from timemix.data.shards import Tokens
 from timemix.errors import FileError, InUse, InvalidValue
 from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.compare import begin_or_resume, on_corpus
+from timemix.experiments.sampling_report import (
+    N_GRAM,
+    POWER,
+    TOP_A,
+    Measured,
+    SamplingTable,
+    Setting,
+    TextFigures,
+    build_table,
+    draw_table,
+    to_markdown,
+)
 from timemix.experiments.spec import PROMPT_TOKENS, SamplingExperiment
 from timemix.generation.generate import generate_tokens
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
-from timemix.reporting.markdown import markdown_table
-from timemix.reporting.plots import save_picture, spare_colors
-from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word
 from timemix.runs.folder import newest, read_progress
 from timemix.runs.load import load
 from timemix.storage.files import write_text
-from timemix.storage.json_files import OPTIONAL, Misfit, Range, read_json, to_json, to_record
+from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
-TOP_A, POWER = 0.02, 2.0
 POSITIONS = 8192
-N_GRAM = 8
-METRICS = ("judge_loss", "repetition", "variety")
-Each = Annotated[tuple[float, ...], Range(1)]
-"""A figure of each text, of one text at least."""
-
-
-@dataclass(frozen=True)
-class TextFigures:
-    """Of each text of a setting: loss under the judge, repetition and variety; see `measure_text`."""
-
-    judge_loss: Each
-    repetition: Each
-    variety: Each
-
-
-@dataclass(frozen=True)
-class Measured(TextFigures):
-    """What measurements.json holds of a setting."""
-
-    entropy: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettingRow:
-    """Means of a setting over its texts; differences: to top-a at the same temperature, paired by text."""
-
-    label: str
-    temperature: float
-    sampler: Sampler
-    entropy: float
-    judge_loss: float
-    repetition: float
-    variety: float
-    differences: dict[str, Difference | None] | None = field(default=None, metadata=OPTIONAL)
-
-
-@dataclass(frozen=True)
-class SamplingJudgement:
-    """A verdict, and the paired gain that it follows from."""
-
-    claim: str
-    gain: Difference | None
-    verdict: str
-
-
-@dataclass(frozen=True)
-class SamplingTable:
-    """Everything that a sampling experiment found: the content of table.json."""
-
-    title: str
-    rows: list[SettingRow]
-    verdicts: list[SamplingJudgement]
-    samples: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to draw tokens."""
-
-    label: str
-    temperature: float
-    sampler: Sampler
 
 
 def run_sampling(
@@ -138,7 +81,7 @@ def run_sampling(
         table = build_table(experiment, settings, found)
         write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
         write_text(out / "table.md", to_markdown(table))
-        _draw(experiment, settings, table, logits, out / "top-a.png")
+        draw_table(experiment, settings, table, logits, out / "top-a.png")
     return table
 
 
@@ -297,117 +240,3 @@ def _judge_loss(texts: list[list[int]], prompts: list[list[int]], judge: Languag
         loss = cross_entropy(logits, piece[:, 1:], reduction="none").view(len(piece), -1)
         losses += loss[:, len(prompts[0]) - 1 :].mean(-1).tolist()
     return losses
-
-
-def build_table(experiment: SamplingExperiment, settings: list[Setting], found: dict[str, Measured]) -> SamplingTable:
-    """Means of every setting, at each temperature the paired differences to top-a, and verdicts at temperature 1."""
-    rows = [_row(setting, found) for setting in settings]
-    verdicts = []
-    for row in rows:
-        if row.differences is not None and row.temperature == 1.0:
-            rival = row.label.partition(" at ")[0]
-            for metric, words in (("judge_loss", "more probable text"), ("repetition", "less repetition")):
-                gain = row.differences[metric]
-                claim = f"top-a writes {words} than {rival} at like entropy"
-                verdicts.append(SamplingJudgement(claim, gain, verdict_word(gain)))
-    return SamplingTable(experiment.title, rows, verdicts, experiment.samples, experiment.tokens)
-
-
-def _row(setting: Setting, found: dict[str, Measured]) -> SettingRow:
-    measured, differences = found[setting.label], None
-    if " at " in setting.label and not setting.label.startswith("top-a"):
-        top_a = found[f"top-a at {setting.temperature:g}"]
-        differences = {
-            m: paired_difference(_by_sample(getattr(top_a, m)), _by_sample(getattr(measured, m))) for m in METRICS
-        }
-    return SettingRow(
-        label=setting.label,
-        temperature=setting.temperature,
-        sampler=setting.sampler,
-        entropy=measured.entropy,
-        judge_loss=statistics.fmean(measured.judge_loss),
-        repetition=statistics.fmean(measured.repetition),
-        variety=statistics.fmean(measured.variety),
-        differences=differences,
-    )
-
-
-def _by_sample(values: Sequence[float]) -> dict[int, float]:
-    return dict(enumerate(values))
-
-
-def to_markdown(table: SamplingTable) -> str:
-    """The table as a person reads it."""
-    heading = ["setting", "entropy", "judge's loss", "repetition", "variety"]
-    compared = [[*heading, "judge's loss - top-a's", "repetition - top-a's"]]
-    swept = [heading]
-    for row in table.rows:
-        sampler = row.sampler
-        factor = next(
-            (
-                f", {n} {getattr(sampler, n):.3g}"
-                for n in ("top_p", "min_p", "top_k")
-                if getattr(sampler, n) not in (0, 1)
-            ),
-            "",
-        )
-        factor = factor or (f", temperature {sampler.temperature:.3g}" if row.label.startswith("plain") else "")
-        cells = [row.label + factor, *(f"{getattr(row, k):.4f}" for k in ("entropy", *METRICS))]
-        if " at " in row.label:
-            compared.append([*cells, *(interval((row.differences or {}).get(m)) for m in METRICS[:2])])
-        else:
-            swept.append(cells)
-    parts = [
-        f"# {table.title}",
-        f"{table.samples} texts of {table.tokens} tokens per setting, going on from the same held-out text."
-        " Entropy: mean over held-out positions of the filtered distribution, nats. Judge's loss: nats per token of the"
-        f" text under a larger model. Repetition: share of {N_GRAM}-grams seen before in the same text. Variety:"
-        " distinct 4-grams per 4-gram. Differences are paired by text, with their 95 % interval.",
-        markdown_table(compared),
-        markdown_table(
-            [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts],
-            words=(0, 2),
-        ),
-        "The factors of top-a at temperature 1:",
-        markdown_table(swept),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _draw(
-    experiment: SamplingExperiment, settings: list[Setting], table: SamplingTable, logits: Tensor, out: Path
-) -> None:
-    """Kept mass against the largest probability, and the judge's loss against entropy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 3.9), dpi=150, layout="constrained")
-    mass, quality = figure.subplots(1, 2)
-    rows = {row.label: row for row in table.rows}
-    p = Sampler().probabilities(logits)
-    p_max = p.amax(-1).numpy()
-    bins = np.linspace(0, 1, 21)
-    place = np.digitize(p_max, bins) - 1
-    temperature = min(experiment.temperatures, key=lambda t: abs(t - 1))
-    colors = spare_colors(())
-    for i, name in enumerate(("top-a", "top-p", "min-p", "top-k", "plain")):
-        color, marker = next(colors), "osD^v"[i]
-        own = [s for s in settings if s.label.startswith(f"{name} at ")]
-        if name != "plain":
-            setting = next(s for s in own if s.temperature == temperature)
-            kept = ((setting.sampler.probabilities(logits) > 0) * p).sum(-1).numpy()
-            means = [kept[place == b].mean() if (place == b).sum() >= 10 else math.nan for b in range(20)]
-            mass.plot((bins[:-1] + bins[1:]) / 2, means, color=color, marker=marker, markersize=4, label=name)
-        points = sorted((rows[s.label].entropy, rows[s.label].judge_loss) for s in own)
-        quality.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, label=name)
-    swept = [rows[s.label] for s in settings if " at " not in s.label]
-    quality.plot([r.entropy for r in swept], [r.judge_loss for r in swept], "x", color="0.5", markersize=5,
-                 label="sweep of top-a")  # fmt: skip
-    mass.set_xlabel(f"largest probability (temperature {temperature:g})")
-    mass.set_ylabel("mass kept, mean")
-    quality.set_xlabel("mean entropy of the filtered distribution (nats)")
-    quality.set_ylabel("loss under the judge (nats per token)")
-    for axes in (mass, quality):
-        axes.legend(edgecolor="none", fontsize=8)
-        axes.grid(color="0.92", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    save_picture(figure, out)

@@ -4,7 +4,8 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from timemix.experiments.compare import Comparison, Failure, Result
+from timemix.experiments.compare import Comparison
+from timemix.experiments.jobs import Failure, Result
 from timemix.experiments.spec import Variant, Verdict
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word

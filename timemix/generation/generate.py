@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
-from timemix.generation.engine import Context, Engine, Event, Request
+from timemix.generation.engine import Engine
+from timemix.generation.request import Context, Event, Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights

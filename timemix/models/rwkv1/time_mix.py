@@ -11,7 +11,9 @@ from timemix.models.layers.linear import Linear, joint_linear, side_by_side
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.ops.common import fused
-from timemix.ops.rwkv1.api import MIXES, Wkv1State, gated_wkv1, wkv1, wkv1_state
+from timemix.ops.rwkv1.api import gated_wkv1, wkv1
+from timemix.ops.rwkv1.parallel import MIXES
+from timemix.ops.rwkv1.state import Wkv1State, wkv1_state
 
 
 def fusible(config: ModelConfig) -> bool:

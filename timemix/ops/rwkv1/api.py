@@ -8,7 +8,7 @@ W[t,u] = exp(f_h(t-u) + alpha_h(u) + beta_h(t)); beta then cancels.
 
 With f of shape (H, ctx_len, ctx_len) that table replaces f_h(t-u): one free weight for each pair, as in AFT-full.
 
-Every parallel form (`_parallel`) computes
+Every parallel form (`parallel_wkv1`) computes
 
     source[u]    = alpha(u) exp(k[u]) v[u]
     numerator[t] = sum_{u<=t} f(t-u) source[u]        the mix
@@ -24,69 +24,14 @@ U: positions of past and present, 0 ... U-1.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from timemix.ops.common.causal import causal_convolution, running_sum, toeplitz
 from timemix.ops.common.fused import divide, weigh
-from timemix.ops.common.history import append, lags, pairs_at, weights_at
-from timemix.ops.common.spectral import spectral_convolution
-from timemix.ops.common.spread import broadcast_parameter
-
-Denominator = Literal["plain", "weighted"]
-
-K_MIN, K_MAX = -60.0, 30.0
-"""Bounds of k: sums of exp(k) stay in the range of float32."""
-
-
-class Wkv1State(NamedTuple):
-    """State of wkv1; at least float32.
-
-    Args:
-        numerators: alpha exp(k) v of every past position (B, H, ctx_len, N), zeros after them.
-        denominators: sum of exp(k) so far (B, H, N); if weighted, alpha exp(k) of every past position
-            (B, H, ctx_len, N).
-        position: tokens seen by each row (B,).
-    """
-
-    numerators: Tensor
-    denominators: Tensor
-    position: Tensor
-
-
-def wkv1_state(
-    batch: int,
-    heads: int,
-    head_size: int,
-    ctx_len: int,
-    *,
-    denominator: Denominator = "plain",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Wkv1State:
-    """Create the state before the first token.
-
-    Args:
-        batch: rows B.
-        heads: H.
-        head_size: N.
-        ctx_len: largest number of positions.
-        denominator: "plain" or "weighted".
-        dtype: float32 or float64.
-        device: device of the tensors.
-
-    Returns:
-        Zeros at position 0.
-    """
-    history = torch.zeros(batch, heads, ctx_len, head_size, dtype=dtype, device=device)
-    sums = torch.zeros(batch, heads, head_size, dtype=dtype, device=device)
-    return Wkv1State(
-        history,
-        torch.zeros_like(history) if denominator == "weighted" else sums,
-        torch.zeros(batch, dtype=torch.int64, device=device),
-    )
+from timemix.ops.rwkv1.parallel import MIXES, parallel_wkv1
+from timemix.ops.rwkv1.reference import reference_wkv1
+from timemix.ops.rwkv1.state import Denominator, Wkv1State
 
 
 def wkv1(
@@ -172,177 +117,6 @@ def choose_backend(
     return backend, "asked for"
 
 
-def _reference(
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    state: Wkv1State | None,
-    lengths: Tensor | None,
-    denominator: Denominator,
-) -> tuple[Tensor, Wkv1State | None]:
-    """The formula, row by row, position by position, term by term."""
-    B, T, H, N = k.shape
-    dtype = compute_dtype(v)
-    past = state or wkv1_state(B, H, N, f.shape[-1], denominator=denominator, dtype=dtype, device=k.device)
-    ones = f.new_ones(H, f.shape[-1])
-    alpha = ones if alpha is None else alpha
-    beta = ones if beta is None else beta
-
-    y, numerators, denominators = [], [], []
-    for b in range(B):
-        start = int(past.position[b])
-        length = T if lengths is None else int(lengths[b])
-        # alpha exp(k) v of each position so far, (H, N) each
-        numerator = [past.numerators[b, :, u] for u in range(start)]
-        if denominator == "plain":
-            total = past.denominators[b]
-        else:
-            weights = [past.denominators[b, :, u] for u in range(start)]
-        y_row = []
-        for t in range(start, start + length):
-            exp_k = k[b, t - start].to(dtype).clamp(K_MIN, K_MAX).exp()
-            numerator.append(alpha[:, t, None] * exp_k * v[b, t - start])
-            # f_h(t - u) for u = 0 ... t, (H, 1) each
-            f_t = [f[:, t - u, None] if f.ndim == 2 else f[:, t, u, None] for u in range(t + 1)]
-            weighted_sum = torch.stack([f_t[u] * numerator[u] for u in range(t + 1)]).sum(0)
-            if denominator == "plain":
-                total = total + exp_k
-            else:
-                weights.append(alpha[:, t, None] * exp_k)
-                total = torch.stack([f_t[u] * weights[u] for u in range(t + 1)]).sum(0)
-            y_row.append(beta[:, t, None] * weighted_sum / total)
-        y_row += [torch.zeros_like(k[b, 0])] * (T - length)
-        y.append(torch.stack(y_row).to(v.dtype))
-        end = start + length
-        # U of (H, N) -> (H, ctx_len, N)
-        numerators.append(torch.cat([torch.stack(numerator, 1), past.numerators[b, :, end:]], dim=1))
-        if denominator == "weighted":
-            total = torch.cat([torch.stack(weights, 1), past.denominators[b, :, end:]], dim=1)
-        denominators.append(total)
-    if state is None:
-        return torch.stack(y), None
-    seen = torch.full_like(state.position, T) if lengths is None else lengths
-    return torch.stack(y), Wkv1State(torch.stack(numerators), torch.stack(denominators), state.position + seen)
-
-
-Mix = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at each row's next T positions: (B, T, H, N), in x's dtype.
-
-x (B, U, H, N): sources at positions 0 ... U-1. position (B,): tokens seen by each row, None if that is 0 and U = T."""
-
-
-def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by a matrix per head: y[t] = sum_u W[t, u] x[u], W[t, u] = f(t-u), 0 for u > t."""
-    if position is None:
-        # (H, T, T)
-        W = toeplitz(f, T, T) if f.ndim == 2 else f[:, :T, :T].tril()
-        return torch.einsum("htu,buhn->bthn", W.to(x.dtype), x)
-    U = x.shape[1]
-    # (B, H, T, U): rows of the batch look back from different positions.
-    W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
-    return torch.einsum("bhtu,buhn->bthn", W.to(x.dtype), x)
-
-
-def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by a convolution in blocks of time."""
-    if position is not None and T == 1:
-        return _times_matrix(f, x, position, T)
-    if position is not None:
-        x = _aligned(x, position + T)
-    result: Tensor = causal_convolution(x, f, T)
-    return result
-
-
-def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by a convolution through spectra; from a state, whose rows end at any position, in blocks of time."""
-    return spectral_convolution(x, f) if position is None else _by_blocks(f, x, position, T)
-
-
-def _aligned(x: Tensor, ends: Tensor) -> Tensor:
-    """Move each row of x (B, U, H, N) so that position ends[b] - 1 comes last, with zeros before its first."""
-    U = x.shape[1]
-    source = torch.arange(U, device=x.device) + (ends - U)[:, None]
-    inside = (source >= 0) & (source < U)
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    return torch.where(inside[:, :, None, None], x[rows, source.clamp(0, U - 1)], 0)
-
-
-def _parallel(
-    mix: Mix,
-    k: Tensor,
-    v: Tensor,
-    f: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    state: Wkv1State | None,
-    lengths: Tensor | None,
-    denominator: Denominator,
-) -> tuple[Tensor, Wkv1State | None]:
-    """Compute all positions at once (formula above).
-
-    From a state, the new sources are appended to the history, and the mix goes over all of it.
-    """
-    T = k.shape[1]
-    exp_k = k.to(compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
-    f = f.to(exp_k.dtype)
-    position = None if state is None else state.position
-    if lengths is not None:
-        counted = torch.arange(T, device=k.device) < lengths[:, None]
-        # Padding must not enter the running sum.
-        exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    # alpha exp(k), the terms of a weighted denominator; times v those of the numerator.
-    source = times_table(exp_k, alpha, position)
-    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
-    product = source * v.to(source.dtype)
-    # (B, T, H, N) -> (B, T, H N) -> (B, T, H, N)
-    sums = running_sum(exp_k.flatten(2)).view(exp_k.shape) if denominator == "plain" else None
-    after = None
-    if state is None:
-        numerator = mix(f, product.to(v.dtype), None, T).to(source.dtype)
-        total = mix(f, source, None, T) if sums is None else sums
-    else:
-        U = min(int(state.position.max()) + T, f.shape[-1])
-
-        def look_back(history: Tensor) -> Tensor:
-            # (B, H, ctx_len, N) -> (B, U, H, N)
-            return mix(f, history[:, :, :U].transpose(1, 2), state.position, T)
-
-        numerators = append(state.numerators, product.transpose(1, 2), state.position, lengths)
-        numerator = look_back(numerators)
-        if sums is None:
-            denominators = append(state.denominators, source.transpose(1, 2), state.position, lengths)
-            total = look_back(denominators)
-        else:
-            total = state.denominators[:, None] + sums
-            denominators = total[:, -1]
-        after = Wkv1State(numerators, denominators, state.position + (T if lengths is None else lengths))
-    return times_table(numerator / total, beta, position).to(v.dtype), after
-
-
-def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
-    """Multiply x[t] by a table's entry at t.
-
-    Args:
-        x: (B, T, H, N).
-        table: alpha or beta (H, ctx_len), None for 1. The last entry holds for all later positions.
-        position: tokens seen by each row (B,), None for 0.
-
-    Returns:
-        (B, T, H, N).
-    """
-    if table is None:
-        return x
-    T = x.shape[1]
-    if position is None:
-        # (H, T) -> (T, H, 1)
-        return x * broadcast_parameter(table[:, :T].t()[:, :, None], x)
-    target = (position[:, None] + torch.arange(T, device=x.device)).clamp(max=table.shape[1] - 1)
-    # (H, B, T) -> (B, T, H, 1)
-    return x * table[:, target].permute(1, 2, 0)[..., None]
-
-
 def gated_wkv1(
     kvr: Tensor,
     bias: Tensor,
@@ -381,12 +155,9 @@ def gated_wkv1(
     return divide(numerator.permute(2, 1, 0, 3), total, gate, beta).flatten(2)
 
 
-MIXES: dict[str, Mix] = {"dense": _times_matrix, "blocked": _by_blocks, "spectral": _by_spectra}
-"""The parallel forms, by name."""
-
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
-    "reference": _reference,
-    **{name: partial(_parallel, mix) for name, mix in MIXES.items()},
+    "reference": reference_wkv1,
+    **{name: partial(parallel_wkv1, mix) for name, mix in MIXES.items()},
 }
 """All forms, by name."""
 
@@ -404,11 +175,6 @@ def blocked_up_to(dtype: torch.dtype) -> int:
         A number of positions.
     """
     return 2048 if dtype == torch.bfloat16 else 1024
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of exp, sums and states for x: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(

@@ -33,7 +33,9 @@ from torch.nn import functional as F
 
 from timemix.ops.common.causal import causal_convolution, running_sum
 from timemix.ops.common.history import extended
-from timemix.ops.rwkv1.api import K_MAX, K_MIN, compute_dtype, times_table, wkv1
+from timemix.ops.rwkv1.api import wkv1
+from timemix.ops.rwkv1.parallel import times_table
+from timemix.ops.rwkv1.state import K_MAX, K_MIN, compute_dtype
 
 CHUNK = 128
 """Positions of a chunk; the state is carried from one chunk to the next."""

@@ -1,0 +1,134 @@
+"""wkv1 at all positions at once: the sums over the past as products with W, written out, in blocks, or through spectra.
+
+y[t] = beta(t) sum_{u<=t} f(t-u) x[u] / z[t],   x[u] = alpha(u) exp(k[u]) v[u],   z[t] = sum_{u<=t} exp(k[u])
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from timemix.ops.common.causal import causal_convolution, running_sum, toeplitz
+from timemix.ops.common.history import append, lags, pairs_at, weights_at
+from timemix.ops.common.spectral import spectral_convolution
+from timemix.ops.common.spread import broadcast_parameter
+from timemix.ops.rwkv1.state import K_MAX, K_MIN, Denominator, Wkv1State, compute_dtype
+
+Mix = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at each row's next T positions: (B, T, H, N), in x's dtype.
+
+x (B, U, H, N): sources at positions 0 ... U-1. position (B,): tokens seen by each row, None if that is 0 and U = T."""
+
+
+def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """Mix by a matrix per head: y[t] = sum_u W[t, u] x[u], W[t, u] = f(t-u), 0 for u > t."""
+    if position is None:
+        # (H, T, T)
+        W = toeplitz(f, T, T) if f.ndim == 2 else f[:, :T, :T].tril()
+        return torch.einsum("htu,buhn->bthn", W.to(x.dtype), x)
+    U = x.shape[1]
+    # (B, H, T, U): rows of the batch look back from different positions.
+    W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
+    return torch.einsum("bhtu,buhn->bthn", W.to(x.dtype), x)
+
+
+def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """Mix by a convolution in blocks of time."""
+    if position is not None and T == 1:
+        return _times_matrix(f, x, position, T)
+    if position is not None:
+        x = _aligned(x, position + T)
+    result: Tensor = causal_convolution(x, f, T)
+    return result
+
+
+def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
+    """Mix by a convolution through spectra; from a state, whose rows end at any position, in blocks of time."""
+    return spectral_convolution(x, f) if position is None else _by_blocks(f, x, position, T)
+
+
+def _aligned(x: Tensor, ends: Tensor) -> Tensor:
+    """Move each row of x (B, U, H, N) so that position ends[b] - 1 comes last, with zeros before its first."""
+    U = x.shape[1]
+    source = torch.arange(U, device=x.device) + (ends - U)[:, None]
+    inside = (source >= 0) & (source < U)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    return torch.where(inside[:, :, None, None], x[rows, source.clamp(0, U - 1)], 0)
+
+
+def parallel_wkv1(
+    mix: Mix,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    state: Wkv1State | None,
+    lengths: Tensor | None,
+    denominator: Denominator,
+) -> tuple[Tensor, Wkv1State | None]:
+    """Compute all positions at once (formula above).
+
+    From a state, the new sources are appended to the history, and the mix goes over all of it.
+    """
+    T = k.shape[1]
+    exp_k = k.to(compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
+    f = f.to(exp_k.dtype)
+    position = None if state is None else state.position
+    if lengths is not None:
+        counted = torch.arange(T, device=k.device) < lengths[:, None]
+        # Padding must not enter the running sum.
+        exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
+    # alpha exp(k), the terms of a weighted denominator; times v those of the numerator.
+    source = times_table(exp_k, alpha, position)
+    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
+    product = source * v.to(source.dtype)
+    # (B, T, H, N) -> (B, T, H N) -> (B, T, H, N)
+    sums = running_sum(exp_k.flatten(2)).view(exp_k.shape) if denominator == "plain" else None
+    after = None
+    if state is None:
+        numerator = mix(f, product.to(v.dtype), None, T).to(source.dtype)
+        total = mix(f, source, None, T) if sums is None else sums
+    else:
+        U = min(int(state.position.max()) + T, f.shape[-1])
+
+        def look_back(history: Tensor) -> Tensor:
+            # (B, H, ctx_len, N) -> (B, U, H, N)
+            return mix(f, history[:, :, :U].transpose(1, 2), state.position, T)
+
+        numerators = append(state.numerators, product.transpose(1, 2), state.position, lengths)
+        numerator = look_back(numerators)
+        if sums is None:
+            denominators = append(state.denominators, source.transpose(1, 2), state.position, lengths)
+            total = look_back(denominators)
+        else:
+            total = state.denominators[:, None] + sums
+            denominators = total[:, -1]
+        after = Wkv1State(numerators, denominators, state.position + (T if lengths is None else lengths))
+    return times_table(numerator / total, beta, position).to(v.dtype), after
+
+
+def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
+    """Multiply x[t] by a table's entry at t.
+
+    Args:
+        x: (B, T, H, N).
+        table: alpha or beta (H, ctx_len), None for 1. The last entry holds for all later positions.
+        position: tokens seen by each row (B,), None for 0.
+
+    Returns:
+        (B, T, H, N).
+    """
+    if table is None:
+        return x
+    T = x.shape[1]
+    if position is None:
+        # (H, T) -> (T, H, 1)
+        return x * broadcast_parameter(table[:, :T].t()[:, :, None], x)
+    target = (position[:, None] + torch.arange(T, device=x.device)).clamp(max=table.shape[1] - 1)
+    # (H, B, T) -> (B, T, H, 1)
+    return x * table[:, target].permute(1, 2, 0)[..., None]
+
+
+MIXES: dict[str, Mix] = {"dense": _times_matrix, "blocked": _by_blocks, "spectral": _by_spectra}
+"""The parallel forms, by name."""
