@@ -30,7 +30,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     forms = [to_dict(plain)]
     if (old := nested(plain.model)) is not None:
         forms.append(forms[0] | {"model": old})
-    return [sha256(json.dumps([form, hashes], sortrun_keys=True).encode()).hexdigest() for form in forms]
+    return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
 
 
 def difference(theirs: Any, ours: dict[str, Any]) -> str:
