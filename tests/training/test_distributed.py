@@ -192,7 +192,8 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
     told = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
     assert len(told) == 1, errors
     assert re.search(
-        r"a process of this run has gone .*; the last good checkpoint is .*step-\d+; go on with --res", told[0]
+        r"a process of this run has ended .*; the last good checkpoint is .*step-\d+; .*; resume with: .* --resume",
+        told[0],
     )
     assert "trainer.run" not in errors
     trainer = resume_run(out)

@@ -311,7 +311,7 @@ class Trainer:
                 raise
             raise ProcessLost(
                 f"a process of this run has ended or does not answer; {self._last_good()};"
-                " resume the run with any number of processes"
+                " any number of processes can resume it"
             ) from error
 
     def _run(self, watch: Watch, hook: Hook | None) -> None:
