@@ -1,6 +1,7 @@
 """The public face: its names, their docstrings, and the main job done through them alone."""
 
 import inspect
+import re
 
 import pytest
 
@@ -122,3 +123,32 @@ def test_the_cause_is_kept(tmp_path):
     with pytest.raises(timemix.errors.DamagedFile) as error:
         timemix.load(tmp_path)
     assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: timemix.build_model("rwkv1", initial="bogus"), "model.initial is 'bogus'"),
+        (lambda run: timemix.build_model("rwkv1", layers=True), "model.layers is True; it must be of type int"),
+        (lambda run: timemix.build_model("rwkv1", layers=1.5), "model.layers is 1.5"),
+        (lambda run: timemix.build_model("rwkv1", token_shift=0.5), "model.token_shift is 0.5; it must be a list"),
+        (lambda run: timemix.generate(run, "the ", weights="int3"), "weights='int3' is not supported"),
+        (lambda run: timemix.generate(run, "the ", context="x"), "context='x' is not supported"),
+        (lambda run: timemix.generate(run, b"the "), "text is of type bytes; it must be a str"),
+        (lambda run: timemix.evaluate(run, TEXT, precision="float8"), "precision='float8' is not supported"),
+        (lambda run: timemix.evaluate(run, 3), "text is int; it must be a str"),
+        (lambda run: timemix.Engine(timemix.load(run)), "model is a Loaded; pass the model"),
+        (lambda run: timemix.Request("the "), "prompt is a text"),
+        (lambda run: timemix.Request([1], sampler={}), "sampler is {}; it must be a Sampler"),
+        (lambda run: timemix.train(3, run), "config is 3; it must be the name of a preset"),
+        (lambda run: timemix.train("cpu-small", run, model="x"), "model is 'x'; it must be a dictionary"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(run, call, words):
+    with pytest.raises(timemix.errors.InvalidValue, match=re.escape(words)):
+        call(run)
+
+
+def test_a_device_that_is_not_there(run):
+    with pytest.raises(timemix.errors.Unavailable, match="device 'cuda:7' cannot be used"):
+        timemix.load(run, device="cuda:7")

@@ -3,8 +3,8 @@
 run = timemix.train("cpu-small", "runs/mine", data="text.txt")
 timemix.generate(run, "The ", tokens=100)
 
-The names below are the public interface; all modules but `timemix.errors` are internal. `import timemix` imports no
-torch: a name is imported at its first use.
+The names below are the public interface, beside the ops of `timemix.ops`; all other modules are internal.
+`import timemix` imports no torch: a name is imported at its first use.
 """
 
 import importlib

@@ -1,5 +1,3 @@
-"""TODO."""
-
 from timemix.cli.main import main
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ TimemixError
     Unavailable         this machine lacks it: a device, memory, a package, the network
         ProcessLost     another process of a distributed run
     NotFinite           training diverged
+
+Interrupted stands beside it: a signal ended a run after its step was saved, so that `except TimemixError` does not
+swallow Ctrl-C.
 """
 
 import difflib

@@ -107,7 +107,7 @@ def _parse(verb: str, arguments: list[str]) -> BenchOpArguments | BenchTrainArgu
 
 def bench(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else ""
-    if verb in ("-h", "--help"):
+    if verb in ("", "-h", "--help"):
         print(usage())
         return 0
     if verb not in VERBS:

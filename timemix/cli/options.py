@@ -76,9 +76,8 @@ def parse(
     """
     words = inspect.cleandoc(kind.__doc__ or "")
     if choice is not None:
-        words += (
-            f"\n\nArchitectures of --model.arch, on which the options of the model depend: {', '.join(ARCHITECTURES)}."
-        )
+        known = "\n".join(f"- {each.name} ({each.year}): {each.summary}" for each in ARCHITECTURES.values())
+        words += f"\n\nArchitectures of --model.arch, on which the options of the model depend:\n\n{known}"
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):

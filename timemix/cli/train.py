@@ -12,7 +12,7 @@ from timemix.config.from_file import config_from_file
 from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import RunConfig, TrainConfig, read_toml
 from timemix.data.config import DataConfig
-from timemix.errors import AlreadyExists, InvalidValue, TimemixError
+from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError
 from timemix.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -78,7 +78,10 @@ def _check_choice(choice: Choice) -> None:
 def _defaults(choice: Choice) -> RunConfig:
     """Return the settings that the other options change."""
     if choice.config is not None:
-        return config_from_file(choice.config, choice.preset or DEFAULT_PRESET, choice.arch)
+        config = config_from_file(choice.config, choice.preset or DEFAULT_PRESET, choice.arch)
+        if config.start is not None and not Path(config.start).exists():
+            raise DamagedFile(f"{choice.config}: start is {config.start!r}, which does not exist; remove that line")
+        return config
     if choice.from_ is None:
         return choice.preset_config()
     from timemix.runs.folder import find

@@ -24,7 +24,7 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
         arch: Architecture instead of that of the file; the fields that both have in the same sense are kept.
 
     Raises:
-        DamagedFile: For a file that is missing, not TOML or of a newer format, or has a wrong field or value.
+        FileError: For a file that is missing, not TOML or of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
     try:

@@ -148,7 +148,7 @@ def to_toml(config: RunConfig) -> str:
 def read_toml(path: Path) -> RunConfig:
     """Run config of a `config.toml`.
 
-    Raises DamagedFile when the file is missing, no TOML, of a newer format, or has a wrong field or value.
+    Raises FileError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
     try:

@@ -104,7 +104,7 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
 def open_corpus(folder: Path) -> Corpus:
     """A prepared folder, its tokens memory-mapped; every file is read once and checked against its hash.
 
-    Raises DamagedFile when a file is missing, damaged, or does not fit the others.
+    Raises FileError when a file is missing, damaged, or does not fit the others.
     """
     path = folder / "data.json"
     data = read_json(path)

@@ -158,9 +158,13 @@ def evaluate(
         The loss in nats per token, bits per character and bits per byte (UTF-8), and what was counted.
 
     Raises:
-        InvalidValue: The text has fewer than two tokens, or `stride` is below 1.
+        InvalidValue: The text has fewer than two tokens, `stride` is below 1, or `precision` is unknown.
         FileError: The run, or its data, cannot be loaded.
     """
+    if precision not in ("float32", "bfloat16"):
+        raise InvalidValue(f"precision={precision!r} is not supported; known: float32, bfloat16")
+    if not isinstance(text, str | None):
+        raise InvalidValue(f"text is {type(text).__name__}; it must be a str")
     loaded = run if isinstance(run, Loaded) else load(run)
     if text is None:
         return evaluate_held_out(loaded.model, loaded.corpus(), precision=precision, stride=stride)

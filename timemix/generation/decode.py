@@ -5,8 +5,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from timemix.errors import InvalidValue, nearest
 from timemix.models.language_model import LanguageModel
-from timemix.models.quantize import Weights, rounded
+from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.registry import find_architecture, load_part
 from timemix.models.state import State
 
@@ -38,7 +39,7 @@ class Step(Protocol):
             Logits (R, V) after these tokens, and the state.
 
         Raises:
-            ValueError: a token outside the vocabulary, a row outside the state, or one at the model's `max_position`.
+            InvalidValue: a token outside the vocabulary, a row outside the state, or one at the model's `max_position`.
         """
 
 
@@ -54,14 +55,16 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
         The step.
 
     Raises:
-        ValueError: the compiled step was requested, and the model, its device or its dtype is not supported, or the C
-            code cannot be compiled.
+        InvalidValue: `weights` is unknown; or the compiled step was requested, and the model, its device or its dtype
+            is not supported, or the C code cannot be compiled.
     """
+    if weights not in WEIGHTS:
+        raise InvalidValue(f"weights={weights!r} is not supported{nearest(str(weights), WEIGHTS)}")
     reason = "asked for" if backend == "model" else _hindrance(model)
     if reason is None:
         return cast(Step, load_part(cast(str, find_architecture(model.config.arch).decode))(model, weights))
     if backend == "compiled":
-        raise ValueError(f"the compiled step is unavailable: {reason}")
+        raise InvalidValue(f"the compiled step is unavailable: {reason}")
     return ModelStep(rounded(model, weights), reason)
 
 
@@ -94,7 +97,7 @@ class ModelStep:
     def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
         device, vocab_size = self.model.device, self.model.config.vocab_size
         if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-            raise ValueError(f"a token is outside the vocabulary of {vocab_size}")
+            raise InvalidValue(f"a token is outside the vocabulary of {vocab_size}")
         # All rows in order need no copy of their state.
         if torch.equal(rows, torch.arange(len(state.position))):
             logits, after = self.model(tokens[:, None].to(device), state, logits="last")

@@ -57,7 +57,7 @@ class Engine:
         step: Decode step to use, None for the fastest that the model has.
 
     Raises:
-        InvalidValue: `slots` is below 1.
+        InvalidValue: `slots` is below 1, `weights` is unknown, or `model` is no language model.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Engine:
         weights: Weights = "float32",
         step: Step | None = None,
     ) -> None:
+        if not isinstance(model, LanguageModel):
+            raise InvalidValue(f"model is a {type(model).__name__}; pass the model of a loaded run: load(...).model")
         if slots < 1:
             raise InvalidValue(f"slots is {slots}; it must be at least 1")
         self.model, self.tokenizer, self.slots = model, tokenizer, slots

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, nearest
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import Session
 
@@ -49,6 +49,14 @@ class Request:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Sampler):
+            raise InvalidValue(f"sampler is {self.sampler!r}; it must be a Sampler")
+        if self.context not in get_args(Context):
+            raise InvalidValue(
+                f"context={self.context!r} is not supported{nearest(str(self.context), get_args(Context))}"
+            )
+        if isinstance(self.prompt, str):
+            raise InvalidValue("prompt is a text; a request takes token ids: tokenizer.encode(text).tolist()")
         if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
             raise InvalidValue("the prompt is empty; give at least one token")
         if self.tokens < 0:

@@ -12,6 +12,7 @@ from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShift
 from timemix.models.config import ModelConfig
 from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
+from timemix.storage.settings import from_dict
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def find_architecture(name: str) -> Architecture:
 def model_config(arch: str, **fields: Any) -> ModelConfig:
     """Return the settings of an architecture: its own defaults, `fields` over them.
 
-    Raises InvalidValue for an unknown architecture, a field that it lacks, or a value out of range.
+    Raises InvalidValue for an unknown architecture, a field that it lacks, and a value of a wrong type or out of range.
     """
     config = find_architecture(arch).config
     for name in fields:
         if name not in config.__dataclass_fields__:
             raise InvalidValue(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
-    return config(arch=arch, **fields)
+    return from_dict(config, {"arch": arch, **fields}, "model.")
 
 
 def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:

@@ -33,7 +33,7 @@ class Progress:
 
 
 def read_progress(folder: Path) -> Progress:
-    """training.json of a checkpoint. Raises DamagedFile when it is missing, damaged, or a value cannot be."""
+    """training.json of a checkpoint. Raises FileError when it is missing, damaged, or a value cannot be."""
     path = folder / "training.json"
     progress = read_record(path, Progress)
     if len(progress.losses_since_line) > progress.step:

@@ -16,6 +16,7 @@ from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import find
+from timemix.runtime.device import choose_device
 from timemix.storage.tensors import fits_tensor, open_tensors
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -38,7 +39,7 @@ class Loaded:
     folder: Path
 
     def corpus(self) -> Corpus:
-        """Tokens of its run. Raises DamagedFile as `open_run_corpus` does, and for those of another vocabulary."""
+        """Tokens of its run. Raises FileError as `open_run_corpus` does, and for those of another vocabulary."""
         run = self.folder.parent.parent
         corpus = open_run_corpus(run, self.config.data.source)
         if corpus.tokenizer.hash != self.tokenizer.hash:
@@ -92,7 +93,9 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
     Raises:
         MissingFile: There is no such run or checkpoint.
         DamagedFile: A file is damaged, or the files do not fit together.
+        Unavailable: The machine does not have the device.
     """
+    where, _ = choose_device(device)
     folder = find(run, checkpoint)
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -105,6 +108,6 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
     model = empty_model(config.model, folder)
     with open_tensors(folder / "model.safetensors") as tensors:
         # A copy: what the file gives may be the file itself, mapped into memory.
-        weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
+        weights = {name: tensors.get_tensor(name).to(where, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

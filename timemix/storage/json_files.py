@@ -36,7 +36,7 @@ class Misfit(ValueError):
 
 
 def parse_json(path: Path, what: str = "") -> Any:
-    """What a JSON file holds. Raises DamagedFile when it is missing or damaged; `what` as for `check_regular`."""
+    """What a JSON file holds. Raises FileError when it is missing or damaged; `what` as for `check_regular`."""
     text = read_text(path, what=what)
     try:
         return json.loads(text)
@@ -45,7 +45,7 @@ def parse_json(path: Path, what: str = "") -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises DamagedFile as `parse_json` does, and for another value."""
+    """A JSON object. Raises FileError as `parse_json` does, and for another value."""
     data = parse_json(path)
     if not isinstance(data, dict):
         raise DamagedFile(f"{path} is damaged: it holds no JSON object")
@@ -56,7 +56,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a JSON object as a dataclass.
 
     Raises:
-        DamagedFile: the file is missing, no JSON object, or a field has a wrong type or lies outside its range.
+        FileError: the file is missing, no JSON object, or a field has a wrong type or lies outside its range.
     """
     data = read_json(path)
     try:

@@ -73,6 +73,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value not in args:
             raise InvalidValue(f"{name} is {value!r}{nearest(str(value), args)}")
         return value
+    if origin is types.UnionType and value is None and type(None) in args:
+        return None
     if origin is types.UnionType:
         return _checked(name, value, next(a for a in args if a is not type(None)))
     if origin is tuple:
@@ -87,7 +89,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """Contents of a TOML file. Raises DamagedFile when it is missing, no TOML, or larger than any that serves."""
+    """Contents of a TOML file. Raises FileError when it is missing, not TOML, or larger than `LARGEST_TOML`."""
     text = read_text(path, LARGEST_TOML)
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MOST_DOTS:

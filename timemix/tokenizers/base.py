@@ -55,9 +55,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, 1-D, of `self.dtype`.
 
-        Raises TimemixError for a lone surrogate, and under unknown="error" for characters or words outside the
-        vocabulary.
+        Raises InvalidValue for another type or a lone surrogate, and under unknown="error" for characters or words
+        outside the vocabulary.
         """
+        if not isinstance(text, str):
+            raise InvalidValue(f"text is of type {type(text).__name__}; it must be a str")
         ids, unknown = self.encode_counted(text)
         self.refuse(unknown)
         return ids

@@ -69,7 +69,7 @@ def tokenizer_from_json(document: str) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a `tokenizer.json` that `Tokenizer.save` wrote.
 
-    Raises DamagedFile when the file is missing, damaged, or made by another program.
+    Raises FileError when the file is missing, damaged, or made by another program.
     """
     document = parse_json(Path(path), "the tokenizer ")
     try:

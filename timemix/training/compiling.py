@@ -16,7 +16,7 @@ def choose_compile(
 ) -> tuple[bool, str]:
     """Whether to compile the model of a run of so many operations, and the reason. The same for the same run.
 
-    `fused`: `ops.fused` has the whole of it, and compiled code is no faster (benchmarks/RESULTS.md).
+    `fused`: `ops.common.fused` has the whole of it, and compiled code is no faster (benchmarks/RESULTS.md).
 
     Raises InvalidValue where it is asked for and cannot be done.
     """

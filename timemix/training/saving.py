@@ -42,7 +42,7 @@ def gathered(
 def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
     """Puts weights and optimizer state of a checkpoint back; returns its training.json.
 
-    Raises DamagedFile when a file is missing, damaged or does not fit the model.
+    Raises FileError when a file is missing, damaged or does not fit the model.
     """
     _fill_from(folder, model)
     path = folder / "training.safetensors"

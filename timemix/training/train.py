@@ -69,6 +69,11 @@ def train(
 
 def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | None]) -> RunConfig:
     """Return a config, or a preset, with other settings."""
+    for part, own in changes.items():
+        if not isinstance(own, Mapping | None):
+            raise InvalidValue(f"{part} is {own!r}; it must be a dictionary of settings")
+    if not isinstance(config, str | RunConfig):
+        raise InvalidValue(f"config is {config!r}; it must be the name of a preset or a RunConfig")
     given = {part: dict(own) for part, own in changes.items() if own}
     if isinstance(config, str):
         config = preset(config, given.get("model", {}).get("arch", DEFAULT_ARCHITECTURE))

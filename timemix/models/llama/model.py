@@ -3,7 +3,7 @@
     x = x + attention(RMSNorm(x)),   x = x + down(silu(gate(RMSNorm(x))) * up(RMSNorm(x)))
 
 Rotary positions over the whole head, optionally fewer key and value heads than query heads (arXiv 2305.13245), no
-biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/test_llama.py).
+biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/models/test_llama.py).
 """
 
 import torch

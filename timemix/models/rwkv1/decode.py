@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timemix.errors import InvalidValue
 from timemix.models.config import ShiftedConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.channel_mix import ChannelMix
@@ -149,11 +150,11 @@ class CompiledStep:
         sizes = (ctypes.c_int64(count), ctypes.c_int64(slots))
         fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
         if fault == 1:
-            raise ValueError(f"a token is outside the vocabulary of {self._model.vocabulary}")
+            raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
-            raise ValueError(f"a row stands at {self._model.limit}, the end of this model's context")
+            raise InvalidValue(f"a row stands at {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise ValueError(f"a row is not one of the state's {slots}, or stands at a negative position")
+            raise InvalidValue(f"a row is not one of the state's {slots}, or stands at a negative position")
         if isinstance(state.pending, Pending):
             state.pending.advance(state, rows)
         return logits, state

@@ -15,8 +15,8 @@ from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, in
 class ExpTimeMix(nn.Module):
     """gamma(t) * output(sigmoid(receptance) * wkv_exp(key, value)), at any position.
 
-    Past ctx_len alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.ExpState` without
-    the position.
+    Past ctx_len alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.rwkv1.ExpState`
+    without the position.
     """
 
     def __init__(self, config: Rwkv1ExpConfig) -> None:

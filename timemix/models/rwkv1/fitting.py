@@ -1,6 +1,6 @@
 """Fits of curves by lag with sums of decaying exponentials.
 
-    fit(lag) = sum_j c_j phi_j(lag)        slots, rate, angle and c (coefficients) as in `ops.exponential`
+    fit(lag) = sum_j c_j phi_j(lag)        slots, rate, angle and c (coefficients) as in `ops.rwkv1.exponential`
     error    = sum_lag weight(lag) (f(lag) - fit(lag))^2,   weights of sum 1
 
 The error is minimized over rates, angles and coefficients together, by the method of Levenberg and Marquardt in

@@ -1,4 +1,4 @@
-/* The compiled decode step of models/decode.py: one token of every row through the whole model of rwkv1 or rwkv1_exp.
+/* The compiled decode step of models/rwkv1/decode.py: one token of every row through the whole model of rwkv1 or rwkv1_exp.
 
     x = embedding[token]
     for each layer:   z = shift(norm(x));   x += gamma(t) output(sigmoid(R z) wkv(K z, V z))

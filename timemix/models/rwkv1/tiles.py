@@ -11,7 +11,7 @@ products of many inputs and many outputs (the online convolution of Fischer and 
         pending[p ... p+U] += the sums over x[p-U ... p]
 
 Each pair of an input and a later output is in exactly one tile or one step. A token is an input of O(log T) tiles.
-Every input lies in the past of every output that it reaches, so rounding is as in `ops.spectral`.
+Every input lies in the past of every output that it reaches, so rounding is as in `ops.common.spectral`.
 
 The sums are derived from a state: never saved, and recomputed after a change of the state from outside.
 """

@@ -1,4 +1,4 @@
-/* The kernels of ops/fused.py: all of a training step between its matrix products, forward and backward, each in one
+/* The kernels of ops/common/fused.py: all of a training step between its matrix products, forward and backward, each in one
    pass over memory. One file for each family of kernels, compiled as one unit.
 
    B sequences of T positions; a row is one position of one sequence. Inputs and outputs of matrix products are of

@@ -15,8 +15,8 @@ Every parallel form (`parallel_wkv1`) computes
     total[t]     = sum_{u<=t} exp(k[u])               a running sum
     wkv[t]       = beta(t) numerator[t] / total[t]
 
-and they differ in the mix alone: `dense` writes W out as a matrix, `blocked` takes strips of it (`ops.causal`),
-`spectral` multiplies spectra of blocks (`ops.spectral`).
+and they differ in the mix alone: `dense` writes W out as a matrix, `blocked` takes strips of it (`ops.common.causal`),
+`spectral` multiplies spectra of blocks (`ops.common.spectral`).
 
 Shapes: k, v (B, T, H, N); f, alpha, beta (H, ctx_len), f indexed by lag; or f (H, ctx_len, ctx_len) indexed by (t, u).
 U: positions of past and present, 0 ... U-1.
@@ -127,7 +127,9 @@ def gated_wkv1(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute sigmoid(r) * wkv1(k, v, ...) by the C kernels of `ops.fused`, from position 0, for a plain denominator.
+    """Compute sigmoid(r) * wkv1(k, v, ...) by the C kernels of `ops.common.fused`, from position 0.
+
+    The denominator is plain.
 
     Args:
         kvr: k, v and r side by side, without bias (B, T, 3 C), in float32 or bfloat16.
