@@ -134,7 +134,7 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "timemix bench op, bench train or bench sample, not ''"),
+        (["what"], "timemix bench op, bench train or bench sample, not 'what'"),
         (["simple"], "not 'simple'"),
         (["op", "--heads", "3"], "heads=3 does not divide channels=512"),
         (["op", "--ctx-lens", "0"], "a size is below 1"),
