@@ -1,4 +1,4 @@
-"""The typed reader of JSON files: what it takes, what it refuses and how it says so, what is written."""
+"""The typed reader of JSON files: accepted values, refused values and their errors, written values."""
 
 import json
 from dataclasses import dataclass, field

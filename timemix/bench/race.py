@@ -1,6 +1,6 @@
-"""Speed side by side in one run: the op, or a training step, against a plain writing, attention, and the machine.
+"""Speed side by side in one run: an op or a training step beside the naive implementation, attention and the machine.
 
-Each path must first give what the plain writing gives; the figures of one that does not are withheld. Paths take turns,
+Each path must first give the values of the naive implementation; otherwise its figures are withheld. Paths take turns,
 so that what else the machine does falls on all of them.
 """
 

@@ -32,9 +32,10 @@ WITHOUT_C = "by torch's operators"
 
 
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
-    """A training step of one size on random tokens: ours as `timemix train` runs it, without its C code, and compiled
-    where that is asked for or pays; the plain writing in float32; rotary attention of the same size, and a Llama of the
-    `transformers` library where that is installed.
+    """Time a training step of one size on random tokens, beside other implementations of the same size.
+
+    Ours runs as in `timemix train`, without its C code, and compiled if requested or if that is faster. The others are
+    the naive implementation in float32, rotary attention, and the Llama of `transformers` if that is installed.
 
     Raises TimemixError for another architecture than rwkv1 with tables.
     """
@@ -96,12 +97,12 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
 
 def _c_or_not(path: str) -> AbstractContextManager[None]:
-    """What a path runs in: the plain writing, and one that says so, by torch alone."""
+    """Return the context of a path: without C code for the naive implementation and for paths named WITHOUT_C."""
     return fused.left_out() if path == PLAIN or path.endswith(WITHOUT_C) else nullcontext()
 
 
 def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
-    """Why logits are not those of the plain writing."""
+    """Return why logits differ from those of the naive implementation, None where they agree."""
     worst = float((logits - expected).abs().max() / expected.abs().max())
     if worst <= (0.03 if precision == "bfloat16" else 1e-4):
         return None

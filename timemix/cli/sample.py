@@ -141,7 +141,7 @@ def sample(arguments: list[str]) -> int:
 
 @contextmanager
 def _interrupts_noted() -> Iterator[list[int]]:
-    """Ctrl-C goes into the list, rather than stop what is going on in its midst."""
+    """Collect Ctrl-C in the list instead of raising KeyboardInterrupt."""
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:

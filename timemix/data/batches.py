@@ -9,7 +9,7 @@ from timemix.errors import InvalidValue
 
 
 class Batches:
-    """Batches of windows, a function of the step alone: nothing else is needed to go on after a stop.
+    """Batches of windows, a function of the step alone: nothing else is needed to resume.
 
     order "random": windows at uniformly random places, as the 2021 code took them. "epoch": windows side by side, each
     once per epoch, in a new order and from a new starting point in every epoch. Calling with a step gives (inputs,

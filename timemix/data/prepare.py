@@ -1,4 +1,4 @@
-"""Texts made into prepared folders piece by piece, whatever their size; stopped, that goes on where it was."""
+"""Texts made into prepared folders piece by piece, whatever their size; stopped, it can be resumed."""
 
 import contextlib
 import hashlib
@@ -53,7 +53,7 @@ def prepare(
     distinct words that a vocabulary is chosen from, and for a text without spaces or line ends where these part pieces.
 
     A folder .NAME.unfinished beside `out` keeps the tokenizer and the finished token files of a call that was stopped;
-    the same call on the same text goes on from there.
+    the same call on the same text resumes there.
 
     `tokenizer`: one that is made already. `progress` shows downloads and long readings on stderr.
 

@@ -26,7 +26,7 @@ CHUNK = 1 << 20
 def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Advance = untold) -> Iterator[bytes]:
     """Content of a file (or what is `held` of it), decompressed where its name says so.
 
-    `advance` is told the bytes read of it and `before` it.
+    `advance` gets the bytes read of it and `before` it.
     """
     opener: Any = OPENERS.get(path.suffix.lower()) if held is None else None
     done = before
@@ -54,7 +54,7 @@ def decoded(data: Iterator[bytes], name: str, encoding: str) -> Iterator[str]:
     # In UTF-16 and UTF-32 half of the bytes of ASCII text are NUL.
     if not codec.startswith(("utf-16", "utf-32")):
         data = _without_nul(data, name)
-    # The only codec of Python whose decoder cannot go on from piece to piece.
+    # The only codec of Python whose decoder cannot decode piece by piece.
     if codec == "punycode":
         data = iter([b"".join(data)])
     first = b""

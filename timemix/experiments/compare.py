@@ -187,7 +187,7 @@ class Comparison:
         """Runs what no other process runs, until every job has ended, here or elsewhere.
 
         A run that fails is noted in its result.json, and tried again by the next call unless its loss diverged, which
-        it would again. Raises Interrupted on Ctrl-C or SIGTERM; the next call goes on from there.
+        it would again. Raises Interrupted on Ctrl-C or SIGTERM; the next call resumes there.
         """
         jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
         jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]

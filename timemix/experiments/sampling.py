@@ -1,6 +1,6 @@
 """Sampling experiments: filters compared at like entropy, and a sweep over the factors of top-a.
 
-A writer and a larger judge are trained on one text. Every setting goes on from the same pieces of held-out text; what
+A writer and a larger judge are trained on one text. Every setting continues the same pieces of held-out text; what
 it writes is measured by the judge's loss, by repetition and by variety, text by text, so that differences are paired.
 
 OUT/writer, judge (run folders), data, table.json, table.md, top-a.png
@@ -116,7 +116,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
 def _trained(
     config: RunConfig, corpus: Corpus, out: Path, name: str, device: str, say: Callable[[str], None]
 ) -> LanguageModel:
-    """The model of a run in OUT/NAME, trained to its end; goes on with one that was begun."""
+    """The model of a run in OUT/NAME, trained to its end; resumes one that was begun."""
     source = Path(config.data.source) if is_corpus(Path(config.data.source)) else out / "data"
     trainer = begin_or_resume(on_corpus(config, source, corpus, device), out / name)
     if trainer.step < trainer.config.train.steps:

@@ -15,7 +15,7 @@ from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 TUNING_SEED = 0
-# Tokens of held-out text that the texts of a sampling experiment go on from.
+# Tokens of held-out text that the texts of a sampling experiment continue.
 PROMPT_TOKENS = 32
 MOST_VARIANTS = 1000
 MOST_TUNING_RUNS = 10_000
@@ -331,7 +331,7 @@ AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
 def read_experiment(path: Path) -> AnyExperiment:
     """An experiment file; its `kind` is one of KINDS, training where it names none.
 
-    Raises TimemixError, naming the file, for a missing file, no TOML, an unknown field, or values that do not serve.
+    Raises TimemixError, naming the file, for a missing file, no TOML, an unknown field, or unsupported values.
     """
     data = parse_toml(path)
     kind = data.pop("kind", "training")

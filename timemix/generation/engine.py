@@ -315,7 +315,7 @@ class Engine:
         return event
 
     def _text(self, row: _Row, token: int, last: bool) -> tuple[str, bool]:
-        """Text that can be told now, and whether a stop string ended it."""
+        """Return the text that can be emitted now, and whether a stop string ended it."""
         if row.decoder is None:
             return "", False
         text = row.held + row.decoder.push(token)

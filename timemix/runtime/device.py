@@ -8,7 +8,7 @@ from timemix.errors import Unavailable
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """The precision that serves `precision` on a device, and the reason."""
+    """Return the precision that `precision` stands for on a device, and the reason."""
     if precision != "auto":
         return precision, "asked for"
     if device.type == "cuda":
@@ -23,7 +23,7 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """The device that serves `device` in a process of a machine, and the reason.
+    """Return the device that `device` stands for in a process of a machine, and the reason.
 
     Raises Unavailable for a device that torch does not know or this machine does not have.
     """

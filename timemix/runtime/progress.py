@@ -9,7 +9,7 @@ ShowProgress = Callable[[str], None] | bool
 """True shows a bar on stderr; a function gets a line of text now and then; False is quiet."""
 
 Advance = Callable[[int], object]
-"""Is told how many bytes are done so far."""
+"""Called with the bytes done so far."""
 
 
 QUIET_SECONDS = 1.0
@@ -39,7 +39,7 @@ def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> Iterator[Advance]:
-    """Gives a function that is told the bytes that are there so far."""
+    """Give a function to call with the bytes done so far."""
     if progress is False:
         yield untold
     elif progress is True and sys.stderr.isatty():

@@ -20,7 +20,7 @@ def gathered(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole tensors of the weights and of the optimizers' state, on the CPU, in process 0; all processes call.
 
-    So a checkpoint looks the same whatever number of processes made it, and any number goes on with it.
+    So a checkpoint looks the same whatever number of processes made it, and any number can resume from it.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     state = {

@@ -6,7 +6,7 @@ import math
 class SpikeWatch:
     """Tells losses far above those before, by their exponential mean and deviation over about 100 steps.
 
-    `state`: mean, variance and number of losses seen, to go on from after a stop.
+    `state`: mean, variance and number of losses seen, to resume from.
     """
 
     DECAY = 0.99
@@ -22,7 +22,7 @@ class SpikeWatch:
         deviation = math.sqrt(variance)
         highest = mean + self._deviations * deviation
         spike = self._deviations > 0 and seen >= self.WARM_UP and loss > highest
-        # A spike counts as the highest usual loss, so that a lasting rise is told a few times, not for ever.
+        # A spike counts as the highest usual loss, so that a lasting rise is reported a few times, not for ever.
         usual = highest if spike else loss
         weight = max(1 - self.DECAY, 1 / (seen + 1))
         self.state = (

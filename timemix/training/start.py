@@ -25,11 +25,11 @@ from timemix.training.trainer import Trainer, check_shares, run_batches
 def new_run(config: RunConfig, out: Path, world: World = ALONE, *, start: Loaded | None = None) -> "Trainer":
     """Run folder `out` for a config: prepares its tokens and writes config.toml; nothing is trained yet.
 
-    Where `config.start` names a trained model, training goes on from its weights, with its tokenizer. The config's
+    Where `config.start` names a trained model, training starts from its weights, with its tokenizer. The config's
     model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`Block.resized`).
     `start`: a model made of it, to begin with instead.
 
-    Raises TimemixError when `out` exists, text or start do not serve, or the machine lacks the memory.
+    Raises TimemixError when `out` exists, text or start are not supported, or the machine lacks the memory.
     """
     if start is None and config.start is not None:
         start = load(config.start)
@@ -115,7 +115,7 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None) -> Corpus:
 def resume_run(out: Path, world: World = ALONE) -> "Trainer":
     """A run as its newest checkpoint left it, or at its start where it has none yet.
 
-    Any number of processes goes on with what any number began. Raises InUse when another process works on the run,
+    Any number of processes can resume a run. Raises InUse when another process works on the run,
     FileError when something in the folder is missing or damaged, or its data are not those it began with.
     """
     lock = world.first_does(lambda: _take(out))

@@ -1,4 +1,4 @@
-"""Activations of the feed-forward halves, by the names of the config."""
+"""Activations of the feed-forward sublayers, by the names of the config."""
 
 from collections.abc import Callable
 from typing import Any

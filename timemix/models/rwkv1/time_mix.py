@@ -39,7 +39,7 @@ class Projections(Protocol):
 
 
 def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
-    """What a time-mix does from the first position on, where `ops.common.fused` serves; f as `wkv1` takes it."""
+    """Compute a time-mix from position 0 by the C kernels of `ops.common.fused`; f as `wkv1` takes it."""
     weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
     kvr = F.linear(x, weight.to(x.dtype))
     y = gated_wkv1(kvr, bias, f, mixer.alpha, mixer.beta, mixer.config.heads, backend=backend)
