@@ -67,11 +67,28 @@ def check_positive(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class ShiftedConfig(ModelConfig):
-    """What the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
+class HeadsConfig(ModelConfig):
+    """What models with heads of equal size share."""
 
     heads: int = 4
     """Number of heads; divides channels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.heads, self.channels)
+
+    def tiny(self) -> Self:
+        return replace(self, layers=1, ctx_len=8, channels=4 * self.heads)
+
+    @property
+    def head_size(self) -> int:
+        return self.channels // self.heads
+
+
+@dataclass(frozen=True)
+class ShiftedConfig(HeadsConfig):
+    """What the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
+
     ffn_ratio: float = 3.0
     """Hidden size of the feed-forward sublayer, as a multiple of channels."""
     token_shift: tuple[float, ...] = (0.5,)
@@ -85,7 +102,6 @@ class ShiftedConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.heads, self.channels)
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise InvalidValue(f"model.ffn_ratio={self.ffn_ratio} gives the feed-forward sublayer no sensible size")
         for name in ("token_shift", "token_shift_top"):
@@ -100,13 +116,6 @@ class ShiftedConfig(ModelConfig):
             f"{self.layers} layers, {self.heads} heads, {self.channels} channels, ffn_ratio {self.ffn_ratio},"
             f" ctx_len {self.ctx_len}, vocabulary {self.vocab_size}"
         )
-
-    def tiny(self) -> Self:
-        return replace(self, layers=1, ctx_len=8, channels=4 * self.heads)
-
-    @property
-    def head_size(self) -> int:
-        return self.channels // self.heads
 
     @property
     def ffn_hidden(self) -> int:

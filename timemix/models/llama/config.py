@@ -1,15 +1,14 @@
 """Settings of `llama`."""
 
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 from timemix.errors import InvalidValue
-from timemix.models.config import ModelConfig, check_heads, check_positive
+from timemix.models.config import HeadsConfig, check_positive
 from timemix.storage.settings import check_range
 
 
 @dataclass(frozen=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(HeadsConfig):
     """Architecture and size of `llama`."""
 
     arch: str = "llama"
@@ -29,7 +28,6 @@ class LlamaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_heads(self.heads, self.channels)
         check_range("model.kv_heads", self.kv_heads, 0, self.heads)
         if self.kv_heads and self.heads % self.kv_heads:
             divisors = ", ".join(str(h) for h in range(1, self.heads + 1) if self.heads % h == 0)
@@ -52,13 +50,6 @@ class LlamaConfig(ModelConfig):
             f"{self.layers} layers, {self.heads} heads{grouped}, {self.channels} channels, ffn_ratio"
             f" {self.ffn_ratio:.4g}, ctx_len {self.ctx_len}, vocabulary {self.vocab_size}"
         )
-
-    def tiny(self) -> Self:
-        return replace(self, layers=1, ctx_len=8, channels=4 * self.heads)
-
-    @property
-    def head_size(self) -> int:
-        return self.channels // self.heads
 
     @property
     def groups(self) -> int:
