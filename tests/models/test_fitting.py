@@ -6,7 +6,7 @@ import torch
 from tests.helpers.tiers import slow
 from timemix.models.rwkv1 import fitting
 from timemix.models.rwkv1.fitting import MOST_COEFFICIENTS, fit_exponentials
-from timemix.ops.rwkv1.exponential import LEAST_RATE, Curves, curve
+from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, curve
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from tests.helpers.tiers import examples
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1 import exponential
 from timemix.ops.rwkv1.api import wkv1
-from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, wkv1_exp
+from timemix.ops.rwkv1.curves import Curves, curve
+from timemix.ops.rwkv1.exponential import ExpState, exp_state, wkv1_exp
 
 CTX, H, N = 6, 3, 2
 

@@ -34,7 +34,7 @@ from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.models.state import State
 from timemix.ops.common.fused import ACTIVATION_KINDS
 from timemix.ops.common.history import extended
-from timemix.ops.rwkv1.exponential import basis, fading, turned
+from timemix.ops.rwkv1.curves import basis, fading, turned
 from timemix.runtime.native import library
 
 

@@ -9,7 +9,8 @@ from timemix.models.rwkv1.config import Rwkv1ExpConfig
 from timemix.models.rwkv1.time_mix import fused_time_mix
 from timemix.ops.common import fused
 from timemix.ops.common.history import extended
-from timemix.ops.rwkv1.exponential import Curves, ExpState, curve, exp_state, initial_forget, unfading, wkv1_exp
+from timemix.ops.rwkv1.curves import Curves, curve, initial_forget, unfading
+from timemix.ops.rwkv1.exponential import ExpState, exp_state, wkv1_exp
 
 
 class ExpTimeMix(nn.Module):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timemix.ops.rwkv1.exponential import LEAST_RATE, Curves, basis, partners
+from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
 """Largest rate: exp(-8) is left one lag later, so a faster decay is no better than a tap."""

@@ -11,7 +11,7 @@ from timemix.models.layers.block import Model
 from timemix.models.layers.initial import log_decay, orthogonal, scale_outputs, set_weights, table_like
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.time_mix import TimeMix
-from timemix.ops.rwkv1.exponential import LEAST_RATE
+from timemix.ops.rwkv1.curves import LEAST_RATE
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The time-mix of the 2021 RWKV in its many forms: with tables over lags, and with sums of exponentials."""
 
 from timemix.ops.rwkv1.api import BACKENDS, choose_backend, wkv1
-from timemix.ops.rwkv1.exponential import Curves, ExpState, exp_state, wkv1_exp
+from timemix.ops.rwkv1.curves import Curves
+from timemix.ops.rwkv1.exponential import ExpState, exp_state, wkv1_exp
 from timemix.ops.rwkv1.state import Wkv1State, wkv1_state
 
 __all__ = [

@@ -21,10 +21,9 @@ quarter.
 Three forms: in training within ctx_len, `wkv1` with that f; else chunks of 128 positions (`_chunk`); and the recurrence
 in loops (`_reference`).
 
-Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); those of the curves below. K slots, M taps.
+Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); those of the curves in `curves.py`. K slots, M taps.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -34,33 +33,12 @@ from torch.nn import functional as F
 from timemix.ops.common.causal import causal_convolution, running_sum
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.api import wkv1
+from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, basis, curve, fading, partners, turned, unfading
 from timemix.ops.rwkv1.parallel import times_table
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, compute_dtype
 
 CHUNK = 128
 """Positions of a chunk; the state is carried from one chunk to the next."""
-
-LEAST_RATE, MOST_FORGET = 1e-4, 0.3
-"""Bounds of rate and forget when used. So every exponential decays, and the largest term of a chunk,
-exp(K_MAX + MOST_FORGET * CHUNK), is in the range of float32."""
-
-
-class Curves(NamedTuple):
-    """Parameters of the curves.
-
-    Args:
-        rate: decay (H, K) per token; that of slot 2i+1 is unused in a pair.
-        angle: rotation (H, K // 2) per token, in radians; exactly 0 for two real slots.
-        coefficients: weights of the slots (H, K).
-        forget: -log rho (H,), past ctx_len.
-        taps: free weights (H, M) of the first M lags, or None.
-    """
-
-    rate: Tensor
-    angle: Tensor
-    coefficients: Tensor
-    forget: Tensor
-    taps: Tensor | None = None
 
 
 class ExpState(NamedTuple):
@@ -110,117 +88,6 @@ def exp_state(
 
     position = torch.zeros(batch, dtype=torch.int64, device=device)
     return ExpState(zeros(exponentials), zeros(), position, zeros(taps) if taps else None)
-
-
-def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors that make slots older by d lags.
-
-        phi_2i(lag + d)   = c phi_2i(lag)   - s phi_2i+1(lag)        c = exp(-rate d) cos(angle d)
-        phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag)          s = exp(-rate d) sin(angle d), 0 for a real slot
-
-    With `partners`: turn^d(S) = c S + s partners(S).
-
-    Args:
-        curves: the parameters.
-        lags: d, of any shape.
-
-    Returns:
-        c and s, each (H, K, *lags), in float64: angle * d loses digits.
-    """
-    K = curves.rate.shape[1]
-    paired, angle = _paired(curves)
-    rate = curves.rate.double().clamp(min=LEAST_RATE)
-    # Both slots of a pair take the rate of the first.
-    first = torch.arange(K, device=rate.device) // 2 * 2
-    rate = torch.where(paired, rate[:, first], rate)
-    shape = (*rate.shape, *[1] * lags.ndim)
-    lags = lags.double()
-    decay = (-rate.view(shape) * lags).exp()
-    phase = angle.view(shape) * lags
-    return decay * phase.cos(), torch.where(paired.view(shape), decay * phase.sin(), 0)
-
-
-def _paired(curves: Curves) -> tuple[Tensor, Tensor]:
-    """Return which slots (H, K) belong to a pair, and the angle of each slot, without gradient where it is 0."""
-    K = curves.rate.shape[1]
-    angle = F.pad(curves.angle.double().repeat_interleave(2, 1), (0, K % 2))
-    paired = angle != 0
-    return paired, torch.where(paired, angle, 0)
-
-
-def basis(curves: Curves, lags: Tensor) -> Tensor:
-    """Evaluate the exponentials.
-
-    Args:
-        curves: the parameters.
-        lags: lags of any shape.
-
-    Returns:
-        phi (H, K, *lags), in float64.
-    """
-    cosines, sines = turned(curves, lags)
-    paired, _ = _paired(curves)
-    odd = torch.arange(paired.shape[1], device=paired.device) % 2 == 1
-    return torch.where((paired & odd).view(*paired.shape, *[1] * lags.ndim), sines, cosines)
-
-
-def curve(curves: Curves, length: int) -> Tensor:
-    """Evaluate the curves.
-
-    Args:
-        curves: the parameters.
-        length: number of lags.
-
-    Returns:
-        f (H, length) by lag.
-    """
-    lags = torch.arange(length, device=curves.rate.device)
-    f = (curves.coefficients.double()[:, :, None] * basis(curves, lags)).sum(1)
-    if curves.taps is not None:
-        taps = curves.taps.double()[:, :length]
-        f = f + F.pad(taps, (0, length - taps.shape[1]))
-    return f.to(curves.coefficients.dtype)
-
-
-def unfading(curves: Curves, ctx_len: int) -> Tensor:
-    """Evaluate the curves for texts within ctx_len, where `forget` has no effect.
-
-    Args:
-        curves: the parameters.
-        ctx_len: number of lags.
-
-    Returns:
-        f (H, ctx_len) by lag.
-    """
-    # Gives `forget` a gradient of 0: a parameter without a gradient would have no optimizer state.
-    return curve(curves, ctx_len) + 0 * curves.forget[:, None]
-
-
-def initial_forget(ctx_len: int) -> float:
-    """Return the initial forget, -log(1 - 1 / ctx_len) within its bounds: the past then weighs as ctx_len tokens."""
-    return min(-math.log1p(-1 / ctx_len), MOST_FORGET) if ctx_len > 1 else MOST_FORGET
-
-
-def fading(forget: Tensor) -> Tensor:
-    """Return -log rho (H,): forget within its bounds."""
-    return forget.clamp(0, MOST_FORGET)
-
-
-def partners(x: Tensor, dim: int) -> Tensor:
-    """Exchange the slots of each pair: slot 2i becomes -x[2i+1], slot 2i+1 becomes x[2i].
-
-    Args:
-        x: a tensor with K slots in `dim`.
-        dim: the dimension of slots.
-
-    Returns:
-        The same shape; with K odd, 0 in the last slot.
-    """
-    K = x.shape[dim]
-    # (..., K, ...) -> (..., K // 2, 2, ...) -> two of (..., K // 2, ...)
-    even, odd = x.narrow(dim, 0, K // 2 * 2).unflatten(dim, (K // 2, 2)).unbind(dim + 1)
-    swapped = torch.stack([-odd, even], dim + 1).flatten(dim, dim + 1)
-    return swapped if K % 2 == 0 else torch.cat([swapped, torch.zeros_like(x.narrow(dim, K - 1, 1))], dim)
 
 
 def wkv1_exp(
