@@ -17,7 +17,7 @@ import torch
 
 from timemix._version import __version__
 from timemix.reporting.markdown import markdown_table
-from timemix.runtime.machine import free_memory, matrix_product_peak, memory_bandwidth, processor_name
+from timemix.runtime.machine import free_memory, matrix_product_peak, memory_bandwidth, peak_memory, processor_name
 from timemix.storage.json_files import OPTIONAL
 
 Say = Callable[[str], None]
@@ -48,7 +48,8 @@ class Path:
 
     seconds: median over the rounds. share_of_peak: of the peak of matrix products, counted as 6 N D.
     share_of_floor: the time that reading its bytes from memory takes, over the time that it took.
-    state_bytes: size of a text's state. peak_memory: of the process so far, in bytes.
+    state_bytes: size of a text's state. peak_memory: of the process so far, in bytes. call_memory: most bytes
+    that a call allocates on a GPU beside what is there before it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Path:
     share_of_floor: float | None = field(default=None, metadata=OPTIONAL)
     state_bytes: int | None = field(default=None, metadata=OPTIONAL)
     peak_memory: int | None = field(default=None, metadata=OPTIONAL)
+    call_memory: int | None = field(default=None, metadata=OPTIONAL)
     share_of_peak: float | None = field(default=None, metadata=OPTIONAL)
     parameters: int | None = field(default=None, metadata=OPTIONAL)
 
@@ -113,11 +115,15 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
     """Times of each path, all taking turns, until `seconds` have gone for each on average, three rounds at least."""
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
     running = [c for c in contenders if c.fault is None]
+    memory: dict[str, int] = {}
     for contender in list(running):
         say(f"warming up {contender.name}")
         try:
             for _ in range(2):
+                before = _start_of_memory(device)
                 contender.call()
+                if device.type == "cuda":
+                    memory[contender.name] = (peak_memory(device) or 0) - before
         except (RuntimeError, MemoryError) as error:
             contender.fault = f"fails: {next(iter(str(error).splitlines()), type(error).__name__)[:200]}"
             running.remove(contender)
@@ -151,9 +157,18 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
                 rounds=rounds,
                 tokens_per_second=contender.tokens / middle,
                 ratio=ratio,
+                call_memory=memory.get(contender.name),
             )
         )
     return rows
+
+
+def _start_of_memory(device: torch.device) -> int:
+    """Return the bytes allocated on a GPU, and have the peak count from here."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def machine_now(device: torch.device) -> Machine:
@@ -187,6 +202,7 @@ _MORE = {
     "share_of_floor": "share of the floor",
     "state_bytes": "state, bytes",
     "peak_memory": "largest memory of the process so far",
+    "call_memory": "memory of a call, bytes",
 }
 
 

@@ -3,7 +3,6 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.ops.common import fused
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.machine import keep_freed_memory
-from timemix.training.compiling import choose_compile
+from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.optim import build_optimizers
 
 WITHOUT_C = "by torch's operators"
@@ -71,7 +70,7 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
         in_one = each is ours and ours.block.runs_in_c(model, precision, device)
         wanted, why = choose_compile(train.compile, math.inf, device, fused=in_one)
         if wanted:
-            called[f"{name} {precision} compiled"] = cast(nn.Module, torch.compile(each, dynamic=False))
+            called[f"{name} {precision} compiled"] = compiled_model(each, device, train.accumulation)
         elif each is ours:
             say(f"not compiled: {why}")
         for label, form in called.items():

@@ -1,9 +1,11 @@
-"""Whether torch.compile pays for a run."""
+"""Whether torch.compile pays for a run, and the compiled form of a model."""
 
 import os
 import shutil
+from typing import cast
 
 import torch
+from torch import nn
 
 from timemix.errors import InvalidValue
 
@@ -38,6 +40,25 @@ def choose_compile(
     if flops < COMPILE_FROM:
         return False, "the run is too short to gain by it"
     return True, "the run is long enough to gain by it"
+
+
+def compiled_model(model: nn.Module, device: torch.device, accumulation: int = 1) -> nn.Module:
+    """Return a model compiled for batches of one shape.
+
+    On a GPU forward and backward are CUDA graphs: at 17 M parameters the launches of kernels one by one take nearly
+    three times as long as the kernels. Gradients lie in the graphs' memory, which the next backward overwrites, so
+    accumulated ones need a form without graphs.
+
+    Args:
+        model: The model; its parameters are shared.
+        device: The device that it is on.
+        accumulation: Pieces of a batch whose gradients add up.
+
+    Returns:
+        A module with the same parameters.
+    """
+    graphs = device.type == "cuda" and accumulation == 1
+    return cast(nn.Module, torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None))
 
 
 def cpp_compiler() -> str | None:

@@ -59,9 +59,11 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
                     name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
                     if not fits_tensor(tensors, name, shape):
                         raise DamagedFile(f"{path} does not fit this run: {name} is missing or of another shape")
-                    # The fused optimizer takes no other types.
+                    # The fused optimizer takes no other types, and its step counts on the parameter's device only.
                     tensor = tensors.get_tensor(name).to(torch.float32 if key == "step" else parameter.dtype)
-                    optimizer.state[parameter][key] = tensor if key == "step" else part_like(tensor, parameter)
+                    optimizer.state[parameter][key] = (
+                        tensor.to(parameter.device) if key == "step" else part_like(tensor, parameter)
+                    )
     return progress
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from timemix.runtime.distributed import ALONE, World, my_rows, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.storage.files import write_text
 from timemix.storage.locks import FolderLock
-from timemix.training.compiling import choose_compile
+from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.hooks import Hook
 from timemix.training.optim import build_optimizers, learning_rate
 from timemix.training.parallel import in_parallel, without_exchange
@@ -115,7 +114,7 @@ class Trainer:
         # One shape of batch, so no code for any shape; validation calls the model as it is.
         self._training_model = self._parallel_model
         if self.compiled:
-            self._training_model = cast(torch.nn.Module, torch.compile(self.model, dynamic=False))
+            self._training_model = compiled_model(self.model, self.device, train.accumulation)
         self.optimizers = build_optimizers(self.model, train, self.precision, self.recipe)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0

@@ -1,0 +1,261 @@
+"""Everything that has to be proved and measured on a GPU, one command a stage, each under 9 minutes.
+
+python benchmarks/gpu.py --stage a             tests that touch a device
+python benchmarks/gpu.py --stage c --data DIR  the published experiment: loss curves of four architectures
+python benchmarks/gpu.py --stage b             training steps and the op, beside attention and a Llama
+python benchmarks/gpu.py --stage d             generation
+
+Parity comes first: no speed figure counts while stage a fails. Each stage writes --out/STAGE.json after every part and
+skips parts that stand there already, so a stopped stage continues where it was. `--toy` runs the same code at a tiny
+size on the CPU.
+
+Predicted for an H100 or H200 (790 TFLOP/s in bfloat16; 3.3 or 4.8 TB/s):
+
+a  60 s. Tiny models: all of it is start-up and compiling.
+b  360 s: compiling 60 s for each of three lengths and 120 s for the large size, the races 15 s each.
+   17 M parameters, 16,384 tokens: 6 N D = 1.8 TFLOP = 2.2 ms; some 10 GB through memory = 2 to 3 ms. Products with 512
+   channels are below the ridge of the card, so 25 % of the peak at most.
+   24 x 1024, 302 M parameters, 16,384 tokens: 30 TFLOP = 38 ms at the peak, 95 ms at 40 % of it.
+c  450 s: 7,813 steps of 12 ms (rwkv1), 9 ms (mha_rotary, mha_shift), 18 ms (mha_pro), compiling 20 to 40 s each.
+d  60 s. 17 M parameters in float32 are 69 MB: 15 us a step; launching some 400 kernels one by one takes 4 ms.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("rwkv1", "mha_rotary", "mha_shift", "mha_pro")
+PUBLISHED = {"rwkv1": 1.00, "mha_rotary": 1.05, "mha_shift": 1.01, "mha_pro": 0.993}
+"""Final smoothed training losses of the published figure, on simplebooks-92."""
+
+
+class Record:
+    """The JSON file of a stage: the machine, and the parts that are done."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(device)}
+
+    def part(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return what a part found; do it first where it is not done."""
+        if name not in self.content:
+            print(f"{name} ...", flush=True)
+            start = time.perf_counter()
+            found = work()
+            self.content[name] = found
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        return self.content[name]
+
+
+def machine(device: str) -> dict[str, str]:
+    import torch
+
+    from timemix._version import __version__
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {
+        "device": name,
+        "torch": str(torch.__version__),
+        "timemix": __version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_tests(record: Record, device: str) -> None:
+    """Run the tests marked `cuda`."""
+
+    def tests() -> dict[str, Any]:
+        # -p no:benchmark: that plugin warns beside xdist, and warnings are errors here.
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda"]
+        log = record.path.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as out:
+            done = subprocess.run(
+                [*command, "--show-capture=no", "--tb=short", "tests/test_device.py"],
+                env=os.environ | {"TIMEMIX_TEST_DEVICE": device},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        lines = log.read_text().splitlines()
+        print("\n".join(lines[-30:]))
+        return {"passed": done.returncode == 0, "summary": lines[-1] if lines else "", "failed": _failed(lines)}
+
+    record.part("tests", tests)
+
+
+def _failed(lines: list[str]) -> list[str]:
+    return [line.partition(" ")[2] for line in lines if line.startswith("FAILED ")]
+
+
+def train_published(record: Record, device: str, data: Path, work: Path, toy: bool, seeds: list[int]) -> None:
+    """Train the architectures of the published figure: 17.2 M and 18.5 M parameters, 128 M tokens each."""
+    import torch
+
+    from timemix.config.presets import preset
+    from timemix.data.config import DataConfig
+    from timemix.data.corpus import is_corpus
+    from timemix.data.prepare import prepare
+    from timemix.runs.metrics import read_metrics
+    from timemix.training.train import train
+
+    def trained(arch: str, seed: int) -> dict[str, Any]:
+        config = preset("seed", arch)
+        changes: dict[str, Any] = {"device": device, "seed": seed, "valid_every": 1000, "save_every": 10**6}
+        if toy:
+            config = replace(config, model=config.model.tiny())
+            changes |= {"steps": 4, "batch_size": 4, "valid_every": 2, "log_every": 1}
+        out = work / f"{arch}-{seed}"
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        loaded = train(config, out, data=str(work / "tokens"), train=changes, resume=False)
+        rows = read_metrics(out)
+        # One step's loss is noise: the mean of every hundred steps.
+        losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+        speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
+        return {
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "wall_seconds": time.perf_counter() - start,
+            "training_seconds": rows[-1]["seconds"],
+            "tokens_per_second": statistics.median(speeds),
+            "memory": rows[-1].get("memory"),
+            "losses": thinned(losses, 10),
+            "valid": [(row["step"], row["valid_loss"]) for row in rows if row.get("valid_loss") is not None],
+            "smoothed": sum(loss for _, loss in losses[-50:]) / len(losses[-50:]),
+            "published": PUBLISHED[arch],
+        }
+
+    if not is_corpus(work / "tokens"):
+        prepare(work / "tokens", DataConfig(source=str(data / "train.txt"), valid=str(data / "valid.txt")))
+    for seed in seeds:
+        for arch in ARCHITECTURES:
+            found = record.part(f"{arch} seed {seed}", lambda arch=arch, seed=seed: trained(arch, seed))
+            print(
+                f"{arch}: smoothed {found['smoothed']:.4f}, held-out {found['valid'][-1][1]:.4f},"
+                f" {found['training_seconds']:.0f} s, {found['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
+
+
+def thinned(points: list[tuple[int, float]], every: int) -> list[tuple[int, float]]:
+    """Return the means of each `every` points, at the last step of each."""
+    groups = [points[i : i + every] for i in range(0, len(points), every)]
+    return [(group[-1][0], round(sum(loss for _, loss in group) / len(group), 5)) for group in groups]
+
+
+def race_training(record: Record, device: str, toy: bool) -> None:
+    """Time training steps of the published size by length, a large size, and the op alone."""
+    from timemix.bench.op import bench_op
+    from timemix.bench.train import bench_train
+    from timemix.config.presets import preset
+    from timemix.models.registry import model_config
+    from timemix.storage.json_files import to_json
+
+    def say(line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    seed = preset("seed")
+    train = replace(seed.train, device=device, compile="on" if device == "cuda" else "off")
+    tokens, lengths = (64, (16, 32)) if toy else (16384, (256, 2048, 8192))
+    seconds = 0.01 if toy else 1.0
+    for ctx_len in lengths:
+        model = replace(seed.model.tiny() if toy else seed.model, ctx_len=ctx_len, vocab_size=65)
+        sizes = replace(train, batch_size=tokens // ctx_len)
+        record.part(
+            f"train {ctx_len}",
+            lambda model=model, sizes=sizes: to_json(bench_train(model, sizes, seconds=seconds, say=say)),
+        )
+    record.part(
+        "op",
+        lambda: to_json(
+            bench_op(
+                ctx_lens=(8, 17) if toy else (256, 1024, 2048, 4096, 8192),
+                batch_size=2 if toy else 8,
+                heads=2 if toy else 8,
+                channels=16 if toy else 512,
+                seconds=0.01 if toy else 0.3,
+                device=device,
+                say=say,
+            )
+        ),
+    )
+    large = model_config("rwkv1", layers=24, heads=16, channels=1024, ctx_len=2048, ffn_ratio=3.0, vocab_size=65)
+    record.part(
+        "train 24 x 1024",
+        lambda: to_json(
+            bench_train(
+                large.tiny() if toy else large, replace(train, batch_size=2 if toy else 8), seconds=seconds, say=say
+            )
+        ),
+    )
+
+
+def generate_by_batch(record: Record, device: str, toy: bool) -> None:
+    """Time generation through the engine by the number of active requests."""
+    import torch
+
+    from timemix.config.presets import preset
+    from timemix.generation.engine import Engine
+    from timemix.generation.request import Request
+    from timemix.models.language_model import LanguageModel
+
+    def speed(arch: str, rows: int) -> dict[str, float]:
+        torch.manual_seed(0)
+        config = preset("seed", arch).model
+        model = LanguageModel(config.tiny() if toy else config).to(device).eval()
+        tokens = 4 if toy else 100
+        engine = Engine(model, slots=rows)
+        for i in range(rows):
+            engine.add(Request([1, 2, 3], tokens, sample=i))
+        for _ in range(2 if toy else 20):
+            engine.step()
+        start, made = time.perf_counter(), 0
+        while engine.busy:
+            made += len(engine.step())
+        seconds = time.perf_counter() - start
+        return {"tokens_per_second": made / seconds, "step_seconds": seconds / (made / rows)}
+
+    for arch in ("rwkv1", "mha_rotary"):
+        for rows in (1, 2) if toy else (1, 8, 32, 128):
+            found = record.part(f"{arch} {rows}", lambda arch=arch, rows=rows: speed(arch, rows))
+            print(f"  {arch}, {rows} rows: {found['tokens_per_second']:,.0f} tokens/s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices="acbd", action="append", help="stage, may be repeated; default: all")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the JSON files")
+    parser.add_argument("--data", type=Path, help="folder with train.txt and valid.txt, for stage c")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of stage c")
+    parser.add_argument("--toy", action="store_true", help="a tiny size, on the CPU")
+    asked = parser.parse_args(arguments)
+    device = "cpu" if asked.toy else "cuda"
+    for stage in asked.stage or "acbd":
+        record = Record(asked.out / f"{stage}.json", device)
+        if stage == "a":
+            run_tests(record, device)
+        elif stage == "b":
+            race_training(record, device, asked.toy)
+        elif stage == "c":
+            if asked.data is None:
+                parser.error("stage c needs --data, a folder with train.txt and valid.txt")
+            train_published(record, device, asked.data, asked.out / "runs", asked.toy, asked.seeds)
+        else:
+            generate_by_batch(record, device, asked.toy)
+
+
+if __name__ == "__main__":
+    main()
