@@ -27,13 +27,16 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("rwkv1", "mha_rotary", "mha_shift", "mha_pro")
+COLORS = {"rwkv1": "red", "mha_rotary": "gray", "mha_shift": "green", "mha_pro": "black"}
+"""Of the published figure."""
+ARCHITECTURES = tuple(COLORS)
 PUBLISHED = {"rwkv1": 1.00, "mha_rotary": 1.05, "mha_shift": 1.01, "mha_pro": 0.993}
 """Final smoothed training losses of the published figure, on simplebooks-92."""
 
@@ -150,6 +153,27 @@ def train_published(record: Record, device: str, data: Path, work: Path, toy: bo
             )
 
 
+def draw_published(record: Record, out: Path) -> None:
+    """Draw the loss curves of stage c in the colours of the published figure."""
+    from timemix.reporting.plots import plot_bands
+
+    with tempfile.TemporaryDirectory() as folder:
+        groups: dict[str, list[Path]] = {}
+        for name, found in record.content.items():
+            if name == "machine":
+                continue
+            run = Path(folder) / name
+            run.mkdir()
+            rows = [{"step": step, "loss": loss} for step, loss in found["losses"]]
+            rows.append({"step": rows[-1]["step"] + 1, "valid_loss": found["valid"][-1][1]})
+            for row in rows:
+                row |= {"tokens": row["step"] * 64 * 256, "seconds": row["step"]}
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            groups.setdefault(name.partition(" ")[0], []).append(run)
+        title = f"training loss, one {record.content['machine']['device']}; held-out loss at the right edge"
+        plot_bands(groups, out, colors=COLORS, title=title)
+
+
 def thinned(points: list[tuple[int, float]], every: int) -> list[tuple[int, float]]:
     """Return the means of each `every` points, at the last step of each."""
     groups = [points[i : i + every] for i in range(0, len(points), every)]
@@ -170,7 +194,7 @@ def race_training(record: Record, device: str, toy: bool) -> None:
     seed = preset("seed")
     train = replace(seed.train, device=device, compile="on" if device == "cuda" else "off")
     tokens, lengths = (64, (16, 32)) if toy else (16384, (256, 2048, 8192))
-    seconds = 0.01 if toy else 1.0
+    seconds = 0.01 if toy else 0.5
     for ctx_len in lengths:
         model = replace(seed.model.tiny() if toy else seed.model, ctx_len=ctx_len, vocab_size=65)
         sizes = replace(train, batch_size=tokens // ctx_len)
@@ -240,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the JSON files")
     parser.add_argument("--data", type=Path, help="folder with train.txt and valid.txt, for stage c")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of stage c")
+    parser.add_argument("--draw", type=Path, help="picture to draw of the loss curves of stage c")
     parser.add_argument("--toy", action="store_true", help="a tiny size, on the CPU")
     asked = parser.parse_args(arguments)
     device = "cpu" if asked.toy else "cuda"
@@ -253,6 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
             if asked.data is None:
                 parser.error("stage c needs --data, a folder with train.txt and valid.txt")
             train_published(record, device, asked.data, asked.out / "runs", asked.toy, asked.seeds)
+            if asked.draw is not None:
+                draw_published(record, asked.draw)
         else:
             generate_by_batch(record, device, asked.toy)
 

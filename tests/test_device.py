@@ -154,7 +154,7 @@ def test_training_follows_the_cpu(tmp_path):
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
 def test_compiled_training_follows_uncompiled(tmp_path):
     if DEVICE.type == "cpu":
         pytest.skip("tests/training/test_compiling.py has it on the CPU")
