@@ -204,7 +204,8 @@ def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
     trainer.run()
     assert "step 8: no space left on the device" in caplog.text
-    assert "step-00000004; training goes on" in caplog.text
+    assert "step-00000004; training continues" in caplog.text
+    assert "checkpoints works again after 1 failure" in caplog.text
     assert run_folder.newest(trainer.out).name == "step-00000012"
 
 

@@ -152,7 +152,7 @@ def test_no_batches_are_kept_unasked(tmp_path):
 def test_a_hook_gets_every_line(tmp_path):
     trainer = small_trainer(tmp_path)
     seen: list[dict] = []
-    trainer.run(hook=seen.append)
+    trainer.run(hooks=[seen.append])
     assert seen == lines(trainer.out)
 
 
@@ -185,9 +185,9 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
             raise KeyError("power cut")
 
     with pytest.raises(KeyError):
-        trainer.run(crash, hook=tensorboard(tmp_path / "board", 0))
+        trainer.run(crash, hooks=[tensorboard(tmp_path / "board", 0)])
     resumed = resume_run(trainer.out)
-    resumed.run(hook=tensorboard(tmp_path / "board", resumed.step))
+    resumed.run(hooks=[tensorboard(tmp_path / "board", resumed.step)])
     written = [(line["step"], line["loss"]) for line in lines(trainer.out) if "loss" in line]
     shown = scalars(tmp_path / "board")
     assert [step for step, _ in shown["loss"]] == list(range(1, 9))
