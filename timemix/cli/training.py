@@ -56,8 +56,7 @@ def way_on_named(trainer: "Trainer") -> "Iterator[None]":
     except (CannotWrite, ProcessLost, HookFailed) as error:
         raise type(error)(f"{error}; resume with: {resume}") from error
     except NotFinite as error:
-        # A third: enough where the rate is a little too large; where it is not, the next message divides it again.
-        raise NotFinite(f"{error}: {resume} --train.lr {trainer.config.train.lr / 3:.2g}") from error
+        raise NotFinite(f"{error}: {resume} --train.lr {trainer.config.train.lr / 10:.2g}") from error
 
 
 def _conclude(trainer: "Trainer") -> None:

@@ -130,8 +130,10 @@ def _pace(trainer: Trainer, seconds: float) -> Pace:
     if len(valid) > 1:
         validate = functools.partial(loss_per_token, trainer.model, piece, precision=trainer.precision)
         validation = _seconds(lambda: validate(world=trainer.world)) * (len(valid) - 1) / (len(piece) - 1)
+    # The checkpoint first: it creates the folder of the sample.
+    checkpoint = _seconds(trainer.save)
     sample = _seconds(trainer.sample) if trainer.config.train.sample_every else 0.0
-    return Pace(step, validation, _seconds(trainer.save), sample)
+    return Pace(step, validation, checkpoint, sample)
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -59,7 +59,7 @@ def train(
     if resume:
         if config is not None or model or data:
             raise InvalidValue(
-                "a resumed run has its own settings, of which those of train can change; leave out config, model and data"
+                "a resumed run has its own settings; leave out config, model and data: only those of train can change"
             )
         trainer = resume_run(out, train=train)
     elif config is None:

@@ -294,7 +294,8 @@ class Trainer:
         works on the run or one of this run's has gone.
         """
         self.world.first_does(self.lock.take)
-        self._hooks = Hooks(hooks, self._warn)
+        # Where a hook stops the run, the error that ends it reports the hook.
+        self._hooks = Hooks(hooks, self._warn if self.config.train.hook_errors == "warn" else lambda sentence: None)
         try:
             with (
                 collected_signals(self._received, escalate=self.world.size == 1),
