@@ -92,15 +92,17 @@ def test_what_cannot_change_is_refused_and_changes_nothing(tmp_path, settings, s
 
 
 def test_a_loss_that_is_not_finite_is_overcome_by_a_smaller_rate(tmp_path):
-    trainer = small_trainer(tmp_path, steps=30, lr=1e6, clip=0, optimizer="muon", save_every=2, valid_every=100)
-    with pytest.raises(NotFinite):
-        trainer.run()
-    failed = trainer.step
-    with pytest.raises(NotFinite):
-        resume_run(trainer.out).run()
-    resumed = resume_run(trainer.out, train={"lr": 1e-3})
+    settings = {"clip": 0.0, "optimizer": "muon", "save_every": 100, "valid_every": 100}
+    with pytest.raises(Interrupted):
+        small_trainer(tmp_path, steps=30, **settings).run(stop_at(4))
+    diverging = resume_run(tmp_path / "run", train={"lr": 1e6})
+    for trainer in (diverging, None):
+        with pytest.raises(NotFinite, match=r"step-00000004; try a smaller train.lr"):
+            (trainer or resume_run(tmp_path / "run")).run()
+    assert diverging.step > 4
+    resumed = resume_run(tmp_path / "run", train={"lr": 1e-3})
     resumed.run()
-    assert failed < resumed.step == 30
+    assert resumed.step == 30
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -118,7 +120,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_python_changes_the_settings_of_training_alone(tmp_path):
     small_trainer(tmp_path).run()
     assert timemix.train(None, tmp_path / "run", resume=True, train={"steps": 10}).config.train.steps == 10
-    with pytest.raises(InvalidValue, match="leave out config, model and data"):
+    with pytest.raises(InvalidValue, match="leave out config, model and data: only those of train"):
         timemix.train(None, tmp_path / "run", resume=True, data="other.txt")
 
 

@@ -56,7 +56,19 @@ def way_on_named(trainer: "Trainer") -> "Iterator[None]":
     except (CannotWrite, ProcessLost, HookFailed) as error:
         raise type(error)(f"{error}; resume with: {resume}") from error
     except NotFinite as error:
-        raise NotFinite(f"{error}: {resume} --train.lr {trainer.config.train.lr / 10:.2g}") from error
+        raise NotFinite(f"{error}: {_way_past(trainer)} --train.lr {trainer.config.train.lr / 10:.2g}") from error
+
+
+def _way_past(trainer: "Trainer") -> str:
+    """Return the command that gets past a loss that is not finite, without its learning rate."""
+    from timemix.runs.folder import checkpoint_name, checkpoints
+
+    kept = checkpoints(trainer.out)
+    if not kept or kept[-1].name != checkpoint_name(trainer.step):
+        return f"timemix train --resume {trainer.out}"
+    # The loss right after a checkpoint is that of its weights, whatever the rate.
+    start = f"--from {kept[-2]}" if kept[:-1] else f"--config {trainer.out / 'config.toml'}"
+    return f"timemix train {start} --out NEXT"
 
 
 def _conclude(trainer: "Trainer") -> None:
