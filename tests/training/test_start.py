@@ -6,8 +6,8 @@ import os
 import pytest
 
 import timemix
+from tests.helpers.ends import same_end, stop_at
 from tests.helpers.runs import small_trainer
-from tests.training.test_resume import same_end, stop_at
 from timemix.config.run import read_toml
 from timemix.errors import DamagedFile, Interrupted, InvalidValue, NotFinite
 from timemix.runs import folder as run_folder
