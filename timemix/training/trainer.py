@@ -15,15 +15,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
-from timemix.errors import (
-    CannotWrite,
-    DamagedFile,
-    HookFailed,
-    Interrupted,
-    InvalidValue,
-    NotFinite,
-    Unavailable,
-)
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
