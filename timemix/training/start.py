@@ -26,6 +26,10 @@ from timemix.training.saving import fill
 from timemix.training.trainer import Trainer
 
 
+FIXED = ("batch_size", "contexts", "seed", "optimizer")
+"""Settings of training that a resumed run keeps: its data order and its optimizer's state depend on them."""
+
+
 def new_run(
     config: RunConfig,
     out: Path,
@@ -57,23 +61,28 @@ def new_run(
     refuse_too_large(config, world)
     world.first_does(lambda: _make_folder(out))
     try:
-        lock = world.first_does(lambda: _locked(out))
-        corpus = world.first_does(lambda: _corpus(config, out, start, progress))
-        corpus = corpus or open_run_corpus(out, config.data.source)
-        config = resolved(config, corpus)
-        world.first_does(lambda: refuse_too_large(config, world))
-        config = with_steps(config, corpus, out, world, lambda sentence: show(progress, sentence))
-        world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
-        trainer = Trainer(config, out, corpus, lock, world)
-        if start is not None:
-            weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
-            fill(trainer.model, weights.__getitem__)
-            # So that a run killed before its first checkpoint begins with them again.
-            trainer.save()
+        return _begun(config, out, world, start, progress)
     except BaseException:
         if world.first:
             shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, progress: ShowProgress) -> Trainer:
+    """Fill a new run folder, and return its trainer."""
+    lock = world.first_does(lambda: _locked(out))
+    corpus = world.first_does(lambda: _corpus(config, out, start, progress))
+    corpus = corpus or open_run_corpus(out, config.data.source)
+    config = resolved(config, corpus)
+    world.first_does(lambda: refuse_too_large(config, world))
+    config = with_steps(config, corpus, out, world, lambda sentence: show(progress, sentence))
+    world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
+    trainer = Trainer(config, out, corpus, lock, world)
+    if start is not None:
+        weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
+        fill(trainer.model, weights.__getitem__)
+        # So that a run killed before its first checkpoint begins with them again.
+        trainer.save()
     return trainer
 
 
@@ -124,10 +133,6 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
             f" {corpus.tokenizer.differences(tokenizer)}; name the text instead"
         )
     return corpus
-
-
-FIXED = ("batch_size", "contexts", "seed", "optimizer")
-"""Settings of training that a resumed run keeps: its data order and its optimizer's state depend on them."""
 
 
 def resume_run(out: Path, world: World = ALONE, train: Mapping[str, Any] | None = None) -> Trainer:
