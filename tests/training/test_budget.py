@@ -101,14 +101,14 @@ def test_a_run_that_is_long_enough_to_compile_is_timed_compiled(tmp_path, monkey
         timed.append(trainer.compiled)
         return Pace(step=0.001 if trainer.compiled else 0.01, validation=0.0, checkpoint=0.0)
 
-    config = small_config(write_text_file(tmp_path), seconds=20.0)
+    config = small_config(write_text_file(tmp_path), seconds=2000.0)
     monkeypatch.setattr("timemix.training.trainer.flops_per_token", lambda model: 1)
     monkeypatch.setattr("timemix.training.trainer.choose_compile", compiles)
     monkeypatch.setattr(budget, "_pace", pace)
     one = 3 * config.train.batch_size * config.window
     trainer = new_run(config, tmp_path / "run", progress=False)
     assert timed == [False, True]
-    assert trainer.config.train.steps == pytest.approx(20 / 0.001, rel=0.2)
+    assert trainer.config.train.steps == pytest.approx(2000 / 0.001, rel=0.2)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000, "1k", "0.5M"])

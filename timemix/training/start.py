@@ -25,7 +25,6 @@ from timemix.training.parallel import check_shares
 from timemix.training.saving import fill
 from timemix.training.trainer import Trainer
 
-
 FIXED = ("batch_size", "contexts", "seed", "optimizer")
 """Settings of training that a resumed run keeps: its data order and its optimizer's state depend on them."""
 
