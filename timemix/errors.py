@@ -12,6 +12,7 @@ TimemixError
     Unavailable         this machine lacks it: a device, memory, a package, the network
         ProcessLost     another process of a distributed run
     NotFinite           training diverged
+    HookFailed          a hook raised, and the run is set to stop then
 
 Interrupted stands beside it: a signal ended a run after its step was saved, so that `except TimemixError` does not
 swallow Ctrl-C.
@@ -86,8 +87,12 @@ class NotFinite(TimemixError):
     """A loss or a gradient is not finite: the run fails in the same way again."""
 
 
+class HookFailed(TimemixError):
+    """A hook raised while `train.hook_errors` is "stop"; the run was saved first."""
+
+
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended a run after its step was saved; no TimemixError, since nothing failed.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run after its step was saved; no TimemixError, since nothing failed.
 
     Args:
         number: Number of the signal.

@@ -1,12 +1,13 @@
 """Config: TOML round trip, presets, and what a wrong field or value says."""
 
 import dataclasses
+import math
 import re
 
 import pytest
 
 from timemix.config.presets import PRESETS, preset
-from timemix.config.run import RunConfig, TrainConfig, read_toml, to_toml
+from timemix.config.run import RunConfig, TrainConfig, read_count, read_toml, to_toml
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.models.registry import ARCHITECTURES, model_config
 from timemix.storage.settings import from_dict, to_dict
@@ -115,6 +116,17 @@ class TestLearningRate:
         assert [self.rate(s, schedule="constant", decay=0.2) for s in (0, 50, 80)] == pytest.approx([1.0] * 3)
         assert self.rate(90, schedule="constant", decay=0.2) == pytest.approx(0.55)
 
+    def test_the_decay_is_a_share_of_the_run_also_after_a_warmup(self):
+        rates = [self.rate(s, schedule="constant", warmup=0.5, decay=0.2) for s in range(100)]
+        assert rates[50:81] == pytest.approx([1.0] * 31)
+        assert rates[90] == pytest.approx(0.55)
+        assert rates[82] < 0.99
+
+    def test_a_decay_takes_what_a_long_warmup_leaves(self):
+        rates = [self.rate(s, schedule="constant", warmup=0.9, decay=0.5) for s in range(100)]
+        assert rates[89:91] == pytest.approx([1.0, 1.0])
+        assert rates[95] == pytest.approx(0.55)
+
     def test_warmup_rises_to_lr_and_never_starts_at_zero(self):
         rates = [self.rate(s, warmup=0.1) for s in range(12)]
         assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -126,3 +138,31 @@ class TestLearningRate:
 def test_a_free_w_refuses_the_backends_that_need_lags(backend):
     with pytest.raises(InvalidValue, match=f"backend='{backend}' needs decomposed weights"):
         model_config("rwkv1", weights="free", backend=backend)
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("written", "count"),
+        [("20M", 20_000_000), ("1.5B", 1_500_000_000), ("20000", 20_000), (20_000, 20_000), ("2_000k", 2_000_000)],
+    )
+    def test_tokens_are_read_with_their_unit(self, written, count):
+        assert read_count(TrainConfig(tokens=written).tokens) == count
+
+    @pytest.mark.parametrize("written", ["0", "-3", "0.0001K", "20 M B", "M", "", "many", 0, -1, "1e9", "\u0664"])
+    def test_other_tokens_are_refused(self, written):
+        with pytest.raises(InvalidValue, match=r"train.tokens is .*; it must be a positive number, such as 20M"):
+            TrainConfig(tokens=written)
+
+    @pytest.mark.parametrize("seconds", [0, -1.0, math.inf, math.nan])
+    def test_other_seconds_are_refused(self, seconds):
+        with pytest.raises(InvalidValue, match=r"train.seconds is .*; it must be above 0 and finite"):
+            TrainConfig(seconds=seconds)
+
+    def test_seconds_and_tokens_exclude_one_another(self):
+        with pytest.raises(InvalidValue, match=r"train.seconds 60 and train.tokens 20M exclude one another"):
+            TrainConfig(seconds=60, tokens="20M")
+
+    def test_a_file_may_have_tokens_as_a_number_or_a_text(self, tmp_path):
+        for written in ("20_000", "'20k'"):
+            (tmp_path / "run.toml").write_text(f"format_version = 2\n[train]\ntokens = {written}\n")
+            assert read_count(read_toml(tmp_path / "run.toml").train.tokens) == 20_000

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,21 @@ def stop_and_resume(folder: Path, strategy: str, world: World) -> None:
 
     with pytest.raises(Interrupted):
         new_run(config(folder, "plain", strategy), folder / f"stopped-{strategy}", world).run(stop)
-    trainer = resume_run(folder / f"handed-{strategy}", world)
+    trainer = resume_run(folder / f"handed-{strategy}", world, {"sample_every": 4})
     assert trainer.step == 3
     trainer.run()
     # Batches of a validation that do not come out even.
     losses = [loss_per_token(trainer.model, np.arange(n) % 7, tokens_per_batch=16, world=world) for n in (17, 50, 81)]
     (folder / f"losses-{strategy}-{world.rank}.json").write_text(json.dumps(losses))
+
+
+def by_the_clock(folder: Path, strategy: str, world: World) -> None:
+    """Create a run by seconds, and write the steps that each process counts."""
+    made = config(folder, "plain", strategy)
+    made = replace(made, train=replace(made.train, seconds=0.5, sample_every=2))
+    trainer = new_run(made, folder / f"clock-{strategy}", world)
+    (folder / f"steps-{strategy}-{world.rank}.json").write_text(json.dumps(trainer.config.train.steps))
+    trainer.lock.release()
 
 
 def main() -> None:
@@ -58,6 +68,7 @@ def main() -> None:
                 new_run(config(folder, name, strategy), folder / f"{name}-{strategy}-{world.size}", world).run()
             if "plain" in names:
                 stop_and_resume(folder, strategy, world)
+                by_the_clock(folder, strategy, world)
 
         def fail():
             raise TimemixError("only process 0 says this")

@@ -21,6 +21,7 @@ import timemix
 from tests.helpers.process_group import SETTINGS, config
 from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
+from timemix.config.run import read_toml
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
 from timemix.errors import Interrupted, InvalidValue
@@ -97,6 +98,20 @@ def test_two_processes_learn_what_one_does(request, name, strategy):
     # Muon makes small singular values large, and their rounding with them.
     tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_processes_count_the_same_steps_by_the_clock(folder, strategy):
+    counted = [json.loads((folder / f"steps-{strategy}-{rank}.json").read_text()) for rank in range(2)]
+    assert counted[0] == counted[1] >= 1
+    assert read_toml(folder / f"clock-{strategy}" / "config.toml").train.steps == counted[0]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_draw_samples_while_they_train(folder, strategy):
+    samples = (folder / f"handed-{strategy}" / "samples.txt").read_text()
+    assert samples.startswith("--- step 4\n")
+    assert len(samples) > 200
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -2,11 +2,9 @@
 
 import contextlib
 import errno
-import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ends import metrics, same_end, stop_at
 from tests.helpers.killed_run import CONFIG, config, start
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
@@ -26,34 +25,7 @@ from timemix.storage.locks import FolderLock
 from timemix.training import trainer as trainer_module
 from timemix.training.start import new_run, resume_run
 
-TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
 ROOT = Path(__file__).parents[2]
-
-
-def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the clock and the machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
-
-
-def same_end(a: Path, b: Path) -> None:
-    """Weights, optimizer state, losses and kept checkpoints of two runs are equal, bit for bit."""
-    assert [c.name for c in run_folder.checkpoints(a)] == [c.name for c in run_folder.checkpoints(b)]
-    for x, y in zip(run_folder.checkpoints(a), run_folder.checkpoints(b), strict=True):
-        for name in ("model.safetensors", "training.safetensors"):
-            assert (x / name).read_bytes() == (y / name).read_bytes(), f"{name} of {x.name}"
-        progress = [json.loads((folder / "training.json").read_text()) | {"seconds": 0} for folder in (x, y)]
-        assert progress[0] == progress[1]
-    assert metrics(a) == metrics(b)
-    assert sorted(p.name for p in (b / "checkpoints").iterdir()) == [c.name for c in run_folder.checkpoints(b)]
-
-
-def stop_at(step: int):
-    def watch(progress):
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return watch
 
 
 @pytest.mark.parametrize(
@@ -204,7 +176,8 @@ def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
     trainer.run()
     assert "step 8: no space left on the device" in caplog.text
-    assert "step-00000004; training goes on" in caplog.text
+    assert "step-00000004; training continues" in caplog.text
+    assert "checkpoints works again after 1 failure" in caplog.text
     assert run_folder.newest(trainer.out).name == "step-00000012"
 
 

@@ -12,11 +12,12 @@ import torch
 from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
-from timemix.errors import CannotWrite, InvalidValue, NotFinite, Unavailable
+from timemix.errors import CannotWrite, HookFailed, InvalidValue, NotFinite, Unavailable
 from timemix.models.size import flops_per_token
 from timemix.runs.metrics import Metrics
 from timemix.runtime import machine
 from timemix.runtime.machine import peak_memory
+from timemix.training.failures import Failures
 from timemix.training.hooks import load_hook, tensorboard
 from timemix.training.spikes import SpikeWatch
 from timemix.training.start import new_run, resume_run
@@ -152,7 +153,7 @@ def test_no_batches_are_kept_unasked(tmp_path):
 def test_a_hook_gets_every_line(tmp_path):
     trainer = small_trainer(tmp_path)
     seen: list[dict] = []
-    trainer.run(hook=seen.append)
+    trainer.run(hooks=[seen.append])
     assert seen == lines(trainer.out)
 
 
@@ -185,9 +186,9 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
             raise KeyError("power cut")
 
     with pytest.raises(KeyError):
-        trainer.run(crash, hook=tensorboard(tmp_path / "board", 0))
+        trainer.run(crash, hooks=[tensorboard(tmp_path / "board", 0)])
     resumed = resume_run(trainer.out)
-    resumed.run(hook=tensorboard(tmp_path / "board", resumed.step))
+    resumed.run(hooks=[tensorboard(tmp_path / "board", resumed.step)])
     written = [(line["step"], line["loss"]) for line in lines(trainer.out) if "loss" in line]
     shown = scalars(tmp_path / "board")
     assert [step for step, _ in shown["loss"]] == list(range(1, 9))
@@ -227,3 +228,83 @@ def test_the_held_out_text_is_no_part_of_any_batch(tmp_path):
     held_out = set(np.asarray(trainer.corpus.valid).tolist())
     assert len(held_out) == 60
     assert not seen & held_out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the service is down"), OSError(), KeyError("x"), BrokenPipeError()])
+def test_a_hook_that_raises_is_reported_once_and_training_continues(tmp_path, caplog, error):
+    trainer = small_trainer(tmp_path, log_every=1)
+    seen = []
+
+    def service(line):
+        if 3 <= line["step"] <= 6:
+            raise error
+        seen.append(line["step"])
+
+    trainer.run(hooks=[service, lambda line: seen.append(-line["step"])])
+    name = f"{__name__}:{service.__qualname__}"
+    fails, works = caplog.messages
+    assert fails.startswith(f"hook {name} fails at step 3: {type(error).__name__}")
+    assert ("the service is down" in fails) == isinstance(error, RuntimeError)
+    assert fails.endswith("; training continues, and calls it at each line")
+    assert works == f"hook {name} works again after 4 failures"
+    assert [step for step in seen if step > 0] == [1, 2, 7, 8]
+    assert [-step for step in seen if step < 0] == list(range(1, 9))
+    assert [line["step"] for line in lines(trainer.out)] == list(range(9))
+
+
+def test_a_hook_may_stop_the_run_which_is_saved(tmp_path, caplog):
+    trainer = small_trainer(tmp_path, log_every=1, valid_every=100, save_every=100, hook_errors="stop")
+
+    def service(line):
+        if line["step"] == 5:
+            raise ConnectionError("no route to host")
+
+    with pytest.raises(HookFailed, match=r"fails at step 5: ConnectionError: no route to host; .* saved .*-00000005$"):
+        trainer.run(hooks=[service])
+    assert caplog.messages == []
+    resumed = resume_run(trainer.out)
+    assert resumed.step == 5
+    resumed.run()
+    assert [line["step"] for line in lines(trainer.out)] == list(range(9))
+
+
+def test_repeated_failures_are_reported_once_per_cause_and_counted():
+    warnings = []
+    failures = Failures("the file", warnings.append)
+    for cause in ("full", "full", "full", "locked", "full"):
+        failures.failed(cause, f"the file cannot be written: {cause}")
+    failures.worked()
+    failures.worked()
+    failures.failed("full", "once more")
+    failures.close()
+    assert warnings == [
+        "the file cannot be written: full",
+        "the file cannot be written: locked",
+        "the file cannot be written: full",
+        "the file works again after 5 failures",
+        "once more",
+    ]
+    for _ in range(3):
+        failures.failed("full", "to the end")
+    failures.close()
+    assert warnings[-2:] == ["to the end", "the file did not work again: 3 failures"]
+
+
+def test_metrics_that_a_full_disk_refuses_are_reported_once(tmp_path, monkeypatch, caplog):
+    trainer = small_trainer(tmp_path, steps=20, log_every=1, full_disk="continue")
+    write = Metrics.write
+
+    def refuse(metrics, line):
+        if 2 <= line["step"] <= 18:
+            monkeypatch.setattr(metrics, "path", tmp_path / "nowhere" / "metrics.jsonl")
+        else:
+            monkeypatch.setattr(metrics, "path", trainer.out / "metrics.jsonl")
+        write(metrics, line)
+
+    monkeypatch.setattr(Metrics, "write", refuse)
+    trainer.run()
+    fails, works = caplog.messages
+    assert "cannot write" in fails
+    assert "training continues" in fails
+    assert works.endswith("metrics.jsonl works again after 17 failures")
+    assert [line["step"] for line in lines(trainer.out)] == list(range(21))

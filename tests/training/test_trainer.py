@@ -313,3 +313,88 @@ class TestDamagedCheckpoints:
         path.write_text(path.read_text().replace("channels = 16", "channels = 32"))
         with pytest.raises(DamagedFile, match="does not fit its config.toml"):
             timemix.load(run)
+
+
+class Losses:
+    """Validation losses that follow a list instead of the model."""
+
+    def __init__(self, *losses: float) -> None:
+        self.losses = losses
+
+    def of(self, trainer):
+        def validate():
+            trainer.valid_loss, trainer.valid_step = self.losses[trainer.step // 2], trainer.step
+            return trainer.valid_loss
+
+        trainer.validate = validate
+        return trainer
+
+
+PATIENT = {"steps": 20, "valid_every": 2, "save_every": 7, "log_every": 3}
+FALL_AND_RISE = Losses(9.0, 3.0, 2.0, 2.5, 1.9, 2.1, 2.0, 2.2, 1.8, 1.7, 1.6)
+
+
+def test_training_stops_early_and_keeps_the_best(tmp_path):
+    trainer = FALL_AND_RISE.of(small_trainer(tmp_path, patience=3, **PATIENT))
+    assert trainer.run().name == "step-00000014"
+    assert (trainer.is_complete, trainer.stopped_early, trainer.validations_without_gain) == (True, True, 3)
+    assert run_folder.best(trainer.out).name == "step-00000008"
+    resumed = resume_run(trainer.out)
+    assert resumed.stopped_early
+    resumed.lock.release()
+
+
+def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
+    """Stopped by a signal in between, it ends at the same step; without patience, as a run that never had any."""
+    whole = FALL_AND_RISE.of(small_trainer(tmp_path, name="whole", **PATIENT))
+    whole.run()
+    trainer = FALL_AND_RISE.of(small_trainer(tmp_path, patience=3, **PATIENT))
+    with pytest.raises(Interrupted):
+        trainer.run(lambda p: os.kill(os.getpid(), signal.SIGTERM) if p.step == 11 else None)
+    FALL_AND_RISE.of(resume_run(trainer.out)).run()
+    assert run_folder.newest(trainer.out).name == "step-00000014"
+    FALL_AND_RISE.of(resume_run(trainer.out, train={"patience": 0})).run()
+    for a, b in zip(run_folder.checkpoints(whole.out), run_folder.checkpoints(trainer.out), strict=True):
+        assert a.name == b.name
+        for name in ("model.safetensors", "training.safetensors"):
+            assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_patience_needs_a_held_out_text(tmp_path):
+    config = small_config(write_text_file(tmp_path), patience=2)
+    config = type(config)(config.model, type(config.data)(source=config.data.source, valid_fraction=0.0), config.train)
+    with pytest.raises(InvalidValue, match=r"train.patience is 2, but no text is held out .* set data.valid_fraction"):
+        new_run(config, tmp_path / "run")
+
+
+def test_samples_are_drawn_while_it_trains_and_change_nothing(tmp_path):
+    plain, sampled = small_trainer(tmp_path, name="plain"), small_trainer(tmp_path, name="sampled", sample_every=3)
+    plain.run()
+    seen = []
+    sampled.run(lambda progress: seen.append((progress.step, progress.sample)))
+    drawn = [(step, sample) for step, sample in seen if sample is not None]
+    assert [step for step, _ in drawn] == [3, 6]
+    assert (sampled.out / "samples.txt").read_text() == "".join(f"--- step {step}\n{text}\n\n" for step, text in drawn)
+    weights = [run_folder.newest(run.out) / "model.safetensors" for run in (plain, sampled)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_saves_as_the_end_of_a_job_does(tmp_path, number):
+    trainer = small_trainer(tmp_path)
+    with pytest.raises(Interrupted) as interrupted:
+        # A shell sends SIGHUP to its jobs once more.
+        trainer.run(lambda p: [os.kill(os.getpid(), number) for _ in range(1 + (number == signal.SIGHUP))])
+    assert interrupted.value.number == number
+    assert run_folder.newest(trainer.out).name == "step-00000001"
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = small_trainer(tmp_path)
+        trainer.run(lambda p: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run_folder.newest(trainer.out).name == "step-00000008"

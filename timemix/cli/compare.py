@@ -31,7 +31,7 @@ from timemix.storage.json_files import to_json
 if TYPE_CHECKING:
     from timemix.experiments.jobs import Job
     from timemix.experiments.table import Table
-    from timemix.training.trainer import Watch
+    from timemix.training.progress import Watch
 
 
 GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}

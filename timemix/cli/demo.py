@@ -5,46 +5,65 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timemix.cli.options import parse
-from timemix.cli.training import run_trainer, write_sample
+from timemix.cli.training import run_trainer
+from timemix.cli.watch import lasting_output, shown
 from timemix.config.presets import preset
+from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from timemix.training.trainer import TrainingProgress
+    from timemix.training.progress import TrainingProgress
 
 
 DEMO_PROMPT = "The "
+SECONDS = 100.0
 
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Train a small model on the built-in text for two to six minutes, with samples and a loss curve."""
+    """Train a small model on the built-in text for about two minutes, with samples and a loss curve."""
 
     out: Path = Path("runs/demo")
     """New folder for the run."""
+    seconds: float | None = None
+    """Wall time of the training. Default: 100, unless --steps is given."""
     steps: int | None = None
-    """Optimizer steps. Default: those of the preset."""
+    """Optimizer steps instead."""
 
 
 def demo(arguments: list[str]) -> int:
     parsed = parse(DemoArguments, arguments, "demo")
+    with lasting_output():
+        return _demo(parsed)
+
+
+def _demo(parsed: DemoArguments) -> int:
+    from timemix.runtime.machine import keep_freed_memory
     from timemix.training.start import new_run
 
-    config = preset("demo")
-    if parsed.steps is not None:
-        config = replace(config, train=replace(config.train, steps=parsed.steps))
+    keep_freed_memory()
+    train = preset("demo").train
+    if parsed.steps is None:
+        train = replace(train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
+    elif parsed.seconds is not None:
+        raise InvalidValue(f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give one")
+    else:
+        train = replace(train, steps=parsed.steps)
     out = parsed.out
-    print("Training a small RWKV on the Python language reference, two to six minutes on two cores.")
-    trainer = new_run(config, out)
+    print("Training a small RWKV on the Python language reference.")
+    trainer = new_run(replace(preset("demo"), train=train), out)
     half = max(1, trainer.config.train.steps // 2)
+
+    def sample() -> str:
+        return shown(trainer.sample(DEMO_PROMPT) or "")
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
-            print(f"\nHalf way, it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+            print(f"\nHalf way, it writes:\n\n{sample()}\n")
 
-    print(f"Before training it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+    print(f"Before training it writes:\n\n{sample()}\n")
     status = run_trainer(trainer, during)
     if status == 0:
-        print(f"\nNow it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+        print(f"\nNow it writes:\n\n{sample()}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
             f"  timemix sample {out} --prompt 'The ' --tokens 500\n"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -17,10 +17,6 @@ from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.errors import InvalidValue
 from timemix.models.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
-
-if TYPE_CHECKING:
-    from timemix.tokenizers.base import Tokenizer
-
 
 Arguments = TypeVar("Arguments")
 
@@ -130,9 +126,3 @@ def print_report(report: dict[str, Any]) -> None:
         for part, each in rows:
             label = f"{name.replace('_', ' ')} {part}"
             print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")
-
-
-def default_prompt(tokenizer: "Tokenizer") -> str:
-    """A line end, or the first token where the vocabulary has none."""
-    ids, _ = tokenizer.encode_lenient("\n")
-    return "\n" if len(ids) else tokenizer.decode([0])

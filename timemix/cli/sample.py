@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from timemix.cli.options import default_prompt, parse
+from timemix.cli.options import parse
 from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def sample(arguments: list[str]) -> int:
     if parsed.save_state is not None and settings.count > 1:
         raise InvalidValue(f"--save-state takes the state of one text; leave --count {settings.count} out")
     from timemix.generation.engine import Engine
+    from timemix.generation.prompts import default_prompt
     from timemix.generation.request import Request
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import load_session, save_session

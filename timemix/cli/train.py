@@ -1,16 +1,17 @@
 """The verb train: train a model, or resume a run."""
 
+import argparse
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from timemix.cli.options import Choice, DataOptions, PresetName, first_parse, parse
 from timemix.config.from_file import config_from_file
 from timemix.config.presets import DEFAULT_PRESET
-from timemix.config.run import RunConfig, TrainConfig, read_toml
+from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml
 from timemix.data.config import DataConfig
 from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError
 from timemix.models.config import ModelConfig
@@ -18,11 +19,15 @@ from timemix.models.config import ModelConfig
 if TYPE_CHECKING:
     from timemix.runtime.distributed import World
     from timemix.training.hooks import Hook
+    from timemix.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Tracking:
-    """Further destinations of the lines of metrics.jsonl."""
+class Reporting:
+    """What is reported while the model trains, and where."""
+
+    quiet: bool = False
+    """Only warnings and errors on stderr."""
 
     tensorboard: bool = False
     """TensorBoard events in the run folder's tensorboard/."""
@@ -34,12 +39,14 @@ class Tracking:
 class TrainArguments:
     """Train a model, fine-tune one, or resume a run.
 
-    - timemix train [PRESET] --data FILE --out RUN: from a preset; --data is short for --data.source
+    - timemix train [PRESET] --data FILE --out RUN: a new run from a preset; --data is short for --data.source
     - timemix train [PRESET] --config FILE --out RUN: from a file of settings, which win over those of the preset
     - timemix train --from RUN --data FILE --out NEXT: from the weights, tokenizer and settings of a run
-    - timemix train --resume RUN: a run from its newest checkpoint
+    - timemix train --resume RUN [--train.steps N ...]: a run from its newest checkpoint; with more steps or other
+      settings of training if you name them (timemix train --resume RUN --help)
 
-    All other options win over preset, file and run.
+    All other options win over preset, file and run. Give the length of the run as one of --train.steps,
+    --train.seconds and --train.tokens.
     """
 
     out: Path
@@ -53,16 +60,26 @@ class TrainArguments:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
-    tracking: tyro.conf.OmitArgPrefixes[Tracking] = field(default_factory=Tracking)
+    reporting: tyro.conf.OmitArgPrefixes[Reporting] = field(default_factory=Reporting)
 
 
 @dataclass(frozen=True)
 class ResumeArguments:
-    """Resume a run from its newest checkpoint, with its own settings."""
+    """Resume a run from its newest checkpoint, with its own settings and those that you name here.
+
+    - timemix train --resume RUN: to the end of a run that was stopped
+    - timemix train --resume RUN --train.steps 4000: to more steps, also of a complete run
+    - timemix train --resume RUN --train.lr 1e-3: with a smaller learning rate, after a loss that is not finite
+
+    The learning rate follows the schedule of the new settings: at step S it is what a run with these settings has at
+    step S. The model, the text and --train.batch-size, --train.contexts, --train.seed and --train.optimizer cannot
+    change; for that, start a new run from the weights of this one: timemix train --from RUN --out NEXT.
+    """
 
     resume: Path
     """Run folder."""
-    tracking: tyro.conf.OmitArgPrefixes[Tracking] = field(default_factory=Tracking)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    reporting: tyro.conf.OmitArgPrefixes[Reporting] = field(default_factory=Reporting)
 
 
 def _check_choice(choice: Choice) -> None:
@@ -92,31 +109,63 @@ def _defaults(choice: Choice) -> RunConfig:
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
 
 
+def _check_resumable(arguments: list[str], run: Path) -> None:
+    """Raise InvalidValue for an option of a new run."""
+    for flag in (word.partition("=")[0] for word in arguments):
+        if flag in ("--out", "--data") or flag.startswith(("--model.", "--data.")):
+            raise InvalidValue(
+                f"{flag} cannot change when {run} is resumed; start a new run from its weights instead:"
+                f" timemix train --from {run} --out NEXT"
+            )
+
+
+def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
+    """Return the settings under those options that set the length of the run, of which there may be one."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in BUDGETS:
+        options.add_argument(f"--train.{name}", dest=name, nargs="?")
+    given = vars(options.parse_known_args(arguments)[0])
+    check_budget(given)
+    return replace(train, seconds=None, tokens=None) if any(given.values()) else train
+
+
 def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
     """Options of the verb, each from the flag, else from the file, run or preset that the first parse finds."""
     choice = first_parse(arguments)
     _check_choice(choice)
     if choice.resume is not None:
-        return parse(ResumeArguments, arguments, "train")
+        _check_resumable(arguments, choice.resume)
+        settings = _with_budget(_config_of(choice.resume).train, arguments)
+        return parse(ResumeArguments, arguments, "train", ResumeArguments(choice.resume, settings))
     config = _defaults(choice)
     default = TrainArguments(
         out=tyro.MISSING,
         from_=None if config.start is None else Path(config.start),
         model=config.model,
         data=DataOptions.of(config.data),
-        train=config.train,
+        train=_with_budget(config.train, arguments),
     )
     return parse(TrainArguments, arguments, "train", default, choice)
+
+
+def _config_of(run: Path) -> RunConfig:
+    """Return the config of a run. Raises FileError where there is no run folder."""
+    from timemix.runs.folder import newest
+
+    if not (run / "config.toml").exists():
+        newest(run)
+    return read_toml(run / "config.toml")
 
 
 def train(arguments: list[str]) -> int:
     # Options first: under torchrun, what is wrong with them needs no other process.
     asked = train_options(arguments)
+    from timemix.cli.watch import lasting_output
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
 
-    hook = None if asked.tracking.hook is None else load_hook(asked.tracking.hook)
-    with joined() as world:
+    hook = None if asked.reporting.hook is None else load_hook(asked.reporting.hook)
+    with lasting_output(), joined() as world:
         try:
             return _train(asked, hook, world)
         except Elsewhere:
@@ -129,35 +178,74 @@ def train(arguments: list[str]) -> int:
 
 
 def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world: "World") -> int:
-    from timemix.cli.training import run_trainer, write_sample
+    from timemix.cli.training import run_trainer
+    from timemix.runtime.machine import keep_freed_memory
     from timemix.training.hooks import tensorboard
-    from timemix.training.start import new_run, resume_run
 
-    if isinstance(asked, ResumeArguments):
-        out = asked.resume
-        trainer = resume_run(out, world)
-        if world.first and trainer.lock.taken_over:
-            print(f"{trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
-        if trainer.step >= trainer.config.train.steps:
-            if world.first:
-                print(f"{out} is complete: {trainer.step} steps")
+    keep_freed_memory()
+    trainer = _resumed(asked, world) if isinstance(asked, ResumeArguments) else _begun(asked, world)
+    try:
+        if trainer.is_complete:
             return 0
-        if world.first:
-            print(f"resuming {out} after step {trainer.step}", file=sys.stderr)
-    else:
-        out = asked.out
-        start = None if asked.from_ is None else str(asked.from_)
-        try:
-            trainer = new_run(RunConfig(asked.model, asked.data.config(), asked.train, start), out, world)
-        except AlreadyExists as error:
-            raise AlreadyExists(
-                f"{out} exists already; choose another --out, or resume it with --resume {out}"
-            ) from error
-    hooks = [hook] if hook is not None else []
-    if asked.tracking.tensorboard and world.first:
-        hooks.append(tensorboard(out / "tensorboard", trainer.step))
-    status = run_trainer(trainer, hooks=hooks)
-    if status == 0 and world.first:
-        write_sample(trainer)
-        print(f"the run is in {out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
+        hooks = [hook] if hook is not None else []
+        if asked.reporting.tensorboard and world.first:
+            hooks.append(tensorboard(trainer.out / "tensorboard", trainer.step))
+        status = run_trainer(trainer, hooks=hooks, quiet=asked.reporting.quiet)
+    finally:
+        trainer.lock.release()
+    if status == 0:
+        trainer.sample()
+        if world.first and not asked.reporting.quiet:
+            print(f"the run is in {trainer.out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
     return status
+
+
+def _begun(asked: TrainArguments, world: "World") -> "Trainer":
+    from timemix.training.start import new_run
+
+    out = asked.out
+    start = None if asked.from_ is None else str(asked.from_)
+    config = RunConfig(asked.model, asked.data.config(), asked.train, start)
+    try:
+        return new_run(config, out, world, progress=not asked.reporting.quiet)
+    except AlreadyExists as error:
+        way = f", or resume it with --resume {out}" if (out / "config.toml").exists() else ""
+        raise AlreadyExists(f"{out} exists already; choose another --out{way}") from error
+
+
+def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
+    """Return the trainer of a run to resume, and print what it resumes with, or that the run is complete."""
+    from timemix.cli.training import stopped_early
+    from timemix.training.start import resume_run
+
+    out = asked.resume
+    before, after = vars(read_toml(out / "config.toml").train), vars(asked.train)
+    changes = {name: after[name] for name in after if after[name] != before[name]}
+    trainer = resume_run(out, world, changes)
+    if not world.first:
+        return trainer
+    if trainer.lock.taken_over:
+        print(f"{trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
+    if trainer.stopped_early:
+        print(stopped_early(trainer))
+    elif trainer.is_complete:
+        print(
+            f"{out} is complete: {trainer.step} steps; continue it with:"
+            f" timemix train --resume {out} --train.steps {2 * trainer.step}"
+        )
+    elif not asked.reporting.quiet:
+        print(f"resuming {out} after step {trainer.step}{_words(trainer, before, changes)}", file=sys.stderr)
+    return trainer
+
+
+def _words(trainer: "Trainer", before: dict[str, Any], changes: dict[str, Any]) -> str:
+    """Return the end of a sentence: the settings that change, and the learning rate that follows from them."""
+    if not changes:
+        return ""
+    from timemix.training.optim import learning_rate
+
+    now = vars(trainer.config.train)
+    names = dict.fromkeys("steps" if name == "tokens" else name for name in changes)
+    words = ", ".join(f"--train.{name.replace('_', '-')} {now[name]} (before: {before[name]})" for name in names)
+    rate = learning_rate(trainer.config.train, trainer.step, trainer.recipe.warmup_floor)
+    return f", with {words}; learning rate at step {trainer.step + 1}: {rate:.3g}, by the schedule of the new settings"

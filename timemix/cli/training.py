@@ -1,64 +1,95 @@
-"""What train and demo share: introduction, progress, loss curve and samples of a run."""
+"""What train and demo share: introduction, progress, loss curve and the sentences that name the way on."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from timemix.cli.options import default_prompt
-from timemix.errors import CannotWrite, ProcessLost
-from timemix.storage.files import cannot_write
+from timemix.errors import CannotWrite, HookFailed, NotFinite, ProcessLost
 
 if TYPE_CHECKING:
     from timemix.training.hooks import Hook
-    from timemix.training.trainer import Trainer, TrainingProgress, Watch
+    from timemix.training.progress import TrainingProgress, Watch
+    from timemix.training.trainer import Trainer
 
 
-def run_trainer(trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = ()) -> int:
+def run_trainer(
+    trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = (), *, quiet: bool = False
+) -> int:
     """Train with progress on stderr, then draw the loss curve; return the exit status."""
     from timemix.cli.watch import watching
     from timemix.errors import Interrupted
     from timemix.reporting.plots import plot_loss
-    from timemix.runtime.machine import keep_freed_memory
 
-    keep_freed_memory()
-
-    config, world = trainer.config, trainer.world
-    if world.first:
+    speaks = trainer.world.first and not quiet
+    if speaks:
         _introduce(trainer)
     try:
-        with watching(trainer.step, config.train.steps) if world.first else nullcontext(_ignore) as watch:
+        with (
+            watching(trainer.step, trainer.config.train.steps, quiet=not speaks) as watch,
+            way_on_named(trainer),
+        ):
 
             def both(progress: "TrainingProgress") -> None:
                 watch(progress)
                 if during is not None:
                     during(progress)
 
-            def hook(line: dict[str, Any]) -> None:
-                for each in hooks:
-                    each(line)
-
-            trainer.run(both, hook)
-    except (CannotWrite, ProcessLost) as error:
-        raise type(error)(f"{error}; resume with: timemix train --resume {trainer.out}") from error
+            trainer.run(both, hooks)
     except Interrupted as stop:
-        if world.first:
+        if trainer.world.first:
             print(f"timemix: {stop}; resume with: timemix train --resume {trainer.out}", file=sys.stderr)
         return 128 + stop.number
-    if not world.first:
-        return 0
-    plot_loss([trainer.out], trainer.out / "loss.png")
+    if trainer.world.first:
+        plot_loss([trainer.out], trainer.out / "loss.png")
+    if speaks:
+        _conclude(trainer)
+    return 0
+
+
+@contextmanager
+def way_on_named(trainer: "Trainer") -> "Iterator[None]":
+    """Add the command that continues the run to an error that ends it."""
+    resume = f"timemix train --resume {trainer.out}"
+    try:
+        yield
+    except (CannotWrite, ProcessLost, HookFailed) as error:
+        raise type(error)(f"{error}; resume with: {resume}") from error
+    except NotFinite as error:
+        raise NotFinite(f"{error}: {_way_past(trainer)} --train.lr {trainer.config.train.lr / 10:.2g}") from error
+
+
+def _way_past(trainer: "Trainer") -> str:
+    """Return the command that gets past a loss that is not finite, without its learning rate."""
+    from timemix.runs.folder import checkpoint_name, checkpoints
+
+    kept = checkpoints(trainer.out)
+    if not kept or kept[-1].name != checkpoint_name(trainer.step):
+        return f"timemix train --resume {trainer.out}"
+    # The loss right after a checkpoint is that of its weights, whatever the rate.
+    start = f"--from {kept[-2]}" if kept[:-1] else f"--config {trainer.out / 'config.toml'}"
+    return f"timemix train {start} --out NEXT"
+
+
+def _conclude(trainer: "Trainer") -> None:
+    if trainer.stopped_early:
+        print(stopped_early(trainer), file=sys.stderr)
     if trainer.valid_loss is not None:
         print(
             f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f})"
             f" after {trainer.seconds:.0f} s of training",
             file=sys.stderr,
         )
-    return 0
 
 
-def _ignore(progress: "TrainingProgress") -> None:
-    """Watch of a process that prints nothing."""
+def stopped_early(trainer: "Trainer") -> str:
+    """Return the sentence about a run that its validation loss has ended."""
+    train = trainer.config.train
+    return (
+        f"{trainer.out} stopped early, at step {trainer.step} of {train.steps}: no lower validation loss in"
+        f" {trainer.validations_without_gain} validations; continue it with:"
+        f" timemix train --resume {trainer.out} --train.patience 0"
+    )
 
 
 def _introduce(trainer: "Trainer") -> None:
@@ -73,28 +104,3 @@ def _introduce(trainer: "Trainer") -> None:
         + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
         file=sys.stderr,
     )
-
-
-def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
-    """Append a sample of the model to samples.txt and return it; the prompt is a newline if none is given."""
-    from timemix.generation.generate import generate
-    from timemix.generation.sampler import Sampler
-    from timemix.runs.load import Loaded, load
-
-    tokenizer = trainer.corpus.tokenizer
-    if prompt is None:
-        prompt = default_prompt(tokenizer)
-    # A model that is sharded over processes cannot generate in one of them.
-    alone = trainer.world.size == 1
-    model = trainer.model if alone else load(trainer.out, checkpoint="newest").model
-    model.eval()
-    loaded = Loaded(model, tokenizer, trainer.config, trainer.out)
-    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
-    model.train()
-    path = trainer.out / "samples.txt"
-    try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(f"--- step {trainer.step}\n{text}\n\n")
-    except OSError as error:
-        raise CannotWrite(cannot_write(path, error)) from error
-    return text

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timemix.config.presets import DEFAULT_PRESET, preset
-from timemix.config.run import FORMAT_VERSION, RunConfig, current
+from timemix.config.run import FORMAT_VERSION, RunConfig, check_budget, current
 from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
 from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
@@ -33,6 +33,7 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
         given = model if isinstance(model, dict) else {}
         own = given.get("arch", arch or DEFAULT_ARCHITECTURE)
         find_architecture(own)
+        check_budget(train if isinstance(train := tables.get("train"), dict) else {})
     except UNFIT as error:
         raise DamagedFile(f"{path}: {error}") from error
     base, other = preset(name, own), preset(name, arch or own)

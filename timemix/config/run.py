@@ -4,7 +4,11 @@ A run is described by `RunConfig` = model + data + train. The command line gener
 dataclasses (the text below each field is its help), and `config.toml` in a run folder is their dump.
 """
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +35,41 @@ OptimizerName = Literal["adamw", "muon"]
 Strategy = Literal["replicate", "shard"]
 
 
+MOST_STEPS = 10**8 - 1
+"""Checkpoints are numbered by eight digits."""
+
+BUDGETS = ("steps", "seconds", "tokens")
+"""The fields that set the length of a run, one at a time."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def check_budget(given: Mapping[str, Any]) -> None:
+    """Raise InvalidValue where settings of training give the length of the run more than once."""
+    named = [f"train.{name} {given[name]}" for name in BUDGETS if given.get(name) is not None]
+    if len(named) > 1:
+        raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; give one")
+
+
+def read_count(tokens: int | str) -> int:
+    """Return a number of tokens from its digits and unit: 20000, "20M", "1.5B". Raise InvalidValue for others."""
+    found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([kmbt]?)", str(tokens).strip().lower(), re.ASCII)
+    count = Decimal(found[1]) * _UNITS[found[2]] if found else Decimal(0)
+    if count < 1:
+        raise InvalidValue(f"train.tokens is {str(tokens)!r}; it must be a positive number, such as 20M, 1.5B or 20000")
+    return int(count)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimization, its schedule, and what is reported and saved when."""
 
     steps: int = 2000
-    """Optimizer steps."""
+    """Optimizer steps; or give --train.seconds or --train.tokens."""
+    seconds: float | None = None
+    """Wall time of the run in seconds. The steps that fit are counted, printed and saved as steps before training."""
+    tokens: int | str | None = None
+    """Training tokens of the run, such as 20M, 1.5B or 20000, rounded up to whole steps."""
     batch_size: int = 12
     """Windows of ctx_len tokens per step, summed over the accumulated pieces."""
     contexts: int = 1
@@ -83,16 +116,28 @@ class TrainConfig:
     """Steps between validations on the whole held-out text."""
     save_every: int = 500
     """Steps between checkpoints; the newest and the best are kept."""
+    sample_every: int = 0
+    """Steps between samples, printed and appended to samples.txt; 0: a sample at the end only."""
+    patience: int = 0
+    """Early stopping: validations without a lower loss after which training ends; 0: no early stopping."""
     full_disk: Literal["stop", "continue"] = "stop"
     """If a checkpoint cannot be written: stop, or train on and retry at the next checkpoint."""
     spike: float = 6.0
     """Threshold of a reported loss spike, in standard deviations above the preceding losses; 0: no report."""
     save_bad_batches: bool = False
     """Batches of a loss that spikes or is not finite, saved to bad-batches/ in the run folder."""
+    hook_errors: Literal["warn", "stop"] = "warn"
+    """If a hook raises: warn and train on, or save a checkpoint and stop."""
 
     def __post_init__(self) -> None:
-        # Checkpoints are numbered by eight digits.
-        check_range("train.steps", self.steps, 1, 10**8 - 1)
+        check_range("train.steps", self.steps, 1, MOST_STEPS)
+        check_budget({name: getattr(self, name) for name in ("seconds", "tokens")})
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise InvalidValue(f"train.seconds is {self.seconds}; it must be above 0 and finite")
+        if self.tokens is not None:
+            read_count(self.tokens)
+        for name in ("sample_every", "patience"):
+            check_range(f"train.{name}", getattr(self, name), 0, 2**31 - 1)
         for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
             check_range(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
         for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):

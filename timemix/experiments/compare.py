@@ -40,8 +40,9 @@ from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
 from timemix.storage.json_files import Misfit, is_number, read_json, to_json
 from timemix.storage.locks import claimed
+from timemix.training.progress import Watch
 from timemix.training.start import new_run, resolved, resume_run
-from timemix.training.trainer import Trainer, Watch
+from timemix.training.trainer import Trainer
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -23,8 +23,9 @@ from timemix.runs.load import Loaded
 from timemix.runtime.machine import keep_freed_memory
 from timemix.storage.files import write_text
 from timemix.storage.json_files import OPTIONAL, to_json
+from timemix.training.progress import Watch
 from timemix.training.start import new_run
-from timemix.training.trainer import Trainer, Watch
+from timemix.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,7 +27,11 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         data=DataConfig(source="", order=config.data.order),
         train=replace(config.train, device=""),
     )
-    forms = [to_dict(plain)]
+    form = to_dict(plain)
+    # Younger settings, where they leave a run as it was before there were such.
+    for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
+        del form["train"][name]
+    forms = [form]
     if (old := nested(plain.model)) is not None:
         forms.append(forms[0] | {"model": old})
     return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]

@@ -260,7 +260,10 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         own: dict[str, Any] = {}
         for layer in (base, variant.set, _nested(point)):
             own = merged(own, flattened(layer))
-        return from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
+        config = from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
+        if config.train.seconds is not None or config.train.tokens is not None:
+            raise InvalidValue("train.seconds and train.tokens are for one run; give the experiment tokens or seconds")
+        return config
     except InvalidValue as error:
         raise InvalidValue(f"variant {variant.name!r}: {error}") from error
 

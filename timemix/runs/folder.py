@@ -19,6 +19,7 @@ class Progress:
 
     losses_since_line: of the steps after the newest line of metrics.jsonl, nats per token.
     usual_loss: mean, variance and number of losses, as `SpikeWatch.state`.
+    validations_without_gain: since the lowest validation loss.
     data: sha256 of both splits and of the tokenizer.
     """
 
@@ -29,6 +30,7 @@ class Progress:
     valid_step: Count | None
     losses_since_line: tuple[float, ...] = ()
     usual_loss: tuple[float, NotNegative, NotNegative] = (0.0, 0.0, 0)
+    validations_without_gain: Count = 0
     data: dict[str, str] = field(default_factory=dict)
 
 

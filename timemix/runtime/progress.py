@@ -42,7 +42,7 @@ def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> It
     """Give a function to call with the bytes done so far."""
     if progress is False:
         yield untold
-    elif progress is True and sys.stderr.isatty():
+    elif progress is True and sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
         from rich.progress import Progress as Bars
@@ -56,8 +56,19 @@ def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> It
         yield _lines(_print if progress is True else progress, what, total)
 
 
+def show(progress: ShowProgress, line: str) -> None:
+    """Show a line of text as `progress` says."""
+    if progress is True:
+        _print(line)
+    elif progress is not False:
+        progress(line)
+
+
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    # Python has no stderr where it was closed, and one without a reader fails; the reading goes on.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _lines(write: Callable[[str], None], what: str, total: int | None) -> Advance:

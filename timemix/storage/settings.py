@@ -76,7 +76,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if origin is types.UnionType and value is None and type(None) in args:
         return None
     if origin is types.UnionType:
-        return _checked(name, value, next(a for a in args if a is not type(None)))
+        kinds = [kind for kind in args if kind is not type(None)]
+        return _checked(name, value, type(value) if type(value) in kinds else kinds[-1])
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise InvalidValue(f"{name} is {value!r}; it must be a list")

@@ -1,19 +1,60 @@
 """Where the lines of metrics.jsonl go besides: TensorBoard, or any function."""
 
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from timemix.errors import InvalidValue, Unavailable
 from timemix.runs.metrics import Line
+from timemix.training.failures import Failures, first_line
 
 Hook = Callable[[Line], object]
 """Gets each line of metrics.jsonl when it is written. That is all a tracking service needs:
-`trainer.run(hook=lambda line: wandb.log(line, step=line["step"]))`."""
+`trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`."""
+
+
+class Hooks:
+    """The hooks of a run. What one of them raises is a warning, and never reaches the training loop.
+
+    `failure`: the sentence of the newest failure, None before the first.
+    """
+
+    def __init__(self, hooks: Sequence[Hook], warn: Callable[[str], None]) -> None:
+        self._hooks = [(hook, f"hook {_name(hook)}", Failures(f"hook {_name(hook)}", warn)) for hook in hooks]
+        self.failure: str | None = None
+
+    def __call__(self, line: Line) -> None:
+        for hook, what, failures in self._hooks:
+            try:
+                hook(line)
+            except Exception as error:
+                kind, message = type(error).__name__, first_line(error)
+                cause = kind if message == kind else f"{kind}: {message}"
+                self.failure = f"{what} fails at step {line['step']}: {cause}"
+                failures.failed(cause, f"{self.failure}; training continues, and calls it at each line")
+            else:
+                failures.worked()
+
+    def close(self) -> None:
+        """Report the hooks that failed to the end."""
+        for _, _, failures in self._hooks:
+            failures.close()
+
+
+def _name(hook: Hook) -> str:
+    return f"{getattr(hook, '__module__', '')}:{getattr(hook, '__qualname__', type(hook).__qualname__)}"
 
 
 def load_hook(name: str) -> Hook:
-    """The function that "module:function" names. Raises InvalidValue where there is none."""
+    """The function that "module:function" names; the module may lie in the working folder.
+
+    Raises InvalidValue where there is none.
+    """
+    # An installed command has its own folder on the path, not the one that it is called in.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -42,4 +83,5 @@ def tensorboard(folder: Path, step: int) -> Hook:
                 writer.add_scalar(name, value, line["step"])
         writer.flush()
 
+    write.__qualname__ = "tensorboard"
     return write

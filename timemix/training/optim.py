@@ -140,5 +140,6 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
     elif config.schedule == "linear":
         share = 1 - progress
     else:
-        share = min(1.0, (1 - progress) / max(config.decay, 1e-12))
+        # Warm-up and decay are shares of the same run; the decay takes what a long warm-up leaves.
+        share = min(1.0, (1 - step / config.steps) / max(min(config.decay, 1 - config.warmup), 1e-12))
     return config.lr_final + (config.lr - config.lr_final) * share

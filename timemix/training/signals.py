@@ -7,27 +7,32 @@ from typing import Any
 
 from timemix.errors import ProcessLost
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGHUP.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Ctrl-C, a scheduler that ends a job, and a terminal or connection that closes."""
 
 
 @contextmanager
 def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
-    """Collects SIGINT and SIGTERM in `received` instead of dying of them; to `escalate`, a second one acts as usual.
+    """Collects signals that stop a run in `received`, not to die of them; to `escalate`, a second one acts as usual.
 
-    Under torchrun one Ctrl-C comes twice, from the terminal and from torchrun, which ends by itself what does not end.
+    A signal that the process ignores stays ignored, as `nohup` wants it. Under torchrun one Ctrl-C comes twice, from
+    the terminal and from torchrun, which ends by itself what does not end.
     """
     received.clear()
     old: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        if escalate:
+        # A terminal that closes sends SIGHUP twice, itself and through its shell.
+        if escalate and number != getattr(signal, "SIGHUP", None):
             for each, handler in old.items():
                 signal.signal(each, handler)
 
     try:
         for each in STOP_SIGNALS:
-            old[each] = signal.signal(each, note)
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                old[each] = signal.signal(each, note)
     except ValueError:
         pass  # Only the main thread may take signals; elsewhere they are not ours.
     try:

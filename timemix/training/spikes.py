@@ -1,6 +1,13 @@
-"""Loss spikes."""
+"""Loss spikes, and the batches that they came from."""
 
+import json
 import math
+from pathlib import Path
+
+import numpy as np
+
+from timemix.storage.files import write_text
+from timemix.tokenizers.base import Tokenizer
 
 
 class SpikeWatch:
@@ -31,3 +38,14 @@ class SpikeWatch:
             seen + 1,
         )
         return f"the loss is {loss:.3f}, after {mean:.3f} ± {deviation:.3f} in the steps before" if spike else None
+
+
+def write_bad_batch(
+    path: Path, step: int, why: str, batch: tuple[np.ndarray, np.ndarray], tokenizer: Tokenizer
+) -> None:
+    """Write the inputs and targets of a step, as tokens and as text, to a JSON file."""
+    inputs, targets = batch
+    windows = np.concatenate([inputs, targets[:, -1:]], 1)
+    texts = [tokenizer.decode(row) for row in windows]
+    record = {"step": step, "why": why, "tokens": windows.tolist(), "texts": texts}
+    write_text(path, json.dumps(record, ensure_ascii=False, indent=1))

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from timemix.config.presets import preset
-from timemix.config.run import RunConfig
+from timemix.config.run import BUDGETS, RunConfig, check_budget
 from timemix.errors import InvalidValue
 from timemix.models.registry import DEFAULT_ARCHITECTURE
 from timemix.runs.load import Loaded, load
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.hooks import Hook
+from timemix.training.progress import Watch
 from timemix.training.start import new_run, resume_run
-from timemix.training.trainer import Watch
 
 
 def train(
@@ -37,7 +37,8 @@ def train(
         model: Settings of the model that replace those of the config, such as `{"layers": 2}`.
         data: Settings of the text, or the source alone: a file, folder, glob, prepared folder, or "builtin".
         train: Settings of the training, such as `{"steps": 500}`.
-        resume: Continue the run from its newest checkpoint.
+        resume: Continue the run from its newest checkpoint, with those settings of `train` that are given, such as
+            `{"steps": 1000}` or `{"lr": 1e-3}`; all others stay.
         watch: Called with a `TrainingProgress` after each step.
         hook: Called with each line of metrics.jsonl, a dictionary.
 
@@ -50,20 +51,26 @@ def train(
             use or cannot be written.
         Unavailable: The machine lacks the device or the memory.
         NotFinite: The loss or a gradient is not finite.
-        Interrupted: Ctrl-C or SIGTERM stopped the run; its newest step is saved.
+        HookFailed: The hook raised, and `train.hook_errors` is "stop"; the newest step is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run; its newest step is saved.
     """
     out = Path(out)
     changes = {"model": model, "data": {"source": data} if isinstance(data, str) else data, "train": train}
     if resume:
-        if config is not None or any(changes.values()):
-            raise InvalidValue("a resumed run has its own settings; pass config=None and no others")
-        trainer = resume_run(out)
+        if config is not None or model or data:
+            raise InvalidValue(
+                "a resumed run has its own settings; leave out config, model and data: only those of train can change"
+            )
+        trainer = resume_run(out, train=train)
     elif config is None:
         raise InvalidValue("config is None; give a preset or a RunConfig, or resume=True")
     else:
         trainer = new_run(_changed(config, changes), out)
-    if trainer.step < trainer.config.train.steps:
-        trainer.run(watch or (lambda progress: None), hook)
+    try:
+        if not trainer.is_complete:
+            trainer.run(watch or (lambda progress: None), [] if hook is None else [hook])
+    finally:
+        trainer.lock.release()
     return load(out)
 
 
@@ -75,9 +82,12 @@ def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | Non
     if not isinstance(config, str | RunConfig):
         raise InvalidValue(f"config is {config!r}; it must be the name of a preset or a RunConfig")
     given = {part: dict(own) for part, own in changes.items() if own}
+    check_budget(given.get("train", {}))
     if isinstance(config, str):
         config = preset(config, given.get("model", {}).get("arch", DEFAULT_ARCHITECTURE))
     if not given:
         return config
     tables = to_dict(config)
+    for name in BUDGETS if set(BUDGETS) & given.get("train", {}).keys() else ():
+        tables["train"].pop(name, None)
     return from_dict(RunConfig, tables | {part: tables[part] | own for part, own in given.items()})

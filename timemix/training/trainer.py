@@ -1,81 +1,43 @@
 """Training: one loop for every architecture, from token files to a run folder."""
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from timemix.config.run import RunConfig, TrainConfig
+from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
-from timemix.errors import CannotWrite, DamagedFile, Interrupted, InvalidValue, NotFinite, ProcessLost, Unavailable
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
+from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, World, my_rows, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
-from timemix.storage.files import write_text
 from timemix.storage.locks import FolderLock
 from timemix.training.compiling import choose_compile, compiled_model
-from timemix.training.hooks import Hook
+from timemix.training.failures import Failures, first_line
+from timemix.training.hooks import Hook, Hooks
 from timemix.training.optim import build_optimizers, learning_rate
-from timemix.training.parallel import in_parallel, without_exchange
+from timemix.training.parallel import check_shares, in_parallel, losses_reported, without_exchange
+from timemix.training.progress import TrainingProgress, Watch
+from timemix.training.samples import whole_model, write_sample
 from timemix.training.saving import gathered, restore_training
 from timemix.training.signals import STOP_SIGNALS, collected_signals
-from timemix.training.spikes import SpikeWatch
+from timemix.training.spikes import SpikeWatch, write_bad_batch
 
 logger = logging.getLogger("timemix")
-
-
-@dataclass
-class TrainingProgress:
-    """What a step tells whoever watches: a progress bar, a log, a test."""
-
-    step: int
-    steps: int
-    tokens: int
-    seconds: float
-    loss: float
-    """Nats per token, of this step."""
-    tokens_per_second: float
-    """Over the last steps, validation and saving left out."""
-    valid_loss: float | None
-    """The newest, nats per token."""
-
-
-Watch = Callable[[TrainingProgress], None]
-
-
-def check_shares(train: TrainConfig, world: World) -> None:
-    """Raises InvalidValue where the processes cannot take equal parts of a batch."""
-    if train.batch_size % (train.accumulation * world.size):
-        raise InvalidValue(
-            f"train.batch_size={train.batch_size} cannot be cut into {world.size} equal parts for the processes,"
-            f" each in {train.accumulation} pieces; take a multiple of {train.accumulation * world.size}"
-        )
-
-
-def run_batches(config: RunConfig, corpus: Corpus) -> Batches:
-    train = config.train
-    return Batches(
-        corpus.train,
-        batch_size=train.batch_size,
-        ctx_len=config.window,
-        seed=train.seed,
-        order=config.data.order,
-    )
 
 
 class Trainer:
@@ -96,7 +58,9 @@ class Trainer:
         self.device, self.device_reason = choose_device(train.device, world.local_rank)
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
         check_shares(train, world)
-        self.batches = run_batches(config, corpus)
+        self.batches = Batches(
+            corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
+        )
         torch.manual_seed(train.seed)
         self.model = LanguageModel(config.model)
         self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
@@ -122,10 +86,20 @@ class Trainer:
         self.valid_loss: float | None = None
         self.valid_step: int | None = None
         self.best_loss = math.inf
+        self.validations_without_gain = 0
+        if train.patience and len(corpus.valid) < 2:
+            raise InvalidValue(
+                f"train.patience is {train.patience}, but no text is held out to validate on; set data.valid_fraction"
+            )
         self._losses: list[float] = []
+        self._line_start = (0.0, 0)
+        self._speed = 0.0
         self._received: list[int] = []
-        self._told: list[float] = [0.0] * len(STOP_SIGNALS)
+        self._reasons_to_stop: list[float] = [0.0] * (len(STOP_SIGNALS) + 1)
         self._spikes = SpikeWatch(train.spike)
+        self._hooks = Hooks([], self._warn)
+        self._lines = Failures(f"{self.metrics.path}", self._warn)
+        self._saves = Failures(f"{out / 'checkpoints'}", self._warn)
 
     @property
     def tokens_per_step(self) -> int:
@@ -135,6 +109,15 @@ class Trainer:
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return self.step * self.tokens_per_step
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validation loss has not improved for as long as `train.patience` allows."""
+        return 0 < self.config.train.patience <= self.validations_without_gain
+
+    @property
+    def is_complete(self) -> bool:
+        return self.step >= self.config.train.steps or self.stopped_early
 
     @property
     def data_hashes(self) -> dict[str, str]:
@@ -155,6 +138,7 @@ class Trainer:
         self.best_loss = best_loss(self.out)
         self._losses = list(progress.losses_since_line)
         self._spikes.state = progress.usual_loss
+        self.validations_without_gain = progress.validations_without_gain
 
     def tidy(self) -> None:
         """Removes what comes after the newest checkpoint, and older ones that a killed process still wanted to."""
@@ -170,9 +154,9 @@ class Trainer:
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.config.train.compile == "on":
                     raise Unavailable(
-                        f"the model cannot be compiled: {_first_line(error)}; leave train.compile out"
+                        f"the model cannot be compiled: {first_line(error)}; leave train.compile out"
                     ) from error
-                self._warn(f"the model cannot be compiled ({_first_line(error)}); training goes on without")
+                self._warn(f"the model cannot be compiled ({first_line(error)}); training continues without")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits, _ = self._training_model(inputs)
         return self.model.block.training_loss(cross_entropy(logits, targets), logits)
@@ -200,7 +184,7 @@ class Trainer:
                 piece.backward()
             local_loss += piece.item()
         # In one exchange: each costs two processes on a small machine up to 2 ms.
-        loss, *self._told = self.world.sum(local_loss / self.world.size, *self._signals_here())
+        loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -214,24 +198,19 @@ class Trainer:
         self.step += 1
         return loss, norm
 
-    def _signals_here(self) -> list[float]:
-        """For each of the signals that stop a run, 1 where this process has got it."""
-        return [float(number in self._received) for number in STOP_SIGNALS]
+    def _reasons_here(self) -> list[float]:
+        """For each signal that stops a run, then for its hooks, 1 where this process has that reason to stop."""
+        hooks = self.config.train.hook_errors == "stop" and self._hooks.failure is not None
+        return [float(number in self._received) for number in STOP_SIGNALS] + [float(hooks)]
 
     def _warn(self, sentence: str) -> None:
         if self.world.first:
             logger.warning("%s", sentence)
 
     def _keep_batch(self, step: int, why: str) -> None:
-        """Writes the batch after `step` steps to bad-batches, where the config asks for it."""
-        if not (self.config.train.save_bad_batches and self.world.first):
-            return
-        inputs, targets = self.batches(step)
-        windows = np.concatenate([inputs, targets[:, -1:]], 1)
-        texts = [self.corpus.tokenizer.decode(row) for row in windows]
-        record = {"step": step + 1, "why": why, "tokens": windows.tolist(), "texts": texts}
-        path = self.out / "bad-batches" / f"step-{step + 1:08d}.json"
-        write_text(path, json.dumps(record, ensure_ascii=False, indent=1))
+        if self.config.train.save_bad_batches and self.world.first:
+            path = self.out / "bad-batches" / f"step-{step + 1:08d}.json"
+            write_bad_batch(path, step + 1, why, self.batches(step), self.corpus.tokenizer)
 
     def _not_finite(self, what: str, step: int) -> str:
         return f"the {what} is not finite at step {step}; {self._last_good()}"
@@ -253,6 +232,12 @@ class Trainer:
         self.valid_loss, self.valid_step = loss, self.step
         return loss
 
+    def sample(self, prompt: str | None = None) -> str | None:
+        """Append a text that the model generates to samples.txt; return it, in process 0. All processes call."""
+        model = whole_model(self.model, self.config.train.strategy, self.world)
+        loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
+        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt))
+
     def save(self, *, go_on: bool = False) -> Path | None:
         """Writes a checkpoint and removes those that are neither newest nor best; returns it, in process 0.
 
@@ -267,10 +252,13 @@ class Trainer:
             valid_step=self.valid_step,
             losses_since_line=tuple(self._losses),
             usual_loss=self._spikes.state,
+            validations_without_gain=self.validations_without_gain,
             data=self.data_hashes,
         )
 
         def write() -> Path | None:
+            if damaged := next((name for name, each in weights.items() if not torch.isfinite(each).all()), None):
+                raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
             tokenizer = self.corpus.tokenizer
             try:
                 saved = save_checkpoint(self.out, weights, training, self.config, tokenizer, progress)
@@ -278,101 +266,116 @@ class Trainer:
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:
                     raise CannotWrite(sentence) from error
-                self._warn(f"{sentence}; training goes on")
+                self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
                 return None
+            self._saves.worked()
             prune(self.out)
             return saved
 
         return self.world.first_does(write)
 
-    def run(self, watch: Watch = lambda progress: None, hook: Hook | None = None) -> Path:
-        """Trains to the last step; returns the newest checkpoint.
+    def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
+        """Trains to the last step, or to an early stop; returns the newest checkpoint.
 
-        Writes metrics.jsonl and checkpoints; `watch` is called after each step, `hook` with each line of metrics.jsonl,
-        both in process 0. `seconds` counts training steps alone, not validation or saving.
+        Writes metrics.jsonl and checkpoints; `watch` is called after each step, `hooks` with each line of
+        metrics.jsonl, all in process 0. `seconds` counts training steps alone, not validation or saving.
 
-        On Ctrl-C or SIGTERM saves and raises Interrupted. Raises NotFinite when the loss is not finite, CannotWrite
-        when the disk is full, TimemixError when another process works on the run or one of this run's has gone.
+        On Ctrl-C, SIGTERM or SIGHUP saves and raises Interrupted. Raises NotFinite when the loss is not finite,
+        CannotWrite when the disk is full, HookFailed as `train.hook_errors` has it, TimemixError when another process
+        works on the run or one of this run's has gone.
         """
         self.world.first_does(self.lock.take)
+        # Where a hook stops the run, the error that ends it reports the hook.
+        self._hooks = Hooks(hooks, self._warn if self.config.train.hook_errors == "warn" else lambda sentence: None)
         try:
-            with collected_signals(self._received, escalate=self.world.size == 1):
-                self._run_or_tell(watch, hook)
+            with (
+                collected_signals(self._received, escalate=self.world.size == 1),
+                losses_reported(self.world, self._last_good),
+            ):
+                self._run(watch)
         finally:
+            for each in (self._hooks, self._lines, self._saves):
+                each.close()
             self.lock.release()
         return newest(self.out)
 
-    def _run_or_tell(self, watch: Watch, hook: Hook | None) -> None:
-        try:
-            self._run(watch, hook)
-        except RuntimeError as error:
-            if not self.world.lost(error):
-                raise
-            raise ProcessLost(
-                f"a process of this run has ended or does not answer; {self._last_good()};"
-                " any number of processes can resume it"
-            ) from error
-
-    def _run(self, watch: Watch, hook: Hook | None) -> None:
+    def _run(self, watch: Watch) -> None:
         config = self.config.train
         (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
-        flops = 3 * flops_per_token(self.config.model)
         if self.step == 0:
-            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": self.validate()}, hook)
-        seconds_then = self.seconds
-        steps_then = self.step
-        speed = 0.0
-        while self.step < config.steps:
-            start = time.perf_counter()
+            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": self.validate()})
+        self._line_start = self.seconds, self.step
+        while not self.is_complete:
+            began = time.perf_counter()
             loss, norm = self.train_step()
-            step_seconds = time.perf_counter() - start
+            step_seconds = time.perf_counter() - began
             self.seconds += step_seconds
             self._losses.append(loss)
-            at_end = self.step == config.steps
-            line: Line = {}
-            if self.step % config.log_every == 0 or at_end:
-                speed = (self.step - steps_then) * self.tokens_per_step / (self.seconds - seconds_then)
-                line |= {
-                    "loss": float(np.mean(self._losses)),
-                    "lr": learning_rate(config, self.step - 1, self.recipe.warmup_floor),
-                    "grad_norm": norm,
-                    "tokens_per_second": speed,
-                    "peak_share": flops * speed / peak,
-                    "memory": peak_memory(self.device),
-                }
-                self._losses, seconds_then, steps_then = [], self.seconds, self.step
+            is_last = self.step == config.steps
+            line = self._measured(norm, peak) if self.step % config.log_every == 0 or is_last else {}
             improved = False
-            if self.step % config.valid_every == 0 or at_end:
-                valid_loss = self.validate()
-                line |= {"valid_loss": valid_loss}
-                improved = valid_loss is not None and valid_loss < self.best_loss
-                if valid_loss is not None and improved:
-                    self.best_loss = valid_loss
+            if self.step % config.valid_every == 0 or is_last:
+                line["valid_loss"] = self.validate()
+                improved = self._is_improvement(line["valid_loss"])
             if line:
-                place = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-                self._write(place | line, hook)
-            if self.world.first:
-                watch(
-                    TrainingProgress(
-                        self.step,
-                        config.steps,
-                        self.tokens,
-                        self.seconds,
-                        loss,
-                        speed or self.tokens_per_step / step_seconds,
-                        self.valid_loss,
-                    )
-                )
-            # Several processes must agree: what came after their exchange waits for the next step.
-            told = self._signals_here() if self.world.size == 1 else self._told
-            if any(told):
-                saved = self.save()
-                raise Interrupted(STOP_SIGNALS[told.index(max(told))], saved)
-            if improved or self.step % config.save_every == 0 or at_end:
-                self.save(go_on=config.full_disk == "continue" and not at_end)
+                self._write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
+            self._show(watch, loss, self._speed or self.tokens_per_step / step_seconds)
+            self._stop_if_asked()
+            if improved or self.step % config.save_every == 0 or self.is_complete:
+                self.save(go_on=config.full_disk == "continue" and not self.is_complete)
 
-    def _write(self, line: Line, hook: Hook | None) -> None:
-        """A line of metrics.jsonl, and for the hook."""
+    def _measured(self, norm: float, peak: float) -> Line:
+        """The fields of a line about the steps since the one before; `peak` in operations per second."""
+        seconds, step = self._line_start
+        self._speed = (self.step - step) * self.tokens_per_step / (self.seconds - seconds)
+        loss = float(np.mean(self._losses))
+        self._losses, self._line_start = [], (self.seconds, self.step)
+        return {
+            "loss": loss,
+            "lr": learning_rate(self.config.train, self.step - 1, self.recipe.warmup_floor),
+            "grad_norm": norm,
+            "tokens_per_second": self._speed,
+            "peak_share": 3 * flops_per_token(self.config.model) * self._speed / peak,
+            "memory": peak_memory(self.device),
+        }
+
+    def _is_improvement(self, valid_loss: float | None) -> bool:
+        """Whether a validation loss is the lowest so far, which it then becomes."""
+        if valid_loss is None:
+            return False
+        if valid_loss >= self.best_loss:
+            self.validations_without_gain += 1
+            return False
+        self.best_loss, self.validations_without_gain = valid_loss, 0
+        return True
+
+    def _show(self, watch: Watch, loss: float, speed: float) -> None:
+        """Draw a sample where one is due, and call `watch`."""
+        every = self.config.train.sample_every
+        sample = self.sample() if every and self.step % every == 0 and not self.is_complete else None
+        if self.world.first:
+            steps = self.config.train.steps
+            valid = self.valid_loss, self.valid_step
+            watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, sample))
+
+    def _stop_if_asked(self) -> None:
+        """Save and raise for a signal, or for a hook that raised, where `train.hook_errors` is "stop"."""
+        # Several processes must agree: what came after their exchange waits for the next step.
+        reasons = self._reasons_here() if self.world.size == 1 else self._reasons_to_stop
+        if not any(reasons):
+            return
+        saved = self.save()
+        first = reasons.index(max(reasons))
+        if first < len(STOP_SIGNALS):
+            raise Interrupted(STOP_SIGNALS[first], saved)
+
+        def fail() -> None:
+            raise HookFailed(f"{self._hooks.failure}; train.hook_errors is 'stop'; saved {saved}")
+
+        self.world.first_does(fail)
+
+    def _write(self, line: Line) -> None:
+        """A line of metrics.jsonl, and for the hooks."""
         if not self.world.first:
             return
         try:
@@ -380,10 +383,7 @@ class Trainer:
         except CannotWrite as error:
             if self.config.train.full_disk == "stop":
                 raise
-            self._warn(f"{error}; training goes on")
-        if hook is not None:
-            hook(line)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self._lines.failed(str(error), f"{error}; training continues, and writes its lines later")
+        else:
+            self._lines.worked()
+        self._hooks(line)

@@ -1,0 +1,339 @@
+"""The verbs train and demo as a person uses them: what they print, refuse and survive."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers.runs import TEXT
+from tests.helpers.tiers import examples
+from timemix.cli.main import main
+from timemix.cli.watch import LastingStream, lasting_output, progress_line, shown, watching
+from timemix.config.run import read_toml
+from timemix.training.progress import TrainingProgress
+
+SIZES = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
+TINY = SIZES.split()
+SHORT = [*TINY, "--train.steps", "6", "--train.valid-every", "3"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command in this process: (status, stdout, stderr)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in arguments])
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+
+    return call
+
+
+def new(*options, out="r"):
+    return "train", "--data", "my.txt", "--out", out, *options
+
+
+def steps(run="r") -> int:
+    return read_toml(Path(run) / "config.toml").train.steps
+
+
+class TestLength:
+    def test_a_run_by_tokens_prints_its_steps(self, call):
+        status, _, err = call(*new(*TINY, "--train.tokens", "0.5k"))
+        assert status == 0, err
+        assert "500 tokens at 64 a step: 8 steps\n" in err
+        assert steps() == 8
+
+    def test_a_run_by_seconds_prints_and_keeps_its_steps(self, call):
+        status, _, err = call(*new(*TINY, "--train.seconds", "1.5"))
+        assert status == 0, err
+        found = re.search(r"1.5 s at \S+ s a step, validation and checkpoints included: ([\d,]+) steps\n", err)
+        assert found
+        assert int(found[1].replace(",", "")) == steps()
+        assert f"step {steps()}/{steps()}" in err
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ("--train.steps 5 --train.seconds 9", "--train.steps 5 and --train.seconds 9 exclude one another: each"),
+            ("--train.tokens=5 --train.seconds=9", "--train.seconds 9 and --train.tokens 5 exclude one another"),
+            ("--train.seconds 0", "--train.seconds is 0.0; it must be above 0 and finite"),
+            ("--train.seconds -3", "--train.seconds is -3.0; it must be above 0 and finite"),
+            ("--train.tokens -3", "--train.tokens is '-3'; it must be a positive number, such as 20M, 1.5B or 20000"),
+            ("--train.tokens lots", "--train.tokens is 'lots'; it must be a positive number"),
+        ],
+    )
+    def test_nonsense_is_one_sentence(self, call, options, sentence):
+        status, _, err = call(*new(*options.split()))
+        assert status == 2
+        assert sentence in err
+        assert err.count("\n") == 1
+        assert not Path("r").exists()
+
+    def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(self, call):
+        Path("run.toml").write_text("[train]\nseconds = 1000.0\n")
+        assert call(*new(*TINY, "--config", "run.toml", "--train.steps", "3"))[0] == 0
+        assert steps() == 3
+        Path("run.toml").write_text("[train]\ntokens = 200\nbatch_size = 4\n")
+        assert call("train", "demo", *new(*TINY[:-2], "--config", "run.toml", out="s")[1:])[0] == 0
+        assert steps("s") == 4
+
+    def test_a_file_sets_the_length_once(self, call):
+        Path("run.toml").write_text("[train]\nsteps = 3\nseconds = 9.0\n")
+        status, _, err = call(*new("--config", "run.toml"))
+        assert status == 2
+        assert "run.toml: train.steps 3 and train.seconds 9.0 exclude one another" in err
+
+    @pytest.mark.slow
+    def test_the_demo_goes_by_the_clock(self, call):
+        began = time.monotonic()
+        status, out, err = call("demo", "--seconds", "10")
+        assert status == 0, err
+        assert re.search(r"10 s at \S+ s a step, validation and checkpoints included: ", err)
+        assert out.count("writes:") == 3
+        assert time.monotonic() - began < 60
+        assert "exclude one another" in call("demo", "--seconds", "10", "--steps", "3", "--out", "s")[2]
+
+
+class TestResume:
+    @pytest.fixture
+    def run(self, call):
+        assert call(*new(*SHORT))[0] == 0
+
+    def test_a_complete_run_names_the_command_that_continues_it(self, call, run):
+        _, out, _ = call("train", "--resume", "r")
+        assert out == "r is complete: 6 steps; continue it with: timemix train --resume r --train.steps 12\n"
+        command = out.partition("timemix ")[2].split()
+        status, _, err = call(*command)
+        assert status == 0, err
+        assert "resuming r after step 6, with --train.steps 12 (before: 6); learning rate at step 7: 0.0" in err
+        assert "step 12/12" in err
+        assert not Path("r/.lock.json").exists()
+        call("train", "--resume", "r")
+        assert "unlocking" not in call("train", "--resume", "r")[2]
+
+    @pytest.mark.parametrize("options", ["--model.layers 2", "--data other.txt", "--data.order=random", "--out s"])
+    def test_the_model_and_the_text_cannot_change(self, call, run, options):
+        status, _, err = call("train", "--resume", "r", *options.split())
+        flag = options.replace("=", " ").split()[0]
+        assert status == 2
+        assert f"{flag} cannot change when r is resumed; start a new run from its weights instead:" in err
+        assert err.endswith("timemix train --from r --out NEXT\n")
+
+    def test_help_lists_the_settings_of_the_run(self, call, run):
+        status, out, _ = call("train", "--resume", "r", "--help")
+        assert status == 0
+        words = " ".join(out.split())
+        assert "--train.steps 4000: to more steps, also of a complete run" in words
+        assert re.search(r"--train.steps INT.{1,300}\(default: 6\)", words)
+
+
+def test_help_names_the_ways_to_train(call):
+    _, out, _ = call("train", "--help")
+    first = " ".join(out.split())[:1500]
+    for words in ("[PRESET]", "--data FILE", "--config FILE", "--from RUN", "--resume RUN", "--train.seconds"):
+        assert words in first
+    assert "demo, cpu-small, record, seed" in out
+
+
+class TestNotFinite:
+    WILD = ("--train.clip", "0", "--train.optimizer", "muon", "--train.lr", "1e6")
+
+    def command(self, err: str) -> list[str]:
+        found = re.search(r"try a smaller --train.lr: timemix (train .*)\n$", err)
+        assert found, err
+        return found[1].replace("NEXT", "next").split()
+
+    def test_the_named_command_resumes_with_a_smaller_rate(self, call):
+        wild = [*new(*TINY, *self.WILD, "--train.steps", "20")]
+        status, _, err = call(*wild)
+        assert status == 2
+        assert self.command(err) == ["train", "--resume", "r", "--train.lr", "1e+05"]
+        again = call("train", "--resume", "r")[2]
+        assert self.command(again) == self.command(err)
+        assert "r exists already; choose another --out, or resume it with --resume r" in call(*wild)[2]
+        assert call(*self.command(err)[:-1], "1e-3")[0] == 0
+
+    def test_right_after_a_checkpoint_it_starts_a_new_run(self, call):
+        wild = new(*TINY, *self.WILD, "--train.steps", "20", "--train.save-every", "1")
+        command = self.command(call(*wild)[2])
+        assert command == ["train", "--config", "r/config.toml", "--out", "next", "--train.lr", "1e+05"]
+        assert call(*command[:-1], "1e-3")[0] == 0
+
+
+def test_a_folder_that_is_no_run_is_not_to_be_resumed(call):
+    Path("r").mkdir()
+    assert call(*new(*SHORT))[2] == "timemix: r exists already; choose another --out\n"
+
+
+def test_quiet_prints_nothing(call):
+    status, out, err = call(*new(*SHORT, "--quiet", "--train.sample-every", "2"))
+    assert (status, out, err) == (0, "", "")
+    assert Path("r/samples.txt").read_text().count("--- step ") == 3
+    assert Path("r/loss.png").exists()
+
+
+def test_samples_are_shown_while_it_trains(call):
+    _, _, err = call(*new(*SHORT, "--train.sample-every", "4"))
+    sample = Path("r/samples.txt").read_text().partition("\n\n--- step 6")[0]
+    assert sample.startswith("--- step 4\n")
+    assert sample in err
+
+
+def test_early_stopping_names_the_command_that_continues(call):
+    options = ["--train.steps", "200", "--train.valid-every", "1", "--train.patience", "1", "--train.lr", "2"]
+    status, _, err = call(*new(*TINY, *options))
+    assert status == 0
+    found = re.search(
+        r"r stopped early, at step (\d+) of 200: no lower validation loss in 1 validations; continue it"
+        r" with: timemix (train --resume r --train.patience 0)\n",
+        err,
+    )
+    assert found
+    assert call("train", "--resume", "r")[1] in err
+    status, _, err = call(*found[2].split(), "--train.steps", int(found[1]) + 3)
+    assert status == 0
+    assert f"step {int(found[1]) + 3}/" in err
+
+
+def test_a_hook_lies_in_the_working_folder(call, monkeypatch):
+    Path("hooks_of_mine.py").write_text(
+        "import json\ndef log(line):\n    with open('seen.jsonl', 'a') as file: print(json.dumps(line), file=file)\n"
+    )
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    assert call(*new(*SHORT, "--hook", "hooks_of_mine:log"))[0] == 0
+    assert Path("seen.jsonl").read_text() == Path("r/metrics.jsonl").read_text()
+    sys.modules.pop("hooks_of_mine")
+
+
+def full_disk():
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+def reader_gone():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w", encoding="utf-8")
+
+
+def closed_terminal():
+    theirs, ours = pty.openpty()
+    os.close(theirs)
+    return os.fdopen(ours, "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("screen", [full_disk, reader_gone, closed_terminal, lambda: None])
+def test_training_outlives_its_screen(screen, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, screen())
+    with pytest.raises(SystemExit) as end:
+        main([*new(*SHORT, "--train.sample-every", "2")])
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.close()
+    assert not end.value.code
+    assert Path("r/loss.png").exists()
+    assert [path.name for path in Path("r/checkpoints").iterdir()] == ["step-00000006"]
+    assert json.loads(Path("r/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+
+
+def test_a_stream_that_fails_takes_what_follows_and_the_flush_at_exit():
+    with reader_gone() as stream:
+        lasting = LastingStream(stream)
+        assert lasting.write("held back, not yet refused") == 26
+        lasting.flush()
+        lasting.write("more")
+        lasting.flush()
+        assert lasting.isatty() is False
+
+
+def test_streams_are_given_back():
+    before = sys.stdout, sys.stderr
+    with lasting_output():
+        assert isinstance(sys.stderr, LastingStream)
+    assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes(ignored):
+    """Its signal saves the run; under nohup, which ignores it, the run trains to its end."""
+    theirs, ours = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "timemix", *new(*TINY, "--train.steps", "20000" if not ignored else "400")],
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
+    )
+    os.close(ours)
+    while not Path("r/metrics.jsonl").exists() or len(Path("r/metrics.jsonl").read_text()) < 200:
+        time.sleep(0.05)
+    os.close(theirs)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + signal.SIGHUP)
+    assert Path("r/loss.png").exists() == ignored
+    assert list(Path("r/checkpoints").iterdir())
+
+
+def progress(**fields):
+    values = {"step": 250, "steps": 2000, "tokens": 16_000, "seconds": 60.0, "loss": 1.25, "tokens_per_second": 1234.5}
+    return TrainingProgress(**(values | {"valid_loss": 2.5, "valid_step": 100, "sample": None} | fields))
+
+
+class TestProgressLine:
+    def test_the_validation_has_its_step(self):
+        line = progress_line(progress())
+        assert line == "step 250/2000  loss 1.250  valid 2.500 at 100  1,234 tokens/s  1:31 left"
+        assert "valid -  " in progress_line(progress(valid_loss=None, valid_step=None))
+
+    @given(
+        width=st.integers(5, 120),
+        step=st.integers(1, 10**8 - 1),
+        loss=st.floats(0, 9.9),
+        speed=st.floats(1, 1e7),
+    )
+    @examples(300)
+    def test_a_narrow_line_keeps_its_numbers(self, width, step, loss, speed):
+        line = progress_line(progress(step=step, steps=10**8, loss=loss, tokens_per_second=speed), width)
+        assert len(line) <= width
+        assert f"{loss:.3f}" in line
+        assert width < len(f"{step}/{10**8}") + 7 or f"{step}/" in line
+
+    @pytest.mark.parametrize("columns", [20, 40, 120])
+    def test_a_terminal_of_any_width_shows_step_and_loss(self, monkeypatch, columns):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with watching(0, 2000) as watch:
+            watch(progress(sample="the cat\x1b[31m"))
+        text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sys.stderr.getvalue())
+        assert "250/2000" in text
+        assert "1.250" in text
+        assert "the cat\\x1b[31m" in text
+        assert ("tokens/s" in text) == (columns == 120)
+
+
+def test_control_characters_of_a_sample_are_shown_escaped():
+    assert shown("a\tb\nc\x1b[2J\x07é") == "a\tb\nc\\x1b[2J\\x07é"

@@ -1,0 +1,143 @@
+"""Resumed runs with other settings of training, and the lock of a run that is resumed."""
+
+import json
+import os
+
+import pytest
+
+import timemix
+from tests.helpers.ends import same_end, stop_at
+from tests.helpers.runs import small_trainer
+from timemix.config.run import read_toml
+from timemix.errors import DamagedFile, Interrupted, InvalidValue, NotFinite
+from timemix.runs import folder as run_folder
+from timemix.training.optim import learning_rate
+from timemix.training.start import resume_run
+
+
+def rates(run) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["lr"] for line in lines if "lr" in line}
+
+
+def test_a_complete_run_continues_to_more_steps_by_their_schedule(tmp_path):
+    trainer = small_trainer(tmp_path, log_every=1)
+    trainer.run()
+    before = rates(trainer.out)
+    longer = resume_run(trainer.out, train={"steps": 16})
+    assert (longer.step, longer.is_complete) == (8, False)
+    longer.run()
+    after = rates(trainer.out)
+    assert run_folder.newest(trainer.out).name == "step-00000016"
+    assert {step: after[step] for step in before} == before
+    config = longer.config.train
+    assert [after[step] for step in range(9, 17)] == [learning_rate(config, step - 1) for step in range(9, 17)]
+    assert after[9] > before[8]
+
+
+def test_a_run_stopped_with_new_settings_resumes_to_the_same_end(tmp_path):
+    """Settings that change at step 3 are those of the run from then on, also when it is stopped again."""
+    new = {"steps": 11, "lr": 3e-3, "valid_every": 3, "save_every": 5, "log_every": 3, "schedule": "linear"}
+    for name in ("whole", "stopped"):
+        with pytest.raises(Interrupted):
+            small_trainer(tmp_path, name=name).run(stop_at(3))
+    resume_run(tmp_path / "whole", train=new).run()
+    with pytest.raises(Interrupted):
+        resume_run(tmp_path / "stopped", train=new).run(stop_at(6))
+    resume_run(tmp_path / "stopped").run()
+    same_end(tmp_path / "whole", tmp_path / "stopped")
+    assert (tmp_path / "whole" / "config.toml").read_text() == (tmp_path / "stopped" / "config.toml").read_text()
+
+
+def test_the_same_settings_again_change_nothing(tmp_path):
+    for name in ("plain", "named"):
+        with pytest.raises(Interrupted):
+            small_trainer(tmp_path, name=name).run(stop_at(3))
+    resume_run(tmp_path / "plain").run()
+    same = vars(read_toml(tmp_path / "named" / "config.toml").train)
+    resume_run(tmp_path / "named", train={name: value for name, value in same.items() if value is not None}).run()
+    same_end(tmp_path / "plain", tmp_path / "named")
+
+
+def test_tokens_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
+    small_trainer(tmp_path).run()
+    resumed = resume_run(tmp_path / "run", train={"tokens": "1k"})
+    assert resumed.config.train.steps == 16
+    assert read_toml(tmp_path / "run" / "config.toml") == resumed.config
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"batch_size": 8},
+            r"train.batch_size=8 cannot change when .* it has 4; start a new run .* train --from .*run",
+        ),
+        ({"seed": 5}, r"train.seed=5 cannot change"),
+        ({"optimizer": "muon"}, r"train.optimizer=muon cannot change"),
+        ({"steps": 7}, r"train.steps is 7, but .* has had 8 steps; give a larger number"),
+        ({"seconds": 60.0}, r"train.seconds=60.0 is for a new run, .* give train.steps"),
+        ({"steps": 20, "tokens": "1M"}, r"train.steps 20 and train.tokens 1M exclude one another"),
+        ({"step": 20}, r"unknown field 'train.step'; did you mean 'steps'"),
+        ({"lr": "high"}, r"train.lr is 'high'; it must be of type float"),
+    ],
+)
+def test_what_cannot_change_is_refused_and_changes_nothing(tmp_path, settings, sentence):
+    run = small_trainer(tmp_path)
+    run.run()
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()}
+    with pytest.raises(InvalidValue, match=sentence):
+        resume_run(run.out, train=settings)
+    assert {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_is_overcome_by_a_smaller_rate(tmp_path):
+    settings = {"clip": 0.0, "optimizer": "muon", "save_every": 100, "valid_every": 100}
+    with pytest.raises(Interrupted):
+        small_trainer(tmp_path, steps=30, **settings).run(stop_at(4))
+    diverging = resume_run(tmp_path / "run", train={"lr": 1e6})
+    for trainer in (diverging, None):
+        with pytest.raises(NotFinite, match=r"step-00000004; try a smaller train.lr"):
+            (trainer or resume_run(tmp_path / "run")).run()
+    assert diverging.step > 4
+    resumed = resume_run(tmp_path / "run", train={"lr": 1e-3})
+    resumed.run()
+    assert resumed.step == 30
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = small_trainer(tmp_path, valid_every=100, save_every=2)
+
+    def poison(progress):
+        if progress.step == 4:
+            trainer.model.head.weight.data[0, 0] = float("inf")
+
+    with pytest.raises(NotFinite, match=r"the weight head.weight is not finite at step 4; .*step-00000002; try a"):
+        trainer.run(poison)
+    assert [c.name for c in run_folder.checkpoints(trainer.out)] == ["step-00000002"]
+
+
+def test_python_changes_the_settings_of_training_alone(tmp_path):
+    small_trainer(tmp_path).run()
+    assert timemix.train(None, tmp_path / "run", resume=True, train={"steps": 10}).config.train.steps == 10
+    with pytest.raises(InvalidValue, match="leave out config, model and data: only those of train"):
+        timemix.train(None, tmp_path / "run", resume=True, data="other.txt")
+
+
+def holder(run) -> bool:
+    return (run / ".lock.json").exists()
+
+
+def test_a_resume_that_trains_nothing_leaves_no_lock(tmp_path):
+    run = small_trainer(tmp_path)
+    run.run()
+    timemix.train(None, run.out, resume=True)
+    assert not holder(run.out)
+    with pytest.raises(InvalidValue):
+        resume_run(run.out, train={"seed": 9})
+    assert not holder(run.out)
+    (run_folder.newest(run.out) / "training.json").write_text("{")
+    with pytest.raises(DamagedFile):
+        resume_run(run.out)
+    assert not holder(run.out)
+    assert os.path.exists(run.out / "config.toml")

@@ -1,0 +1,51 @@
+"""Samples of a model in training, appended to samples.txt of its run folder."""
+
+from timemix.errors import CannotWrite
+from timemix.generation.generate import generate
+from timemix.generation.prompts import default_prompt
+from timemix.generation.sampler import Sampler
+from timemix.models.language_model import LanguageModel
+from timemix.runs.load import Loaded
+from timemix.runtime.distributed import World
+from timemix.storage.files import cannot_write
+from timemix.training.saving import gathered
+
+
+def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageModel:
+    """Return a model that process 0 can call alone: the model itself, or a copy of one that is sharded.
+
+    All processes call.
+    """
+    if world.size == 1 or strategy != "shard":
+        return model
+    weights, _ = gathered(model, [], world)
+    whole = LanguageModel(model.config)
+    if world.first:
+        whole.load_state_dict(weights)
+    return whole
+
+
+def write_sample(loaded: Loaded, step: int, prompt: str | None = None, tokens: int = 300) -> str:
+    """Generate a text, append it to samples.txt and return it.
+
+    Args:
+        loaded: The model, with the run folder as its folder.
+        step: Of the model, for the line above the text.
+        prompt: Default: a newline, or the first token of a vocabulary without one.
+        tokens: Number of generated tokens.
+    """
+    if prompt is None:
+        prompt = default_prompt(loaded.tokenizer)
+    was_training = loaded.model.training
+    loaded.model.eval()
+    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
+    loaded.model.train(was_training)
+    path = loaded.folder / "samples.txt"
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+    except OSError as error:
+        # Where a run goes on with a full disk, the lines of metrics.jsonl report it.
+        if loaded.config.train.full_disk == "stop":
+            raise CannotWrite(cannot_write(path, error)) from error
+    return text
