@@ -81,12 +81,23 @@ def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20
     return np.concatenate([ids[s : s + b - a] for s, a, b in zip(starts, ends, ends[1:], strict=False)])
 
 
-def text_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
-    """Characters and bytes (UTF-8) of the text that tokens decode to."""
-    characters = bytes_ = 0
-    for text in tokenizer.texts(tokens.blocks()):
-        characters += len(text)
-        bytes_ += len(text.encode())
+def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo) -> tuple[int, int]:
+    """Characters and bytes (UTF-8) of the text of `part`, some of the tokens `whole` of a text.
+
+    Exact where tokens decode to their text. With a word vocabulary or <unk>, the sizes of the text are divided in
+    proportion to the sizes of the tokens.
+
+    Args:
+        tokenizer: The tokenizer that made the tokens.
+        part: Tokens among `whole`.
+        whole: All tokens of the text.
+        text: The counts of the text.
+    """
+    own, all_ = tokenizer.spelled_size(part.blocks()), tokenizer.spelled_size(whole.blocks())
+    characters, bytes_ = (
+        round(real * mine / max(total, 1))
+        for real, mine, total in zip((text.characters, text.bytes), own, all_, strict=True)
+    )
     return characters, bytes_
 
 

@@ -25,7 +25,7 @@ from timemix.data.corpus import (
     evenly_spaced,
     is_corpus,
     open_corpus,
-    text_size,
+    part_size,
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
@@ -85,7 +85,7 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
         shutil.rmtree(folder)
         raise
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
-        splits["valid"] = _thinned(folder, made, len(splits["valid"].shards or ()), config.valid_tokens)
+        splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
     _write_info(folder, made, splits, tuple(text.files), config.encoding)
     appear(folder, out)
     (out / _State.FILE).unlink()
@@ -104,7 +104,10 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
         "valid": evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens),
     }
     with atomic_folder(out) as folder:
-        splits = {split: _write_ids(folder, split, corpus.tokenizer, ids) for split, ids in parts.items()}
+        splits = {
+            split: _write_ids(folder, split, corpus.tokenizer, ids, corpus.train, corpus.info.train)
+            for split, ids in parts.items()
+        }
         corpus.tokenizer.save(folder / "tokenizer.json")
         _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding)
     return open_corpus(out)
@@ -262,23 +265,27 @@ def _write_split(
         place = Done((), piece.number + 1, None, counts["tokens"], counts["unknown"])
 
 
-def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> SplitInfo:
-    """Replaces the validation text in `files` files by pieces of it; what data.json says of these."""
-    paths = [folder / shard_name("valid", number) for number in range(files)]
-    kept = evenly_spaced(map_shards(paths, made.dtype), tokens)
+def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> SplitInfo:
+    """Replaces the validation text, of which `valid` tells, by pieces of it; what data.json says of these."""
+    paths = [folder / shard_name("valid", number) for number in range(len(valid.shards or ()))]
+    whole = map_shards(paths, made.dtype)
+    kept = evenly_spaced(whole, tokens)
     for path in paths:
         path.unlink()
-    return _write_ids(folder, "valid", made, kept)
+    return _write_ids(folder, "valid", made, kept, whole, valid)
 
 
-def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens) -> SplitInfo:
+def _write_ids(
+    folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens, whole: Tokens, text: SplitInfo
+) -> SplitInfo:
+    """Writes a split whose ids are some of those of a text, `whole`; what data.json says of it."""
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:
         unknown = 0
         for block in tokens.blocks():
             writer.add(block)
             unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
-    characters, bytes_ = text_size(made, tokens)
+    characters, bytes_ = part_size(made, tokens, whole, text)
     return SplitInfo(
         tokens=len(tokens),
         characters=characters,

@@ -101,6 +101,19 @@ class Tokenizer(ABC):
             yield stream.push_all(ids)
         yield stream.flush()
 
+    def spelled_size(self, blocks: Iterable[np.ndarray]) -> tuple[int, int]:
+        """Characters and UTF-8 bytes of the tokens themselves, from blocks of ids (tokens,).
+
+        <unk> counts as one of each, since its text is not known; the spaces between words do not count. A character in
+        several tokens belongs to the one with its first byte.
+        """
+        pieces = [*self._pieces[:-1], b"?"] if self.unknown == "unk" else self._pieces
+        # UTF-8: the bytes 10xxxxxx continue a character.
+        starts = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], np.int64)
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        counts = sum((np.bincount(ids, minlength=len(pieces)) for ids in blocks), np.zeros(len(pieces), np.int64))
+        return int(counts @ starts), int(counts @ lengths)
+
     def stream(self) -> "StreamDecoder":
         """Decodes one token at a time."""
         return StreamDecoder(self._pieces, self.spaced)
