@@ -187,6 +187,15 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
         assert contents(tmp_path / f"{kind}-one") == contents(tmp_path / f"{kind}-two")
 
 
+def test_a_file_is_prepared_as_version_1_prepared_it(tmp_path, monkeypatch):
+    fixtures = ROOT / "tests" / "fixtures" / "version1"
+    monkeypatch.chdir(fixtures)
+    prepare(tmp_path / "out", DataConfig(source="words.txt", tokenizer="subword", vocab_size=280))
+    old, new = contents(fixtures / "prepared-subword"), contents(tmp_path / "out")
+    assert json.loads(old.pop("data.json")).items() <= json.loads(new.pop("data.json")).items()
+    assert new == old
+
+
 def test_folders_of_version_1_open(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
     out = tmp_path / "out"
