@@ -112,8 +112,21 @@ def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
     words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
     assert words.info.valid.unknown == 4
     assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
-    with pytest.raises(Unfit, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* data.unknown unk"):
+    with pytest.raises(Unfit, match="the valid text .* no 'six', .*, 'seven' and 'é' .*; .* choose data.unknown unk"):
         prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
+
+
+def test_unknown_text_for_a_given_vocabulary_gets_advice_that_helps():
+    Path("new.txt").write_text("abc Ω")
+    made = prepare(Path("old"), DataConfig(source="text.txt")).tokenizer
+    with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or take a model"):
+        prepare(Path("next"), DataConfig(source="new.txt"), tokenizer=made)
+    for name, value in (("unknown", "unk"), ("tokenizer", "byte")):
+        sentence = f"data.{name}='{value}' needs another vocabulary than that of the trained model"
+        with pytest.raises(InvalidValue, match=sentence):
+            prepare(Path("next"), DataConfig(source="new.txt", **{name: value}), tokenizer=made)
+    sizes = {"tokenizer": made.kind, "unknown": made.unknown, "valid_fraction": 0}
+    assert len(prepare(Path("same"), DataConfig(source="text.txt", **sizes), tokenizer=made).train) == len(TEXT)
 
 
 def test_no_validation():
@@ -124,7 +137,7 @@ def test_no_validation():
 
 def test_separate_validation_text():
     Path("valid.txt").write_text("abcxyx", encoding="utf-8")
-    with pytest.raises(Unfit, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* data.unknown unk"):
+    with pytest.raises(Unfit, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* choose data.unknown unk"):
         prepare(Path("out"), DataConfig(source="text.txt", valid="valid.txt"))
     assert not Path("out").exists()
     for unknown, tokens in (("unk", 6), ("byte", 6)):

@@ -144,7 +144,8 @@ def test_unknown_characters():
 
 def test_many_unknown_characters_are_counted_in_the_sentence():
     with pytest.raises(
-        InvalidValue, match="'h' .* and 18 more; leave them out of the text, or train with data.unknown"
+        InvalidValue,
+        match="'h' .* and 18 more; leave them out of the text, or take a model",
     ):
         train("character", text=" ").encode("".join(map(chr, range(97, 123))))
 

@@ -225,7 +225,7 @@ def encoded(
                 raise Unfit(CHANGED)
             for split, missing in unknown.items():
                 try:
-                    made.refuse(missing)
+                    made.refuse(missing, is_new=text.made is None)
                 except InvalidValue as error:
                     raise Unfit(f"the {split} text does not fit: {error}") from error
 

@@ -29,7 +29,7 @@ from timemix.data.corpus import (
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
-from timemix.errors import AlreadyExists, FileError, InUse, Unfit
+from timemix.errors import AlreadyExists, FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import appear, atomic_folder, explained, write_text
 from timemix.storage.json_files import to_json, to_record
@@ -55,12 +55,15 @@ def prepare(
     A folder .NAME.unfinished beside `out` keeps the tokenizer and the finished token files of a call that was stopped;
     the same call on the same text resumes there.
 
-    `tokenizer`: one that is made already. `progress` shows downloads and long readings on stderr.
+    `tokenizer`: one that is made already; settings of the config that need another one are refused. `progress` shows
+    downloads and long readings on stderr.
 
     Raises InUse as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
     `out` exists, and when the text changes meanwhile.
     """
     _refuse_existing(out)
+    if tokenizer is not None:
+        _refuse_other(config, tokenizer)
     lock = out.with_name(f".{out.name}.lock")
     with claimed(lock) as mine:
         if not mine:
@@ -309,6 +312,17 @@ def _write_info(
         valid=splits["valid"],
     )
     write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
+
+
+def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raises InvalidValue for settings that a tokenizer which is made already cannot follow."""
+    for name, own in (("tokenizer", tokenizer.kind), ("unknown", tokenizer.unknown)):
+        asked = getattr(config, name)
+        if asked not in (own, getattr(DataConfig, name)):
+            raise InvalidValue(
+                f"data.{name}={asked!r} needs another vocabulary than that of the trained model, whose data.{name} is"
+                f" {own!r}; leave it out, or train a new model"
+            )
 
 
 def _refuse_existing(out: Path) -> None:

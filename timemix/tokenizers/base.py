@@ -64,12 +64,16 @@ class Tokenizer(ABC):
         self.refuse(unknown)
         return ids
 
-    def refuse(self, unknown: Counter[str]) -> None:
-        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be."""
+    def refuse(self, unknown: Counter[str], *, is_new: bool = False) -> None:
+        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be.
+
+        `is_new`: no model has this vocabulary yet, so the sentence names the setting that makes another one.
+        """
         if unknown and self.unknown == "error":
+            other = "choose data.unknown unk" if is_new else "take a model that was trained with data.unknown unk"
             raise InvalidValue(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
-                " the text, or train with data.unknown unk"
+                f" the text, or {other}"
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:

@@ -16,7 +16,6 @@ from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair_encoding, written_document
 from timemix.tokenizers.pieces import PIECE, pieces
 
-
 LONGEST_WORD = 1024
 """Characters of a word in training at most: the time for a word grows with the square of its length."""
 
