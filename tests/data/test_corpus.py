@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers.tiers import examples
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.config import DataConfig
-from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
+from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus, open_run_corpus
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
@@ -97,6 +97,18 @@ def test_the_hash_is_of_the_text_not_of_its_place():
     prepare(Path("out"), DataConfig(source="text.txt"))
     prepare(Path("other"), DataConfig(source="text.txt", valid_fraction=0.2))
     assert text_hash(DataConfig(source="out")) != text_hash(DataConfig(source="other"))
+
+
+def test_a_run_reads_its_own_tokens_then_the_prepared_folder_it_was_trained_on(tmp_path):
+    """Nothing that takes over the name of the text changes what the run holds out."""
+    Path("more.txt").write_text("abc\n" * 50)
+    own = prepare(Path("run/data"), DataConfig(source="more.txt")).info
+    other = prepare(Path("taken"), DataConfig(source="text.txt")).info
+    assert open_run_corpus(Path("run"), "taken").info == own
+    assert open_run_corpus(Path("elsewhere"), "taken").info == other
+    Path("taken").rename("moved")
+    with pytest.raises(MissingFile, match="the tokens of elsewhere are missing: .* taken is no prepared folder; move"):
+        open_run_corpus(Path("elsewhere"), "taken")
 
 
 def test_ids_lie_on_disk_in_little_endian():

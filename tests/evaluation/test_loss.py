@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 import timemix
 from tests.helpers.models import VARIANTS, build
-from tests.helpers.runs import TEXT, small_trainer
+from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import hold_out_end, prepare
-from timemix.errors import InvalidValue
+from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
+from timemix.training.start import new_run
 
 
 @given(
@@ -176,3 +178,18 @@ def test_parts_of_a_text_have_the_size_of_their_text(tmp_path, kind, unknown):
         assert thin.bytes == thin.tokens
     held = hold_out_end(prepare(tmp_path / "words", config), tmp_path / "end", share=0.5).info
     assert held.train.characters + held.valid.characters == pytest.approx(len(MIXED), abs=1)
+
+
+def test_held_out_text_that_changed_is_refused(tmp_path):
+    text = write_text_file(tmp_path)
+    prepare(tmp_path / "tokens", DataConfig(source=str(text)))
+    trainer = new_run(small_config(tmp_path / "tokens", steps=2), tmp_path / "run")
+    trainer.run()
+    assert timemix.evaluate(tmp_path / "run").tokens == len(trainer.corpus.valid)
+    shutil.rmtree(tmp_path / "tokens")
+    with pytest.raises(MissingFile, match=r"the tokens of .*run are missing: .*tokens is no prepared folder"):
+        timemix.evaluate(tmp_path / "run")
+    text.write_text(TEXT.replace("cat", "act"))
+    prepare(tmp_path / "tokens", DataConfig(source=str(text)))
+    with pytest.raises(DamagedFile, match=r"the data of .*run changed after the training"):
+        timemix.evaluate(tmp_path / "run")

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from timemix.data.shards import Shard, Tokens, check_shard, map_shards, shard_name
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, MissingFile
+from timemix.storage.files import check_name
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -108,8 +109,19 @@ def is_corpus(path: Path) -> bool:
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
-    """Tokens that a run was made with: its source where that is a prepared folder, else its own `data`."""
-    return open_corpus(Path(source) if is_corpus(Path(source)) else run / "data")
+    """Tokens that a run was made with: its own `data`, else the prepared folder that is its source.
+
+    Raises FileError as `open_corpus` does, and MissingFile where there is neither.
+    """
+    own = run / "data"
+    if own.is_dir():
+        return open_corpus(own)
+    if not is_corpus(Path(source)):
+        raise MissingFile(
+            f"the tokens of {run} are missing: there is no folder {own}, and {source} is no prepared folder; move back"
+            " the one that was there"
+        )
+    return open_corpus(Path(source))
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -117,6 +129,7 @@ def open_corpus(folder: Path) -> Corpus:
 
     Raises FileError when a file is missing, damaged, or does not fit the others.
     """
+    check_name(folder)
     path = folder / "data.json"
     data = read_json(path)
     version = data.get("format_version")

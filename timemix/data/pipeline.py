@@ -4,6 +4,7 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,8 @@ from timemix.storage.json_files import Count
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
 from timemix.tokenizers.pieces import PART, equal_pieces, pieces
+
+logger = logging.getLogger("timemix")
 
 PROCESSES_FROM = 1 << 26
 """Bytes of text from which other processes are worth their start."""
@@ -102,7 +105,14 @@ class Text:
             yield None
             return
         try:
-            with in_processes(count, *begin) as each:
+            with contextlib.ExitStack() as stack:
+                each: Each | None = None
+                try:
+                    each = stack.enter_context(in_processes(count, *begin))
+                except OSError as error:
+                    logger.warning(
+                        "this machine cannot start %d processes (%s); one reads the text", count, error.strerror
+                    )
                 yield each
         except BrokenProcessPool as error:
             raise Unavailable(

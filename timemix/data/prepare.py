@@ -31,7 +31,7 @@ from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
 from timemix.errors import AlreadyExists, FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
-from timemix.storage.files import appear, atomic_folder, explained, write_text
+from timemix.storage.files import appear, atomic_folder, check_name, explained, write_text
 from timemix.storage.json_files import to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.tokenizers.base import Tokenizer
@@ -61,6 +61,7 @@ def prepare(
     Raises InUse as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
     `out` exists, and when the text changes meanwhile.
     """
+    check_name(out)
     _refuse_existing(out)
     if tokenizer is not None:
         _refuse_other(config, tokenizer)

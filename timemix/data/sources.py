@@ -13,6 +13,7 @@ from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
 from timemix.data.readers import CHUNK, chunks, decoded
 from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
+from timemix.storage.files import check_name
 
 logger = logging.getLogger("timemix")
 
@@ -64,6 +65,7 @@ def open_source(
     Raises MissingFile where there is no such source, and while it is read, where it cannot be read, is empty, looks
     binary, or is not in `encoding`.
     """
+    check_name(Path(source))
     if os.path.isdir(source):
         return _files_source(source, _files_below(Path(source)), encoding)
     if os.path.exists(source):
@@ -123,7 +125,9 @@ def _files_source(source: str, files: list[Path], encoding: str) -> Source:
             raise InvalidValue(f"{source} is empty; give a text to read")
 
     name = Path(source).name or str(Path(source).resolve())
-    return Source(name, tuple(map(str, files)), sum(map(_size, files)), read)
+    # JSON cannot hold a name that is not UTF-8.
+    shown = tuple(os.fsencode(path).decode("utf-8", "backslashreplace") for path in files)
+    return Source(name, shown, sum(map(_size, files)), read)
 
 
 def _size(path: Path) -> int:

@@ -14,7 +14,7 @@ from timemix.models.config import ModelConfig
 from timemix.runs.folder import checkpoints, newest
 from timemix.runs.load import Loaded, empty_model, load
 from timemix.runtime.distributed import ALONE, World
-from timemix.storage.files import cannot_write, remove_unfinished, write_text
+from timemix.storage.files import cannot_write, check_name, remove_unfinished, write_text
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import to_dict
 from timemix.training.memory import refuse_too_large
@@ -66,6 +66,7 @@ def _check_start(model: ModelConfig, start: Loaded) -> None:
 
 
 def _make_folder(out: Path) -> None:
+    check_name(out)
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
