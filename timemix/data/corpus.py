@@ -47,7 +47,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """data.json of a prepared folder."""
+    """data.json of a prepared folder; `held_out`: what the validation text is, in words."""
 
     format_version: int
     files: tuple[str, ...]
@@ -56,6 +56,7 @@ class DataInfo:
     tokenizer: TokenizerInfo
     train: SplitInfo
     valid: SplitInfo
+    held_out: str | None = field(default=None, metadata=OPTIONAL)
 
     def split(self, name: str) -> SplitInfo:
         return {"train": self.train, "valid": self.valid}[name]

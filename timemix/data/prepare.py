@@ -45,8 +45,8 @@ def prepare(
     """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
 
     Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
-    characters. The tokenizer is made from the training text; one of characters, where the validation text is a part of
-    the source, from all of it.
+    characters of each file (with `hold_out` "end", of the whole source). The tokenizer is made from the training text;
+    one of characters, where the validation text is a part of the source, from all of it.
 
     The text is read several times, piece by piece; a large one is encoded in several processes, where a script that
     calls this must have its work under `if __name__ == "__main__"`. Memory does not grow with the text, except for the
@@ -90,7 +90,7 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
         raise
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
         splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
-    _write_info(folder, made, splits, tuple(text.files), config.encoding)
+    _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out)
     appear(folder, out)
     (out / _State.FILE).unlink()
 
@@ -113,7 +113,8 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
             for split, ids in parts.items()
         }
         corpus.tokenizer.save(folder / "tokenizer.json")
-        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding)
+        held_out = f"the last {100 * share:g} % of the training text"
+        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding, held_out)
     return open_corpus(out)
 
 
@@ -136,6 +137,7 @@ class TextDescription:
     bytes: int
     distinct_characters: int
     sha256: str
+    held_out: str
     tokenizer: str
     vocab_size: int
     train: SplitCounts
@@ -156,6 +158,7 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescr
         bytes=sum(size.bytes for size in sizes),
         distinct_characters=len(set().union(*(size.alphabet for size in sizes))),
         sha256=text.sha256,
+        held_out=text.held_out,
         tokenizer=made.kind,
         vocab_size=made.vocab_size,
         train=SplitCounts(**counts["train"]),
@@ -301,7 +304,12 @@ def _write_ids(
 
 
 def _write_info(
-    folder: Path, made: Tokenizer, splits: dict[str, SplitInfo], files: tuple[str, ...], encoding: str
+    folder: Path,
+    made: Tokenizer,
+    splits: dict[str, SplitInfo],
+    files: tuple[str, ...],
+    encoding: str,
+    held_out: str,
 ) -> None:
     info = DataInfo(
         format_version=DATA_FORMAT_VERSION,
@@ -311,6 +319,7 @@ def _write_info(
         tokenizer=TokenizerInfo(made.kind, made.vocab_size, made.hash),
         train=splits["train"],
         valid=splits["valid"],
+        held_out=held_out,
     )
     write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
 

@@ -20,7 +20,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
-    # The tokens' hashes say what the other fields of `data` and the vocabulary do.
+    # The tokens' hashes say what the other fields of `data` and the vocabulary do; later fields change no key.
     plain = replace(
         config,
         model=replace(config.model, vocab_size=ModelConfig.vocab_size),
@@ -28,6 +28,8 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         train=replace(config.train, device=""),
     )
     forms = [to_dict(plain)]
+    for later in ("hold_out", "keep_nul"):
+        del forms[0]["data"][later]
     if (old := nested(plain.model)) is not None:
         forms.append(forms[0] | {"model": old})
     return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
