@@ -122,7 +122,8 @@ def test_binary_files():
     refused("wide.txt", r"a NUL at character 2 of its utf-16; if it is text, set data\.keep_nul$", encoding="utf-16")
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         Path("wide.txt").write_bytes(TEXT.encode(encoding))
-        refused("wide.txt", r"wide\.txt looks binary: .*; if it is text, name its encoding: data\.encoding utf-16$")
+        advice = f"name its encoding: data\\.encoding {encoding[:6]}$"
+        refused("wide.txt", rf"wide\.txt looks binary: .*; if it is text, {advice}")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16", "utf-16-be"])

@@ -17,7 +17,7 @@ HEAD = 1 << 16
 
 
 def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
-    """Text files in `folder` and its subfolders, sorted; hidden ones, and those of `_kept`, left out.
+    """Text files in `folder` and its subfolders, sorted; without hidden ones and what `_kept` leaves out.
 
     Raises FileError where a folder cannot be read, or no file is left.
     """
@@ -39,7 +39,7 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
 
 
 def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
-    """Text files that match a glob, sorted; those of `_kept` left out. Empty where no file matches.
+    """Text files that match a glob, sorted, without what `_kept` leaves out; empty where no file matches.
 
     What `**` finds in folders that timemix wrote is left out too.
 

@@ -152,11 +152,19 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
         if nul >= 0:
             # A file that is also damaged is said to be that.
             collections.deque(data, maxlen=0)
-            is_wide = chunk.count(b"\0") > len(chunk) / 4
-            advice = "name its encoding: data.encoding utf-16" if is_wide else "set data.keep_nul"
+            likely = _likely_encoding(chunk)
+            advice = f"name its encoding: data.encoding {likely}" if likely else "set data.keep_nul"
             raise InvalidValue(f"{name} looks binary: a NUL at byte {fed + nul}; if it is text, {advice}")
         fed += len(chunk)
         yield chunk
+
+
+def _likely_encoding(chunk: bytes) -> str | None:
+    """UTF-16 or UTF-32 where NULs lie as in Latin text in it, else None."""
+    few, many = sorted(2 * chunk[parity::2].count(b"\0") / len(chunk) for parity in (0, 1))
+    if many < 0.5:
+        return None
+    return "utf-32" if 0.4 < few < 0.6 and many > 0.9 else "utf-16" if few < 0.05 else None
 
 
 def _decoder(codec: str, first: bytes) -> codecs.IncrementalDecoder:
