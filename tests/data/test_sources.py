@@ -218,7 +218,7 @@ def test_a_pipe_and_standard_input_are_read_once_and_decompressed(monkeypatch):
         stream = io.TextIOWrapper(io.BytesIO(content))
         monkeypatch.setattr("sys.stdin", stream)
         assert [read_source("-").text for _ in range(2)] == [read.text] * 2
-    assert (read_source("-").name, read_source("-").files) == ("standard input", ("-",))
+    assert (read_source("-").name, read_source("-").files) == ("standard input", ("standard input",))
 
 
 def test_standard_input_that_is_no_text(monkeypatch):

@@ -91,7 +91,7 @@ class Text:
 
     def _refuse_shared_files(self, valid: Source) -> None:
         own = {os.path.realpath(file): file for file in self.source.files}
-        shared = [own[path] for file in valid.files if (path := os.path.realpath(file)) in own and file != "-"]
+        shared = [own[path] for file in valid.files if (path := os.path.realpath(file)) in own]
         if shared:
             raise InvalidValue(
                 f"{shared[0]} is in data.source and in data.valid; move it out of one of them, or leave out data.valid"

@@ -161,6 +161,8 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 def _likely_encoding(chunk: bytes) -> str | None:
     """UTF-16 or UTF-32 where NULs lie as in Latin text in it, else None."""
+    if chunk.count(b"\0") < 4:
+        return None
     few, many = sorted(2 * chunk[parity::2].count(b"\0") / len(chunk) for parity in (0, 1))
     if many < 0.5:
         return None

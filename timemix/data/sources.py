@@ -85,7 +85,8 @@ def open_source(
     """
     options = (encoding, keep_nul)
     if source == "-":
-        return _files_source("standard input", [Path("-")], *options, {Path("-"): _standard_input(sys.stdin)})
+        path = Path("standard input")
+        return _files_source(path.name, [path], *options, {path: _standard_input(sys.stdin)})
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
