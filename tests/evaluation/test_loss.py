@@ -126,7 +126,9 @@ BY_HAND = {
     "bytes": ("Ωab", "byte", "error", 2, 3),
     "words": ("Go  on, go. On\n", "word", "error", 13, 13),
     "words, <unk>": ("go Ωmega, on", "word", "unk", 10, 11),
-    "<unk> first": ("Ωab", "character", "unk", 2, 3),
+    "<unk> first": ("Ωab", "character", "unk", 2, 2),
+    "unknown word first": ("Ωmega go", "word", "unk", 3, 3),
+    "half a character first": ("漢a", "byte", "error", 1, 3),
 }
 
 
@@ -140,7 +142,6 @@ def test_units_divide_by_the_text_after_the_first_token(tmp_path, text, kind, un
     held_out = evaluate_held_out(model, corpus)
     bits = held_out.nats_per_token * (len(corpus.valid) - 1) / math.log(2)
     assert held_out.bits_per_character == pytest.approx(bits / characters)
-    # Which character <unk> stands for is not known, so its first one counts as one byte.
     assert held_out.bits_per_byte == pytest.approx(bits / bytes_)
     assert (held_out.characters, held_out.bytes) == (len(text), len(text.encode()))
     assert evaluate_text(model, corpus.tokenizer, text) == held_out

@@ -25,7 +25,8 @@ SPLITS = ("train", "valid")
 class SplitInfo:
     """What data.json says of a split: its counts, the sha256 of its tokens, and its token files.
 
-    A folder of format version 1 names no files: each split has one.
+    first: characters and bytes of the text of its first token, which no model predicts; None where it is not known. A
+    folder of format version 1 names no files: each split has one.
     """
 
     tokens: Count
@@ -33,6 +34,7 @@ class SplitInfo:
     bytes: Count
     unknown: Count
     sha256: str
+    first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
 
 

@@ -53,6 +53,7 @@ class Text:
     sizes: of the source, and of the validation source where there is one.
     sha256: of all text. hash: of both sources with a NUL between.
     held_out: what the validation text is, in words.
+    first: characters and bytes of the first token of each split, once `encoded` has read it.
     tokenizer: one that is made already.
 
     Raises TimemixError as `open_source` does, and where both sources are the same text or share a file. Warns where
@@ -64,6 +65,7 @@ class Text:
         self.source = self._open(config.source, progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
+        self.first: dict[str, tuple[int, int]] = {}
         whole = hashlib.sha256()
         self.sizes["train"] = _measure(self.source, progress, whole)
         if config.valid is not None:
@@ -293,6 +295,9 @@ def encoded(
             unknown: Counter[str] = Counter()
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
                 cut = _pieces(made, _part(_hashed(source.read(advance), seen), cuts, split))
+                if beginning := next(cut, ""):
+                    text.first[split] = made.first_size(beginning)
+                    cut = itertools.chain([beginning], cut)
                 for ids, missing in encode(_to_encode(cut, counts[split], begun.get(split), waiting)):
                     piece = Piece(split, *waiting.popleft(), ids, missing.total())
                     yield piece

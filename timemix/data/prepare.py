@@ -103,14 +103,15 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     """
     _refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
-    parts = {
-        "train": corpus.train.part(slice(cut)),
-        "valid": evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens),
-    }
+    train = corpus.info.train
+    parts: list[tuple[str, np.ndarray | Tokens, tuple[int, int] | None]] = [
+        ("train", corpus.train.part(slice(cut)), train.first),
+        ("valid", evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens), None),
+    ]
     with atomic_folder(out) as folder:
         splits = {
-            split: _write_ids(folder, split, corpus.tokenizer, ids, corpus.train, corpus.info.train)
-            for split, ids in parts.items()
+            split: _write_ids(folder, split, corpus.tokenizer, ids, corpus.train, train, first)
+            for split, ids, first in parts
         }
         corpus.tokenizer.save(folder / "tokenizer.json")
         held_out = f"the last {100 * share:g} % of the training text"
@@ -247,7 +248,12 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         with writer:
             pass
     return {
-        split: SplitInfo(**counts[split], sha256=writers[split].sha256.hexdigest(), shards=tuple(writers[split].shards))
+        split: SplitInfo(
+            **counts[split],
+            sha256=writers[split].sha256.hexdigest(),
+            first=text.first.get(split),
+            shards=tuple(writers[split].shards),
+        )
         for split in SPLITS
     }
 
@@ -279,11 +285,17 @@ def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> Sp
     kept = evenly_spaced(whole, tokens)
     for path in paths:
         path.unlink()
-    return _write_ids(folder, "valid", made, kept, whole, valid)
+    return _write_ids(folder, "valid", made, kept, whole, valid, valid.first)
 
 
 def _write_ids(
-    folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens, whole: Tokens, text: SplitInfo
+    folder: Path,
+    split: str,
+    made: Tokenizer,
+    ids: np.ndarray | Tokens,
+    whole: Tokens,
+    text: SplitInfo,
+    first: tuple[int, int] | None,
 ) -> SplitInfo:
     """Writes a split whose ids are some of those of a text, `whole`; what data.json says of it."""
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
@@ -299,6 +311,7 @@ def _write_ids(
         bytes=bytes_,
         unknown=unknown,
         sha256=writer.sha256.hexdigest(),
+        first=first,
         shards=tuple(writer.shards),
     )
 

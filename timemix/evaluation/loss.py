@@ -201,7 +201,8 @@ def evaluate_text(
         whole.characters - sum(len(each) * count for each, count in left_out.items()),
         whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()),
     )
-    return _in_units(model, tokenizer, tokens, whole, read, precision=precision, stride=stride)
+    first = tokenizer.first_size(text)
+    return _in_units(model, tokens, whole, read, first, precision=precision, stride=stride)
 
 
 def evaluate_held_out(
@@ -211,25 +212,26 @@ def evaluate_held_out(
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     read = whole.characters, whole.bytes
-    return _in_units(model, corpus.tokenizer, corpus.valid, whole, read, precision=precision, stride=stride)
+    # Folders made before hold no size of the first token: there <unk> counts as one character of one byte.
+    first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
+    return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
 
 
 def _in_units(
     model: LanguageModel,
-    tokenizer: Tokenizer,
     tokens: np.ndarray | Tokens,
     whole: TextSize,
     read: tuple[int, int],
+    first: tuple[int, int],
     *,
     precision: str,
     stride: int | None,
 ) -> Evaluation:
-    """Loss of the tokens of a text, `read` characters and bytes of which they stand for."""
+    """Loss of the tokens of a text; they stand for `read` characters and bytes of it, the first one for `first`."""
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
     bits = nats * (len(tokens) - 1) / math.log(2)
-    first = tokenizer.spelled_size([tokens[:1]])
     characters, bytes_ = (max(size - own, 1) for size, own in zip(read, first, strict=True))
     return Evaluation(
         nats_per_token=nats,

@@ -17,6 +17,7 @@ import numpy as np
 
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
+from timemix.tokenizers.pieces import pieces
 
 KINDS = ("character", "byte", "word", "subword")
 UNKNOWN = "<unk>"
@@ -117,6 +118,18 @@ class Tokenizer(ABC):
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         counts = sum((np.bincount(ids, minlength=len(pieces)) for ids in blocks), np.zeros(len(pieces), np.int64))
         return int(counts @ starts), int(counts @ lengths)
+
+    def first_size(self, text: str) -> tuple[int, int]:
+        """Characters and UTF-8 bytes of the part of a text that its first token stands for."""
+        ids, _ = self.encode_counted(next(pieces([text]), ""))
+        if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
+            return self.spelled_size([ids[:1]])
+        unit = self._first_unit(text)
+        return len(unit), len(unit.encode())
+
+    def _first_unit(self, text: str) -> str:
+        """The character or word at the beginning of a text."""
+        return text[:1]
 
     def stream(self) -> "StreamDecoder":
         """Decodes one token at a time."""
