@@ -1,6 +1,7 @@
 """Sources: every kind of text in, downloads against a server on 127.0.0.1, and what a person sees when it fails."""
 
 import bz2
+import glob
 import gzip
 import hashlib
 import io
@@ -176,15 +177,33 @@ def test_the_same_text_is_read_once(caplog):
     Path("books/sub/c.txt").write_text("c\n")
     Path("books/b.txt.gz").write_bytes(gzip.compress(b"b\n"))
     Path("books/a.txt").symlink_to("b.txt")
-    Path("books/sub/up").symlink_to(Path("books").resolve())
+    for name in ("up", "again"):
+        Path("books/sub", name).symlink_to(Path("books").resolve())
     assert read_source("books").text == "b\nc\n"
     assert caplog.messages == [
+        "books: skipped as a link to a folder (2): books/sub/again, books/sub/up",
         "books: skipped as a link to another file (1): books/a.txt",
         "books: skipped as a compressed copy of the file beside it (1): books/b.txt.gz",
     ]
     caplog.clear()
     assert read_source("books/**/*.txt").text == "b\nc\n"
-    assert re.search(r"skipped as a link to another file \(\d+\): books/a.txt, .* and \d+ more", caplog.text)
+    assert caplog.messages == ["books/**/*.txt: skipped as a link to another file (1): books/a.txt"]
+    # A link to a folder elsewhere is followed.
+    Path("shelf").mkdir()
+    Path("shelf/books").symlink_to(Path("books").resolve())
+    assert read_source("shelf/**/c.txt").files == ("shelf/books/sub/c.txt",)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**", "**/*", "*/**/*.txt", "a/**", "a/**/b/**/*.txt", "**/b/*", "a**/*", "./a/**/c.*", "{}/**"]
+)
+def test_globs_match_as_those_of_python(tmp_path, pattern):
+    for name in ("a/b/c.txt", "a/b/d/e.txt", "a/f.md", "ab/g.txt", "a/.h/i.txt", "j.txt", "[k]/l.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{name}\n")
+    pattern = pattern.format(tmp_path)
+    expected = sorted(Path(path) for path in set(glob.glob(pattern, recursive=True)) if Path(path).is_file())
+    assert list(map(Path, read_source(pattern).files)) == sorted(set(expected))
 
 
 def test_what_timemix_wrote_is_not_read_as_text(caplog):
@@ -219,6 +238,12 @@ def test_a_pipe_and_standard_input_are_read_once_and_decompressed(monkeypatch):
         monkeypatch.setattr("sys.stdin", stream)
         assert [read_source("-").text for _ in range(2)] == [read.text] * 2
     assert (read_source("-").name, read_source("-").files) == ("standard input", ("standard input",))
+
+
+def test_a_file_may_have_the_name_of_standard_input(monkeypatch):
+    Path("standard input").write_text("of the file")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    assert (read_source("-").text, read_source("standard input").text) == ("piped", "of the file")
 
 
 def test_standard_input_that_is_no_text(monkeypatch):
@@ -402,6 +427,16 @@ def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setitem(DOWNLOADS, "served", Download("http://127.0.0.1:9/x", "text.txt", sha256=sha256(TEXT.encode())))
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     assert read_source("served", cache=tmp_path).text == TEXT
+
+
+def test_no_home_folder(monkeypatch):
+    """Without HOME and an entry in the list of users there is no place for a cache."""
+
+    def fails(name):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pooch.os_cache", fails)
+    refused("enwik8", "this user has no home folder to keep enwik8.zip in; set XDG_CACHE_HOME to a folder")
 
 
 def test_no_network(tmp_path, monkeypatch):

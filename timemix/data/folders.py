@@ -3,6 +3,7 @@
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,15 +24,18 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
     """
     found: list[Path] = []
     ours: list[Path] = []
+    links: list[Path] = []
     try:
         for place, folders, files in os.walk(folder, onerror=_raise):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            ours += [Path(place, name) for name in folders if written_by_timemix(Path(place, name))]
+            links += [Path(place, name) for name in folders if os.path.islink(Path(place, name))]
+            ours += [path for name in folders if written_by_timemix(path := Path(place, name)) and path not in links]
             folders[:] = [name for name in folders if Path(place, name) not in ours]
             found += [Path(place, name) for name in files if not name.startswith(".")]
     except OSError as error:
         raise FileError(f"cannot read the folder {error.filename}: {error.strerror}; check its permissions") from error
     _skip(str(folder), "written by timemix", ours)
+    _skip(str(folder), "a link to a folder", links)
     kept = _kept(str(folder), sorted(path for path in found if path.is_file()), encoding, keep_nul)
     if not kept:
         raise MissingFile(f"the folder {folder} holds no text files; name a file, or a folder with text files")
@@ -45,7 +49,7 @@ def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
 
     Raises MissingFile where files match, but none is left.
     """
-    matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    matches = sorted(path for path in set(map(Path, _matches(pattern))) if path.is_file())
     root = Path(pattern.partition("**")[0]) if "**" in pattern else None
     ours: set[Path] = set()
     if root is not None:
@@ -69,6 +73,34 @@ def written_by_timemix(folder: Path) -> str | None:
         if (folder / file).is_file() and any((folder / name).exists() for name in others):
             return kind
     return None
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What matches a glob; `**` reaches each folder once, whatever links there are to it."""
+    stars = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
+    if stars is None:
+        yield from glob.glob(pattern)
+        return
+    before, after = pattern[: stars.start()], pattern[stars.end() :] or "*"
+    for root in glob.glob(before) if before else ["."]:
+        for folder in _folders_below(root):
+            yield from _matches(os.path.join(glob.escape(folder), after))
+
+
+def _folders_below(root: str) -> Iterator[str]:
+    """A folder and those below it, hidden ones left out; links are followed last, to folders not reached so far."""
+    seen: set[tuple[int, int]] = set()
+    pending = [root]
+    while pending:
+        for place, folders, _ in os.walk(pending.pop(0)):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            pending += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            yield place
 
 
 def _raise(error: OSError) -> None:

@@ -104,12 +104,18 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
     # The only codec of Python whose decoder cannot decode piece by piece.
     if codec == "punycode":
         data = iter([b"".join(data)])
+    texts = _texts(data, name, codec, encoding)
+    return texts if keep_nul else _without_nul_characters(texts, name, encoding)
+
+
+def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Iterator[str]:
+    """The text of bytes in pieces that are not empty, without byte order mark."""
     first = b""
     while len(first) < 4 and (chunk := next(data, b"")):
         first += chunk
     decoder = _decoder(codec, first)
-    fed = characters = 0
-    nul = -1
+    fed = 0
+    begins = True
     for chunk in itertools.chain([first], data, [b""]):
         fed += len(chunk)
         try:
@@ -124,18 +130,25 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
         except ValueError as error:
             collections.deque(data, maxlen=0)
             raise InvalidValue(f"{name} is not {encoding}: {error}; name its encoding with data.encoding") from error
-        if not keep_nul and nul < 0 and (found := text.find("\0")) >= 0:
-            nul = characters + found
-        begins = characters == 0
-        characters += len(text)
-        if begins:
+        if text and begins:
+            begins = False
             text = text.removeprefix("\ufeff")
-        if text and nul < 0:
+        if text:
             yield text
-    if nul >= 0:
-        raise InvalidValue(
-            f"{name} looks binary: a NUL at character {nul} of its {encoding}; if it is text, set data.keep_nul"
-        )
+
+
+def _without_nul_characters(texts: Iterator[str], name: str, encoding: str) -> Iterator[str]:
+    characters = 0
+    for text in texts:
+        if (nul := text.find("\0")) >= 0:
+            # What follows may not be in this encoding at all: that is said first.
+            collections.deque(texts, maxlen=0)
+            raise InvalidValue(
+                f"{name} looks binary: a NUL at character {characters + nul} of its {encoding};"
+                " if it is text, set data.keep_nul"
+            )
+        characters += len(text)
+        yield text
 
 
 def _refuse_kinds(data: Iterator[bytes], name: str) -> Iterator[bytes]:

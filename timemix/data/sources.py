@@ -6,10 +6,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TextIO
 
 from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
@@ -20,6 +19,9 @@ from timemix.runtime.progress import Advance, ShowProgress, untold
 from timemix.storage.files import check_name
 
 logger = logging.getLogger("timemix")
+
+STANDARD_INPUT = Path("standard input")
+"""Stands for it among files, as this object: a file may have this name."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ def read_source(
 ) -> SourceText:
     """The text of `open_source`, whole; raises as that and its `read` do."""
     opened = open_source(source, encoding=encoding, keep_nul=keep_nul, cache=cache, progress=progress)
-    text, valid = (
-        "".join(text for _, text in each.read(untold)) if each is not None else None for each in (opened, opened.valid)
-    )
-    return SourceText(text or "", opened.name, opened.files, valid)
+    valid = None if opened.valid is None else _whole(opened.valid)
+    return SourceText(_whole(opened), opened.name, opened.files, valid)
+
+
+def _whole(source: Source) -> str:
+    return "".join(text for _, text in source.read(untold))
 
 
 def open_source(
@@ -85,17 +89,14 @@ def open_source(
     """
     options = (encoding, keep_nul)
     if source == "-":
-        path = Path("standard input")
-        return _files_source(path.name, [path], *options, {path: _standard_input(sys.stdin)})
+        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *options)
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
             raise FileError(f"{source} is {kind}, which holds tokens rather than a text; name a text")
         return _files_source(source, folder_files(Path(source), *options), *options)
     if os.path.exists(source):
-        # A pipe gives its bytes only once.
-        held = {} if os.path.isfile(source) else {Path(source): _all_bytes(Path(source))}
-        return _files_source(source, [Path(source)], *options, held)
+        return _files_source(source, [Path(source)], *options)
     if source == "builtin":
         return _builtin()
     if source in DOWNLOADS:
@@ -121,10 +122,8 @@ def _builtin() -> Source:
     return Source("builtin", (), len(text.encode()), lambda advance: iter([(0, text)]))
 
 
-def _files_source(
-    source: str, files: list[Path], encoding: str, keep_nul: bool, held: Mapping[Path, bytes] = MappingProxyType({})
-) -> Source:
-    """The text of files; `held` has the bytes of those that cannot be read again."""
+def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool) -> Source:
+    held = {path: _bytes_of_pipe(path) for path in files if path is STANDARD_INPUT or not path.is_file()}
     sizes = [len(held[path]) if path in held else _size(path) for path in files]
 
     def read(advance: Advance) -> Iterator[tuple[int, str]]:
@@ -146,7 +145,10 @@ def _files_source(
     return Source(name, shown, sum(sizes), read)
 
 
-def _all_bytes(path: Path) -> bytes:
+def _bytes_of_pipe(path: Path) -> bytes:
+    """All bytes of a pipe or of standard input, which give them only once."""
+    if path is STANDARD_INPUT:
+        return _standard_input(sys.stdin)
     try:
         return path.read_bytes()
     except OSError as error:
