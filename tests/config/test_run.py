@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from timemix.config.from_file import config_from_file
 from timemix.config.presets import PRESETS, preset
 from timemix.config.run import RunConfig, TrainConfig, read_count, read_toml, to_toml
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
@@ -29,6 +30,18 @@ def test_round_trip_keeps_what_differs_from_the_defaults(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
     assert read_toml(path) == config
+
+
+def test_a_file_from_before_the_choice_holds_out_the_end_of_the_source(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(preset("cpu-small")).replace('hold_out = "each"\n', ""))
+    assert "hold_out" not in path.read_text()
+    assert read_toml(path).data.hold_out == config_from_file(path).data.hold_out == "end"
+    path.write_text("format_version = 2\n")
+    assert config_from_file(path).data.hold_out == "end"
+    # A file written by hand names no version, and gets the default.
+    path.write_text("[data]\nvalid_fraction = 0.2\n")
+    assert config_from_file(path).data.hold_out == "each"
 
 
 def test_seed_is_the_published_figure():

@@ -1,18 +1,19 @@
 """Prepared folders, and batches as a pure function of the step."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.config import DataConfig
-from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus
+from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus, open_run_corpus
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
@@ -99,6 +100,18 @@ def test_the_hash_is_of_the_text_not_of_its_place():
     assert text_hash(DataConfig(source="out")) != text_hash(DataConfig(source="other"))
 
 
+def test_a_run_reads_its_own_tokens_then_the_prepared_folder_it_was_trained_on(tmp_path):
+    """Nothing that takes over the name of the text changes what the run holds out."""
+    Path("more.txt").write_text("abc\n" * 50)
+    own = prepare(Path("run/data"), DataConfig(source="more.txt")).info
+    other = prepare(Path("taken"), DataConfig(source="text.txt")).info
+    assert open_run_corpus(Path("run"), "taken").info == own
+    assert open_run_corpus(Path("elsewhere"), "taken").info == other
+    Path("taken").rename("moved")
+    with pytest.raises(MissingFile, match="the tokens of elsewhere are missing: .* taken is no prepared folder; move"):
+        open_run_corpus(Path("elsewhere"), "taken")
+
+
 def test_ids_lie_on_disk_in_little_endian():
     corpus = prepare(Path("out"), DataConfig(source="text.txt", tokenizer="subword", vocab_size=270, valid_fraction=0))
     raw = Path("out/train-00000.bin").read_bytes()
@@ -112,8 +125,92 @@ def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
     words = prepare(Path("w"), DataConfig(source="split.txt", tokenizer="word", unknown="unk"))
     assert words.info.valid.unknown == 4
     assert words.tokenizer.vocab_size == len({"\n", "one", "two", "three", "<unk>"})
-    with pytest.raises(Unfit, match="the valid text .* no 'six', 'x' .*, 'seven' and 'é' .*; .* data.unknown unk"):
+    with pytest.raises(Unfit, match="the valid text .* no 'six', .*, 'seven' and 'é' .*; .* choose data.unknown unk"):
         prepare(Path("v"), DataConfig(source="split.txt", tokenizer="word"))
+
+
+def test_unknown_text_for_a_given_vocabulary_gets_advice_that_helps():
+    Path("new.txt").write_text("abc Ω")
+    made = prepare(Path("old"), DataConfig(source="text.txt")).tokenizer
+    with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or take a model"):
+        prepare(Path("next"), DataConfig(source="new.txt"), tokenizer=made)
+    for name, value in (("unknown", "unk"), ("tokenizer", "byte")):
+        sentence = f"data.{name}='{value}' needs another vocabulary than that of the trained model"
+        with pytest.raises(InvalidValue, match=sentence):
+            prepare(Path("next"), DataConfig(source="new.txt", **{name: value}), tokenizer=made)
+    sizes = {"tokenizer": made.kind, "unknown": made.unknown, "valid_fraction": 0}
+    assert len(prepare(Path("same"), DataConfig(source="text.txt", **sizes), tokenizer=made).train) == len(TEXT)
+
+
+FILES = st.lists(st.text("ab\nZé鱼", max_size=12), min_size=1, max_size=5).filter(lambda files: any(files))
+
+
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=FILES, share=st.sampled_from([0.1, 0.25, 0.5, 0.9]), hold_out=st.sampled_from(["each", "end"]))
+def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, files, share, hold_out):
+    folder = tmp_path_factory.mktemp("texts")
+    for number, text in enumerate(files):
+        (folder / f"{number}.txt").write_bytes(text.encode())
+    # Every file that is not empty ends its line, but for the last.
+    whole = [text for text in files if text]
+    whole = [text if text.endswith("\n") else text + "\n" for text in whole[:-1]] + whole[-1:]
+    if hold_out == "end":
+        whole = ["".join(whole)]
+    cuts = [int((1 - share) * len(text)) for text in whole]
+    train = ""
+    for text, cut in zip(whole, cuts, strict=True):
+        # A line end parts the beginnings of two files, as it parts the files.
+        train += "\n" * (bool(train) and bool(text[:cut]) and not train.endswith("\n")) + text[:cut]
+    config = DataConfig(str(folder), tokenizer="byte", valid_fraction=share, hold_out=hold_out)
+    if not train:
+        return
+    corpus = prepare(folder / "out", config)
+    assert corpus.tokenizer.decode(corpus.train[:]) == train
+    assert corpus.tokenizer.decode(corpus.valid[:]) == "".join(t[c:] for t, c in zip(whole, cuts, strict=True))
+
+
+def test_what_is_held_out_is_said_in_words():
+    Path("texts").mkdir()
+    for name in "abc":
+        Path(f"texts/{name}.txt").write_text(f"{name}\n" * 50)
+    Path("valid.txt").write_text("a\n")
+    for settings, words in [
+        ({"source": "texts"}, "the last 10 % of each of 3 files"),
+        ({"source": "texts", "hold_out": "end", "valid_fraction": 0.25}, "the last 25 % of texts"),
+        ({"source": "text.txt"}, "the last 10 % of text.txt"),
+        ({"source": "texts", "valid": "valid.txt"}, "all of valid.txt"),
+        ({"source": "texts", "valid_fraction": 0}, "nothing"),
+    ]:
+        config = DataConfig(**settings)
+        assert describe(config).held_out == words
+        assert prepare(Path("out"), config).info.held_out == words
+        assert open_corpus(Path("out")).info.held_out == words
+        shutil.rmtree("out")
+
+
+def test_a_file_may_not_be_in_both_texts(caplog):
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("a line of the first file, long enough\n" * 3)
+    Path("texts/b.txt").write_text("b\n")
+    Path("link.txt").symlink_to("texts/b.txt")
+    for valid in ("texts/b.txt", "link.txt", "texts/*.txt"):
+        with pytest.raises(InvalidValue, match=r"texts/.\.txt is in data\.source and in data\.valid; move it out"):
+            describe(DataConfig("texts", valid))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("change", ["\n", "\na new line, which is long enough to count\n"])
+def test_a_validation_text_with_lines_of_the_training_text_brings_a_warning(caplog, change):
+    lines = "".join(f"line {i} of a text that both files share\n" for i in range(40))
+    Path("train.txt").write_text("a first line that is not shared with it\n" + lines)
+    Path("valid.txt").write_text(lines + change)
+    describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
+    (warning,) = caplog.messages
+    assert re.fullmatch("40 of 4[01] lines of valid.txt are in the training text too: the .* loss .* too low", warning)
+    caplog.clear()
+    Path("valid.txt").write_text(lines.replace("share", "do not share") + lines[:120])
+    describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
+    assert not caplog.messages
 
 
 def test_no_validation():
@@ -124,7 +221,7 @@ def test_no_validation():
 
 def test_separate_validation_text():
     Path("valid.txt").write_text("abcxyx", encoding="utf-8")
-    with pytest.raises(Unfit, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* data.unknown unk"):
+    with pytest.raises(Unfit, match=r"'x' \(U\+0078\) and 'y' \(U\+0079\); .* choose data.unknown unk"):
         prepare(Path("out"), DataConfig(source="text.txt", valid="valid.txt"))
     assert not Path("out").exists()
     for unknown, tokens in (("unk", 6), ("byte", 6)):

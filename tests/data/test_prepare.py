@@ -187,6 +187,33 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
         assert contents(tmp_path / f"{kind}-one") == contents(tmp_path / f"{kind}-two")
 
 
+def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, caplog):
+    """Without a writable /dev/shm the semaphores between processes cannot be made."""
+
+    def fails(*arguments, **options):
+        raise OSError(38, "Function not implemented")
+
+    (tmp_path / "text.txt").write_text(WORDS)
+    monkeypatch.setattr(text, "PROCESSES_FROM", 1)
+    monkeypatch.setattr(text, "cores", lambda: 2)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fails)
+    corpus = prepare(tmp_path / "out", DataConfig(source=str(tmp_path / "text.txt")))
+    assert len(corpus.train) == int(0.9 * len(WORDS))
+    assert "cannot start 2 processes (Function not implemented); one reads the text" in caplog.text
+
+
+def test_a_file_is_prepared_as_version_1_prepared_it(tmp_path, monkeypatch):
+    fixtures = ROOT / "tests" / "fixtures" / "version1"
+    monkeypatch.chdir(fixtures)
+    prepare(tmp_path / "out", DataConfig(source="words.txt", tokenizer="subword", vocab_size=280))
+    old, new = contents(fixtures / "prepared-subword"), contents(tmp_path / "out")
+    before, now = (json.loads(folder.pop("data.json")) for folder in (old, new))
+    assert new == old
+    for split in ("train", "valid"):
+        now[split] = {name: now[split][name] for name in before[split]}
+    assert before == {name: now[name] for name in before}
+
+
 def test_folders_of_version_1_open(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
     out = tmp_path / "out"

@@ -1,11 +1,13 @@
 """Sources: every kind of text in, downloads against a server on 127.0.0.1, and what a person sees when it fails."""
 
 import bz2
+import glob
 import gzip
 import hashlib
 import io
 import logging
 import lzma
+import os
 import re
 import socket
 import threading
@@ -16,7 +18,9 @@ from pathlib import Path
 import pytest
 
 from timemix.data import readers as decoding
+from timemix.data.config import DataConfig
 from timemix.data.downloads import DOWNLOADS, Download
+from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
 from timemix.errors import TimemixError
 
@@ -109,14 +113,144 @@ def test_empty_sources():
         refused(name, f"{name} is empty")
     Path("folder/.git").mkdir(parents=True)
     Path("folder/.git/config").write_text("x")
-    refused("folder", "the folder folder holds no files")
+    refused("folder", "the folder folder holds no text files")
 
 
 def test_binary_files():
-    Path("picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    refused("picture.png", r"picture\.png looks binary: a NUL at byte 8; .* data\.encoding utf-16")
+    Path("model.bin").write_bytes(b"\x89model\r\n\0\x01")
+    refused("model.bin", r"model\.bin looks binary: a NUL at byte 8; if it is text, set data\.keep_nul$")
     Path("wide.txt").write_bytes("ab\0c".encode("utf-16"))
-    refused("wide.txt", r"wide\.txt looks binary: a NUL at character 2 of its utf-16", encoding="utf-16")
+    refused("wide.txt", r"a NUL at character 2 of its utf-16; if it is text, set data\.keep_nul$", encoding="utf-16")
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        Path("wide.txt").write_bytes(TEXT.encode(encoding))
+        advice = f"name its encoding: data\\.encoding {encoding[:6]}$"
+        refused("wide.txt", rf"wide\.txt looks binary: .*; if it is text, {advice}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16", "utf-16-be"])
+def test_a_text_with_a_nul_is_kept_on_request(encoding):
+    Path("log.txt").write_bytes("one\0two\n".encode(encoding))
+    refused("log.txt", "set data.keep_nul", encoding=encoding)
+    assert read_source("log.txt", encoding=encoding, keep_nul=True).text == "one\0two\n"
+    for kind in ("byte", "character"):
+        config = DataConfig("log.txt", encoding=encoding, keep_nul=True, tokenizer=kind, valid_fraction=0)
+        corpus = prepare(Path(f"{kind}-tokens"), config)
+        assert corpus.tokenizer.decode(corpus.train[:]) == "one\0two\n"
+
+
+def test_known_kinds_are_named_with_the_way_out():
+    for name, content, sentence in [
+        ("a.pdf", b"%PDF-1.7\nno NUL", "a.pdf is a PDF document; extract its text first"),
+        ("a.docx", zipped(a="x"), "a.docx is a zip archive .*; unpack it, and name the text in it"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.png is an image"),
+        ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "a.jpg is an image"),
+    ]:
+        Path(name).write_bytes(content)
+        refused(name, sentence)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "utf-16"])
+def test_binary_files_of_a_folder_are_skipped_and_counted(caplog, encoding):
+    Path("books").mkdir()
+    for name, content in [
+        ("a.txt", TEXT.replace("鱼", "ß").replace("🐈", "c").encode(encoding)),
+        ("b.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"),
+        ("c.pdf", b"%PDF-1.7\nno NUL"),
+        ("d.gz", gzip.compress(b"\0" * 50)),
+        ("e.txt", "end\n".encode(encoding)),
+    ]:
+        (Path("books") / name).write_bytes(content)
+    for source in ("books", "books/*"):
+        caplog.clear()
+        assert read_source(source, encoding=encoding).files == ("books/a.txt", "books/e.txt")
+        names = "books/b.png, books/c.pdf, books/d.gz"
+        assert caplog.messages == [f"{source}: skipped as binary (3): {names}"]
+    Path("books/a.txt").unlink()
+    Path("books/e.txt").unlink()
+    refused("books", "the folder books holds no text files", encoding=encoding)
+    refused("books/*", "books/. matches no text files", encoding=encoding)
+
+
+def test_the_same_text_is_read_once(caplog):
+    Path("books/sub").mkdir(parents=True)
+    Path("books/b.txt").write_text("b\n")
+    Path("books/sub/c.txt").write_text("c\n")
+    Path("books/b.txt.gz").write_bytes(gzip.compress(b"b\n"))
+    Path("books/a.txt").symlink_to("b.txt")
+    for name in ("up", "again"):
+        Path("books/sub", name).symlink_to(Path("books").resolve())
+    assert read_source("books").text == "b\nc\n"
+    assert caplog.messages == [
+        "books: skipped as a link to a folder (2): books/sub/again, books/sub/up",
+        "books: skipped as a link to another file (1): books/a.txt",
+        "books: skipped as a compressed copy of the file beside it (1): books/b.txt.gz",
+    ]
+    caplog.clear()
+    assert read_source("books/**/*.txt").text == "b\nc\n"
+    assert caplog.messages == ["books/**/*.txt: skipped as a link to another file (1): books/a.txt"]
+    # A link to a folder elsewhere is followed.
+    Path("shelf").mkdir()
+    Path("shelf/books").symlink_to(Path("books").resolve())
+    assert read_source("shelf/**/c.txt").files == ("shelf/books/sub/c.txt",)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["**", "**/*", "*/**/*.txt", "a/**", "a/**/b/**/*.txt", "**/b/*", "a**/*", "./a/**/c.*", "{}/**"]
+)
+def test_globs_match_as_those_of_python(tmp_path, pattern):
+    for name in ("a/b/c.txt", "a/b/d/e.txt", "a/f.md", "ab/g.txt", "a/.h/i.txt", "j.txt", "[k]/l.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{name}\n")
+    pattern = pattern.format(tmp_path)
+    expected = sorted(Path(path) for path in set(glob.glob(pattern, recursive=True)) if Path(path).is_file())
+    assert list(map(Path, read_source(pattern).files)) == sorted(set(expected))
+
+
+def test_what_timemix_wrote_is_not_read_as_text(caplog):
+    for name in ("runs/one/config.toml", "runs/one/metrics.jsonl", "runs/one/samples.txt"):
+        Path("texts", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("texts", name).write_text("not a text")
+    Path("texts/a.txt").write_text("a text\n" * 20)
+    prepare(Path("texts/tokens"), DataConfig("texts/a.txt"))
+    for source, sentence in [
+        ("texts/tokens", "texts/tokens is a prepared folder, which holds tokens rather than a text; name a text"),
+        ("texts/runs/one", "texts/runs/one is a run folder"),
+    ]:
+        refused(source, sentence)
+    for source in ("texts", "texts/**/*", "**/*"):
+        caplog.clear()
+        assert read_source(source).files == ("texts/a.txt",)
+        assert f"{source}: skipped as written by timemix (2): texts/runs/one, texts/tokens" in caplog.text
+    # One who names such a file has it read.
+    assert read_source("texts/runs/*/samples.txt").text == "not a text"
+
+
+def test_a_pipe_and_standard_input_are_read_once_and_decompressed(monkeypatch):
+    for content in (TEXT.encode(), gzip.compress(TEXT.encode()), bz2.compress(TEXT.encode() * 9)):
+        os.mkfifo("pipe")
+        writer = threading.Thread(target=Path("pipe").write_bytes, args=(content,))
+        writer.start()
+        read = read_source("pipe")
+        writer.join()
+        assert read.text.replace(TEXT, "") == ""
+        Path("pipe").unlink()
+        stream = io.TextIOWrapper(io.BytesIO(content))
+        monkeypatch.setattr("sys.stdin", stream)
+        assert [read_source("-").text for _ in range(2)] == [read.text] * 2
+    assert (read_source("-").name, read_source("-").files) == ("standard input", ("standard input",))
+
+
+def test_a_file_may_have_the_name_of_standard_input(monkeypatch):
+    Path("standard input").write_text("of the file")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    assert (read_source("-").text, read_source("standard input").text) == ("piped", "of the file")
+
+
+def test_standard_input_that_is_no_text(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    refused("-", "'-' is standard input, but no text is piped into it")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    refused("-", "standard input is empty")
 
 
 def test_wrong_encodings():
@@ -293,6 +427,16 @@ def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setitem(DOWNLOADS, "served", Download("http://127.0.0.1:9/x", "text.txt", sha256=sha256(TEXT.encode())))
     (tmp_path / "text.txt").write_bytes(TEXT.encode())
     assert read_source("served", cache=tmp_path).text == TEXT
+
+
+def test_no_home_folder(monkeypatch):
+    """Without HOME and an entry in the list of users there is no place for a cache."""
+
+    def fails(name):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pooch.os_cache", fails)
+    refused("enwik8", "this user has no home folder to keep enwik8.zip in; set XDG_CACHE_HOME to a folder")
 
 
 def test_no_network(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Evaluation: every token once, units, unknown characters."""
 
+import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from torch.nn import functional as F
 
 import timemix
 from tests.helpers.models import VARIANTS, build
-from tests.helpers.runs import TEXT, small_trainer
-from timemix.errors import InvalidValue
+from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_file
+from timemix.data.config import DataConfig
+from timemix.data.prepare import hold_out_end, prepare
+from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
+from timemix.training.start import new_run
 
 
 @given(
@@ -112,3 +117,80 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
 def test_too_short_a_text(loaded):
     with pytest.raises(InvalidValue, match="the text has 1 tokens; at least 2 are needed"):
         evaluate_text(loaded.model, loaded.tokenizer, "t")
+
+
+# Text, tokenizer, and the characters and bytes after the first token, counted by hand.
+BY_HAND = {
+    "characters, <unk>": ("abΩba漢ab", "character", "unk", 7, 10),
+    "characters, bytes": ("abΩba漢ab", "character", "byte", 7, 10),
+    "bytes": ("Ωab", "byte", "error", 2, 3),
+    "words": ("Go  on, go. On\n", "word", "error", 13, 13),
+    "words, <unk>": ("go Ωmega, on", "word", "unk", 10, 11),
+    "<unk> first": ("Ωab", "character", "unk", 2, 2),
+    "unknown word first": ("Ωmega go", "word", "unk", 3, 3),
+    "half a character first": ("漢a", "byte", "error", 1, 3),
+}
+
+
+@pytest.mark.parametrize(("text", "kind", "unknown", "characters", "bytes_"), BY_HAND.values(), ids=BY_HAND.keys())
+def test_units_divide_by_the_text_after_the_first_token(tmp_path, text, kind, unknown, characters, bytes_):
+    (tmp_path / "train.txt").write_text("go on, go. on\nab" if kind == "word" else "abba", encoding="utf-8")
+    (tmp_path / "valid.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(str(tmp_path / "train.txt"), str(tmp_path / "valid.txt"), tokenizer=kind, unknown=unknown)
+    corpus = prepare(tmp_path / "out", config)
+    model = build(VARIANTS["rwkv1"], vocab_size=corpus.tokenizer.vocab_size)
+    held_out = evaluate_held_out(model, corpus)
+    bits = held_out.nats_per_token * (len(corpus.valid) - 1) / math.log(2)
+    assert held_out.bits_per_character == pytest.approx(bits / characters)
+    assert held_out.bits_per_byte == pytest.approx(bits / bytes_)
+    assert (held_out.characters, held_out.bytes) == (len(text), len(text.encode()))
+    assert evaluate_text(model, corpus.tokenizer, text) == held_out
+
+
+def test_what_the_vocabulary_lacks_is_in_no_denominator(tmp_path):
+    (tmp_path / "text.txt").write_text("go on, go. on\n", encoding="utf-8")
+    corpus = prepare(tmp_path / "out", DataConfig(str(tmp_path / "text.txt"), tokenizer="word", valid_fraction=0))
+    model = build(VARIANTS["rwkv1"], vocab_size=corpus.tokenizer.vocab_size)
+    result = evaluate_text(model, corpus.tokenizer, "Go  Ωmega on, go.\n")
+    assert (result.tokens, result.characters, result.bytes, result.unknown) == (6, 18, 19, 1)
+    assert (result.predicted_characters, result.predicted_bytes) == (18 - 5 - 2, 19 - 6 - 2)
+    bits = result.nats_per_token * 5 / math.log(2)
+    assert (result.bits_per_character, result.bits_per_byte) == pytest.approx((bits / 11, bits / 11))
+
+
+MIXED = "Go on, Ω go. An Ωmega\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "unknown"), [("character", "unk"), ("word", "unk"), ("character", "byte"), ("byte", "error")]
+)
+def test_parts_of_a_text_have_the_size_of_their_text(tmp_path, kind, unknown):
+    """Parts of like content have sizes like their share of the text; one token a character gives the exact number."""
+    for name, text in (("train.txt", MIXED.replace("Ω", "o")), ("valid.txt", MIXED)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    config = DataConfig(str(tmp_path / "train.txt"), str(tmp_path / "valid.txt"), tokenizer=kind, unknown=unknown)
+    whole = prepare(tmp_path / "whole", config).info.valid
+    thin = prepare(tmp_path / "thin", dataclasses.replace(config, valid_tokens=whole.tokens // 2)).info.valid
+    assert thin.characters == pytest.approx(whole.characters / 2, rel=0.03)
+    assert thin.bytes == pytest.approx(whole.bytes / 2, rel=0.03)
+    if (kind, unknown) == ("character", "unk"):
+        assert thin.characters == thin.tokens
+    if kind == "byte":
+        assert thin.bytes == thin.tokens
+    held = hold_out_end(prepare(tmp_path / "words", config), tmp_path / "end", share=0.5).info
+    assert held.train.characters + held.valid.characters == pytest.approx(len(MIXED), abs=1)
+
+
+def test_held_out_text_that_changed_is_refused(tmp_path):
+    text = write_text_file(tmp_path)
+    prepare(tmp_path / "tokens", DataConfig(source=str(text)))
+    trainer = new_run(small_config(tmp_path / "tokens", steps=2), tmp_path / "run")
+    trainer.run()
+    assert timemix.evaluate(tmp_path / "run").tokens == len(trainer.corpus.valid)
+    shutil.rmtree(tmp_path / "tokens")
+    with pytest.raises(MissingFile, match=r"the tokens of .*run are missing: .*tokens is no prepared folder"):
+        timemix.evaluate(tmp_path / "run")
+    text.write_text(TEXT.replace("cat", "act"))
+    prepare(tmp_path / "tokens", DataConfig(source=str(text)))
+    with pytest.raises(DamagedFile, match=r"the data of .*run changed after the training"):
+        timemix.evaluate(tmp_path / "run")

@@ -1,7 +1,12 @@
 """Tokenizers: text comes back, ids equal those of the `tokenizers` library, bad input is named."""
 
 import json
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -139,7 +144,8 @@ def test_unknown_characters():
 
 def test_many_unknown_characters_are_counted_in_the_sentence():
     with pytest.raises(
-        InvalidValue, match="'h' .* and 18 more; leave them out of the text, or train with data.unknown"
+        InvalidValue,
+        match="'h' .* and 18 more; leave them out of the text, or take a model",
     ):
         train("character", text=" ").encode("".join(map(chr, range(97, 123))))
 
@@ -289,3 +295,54 @@ def test_choices_that_cannot_be_served():
         train_tokenizer("subword", "abc", vocab_size=255)
     with pytest.raises(InvalidValue, match="from a text of spaces"):
         train("word", text="   ")
+
+
+DNA = "".join(random.Random(0).choices("ACGT", k=200_000))
+# Words of random letters and digits beside spaces; no run of one class is long.
+MIXED = "".join(random.Random(0).choices("abcABC019+/ \n", k=20_000))
+
+
+@pytest.mark.parametrize(
+    "text", [DNA, "a" * 200_000, " " * 200_000, MIXED + DNA[:50_000]], ids=["DNA", "a", " ", "both"]
+)
+def test_subwords_of_a_text_without_spaces_take_seconds(text):
+    """The time for a word grew with the square of its length: 31 s for the first of these texts."""
+    began = time.perf_counter()
+    tokenizer = train_tokenizer("subword", text, vocab_size=1000)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < len(text) / 2
+    assert time.perf_counter() - began < 8
+
+
+@pytest.mark.parametrize("text", [SAMPLE * 5, MIXED, "ab " * 3000, "喵" * 1024 + " and " + "a" * 1024])
+def test_texts_without_long_words_give_the_subwords_of_the_library(text):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator([text], trainer)
+    ours = train("subword", text=text)
+    assert json.loads(ours.to_json())["model"]["merges"] == json.loads(library.to_str())["model"]["merges"]
+
+
+INTERRUPTED = """
+import random
+from timemix.tokenizers.make import train_tokenizer
+def parts():
+    yield "".join(random.choices("ACGT", k=3_000_000))
+    print("read", flush=True)
+train_tokenizer("subword", parts())
+"""
+
+
+def test_interrupting_the_training_of_subwords_takes_less_than_two_seconds():
+    child = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    time.sleep(0.3)
+    assert child.poll() is None
+    began = time.perf_counter()
+    child.send_signal(signal.SIGINT)
+    _, printed = child.communicate()
+    assert time.perf_counter() - began < 2
+    assert b"KeyboardInterrupt" in printed

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,8 +16,10 @@ from timemix.storage.json_files import to_json
 class DataArguments:
     """Describe a text: timemix data FILE. With --out, write its tokens for `train --data` instead.
 
-    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `builtin`, or a
-    download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8.
+    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `-` (standard input),
+    `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. Of a folder or a glob,
+    binary files, links to other files of it, compressed copies beside a file, and folders that timemix wrote are
+    skipped; a warning names them.
     """
 
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = None
@@ -41,5 +43,22 @@ def data(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(report))
     else:
-        print_report(report)
+        print_report(report if parsed.out is None else _in_short(report))
     return 0
+
+
+def _in_short(info: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants to know of a prepared folder: no hashes, and numbers in place of lists."""
+    splits = {
+        split: {name: value for name, value in info[split].items() if isinstance(value, int)}
+        for split in ("train", "valid")
+    }
+    return {
+        "folder": info["folder"],
+        "files": len(info["files"]),
+        "encoding": info["encoding"],
+        "held_out": info["held_out"],
+        "tokenizer": info["tokenizer"]["kind"],
+        "vocab_size": info["tokenizer"]["vocab_size"],
+        **splits,
+    }

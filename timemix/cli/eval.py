@@ -11,6 +11,7 @@ from timemix.cli.options import parse
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
+    from timemix.evaluation.loss import Evaluation
     from timemix.runs.load import Loaded
 
 
@@ -21,9 +22,11 @@ class EvalArguments:
     run: tyro.conf.Positional[Path]
     """Run folder, or one of its checkpoints."""
     data: str | None = None
-    """Text: a file, folder, glob, `builtin`, or a named download. Default: held-out text of the run."""
+    """Text: a file, folder, glob, `-` (standard input), `builtin`, or a download. Default: held-out text of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files."""
+    keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
+    """NUL characters as text, rather than the sign of a binary file."""
     stride: int | None = None
     """Tokens between the starts of windows; smaller ones give each token more context. Default: no overlap."""
     checkpoint: str = "best"
@@ -54,8 +57,9 @@ def eval(arguments: list[str]) -> int:
     if parsed.data is None:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:
-        text = read_source(parsed.data, encoding=parsed.encoding, progress=True).text
-        name, result = parsed.data, evaluate_text(loaded.model, loaded.tokenizer, text, **options)
+        source = read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, progress=True)
+        text, name = source.text, source.name if parsed.data == "-" else parsed.data
+        result = evaluate_text(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
         print(
             json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **to_json(result)})
@@ -69,10 +73,15 @@ def eval(arguments: list[str]) -> int:
     )
     if result.unknown:
         what = "words" if loaded.tokenizer.kind == "word" else "characters"
-        print(f"{result.unknown:,} unknown {what} {_unknown_fate(loaded)}")
+        print(f"{result.unknown:,} unknown {what} {_unknown_fate(loaded, result)}")
     return 0
 
 
-def _unknown_fate(loaded: "Loaded") -> str:
-    fates = {"unk": "read as <unk>", "byte": "read as their bytes"}
-    return fates.get(loaded.tokenizer.unknown, "left out: the vocabulary has no <unk>")
+def _unknown_fate(loaded: "Loaded", result: "Evaluation") -> str:
+    if loaded.tokenizer.unknown != "error":
+        return {"unk": "read as <unk>", "byte": "read as their bytes"}[loaded.tokenizer.unknown]
+    share = result.predicted_characters / result.characters
+    return (
+        f"left out, since the vocabulary has no <unk>: the losses are over the other {result.predicted_characters:,}"
+        f" characters ({result.predicted_bytes:,} bytes), {share:.1%} of the text"
+    )

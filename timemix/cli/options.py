@@ -107,7 +107,7 @@ class DataOptions(DataConfig):
     """Text, its split, and how it becomes tokens."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = DataConfig.source
-    """A file, folder, glob, prepared folder, `builtin`, or a named download (`timemix data --help`)."""
+    """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""
 
     @classmethod
     def of(cls, config: DataConfig) -> "DataOptions":

@@ -103,9 +103,12 @@ def _defaults(choice: Choice) -> RunConfig:
         return choice.preset_config()
     from timemix.runs.folder import find
 
-    config = read_toml(find(choice.from_) / "config.toml")
+    checkpoint = find(choice.from_)
+    config = read_toml(checkpoint / "config.toml")
+    # Standard input cannot be read again, but its tokens can.
+    source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
     # The text may be another one; where it lies, and what is held out of it, are not.
-    data = DataConfig(source=config.data.source, order=config.data.order)
+    data = DataConfig(source=source, order=config.data.order)
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
 
 

@@ -211,4 +211,7 @@ def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
     if version not in (1, FORMAT_VERSION):
         raise InvalidValue(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
     tables = {name: value for name, value in data.items() if name != "format_version"}
+    if "format_version" in data and isinstance(own := tables.get("data", {}), dict):
+        # Files without this field were written when there was only one way.
+        tables["data"] = {"hold_out": "end"} | own
     return flattened(tables) if version == 1 else tables

@@ -7,6 +7,7 @@ from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
 TokenizerKind = Literal["character", "byte", "word", "subword"]
+HoldOut = Literal["each", "end"]
 Unknown = Literal["error", "unk", "byte"]
 
 
@@ -15,13 +16,17 @@ class DataConfig:
     """Text, its split, and how it becomes tokens."""
 
     source: str = "builtin"
-    """A file, folder, glob, prepared folder, `builtin`, or a named download (`timemix data --help`)."""
+    """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""
     valid: str | None = None
-    """Source of the validation text. Default: the end of the training source."""
+    """Source of the validation text. Default: a share of the training source."""
     valid_fraction: float = 0.1
-    """Share of the source, at its end, held out for validation without --data.valid."""
+    """Share of the source held out for validation without --data.valid."""
+    hold_out: HoldOut = "each"
+    """Place of the held-out share: the end of each file, or the end of the whole source."""
     encoding: str = "utf-8"
     """Encoding of the text files, by its Python name."""
+    keep_nul: bool = False
+    """NUL characters as text. Default: a file with a NUL is binary, skipped in a folder and refused by itself."""
     tokenizer: TokenizerKind = "character"
     """Unit of the tokens."""
     vocab_size: int = 4096

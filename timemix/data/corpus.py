@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from timemix.data.shards import Shard, Tokens, check_shard, map_shards, shard_name
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, MissingFile
+from timemix.storage.files import check_name
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -24,7 +25,8 @@ SPLITS = ("train", "valid")
 class SplitInfo:
     """What data.json says of a split: its counts, the sha256 of its tokens, and its token files.
 
-    A folder of format version 1 names no files: each split has one.
+    first: characters and bytes of the text of its first token, which no model predicts; None where it is not known. A
+    folder of format version 1 names no files: each split has one.
     """
 
     tokens: Count
@@ -32,6 +34,7 @@ class SplitInfo:
     bytes: Count
     unknown: Count
     sha256: str
+    first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
 
 
@@ -46,7 +49,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """data.json of a prepared folder."""
+    """data.json of a prepared folder; `held_out`: what the validation text is, in words."""
 
     format_version: int
     files: tuple[str, ...]
@@ -55,6 +58,7 @@ class DataInfo:
     tokenizer: TokenizerInfo
     train: SplitInfo
     valid: SplitInfo
+    held_out: str | None = field(default=None, metadata=OPTIONAL)
 
     def split(self, name: str) -> SplitInfo:
         return {"train": self.train, "valid": self.valid}[name]
@@ -81,12 +85,23 @@ def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20
     return np.concatenate([ids[s : s + b - a] for s, a, b in zip(starts, ends, ends[1:], strict=False)])
 
 
-def text_size(tokenizer: Tokenizer, tokens: Tokens) -> tuple[int, int]:
-    """Characters and bytes (UTF-8) of the text that tokens decode to."""
-    characters = bytes_ = 0
-    for text in tokenizer.texts(tokens.blocks()):
-        characters += len(text)
-        bytes_ += len(text.encode())
+def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo) -> tuple[int, int]:
+    """Characters and bytes (UTF-8) of the text of `part`, some of the tokens `whole` of a text.
+
+    Exact where tokens decode to their text. With a word vocabulary or <unk>, the sizes of the text are divided in
+    proportion to the sizes of the tokens.
+
+    Args:
+        tokenizer: The tokenizer that made the tokens.
+        part: Tokens among `whole`.
+        whole: All tokens of the text.
+        text: The counts of the text.
+    """
+    own, all_ = tokenizer.spelled_size(part.blocks()), tokenizer.spelled_size(whole.blocks())
+    characters, bytes_ = (
+        round(real * mine / max(total, 1))
+        for real, mine, total in zip((text.characters, text.bytes), own, all_, strict=True)
+    )
     return characters, bytes_
 
 
@@ -97,8 +112,19 @@ def is_corpus(path: Path) -> bool:
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
-    """Tokens that a run was made with: its source where that is a prepared folder, else its own `data`."""
-    return open_corpus(Path(source) if is_corpus(Path(source)) else run / "data")
+    """Tokens that a run was made with: its own `data`, else the prepared folder that is its source.
+
+    Raises FileError as `open_corpus` does, and MissingFile where there is neither.
+    """
+    own = run / "data"
+    if own.is_dir():
+        return open_corpus(own)
+    if not is_corpus(Path(source)):
+        raise MissingFile(
+            f"the tokens of {run} are missing: there is no folder {own}, and {source} is no prepared folder; move back"
+            " the one that was there"
+        )
+    return open_corpus(Path(source))
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -106,6 +132,7 @@ def open_corpus(folder: Path) -> Corpus:
 
     Raises FileError when a file is missing, damaged, or does not fit the others.
     """
+    check_name(folder)
     path = folder / "data.json"
     data = read_json(path)
     version = data.get("format_version")

@@ -4,6 +4,8 @@ import collections
 import contextlib
 import hashlib
 import itertools
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -14,15 +16,18 @@ from typing import Any
 import numpy as np
 
 from timemix.data.config import DataConfig
+from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
-from timemix.runtime.progress import ShowProgress, passing
+from timemix.runtime.progress import ShowProgress, passing, untold
 from timemix.storage.json_files import Count
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
 from timemix.tokenizers.pieces import PART, equal_pieces, pieces
+
+logger = logging.getLogger("timemix")
 
 PROCESSES_FROM = 1 << 26
 """Bytes of text from which other processes are worth their start."""
@@ -33,8 +38,9 @@ CHANGED = "the text changed while it was read; call again when it stays as it is
 
 @dataclass(frozen=True)
 class TextSize:
-    """What the first reading of a source finds."""
+    """What the first reading of a source finds; `files` has the characters of each file."""
 
+    files: tuple[int, ...]
     characters: int
     bytes: int
     alphabet: str
@@ -46,20 +52,25 @@ class Text:
 
     sizes: of the source, and of the validation source where there is one.
     sha256: of all text. hash: of both sources with a NUL between.
+    held_out: what the validation text is, in words.
+    first: characters and bytes of the first token of each split, once `encoded` has read it.
     tokenizer: one that is made already.
 
-    Raises TimemixError as `open_source` does, and where both sources are the same text.
+    Raises TimemixError as `open_source` does, and where both sources are the same text or share a file. Warns where
+    they share half of their lines.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.made = config, tokenizer
-        self.source = open_source(config.source, encoding=config.encoding, progress=progress)
+        self.source = self._open(config.source, progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
+        self.first: dict[str, tuple[int, int]] = {}
         whole = hashlib.sha256()
         self.sizes["train"] = _measure(self.source, progress, whole)
         if config.valid is not None:
-            self.valid = open_source(config.valid, encoding=config.encoding, progress=progress)
+            self.valid = self._open(config.valid, progress)
+            self._refuse_shared_files(self.valid)
             self.files += self.valid.files
         parted = whole.copy()
         parted.update(b"\0")
@@ -70,9 +81,44 @@ class Text:
                     f"the validation text is the training text, {config.source!r}; leave out data.valid to hold out the"
                     " end of it"
                 )
+            if config.valid is not None:
+                _warn_of_shared_lines(self.source, self.valid, progress)
         self.sha256, self.hash = whole.hexdigest(), parted.hexdigest()
-        characters = self.sizes["train"].characters
-        self._cut = characters if self.valid is not None else int((1 - config.valid_fraction) * characters)
+        self._cuts = self.sizes["train"].files if self.valid is not None else self._held_out_from()
+        self.held_out = self._held_out()
+
+    def _open(self, source: str, progress: ShowProgress) -> Source:
+        config = self.config
+        return open_source(source, encoding=config.encoding, keep_nul=config.keep_nul, progress=progress)
+
+    def _refuse_shared_files(self, valid: Source) -> None:
+        own = {os.path.realpath(file): file for file in self.source.files}
+        shared = [own[path] for file in valid.files if (path := os.path.realpath(file)) in own]
+        if shared:
+            raise InvalidValue(
+                f"{shared[0]} is in data.source and in data.valid; move it out of one of them, or leave out data.valid"
+                " to hold out a share of data.source"
+            )
+
+    def _held_out_from(self) -> tuple[int, ...]:
+        """Characters of each file that come before its held-out part."""
+        size, share = self.sizes["train"], 1 - self.config.valid_fraction
+        if self.config.hold_out == "each":
+            return tuple(int(share * characters) for characters in size.files)
+        cut = int(share * size.characters)
+        ends = itertools.accumulate(size.files)
+        return tuple(
+            min(max(cut - end + characters, 0), characters) for end, characters in zip(ends, size.files, strict=True)
+        )
+
+    def _held_out(self) -> str:
+        config, files = self.config, len(self.sizes["train"].files)
+        if self.valid is not None:
+            return self.valid.name if config.valid is None else f"all of {self.valid.name}"
+        if not config.valid_fraction:
+            return "nothing"
+        where = f"each of {files} files" if config.hold_out == "each" and files > 1 else self.source.name
+        return f"the last {100 * config.valid_fraction:g} % of {where}"
 
     def train_tokenizer(self, progress: ShowProgress) -> Tokenizer:
         """The tokenizer of the training text, or the one that is made already."""
@@ -86,7 +132,7 @@ class Text:
             passing(progress, f"vocabulary of {self.source.name}", self.source.size) as advance,
             self._processes(config.tokenizer == "word", int) as each,
         ):
-            texts = _Texts(self.source.read(advance)).take(self._cut)
+            texts = _part(self.source.read(advance), self._cuts, "train")
             return train_tokenizer(config.tokenizer, texts, each=each or map, **options)
 
     @contextlib.contextmanager
@@ -102,7 +148,14 @@ class Text:
             yield None
             return
         try:
-            with in_processes(count, *begin) as each:
+            with contextlib.ExitStack() as stack:
+                each: Each | None = None
+                try:
+                    each = stack.enter_context(in_processes(count, *begin))
+                except OSError as error:
+                    logger.warning(
+                        "this machine cannot start %d processes (%s); one reads the text", count, error.strerror
+                    )
                 yield each
         except BrokenProcessPool as error:
             raise Unavailable(
@@ -110,50 +163,78 @@ class Text:
                 " call again to resume"
             ) from error
 
-    def readings(self) -> list[tuple[Source, TextSize, dict[str, int | None]]]:
-        """Each source, and the characters of each split in it (None: all that is left)."""
+    def readings(self) -> list[tuple[str, Source, TextSize, tuple[int, ...]]]:
+        """Each split, its source, and the characters of each file that come before the held-out part."""
+        train = ("train", self.source, self.sizes["train"], self._cuts)
         if self.valid is None:
-            return [(self.source, self.sizes["train"], {"train": self._cut, "valid": None})]
+            return [train, ("valid", *train[1:])]
+        valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
         # Unknown characters are met before the long work.
-        return [
-            (self.valid, self.sizes["valid"], {"valid": None}),
-            (self.source, self.sizes["train"], {"train": None}),
-        ]
+        return [valid, train]
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     """Reads a source once; gives its UTF-8 to `hashes` too."""
     characters = bytes_ = 0
+    files = [0] * max(1, len(source.files))
     own = hashlib.sha256()
     met = np.zeros(0x110000, bool)
     with passing(progress, f"reading {source.name}", source.size) as advance:
-        for text in source.read(advance):
+        for number, text in source.read(advance):
             raw = refuse_surrogates(text, characters)
             characters += len(text)
+            files[number] += len(text)
             bytes_ += len(raw)
             met[np.frombuffer(text.encode("utf-32-le"), "<u4")] = True
             for sha256 in (own, *hashes):
                 sha256.update(raw)
-    return TextSize(characters, bytes_, "".join(map(chr, np.flatnonzero(met))), own.hexdigest())
+    return TextSize(tuple(files), characters, bytes_, "".join(map(chr, np.flatnonzero(met))), own.hexdigest())
 
 
-class _Texts:
-    """Texts in order, of which any number of characters can be taken."""
+LONG_LINE = 32
+"""Characters from which a line of two texts is hardly the same by chance."""
 
-    def __init__(self, texts: Iterator[str]) -> None:
-        self._texts = texts
+MOST_LINES = 100_000
+"""Lines of a validation text that are compared."""
 
-    def take(self, characters: int | None) -> Iterator[str]:
-        """The next characters; None: all that are left."""
-        for text in self._texts:
-            if characters is not None and len(text) > characters:
-                self._texts = itertools.chain([text[characters:]], self._texts)
-                text = text[:characters]
-            yield text
-            if characters is not None:
-                characters -= len(text)
-                if characters == 0:
-                    return
+
+def _warn_of_shared_lines(train: Source, valid: Source, progress: ShowProgress) -> None:
+    """Warns where half of the long lines of a validation text, or more, are lines of the training text too."""
+    lines = set(itertools.islice(_long_lines(valid.read(untold)), MOST_LINES))
+    with passing(progress, f"comparing {train.name}", train.size) as advance:
+        shared = lines.intersection(_long_lines(train.read(advance)))
+    if lines and len(shared) >= len(lines) / 2:
+        logger.warning(
+            "%d of %d lines of %s are in the training text too: the validation loss will be too low",
+            len(shared),
+            len(lines),
+            valid.name,
+        )
+
+
+def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
+    """Hashes of the lines with LONG_LINE characters or more; of those with no end in sight, parts."""
+    rest = ""
+    for _, text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from (hash(line) for line in lines if len(line) >= LONG_LINE)
+        rest = rest[-CHUNK:]
+    if len(rest) >= LONG_LINE:
+        yield hash(rest)
+
+
+def _part(texts: Iterator[tuple[int, str]], cuts: tuple[int, ...], split: str) -> Iterator[str]:
+    """The part of each file before its cut ("train") or after it ("valid"), with a line end between two."""
+    place, before, last = 0, 0, ""
+    for number, text in texts:
+        place, newest = (place, before) if number == before else (0, before)
+        cut = min(max(cuts[number] - place, 0), len(text))
+        place, before = place + len(text), number
+        if own := text[:cut] if split == "train" else text[cut:]:
+            if number != newest and last not in ("", "\n"):
+                yield "\n"
+            yield own
+            last = own[-1]
 
 
 _tokenizer: Tokenizer
@@ -171,7 +252,7 @@ def _encode(text: str) -> tuple[np.ndarray, Counter[str]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Ids of a piece of text: the number-th of its split; `before` is the sha256 of its source's text up to it."""
+    """Ids of a piece of text: the number-th of its split; `before` is the sha256 of the split's text up to it."""
 
     split: str
     number: int
@@ -185,7 +266,7 @@ class Done:
     """How far a split came.
 
     shards: its finished token files. pieces: number of the pieces before the one in which the last of them ends.
-    before: sha256 of the source's text up to that one, None at the end. tokens, unknown: those of these pieces.
+    before: sha256 of the split's text up to that one, None at the end. tokens, unknown: those of these pieces.
     """
 
     shards: tuple[Shard, ...]
@@ -208,55 +289,57 @@ def encoded(
     or holds what the vocabulary does not.
     """
     with text.encoder(made) as encode:
-        for source, size, splits in text.readings():
-            sha256 = hashlib.sha256()
-            waiting: collections.deque[tuple[str, int, str]] = collections.deque()
-            unknown: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        for split, source, size, cuts in text.readings():
+            seen = hashlib.sha256()
+            waiting: collections.deque[tuple[int, str]] = collections.deque()
+            unknown: Counter[str] = Counter()
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
-                cut = _cut(made, _Texts(source.read(advance)), splits)
-                for ids, missing in encode(_to_encode(cut, sha256, counts, begun, waiting)):
-                    piece = Piece(*waiting.popleft(), ids, missing.total())
+                cut = _pieces(made, _part(_hashed(source.read(advance), seen), cuts, split))
+                if beginning := next(cut, ""):
+                    text.first[split] = made.first_size(beginning)
+                    cut = itertools.chain([beginning], cut)
+                for ids, missing in encode(_to_encode(cut, counts[split], begun.get(split), waiting)):
+                    piece = Piece(split, *waiting.popleft(), ids, missing.total())
                     yield piece
-                    counts[piece.split]["tokens"] += len(ids)
-                    counts[piece.split]["unknown"] += piece.unknown
+                    counts[split]["tokens"] += len(ids)
+                    counts[split]["unknown"] += piece.unknown
                     if made.unknown == "error":
-                        unknown[piece.split].update(missing)
-            if sha256.hexdigest() != size.sha256:
+                        unknown.update(missing)
+            if seen.hexdigest() != size.sha256:
                 raise Unfit(CHANGED)
-            for split, missing in unknown.items():
-                try:
-                    made.refuse(missing)
-                except InvalidValue as error:
-                    raise Unfit(f"the {split} text does not fit: {error}") from error
+            try:
+                made.refuse(unknown, is_new=text.made is None)
+            except InvalidValue as error:
+                raise Unfit(f"the {split} text does not fit: {error}") from error
 
 
-def _cut(made: Tokenizer, texts: _Texts, splits: dict[str, int | None]) -> Iterator[tuple[str, int, str]]:
-    """The pieces (split, number, text) of a source, cut so that they can be encoded each by itself."""
-    cut = pieces if made.kind in ("word", "subword") else equal_pieces
-    for split, characters in splits.items():
-        for number, piece in enumerate(cut(texts.take(characters), PART)):
-            yield split, number, piece
+def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int, str]]:
+    """The texts, whose UTF-8 is given to `sha256` too."""
+    for number, text in texts:
+        sha256.update(text.encode("utf-8", "surrogatepass"))
+        yield number, text
+
+
+def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
+    """The texts in pieces that can be encoded each by itself."""
+    return (pieces if made.kind in ("word", "subword") else equal_pieces)(texts, PART)
 
 
 def _to_encode(
-    cut: Iterator[tuple[str, int, str]],
-    sha256: Any,
-    counts: dict[str, dict[str, int]],
-    begun: dict[str, Done],
-    waiting: collections.deque[tuple[str, int, str]],
+    cut: Iterator[str], counts: dict[str, int], done: Done | None, waiting: collections.deque[tuple[int, str]]
 ) -> Iterator[str]:
     """The pieces that are not done yet; counts and hashes all of them, and says in `waiting` which were given."""
-    for split, number, piece in cut:
+    sha256 = hashlib.sha256()
+    for number, piece in enumerate(cut):
         before = sha256.hexdigest()
-        done = begun.get(split)
         if done is not None and number == done.pieces and done.before not in (None, before):
             raise Unfit(CHANGED)
         raw = piece.encode("utf-8", "surrogatepass")
         sha256.update(raw)
-        counts[split]["characters"] += len(piece)
-        counts[split]["bytes"] += len(raw)
+        counts["characters"] += len(piece)
+        counts["bytes"] += len(raw)
         if done is None or number >= done.pieces:
-            waiting.append((split, number, before))
+            waiting.append((number, before))
             yield piece
 
 

@@ -25,13 +25,13 @@ from timemix.data.corpus import (
     evenly_spaced,
     is_corpus,
     open_corpus,
-    text_size,
+    part_size,
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
-from timemix.errors import AlreadyExists, FileError, InUse, Unfit
+from timemix.errors import AlreadyExists, FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
-from timemix.storage.files import appear, atomic_folder, explained, write_text
+from timemix.storage.files import appear, atomic_folder, check_name, explained, write_text
 from timemix.storage.json_files import to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.tokenizers.base import Tokenizer
@@ -45,8 +45,8 @@ def prepare(
     """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
 
     Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
-    characters. The tokenizer is made from the training text; one of characters, where the validation text is a part of
-    the source, from all of it.
+    characters of each file (with `hold_out` "end", of the whole source). The tokenizer is made from the training text;
+    one of characters, where the validation text is a part of the source, from all of it.
 
     The text is read several times, piece by piece; a large one is encoded in several processes, where a script that
     calls this must have its work under `if __name__ == "__main__"`. Memory does not grow with the text, except for the
@@ -55,12 +55,16 @@ def prepare(
     A folder .NAME.unfinished beside `out` keeps the tokenizer and the finished token files of a call that was stopped;
     the same call on the same text resumes there.
 
-    `tokenizer`: one that is made already. `progress` shows downloads and long readings on stderr.
+    `tokenizer`: one that is made already; settings of the config that need another one are refused. `progress` shows
+    downloads and long readings on stderr.
 
     Raises InUse as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
     `out` exists, and when the text changes meanwhile.
     """
+    check_name(out)
     _refuse_existing(out)
+    if tokenizer is not None:
+        _refuse_other(config, tokenizer)
     lock = out.with_name(f".{out.name}.lock")
     with claimed(lock) as mine:
         if not mine:
@@ -85,8 +89,8 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
         shutil.rmtree(folder)
         raise
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
-        splits["valid"] = _thinned(folder, made, len(splits["valid"].shards or ()), config.valid_tokens)
-    _write_info(folder, made, splits, tuple(text.files), config.encoding)
+        splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
+    _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out)
     appear(folder, out)
     (out / _State.FILE).unlink()
 
@@ -99,14 +103,19 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
     """
     _refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
-    parts = {
-        "train": corpus.train.part(slice(cut)),
-        "valid": evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens),
-    }
+    train = corpus.info.train
+    parts: list[tuple[str, np.ndarray | Tokens, tuple[int, int] | None]] = [
+        ("train", corpus.train.part(slice(cut)), train.first),
+        ("valid", evenly_spaced(corpus.train.part(slice(cut, None)), valid_tokens), None),
+    ]
     with atomic_folder(out) as folder:
-        splits = {split: _write_ids(folder, split, corpus.tokenizer, ids) for split, ids in parts.items()}
+        splits = {
+            split: _write_ids(folder, split, corpus.tokenizer, ids, corpus.train, train, first)
+            for split, ids, first in parts
+        }
         corpus.tokenizer.save(folder / "tokenizer.json")
-        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding)
+        held_out = f"the last {100 * share:g} % of the training text"
+        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding, held_out)
     return open_corpus(out)
 
 
@@ -129,6 +138,7 @@ class TextDescription:
     bytes: int
     distinct_characters: int
     sha256: str
+    held_out: str
     tokenizer: str
     vocab_size: int
     train: SplitCounts
@@ -149,6 +159,7 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescr
         bytes=sum(size.bytes for size in sizes),
         distinct_characters=len(set().union(*(size.alphabet for size in sizes))),
         sha256=text.sha256,
+        held_out=text.held_out,
         tokenizer=made.kind,
         vocab_size=made.vocab_size,
         train=SplitCounts(**counts["train"]),
@@ -237,7 +248,12 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         with writer:
             pass
     return {
-        split: SplitInfo(**counts[split], sha256=writers[split].sha256.hexdigest(), shards=tuple(writers[split].shards))
+        split: SplitInfo(
+            **counts[split],
+            sha256=writers[split].sha256.hexdigest(),
+            first=text.first.get(split),
+            shards=tuple(writers[split].shards),
+        )
         for split in SPLITS
     }
 
@@ -262,35 +278,51 @@ def _write_split(
         place = Done((), piece.number + 1, None, counts["tokens"], counts["unknown"])
 
 
-def _thinned(folder: Path, made: Tokenizer, files: int, tokens: int) -> SplitInfo:
-    """Replaces the validation text in `files` files by pieces of it; what data.json says of these."""
-    paths = [folder / shard_name("valid", number) for number in range(files)]
-    kept = evenly_spaced(map_shards(paths, made.dtype), tokens)
+def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> SplitInfo:
+    """Replaces the validation text, of which `valid` tells, by pieces of it; what data.json says of these."""
+    paths = [folder / shard_name("valid", number) for number in range(len(valid.shards or ()))]
+    whole = map_shards(paths, made.dtype)
+    kept = evenly_spaced(whole, tokens)
     for path in paths:
         path.unlink()
-    return _write_ids(folder, "valid", made, kept)
+    return _write_ids(folder, "valid", made, kept, whole, valid, valid.first)
 
 
-def _write_ids(folder: Path, split: str, made: Tokenizer, ids: np.ndarray | Tokens) -> SplitInfo:
+def _write_ids(
+    folder: Path,
+    split: str,
+    made: Tokenizer,
+    ids: np.ndarray | Tokens,
+    whole: Tokens,
+    text: SplitInfo,
+    first: tuple[int, int] | None,
+) -> SplitInfo:
+    """Writes a split whose ids are some of those of a text, `whole`; what data.json says of it."""
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:
         unknown = 0
         for block in tokens.blocks():
             writer.add(block)
             unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
-    characters, bytes_ = text_size(made, tokens)
+    characters, bytes_ = part_size(made, tokens, whole, text)
     return SplitInfo(
         tokens=len(tokens),
         characters=characters,
         bytes=bytes_,
         unknown=unknown,
         sha256=writer.sha256.hexdigest(),
+        first=first,
         shards=tuple(writer.shards),
     )
 
 
 def _write_info(
-    folder: Path, made: Tokenizer, splits: dict[str, SplitInfo], files: tuple[str, ...], encoding: str
+    folder: Path,
+    made: Tokenizer,
+    splits: dict[str, SplitInfo],
+    files: tuple[str, ...],
+    encoding: str,
+    held_out: str,
 ) -> None:
     info = DataInfo(
         format_version=DATA_FORMAT_VERSION,
@@ -300,8 +332,20 @@ def _write_info(
         tokenizer=TokenizerInfo(made.kind, made.vocab_size, made.hash),
         train=splits["train"],
         valid=splits["valid"],
+        held_out=held_out,
     )
     write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
+
+
+def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raises InvalidValue for settings that a tokenizer which is made already cannot follow."""
+    for name, own in (("tokenizer", tokenizer.kind), ("unknown", tokenizer.unknown)):
+        asked = getattr(config, name)
+        if asked not in (own, getattr(DataConfig, name)):
+            raise InvalidValue(
+                f"data.{name}={asked!r} needs another vocabulary than that of the trained model, whose data.{name} is"
+                f" {own!r}; leave it out, or train a new model"
+            )
 
 
 def _refuse_existing(out: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from timemix.errors import DamagedFile, FileError
-from timemix.storage.files import check_regular
+from timemix.storage.files import check_regular, sync
 from timemix.storage.json_files import Count
 
 SHARD_BYTES = 1 << 27
@@ -150,7 +149,7 @@ class ShardWriter:
     def _finish(self) -> None:
         with self._open() as file:
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         self.shards.append(Shard(self._written, self._own.hexdigest()))
         self._file, self._own, self._written = None, hashlib.sha256(), 0
         self.finished()

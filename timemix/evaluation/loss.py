@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timemix.data.batches import validation_windows
-from timemix.data.corpus import Corpus, text_size
+from timemix.data.corpus import Corpus
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
@@ -128,10 +129,21 @@ def loss_by_position(
 
 
 @dataclass(frozen=True)
+class TextSize:
+    """Counts of a text; `unknown`: characters or words outside the vocabulary."""
+
+    characters: int
+    bytes: int
+    unknown: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Loss of a text in three units, and what was counted.
 
     tokens, characters, bytes: of the whole text. unknown: characters or words outside the vocabulary.
+    predicted_characters, predicted_bytes: of the text that the loss is over and the two units divide by: without the
+        first token and what was left out.
     """
 
     nats_per_token: float
@@ -141,6 +153,8 @@ class Evaluation:
     characters: int
     bytes: int
     unknown: int
+    predicted_characters: int
+    predicted_bytes: int
 
 
 def evaluate(
@@ -176,41 +190,57 @@ def evaluate_text(
 ) -> Evaluation:
     """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
 
-    Characters outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
+    Characters (or words) outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
     number is reported. What is not predicted, the first token and what was left out, counts in no denominator.
     Raises TimemixError when fewer than two tokens are left.
     """
-    tokens, unknown = tokenizer.encode_lenient(text)
-    read = tokenizer.decode(tokens) if unknown and tokenizer.unknown == "error" else text
-    size = len(read), len(read.encode("utf-8"))
-    losses = _in_units(model, tokenizer, tokens, size, precision, stride)
-    return Evaluation(*losses, len(tokens), len(text), len(text.encode("utf-8")), unknown)
+    tokens, unknown = tokenizer.encode_counted(text)
+    left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
+    whole = TextSize(len(text), len(text.encode("utf-8")), unknown.total())
+    read = (
+        whole.characters - sum(len(each) * count for each, count in left_out.items()),
+        whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()),
+    )
+    first = tokenizer.first_size(text)
+    return _in_units(model, tokens, whole, read, first, precision=precision, stride=stride)
 
 
 def evaluate_held_out(
     model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
 ) -> Evaluation:
-    """The same for the validation tokens of a prepared folder."""
-    size = text_size(corpus.tokenizer, corpus.valid)
-    losses = _in_units(model, corpus.tokenizer, corpus.valid, size, precision, stride)
+    """The same for the validation tokens of a prepared folder, whose data.json has the size of their text."""
     valid = corpus.info.valid
-    return Evaluation(*losses, valid.tokens, valid.characters, valid.bytes, valid.unknown)
+    whole = TextSize(valid.characters, valid.bytes, valid.unknown)
+    read = whole.characters, whole.bytes
+    # Folders made before hold no size of the first token: there <unk> counts as one character of one byte.
+    first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
+    return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
 
 
 def _in_units(
     model: LanguageModel,
-    tokenizer: Tokenizer,
     tokens: np.ndarray | Tokens,
-    size: tuple[int, int],
+    whole: TextSize,
+    read: tuple[int, int],
+    first: tuple[int, int],
+    *,
     precision: str,
     stride: int | None,
-) -> tuple[float, float, float]:
-    """Loss of tokens, whose text has `size` characters and bytes, in the three units of an Evaluation."""
+) -> Evaluation:
+    """Loss of the tokens of a text; they stand for `read` characters and bytes of it, the first one for `first`."""
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
     bits = nats * (len(tokens) - 1) / math.log(2)
-    first = tokenizer.decode(tokens[:1])
-    # A first token that is part of a character decodes to U+FFFD: one byte of it is not predicted.
-    first_bytes = 1 if first == "\ufffd" else len(first.encode("utf-8"))
-    return nats, bits / max(size[0] - len(first), 1), bits / max(size[1] - first_bytes, 1)
+    characters, bytes_ = (max(size - own, 1) for size, own in zip(read, first, strict=True))
+    return Evaluation(
+        nats_per_token=nats,
+        bits_per_character=bits / characters,
+        bits_per_byte=bits / bytes_,
+        tokens=len(tokens),
+        characters=whole.characters,
+        bytes=whole.bytes,
+        unknown=whole.unknown,
+        predicted_characters=characters,
+        predicted_bytes=bytes_,
+    )

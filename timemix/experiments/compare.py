@@ -371,7 +371,7 @@ def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
     path = folder / "config.toml"
     if path.exists():
         theirs = read_toml(path)
-        moved = replace(theirs.data, source=config.data.source)
+        moved = replace(theirs.data, source=config.data.source, hold_out=config.data.hold_out)
         if replace(theirs, data=moved, train=replace(theirs.train, device=config.train.device)) == config:
             write_text(path, to_toml(config))
             return resume_run(folder)

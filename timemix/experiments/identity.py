@@ -20,7 +20,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
-    # The tokens' hashes say what the other fields of `data` and the vocabulary do.
+    # The tokens' hashes say what the other fields of `data` and the vocabulary do; later fields change no key.
     plain = replace(
         config,
         model=replace(config.model, vocab_size=ModelConfig.vocab_size),
@@ -31,6 +31,8 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     # Younger settings, where they leave a run as it was before there were such.
     for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
+    for name in ("hold_out", "keep_nul"):
+        del form["data"][name]
     forms = [form]
     if (old := nested(plain.model)) is not None:
         forms.append(forms[0] | {"model": old})

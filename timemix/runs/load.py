@@ -15,7 +15,7 @@ from timemix.data.corpus import Corpus, open_run_corpus
 from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.runs.folder import find
+from timemix.runs.folder import find, read_progress
 from timemix.runtime.device import choose_device
 from timemix.storage.tensors import fits_tensor, open_tensors
 from timemix.tokenizers.base import Tokenizer
@@ -39,11 +39,15 @@ class Loaded:
     folder: Path
 
     def corpus(self) -> Corpus:
-        """Tokens of its run. Raises FileError as `open_run_corpus` does, and for those of another vocabulary."""
+        """Tokens of its run. Raises FileError as `open_run_corpus` does, and for others than it was trained on."""
         run = self.folder.parent.parent
         corpus = open_run_corpus(run, self.config.data.source)
         if corpus.tokenizer.hash != self.tokenizer.hash:
             raise DamagedFile(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
+        progress = self.folder / "training.json"
+        known = read_progress(self.folder).data.get("valid") if progress.exists() else None
+        if known not in (None, corpus.info.valid.sha256):
+            raise DamagedFile(f"the data of {run} changed after the training: they hold another held-out text")
         return corpus
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -25,6 +25,26 @@ def cores() -> int:
         # macOS binds no process to processors.
         return psutil.cpu_count() or 1
     return len(psutil.Process().cpu_affinity())
+
+
+Result = TypeVar("Result")
+
+
+def interruptible(work: Callable[[], Result]) -> Result:
+    """Call a function of compiled code that ignores Ctrl-C, and return its result; Ctrl-C ends the wait for it.
+
+    It runs in a thread, which goes on after Ctrl-C until the function returns or the process ends.
+    """
+    done: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return done.result()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,14 @@ LARGEST = 32 * 2**20
 """Bytes of a JSON file at most: what one holds takes up to 30 times as much memory."""
 
 
+def check_name(path: Path) -> None:
+    """Raises FileError for a name that is not UTF-8: neither config.toml nor JSON nor safetensors can hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FileError(f"the name of {path} is not UTF-8; rename it") from error
+
+
 def check_regular(path: Path, largest: int | None = None, what: str = "") -> None:
     """Raises FileError where a file is missing, a folder, pipe or device, or larger than `largest` bytes.
 
@@ -153,6 +161,16 @@ def cannot_write(path: Path, error: OSError) -> str:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Has the system write an open file or folder to its disk, if the file system can. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Many network and shared folders cannot sync a folder; what they hold is as safe as they make it.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise

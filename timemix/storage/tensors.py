@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timemix.errors import DamagedFile, MissingFile
-from timemix.storage.files import check_regular
+from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes of the JSON at the beginning of a safetensors file at most: some 100,000 tensors."""
@@ -33,6 +33,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
     Raises FileError when it is missing, truncated or something else.
     """
+    check_name(path)
     if not path.exists():
         raise MissingFile(f"{path} is missing")
     check_regular(path)

@@ -17,6 +17,7 @@ import numpy as np
 
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
+from timemix.tokenizers.pieces import pieces
 
 KINDS = ("character", "byte", "word", "subword")
 UNKNOWN = "<unk>"
@@ -64,12 +65,16 @@ class Tokenizer(ABC):
         self.refuse(unknown)
         return ids
 
-    def refuse(self, unknown: Counter[str]) -> None:
-        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be."""
+    def refuse(self, unknown: Counter[str], *, is_new: bool = False) -> None:
+        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be.
+
+        `is_new`: no model has this vocabulary yet, so the sentence names the setting that makes another one.
+        """
         if unknown and self.unknown == "error":
+            other = "choose data.unknown unk" if is_new else "take a model that was trained with data.unknown unk"
             raise InvalidValue(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
-                " the text, or train with data.unknown unk"
+                f" the text, or {other}"
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
@@ -100,6 +105,31 @@ class Tokenizer(ABC):
         for ids in blocks:
             yield stream.push_all(ids)
         yield stream.flush()
+
+    def spelled_size(self, blocks: Iterable[np.ndarray]) -> tuple[int, int]:
+        """Characters and UTF-8 bytes of the tokens themselves, from blocks of ids (tokens,).
+
+        <unk> counts as one of each, since its text is not known; the spaces between words do not count. A character in
+        several tokens belongs to the one with its first byte.
+        """
+        pieces = [*self._pieces[:-1], b"?"] if self.unknown == "unk" else self._pieces
+        # UTF-8: the bytes 10xxxxxx continue a character.
+        starts = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], np.int64)
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        counts = sum((np.bincount(ids, minlength=len(pieces)) for ids in blocks), np.zeros(len(pieces), np.int64))
+        return int(counts @ starts), int(counts @ lengths)
+
+    def first_size(self, text: str) -> tuple[int, int]:
+        """Characters and UTF-8 bytes of the part of a text that its first token stands for."""
+        ids, _ = self.encode_counted(next(pieces([text]), ""))
+        if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
+            return self.spelled_size([ids[:1]])
+        unit = self._first_unit(text)
+        return len(unit), len(unit.encode())
+
+    def _first_unit(self, text: str) -> str:
+        """The character or word at the beginning of a text."""
+        return text[:1]
 
     def stream(self) -> "StreamDecoder":
         """Decodes one token at a time."""

@@ -1,17 +1,27 @@
 """Tokens that are byte-level subwords."""
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from timemix.errors import InvalidValue
+from timemix.runtime.processes import interruptible
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair_encoding, written_document
-from timemix.tokenizers.pieces import pieces
+from timemix.tokenizers.pieces import PIECE, pieces
+
+LONGEST_WORD = 1024
+"""Characters of a word in training at most: the time for a word grows with the square of its length."""
+
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")
+
+_SPLITTING = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 class SubwordTokenizer(Tokenizer):
@@ -38,17 +48,34 @@ class SubwordTokenizer(Tokenizer):
         return np.concatenate(ids + self._encode_batch(batch)), Counter()
 
     def _encode_batch(self, batch: list[str]) -> list[np.ndarray]:
-        return [np.array(encoding.ids, self.dtype) for encoding in self._library.encode_batch_fast(batch)]
+        def encodings() -> Any:
+            return self._library.encode_batch_fast(batch)
+
+        found = interruptible(encodings) if sum(map(len, batch)) > PIECE else encodings()
+        return [np.array(encoding.ids, self.dtype) for encoding in found]
 
 
 def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     if vocab_size < 256:
         raise InvalidValue(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise data.vocab_size")
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = _SPLITTING
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=byte_symbols(), special_tokens=[], show_progress=False
     )
-    library.train_from_iterator(pieces(parts), trainer)
+    texts = (text for piece in pieces(parts) for text in _without_long_words(piece))
+    interruptible(lambda: library.train_from_iterator(texts, trainer))
     model = json.loads(library.to_str())["model"]
     return SubwordTokenizer(in_order(model["vocab"]), model["merges"])
+
+
+def _without_long_words(piece: str) -> Iterator[str]:
+    """The text, cut within words of the byte-level splitting rule that have more than LONGEST_WORD characters."""
+    start = 0
+    # Splitting is slow, and a long word is rare.
+    if _LONG_RUN.search(piece):
+        for _, (begin, end) in _SPLITTING.pre_tokenize_str(piece):
+            for cut in range(begin + LONGEST_WORD, end, LONGEST_WORD):
+                yield piece[start:cut]
+                start = cut
+    yield piece[start:]

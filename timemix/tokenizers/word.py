@@ -58,6 +58,10 @@ class WordTokenizer(Tokenizer):
         super().__init__(unknown, [word.encode() for word in entries], document)
         self._id_of_word = numbered(entries)
 
+    def _first_unit(self, text: str) -> str:
+        found = WORD.search(text)
+        return found[0] if found else ""
+
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         unknown: Counter[str] = Counter()
         ids = [np.empty(0, self.dtype)]

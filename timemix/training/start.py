@@ -16,7 +16,7 @@ from timemix.runs.folder import checkpoints, newest
 from timemix.runs.load import Loaded, empty_model, load
 from timemix.runtime.distributed import ALONE, World
 from timemix.runtime.progress import ShowProgress, show
-from timemix.storage.files import cannot_write, remove_unfinished, write_text
+from timemix.storage.files import cannot_write, check_name, remove_unfinished, write_text
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.budget import steps_of_tokens, with_steps
@@ -96,6 +96,7 @@ def _check_start(model: ModelConfig, start: Loaded) -> None:
 
 
 def _make_folder(out: Path) -> None:
+    check_name(out)
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:

@@ -1,0 +1,104 @@
+"""The verbs data and eval, and standard input as a text, as a person uses them."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import TEXT
+from timemix.cli.main import main
+
+TINY = ("cpu-small", "--model.layers", "1", "--model.channels", "16", "--model.heads", "2", "--model.ctx-len", "16",
+        "--train.batch-size", "4", "--train.steps", "3", "--train.precision", "float32")  # fmt: skip
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder, with a text on standard input; return its status, output and messages."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, piped=""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
+        capsys.readouterr()
+        try:
+            main([str(a) for a in arguments])
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_prepared_tokens_are_described_in_numbers(call):
+    Path("texts").mkdir()
+    for name in "ab":
+        Path(f"texts/{name}.txt").write_text(TEXT)
+    status, out, _ = call("data", "texts", "--out", "tokens")
+    assert status == 0
+    assert not set("[]{}'") & set(out)
+    rows = {line[:32].strip(): line[32:] for line in out.splitlines()}
+    expected = {
+        "folder": "tokens",
+        "files": "2",
+        "held out": "the last 10 % of each of 2 files",
+        "train tokens": f"{2 * int(0.9 * len(TEXT)):,}",
+        "train unknown": "0",
+    }
+    assert rows | expected == rows
+    info = json.loads(call("data", "texts", "--out", "more", "--json")[1])
+    assert info == json.loads(Path("more/data.json").read_text()) | {"folder": "more"}
+
+
+def test_a_run_on_standard_input_ends_as_one_on_a_file(call):
+    Path("text.txt").write_text(TEXT)
+    assert call("train", *TINY, "--data", "text.txt", "--out", "file")[0] == 0
+    status, _, err = call("train", *TINY, "--data", "-", "--out", "piped", piped=TEXT)
+    assert status == 0
+    assert "held out (the last 10 % of standard input)" in err
+    one, other = (next(Path(run, "checkpoints").iterdir()) / "model.safetensors" for run in ("file", "piped"))
+    assert one.read_bytes() == other.read_bytes()
+    assert call("train", "--resume", "piped")[:2] == (0, "piped is complete: 3 steps\n")
+    # Its tokens stand in for a text that cannot be read again.
+    assert call("train", "--from", "piped", "--out", "next", "--train.steps", "2")[0] == 0
+    assert call("eval", "next")[0] == 0
+
+
+def test_eval_of_a_mostly_unknown_text_says_what_the_losses_are_over(call):
+    Path("text.txt").write_text(TEXT)
+    assert call("train", *TINY, "--data", "text.txt", "--out", "run")[0] == 0
+    text = "漢字漢字漢字" + "the cat"
+    _, out, _ = call("eval", "run", "--data", "-", piped=text)
+    assert "7 tokens, 13 characters, 25 bytes of standard input" in out
+    assert "6 unknown characters left out, since the vocabulary has no <unk>: the losses are over the other 6" in out
+    assert "characters (6 bytes), 46.2% of the text" in out
+    report = json.loads(call("eval", "run", "--data", "-", "--json", piped=text)[1])
+    assert (report["predicted_characters"], report["predicted_bytes"]) == (6, 6)
+    assert report["bits_per_byte"] == pytest.approx(report["nats_per_token"] / math.log(2))
+
+
+def test_eval_reads_a_nul_on_request(call):
+    Path("text.txt").write_text(TEXT)
+    assert call("train", *TINY, "--data", "text.txt", "--data.tokenizer", "byte", "--out", "run")[0] == 0
+    status, _, err = call("eval", "run", "--data", "-", piped="the\0cat")
+    assert (status, err) == (
+        2,
+        "timemix: standard input looks binary: a NUL at byte 3; if it is text, set --data.keep-nul\n",
+    )
+    _, out, _ = call("eval", "run", "--data", "-", "--data.keep-nul", piped="the\0cat")
+    assert "7 tokens, 7 characters, 7 bytes" in out
+
+
+def test_data_that_is_no_text_says_what_it_is(call):
+    Path("text.txt").write_text(TEXT)
+    assert call("data", "text.txt", "--out", "tokens")[0] == 0
+    assert call("train", *TINY, "--data", "tokens", "--out", "run")[0] == 0
+    for what, sentence in (("tokens", "is a prepared folder"), ("run", "is a run folder")):
+        for verb in (["data", what], ["eval", "run", "--data", what]):
+            status, _, err = call(*verb)
+            assert (status, err) == (
+                2,
+                f"timemix: {what} {sentence}, which holds tokens rather than a text; name a text\n",
+            )

@@ -1,0 +1,123 @@
+"""Writing and locking on file systems that lack sync or locks, and names that are not UTF-8."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+import timemix
+from tests.helpers.runs import small_config, small_trainer, write_text_file
+from timemix.data.config import DataConfig
+from timemix.data.prepare import prepare
+from timemix.data.sources import read_source
+from timemix.errors import CannotWrite, FileError, InUse
+from timemix.storage.files import atomic_folder, write_text
+from timemix.storage.locks import FolderLock, claimed
+from timemix.training.start import new_run, resume_run
+
+
+def failing(code):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_sync_can_be_written(tmp_path, monkeypatch, code):
+    monkeypatch.setattr("os.fsync", failing(code))
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("a")
+    write_text(tmp_path / "file", "b")
+    small_trainer(tmp_path).save()
+    assert (tmp_path / "folder" / "a").read_text() + (tmp_path / "file").read_text() == "ab"
+    assert timemix.load(tmp_path / "run").model
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_other_failures_to_sync_are_reported(tmp_path, monkeypatch, code):
+    monkeypatch.setattr("os.fsync", failing(code))
+    with pytest.raises(CannotWrite), atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("a")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP], ids=errno.errorcode.get)
+def no_locks(request, monkeypatch):
+    """A file system without locks; what earlier ones left there is a lock file."""
+    monkeypatch.setattr(fcntl, "flock", failing(request.param))
+
+
+def test_without_locks_a_folder_is_held_by_one_process(tmp_path, no_locks):
+    (tmp_path / ".lock").touch()
+    for _ in range(2):
+        first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+        first.take()
+        assert first.taken_over is None
+        with pytest.raises(InUse, match=rf"in use by process {os.getpid()} .*; if it has ended, remove .*\.lock\.soft"):
+            second.take()
+        first.release()
+        second.take()
+        second.release()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_without_locks_the_folder_of_a_killed_process_is_taken_over(tmp_path, no_locks):
+    child = os.fork()
+    if not child:
+        FolderLock(tmp_path).take()
+        os._exit(0)
+    os.waitpid(child, 0)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    assert lock.taken_over is not None
+    assert f"process {child} on" in lock.taken_over
+
+
+def test_without_locks_a_claim_is_of_one_process_and_ends(tmp_path, no_locks):
+    path = tmp_path / "a.lock"
+    path.touch()
+    for _ in range(2):
+        with claimed(path) as first, claimed(path) as second:
+            assert (first, second) == (True, False)
+
+
+def test_without_locks_a_finished_run_can_be_used(tmp_path, no_locks):
+    trainer = small_trainer(tmp_path)
+    trainer.run()
+    trainer.lock.release()
+    assert resume_run(tmp_path / "run").step == trainer.config.train.steps
+
+
+BAD = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf_8_are_refused_at_once(tmp_path):
+    write_text_file(tmp_path).rename(tmp_path / BAD)
+    good = write_text_file(tmp_path)
+    refusals = [
+        lambda: read_source(str(tmp_path / BAD)),
+        lambda: prepare(tmp_path / "out", DataConfig(source=str(tmp_path / BAD))),
+        lambda: prepare(tmp_path / f"{BAD}-out", DataConfig(source=str(good))),
+        lambda: new_run(small_config(good), tmp_path / f"{BAD}-run"),
+    ]
+    for refused in refusals:
+        with pytest.raises(FileError, match=r"the name of .*caf\\udce9.* is not UTF-8; rename it"):
+            refused()
+
+
+def test_a_run_in_a_folder_whose_name_is_not_utf_8_is_not_called_damaged(tmp_path):
+    small_trainer(tmp_path).save()
+    (tmp_path / "run").rename(tmp_path / BAD)
+    with pytest.raises(FileError, match="is not UTF-8; rename it"):
+        timemix.load(tmp_path / BAD)
+
+
+def test_a_file_of_such_a_name_in_a_folder_is_read(tmp_path):
+    folder: Path = tmp_path / "texts"
+    folder.mkdir()
+    (folder / BAD).write_text("some text\n")
+    corpus = prepare(tmp_path / "out", DataConfig(source=str(folder)))
+    assert corpus.info.files == (str(folder / r"caf\xe9"),)

@@ -1,0 +1,141 @@
+"""Which files of a folder or a glob are read as text, and a sentence for each kind that is not."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from timemix.data.corpus import is_corpus
+from timemix.data.readers import OPENERS, chunks, looks_binary
+from timemix.errors import FileError, MissingFile
+
+logger = logging.getLogger("timemix")
+
+HEAD = 1 << 16
+"""Bytes at the beginning of a file by which a binary one is known."""
+
+
+def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
+    """Text files in `folder` and its subfolders, sorted; without hidden ones and what `_kept` leaves out.
+
+    Raises FileError where a folder cannot be read, or no file is left.
+    """
+    found: list[Path] = []
+    ours: list[Path] = []
+    links: list[Path] = []
+    try:
+        for place, folders, files in os.walk(folder, onerror=_raise):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links += [Path(place, name) for name in folders if os.path.islink(Path(place, name))]
+            ours += [path for name in folders if written_by_timemix(path := Path(place, name)) and path not in links]
+            folders[:] = [name for name in folders if Path(place, name) not in ours]
+            found += [Path(place, name) for name in files if not name.startswith(".")]
+    except OSError as error:
+        raise FileError(f"cannot read the folder {error.filename}: {error.strerror}; check its permissions") from error
+    _skip(str(folder), "written by timemix", ours)
+    _skip(str(folder), "a link to a folder", links)
+    kept = _kept(str(folder), sorted(path for path in found if path.is_file()), encoding, keep_nul)
+    if not kept:
+        raise MissingFile(f"the folder {folder} holds no text files; name a file, or a folder with text files")
+    return kept
+
+
+def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
+    """Text files that match a glob, sorted, without what `_kept` leaves out; empty where no file matches.
+
+    What `**` finds in folders that timemix wrote is left out too.
+
+    Raises MissingFile where files match, but none is left.
+    """
+    matches = sorted(path for path in set(map(Path, _matches(pattern))) if path.is_file())
+    root = Path(pattern.partition("**")[0]) if "**" in pattern else None
+    ours: set[Path] = set()
+    if root is not None:
+        folders = {folder for path in matches for folder in path.parents if root in folder.parents}
+        ours = {folder for folder in folders if written_by_timemix(folder)}
+        _skip(pattern, "written by timemix", sorted(ours))
+    kept = _kept(pattern, [path for path in matches if ours.isdisjoint(path.parents)], encoding, keep_nul)
+    if matches and not kept:
+        raise MissingFile(f"{pattern} matches no text files; name a file, or a folder with text files")
+    return kept
+
+
+def written_by_timemix(folder: Path) -> str | None:
+    """What a folder is, if timemix wrote it: a prepared folder, a run folder or a comparison's folder."""
+    if is_corpus(folder):
+        return "a prepared folder"
+    for kind, file, others in (
+        ("a run folder", "config.toml", ("checkpoints", "metrics.jsonl")),
+        ("a comparison's folder", "experiment.json", ("data", "variants")),
+    ):
+        if (folder / file).is_file() and any((folder / name).exists() for name in others):
+            return kind
+    return None
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What matches a glob; `**` reaches each folder once, whatever links there are to it."""
+    stars = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
+    if stars is None:
+        yield from glob.glob(pattern)
+        return
+    before, after = pattern[: stars.start()], pattern[stars.end() :] or "*"
+    for root in glob.glob(before) if before else ["."]:
+        for folder in _folders_below(root):
+            yield from _matches(os.path.join(glob.escape(folder), after))
+
+
+def _folders_below(root: str) -> Iterator[str]:
+    """A folder and those below it, hidden ones left out; links are followed last, to folders not reached so far."""
+    seen: set[tuple[int, int]] = set()
+    pending = [root]
+    while pending:
+        for place, folders, _ in os.walk(pending.pop(0)):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            pending += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            yield place
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list[Path]:
+    """The files without second names of a file, compressed copies beside their text, and binary files."""
+    again = set(_second_names(files))
+    _skip(source, "a link to another file", again)
+    files = [path for path in files if path not in again]
+    names = set(files)
+    copies = {path for path in files if path.suffix.lower() in OPENERS and path.with_suffix("") in names}
+    _skip(source, "a compressed copy of the file beside it", copies)
+    files = [path for path in files if path not in copies]
+    if keep_nul:
+        return files
+    binary = {path for path in files if looks_binary(next(chunks(path), b"")[:HEAD], encoding)}
+    _skip(source, "binary", binary)
+    return [path for path in files if path not in binary]
+
+
+def _second_names(files: list[Path]) -> Iterator[Path]:
+    """Those of the files that are another one of them through a link; the name without a link is the first."""
+    seen: set[tuple[int, int]] = set()
+    for path in sorted(files, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            yield path
+        seen.add((status.st_dev, status.st_ino))
+
+
+def _skip(source: str, what: str, paths: Iterable[Path]) -> None:
+    """Warns of what is not read."""
+    names = [str(path) for path in sorted(paths)]
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        logger.warning("%s: skipped as %s (%d): %s%s", source, what, len(names), ", ".join(names[:4]), more)
