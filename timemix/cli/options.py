@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+from timemix.cli.terminal import readable_help, without_colors
 from timemix.config.presets import DEFAULT_PRESET, PRESETS, preset
 from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
@@ -80,7 +81,7 @@ def parse(
         words += f"\n\nArchitectures of --model.arch, on which the options of the model depend:\n\n{known}"
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), readable_help():
             parsed = tyro.cli(
                 kind,
                 prog=f"timemix {verb}",
@@ -96,7 +97,8 @@ def parse(
             cause = cause.__context__
         if cause is not None:
             raise cause from None
-        sys.stderr.write(printed.getvalue())
+        said = printed.getvalue()
+        sys.stderr.write(said if sys.stderr.isatty() else without_colors(said))
         raise
     assert parsed is not None
     if choice is not None and (late := vars(parsed)["preset"]) != choice.preset:
