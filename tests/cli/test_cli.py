@@ -88,6 +88,13 @@ def test_every_verb_has_help(call, verb):
     assert f"timemix {verb}" in out
 
 
+@pytest.mark.parametrize("word", ["", "-h", "--help", "help"])
+def test_bench_lists_its_verbs(call, word):
+    status, out, err = call("bench", *filter(None, [word]))
+    assert (status, err) == (0, "")
+    assert all(f"  {verb} " in out for verb in ("op", "train", "sample"))
+
+
 def test_train_writes_a_run_folder(trained):
     names = {p.name for p in (trained / "runs/mine").iterdir()}
     assert names == {".lock", "config.toml", "data", "metrics.jsonl", "checkpoints", "samples.txt", "loss.png"}
@@ -266,6 +273,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["inspect", "folder"], "is no run folder"),
         (["inspect", "folder", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
         (["data", "nothing.txt"], "nothing.txt"),
+        (["bench", "tain"], "unknown verb 'bench tain'; did you mean 'train'?"),
         (["info", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -366,6 +374,7 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
     ("option", "value", "words"),
     [
         ("--temperature", "-1", "temperature must be 0 or more"),
+        ("--top-k", "-1", "top_k must be a whole number, 0 or more, not -1\n"),
         ("--top-p", "0", "top_p"),
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),
