@@ -84,9 +84,9 @@ def _defaults(choice: Choice) -> RunConfig:
         return config
     if choice.from_ is None:
         return choice.preset_config()
-    from timemix.runs.folder import find
+    from timemix.runs.folder import read_checkpoint
 
-    config = read_toml(find(choice.from_) / "config.toml")
+    config = read_checkpoint(choice.from_, "best", lambda folder: read_toml(folder / "config.toml"))
     # The text may be another one; where it lies, and what is held out of it, are not.
     data = DataConfig(source=config.data.source, order=config.data.order)
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
