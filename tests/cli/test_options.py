@@ -100,3 +100,11 @@ def test_an_absent_option_keeps_the_settings_of_every_architecture():
     for arch in ARCHITECTURES:
         asked = train_options(["--out", "RUN", "--model.arch", arch])
         assert asked.model == preset(DEFAULT_PRESET, arch).model
+
+
+def test_the_help_of_compare_names_the_settings_of_all_variants(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert "below [base] changes a setting of all variants: model.channels = 256" in out
+    assert "set.model.channels = 64" in out
