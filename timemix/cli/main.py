@@ -21,6 +21,7 @@ VERBS = {
     "convert": "recurrent form of a trained model: constant state, no end of the context",
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "loss curves of runs",
+    "runs": "list of runs: state, size, steps, losses",
     "data": "description of a text, or its tokens prepared for training",
     "bench": "speed of the op, a training step or generation, beside other implementations",
     "info": "versions, devices, backends; size of a model",
