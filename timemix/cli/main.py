@@ -25,11 +25,12 @@ VERBS = {
     "data": "description of a text, or its tokens prepared for training",
     "bench": "speed of the op, a training step or generation, beside other implementations",
     "info": "versions, devices, backends; size of a model",
+    "completion": "script for the completion of a shell",
 }
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
     return (
         "timemix trains, compares and runs RWKV language models.\n\n"
         f"usage: timemix VERB [options]\n\n{verbs}\n\n"

@@ -97,7 +97,7 @@ def parse(
                 args=list(arguments),
                 default=default,
                 config=(tyro.conf.AvoidSubcommands,),
-                registry=_types(),
+                registry=option_types(),
             )
     except SystemExit as stop:
         # tyro prints the ValueErrors of a dataclass in a form of its own.
@@ -117,7 +117,7 @@ def parse(
     return parsed
 
 
-def _types() -> ConstructorRegistry:
+def option_types() -> ConstructorRegistry:
     """Return how options are read and shown where tyro's own way misleads."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional)
