@@ -11,9 +11,10 @@ import time
 import pytest
 
 import timemix
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import save_another, small_trainer
 from timemix.cli.main import main
 from timemix.errors import MissingFile
+from timemix.runs import listing
 from timemix.runs.listing import RunSummary, list_runs
 from timemix.storage.locks import FolderLock
 
@@ -121,6 +122,21 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(runs, damage):
     assert [run.state for run in found] == ["damaged", "complete", "complete"]
     assert damage in found[0].error
     assert found[0] == RunSummary(str(runs / "b"), "damaged", error=found[0].error)
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(runs, monkeypatch):
+    count, moves = listing.stored_parameters, [1]
+
+    def after_the_training_moved_on(checkpoint):
+        if moves[0]:
+            moves[0] -= 1
+            save_another(runs / "b")
+        return count(checkpoint)
+
+    expected = list_runs(runs)[0].parameters
+    monkeypatch.setattr(listing, "stored_parameters", after_the_training_moved_on)
+    run = list_runs(runs)[0]
+    assert (run.state, run.parameters) == ("complete", expected)
 
 
 def test_no_folder(tmp_path):

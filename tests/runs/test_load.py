@@ -1,6 +1,5 @@
 """Loading of a run: while its training removes checkpoints, with unfinished ones, with damaged ones."""
 
-import json
 import os
 import shutil
 import stat
@@ -11,12 +10,11 @@ import pytest
 import torch
 
 import timemix
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import save_another, small_trainer
 from timemix.cli import train
 from timemix.errors import DamagedFile, MissingFile
 from timemix.runs import folder as run_folder
 from timemix.runs import load as loading
-from timemix.storage.files import remove_folder
 from timemix.training.start import resume_run
 
 
@@ -30,18 +28,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def run(good, tmp_path):
     return shutil.copytree(good, tmp_path / "run")
-
-
-def save_another(run: Path) -> None:
-    """What training does: a newer checkpoint appears whole, and those before it go."""
-    old = run_folder.checkpoints(run)
-    step = int(old[-1].name.removeprefix("step-")) + 4
-    partial = shutil.copytree(old[-1], run / "checkpoints/.partial")
-    progress = json.loads((partial / "training.json").read_text())
-    (partial / "training.json").write_text(json.dumps(progress | {"step": step, "valid_step": step}))
-    partial.rename(old[-1].with_name(run_folder.checkpoint_name(step)))
-    for folder in old:
-        remove_folder(folder)
 
 
 # What is read of a checkpoint, in this order.

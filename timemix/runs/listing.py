@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from timemix.config.run import read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
-from timemix.runs.folder import checkpoints
+from timemix.runs.folder import checkpoints, read_checkpoint
 from timemix.runs.metrics import read_metrics
 from timemix.storage.json_files import is_number
 from timemix.storage.locks import is_held
@@ -84,7 +84,7 @@ def _summary(run: Path) -> RunSummary:
             folder=str(run),
             state="running" if is_held(run) else state,
             arch=config.model.arch,
-            parameters=_count_parameters(kept[-1] / "model.safetensors") if kept else None,
+            parameters=read_checkpoint(run, "newest", stored_parameters) if kept else None,
             step=step,
             steps=config.train.steps,
             loss=_newest(rows, "loss"),
@@ -99,11 +99,13 @@ def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
     return next((row[name] for row in reversed(rows) if is_number(row.get(name))), None)
 
 
-def _count_parameters(path: Path) -> int:
+def stored_parameters(checkpoint: Path) -> int:
+    """Number of parameters in a checkpoint, by the header of its weights. Raises DamagedFile."""
     from safetensors import SafetensorError, safe_open
 
+    path = checkpoint / "model.safetensors"
     try:
         with safe_open(path, framework="numpy") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
