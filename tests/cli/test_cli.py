@@ -19,7 +19,8 @@ from timemix.errors import FileError, InvalidValue, NotFinite
 from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "data", "bench", "info")
+VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "runs", "data", "bench", "info")
+VERBS += ("completion",)
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 TINY = [*QUICK, "--model.layers", "1"]
 
@@ -86,6 +87,13 @@ def test_every_verb_has_help(call, verb):
     status, out, _ = call(verb, "--help")
     assert status == 0
     assert f"timemix {verb}" in out
+
+
+@pytest.mark.parametrize("word", ["", "-h", "--help", "help"])
+def test_bench_lists_its_verbs(call, word):
+    status, out, err = call("bench", *filter(None, [word]))
+    assert (status, err) == (0, "")
+    assert all(f"  {verb} " in out for verb in ("op", "train", "sample"))
 
 
 def test_train_writes_a_run_folder(trained):
@@ -266,6 +274,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["inspect", "folder"], "is no run folder"),
         (["inspect", "folder", "--tokens", "1"], "--tokens is 1; it must be at least 2"),
         (["data", "nothing.txt"], "nothing.txt"),
+        (["bench", "tain"], "unknown verb 'bench tain'; did you mean 'train'?"),
         (["info", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -366,6 +375,7 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
     ("option", "value", "words"),
     [
         ("--temperature", "-1", "temperature must be 0 or more"),
+        ("--top-k", "-1", "top_k must be a whole number, 0 or more, not -1\n"),
         ("--top-p", "0", "top_p"),
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),

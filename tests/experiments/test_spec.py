@@ -1,6 +1,8 @@
 """Experiment files: what is read, what is refused and how, and that the shipped ones are fair."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from timemix.experiments.spec import (
     Experiment,
     SpeedExperiment,
     Variant,
+    Verdict,
     find_experiment,
     read_experiment,
     shipped,
@@ -41,6 +44,36 @@ def read(tmp_path, text):
     path = tmp_path / "two.toml"
     path.write_text(text, encoding="utf-8")
     return read_experiment(path)
+
+
+IDENTICAL = {
+    "nothing set": 'name = "other"',
+    "a default set": 'name = "other"\nlabel = "another label"\nset.model.layers = 2',
+    "an old name": 'name = "other"\nset.model.mixer.alpha = true',
+}
+
+
+@pytest.mark.parametrize("variant", IDENTICAL.values(), ids=IDENTICAL)
+def test_variants_with_the_same_settings_are_refused(tmp_path, variant):
+    with pytest.raises(DamagedFile, match="'plain' and 'other' have the same settings, .* change a setting of one"):
+        read(tmp_path, f"{FILE}[[variants]]\n{variant}\n")
+
+
+def test_variants_that_differ_in_their_text_alone_are_compared(tmp_path):
+    text = FILE + '[[variants]]\nname = "other"\nset.data.source = "other.txt"\n'
+    assert len(read(tmp_path, text).variants) == 3
+
+
+def test_the_page_on_experiment_files_is_right(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/howto/experiment-files.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    experiment = read(tmp_path, example)
+    configs = [experiment.config(variant, {}, 1) for variant in experiment.variants]
+    assert [c.model.channels for c in configs] == [96, 96]
+    assert configs[0].model != configs[1].model
+    documented = set(re.findall(r"`(\w+)`", page))
+    for kind in (Experiment, Variant, Verdict):
+        assert {field.name for field in fields(kind)} <= documented
 
 
 def test_a_variant_is_preset_then_base_then_its_own_then_the_tuning_point(tmp_path):

@@ -1,11 +1,15 @@
 """Small runs for the tests of training, generation, evaluation and the command line."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
 from timemix.models.registry import model_config
+from timemix.runs.folder import checkpoint_name, checkpoints
+from timemix.storage.files import remove_folder
 from timemix.training.start import new_run
 from timemix.training.trainer import Trainer
 
@@ -33,3 +37,15 @@ def small_trainer(folder: Path, arch="rwkv1", name="run", **train) -> Trainer:
 
 def with_model(config: RunConfig, **fields) -> RunConfig:
     return replace(config, model=replace(config.model, **fields))
+
+
+def save_another(run: Path) -> None:
+    """Do to a run what its training does: a newer checkpoint appears whole, and those before it go."""
+    old = checkpoints(run)
+    step = int(old[-1].name.removeprefix("step-")) + 4
+    partial = shutil.copytree(old[-1], run / "checkpoints/.partial")
+    progress = json.loads((partial / "training.json").read_text())
+    (partial / "training.json").write_text(json.dumps(progress | {"step": step, "valid_step": step}))
+    partial.rename(old[-1].with_name(checkpoint_name(step)))
+    for folder in old:
+        remove_folder(folder)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from timemix.errors import CannotWrite, DamagedFile, TimemixError
-from timemix.reporting.plots import plot_loss
+from timemix.reporting.plots import mean_over_runs, plot_bands, plot_loss
 from timemix.runs.metrics import read_metrics
 
 
@@ -141,6 +141,52 @@ def test_smoothing_is_a_weighted_mean(make_run, tmp_path, drawn):
     assert list(drawn[0].lines[0].get_ydata()) == list(drawn[0].lines[1].get_ydata())
 
 
+@pytest.mark.parametrize("smoothing", [0.03, 0.3])
+def test_smoothing_starts_where_the_loss_starts(make_run, tmp_path, drawn, smoothing):
+    # Falls from 4.1 to 2 with a time constant of 5 of 200 lines.
+    losses = 2 + 2.1 * np.exp(-np.arange(200) / 5)
+    run = make_run(rows=[{"step": i, "tokens": i, "seconds": i, "loss": x} for i, x in enumerate(losses, 1)])
+    plot_loss([run], tmp_path / "loss.png", smoothing=smoothing)
+    # Drawn from the newest point backwards.
+    smoothed = np.asarray(drawn[0].lines[1].get_ydata())[::-1]
+    assert smoothed[0] == pytest.approx(losses[0])
+    assert smoothed[-1] == pytest.approx(2, abs=0.05 if smoothing < 0.1 else 0.5)
+    _, mean, _ = mean_over_runs([run, run])
+    assert mean[0] == pytest.approx(losses[0])
+
+
+def test_smoothing_keeps_a_straight_line_at_its_beginning(make_run, tmp_path, drawn):
+    line = [{"step": i, "tokens": i, "loss": 4 - i / 100} for i in range(1, 101)]
+    plot_loss([make_run(rows=line)], tmp_path / "loss.png")
+    raw, smoothed, _ = drawn[0].lines
+    np.testing.assert_allclose(smoothed.get_ydata()[20:], raw.get_ydata()[20:])
+
+
+@pytest.mark.parametrize("valid", [(3.1, 3.4, 3.8), (3.8, 3.4, 3.1), (3.1, 3.8, 3.1)])
+def test_the_legend_covers_no_validation_loss(make_run, tmp_path, drawn, valid):
+    rows = [{"step": i, "tokens": 10 * i, "loss": None if i == 0 else 3 - 0.2 * i} for i in range(9)]
+    for step, loss in zip((0, 4, 8), valid, strict=True):
+        rows[step]["valid_loss"] = loss
+    plot_loss([make_run(rows=rows)], tmp_path / "loss.png")
+    (axes,) = drawn
+    covered = axes.get_legend().get_window_extent()
+    points = axes.transData.transform(np.transpose(axes.lines[2].get_data()))
+    assert len(points) == 3
+    assert not any(covered.contains(*point) for point in points)
+
+
+def test_bands_say_which_loss_is_drawn_and_which_is_printed(make_run, tmp_path, drawn):
+    groups = {
+        name: [make_run(f"{name}/{seed}", rows_of(end, seed=seed)) for seed in (1, 2)]
+        for name, end in (("rwkv1", 1.5), ("mha_rotary", 1.7))
+    }
+    plot_bands(groups, tmp_path / "loss.png")
+    (axes,) = drawn
+    assert axes.get_ylabel() == "training loss (nats per token)"
+    assert texts(axes) == ["1.500", "1.700", "held-out\nloss"]
+    assert legend(axes) == ["rwkv1", "mha_rotary"]
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -225,7 +271,7 @@ def test_importing_is_cheap_and_plotting_leaves_no_global_state(make_run, tmp_pa
     code = f"""
 import sys
 from pathlib import Path
-from timemix.reporting.plots import plot_loss
+from timemix.reporting.plots import mean_over_runs, plot_bands, plot_loss
 assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 plot_loss([Path({str(make_run())!r})], Path({str(tmp_path / "loss.png")!r}))
 assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules

@@ -8,7 +8,7 @@ from pathlib import Path
 from timemix.cli.compare import _say
 from timemix.cli.options import PresetName, first_parse, parse
 from timemix.config.run import TrainConfig
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, nearest
 from timemix.models.config import ModelConfig
 from timemix.storage.files import write_text
 from timemix.storage.json_files import to_json
@@ -107,11 +107,11 @@ def _parse(verb: str, arguments: list[str]) -> BenchOpArguments | BenchTrainArgu
 
 def bench(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else ""
-    if verb in ("", "-h", "--help"):
+    if verb in ("", "-h", "--help", "help"):
         print(usage())
         return 0
     if verb not in VERBS:
-        raise InvalidValue(f"bench what? timemix bench op, bench train or bench sample, not {verb!r}")
+        raise InvalidValue(f"unknown verb {f'bench {verb}'!r}{nearest(verb, VERBS)}")
     asked = _parse(verb, arguments[1:])
     if not 0 < asked.seconds < math.inf:
         raise InvalidValue(f"--seconds is {asked.seconds}; it must be above 0, and finite")

@@ -44,6 +44,10 @@ class CompareArguments:
     - timemix compare EXPERIMENT: a file (.toml), or the name of an experiment of timemix
     - timemix compare --arch rwkv1 mha_rotary --data FILE --out DIR: architectures
 
+    In an experiment file, a line below [base] changes a setting of all variants: model.channels = 256.
+    A line below the name of a variant changes its own: set.model.channels = 64.
+    docs/howto/experiment-files.md lists all fields.
+
     The same command resumes an unfinished comparison. torchrun spreads the runs over processes:
     torchrun --nproc-per-node 2 -m timemix compare ...
     """
@@ -63,7 +67,7 @@ class CompareArguments:
     tokens: int | None = None
     """Training tokens of each run. Default: those of the file, otherwise 1.5 million."""
     size: str = "cpu-small"
-    """Preset that gives the size of the architectures of --arch."""
+    """Preset that gives the size of the architectures of --arch. Another size: an experiment file with [base]."""
     tune: bool = True
     """With --arch: choice of the learning rate and the initial values of each by 6 runs with seed 0."""
     reuse: Path | None = None

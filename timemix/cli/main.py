@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import os
 import re
 import signal
 import sys
@@ -10,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from timemix._version import __version__
+from timemix.cli.terminal import discard_output, prepare_streams
 from timemix.errors import FileError, InvalidValue, TimemixError, nearest
 
 VERBS = {
@@ -21,14 +21,16 @@ VERBS = {
     "convert": "recurrent form of a trained model: constant state, no end of the context",
     "inspect": "tables, projections and token-shift inside a trained model",
     "plot": "loss curves of runs",
+    "runs": "list of runs: state, size, steps, losses",
     "data": "description of a text, or its tokens prepared for training",
     "bench": "speed of the op, a training step or generation, beside other implementations",
     "info": "versions, devices, backends; size of a model",
+    "completion": "script for the completion of a shell",
 }
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())
     return (
         "timemix trains, compares and runs RWKV language models.\n\n"
         f"usage: timemix VERB [options]\n\n{verbs}\n\n"
@@ -38,34 +40,53 @@ def usage() -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    prepare_streams()
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(usage(), flush=True)
-            return
-        if arguments[0] == "--version":
-            print(f"timemix {__version__}", flush=True)
-            return
-        verb = arguments[0]
-        if verb not in VERBS:
-            raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
-        module = importlib.import_module(f"timemix.cli.{verb}")
-        sys.exit(getattr(module, verb)(arguments[1:]))
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        # Here and not at exit, where Python would report a full disk in its own way.
+        sys.stdout.flush()
+        sys.exit(status)
     except TimemixError as error:
-        print(f"timemix: {_with_flags(error)}", file=sys.stderr)
+        _report(_with_flags(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        print("timemix: interrupted", file=sys.stderr)
+        _report("interrupted")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Whoever read our output has gone; leave quietly, also when Python flushes at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"timemix: {where}{error.strerror or error}", file=sys.stderr)
+        _report(f"{where}{error.strerror or error}")
+        discard_output()
         sys.exit(2)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one verb and return its exit status."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"timemix {__version__}")
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    module = importlib.import_module(f"timemix.cli.{verb}")
+    try:
+        status: int = getattr(module, verb)(arguments[1:])
+    except SystemExit as end:
+        # tyro has printed help, or what is wrong with the options.
+        status = end.code if isinstance(end.code, int) else 0
+    return status
+
+
+def _report(sentence: str) -> None:
+    # Where stderr cannot be written, the status alone reports.
+    with contextlib.suppress(OSError):
+        print(f"timemix: {sentence}", file=sys.stderr, flush=True)
 
 
 def _with_flags(error: TimemixError) -> str:

@@ -5,13 +5,22 @@ import contextlib
 import inspect
 import io
 import sys
+import types
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
+from timemix.cli.terminal import readable_help, without_colors
 from timemix.config.presets import DEFAULT_PRESET, PRESETS, preset
 from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
@@ -76,7 +85,7 @@ def parse(
         words += f"\n\nArchitectures of --model.arch, on which the options of the model depend:\n\n{known}"
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), readable_help():
             parsed = tyro.cli(
                 kind,
                 prog=f"timemix {verb}",
@@ -84,6 +93,7 @@ def parse(
                 args=list(arguments),
                 default=default,
                 config=(tyro.conf.AvoidSubcommands,),
+                registry=option_types(),
             )
     except SystemExit as stop:
         # tyro prints the ValueErrors of a dataclass in a form of its own.
@@ -92,7 +102,8 @@ def parse(
             cause = cause.__context__
         if cause is not None:
             raise cause from None
-        sys.stderr.write(printed.getvalue())
+        said = printed.getvalue()
+        sys.stderr.write(said if sys.stderr.isatty() else without_colors(said))
         raise
     assert parsed is not None
     if choice is not None and (late := vars(parsed)["preset"]) != choice.preset:
@@ -100,6 +111,50 @@ def parse(
             f"unexpected argument {late!r}; a preset comes before all options: timemix {verb} PRESET ..."
         )
     return parsed
+
+
+def option_types() -> ConstructorRegistry:
+    """Return how options are read and shown where tyro's own way misleads."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional)
+    registry.primitive_rule(_any_number_of)
+    return registry
+
+
+def _spec(kind: Any, info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError:
+    return ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+
+
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """`T | None` is read as T: None stands for an absent option, and the word None is a value like any other."""
+    kinds = typing.get_args(info.type)
+    if info.type_origin not in (types.UnionType, typing.Union) or len(kinds) != 2 or types.NoneType not in kinds:
+        return None
+    spec = _spec(kinds[kinds[0] is types.NoneType], info)
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+    return replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["unset"] if value is None else spec.str_from_instance(value),
+    )
+
+
+def _any_number_of(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """`tuple[T, ...]` is shown as `T ...`."""
+    kinds = typing.get_args(info.type)
+    if info.type_origin is not tuple or kinds[1:] != (...,):
+        return None
+    one, several = _spec(kinds[0], info), _spec(list[kinds[0]], info)  # type: ignore[valid-type]
+    if isinstance(one, UnsupportedTypeAnnotationError) or isinstance(several, UnsupportedTypeAnnotationError):
+        return None
+    return replace(
+        several,
+        metavar=f"{one.metavar} ...",
+        instance_from_str=lambda words: tuple(several.instance_from_str(words)),
+        is_instance=lambda value: isinstance(value, tuple) and all(map(one.is_instance, value)),
+        str_from_instance=lambda value: several.str_from_instance(list(value)) or ["none"],
+    )
 
 
 @dataclass(frozen=True)

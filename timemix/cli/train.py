@@ -101,10 +101,11 @@ def _defaults(choice: Choice) -> RunConfig:
         return config
     if choice.from_ is None:
         return choice.preset_config()
-    from timemix.runs.folder import find
+    from timemix.runs.folder import read_checkpoint
 
-    checkpoint = find(choice.from_)
-    config = read_toml(checkpoint / "config.toml")
+    config, checkpoint = read_checkpoint(
+        choice.from_, "best", lambda folder: (read_toml(folder / "config.toml"), folder)
+    )
     # Standard input cannot be read again, but its tokens can.
     source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
     # The text may be another one; where it lies, and what is held out of it, are not.

@@ -101,15 +101,20 @@ class Experiment:
             raise InvalidValue(f"tune asks for {runs} runs; at most {MOST_TUNING_RUNS} can be made")
         if "" in self.prompts:
             raise InvalidValue("a prompt is empty; it needs at least one character")
-        for variant in self.variants:
-            for point in self.points_of(variant).values():
-                train = self.config(variant, point, self.seeds[0]).train
-            for verdict in self.verdicts:
-                step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
-                if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
-                    raise InvalidValue(f"a verdict asks for step {step}, which is not validated")
+        runs_of = {variant.name: self._check_runs(variant) for variant in self.variants}
+        _check_different(runs_of)
         if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
             raise InvalidValue("a verdict on the first positions needs by_position = true")
+
+    def _check_runs(self, variant: Variant) -> list[RunConfig]:
+        """Runs of a variant with the first seed, one for each tuning point; raises InvalidValue if one cannot be."""
+        runs = [self.config(variant, point, self.seeds[0]) for point in self.points_of(variant).values()]
+        train = runs[-1].train
+        for verdict in self.verdicts:
+            step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
+            if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
+                raise InvalidValue(f"a verdict asks for step {step}, which is not validated")
+        return runs
 
     def tuning_points(self) -> list[dict[str, Any]]:
         """Every combination of the tuning grid; one empty point where there is none."""
@@ -243,6 +248,15 @@ def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | 
         for name in (verdict.better, verdict.worse):
             if name not in names:
                 raise InvalidValue(f"a verdict names the variant {name!r}{nearest(name, names)}")
+
+
+def _check_different(runs_of: dict[str, list[RunConfig]]) -> None:
+    for (one, runs), (other, others) in itertools.combinations(runs_of.items(), 2):
+        if runs == others:
+            raise InvalidValue(
+                f"variants {one!r} and {other!r} have the same settings, so their runs would be bit-identical;"
+                " change a setting of one, or remove it"
+            )
 
 
 def _is_color(color: str) -> bool:

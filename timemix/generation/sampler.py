@@ -72,7 +72,7 @@ class Sampler:
             allowed, accepts = _ALLOWED[field.name]
             for value in values if isinstance(values, list) else [values]:
                 if not (math.isfinite(value) and accepts(value)):
-                    raise InvalidValue(f"{field.name} must be {allowed}, not {value!r}")
+                    raise InvalidValue(f"{field.name} must be {allowed}, not {repr(value).removesuffix('.0')}")
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
             object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
 

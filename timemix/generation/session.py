@@ -14,7 +14,7 @@ from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import Count, to_json, to_record
 from timemix.storage.settings import to_dict
-from timemix.storage.tensors import open_tensors, write_tensors
+from timemix.storage.tensors import check_content, open_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
         about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
         if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
             raise DamagedFile(f"{path} is a state of another model ({about.architecture}); give the run that wrote it")
+        check_content(file, path)
         state = model.init_state(1)
         try:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

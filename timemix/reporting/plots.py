@@ -107,8 +107,11 @@ def plot_bands(
         # Shifted, so that markers of curves that lie together stay apart.
         start = (i + 1) * every // (len(bands) + 1)
         axes.plot(positions[x], mean, color=chosen[i], linewidth=1.3, markevery=(start, every), label=name, **marks)
+    axes.set_ylabel("training loss (nats per token)")
     _label_ends(axes, list(ends.values()), chosen)
-    _legend(axes, loc="upper right")
+    if any(loss is not None for loss in ends.values()):
+        axes.text(1.01, 1.01, "held-out\nloss", color="0.3", va="bottom", fontsize=9, transform=axes.transAxes)
+    _legend(axes, loc="best")
     save_picture(figure, out)
 
 
@@ -244,14 +247,21 @@ def _points(rows: list[dict[str, Any]], key: str, loss: str) -> np.ndarray:
 
 
 def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
-    """Mean of each value and its neighbours under a Gaussian; `deviation` counts values."""
-    if deviation == 0:
+    """Mean of each value and its neighbours under a Gaussian; `deviation` counts values. The first stays as it is.
+
+    A loss falls fastest at its beginning, where a mean over later values alone would start far too low. So the values
+    are continued to the left, turned about the first: as much above it as those to the right are below.
+    """
+    if deviation == 0 or not len(values):
         return values
     reach = math.ceil(3 * deviation)
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
-    middle = slice(reach, reach + len(values))
+    left = min(reach, len(values) - 1)
+    # (N,) -> (left + N,)
+    continued = np.concatenate([2 * values[0] - values[left:0:-1], values])
+    own = slice(reach + left, reach + left + len(values))
     # Near the ends only a part of the weights falls on values.
-    result: np.ndarray = _convolved(values, weights)[middle] / _convolved(np.ones_like(values), weights)[middle]
+    result: np.ndarray = _convolved(continued, weights)[own] / _convolved(np.ones_like(continued), weights)[own]
     return result
 
 
@@ -304,7 +314,7 @@ def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
     train_color, valid_color = _COLORS[:2] if alone else ("0.4", "0.4")
     handles.append(Line2D([], [], color=train_color, **solid))
     handles.append(Line2D([], [], color=valid_color, marker=_MARKERS[0], **dashed))
-    _legend(axes, handles, [*labels, "training", "validation"], loc="upper right")
+    _legend(axes, handles, [*labels, "training", "validation"], loc="best")
 
 
 def _legend(axes: "Axes", *entries: Any, **options: Any) -> None:

@@ -1,12 +1,23 @@
 """Checkpoints of a run folder: which there are, the newest, the best."""
 
+import logging
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from timemix.errors import DamagedFile, MissingFile
+from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.storage.files import remove_folder
 from timemix.storage.json_files import Count, NotNegative, read_record
+
+logger = logging.getLogger("timemix")
+
+Found = TypeVar("Found")
+
+NEEDED = ("config.toml", "model.safetensors", "tokenizer.json", "training.json")
+"""Files of a whole checkpoint. Training makes it appear with all of them; a copy may have been cut off."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -43,13 +54,34 @@ def read_progress(folder: Path) -> Progress:
     return progress
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
+def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
+def _lacking(checkpoint: Path) -> list[str]:
+    return [name for name in NEEDED if not (checkpoint / name).exists()]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoint folders of a run, oldest first."""
+    while True:
+        found = _folders(run)
+        whole = [folder for folder in found if not _lacking(folder)]
+        # Training may have removed one since, after a newer one appeared.
+        if all(os.path.lexists(folder) for folder in found):
+            return whole
+
+
+def warn_of_unfinished(run: Path) -> None:
+    """Log each checkpoint that is passed over because files are missing."""
+    for folder in _folders(run):
+        lacking = _lacking(folder)
+        if lacking and os.path.lexists(folder):
+            logger.warning("%s lacks %s and is passed over; restore or remove it", folder, ", ".join(lacking))
+
+
 def newest(run: Path) -> Path:
-    """Newest checkpoint. Raises MissingFile when the run has none."""
+    """Newest whole checkpoint. Raises MissingFile when the run has none."""
     found = checkpoints(run)
     if not found:
         raise MissingFile(_no_checkpoint(run))
@@ -57,10 +89,21 @@ def newest(run: Path) -> Path:
 
 
 def _validated(run: Path) -> list[tuple[float, Path]]:
-    """Validation loss and folder of the checkpoints that were validated at their own step."""
-    found = [(read_progress(folder), folder) for folder in checkpoints(run)]
-    own = [(p.valid_loss, folder) for p, folder in found if p.valid_step == p.step]
-    return [(loss, folder) for loss, folder in own if loss is not None]
+    """Validation loss and folder of the checkpoints that were validated at their own step.
+
+    If the run's training removes one meanwhile, of those that are left.
+    """
+    found = []
+    for folder in checkpoints(run):
+        try:
+            progress = read_progress(folder)
+        except FileError:
+            if folder.exists():
+                raise
+            return _validated(run)
+        if progress.valid_step == progress.step and progress.valid_loss is not None:
+            found.append((progress.valid_loss, folder))
+    return found
 
 
 def best(run: Path) -> Path:
@@ -91,6 +134,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
         raise MissingFile(f"there is no run folder {path}{_similar(path)}")
     if (path / "model.safetensors").exists():
         return path
+    warn_of_unfinished(path)
     if checkpoint == "best":
         return best(path)
     if checkpoint == "newest":
@@ -102,11 +146,27 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     return steps[str(checkpoint)]
 
 
+def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path], Found]) -> Found:
+    """Find a checkpoint as `find` does and read it; if the run's training removes it meanwhile, its successor.
+
+    Raises what `find` and `read` raise.
+    """
+    while True:
+        folder = find(run, checkpoint)
+        try:
+            return read(folder)
+        except FileError:
+            if folder.exists():
+                raise
+
+
 def _no_checkpoint(run: Path) -> str:
     if not run.is_dir():
         return f"there is no run folder {run}{_similar(run)}"
     if not (run / "config.toml").exists():
         return f"{run} is no run folder: it has no config.toml"
+    if unfinished := _folders(run):
+        return f"{run} has no whole checkpoint: {unfinished[-1].name} lacks {', '.join(_lacking(unfinished[-1]))}"
     return f"{run} has no checkpoint yet"
 
 

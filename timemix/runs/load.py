@@ -1,9 +1,4 @@
-"""Run folders and checkpoints: safetensors, JSON and TOML, each written whole or not at all.
-
-runs/NAME/config.toml, metrics.jsonl, samples.txt, loss.png
-runs/NAME/checkpoints/step-00000500/{model.safetensors, config.toml, tokenizer.json,
-                                     training.safetensors, training.json}
-"""
+"""Loading of trained models from run folders and checkpoints, and the check that the files fit together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +10,14 @@ from timemix.data.corpus import Corpus, open_run_corpus
 from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.runs.folder import find, read_progress
+from timemix.runs.folder import read_checkpoint, read_progress
 from timemix.runtime.device import choose_device
-from timemix.storage.tensors import fits_tensor, open_tensors
+from timemix.storage.tensors import check_content, fits_tensor, open_tensors
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
 
 
-@dataclass
+@dataclass(repr=False)
 class Loaded:
     """Hold a trained model with its tokenizer and the config of its run.
 
@@ -37,6 +32,10 @@ class Loaded:
     tokenizer: Tokenizer
     config: RunConfig
     folder: Path
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return f"Loaded({self.config.model.arch}, {parameters:,} parameters, from {str(self.folder)!r})"
 
     def corpus(self) -> Corpus:
         """Tokens of its run. Raises FileError as `open_run_corpus` does, and for others than it was trained on."""
@@ -100,7 +99,10 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         Unavailable: The machine does not have the device.
     """
     where, _ = choose_device(device)
-    folder = find(run, checkpoint)
+    return read_checkpoint(run, checkpoint, lambda folder: _loaded(folder, where))
+
+
+def _loaded(folder: Path, device: torch.device) -> Loaded:
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:
@@ -110,8 +112,10 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         )
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
-    with open_tensors(folder / "model.safetensors") as tensors:
+    path = folder / "model.safetensors"
+    with open_tensors(path) as tensors:
+        check_content(tensors, path)
         # A copy: what the file gives may be the file itself, mapped into memory.
-        weights = {name: tensors.get_tensor(name).to(where, dtype, copy=True) for name in model.state_dict()}
+        weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

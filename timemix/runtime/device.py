@@ -33,10 +33,20 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
         return torch.device("cpu"), "there is no CUDA device"
     try:
         found = torch.device(device)
+    except RuntimeError as error:
+        raise Unavailable(
+            f"device {device!r} cannot be used: it is no device of PyTorch; use auto, cpu, cuda or cuda:1"
+        ) from error
+    try:
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise Unavailable(f"device {device!r} cannot be used: {reason}") from error
+    except NotImplementedError as error:
+        raise Unavailable(
+            f"device {device!r} cannot be used: this PyTorch was built without {found.type}; use auto or cpu"
+        ) from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # What follows the first sentence lists every backend.
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise Unavailable(f"device {device!r} cannot be used: {reason}; use auto or cpu") from error
     return found, "asked for"
 
 

@@ -11,7 +11,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import Progress, checkpoint_name, read_progress
 from timemix.runs.load import check_weights
 from timemix.runtime.distributed import World, part_like, whole
-from timemix.storage.tensors import fits_tensor, open_tensors
+from timemix.storage.tensors import check_content, fits_tensor, open_tensors
 from timemix.training.optim import state_names
 
 
@@ -53,6 +53,7 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
         raise DamagedFile(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress.step}")
     names = {id(p): name for name, p in model.named_parameters()}
     with open_tensors(path) as tensors:
+        check_content(tensors, path)
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 for key in state_names(optimizer):
@@ -76,5 +77,7 @@ def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
 
 def _fill_from(folder: Path, model: LanguageModel) -> None:
     check_weights(model, folder)
-    with open_tensors(folder / "model.safetensors") as tensors:
+    path = folder / "model.safetensors"
+    with open_tensors(path) as tensors:
+        check_content(tensors, path)
         fill(model, tensors.get_tensor)

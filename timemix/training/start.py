@@ -12,7 +12,7 @@ from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.models.config import ModelConfig
-from timemix.runs.folder import checkpoints, newest
+from timemix.runs.folder import checkpoints, newest, warn_of_unfinished
 from timemix.runs.load import Loaded, empty_model, load
 from timemix.runtime.distributed import ALONE, World
 from timemix.runtime.progress import ShowProgress, show
@@ -211,4 +211,5 @@ def _take(out: Path) -> FolderLock:
     lock = FolderLock(out)
     lock.take()
     remove_unfinished(out / "checkpoints")
+    warn_of_unfinished(out)
     return lock

@@ -1,0 +1,200 @@
+"""The list of runs: which there are, how far they came, whether a process trains them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import timemix
+from tests.helpers.runs import save_another, small_trainer
+from timemix.cli.main import main
+from timemix.errors import MissingFile
+from timemix.runs import listing
+from timemix.runs.listing import RunSummary, list_runs
+from timemix.storage.locks import FolderLock
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    trainer = small_trainer(tmp_path_factory.mktemp("good"), steps=4)
+    trainer.run()
+    return trainer.out
+
+
+@pytest.fixture
+def runs(good, tmp_path):
+    """A folder with runs at several depths, and with folders that are none."""
+    folder = tmp_path / "runs"
+    shutil.copytree(good, folder / "b")
+    shutil.copytree(good, folder / "group/deep/a")
+    shutil.copytree(good, tmp_path / "elsewhere")
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    shutil.copytree(good, folder / ".hidden/run")
+    (folder / "other").mkdir()
+    (folder / "other/config.toml").write_text("name = 'of another program'")
+    return folder
+
+
+def change(run, **fields):
+    """Give fields of the config other values."""
+    path = run / "config.toml"
+    lines = path.read_text().splitlines()
+    named = [f"{line.split(' = ')[0]} = {fields.get(line.split(' = ')[0], line.partition(' = ')[2])}" for line in lines]
+    path.write_text("\n".join(new if " = " in line else line for new, line in zip(named, lines, strict=True)))
+
+
+def test_runs_are_found_at_any_depth(runs, good):
+    found = list_runs(runs)
+    assert [run.folder for run in found] == [str(runs / name) for name in ("b", "c", "group/deep/a")]
+    loaded = timemix.load(good)
+    lines = [json.loads(line) for line in (good / "metrics.jsonl").read_text().splitlines()]
+    for run in found:
+        assert (run.state, run.arch, run.step, run.steps) == ("complete", "rwkv1", 4, 4)
+        assert run.parameters == sum(p.numel() for p in loaded.model.parameters())
+        assert (run.loss, run.valid_loss) == (lines[-1]["loss"], lines[-1]["valid_loss"])
+        assert 0 <= run.age < 600
+
+
+def test_a_run_folder_is_a_list_of_one(good):
+    assert [run.folder for run in list_runs(good)] == [str(good)]
+
+
+def test_states(runs):
+    change(runs / "b", steps=9)
+    assert [run.state for run in list_runs(runs)] == ["stopped", "complete", "complete"]
+    lock = FolderLock(runs / "b")
+    lock.take()
+    assert list_runs(runs)[0].state == "running"
+    lock.release()
+    assert list_runs(runs)[0].state == "stopped"
+
+
+def test_a_killed_process_is_not_running(runs):
+    code = f"""
+import os
+from pathlib import Path
+from timemix.storage.locks import FolderLock
+FolderLock(Path({str(runs / "b")!r})).take()
+os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert (runs / "b/.lock.json").exists()
+    assert list_runs(runs)[0].state == "complete"
+
+
+@pytest.mark.parametrize(
+    ("holder", "state"),
+    [
+        ({"process": os.getpid(), "host": "another-machine", "since": "2020-01-01 00:00:00"}, "running"),
+        # This process began later, so it is another one.
+        ({"process": os.getpid(), "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
+        ({"process": 2**22 + 1, "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
+        ({"process": "x", "host": None, "since": 3}, "complete"),
+        ({}, "complete"),
+    ],
+)
+def test_what_the_holder_of_a_lock_says(runs, holder, state):
+    if "host" in holder and holder["host"] is None:
+        holder = holder | {"host": socket.gethostname()}
+    (runs / "b/.lock.json").write_text(json.dumps(holder))
+    assert list_runs(runs)[0].state == state
+
+
+def test_a_run_before_its_first_checkpoint(runs):
+    shutil.rmtree(runs / "b/checkpoints")
+    (runs / "b/metrics.jsonl").write_text('{"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": 3.5}\n')
+    run = list_runs(runs)[0]
+    assert (run.state, run.parameters, run.step, run.loss, run.valid_loss) == ("stopped", None, 0, None, 3.5)
+
+
+@pytest.mark.parametrize("damage", ["config.toml", "metrics.jsonl", "model.safetensors"])
+def test_a_damaged_run_is_named_and_the_others_are_listed(runs, damage):
+    (path,) = (runs / "b").rglob(damage) if damage == "model.safetensors" else [runs / "b" / damage]
+    path.write_text("{{{\n{}\n")
+    found = list_runs(runs)
+    assert [run.state for run in found] == ["damaged", "complete", "complete"]
+    assert damage in found[0].error
+    assert found[0] == RunSummary(str(runs / "b"), "damaged", error=found[0].error)
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(runs, monkeypatch):
+    count, moves = listing.stored_parameters, [1]
+
+    def after_the_training_moved_on(checkpoint):
+        if moves[0]:
+            moves[0] -= 1
+            save_another(runs / "b")
+        return count(checkpoint)
+
+    expected = list_runs(runs)[0].parameters
+    monkeypatch.setattr(listing, "stored_parameters", after_the_training_moved_on)
+    run = list_runs(runs)[0]
+    assert (run.state, run.parameters) == ("complete", expected)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(MissingFile, match="there is no folder .*nothing; name the folder that holds your runs"):
+        list_runs(tmp_path / "nothing")
+
+
+def test_the_verb_prints_a_table(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.parent)
+    change(runs / "b", steps=10)
+    old = time.time() - 3 * 3600
+    os.utime(runs / "c/metrics.jsonl", (old, old))
+    (runs / "group/deep/a/config.toml").write_text("x")
+    with pytest.raises(SystemExit) as end:
+        main(["runs"])
+    assert not end.value.code
+    head, b, c, a, error = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "arch", "parameters", "step", "loss", "valid", "age"]
+    assert b.split()[:3] == ["b", "stopped", "rwkv1"]
+    assert b.split()[4] == "4/10"
+    assert c.endswith("  3 h")
+    assert a.split() == ["group/deep/a", "damaged", *6 * "-"]
+    assert error.startswith("group/deep/a: runs/group/deep/a/config.toml is damaged")
+    # Numbers stand under the end of their heading.
+    assert head.index("step") + 4 == b.index("4/10") + 4 == c.index("4/4") + 3
+
+
+def test_the_verb_gives_json(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.parent)
+    with pytest.raises(SystemExit):
+        main(["runs", "runs/b", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["folder"] == "runs/b"
+    (run,) = report["runs"]
+    assert run.items() >= {"folder": "runs/b", "state": "complete", "step": 4, "steps": 4, "error": None}.items()
+
+
+def test_the_verb_says_where_nothing_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        main(["runs", "empty"])
+    assert capsys.readouterr().out == "empty holds no run; train one with: timemix train --out empty/NAME\n"
+    with pytest.raises(SystemExit) as end:
+        main(["runs"])
+    assert end.value.code == 2
+    assert "there is no folder runs" in capsys.readouterr().err
+
+
+def test_the_list_needs_no_torch(runs):
+    code = f"""
+import sys
+from timemix.cli.main import main
+try:
+    main(["runs", {str(runs)!r}])
+finally:
+    assert "torch" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("complete") == 3

@@ -1,0 +1,83 @@
+"""The verb runs: a list of the runs below a folder."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from timemix.cli.options import parse
+from timemix.storage.json_files import to_json
+
+if TYPE_CHECKING:
+    from timemix.runs.listing import RunSummary
+
+
+@dataclass(frozen=True)
+class RunsArguments:
+    """List the runs at or below a folder: state, size, steps, newest losses in nats per token.
+
+    The state is running, complete, stopped (continue it: timemix train --resume RUN) or damaged. The age is the time
+    since the newest line of metrics.jsonl.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = Path("runs")
+    """Folder that holds runs, at any depth, or a run folder."""
+    json: bool = False
+    """One JSON object on stdout instead of text."""
+
+
+def runs(arguments: list[str]) -> int:
+    parsed = parse(RunsArguments, arguments, "runs")
+    from timemix.runs.listing import list_runs
+
+    found = list_runs(parsed.folder)
+    if parsed.json:
+        print(json.dumps({"folder": str(parsed.folder), "runs": [to_json(run) for run in found]}))
+    elif found:
+        _print_table(found, parsed.folder)
+    else:
+        print(f"{parsed.folder} holds no run; train one with: timemix train --out {parsed.folder / 'NAME'}")
+    return 0
+
+
+_COLUMNS = ("run", "state", "arch", "parameters", "step", "loss", "valid", "age")
+
+
+def _print_table(found: "list[RunSummary]", folder: Path) -> None:
+    table = [_COLUMNS, *(_cells(run, folder) for run in found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(map(_aligned, row, widths, _COLUMNS)).rstrip())
+    for run in found:
+        if run.error is not None:
+            print(f"{_name(run, folder)}: {run.error}")
+
+
+def _aligned(cell: str, width: int, column: str) -> str:
+    return cell.ljust(width) if column in ("run", "state", "arch") else cell.rjust(width)
+
+
+def _cells(run: "RunSummary", folder: Path) -> tuple[str, ...]:
+    return (
+        _name(run, folder),
+        run.state,
+        run.arch or "-",
+        "-" if run.parameters is None else f"{run.parameters:,}",
+        "-" if run.step is None else f"{run.step}/{run.steps}",
+        *("-" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.valid_loss)),
+        "-" if run.age is None else _age(run.age),
+    )
+
+
+def _name(run: "RunSummary", folder: Path) -> str:
+    inside = Path(run.folder).relative_to(folder)
+    return str(inside) if inside.parts else run.folder
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,111 @@
+"""The runs below a folder: what each is, how far it came, whether a process trains it. Imports no torch."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from timemix.config.run import read_toml
+from timemix.errors import DamagedFile, FileError, MissingFile
+from timemix.runs.folder import checkpoints, read_checkpoint
+from timemix.runs.metrics import read_metrics
+from timemix.storage.json_files import is_number
+from timemix.storage.locks import is_held
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run of a list.
+
+    Args:
+        folder: Its folder.
+        state: running: a process trains it; complete: at its last step; stopped: neither; damaged: see `error`.
+        arch: Architecture.
+        parameters: Number of parameters, None before the first checkpoint.
+        step: Steps that were trained and logged.
+        steps: Steps of the whole run.
+        loss: Newest training loss in nats per token.
+        valid_loss: Newest validation loss in nats per token.
+        age: Seconds since it last wrote a line of metrics.jsonl.
+        error: What is wrong with a damaged run.
+    """
+
+    folder: str
+    state: Literal["running", "complete", "stopped", "damaged"]
+    arch: str | None = None
+    parameters: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    valid_loss: float | None = None
+    age: float | None = None
+    error: str | None = None
+
+
+def list_runs(folder: Path) -> list[RunSummary]:
+    """Return the runs at or below a folder, by name. Raises MissingFile where there is no such folder."""
+    if not folder.is_dir():
+        raise MissingFile(f"there is no folder {folder}; name the folder that holds your runs")
+    return [_summary(run) for run in _run_folders(folder)]
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    try:
+        inside = sorted(folder.iterdir())
+    except PermissionError:
+        return
+    for each in inside:
+        # A link is followed to a run alone, so never in a circle.
+        if not each.name.startswith(".") and each.is_dir() and (_is_run(each) or not each.is_symlink()):
+            yield from _run_folders(each)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file() and any(
+        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", ".lock")
+    )
+
+
+def _summary(run: Path) -> RunSummary:
+    try:
+        config = read_toml(run / "config.toml")
+        metrics = run / "metrics.jsonl"
+        rows = read_metrics(run) if metrics.exists() else []
+        kept = checkpoints(run)
+        step = max(int(_newest(rows, "step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
+        written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
+        state: Literal["running", "complete", "stopped"] = "complete" if step >= config.train.steps else "stopped"
+        return RunSummary(
+            folder=str(run),
+            state="running" if is_held(run) else state,
+            arch=config.model.arch,
+            parameters=read_checkpoint(run, "newest", stored_parameters) if kept else None,
+            step=step,
+            steps=config.train.steps,
+            loss=_newest(rows, "loss"),
+            valid_loss=_newest(rows, "valid_loss"),
+            age=max(0.0, time.time() - written),
+        )
+    except (FileError, OSError) as error:
+        return RunSummary(str(run), "damaged", error=str(error))
+
+
+def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if is_number(row.get(name))), None)
+
+
+def stored_parameters(checkpoint: Path) -> int:
+    """Number of parameters in a checkpoint, by the header of its weights. Raises DamagedFile."""
+    from safetensors import SafetensorError, safe_open
+
+    path = checkpoint / "model.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
