@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.helpers.golden import ARCHITECTURES, GOLDEN, TOLERANCE, Golden
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.operators import assert_same, gradients_of
 from tests.helpers.runs import small_config, with_model, write_text_file
-from tests.models.test_golden import ARCHITECTURES, GOLDEN, TOLERANCE, Golden
 from timemix.config.run import TrainConfig
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.generation.engine import Engine
