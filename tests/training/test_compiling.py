@@ -56,7 +56,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
         return
     trainer.run()
     assert not trainer.compiled
-    assert caplog.text.count("out of luck); training goes on without") == 1
+    assert caplog.text.count("out of luck); training continues without") == 1
     whole = small_trainer(tmp_path, name="whole", compile="off")
     whole.run()
     assert whole.valid_loss == trainer.valid_loss
