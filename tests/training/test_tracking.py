@@ -216,8 +216,9 @@ def test_metrics_that_could_not_be_written_come_with_the_next(tmp_path, monkeypa
 
 def test_validation_on_the_training_text_is_refused(tmp_path):
     text = write_text_file(tmp_path)
+    text.with_name("copy.txt").write_text(text.read_text())
     with pytest.raises(InvalidValue, match="the validation text is the training text"):
-        prepare(tmp_path / "tokens", DataConfig(source=str(text), valid=str(text)))
+        prepare(tmp_path / "tokens", DataConfig(source=str(text), valid=str(text.with_name("copy.txt"))))
 
 
 def test_the_held_out_text_is_no_part_of_any_batch(tmp_path):
