@@ -134,8 +134,8 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["what"], "timemix bench op, bench train or bench sample, not 'what'"),
-        (["simple"], "not 'simple'"),
+        (["what"], "unknown verb 'bench what'; known: op, train, sample"),
+        (["simple"], "unknown verb 'bench simple'; did you mean 'sample'?"),
         (["op", "--heads", "3"], "heads=3 does not divide channels=512"),
         (["op", "--ctx-lens", "0"], "a size is below 1"),
         (["op", "--seconds", "0"], "--seconds is 0.0"),
