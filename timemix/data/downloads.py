@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from timemix.errors import DamagedFile, Unavailable
+from timemix.runtime.cache import cache_folder
 from timemix.runtime.progress import ShowProgress, meter
 from timemix.storage.files import write_text
 
@@ -96,7 +97,7 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
     import pooch
 
     pooch.get_logger().setLevel(logging.WARNING)
-    folder = Path(cache or pooch.os_cache("timemix"))
+    folder = cache or cache_folder()
     path = folder / entry.file
     pin = folder / f"{entry.file}.sha256"
     downloader = _Downloader(folder / f"{entry.file}.part", progress)
