@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timemix.models.language_model import build_model
-from timemix.runtime import threads
+from timemix.runtime import native, threads
 from timemix.runtime.processes import cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP library of GNU")
@@ -84,10 +84,16 @@ def test_every_forward_looks_at_the_load(monkeypatch):
     assert calls
 
 
+@pytest.mark.parametrize("path", sorted(native.PACKAGE.rglob("*.[ch]")), ids=lambda path: path.name)
+def test_c_code_takes_the_number_of_threads_from_its_caller(path):
+    regions = [line for line in path.read_text(encoding="utf-8").splitlines() if "omp parallel" in line]
+    assert all("num_threads(" in line for line in regions)
+
+
 # Processor seconds of 40 short parallel loops with pauses between them: threads that spin work in the pauses too.
 SPINNING = """
 import time, torch
-from timemix.runtime import threads
+from timemix.runtime import native, threads
 torch.set_num_threads(2)
 x = torch.ones(2**20)
 
