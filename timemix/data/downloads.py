@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from timemix.errors import DamagedFile, Unavailable
+from timemix.runtime.cache import cache_folder
 from timemix.runtime.progress import ShowProgress, meter
 from timemix.storage.files import write_text
 
@@ -96,7 +97,7 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
     import pooch
 
     pooch.get_logger().setLevel(logging.WARNING)
-    folder = cache or _user_cache(entry)
+    folder = cache or cache_folder()
     path = folder / entry.file
     pin = folder / f"{entry.file}.sha256"
     downloader = _Downloader(folder / f"{entry.file}.part", progress)
@@ -121,17 +122,6 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(f"cannot download {entry.url} ({error}); try again, or {_by_hand(entry, path)}") from error
     return path
-
-
-def _user_cache(entry: Download) -> Path:
-    import pooch
-
-    try:
-        return Path(pooch.os_cache("timemix"))
-    except RuntimeError as error:
-        raise Unavailable(
-            f"this user has no home folder to keep {entry.file} in; set XDG_CACHE_HOME to a folder"
-        ) from error
 
 
 class _Downloader:

@@ -12,6 +12,7 @@ from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
 from timemix.models.registry import find_architecture, load_part, model_config
 from timemix.models.state import State
+from timemix.runtime.threads import share
 
 
 def block_class(config: ModelConfig) -> type[Block]:
@@ -92,6 +93,8 @@ class LanguageModel(nn.Module):
 
         Raises ValueError when the tokens would pass `max_position`.
         """
+        if not torch.compiler.is_compiling():
+            share()
         B, T = tokens.shape
         end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
         if self.max_position is not None and end > self.max_position:

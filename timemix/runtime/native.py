@@ -1,11 +1,11 @@
 """C code of the package, compiled for this processor on first use and cached.
 
-The cached library is named by a hash of all it depends on: the compiler and its version, the flags, the processor, the
-source, and every file that the source includes by `#include "..."`, directly or not. Such a file is searched for beside
-the file that includes it, then from the folder of the package: `#include "ops/common/panels.h"`.
+The name of a cached library ends in two hashes. The first is of all that it depends on: the compiler and its version,
+the flags, the processor, the source, and every file that the source includes by `#include "..."`, directly or not. Such
+a file is searched for beside the file that includes it, then from the folder of the package:
+`#include "ops/common/panels.h"`. The second is of the library itself: loading a damaged one can end the process.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,7 +18,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pooch
+from timemix.errors import Unavailable
+from timemix.runtime.cache import cache_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder from which C files are included."""
@@ -58,9 +59,13 @@ def c_compiler() -> list[str] | None:
     """Find the system's C compiler.
 
     Returns:
-        Its command: that of the environment variable CC, else cc, gcc or clang; None without a compiler.
+        Its command: that of the environment variable CC, else cc, gcc or clang; None without a compiler, or if CC has
+        an open quote.
     """
-    asked = shlex.split(os.environ.get("CC", ""))
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError:
+        return None
     commands = [asked] if asked else [["cc"], ["gcc"], ["clang"]]
     return next(([path, *rest] for first, *rest in commands if (path := shutil.which(first))), None)
 
@@ -70,19 +75,35 @@ def _load_or_compile(compiler: list[str], source: Path, flags: tuple[str, ...]) 
     parts = "\0".join((*compiler, version, *COMPILE, *flags, THREADS, _processor())).encode()
     for content in _sources(source).values():
         parts += b"\0" + content
-    name = f"{source.stem}-{hashlib.sha256(parts).hexdigest()[:16]}.so"
-    folder = Path(pooch.os_cache("timemix"))
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(folder / name))
+    name = f"{source.stem}-{_short_hash(parts)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            # Renamed when complete: another process may load it at any time.
-            return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / name).replace(folder / name)))
-    except OSError:
-        # The cache cannot be written, or its file system allows no execution: compile for this process alone.
+        folder = cache_folder()
+        return _cached(folder, name) or _compile_into(folder, name, compiler, source, flags)
+    except (OSError, Unavailable, subprocess.CalledProcessError):
+        # The cache is missing, read-only, full, or allows no execution: compile for this process alone.
         with tempfile.TemporaryDirectory(prefix="timemix-") as work:
-            return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / name)))
+            return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / f"{name}.so")))
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
+    """Load a library from the cache; damaged ones are removed."""
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_short_hash(path.read_bytes())}":
+            return ctypes.CDLL(str(path))
+        path.unlink()
+    return None
+
+
+def _compile_into(folder: Path, name: str, compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        compiled = _compile(compiler, source, flags, Path(work) / f"{name}.so")
+        # Renamed when complete: another process may load it at any time.
+        return ctypes.CDLL(str(compiled.replace(folder / f"{name}-{_short_hash(compiled.read_bytes())}.so")))
 
 
 def _sources(source: Path) -> dict[Path, bytes]:

@@ -1,5 +1,6 @@
 """The optimizers, what it decays, and the learning rate over a run."""
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -55,10 +56,26 @@ def build_optimizers(
         optimizers.append(Muon(matrices, config.lr, config.weight_decay, precision))
     else:
         groups.insert(0, {"params": matrices, "weight_decay": config.weight_decay})
-    return [*optimizers, torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    return [*optimizers, AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
 
 
-class Muon(torch.optim.Optimizer):
+class _Uncompiled(torch.optim.Optimizer):
+    """An optimizer that torch.compile never sees: without PyTorch's guards against it, which import the compiler.
+
+    That takes 2.5 s of processor time, half of what a run of one step takes.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    """PyTorch's AdamW."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(_Uncompiled):
     """Momentum, orthogonalized (https://kellerjordan.github.io/posts/muon/), for matrices only.
 
     Updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.

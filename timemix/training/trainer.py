@@ -25,6 +25,7 @@ from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, World, my_rows, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
+from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
 from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
@@ -167,6 +168,8 @@ class Trainer:
         Raises NotFinite, with weights unchanged, when loss or gradient is not finite.
         """
         config = self.config.train
+        # A compiled model does not.
+        share()
         lr = learning_rate(config, self.step, self.recipe.warmup_floor)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -36,6 +36,7 @@ from timemix.ops.common.fused import ACTIVATION_KINDS
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.curves import basis, fading, turned
 from timemix.runtime.native import library
+from timemix.runtime.threads import share
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
@@ -143,7 +144,7 @@ class CompiledStep:
         if len(self._scratch) < count:
             self._scratch = torch.empty(count, self._scratch.shape[1])
         starts = self._starts(state, rows)
-        self._model.threads = torch.get_num_threads()
+        self._model.threads = share()
         logits = torch.empty(count, self._model.vocabulary)
         given = (rows, state.position, starts, tokens, logits, self._scratch)
         pointers = (None if x is None else x.data_ptr() for x in given)

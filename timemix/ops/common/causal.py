@@ -33,7 +33,7 @@ _SUM_SMALL = 2**18
 
 
 @operator("timemix::running_sum")
-def running_sum(x: Tensor, reverse: bool = False) -> Tensor:
+def running_sum(x: Tensor, reverse: bool) -> Tensor:
     """Sum over time: y[t] = sum_{u<=t} x[u].
 
     In blocks, by additions of whole rows of channels. `torch.cumsum` goes along time, one channel after another, which
@@ -41,7 +41,7 @@ def running_sum(x: Tensor, reverse: bool = False) -> Tensor:
 
     Args:
         x: terms (B, T, C).
-        reverse: sum over u >= t instead.
+        reverse: whether to sum over u >= t instead.
 
     Returns:
         y (B, T, C), in x's dtype.
@@ -89,7 +89,7 @@ def _sum_in_place(y: Tensor, reverse: bool) -> None:
 
 
 @running_sum.register_fake
-def _(x: Tensor, reverse: bool = False) -> Tensor:
+def _(x: Tensor, reverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -139,7 +139,7 @@ def _(f: Tensor, rows: int, columns: int) -> Tensor:
     return f.new_empty(f.shape[0], rows, columns)
 
 
-@torch.library.custom_op("timemix::toeplitz_backward", mutates_args=())
+@operator("timemix::toeplitz_backward")
 def _toeplitz_backward(gradient: Tensor, ctx_len: int) -> Tensor:
     """Gradient of f: df(lag) = sum of dW[i, j] over the diagonal of that lag; (H, rows, columns) -> (H, ctx_len)."""
     by_lag = diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
@@ -241,7 +241,7 @@ def _(x: Tensor, f: Tensor, last: int) -> Tensor:
     return x.new_empty(H, last, B, N).permute(2, 1, 0, 3)
 
 
-@torch.library.custom_op("timemix::causal_convolution_backward", mutates_args=())
+@operator("timemix::causal_convolution_backward")
 def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and f from that of y (B, last, H, N).
 

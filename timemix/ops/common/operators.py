@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class Operator:
-    """A function that is a custom operator of torch for gradients and in compiled code, and itself elsewhere.
+    """A function that is a custom operator of torch in compiled code and for selective recomputation, else itself.
 
     On the first call of a custom operator torch imports its compiler, which takes longer than generating a short text.
+    Else gradients therefore come from a `torch.autograd.Function`.
 
     Args:
         name: name of the operator, "timemix::NAME".
@@ -20,13 +23,28 @@ class Operator:
         self.function = function
         self.custom = torch.library.custom_op(name, function, mutates_args=())
         self.register_fake = self.custom.register_fake
-        self.register_autograd = self.custom.register_autograd
+        self._differentiable: Callable[..., Any] = self.custom
         self.__doc__ = function.__doc__
 
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """Register the gradients of all arguments, as for `torch.library.custom_op`."""
+        self.custom.register_autograd(backward, setup_context=setup_context)
+        parts = {"forward": self.function, "setup_context": setup_context, "backward": backward}
+        methods = {name: staticmethod(part) for name, part in parts.items()}
+        function: Any = type(self.function.__name__, (torch.autograd.Function,), methods)
+        self._differentiable = function.apply
+
     def __call__(self, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_observed(arguments):
             return self.custom(*arguments)
-        return self.function(*arguments)
+        return self._differentiable(*arguments) if torch.is_grad_enabled() else self.function(*arguments)
+
+
+def _is_observed(arguments: tuple[Any, ...]) -> bool:
+    """Whether a mode (as of selective recomputation) or a class of traced tensors looks at each operator."""
+    if _get_current_dispatch_mode() is not None:
+        return True
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

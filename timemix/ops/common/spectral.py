@@ -80,7 +80,7 @@ def _(x: Tensor, f: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("timemix::spectral_convolution_backward", mutates_args=())
+@operator("timemix::spectral_convolution_backward")
 def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and f from that of y.
 

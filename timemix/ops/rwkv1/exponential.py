@@ -268,7 +268,7 @@ def _chunk(
         taps = F.pad(curves.taps, (0, L))[:, lags].to(dtype)
         numerator = numerator + (taps @ past.taps).transpose(1, 2)
     # (B, L, H, N) -> (B, L, H N) -> (B, L, H, N)
-    total = past.denominators[:, None] + running_sum(weights.flatten(2)).view(weights.shape)
+    total = past.denominators[:, None] + running_sum(weights.flatten(2), False).view(weights.shape)
     y = times_table(numerator / total, beta, position).to(v.dtype)
 
     # The state after `seen` tokens of each row, (1,) or (B,).

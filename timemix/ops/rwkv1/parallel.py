@@ -84,7 +84,7 @@ def parallel_wkv1(
     # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
     product = source * v.to(source.dtype)
     # (B, T, H, N) -> (B, T, H N) -> (B, T, H, N)
-    sums = running_sum(exp_k.flatten(2)).view(exp_k.shape) if denominator == "plain" else None
+    sums = running_sum(exp_k.flatten(2), False).view(exp_k.shape) if denominator == "plain" else None
     after = None
     if state is None:
         numerator = mix(f, product.to(v.dtype), None, T).to(source.dtype)

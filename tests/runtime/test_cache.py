@@ -1,0 +1,25 @@
+"""The user's cache folder, also where the user has no home."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.users import without_home
+from timemix.cli.main import main
+from timemix.runtime.cache import cache_folder
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "timemix"
+
+
+def test_a_download_without_a_home_is_refused_in_one_sentence(monkeypatch, tmp_path, capsys):
+    without_home(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["data", "tinyshakespeare", "--out", "tokens"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error == ("timemix: the cache has no place: this user has no home folder; set XDG_CACHE_HOME to a folder\n")
+    assert not list(Path.cwd().iterdir())

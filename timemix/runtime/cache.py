@@ -1,0 +1,21 @@
+"""The user's cache folder: downloads and compiled C code."""
+
+from pathlib import Path
+
+from timemix.errors import Unavailable
+
+
+def cache_folder() -> Path:
+    """Return the folder of the cache, which may not exist yet.
+
+    Raises:
+        Unavailable: The user has no home folder.
+    """
+    import pooch
+
+    try:
+        return Path(pooch.os_cache("timemix")).expanduser()
+    except RuntimeError as error:
+        raise Unavailable(
+            "the cache has no place: this user has no home folder; set XDG_CACHE_HOME to a folder"
+        ) from error

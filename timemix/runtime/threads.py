@@ -1,0 +1,114 @@
+"""OpenMP threads that leave processors to other processes.
+
+OpenMP threads wait for one another many times in a training step. They wait by spinning, which is fast on an idle
+machine. Beside another process that computes it is slow: a spinning thread holds the processor that the thread it waits
+for needs, so that two threads train 3 to 60 times slower than one.
+
+GNU's OpenMP library, which PyTorch uses on Linux, lets waiting threads sleep when it manages more threads than there
+are processors. While other processes need the processors, a thread of this module therefore holds idle OpenMP threads.
+PyTorch's number of threads stays the same, and so do the bits of its results.
+
+A user who sets OMP_WAIT_POLICY or GOMP_SPINCOUNT decides how threads wait; this module does nothing then.
+"""
+
+import ctypes
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from timemix.runtime.processes import cores
+
+INTERVAL = 0.25
+"""Seconds between two looks at the load."""
+
+TOLERANCE = 0.25
+"""Processors that other processes may take before threads sleep. An idle system takes less."""
+
+
+class Load:
+    """The load by other processes, and how OpenMP threads wait under it.
+
+    Args:
+        processors: processors that this process may use.
+    """
+
+    def __init__(self, processors: int) -> None:
+        self.processors = processors
+        # The library reads the environment once, when it is loaded.
+        self._may_choose = sys.platform == "linux" and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+        self._free = float(processors)
+        self._lock = threading.Lock()
+        self._before = _counters()
+        self._team: _IdleTeam | None = None
+
+    def share(self) -> int:
+        """Adapt to the load, at most once in `INTERVAL`: threads spin while they have enough processors, else sleep.
+
+        Returns:
+            The threads for code whose results do not depend on their number: as many as PyTorch has, and at most the
+            processors that other processes leave.
+        """
+        threads = torch.get_num_threads()
+        if threads == 1 or not self._may_choose:
+            return threads
+        if time.monotonic() - self._before[0] > INTERVAL and self._lock.acquire(blocking=False):
+            try:
+                self._measure()
+                self._let_threads_sleep(self._free < threads - TOLERANCE, threads)
+            finally:
+                self._lock.release()
+        return max(1, min(threads, round(self._free)))
+
+    def _measure(self) -> None:
+        now = _counters()
+        self._free = (now[1] - self._before[1]) / (now[0] - self._before[0])
+        self._before = now
+
+    def _let_threads_sleep(self, wanted: bool, threads: int) -> None:
+        if wanted and self._team is None:
+            self._team = _IdleTeam(max(2, self.processors - threads + 2))
+        elif not wanted and self._team is not None:
+            self._team.end()
+            self._team = None
+
+
+class _IdleTeam:
+    """OpenMP threads without work, managed by each OpenMP library of this process until `end`.
+
+    The library counts a team to the thread that begins it, and forgets it when that thread ends.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads, self._ended = threads, threading.Event()
+        threading.Thread(target=self._hold, name="idle OpenMP team", daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _hold(self) -> None:
+        # psutil reads the size of each file in memory too, which takes 25 times longer.
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        for path in {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}:
+            library = ctypes.CDLL(path)
+            # As the compiler calls it for `#pragma omp parallel num_threads(threads)` around a call of the function.
+            without_effect = ctypes.cast(library.omp_get_level, ctypes.c_void_p)
+            library.GOMP_parallel(without_effect, None, ctypes.c_uint(self._threads), ctypes.c_uint(0))
+        self._ended.wait()
+
+
+def _counters() -> tuple[float, float]:
+    """Return seconds of wall time, and seconds that this process's processors were idle or worked for it."""
+    times = psutil.cpu_times(percpu=True)
+    own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(times))
+    idle = sum(times[i].idle + getattr(times[i], "iowait", 0.0) for i in own if i < len(times))
+    return time.monotonic(), idle + time.process_time()
+
+
+_LOAD = Load(cores())
+
+share = _LOAD.share
