@@ -436,7 +436,7 @@ def test_no_home_folder(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("pooch.os_cache", fails)
-    refused("enwik8", "this user has no home folder to keep enwik8.zip in; set XDG_CACHE_HOME to a folder")
+    refused("enwik8", "this user has no home folder; set XDG_CACHE_HOME to a folder")
 
 
 def test_no_network(tmp_path, monkeypatch):
