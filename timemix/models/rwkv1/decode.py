@@ -1,10 +1,10 @@
-"""The decode step: one token for each of some rows, at the speed at which the weights can be read.
+"""The compiled step: prompts and new tokens of many texts, at the speed at which the weights can be read.
 
-    logits, state = step(tokens, state, rows)
+    logits, state = step(tokens, state, rows, counts)
 
-A model's own forward spends most of a step in calls of small operators, on one thread. The compiled step is one call of
-C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. The
-fallback is the model's own forward, with weights rounded alike.
+A model's own forward spends most of a decode step in calls of small operators, on one thread. The compiled step is one
+call of C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. It
+reads prompts too, and a text has the same bits in whatever pieces and company it is read.
 
 This module lays out in memory what step.c reads. The structures _Linear, _Layer and _Model are those of step.c and
 ops/common/panels.h, field by field.
@@ -25,11 +25,9 @@ from timemix.models.config import ShiftedConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.quantize import WEIGHTS, Weights, quantized
-from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.model import Rwkv1Block
-from timemix.models.rwkv1.tiles import Pending
 from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.models.state import State
 from timemix.ops.common.fused import ACTIVATION_KINDS
@@ -50,7 +48,7 @@ class _Linear(ctypes.Structure):
 
 
 _LINEARS = ("key", "value", "receptance", "output", "ffn_key", "ffn_value", "ffn_receptance", "ffn_output")
-_STATE = ("numerators", "denominators", "mixer_shift", "ffn_shift", "newest")
+_STATE = ("numerators", "denominators", "mixer_shift", "ffn_shift", "newest", "far")
 
 
 class _Layer(ctypes.Structure):
@@ -62,7 +60,7 @@ class _Layer(ctypes.Structure):
         *((name, _Linear) for name in _LINEARS),
         *((name, ctypes.c_void_p) for name in ("f", "alpha", "beta", "gamma")),
         *((name, ctypes.c_void_p) for name in ("own", "other", "begin", "coefficients", "taps", "fade")),
-        *((name, ctypes.c_void_p) for name in (*_STATE, "pending")),
+        *((name, ctypes.c_void_p) for name in _STATE),
     ]
 
 
@@ -76,6 +74,55 @@ class _Model(ctypes.Structure):
         ("head", _Linear),
         ("layer", ctypes.POINTER(_Layer)),
     ]
+
+
+class FarSums:
+    """Sums over the past that a state's next positions share (`far` of step.c), one block of positions for each row.
+
+    They are derived from the state: never saved, and recomputed after a change of the state from outside.
+
+    Args:
+        owner: the step that computes them.
+        state: a state of rwkv1.
+        block: positions of a block.
+    """
+
+    def __init__(self, owner: "CompiledStep", state: State, block: int) -> None:
+        self.owner = owner
+        # far of each layer: (B, H, block, N)
+        self.sums = [torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers]
+        # First position of the block that each row has, -1 for none.
+        self.known = torch.full((len(state.position),), -1)
+        self._written = _written(state)
+
+    def rows_were_written(self, state: State, rows: Tensor) -> None:
+        """Mark rows of the state as overwritten from outside, by one write to each of its tensors.
+
+        Args:
+            state: the state.
+            rows: the rows (R,) that changed.
+        """
+        self.known[rows] = -1
+        # Any other number of writes may have changed any row.
+        once = [(address, count + 1) for address, count in self._written]
+        self._written = _written(state)
+        if self._written != once:
+            self.known.fill_(-1)
+
+    def check(self, state: State) -> None:
+        """Forget the sums of all rows if the state was written from outside since."""
+        if (written := _written(state)) != self._written:
+            self.known.fill_(-1)
+            self._written = written
+
+
+def _written(state: State) -> list[tuple[int, int]]:
+    """Return the address of each history, and how often torch wrote into it; the compiled step writes uncounted.
+
+    Tensors of inference mode have no count. There a put makes all rows be recomputed.
+    """
+    histories = [layer["numerators"] for layer in state.layers]
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in histories]
 
 
 class CompiledStep:
@@ -98,7 +145,7 @@ class CompiledStep:
         # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
-        self._panel = found.timemix_panel()
+        self._panel, self._block = found.timemix_panel(), found.timemix_block()
         # The tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
@@ -119,20 +166,48 @@ class CompiledStep:
             head=self._linear(model.head),
             layer=self._layers,
         )
-        self._filters: list[Tensor] | None = None
-        if isinstance(config, Rwkv1Config) and config.ctx_len >= lazy.FROM:
-            self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
-        self.tiled = self._filters is not None
-        # (rows, numbers for each row), as timemix_step asks for.
-        self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
+        self._remembers = isinstance(config, Rwkv1Config)
+        # Numbers of scratch for each row and for each piece, as timemix_step asks for.
+        self._sizes_of_scratch = (
+            3 * C + max(3 * C, 2 * hidden + C) + max(C, hidden),
+            C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
+        )
+        self._scratch = torch.empty(0)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+    def __call__(
+        self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        rows = rows.to(torch.int64).contiguous()
+        ends = torch.arange(1, len(rows) + 1) if counts is None else counts.to(torch.int64).cumsum(0)
+        wanted = ends - 1 if wanted is None else wanted.to(torch.int64).contiguous()
         with self._lock:
-            return self._step(tokens.to(torch.int64).contiguous(), state, rows.to(torch.int64).contiguous())
+            return self._step(tokens.to(torch.int64).contiguous(), state, rows, F.pad(ends, (1, 0)), wanted)
 
-    def _step(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        count, slots = len(rows), len(state.position)
+    def _step(
+        self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, State]:
+        pieces, slots, outputs = len(rows), len(state.position), len(wanted)
+        known = self._point_to(state)
+        per_row, per_piece = self._sizes_of_scratch
+        if len(self._scratch) < (size := len(tokens) * per_row + pieces * per_piece):
+            self._scratch = torch.empty(size)
+        self._model.threads = torch.get_num_threads()
+        logits = torch.empty(outputs, self._model.vocabulary)
+        given = (rows, first, state.position, known, tokens, wanted, logits, self._scratch)
+        pointers = (None if x is None else x.data_ptr() for x in given)
+        sizes = map(ctypes.c_int64, (pieces, slots, outputs))
+        fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
+        if fault == 1:
+            raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
+        if fault == 2:
+            raise InvalidValue(f"a row would pass {self._model.limit}, the end of this model's context")
+        if fault == 3:
+            raise InvalidValue(f"a row is not one of the state's {slots}, or stands at a negative position")
+        return logits, state
+
+    def _point_to(self, state: State) -> Tensor | None:
+        """Have the layers point to the tensors of a state; return which blocks of far sums it has, None without them."""
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
@@ -140,24 +215,16 @@ class CompiledStep:
                 if not x.is_contiguous():
                     x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
-        if len(self._scratch) < count:
-            self._scratch = torch.empty(count, self._scratch.shape[1])
-        starts = self._starts(state, rows)
-        self._model.threads = torch.get_num_threads()
-        logits = torch.empty(count, self._model.vocabulary)
-        given = (rows, state.position, starts, tokens, logits, self._scratch)
-        pointers = (None if x is None else x.data_ptr() for x in given)
-        sizes = (ctypes.c_int64(count), ctypes.c_int64(slots))
-        fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
-        if fault == 1:
-            raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
-        if fault == 2:
-            raise InvalidValue(f"a row stands at {self._model.limit}, the end of this model's context")
-        if fault == 3:
-            raise InvalidValue(f"a row is not one of the state's {slots}, or stands at a negative position")
-        if isinstance(state.pending, Pending):
-            state.pending.advance(state, rows)
-        return logits, state
+        if not self._remembers:
+            return None
+        far = state.pending
+        # A state may come from another step, whose tables differ.
+        if not isinstance(far, FarSums) or far.owner is not self:
+            state.pending = far = FarSums(self, state, self._block)
+        far.check(state)
+        for own, sums in zip(self._layers, far.sums, strict=True):
+            own.far = sums.data_ptr()
+        return far.known
 
     @staticmethod
     def hindrance(model: LanguageModel) -> str | None:
@@ -169,23 +236,6 @@ class CompiledStep:
             return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
         found, reason = step_library()
         return None if found else reason
-
-    def looks_back(self, position: int) -> int:
-        """Positions of the past that a step at a position reads: with tiles, the newest block and what is pending."""
-        return min(position, lazy.TILE) + 1 if self.tiled else position
-
-    def _starts(self, state: State, rows: Tensor) -> Tensor | None:
-        """Return where each row's own sum over the past begins (R,), None for 0; older terms are in `pending`."""
-        if self._filters is None:
-            return None
-        # A state may come from another step, whose filters differ.
-        pending = state.pending
-        if not isinstance(pending, Pending) or pending.filters is not self._filters:
-            state.pending = pending = Pending(state, self._filters)
-        starts = pending.starts(state, rows)
-        for own, sums in zip(self._layers, pending.sums, strict=True):
-            own.pending = sums.data_ptr()
-        return starts
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
         """Return the sizes of the mixer, the same in all layers."""
