@@ -11,6 +11,7 @@ ops/common/panels.h, field by field.
 """
 
 import ctypes
+import operator
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,10 @@ from timemix.ops.common.fused import ACTIVATION_KINDS
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.curves import basis, fading, turned
 from timemix.runtime.native import library
+
+
+def _int64(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
@@ -104,7 +109,7 @@ class FarSums:
         """
         self.known[rows] = -1
         # Any other number of writes may have changed any row.
-        once = [(address, count + 1) for address, count in self._written]
+        once = [(history, count + 1) for history, count in self._written]
         self._written = _written(state)
         if self._written != once:
             self.known.fill_(-1)
@@ -117,12 +122,14 @@ class FarSums:
 
 
 def _written(state: State) -> list[tuple[int, int]]:
-    """Return the address of each history, and how often torch wrote into it; the compiled step writes uncounted.
+    """Return the identity of each history, and how often torch wrote into it; the compiled step writes uncounted.
 
     Tensors of inference mode have no count. There a put makes all rows be recomputed.
     """
     histories = [layer["numerators"] for layer in state.layers]
-    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in histories]
+    if histories[0].is_inference():
+        return [(id(x), 0) for x in histories]
+    return [(id(x), x._version) for x in histories]
 
 
 class CompiledStep:
@@ -141,6 +148,7 @@ class CompiledStep:
         found, self.reason = step_library()
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
+        found.timemix_step.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 8]
         self.model = model
         # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
@@ -173,48 +181,52 @@ class CompiledStep:
             C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
         )
         self._scratch = torch.empty(0)
+        # The bounds of the newest call with one token for each row: most calls are such, one like the other.
+        self._single = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        # The tensors of the state that the layers point to.
+        self._bound: list[Tensor] = []
+        self._far: FarSums | None = None
 
     @torch.no_grad()
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        rows = rows.to(torch.int64).contiguous()
-        ends = torch.arange(1, len(rows) + 1) if counts is None else counts.to(torch.int64).cumsum(0)
-        wanted = ends - 1 if wanted is None else wanted.to(torch.int64).contiguous()
         with self._lock:
-            return self._step(tokens.to(torch.int64).contiguous(), state, rows, F.pad(ends, (1, 0)), wanted)
+            return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
 
-    def _step(
-        self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, State]:
-        pieces, slots, outputs = len(rows), len(state.position), len(wanted)
+    def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the first token of each piece, the end of the last added (R + 1,), and the wanted tokens."""
+        if counts is None and wanted is None and len(self._single[1]) == rows:
+            return self._single
+        first = torch.arange(rows + 1) if counts is None else F.pad(_int64(counts).cumsum(0), (1, 0))
+        found = first, first[1:] - 1 if wanted is None else _int64(wanted)
+        if counts is None and wanted is None:
+            self._single = found
+        return found
+
+    def _step(self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor) -> tuple[Tensor, State]:
         known = self._point_to(state)
         per_row, per_piece = self._sizes_of_scratch
-        if len(self._scratch) < (size := len(tokens) * per_row + pieces * per_piece):
+        if len(self._scratch) < (size := len(tokens) * per_row + len(rows) * per_piece):
             self._scratch = torch.empty(size)
         self._model.threads = torch.get_num_threads()
-        logits = torch.empty(outputs, self._model.vocabulary)
+        logits = torch.empty(len(wanted), self._model.vocabulary)
         given = (rows, first, state.position, known, tokens, wanted, logits, self._scratch)
-        pointers = (None if x is None else x.data_ptr() for x in given)
-        sizes = map(ctypes.c_int64, (pieces, slots, outputs))
-        fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
+        pointers = [None if x is None else x.data_ptr() for x in given]
+        fault = self._call(ctypes.byref(self._model), len(rows), len(state.position), len(wanted), *pointers)
         if fault == 1:
             raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
             raise InvalidValue(f"a row would pass {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise InvalidValue(f"a row is not one of the state's {slots}, or stands at a negative position")
+            raise InvalidValue(f"a row is not one of the state's {len(state.position)}, or stands at a negative position")
         return logits, state
 
     def _point_to(self, state: State) -> Tensor | None:
         """Have the layers point to the tensors of a state; return which blocks of far sums it has, None without them."""
-        state.position = state.position.contiguous()
-        for own, tensors in zip(self._layers, state.layers, strict=True):
-            for name, x in tensors.items():
-                # A prefill may leave views; step.c writes into contiguous tensors.
-                if not x.is_contiguous():
-                    x = tensors[name] = x.contiguous()
-                setattr(own, "newest" if name == "taps" else name, x.data_ptr())
+        tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
+        if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
+            self._bind(state)
         if not self._remembers:
             return None
         far = state.pending
@@ -222,9 +234,21 @@ class CompiledStep:
         if not isinstance(far, FarSums) or far.owner is not self:
             state.pending = far = FarSums(self, state, self._block)
         far.check(state)
-        for own, sums in zip(self._layers, far.sums, strict=True):
-            own.far = sums.data_ptr()
+        if far is not self._far:
+            self._far = far
+            for own, sums in zip(self._layers, far.sums, strict=True):
+                own.far = sums.data_ptr()
         return far.known
+
+    def _bind(self, state: State) -> None:
+        """Write the addresses of a state's tensors into the layers; step.c writes into contiguous ones."""
+        state.position = state.position.contiguous()
+        for own, tensors in zip(self._layers, state.layers, strict=True):
+            for name, x in tensors.items():
+                # A forward of the model may leave views.
+                x = tensors[name] = x.contiguous()
+                setattr(own, "newest" if name == "taps" else name, x.data_ptr())
+        self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]
 
     @staticmethod
     def hindrance(model: LanguageModel) -> str | None:
