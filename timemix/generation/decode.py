@@ -23,6 +23,10 @@ class Step(Protocol):
     compiled: bool
     reason: str
 
+    def looks_back(self, position: int) -> int:
+        """Return how many positions of the past a token at a position reads on average."""
+        ...
+
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
@@ -89,6 +93,9 @@ class ModelStep:
 
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason
+
+    def looks_back(self, position: int) -> int:
+        return position
 
     @torch.no_grad()
     def __call__(

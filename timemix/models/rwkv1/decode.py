@@ -153,7 +153,8 @@ class CompiledStep:
         # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
-        self._panel, self._block = found.timemix_panel(), found.timemix_block()
+        self._panel: int = found.timemix_panel()
+        self._block: int = found.timemix_block()
         # The tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
@@ -260,6 +261,14 @@ class CompiledStep:
             return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
         found, reason = step_library()
         return None if found else reason
+
+    def looks_back(self, position: int) -> int:
+        """Return how many positions of the past a token at a position reads on average.
+
+        Those of its block, the sums over the blocks before, and a share of what these are computed from.
+        """
+        blocks, rest = divmod(position, self._block)
+        return rest + (blocks + 1 if blocks else 0)
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
         """Return the sizes of the mixer, the same in all layers."""
