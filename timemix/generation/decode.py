@@ -107,23 +107,26 @@ class ModelStep:
         counts = torch.ones_like(rows) if counts is None else counts
         ends = counts.cumsum(0)
         wanted = ends - 1 if wanted is None else wanted
-        logits = torch.empty(len(tokens), vocab_size, device=device)
+        logits = torch.zeros(len(tokens), vocab_size, dtype=self.model.head.weight.dtype, device=device)
         with evaluating(self.model):
             single = (counts == 1).nonzero().flatten()
             if len(single):
-                found, state = self._decode(tokens[ends[single] - 1].to(device), state, rows[single].to(device))
-                logits = logits.to(found.dtype)
-                logits[(ends[single] - 1).to(device)] = found
+                at = ends[single] - 1
+                logits[at.to(device)], state = self._decode(tokens[at].to(device), state, rows[single].to(device))
             # A longer piece is read alone: what it gives does not depend on others.
             for i in (counts > 1).nonzero().flatten().tolist():
-                row, begin, end = rows[i : i + 1].to(device), int(ends[i] - counts[i]), int(ends[i])
-                hidden, part = self.model(tokens[None, begin:end].to(device), state.select(row), logits=None)
-                state.put(row, cast(State, part))
+                begin, end = int(ends[i] - counts[i]), int(ends[i])
+                hidden, state = self._read(tokens[begin:end].to(device), state, rows[i : i + 1].to(device))
                 own = wanted[(wanted >= begin) & (wanted < end)]
-                found = self.model.head(hidden[0, (own - begin).to(device)])
-                logits = logits.to(found.dtype)
-                logits[own.to(device)] = found
+                if len(own):
+                    logits[own.to(device)] = self.model.head(hidden[(own - begin).to(device)])
         return logits[wanted.to(device)], state
+
+    def _read(self, tokens: Tensor, state: State, row: Tensor) -> tuple[Tensor, State]:
+        """Feed tokens (T,) to one row (1,); rows before the head (T, C)."""
+        hidden, part = self.model(tokens[None], state.select(row), logits=None)
+        state.put(row, cast(State, part))
+        return hidden[0], state
 
     def _decode(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
         """Feed one token to each of some rows; logits (R, V)."""

@@ -192,8 +192,8 @@ class Engine:
         """Give slots to pending rows and to samples that fork; return the events of those that end without a token."""
         for row in list(self._rows):
             self._fork(row)
-        self._grow(min(self.slots, len(self._rows) + len(self._pending)))
         while self._pending and len(self._rows) < self.slots:
+            self._grow(min(self.slots, len(self._rows) + len(self._pending)))
             row = self._pending.popleft()
             row.slot = self._free.pop()
             self._rows.append(row)
