@@ -1,5 +1,6 @@
 """A text's bits: alone, and among others that join, leave, fork and are cancelled at any time."""
 
+import contextlib
 import functools
 import random
 
@@ -59,7 +60,9 @@ def engine_alone(model, step, request):
 def by_sample(events):
     found = {}
     for e in events:
-        found.setdefault(e.sample, []).append((e.token, e.top_log_probabilities, e.prompt_log_probabilities, e.finished))
+        found.setdefault(e.sample, []).append(
+            (e.token, e.top_log_probabilities, e.prompt_log_probabilities, e.finished)
+        )
     return found
 
 
@@ -83,10 +86,9 @@ def run_schedule(model, step, requests, expected, chosen):
         if chosen.random() < 0.15 and engine.cancel(victim := chosen.choice(list(which))):
             cancelled.add(victim)
         if chosen.random() < 0.15 and id not in cancelled and requests[number].samples == 1:
-            try:
+            # A pending request has none.
+            with contextlib.suppress(KeyError):
                 sessions.append((id, len(events.get(id, ())), engine.session(id)))
-            except KeyError:
-                pass
     while engine.busy:
         steps(1)
     for id, number in which.items():
@@ -99,7 +101,13 @@ def run_schedule(model, step, requests, expected, chosen):
         rest = expected[which[id]][0][told:]
         request = requests[which[id]]
         again = Request(
-            [], len(rest), request.sampler, request.seed, start=session, top_log_probabilities=VOCABULARY, keep=request.keep
+            [],
+            len(rest),
+            request.sampler,
+            request.seed,
+            start=session,
+            top_log_probabilities=VOCABULARY,
+            keep=request.keep,
         )
         if rest:
             tokens = by_sample(engine_alone(model, step, again))[0]

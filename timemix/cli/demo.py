@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 DEMO_PROMPT = "The "
+TOP_A = 0.02
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class DemoArguments:
 
 def demo(arguments: list[str]) -> int:
     parsed = parse(DemoArguments, arguments, "demo")
+    from timemix.generation.sampler import Sampler
     from timemix.training.start import new_run
 
+    sampler = Sampler(top_a=TOP_A)
     config = preset("demo")
     if parsed.steps is not None:
         config = replace(config, train=replace(config.train, steps=parsed.steps))
@@ -39,15 +42,15 @@ def demo(arguments: list[str]) -> int:
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
-            print(f"\nHalf way, it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+            print(f"\nHalf way, it writes:\n\n{write_sample(trainer, DEMO_PROMPT, sampler=sampler)}\n")
 
-    print(f"Before training it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+    print(f"Before training it writes:\n\n{write_sample(trainer, DEMO_PROMPT, sampler=sampler)}\n")
     status = run_trainer(trainer, during)
     if status == 0:
-        print(f"\nNow it writes:\n\n{write_sample(trainer, DEMO_PROMPT)}\n")
+        print(f"\nNow it writes:\n\n{write_sample(trainer, DEMO_PROMPT, sampler=sampler)}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
-            f"  timemix sample {out} --prompt 'The ' --tokens 500\n"
+            f"  timemix sample {out} --prompt 'The ' --tokens 500 --top-a {TOP_A}\n"
             f"  timemix eval {out}\n"
             f"  timemix train cpu-small --data YOUR.txt --out runs/mine"
         )

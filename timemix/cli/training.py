@@ -10,6 +10,7 @@ from timemix.errors import CannotWrite, ProcessLost
 from timemix.storage.files import cannot_write
 
 if TYPE_CHECKING:
+    from timemix.generation.sampler import Sampler
     from timemix.training.hooks import Hook
     from timemix.training.trainer import Trainer, TrainingProgress, Watch
 
@@ -75,10 +76,11 @@ def _introduce(trainer: "Trainer") -> None:
     )
 
 
-def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 300) -> str:
+def write_sample(
+    trainer: "Trainer", prompt: str | None = None, tokens: int = 300, *, sampler: "Sampler | None" = None
+) -> str:
     """Append a sample of the model to samples.txt and return it; the prompt is a newline if none is given."""
     from timemix.generation.generate import generate
-    from timemix.generation.sampler import Sampler
     from timemix.runs.load import Loaded, load
 
     tokenizer = trainer.corpus.tokenizer
@@ -87,10 +89,8 @@ def write_sample(trainer: "Trainer", prompt: str | None = None, tokens: int = 30
     # A model that is sharded over processes cannot generate in one of them.
     alone = trainer.world.size == 1
     model = trainer.model if alone else load(trainer.out, checkpoint="newest").model
-    model.eval()
     loaded = Loaded(model, tokenizer, trainer.config, trainer.out)
-    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
-    model.train()
+    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=sampler)[0]
     path = trainer.out / "samples.txt"
     try:
         with path.open("a", encoding="utf-8", newline="") as file:

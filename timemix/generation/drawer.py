@@ -73,7 +73,11 @@ def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
     scores = log_softmax(logits)
     # Among equal tokens the lowest ids come first.
     best = (-scores).argsort(kind="stable")[:count].tolist()
-    return token, float(scores[token]) if request.log_probabilities else None, tuple((i, float(scores[i])) for i in best)
+    return (
+        token,
+        float(scores[token]) if request.log_probabilities else None,
+        tuple((i, float(scores[i])) for i in best),
+    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from timemix.tokenizers.base import Tokenizer
 PIECE = 64
 """Tokens of prompts that one step reads at most; a prompt is cut where its position is a multiple of it."""
 
+
 class Engine:
     """Generate text for many requests at once; a request joins and leaves at any step.
 

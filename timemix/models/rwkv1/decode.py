@@ -95,7 +95,9 @@ class FarSums:
     def __init__(self, owner: "CompiledStep", state: State, block: int) -> None:
         self.owner = owner
         # far of each layer: (B, H, block, N)
-        self.sums = [torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers]
+        self.sums = [
+            torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers
+        ]
         # First position of the block that each row has, -1 for none.
         self.known = torch.full((len(state.position),), -1)
         self._written = _written(state)
@@ -220,11 +222,13 @@ class CompiledStep:
         if fault == 2:
             raise InvalidValue(f"a row would pass {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise InvalidValue(f"a row is not one of the state's {len(state.position)}, or stands at a negative position")
+            raise InvalidValue(
+                f"a row is not one of the state's {len(state.position)}, or stands at a negative position"
+            )
         return logits, state
 
     def _point_to(self, state: State) -> Tensor | None:
-        """Have the layers point to the tensors of a state; return which blocks of far sums it has, None without them."""
+        """Have the layers point to the tensors of a state; return which blocks its far sums are for, if it has any."""
         tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
         if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
             self._bind(state)
