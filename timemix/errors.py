@@ -11,7 +11,8 @@ TimemixError
         CannotWrite     a full disk, or no permission
     Unavailable         this machine lacks it: a device, memory, a package, the network
         ProcessLost     another process of a distributed run
-    NotFinite           training diverged
+    TooManyRequests     the queue of an engine is full
+    NotFinite           training diverged, or a model gives no finite logits
     HookFailed          a hook raised, and the run is set to stop then
 
 Interrupted stands beside it: a signal ended a run after its step was saved, so that `except TimemixError` does not
@@ -83,8 +84,12 @@ class ProcessLost(Unavailable):
     """Another process of a distributed run has ended or does not answer."""
 
 
+class TooManyRequests(TimemixError):
+    """As many requests are pending as the engine takes: the same call can succeed later."""
+
+
 class NotFinite(TimemixError):
-    """A loss or a gradient is not finite: the run fails in the same way again."""
+    """A loss, a gradient or a logit is not finite: the same call fails in the same way again."""
 
 
 class HookFailed(TimemixError):

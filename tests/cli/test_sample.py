@@ -172,4 +172,4 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(sample, monkeypatch):
         native.library.cache_clear()
     assert (status, out) == (0, expected)
     reason = "no C compiler was found: CC is '/nonexistent/cc'"
-    assert err == f"timemix: tokens are written step by step by the model itself: {reason}\n"
+    assert err == f"timemix: the model's own forward generates the tokens: {reason}\n"

@@ -12,11 +12,9 @@ from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
-from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
-from timemix.models.rwkv1 import tiles as lazy
 from timemix.tokenizers.character import ByteTokenizer
 
 
@@ -105,44 +103,30 @@ def test_a_place_used_again_holds_nothing_of_before(model):
     assert_same(finish(engine)[id], expected)
 
 
-def test_with_tiles_too_each_gets_what_it_gets_alone(monkeypatch):
-    model = KINDS["rwkv1, compiled"]()
-    requests = [request for request in REQUESTS if request.context == "reanchor"]
-    expected = [alone(model, request) for request in requests]
-    for name, value in {"FROM": 1, "TILE": 2, "_BY_MATRIX": 2, "_BY_TILES": 4}.items():
-        monkeypatch.setattr(lazy, name, value)
-    engine = Engine(model, CHARACTERS, slots=3)
-    assert engine.advance.tiled
-    events = {}
-    for request in requests:
-        engine.add(request)
-        for event in [*engine.step(), *engine.step(), *engine.step()]:
-            events.setdefault(event.id, []).append(event)
-    for id, rest in finish(engine).items():
-        events.setdefault(id, []).extend(rest)
-    for number, each in enumerate(expected):
-        assert_same(events[number], each)
+@pytest.mark.parametrize("kind", ["rwkv1, compiled", "mha_pro"])
+def test_a_row_without_finite_logits_ends_alone(kind):
+    model = KINDS[kind]()
+    with torch.no_grad():
+        # Only what reads this token is not finite.
+        model.embedding.weight[10] = math.nan
+    good = Request([3, 4], 9, seed=5, logit_bias={10: -math.inf}, log_probabilities=True)
+    expected = alone(model, good)
+    engine = Engine(model, CHARACTERS)
+    first, broken, last = engine.add(good), engine.add(Request([1, 10], 9)), engine.add(good)
+    events = finish(engine)
+    assert [(e.finished, e.token, e.reason) for e in events[broken]] == [
+        ("error", None, "the model's logits are not finite")
+    ]
+    assert_same(events[first], expected)
+    assert_same(events[last], expected)
+    # Its slot is used again.
+    assert_same(alone(model, good), expected)
 
 
-def test_a_model_that_gives_no_numbers_ends_what_is_at_work_and_no_more():
+def test_a_bias_that_excludes_every_token_ends_the_row():
     model = KINDS["rwkv1, compiled"]()
-    engine = Engine(model, CHARACTERS, slots=1)
-    engine.add(REQUESTS[0])
-    after = engine.add(REQUESTS[3])
-    engine.step()
-    before = model.head.weight.clone()
-    advance, engine.advance = engine.advance, writes(model, [math.nan])
-    with torch.no_grad():
-        model.head.weight.fill_(math.nan)
-    engine._few = 0
-    broken = build_step(model)
-    engine.advance = broken
-    with pytest.raises(ValueError, match="row 0 hold NaN"):
-        engine.step()
-    with torch.no_grad():
-        model.head.weight.copy_(before)
-    engine.advance = advance
-    assert_same(finish(engine)[after], alone(model, REQUESTS[3]))
+    (event,) = alone(model, Request([1], 5, logit_bias=dict.fromkeys(range(11), -math.inf)))
+    assert (event.finished, event.reason) == ("error", "logit_bias excludes every token")
 
 
 def test_text_held_back_goes_with_the_stream():
@@ -160,7 +144,6 @@ def test_text_held_back_goes_with_the_stream():
         first = [event for _ in range(cut) for event in engine.step()]
         stream = engine.session(id)
         engine = Engine(model, CHARACTERS, step=writes(model, text))
-        engine._few = 10
         engine.add(Request([], tokens=7 - cut, stop=("acd",), start=stream))
         rest = finish(engine)[0]
         assert "".join(e.text for e in [*first, *rest]) == "".join(e.text for e in whole) == "cab"
@@ -181,13 +164,13 @@ def writes(model, text):
     """A model that writes these tokens whatever it reads, through the step that an engine asks."""
 
     class Step:
-        compiled, tiled, reason = False, False, "told to"
+        compiled, reason = False, "told to"
 
         def looks_back(self, position):
             return position
 
-        def __call__(self, tokens, state, rows):
-            state.position[rows] += 1
+        def __call__(self, tokens, state, rows, counts=1, wanted=None):
+            state.position[rows] += counts
             logits = torch.full((len(rows), model.config.vocab_size), -30.0)
             for i, position in enumerate(state.position[rows].tolist()):
                 logits[i, text[min(position - 1, len(text) - 1)]] = 30.0
@@ -327,7 +310,7 @@ def test_what_an_engine_refuses():
 
 def test_prompts_are_read_in_pieces_of_bounded_size(model, monkeypatch):
     expected = [alone(model, request) for request in REQUESTS]
-    monkeypatch.setattr("timemix.generation.engine.READ_AT_ONCE", 3)
+    monkeypatch.setattr("timemix.generation.engine.PIECE", 3)
     engine = Engine(model, CHARACTERS)
     for request in REQUESTS:
         engine.add(request)

@@ -18,9 +18,9 @@ CTX = 12
 
 
 def generated(model, prompts, tokens, sampler, **options):
-    columns = list(generate_tokens(model, prompts, tokens, sampler, **options))
-    assert len(columns) == tokens
-    return torch.stack(columns, 1).tolist()
+    texts = generate_tokens(model, prompts, tokens, sampler, **options)
+    assert [len(text) for text in texts] == [tokens] * len(prompts)
+    return texts
 
 
 @pytest.mark.parametrize(("variant", "prompt"), pairwise(VARIANTS, [[3], list(range(11)), [1, 2, 3] * 9], strength=1))

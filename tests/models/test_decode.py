@@ -16,7 +16,6 @@ from timemix.generation.decode import ModelStep, build_step
 from timemix.models.quantize import quantized, rounded
 from timemix.models.registry import model_config
 from timemix.models.rwkv1 import decode as step_module
-from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.decode import CompiledStep
 from timemix.runtime import native
 
@@ -92,16 +91,9 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
                 torch.testing.assert_close(own[name] / largest, theirs[name] / largest, atol=1e-5, rtol=0)
 
 
-@pytest.fixture
-def tiles(monkeypatch):
-    """Tiles from any context on, small enough that every way of making them is taken."""
-    for name, value in {"FROM": 1, "TILE": 4, "_BY_MATRIX": 16, "_BY_TILES": 20}.items():
-        monkeypatch.setattr(lazy, name, value)
-
-
-@pytest.mark.parametrize(("begin", "scale"), pairwise([0, 1, 13, 20, 21, 40, 96], [1.0, 60.0], strength=1))
-def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
-    model = model_of("rwkv1", ctx_len=150)
+@pytest.mark.parametrize(("begin", "scale"), pairwise([0, 1, 60, 64, 65, 128, 150], [1.0, 60.0], strength=1))
+def test_sums_over_the_past_equal_those_of_the_model(begin, scale):
+    model = model_of("rwkv1", ctx_len=210)
     with torch.no_grad():
         for block in model.blocks:
             block.mixer.f.mul_(torch.rand_like(block.mixer.f))
@@ -112,7 +104,7 @@ def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
             _, state = model(torch.randint(19, (2, begin)), state)
         plain, state = state.clone(), state.clone()
         step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
-        for t in range(begin, 150):
+        for t in range(begin, 210):
             tokens = torch.randint(19, (2,))
             logits, plain = model(tokens[:, None], plain, logits="last")
             found, state = step(tokens, state, rows)
@@ -130,12 +122,12 @@ def test_tiles_equal_the_sum_over_the_whole_past(tiles, begin, scale):
     assert state.clone().pending is None
 
 
-def test_tiles_see_writes_that_a_put_follows_and_serve_without_counts(tiles):
-    model = model_of("rwkv1", ctx_len=60)
+def test_sums_over_the_past_see_writes_that_a_put_follows_also_without_counts():
+    model = model_of("rwkv1", ctx_len=160)
     step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            _, state = model(torch.randint(19, (2, 30)), model.init_state(2))
+            _, state = model(torch.randint(19, (2, 130)), model.init_state(2))
             step(torch.tensor([1, 2]), state, rows)
             for layer in state.layers:
                 layer["numerators"][1] *= 0.5
@@ -193,7 +185,7 @@ def test_wrong_tokens_and_the_end_of_the_context_change_nothing():
         with pytest.raises(ValueError, match="not one of the state's 2"):
             step(torch.tensor([1, 2]), state, wrong)
     state.position[1] = CTX
-    with pytest.raises(ValueError, match=f"stands at {CTX}, the end"):
+    with pytest.raises(ValueError, match=f"would pass {CTX}, the end"):
         step(torch.tensor([1, 2]), state, torch.tensor([0, 1]))
     assert all(not x.any() for layer in state.layers for x in layer.values())
 

@@ -127,13 +127,13 @@ def _stepping(
     worst = float((found - theirs).abs().max() / theirs.abs().max())
     fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
 
-    # With tiles a row that is set back is made up for anew: there it goes on to the end of its context.
-    tiled = step.tiled
+    # Sums over the past are computed once for a block of positions: a row that is set back would recompute them.
+    drifts = step.compiled and model.max_position is not None
     limit = model.max_position or 2**62
 
     def call() -> None:
         nonlocal state
-        if not tiled or int(state.position[0]) + STEPS > limit:
+        if not drifts or int(state.position[0]) + STEPS > limit:
             state.position.fill_(position)
         for _ in range(STEPS):
             _, state = step(tokens, state, places)
@@ -261,7 +261,8 @@ def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Conten
     def call() -> None:
         engine = Engine(model, step=step)
         engine.add(Request(prompt, 1, Sampler(temperature=0)))
-        engine.step()
+        while engine.busy:
+            engine.step()
 
     return Contender(name, call, length)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEMO_PROMPT = "The "
 SECONDS = 100.0
+TOP_A = 0.02
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def demo(arguments: list[str]) -> int:
 
 
 def _demo(parsed: DemoArguments) -> int:
+    from timemix.generation.sampler import Sampler
     from timemix.runtime.machine import keep_freed_memory
     from timemix.training.start import new_run
 
@@ -54,7 +56,7 @@ def _demo(parsed: DemoArguments) -> int:
     half = max(1, trainer.config.train.steps // 2)
 
     def sample() -> str:
-        return shown(trainer.sample(DEMO_PROMPT) or "")
+        return shown(trainer.sample(DEMO_PROMPT, Sampler(top_a=TOP_A)) or "")
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
@@ -66,7 +68,7 @@ def _demo(parsed: DemoArguments) -> int:
         print(f"\nNow it writes:\n\n{sample()}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
-            f"  timemix sample {out} --prompt 'The ' --tokens 500\n"
+            f"  timemix sample {out} --prompt 'The ' --tokens 500 --top-a {TOP_A}\n"
             f"  timemix eval {out}\n"
             f"  timemix train cpu-small --data YOUR.txt --out runs/mine"
         )

@@ -1,8 +1,10 @@
 """The verb sample: text from a trained model."""
 
+import itertools
 import json
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -39,7 +41,7 @@ class Sampling:
     """Total probability of the most probable tokens that are kept; 1: off."""
     min_p: float = 0.0
     """Least probability of a kept token, as a share of the largest; 0: off."""
-    top_a: float = 0.02
+    top_a: float = 0.0
     """Factor of the threshold top_a * p_max ^ top_a_power, below which tokens are removed; 0: off."""
     top_a_power: float = 2.0
     """Exponent of the threshold of --top-a."""
@@ -82,10 +84,10 @@ class SampleArguments:
 
 
 def sample(arguments: list[str]) -> int:
+    _check_prompt(arguments)
     parsed = parse(SampleArguments, arguments, "sample")
     settings = parsed.sampling
-    if parsed.save_state is not None and settings.count > 1:
-        raise InvalidValue(f"--save-state takes the state of one text; leave --count {settings.count} out")
+    _check(parsed)
     from timemix.generation.engine import Engine
     from timemix.generation.prompts import default_prompt
     from timemix.generation.request import Request
@@ -97,36 +99,36 @@ def sample(arguments: list[str]) -> int:
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
-    prompt = parsed.prompt
+    tokenizer, prompt = loaded.tokenizer, parsed.prompt
     if prompt is None:
-        prompt = default_prompt(loaded.tokenizer) if start is None else ""
-    _note_long_prompt(prompt, loaded)
-    engine = Engine(loaded.model, loaded.tokenizer, slots=settings.count, weights=parsed.weights)
+        prompt = default_prompt(tokenizer) if start is None else ""
+    ids = tokenizer.encode(prompt).tolist()
+    _note_long_prompt(len(ids), loaded)
+    engine = Engine(loaded.model, tokenizer, slots=settings.count, weights=parsed.weights)
     if not engine.advance.compiled:
-        print(f"timemix: tokens are written step by step by the model itself: {engine.advance.reason}", file=sys.stderr)
-    ids = loaded.tokenizer.encode(prompt).tolist()
-    for number in range(settings.count):
-        engine.add(
-            Request(
-                ids,
-                tokens=settings.tokens,
-                sampler=sampler,
-                seed=settings.seed,
-                sample=number,
-                stop=settings.stop,
-                log_probabilities=parsed.log_probabilities,
-                start=start,
-                keep_session=parsed.save_state is not None,
-                context=settings.context,
-            )
+        print(f"timemix: the model's own forward generates the tokens: {engine.advance.reason}", file=sys.stderr)
+    engine.add(
+        Request(
+            ids,
+            tokens=settings.tokens,
+            sampler=sampler,
+            seed=settings.seed,
+            samples=settings.count,
+            stop=settings.stop,
+            stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
+            log_probabilities=parsed.log_probabilities,
+            start=start,
+            keep_session=parsed.save_state is not None,
+            context=settings.context,
         )
+    )
     saving = parsed.save_state
     noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
     with noted as interrupts:
         sessions: list[Session] = []
         gone: BrokenPipeError | None = None
         try:
-            for _ in _written(engine, prompt, parsed, sessions):
+            for _ in _printed(engine, prompt, parsed, sessions):
                 if interrupts:
                     break
         except BrokenPipeError as error:
@@ -140,6 +142,27 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def shown(text: str) -> str:
+    """Return a text for a terminal: control characters that it would obey are escaped."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def _check_prompt(arguments: list[str]) -> None:
+    for flag, value in itertools.pairwise(arguments):
+        if flag == "--prompt" and value.startswith("-"):
+            raise InvalidValue(
+                f"--prompt has no text before {value!r}; a text that begins with '-' is --prompt={value}"
+            )
+
+
+def _check(parsed: SampleArguments) -> None:
+    count = parsed.sampling.count
+    if parsed.save_state is not None and count > 1:
+        raise InvalidValue(f"--save-state takes the state of one text; leave --count {count} out")
+    if parsed.log_probabilities and not parsed.json:
+        raise InvalidValue("--log-probabilities is part of the JSON object; add --json")
+
+
 @contextmanager
 def _interrupts_noted() -> Iterator[list[int]]:
     """Collect Ctrl-C in the list instead of raising KeyboardInterrupt."""
@@ -151,40 +174,41 @@ def _interrupts_noted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _written(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "list[Session]") -> Iterator["Event"]:
-    """Prints the texts of an engine, one as it comes, several when all have ended; gives their events.
+def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "list[Session]") -> Iterator["Event"]:
+    """Print the texts of an engine, one as it comes, several when all have ended; yield their events.
 
     The session of a text that has ended goes into the list before its end is printed.
     """
+    from timemix.generation.generate import events_of
+
     count = parsed.sampling.count
     streaming = count == 1 and not parsed.json
+    form = shown if sys.stdout.isatty() else str
     texts = [""] * count
-    told: list[list[float | None]] = [[] for _ in range(count)]
+    scores: list[list[float | None]] = [[] for _ in range(count)]
     if streaming:
-        sys.stdout.write(prompt)
-    while engine.busy:
-        for event in engine.step():
-            if event.session is not None:
-                sessions.append(event.session)
-            texts[event.id] += event.text
-            told[event.id].append(event.log_probability)
-            if streaming:
-                sys.stdout.write(event.text)
-                sys.stdout.flush()
-            # Last: a stop here loses nothing of what the state holds.
-            yield event
+        sys.stdout.write(form(prompt))
+    for event in events_of(engine):
+        if event.session is not None:
+            sessions.append(event.session)
+        texts[event.sample] += event.text
+        scores[event.sample].append(event.log_probability)
+        if streaming:
+            sys.stdout.write(form(event.text))
+            sys.stdout.flush()
+        # Last: a stop here loses nothing of what the state holds.
+        yield event
     if parsed.json:
-        asked = {"log_probabilities": told} if parsed.log_probabilities else {}
+        asked = {"log_probabilities": scores} if parsed.log_probabilities else {}
         print(json.dumps({"prompt": prompt, "texts": texts} | asked))
     elif streaming:
         sys.stdout.write("\n")
     else:
         for number, text in enumerate(texts, 1):
-            print(f"--- sample {number}\n{prompt}{text}")
+            print(f"--- sample {number}\n{form(prompt + text)}")
 
 
-def _note_long_prompt(prompt: str, loaded: "Loaded") -> None:
-    tokens = len(loaded.tokenizer.encode(prompt))
+def _note_long_prompt(tokens: int, loaded: "Loaded") -> None:
     limit = loaded.model.max_position
     if limit is not None and tokens > limit:
         print(

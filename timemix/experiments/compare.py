@@ -340,7 +340,6 @@ class Comparison:
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
         """What the first seed's model writes after each prompt."""
         from timemix.generation.generate import generate
-        from timemix.generation.sampler import Sampler
 
         job = self.seed_jobs(variant)[0]
         if self.good_result(job) is None:
@@ -349,8 +348,7 @@ class Comparison:
         old = read_json(path) if path.exists() else {}
         if list(old) != list(self.prompts) or not all(isinstance(text, str) for text in old.values()):
             loaded = load(self.folder(job), device=str(choose_device(self.device)[0]))
-            sampler = Sampler(top_a=0.02)
-            texts = {p: generate(loaded, p, tokens=tokens, sampler=sampler)[0] for p in self.prompts}
+            texts = {p: generate(loaded, p, tokens=tokens)[0] for p in self.prompts}
             write_text(path, json.dumps(texts))
             return texts
         return old

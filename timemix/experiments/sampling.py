@@ -72,7 +72,7 @@ def run_sampling(
         found = _measured_before(path) if path.exists() else {}
         for setting in settings:
             if setting.label not in found:
-                texts = _write(writer, prompts, experiment.tokens, setting.sampler)
+                texts = generate_tokens(writer, prompts, experiment.tokens, setting.sampler)
                 figures = to_json(measure_text(texts, prompts, judge))
                 measured = Measured(**figures, entropy=mean_entropy(setting.sampler, logits))
                 found[setting.label] = measured
@@ -204,11 +204,6 @@ def sweep(experiment: SamplingExperiment) -> list[Setting]:
         Setting(f"top-a {a:g}, power {p:g}", 1.0, Sampler(top_a=a, top_a_power=p)) for a, p in pairs
     ]  # fmt: skip
     return [Setting("no filter", 1.0, Sampler()), *settings]
-
-
-def _write(model: LanguageModel, prompts: list[list[int]], tokens: int, sampler: Sampler) -> list[list[int]]:
-    columns = [new.tolist() for new in generate_tokens(model, prompts, tokens, sampler)]
-    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> TextFigures:

@@ -1,5 +1,7 @@
-"""The step of generation: one token for each of some rows, by compiled code or by the model."""
+"""The step of generation: tokens of some rows through the model, by compiled code or by the model's own forward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -13,38 +15,41 @@ from timemix.models.state import State
 
 
 class Step(Protocol):
-    """Feeds one token to each of some rows of a state.
+    """Feeds tokens to some rows of a state.
 
-    `compiled`: whether it is C code rather than the model's own forward. `reason`: why this kind was chosen. `tiled`:
-    whether it works out ahead, in tiles, what the past adds to positions to come.
+    `compiled`: whether it is C code rather than the model's own forward. `reason`: why this kind was chosen.
     """
 
     compiled: bool
     reason: str
-    tiled: bool
 
     def looks_back(self, position: int) -> int:
-        """Positions of the past that a step at a position reads."""
+        """Return how many positions of the past a token at a position reads on average."""
         ...
 
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Feed one token to each of some rows of a state.
+    def __call__(
+        self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Feed tokens to some rows of a state, as many to each as `counts` says.
 
         Args:
-            tokens: (R,) int64, 0 to V - 1.
+            tokens: (T,) int64, 0 to V - 1: those of the first row, then those of the second, and so on.
             state: state of the model; consumed, its other rows unchanged.
             rows: rows of the state (R,) int64, all different.
+            counts: tokens of each row (R,) int64, at least 1, T together; None: one each.
+            wanted: indices (n,) int64 of the tokens whose logits are returned; None: the last one of each row.
 
         Returns:
-            Logits (R, V) after these tokens, and the state.
+            Logits (n, V) after these tokens, and the state.
 
         Raises:
-            InvalidValue: a token outside the vocabulary, a row outside the state, or one at the model's `max_position`.
+            InvalidValue: a token outside the vocabulary, a row outside the state, or one that would pass the model's
+                `max_position`.
         """
 
 
 def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
-    """Build the decode step of a model. Its weights must not change while the step is in use.
+    """Build the step of a model. Its weights must not change while the step is in use.
 
     Args:
         model: the model.
@@ -77,7 +82,7 @@ def _hindrance(model: LanguageModel) -> str | None:
 
 
 class ModelStep:
-    """The fallback: the model's own forward.
+    """The fallback: the model's own forward, in eval mode.
 
     Args:
         model: the model, its weights rounded already.
@@ -85,24 +90,63 @@ class ModelStep:
     """
 
     compiled = False
-    tiled = False
-
-    def looks_back(self, position: int) -> int:
-        return position
 
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason
 
+    def looks_back(self, position: int) -> int:
+        return position
+
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+    def __call__(
+        self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         device, vocab_size = self.model.device, self.model.config.vocab_size
         if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
             raise InvalidValue(f"a token is outside the vocabulary of {vocab_size}")
+        counts = torch.ones_like(rows) if counts is None else counts
+        ends = counts.cumsum(0)
+        wanted = ends - 1 if wanted is None else wanted
+        logits = torch.zeros(len(tokens), vocab_size, dtype=self.model.head.weight.dtype, device=device)
+        with evaluating(self.model):
+            single = (counts == 1).nonzero().flatten()
+            if len(single):
+                at = ends[single] - 1
+                logits[at.to(device)], state = self._decode(tokens[at].to(device), state, rows[single].to(device))
+            # A longer piece is read alone: what it gives does not depend on others.
+            for i in (counts > 1).nonzero().flatten().tolist():
+                begin, end = int(ends[i] - counts[i]), int(ends[i])
+                hidden, state = self._read(tokens[begin:end].to(device), state, rows[i : i + 1].to(device))
+                own = wanted[(wanted >= begin) & (wanted < end)]
+                if len(own):
+                    logits[own.to(device)] = self.model.head(hidden[(own - begin).to(device)])
+        return logits[wanted.to(device)], state
+
+    def _read(self, tokens: Tensor, state: State, row: Tensor) -> tuple[Tensor, State]:
+        """Feed tokens (T,) to one row (1,); rows before the head (T, C)."""
+        hidden, part = self.model(tokens[None], state.select(row), logits=None)
+        state.put(row, cast(State, part))
+        return hidden[0], state
+
+    def _decode(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+        """Feed one token to each of some rows; logits (R, V)."""
         # All rows in order need no copy of their state.
-        if torch.equal(rows, torch.arange(len(state.position))):
-            logits, after = self.model(tokens[:, None].to(device), state, logits="last")
+        if len(rows) == len(state.position) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            logits, after = self.model(tokens[:, None], state, logits="last")
             return logits, cast(State, after)
-        rows = rows.to(device)
-        logits, part = self.model(tokens[:, None].to(device), state.select(rows), logits="last")
+        logits, part = self.model(tokens[:, None], state.select(rows), logits="last")
         state.put(rows, cast(State, part))
         return logits, state
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Have a model in eval mode for a while; each module gets back the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

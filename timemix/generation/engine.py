@@ -1,63 +1,48 @@
-"""Many texts written at once: requests join and leave at any step, and each gets what it would get alone."""
+"""Many texts generated at once: requests join and leave at any step, and each gets what it would get alone."""
 
 import itertools
+import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import replace
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, TooManyRequests
 from timemix.generation.decode import Step, build_step
+from timemix.generation.drawer import Drawer, Drawn, log_softmax
 from timemix.generation.request import Event, Request
-from timemix.generation.sampler import Sampler, draw
+from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
 from timemix.generation.session import Session
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
 from timemix.models.state import State
-from timemix.tokenizers.base import StreamDecoder, Tokenizer
+from timemix.tokenizers.base import Tokenizer
 
-READ_AT_ONCE = 2048
-"""Tokens that one call of the model reads of all prompts together, so that its memory is bounded."""
-
-STEPS_FOR = 4e7
-"""By a model's parameters: the tokens that compiled steps read sooner than a call of the model does."""
-
-
-@dataclass
-class _Row:
-    """A request in its place of the batch."""
-
-    id: int
-    request: Request
-    place: int
-    position: int
-    """Tokens in its state; 0 also where it is to begin again."""
-    unread: int
-    tokens: list[int]
-    seen: set[int]
-    written: int
-    first: int
-    decoder: StreamDecoder | None
-    held: str = ""
+PIECE = 64
+"""Tokens of prompts that one step reads at most; a prompt is cut where its position is a multiple of it."""
 
 
 class Engine:
     """Generate text for many requests at once; a request joins and leaves at any step.
 
-    A row's state holds nothing of other rows, nor of those that had its slot before.
+    A row's state holds nothing of other rows, nor of those that had its slot before. With compiled code the logits of a
+    row are bit-identical whatever else is generated, at any number of threads; with the model's own forward they agree
+    to 1e-5.
+
+    One thread calls `step` in a loop. `add`, `cancel` and `session` may be called by any thread meanwhile; further
+    calls of `step` wait for their turn.
 
     Args:
-        model: The model, in eval mode.
+        model: The model.
         tokenizer: Decodes the text of events; None: events have no text.
-        slots: Active requests at most, at least 1; the others are pending.
-        weights: "float32", "bfloat16" or "int8": rounding of the weights of decode steps; long prompts use float32.
-        step: Decode step to use, None for the fastest that the model has.
+        slots: Active samples at most, at least 1; the others are pending.
+        weights: "float32", "bfloat16" or "int8": rounding of the linear weights.
+        step: Step to use, None for the fastest that the model has.
+        max_pending: Pending requests at most; None: any number.
 
     Raises:
-        InvalidValue: `slots` is below 1, `weights` is unknown, or `model` is no language model.
+        InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, or `model` is no language model.
     """
 
     def __init__(
@@ -68,24 +53,27 @@ class Engine:
         slots: int = 32,
         weights: Weights = "float32",
         step: Step | None = None,
+        max_pending: int | None = None,
     ) -> None:
         if not isinstance(model, LanguageModel):
             raise InvalidValue(f"model is a {type(model).__name__}; pass the model of a loaded run: load(...).model")
-        if slots < 1:
-            raise InvalidValue(f"slots is {slots}; it must be at least 1")
-        self.model, self.tokenizer, self.slots = model, tokenizer, slots
+        for name, value in (("slots", slots), ("max_pending", max_pending)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidValue(f"{name} is {value!r}; it must be a whole number, at least 1")
+        self.model, self.tokenizer, self.slots, self.max_pending = model, tokenizer, slots, max_pending
         self.advance = step or build_step(model, weights)
-        parameters = sum(p.numel() for p in model.parameters())
-        # Measured at 0.8, 17 and 100 M parameters: the call takes long for what it does, the step is bound by memory.
-        few = max(6, min(64, int(STEPS_FOR / parameters)))
-        self._few = few if self.advance.compiled else 0
-        self._ids = itertools.count()
-        self._waiting: deque[tuple[int, Request]] = deque()
-        self._rows: list[_Row] = []
+        self._ids, self._clock = itertools.count(), itertools.count(1)
+        self._pending: deque[Row] = deque()
+        self._rows: list[Row] = []
         # It grows with the rows: that of long contexts is large.
         self._state = model.init_state(0)
         self._free: list[int] = []
-        self._sampler: Sampler | None = None
+        self._drawer = Drawer()
+        # Tokens of a text that are read again, or finish a character.
+        self._tokens_kept = max(model.max_position or 0, UNFINISHED)
+        # Guards all above; _stepping: a step computes, without the lock; _copying: sessions that wait for its end.
+        self._changed = threading.Condition()
+        self._stepping, self._copying = False, 0
 
     def add(self, request: Request) -> int:
         """Add a request.
@@ -99,22 +87,26 @@ class Engine:
         Raises:
             InvalidValue: A token outside the vocabulary, stop strings without a tokenizer, or a session of another
                 model.
+            TooManyRequests: `max_pending` requests are pending.
         """
-        start = request.start
-        old = () if start is None else (*start.tokens, *start.seen)
-        outside = next((t for t in (*request.prompt, *old) if not 0 <= t < self.model.config.vocab_size), None)
+        vocab_size = self.model.config.vocab_size
+        outside = next((t for t in request.token_ids() if not 0 <= t < vocab_size), None)
         if outside is not None:
-            raise InvalidValue(f"token {outside} is outside the vocabulary of {self.model.config.vocab_size}")
+            raise InvalidValue(f"token {outside} is outside the vocabulary of {vocab_size}")
         if request.stop and self.tokenizer is None:
             raise InvalidValue("stop strings need a tokenizer")
-        if start is not None and _shapes(start.state) != _shapes(self._state):
+        if request.start is not None and _shapes(request.start.state) != _shapes(self._state):
             raise InvalidValue("the session to continue is of another model")
-        number = next(self._ids)
-        self._waiting.append((number, request))
-        return number
+        row = new_row(-1, request, self.tokenizer, self.model.max_position)
+        with self._changed:
+            if self.max_pending is not None and len({each.id for each in self._pending}) >= self.max_pending:
+                raise TooManyRequests(f"{self.max_pending} requests are pending; add this one again later")
+            row.id = next(self._ids)
+            self._pending.append(row)
+        return row.id
 
     def cancel(self, id: int) -> bool:
-        """End a request at once.
+        """End a request at once; no event of it comes from a step that ends later.
 
         Args:
             id: Id of the request.
@@ -122,24 +114,31 @@ class Engine:
         Returns:
             False where it has ended already.
         """
-        for row in self._rows:
-            if row.id == id:
-                self._leave(row)
-                return True
-        before = len(self._waiting)
-        self._waiting = deque(each for each in self._waiting if each[0] != id)
-        return len(self._waiting) < before
+        with self._changed:
+            found = [row for row in (*self._rows, *self._pending) if row.id == id and not row.is_cancelled]
+            for row in found:
+                row.is_cancelled = True
+            if not self._stepping:
+                self._remove_cancelled()
+        return bool(found)
+
+    def _remove_cancelled(self) -> None:
+        for row in [row for row in self._rows if row.is_cancelled]:
+            self._leave(row)
+        self._pending = deque(row for row in self._pending if not row.is_cancelled)
 
     @property
     def busy(self) -> bool:
         """Whether a request is active or pending."""
-        return bool(self._rows or self._waiting)
+        with self._changed:
+            return any(not row.is_cancelled for row in (*self._rows, *self._pending))
 
-    def session(self, id: int) -> Session:
-        """Return a copy of an active request's session.
+    def session(self, id: int, sample: int | None = None) -> Session:
+        """Return a copy of an active request's session, after the step in progress if there is one.
 
         Args:
             id: Id of the request.
+            sample: Number of the sample, None for the first active one.
 
         Returns:
             The session, which `Request(start=...)` continues.
@@ -147,204 +146,212 @@ class Engine:
         Raises:
             KeyError: The request is not active.
         """
-        row = next((row for row in self._rows if row.id == id), None)
-        if row is None:
-            raise KeyError(id)
-        return self._session_of(row)
+        with self._changed:
+            self._copying += 1
+            try:
+                self._changed.wait_for(lambda: not self._stepping)
+                found = (row for row in self._rows if row.id == id and sample in (None, row.sample))
+                row = next(found, None)
+                if row is None:
+                    raise KeyError(id)
+                return self._session_of(row)
+            finally:
+                self._copying -= 1
+                self._changed.notify_all()
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Generate one token of every active request; pending requests join first.
+        """Generate one token of every active request that has read its prompt; pending requests join first.
+
+        A step reads at most `PIECE` tokens of prompts, in turn. A request that still reads has no event.
 
         Returns:
-            One event per active request, in the order in which they came.
-
-        Raises:
-            ValueError: The logits are not finite; all active requests end.
+            The events, in the order in which their requests came.
         """
-        events = []
-        self._grow(min(self.slots, len(self._rows) + len(self._waiting)))
-        while self._waiting and len(self._rows) < self.slots:
-            number, request = self._waiting.popleft()
-            row = self._enter(number, request)
-            if request.tokens == 0:
-                events.append(Event(number, None, "", None, "length", self._kept(row)))
-                self._leave(row)
-        if not self._rows:
-            return events
-        rows = list(self._rows)
-        logits = self._read(rows)
+        with self._changed:
+            # A session that waits is copied first.
+            self._changed.wait_for(lambda: not (self._stepping or self._copying))
+            events = self._join()
+            rows = list(self._rows)
+            self._stepping = True
+        drawn: list[tuple[Row, Drawn | str]] | None = None
         try:
-            tokens = self._draw(rows, logits)
-        except ValueError:
-            # Their states are a token ahead of their texts.
-            for row in rows:
-                self._leave(row)
-            raise
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            told = None
-            if row.request.log_probabilities:
-                told = float(logits[i].double().log_softmax(-1)[token])
-            events.append(self._take(row, token, told))
+            drawn = self._compute(rows)
+        finally:
+            with self._changed:
+                if drawn is None:
+                    # Their states may be ahead of their texts.
+                    for row in rows:
+                        self._leave(row)
+                events += [self._take(row, each) for row, each in drawn or () if not row.is_cancelled]
+                self._remove_cancelled()
+                self._stepping = False
+                self._changed.notify_all()
         return events
 
-    def _grow(self, places: int) -> None:
-        """Makes room for so many rows."""
+    def _join(self) -> list[Event]:
+        """Give slots to pending rows and to samples that fork; return the events of those that end without a token."""
+        for row in list(self._rows):
+            self._fork(row)
+        while self._pending and len(self._rows) < self.slots:
+            self._grow(min(self.slots, len(self._rows) + len(self._pending)))
+            row = self._pending.popleft()
+            row.slot = self._free.pop()
+            self._rows.append(row)
+            slot, state = torch.tensor([row.slot], device=self.model.device), row.state or self.model.init_state(1)
+            self._state.put(slot, state)
+            row.state = None
+            self._fork(row)
+        return [
+            self._end(row, Event(row.id, None, "", sample=row.sample), "length")
+            for row in list(self._rows)
+            if row.request.tokens == 0 and row.has_read
+        ]
+
+    def _fork(self, row: Row) -> None:
+        """Put the further samples of a row whose prompt is read but for its last token before all pending ones."""
+        if not (row.forks and row.has_read):
+            return
+        state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None
+        forks = [
+            replace(
+                row,
+                sample=row.sample + number,
+                tokens=list(row.tokens),
+                seen=set(row.seen),
+                emitter=new_emitter(row.request, row.tokens, self.tokenizer),
+                state=state,
+                forks=0,
+                prompt_scores=None,
+            )
+            for number in range(1, row.forks + 1)
+        ]
+        row.forks = 0
+        self._pending.extendleft(reversed(forks))
+
+    def _grow(self, slots: int) -> None:
+        """Make room for so many rows."""
         have = len(self._state.position)
-        if places > have:
-            self._state = State.cat([self._state, self.model.init_state(places - have)])
-            self._free += range(have, places)
+        if slots > have:
+            self._state = State.cat([self._state, self.model.init_state(slots - have)])
+            self._free += range(have, slots)
 
-    def _enter(self, number: int, request: Request) -> _Row:
-        start, limit = request.start, self.model.max_position
-        place = self._free.pop()
-        old = [] if start is None else list(start.tokens)
-        decoder = None
-        if self.tokenizer is not None:
-            decoder = self.tokenizer.stream()
-            # Of the text before: a word tokenizer puts a space before a word that follows another.
-            decoder.push_all(np.array([*old, *request.prompt], np.int64))
-        written = 0 if start is None else start.written
-        row = _Row(
-            number,
-            request,
-            place,
-            position=0 if start is None else int(start.state.position),
-            unread=len(request.prompt) + (0 if start is None else start.unread),
-            tokens=[*old, *request.prompt],
-            seen=set(request.prompt) | (start.seen if start is not None else set()),
-            written=written,
-            first=written,
-            decoder=decoder,
-            held="" if start is None or len(request.prompt) else start.held,
-        )
-        if start is not None:
-            self._state.put(torch.tensor([place]), start.state)
-        if limit is not None and row.position == 0:
-            row.unread = min(row.unread, limit)
-        self._rows.append(row)
-        self._sampler = None
-        return row
-
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         self._rows.remove(row)
-        self._free.append(row.place)
-        self._sampler = None
+        self._free.append(row.slot)
 
-    def _read(self, rows: list[_Row]) -> Tensor:
-        """Reads what is unread; logits (R, V) after each row's last token."""
-        self._make_room(rows)
-        groups: dict[tuple[bool, int], list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault((row.position > 0, row.unread), []).append(i)
-        parts = []
-        for (begun, unread), members in groups.items():
-            tokens = torch.tensor([rows[i].tokens[-unread:] for i in members])
-            places = torch.tensor([rows[i].place for i in members])
-            if (begun and unread == 1) or unread * len(members) <= self._few:
-                if not begun:
-                    self._state.put(places, self.model.init_state(len(places)))
-                for column in tokens.unbind(1):
-                    found, self._state = self.advance(column.contiguous(), self._state, places)
-            else:
-                found = self._prefill(tokens, places, begun)
-            parts.append(found)
-        for row in rows:
-            row.position, row.unread = row.position + row.unread, 0
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([i for members in groups.values() for i in members]).argsort()
-        return torch.cat(parts)[order.to(parts[0].device)]
-
-    def _make_room(self, rows: list[_Row]) -> None:
-        """Has the rows that would pass the end of their context begin again with the newest of it."""
+    def _make_room(self, rows: list[Row]) -> None:
+        """Have the rows that would pass the end of their context begin again with the newest of it."""
         limit = self.model.max_position
         if limit is None:
             return
-        for row in rows:
-            if row.position + row.unread > limit:
-                kept = limit if row.request.context == "exact" else max(1, int(row.request.keep * limit))
-                row.position, row.unread = 0, min(kept, len(row.tokens))
+        full = [row for row in rows if row.position + row.unread > limit]
+        for row in full:
+            kept = limit if row.request.context == "exact" else max(1, int(row.request.keep * limit))
+            row.position, row.unread = 0, min(kept, len(row.tokens))
+        if full:
+            slots = torch.tensor([row.slot for row in full], device=self.model.device)
+            self._state.put(slots, self.model.init_state(len(slots)))
 
-    def _prefill(self, tokens: Tensor, places: Tensor, begun: bool) -> Tensor:
-        """Has rows read tokens (R, T), in pieces, from their state or from the beginning; logits (R, V) after them."""
-        found = []
-        for some, where in zip(tokens.split(READ_AT_ONCE), places.split(READ_AT_ONCE), strict=True):
-            where = where.to(self.model.device)
-            state = self._state.select(where) if begun else self.model.init_state(len(where))
-            for piece in some.to(self.model.device).split(max(1, READ_AT_ONCE // len(where)), dim=1):
-                logits, after = self.model(piece, state, logits="last")
-                state = cast(State, after)
-            self._state.put(where, state)
-            found.append(logits)
-        return torch.cat(found)
+    def _compute(self, rows: list[Row]) -> list[tuple[Row, Drawn | str]]:
+        """Read a step's tokens; return what was drawn, or the reason of an error, of each row that has read all."""
+        self._make_room(rows)
+        pieces = self._pieces(rows)
+        if not pieces:
+            return []
+        tokens: list[int] = []
+        # Indices of tokens whose logits are wanted; the rows that draw from them, and the prompts that they score.
+        wanted: list[int] = []
+        done: list[tuple[int, Row]] = []
+        scored: list[tuple[int, Row, int]] = []
+        for row, count in pieces:
+            for offset, index in row.scored(count):
+                scored.append((len(wanted), row, index))
+                wanted.append(len(tokens) + offset)
+            begin = len(row.tokens) - row.unread
+            tokens += row.tokens[begin : begin + count]
+            if count == row.unread:
+                done.append((len(wanted), row))
+                wanted.append(len(tokens) - 1)
+        slots, counts = torch.tensor([(row.slot, count) for row, count in pieces]).unbind(1)
+        if len(tokens) == len(pieces) == len(wanted):
+            found, self._state = self.advance(torch.tensor(tokens), self._state, slots)
+        else:
+            given = torch.tensor(wanted, dtype=torch.int64)
+            found, self._state = self.advance(torch.tensor(tokens), self._state, slots, counts, given)
+        logits = found.cpu().double().numpy()
+        for row, count in pieces:
+            row.position, row.unread = row.position + count, row.unread - count
+        for i, row, index in scored:
+            assert row.prompt_scores is not None
+            row.prompt_scores[index] = float(log_softmax(logits[i])[row.request.prompt[index]])
+        readers = [row for _, row in done]
+        return list(zip(readers, self._drawer.draw(readers, logits[[i for i, _ in done]]), strict=True))
 
-    def _draw(self, rows: list[_Row], logits: Tensor) -> list[int]:
-        if self._sampler is None:
-            self._sampler = Sampler.joined([row.request.sampler for row in rows])
-        return draw(
-            self._sampler.probabilities(logits, self._seen(rows)),
-            seed=[row.request.seed for row in rows],
-            sample=[row.request.sample for row in rows],
-            position=[row.written for row in rows],
-        ).tolist()
+    def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
+        """Return the rows of a step with the number of tokens that each reads: prompts in turn, one token of others."""
+        counts = {row: 1 for row in rows if row.unread == 1}
+        left = PIECE
+        for row in sorted((row for row in rows if row.unread > 1), key=lambda row: row.served):
+            count = row.piece(PIECE)
+            if count > left:
+                break
+            left -= count
+            counts[row] = count
+            row.served = next(self._clock)
+        return [(row, counts[row]) for row in rows if row in counts]
 
-    def _seen(self, rows: list[_Row]) -> Tensor | None:
-        if all(row.request.sampler.repetition_penalty == 1 for row in rows):
-            return None
-        seen = torch.zeros(len(rows), self.model.config.vocab_size, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            seen[i, list(row.seen)] = True
-        return seen
-
-    def _take(self, row: _Row, token: int, log_probability: float | None) -> Event:
-        """The event of a row's new token."""
+    def _take(self, row: Row, drawn: Drawn | str) -> Event:
+        """Return the event of what was drawn for a row, which leaves if it ends."""
+        if isinstance(drawn, str):
+            self._leave(row)
+            return Event(row.id, None, "", finished="error", sample=row.sample, reason=drawn)
+        token, log_probability, top = drawn
         row.tokens.append(token)
         row.seen.add(token)
         row.unread = 1
         row.written += 1
-        limit = self.model.max_position
-        if len(row.tokens) > 2 * (limit or 1):
-            del row.tokens[: -(limit or 1)]
+        if len(row.tokens) > 2 * self._tokens_kept:
+            del row.tokens[: -self._tokens_kept]
         last = row.written - row.first >= row.request.tokens
-        text, stopped = self._text(row, token, last)
-        if not stopped and not last:
-            return Event(row.id, token, text, log_probability)
-        event = Event(row.id, token, text, log_probability, "stop" if stopped else "length", self._kept(row))
+        text, is_stopped = self._text(row, token, last)
+        event = Event(row.id, token, text, log_probability, sample=row.sample, top_log_probabilities=top)
+        if is_stopped or last:
+            return self._end(row, event, "stop" if is_stopped else "length")
+        return self._scored(row, event)
+
+    def _text(self, row: Row, token: int, last: bool) -> tuple[str, bool]:
+        """Return the text that can be emitted now, and whether a stop string or token ended it."""
+        is_stop = token in row.request.stop_tokens
+        if row.emitter is None:
+            return "", is_stop
+        if is_stop:
+            return row.emitter.end(), True
+        text, is_stopped = row.emitter.push(token)
+        # What a session keeps is emitted by the text that continues it.
+        if last and not is_stopped and not row.request.keep_session:
+            text += row.emitter.end()
+        return text, is_stopped
+
+    def _end(self, row: Row, event: Event, finished: Literal["length", "stop"]) -> Event:
+        """Have a row leave; return its last event, complete."""
+        session = self._session_of(row) if row.request.keep_session else None
         self._leave(row)
-        return event
+        return self._scored(row, replace(event, finished=finished, session=session))
 
-    def _text(self, row: _Row, token: int, last: bool) -> tuple[str, bool]:
-        """Return the text that can be emitted now, and whether a stop string ended it."""
-        if row.decoder is None:
-            return "", False
-        text = row.held + row.decoder.push(token)
-        if last:
-            text += row.decoder.flush()
-        stop = row.request.stop
-        assert not isinstance(stop, str)
-        found = [at for at in map(text.find, stop) if at >= 0]
-        if found:
-            return text[: min(found)], True
-        held = 0 if last else max((_begun(text, each) for each in stop), default=0)
-        row.held = text[len(text) - held :]
-        return text[: len(text) - held], False
+    def _scored(self, row: Row, event: Event) -> Event:
+        """Add the log-probabilities of the prompt to a row's first event."""
+        scores, row.prompt_scores = row.prompt_scores, None
+        return event if scores is None else replace(event, prompt_log_probabilities=tuple(scores))
 
-    def _kept(self, row: _Row) -> Session | None:
-        return self._session_of(row) if row.request.keep_session else None
-
-    def _session_of(self, row: _Row) -> Session:
-        limit = self.model.max_position
-        kept = max(row.unread, limit or 1)
-        state = self._state.select(torch.tensor([row.place])) if row.position else self.model.init_state(1)
-        return Session(state, tuple(row.tokens[-kept:]), row.unread, row.written, frozenset(row.seen), row.held)
+    def _session_of(self, row: Row) -> Session:
+        slot = torch.tensor([row.slot], device=self.model.device)
+        state = self._state.select(slot) if row.position else self.model.init_state(1)
+        tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
+        held = "" if row.emitter is None else row.emitter.held
+        return Session(state, tokens, row.unread, row.written, frozenset(row.seen), held)
 
 
 def _shapes(state: State) -> list[dict[str, torch.Size]]:
     """Those of one row."""
     return [{name: x.shape[1:] for name, x in layer.items()} for layer in state.layers]
-
-
-def _begun(text: str, stop: str) -> int:
-    """Characters at the end of a text that begin a stop string, the most."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

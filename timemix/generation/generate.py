@@ -3,16 +3,26 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.engine import Engine
 from timemix.generation.request import Context, Event, Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
 from timemix.runs.load import Loaded, load
+
+
+def events_of(engine: Engine) -> Iterator[Event]:
+    """Yield the events of an engine until no request is left.
+
+    Raises:
+        NotFinite: The logits of a text are not finite.
+    """
+    while engine.busy:
+        for event in engine.step():
+            if event.finished == "error":
+                raise NotFinite(f"sample {event.sample} has ended: {event.reason}; train a model with finite weights")
+            yield event
 
 
 def generate_tokens(
@@ -25,8 +35,8 @@ def generate_tokens(
     context: Context = "reanchor",
     keep: float = 0.5,
     weights: Weights = "float32",
-) -> Iterator[Tensor]:
-    """Yields `tokens` times the next token of every row, (B,) int64; prompts may differ in length.
+) -> list[list[int]]:
+    """Generate `tokens` tokens after each of some prompts, which may differ in length.
 
     Row i draws from (seed, i, number of the token), so that it does not depend on the other rows. The rest as in
     `engine.Request`, whose errors it raises too.
@@ -35,9 +45,12 @@ def generate_tokens(
         raise InvalidValue("the prompt is empty; give at least one token")
     engine = Engine(model, slots=len(prompts), weights=weights)
     for i, prompt in enumerate(prompts):
-        engine.add(Request(list(prompt), tokens, sampler.row(i), seed, i, context=context, keep=keep))
-    for _ in range(tokens):
-        yield torch.tensor([event.token for event in engine.step()])
+        engine.add(Request(prompt, tokens, sampler.row(i), seed, i, context=context, keep=keep))
+    texts: list[list[int]] = [[] for _ in prompts]
+    for event in events_of(engine):
+        if event.token is not None:
+            texts[event.id].append(event.token)
+    return texts
 
 
 def stream(
@@ -69,9 +82,10 @@ def stream(
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
         FileError: The run cannot be loaded.
+        NotFinite: The model gives logits that are not finite.
     """
     engine = _engine(run, prompt, 1, tokens, sampler, seed, context, stop, weights)
-    return (event.text for event in _events(engine))
+    return (event.text for event in events_of(engine))
 
 
 def _engine(
@@ -85,19 +99,19 @@ def _engine(
     stop: str | Sequence[str],
     weights: Weights,
 ) -> Engine:
-    """Create an engine with `count` requests, whose ids are 0 to count - 1."""
+    """Create an engine with one request for `count` samples."""
+    if count < 1:
+        raise InvalidValue(f"count is {count}; it must be at least 1")
     loaded = run if isinstance(run, Loaded) else load(run)
-    ids = loaded.tokenizer.encode(prompt).tolist()
-    engine = Engine(loaded.model, loaded.tokenizer, slots=count, weights=weights)
-    stop = stop if isinstance(stop, str) else tuple(stop)
-    for i in range(count):
-        engine.add(Request(ids, tokens, sampler or Sampler(), seed, i, stop, context=context))
+    tokenizer = loaded.tokenizer
+    engine = Engine(loaded.model, tokenizer, slots=count, weights=weights)
+    ends = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
+    ids = tokenizer.encode(prompt).tolist()
+    request = Request(
+        ids, tokens, sampler or Sampler(), seed, stop=stop, context=context, samples=count, stop_tokens=ends
+    )
+    engine.add(request)
     return engine
-
-
-def _events(engine: Engine) -> Iterator[Event]:
-    while engine.busy:
-        yield from engine.step()
 
 
 def generate(
@@ -131,9 +145,10 @@ def generate(
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
         FileError: The run cannot be loaded.
+        NotFinite: The model gives logits that are not finite.
     """
     engine = _engine(run, prompt, count, tokens, sampler, seed, context, stop, weights)
     texts = [""] * count
-    for event in _events(engine):
-        texts[event.id] += event.text
+    for event in events_of(engine):
+        texts[event.sample] += event.text
     return texts

@@ -7,6 +7,7 @@ the same token on every device, alone or in any batch.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from timemix.errors import InvalidValue
 
 PerRow = float | Sequence[float] | Tensor
+
+TOP_P_ERROR = 1e-6
+"""By how much a sum of probabilities from float32 logits may miss `top_p` and still reach it."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("0 or more", lambda x: x >= 0),
@@ -42,7 +46,8 @@ class Sampler:
     Args:
         temperature: At least 0; 0 = greedy, all probability on the largest logit, the lowest id among equals.
         top_k: Whole number, at least 0: keep the k most probable tokens; 0 = off.
-        top_p: Above 0, at most 1: keep the most probable up to the first whose running sum reaches top_p; 1 = off.
+        top_p: Above 0, at most 1: keep the most probable up to the first whose running sum reaches top_p, within
+            1e-6; 1 = off.
         min_p: 0 to 1: keep p >= min_p * p_max; 0 = off.
         top_a: 0 to 1: remove p < top_a * p_max ** top_a_power; 0 = off.
         top_a_power: At least 0.
@@ -68,13 +73,15 @@ class Sampler:
     def __post_init__(self) -> None:
         for field in fields(self):
             given = getattr(self, field.name)
-            values = torch.as_tensor(given, dtype=torch.float64).tolist()
+            # Numbers of an array or a tensor are those of Python.
+            plain = given.tolist() if hasattr(given, "tolist") else given
             allowed, accepts = _ALLOWED[field.name]
-            for value in values if isinstance(values, list) else [values]:
-                if not (math.isfinite(value) and accepts(value)):
+            is_one = not isinstance(plain, Sequence) or isinstance(plain, str)
+            for value in [plain] if is_one else plain:
+                if not (_is_finite(value) and accepts(value)):
                     raise InvalidValue(f"{field.name} must be {allowed}, not {repr(value).removesuffix('.0')}")
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
-            object.__setattr__(self, field.name, tuple(values) if isinstance(values, list) else values)
+            object.__setattr__(self, field.name, float(plain) if is_one else tuple(map(float, plain)))
 
     @property
     def is_of_one_row(self) -> bool:
@@ -138,7 +145,7 @@ class Sampler:
             ranked = np.take_along_axis(p, order, -1)
             sum_before = ranked.cumsum(-1) - ranked
             in_top_k = (np.arange(V) < top_k) | (top_k == 0)
-            in_top_p = (sum_before < top_p) | (top_p == 1)
+            in_top_p = (sum_before < top_p - TOP_P_ERROR) | (top_p == 1) | (np.arange(V) == 0)
             kept = np.empty_like(keep)
             np.put_along_axis(kept, order, in_top_k & in_top_p, -1)
             keep &= kept
@@ -154,6 +161,10 @@ class Sampler:
         if len(column) not in (1, rows):
             raise ValueError(f"{name} has {len(column)} values for {rows} rows")
         return column
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
 
 
 def draw(

@@ -32,11 +32,14 @@ class Tokenizer(ABC):
     vocab_size: number of tokens; ids are 0 to vocab_size - 1.
     dtype: smallest unsigned type that holds every id.
     hash: SHA-256, in hexadecimal, of `to_json()`: equal for tokenizers that give equal ids.
+    end_of_text: id of the token that ends a text, None where there is none.
     """
 
     kind: str
     # Words are decoded with a space between two, except after a newline.
     spaced = False
+    # The token that ends a text, None where the vocabulary has none; generation stops before it.
+    end_of_text: int | None = None
 
     def __init__(self, unknown: str, pieces: Sequence[bytes], document: dict[str, Any]) -> None:
         self.unknown = unknown

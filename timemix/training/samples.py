@@ -25,21 +25,21 @@ def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageMo
     return whole
 
 
-def write_sample(loaded: Loaded, step: int, prompt: str | None = None, tokens: int = 300) -> str:
+def write_sample(
+    loaded: Loaded, step: int, prompt: str | None = None, sampler: Sampler | None = None, tokens: int = 300
+) -> str:
     """Generate a text, append it to samples.txt and return it.
 
     Args:
         loaded: The model, with the run folder as its folder.
         step: Of the model, for the line above the text.
         prompt: Default: a newline, or the first token of a vocabulary without one.
+        sampler: Default: temperature 1, no filter.
         tokens: Number of generated tokens.
     """
     if prompt is None:
         prompt = default_prompt(loaded.tokenizer)
-    was_training = loaded.model.training
-    loaded.model.eval()
-    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=Sampler(top_a=0.02))[0]
-    loaded.model.train(was_training)
+    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=sampler)[0]
     path = loaded.folder / "samples.txt"
     try:
         with path.open("a", encoding="utf-8", newline="") as file:

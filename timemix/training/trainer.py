@@ -16,6 +16,7 @@ from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
+from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
@@ -235,11 +236,11 @@ class Trainer:
         self.valid_loss, self.valid_step = loss, self.step
         return loss
 
-    def sample(self, prompt: str | None = None) -> str | None:
+    def sample(self, prompt: str | None = None, sampler: Sampler | None = None) -> str | None:
         """Append a text that the model generates to samples.txt; return it, in process 0. All processes call."""
         model = whole_model(self.model, self.config.train.strategy, self.world)
         loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
-        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt))
+        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt, sampler))
 
     def save(self, *, go_on: bool = False) -> Path | None:
         """Writes a checkpoint and removes those that are neither newest nor best; returns it, in process 0.

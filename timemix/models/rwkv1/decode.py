@@ -1,16 +1,17 @@
-"""The decode step: one token for each of some rows, at the speed at which the weights can be read.
+"""The compiled step: prompts and new tokens of many texts, at the speed at which the weights can be read.
 
-    logits, state = step(tokens, state, rows)
+    logits, state = step(tokens, state, rows, counts)
 
-A model's own forward spends most of a step in calls of small operators, on one thread. The compiled step is one call of
-C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. The
-fallback is the model's own forward, with weights rounded alike.
+A model's own forward spends most of a decode step in calls of small operators, on one thread. The compiled step is one
+call of C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. It
+reads prompts too, and a text has the same bits in whatever pieces and company it is read.
 
 This module lays out in memory what step.c reads. The structures _Linear, _Layer and _Model are those of step.c and
 ops/common/panels.h, field by field.
 """
 
 import ctypes
+import operator
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +26,9 @@ from timemix.models.config import ShiftedConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.quantize import WEIGHTS, Weights, quantized
-from timemix.models.rwkv1 import tiles as lazy
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.model import Rwkv1Block
-from timemix.models.rwkv1.tiles import Pending
 from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.models.state import State
 from timemix.ops.common.fused import ACTIVATION_KINDS
@@ -37,6 +36,10 @@ from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.curves import basis, fading, turned
 from timemix.runtime.native import library
 from timemix.runtime.threads import share
+
+
+def _int64(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
@@ -51,7 +54,7 @@ class _Linear(ctypes.Structure):
 
 
 _LINEARS = ("key", "value", "receptance", "output", "ffn_key", "ffn_value", "ffn_receptance", "ffn_output")
-_STATE = ("numerators", "denominators", "mixer_shift", "ffn_shift", "newest")
+_STATE = ("numerators", "denominators", "mixer_shift", "ffn_shift", "newest", "far")
 
 
 class _Layer(ctypes.Structure):
@@ -63,7 +66,7 @@ class _Layer(ctypes.Structure):
         *((name, _Linear) for name in _LINEARS),
         *((name, ctypes.c_void_p) for name in ("f", "alpha", "beta", "gamma")),
         *((name, ctypes.c_void_p) for name in ("own", "other", "begin", "coefficients", "taps", "fade")),
-        *((name, ctypes.c_void_p) for name in (*_STATE, "pending")),
+        *((name, ctypes.c_void_p) for name in _STATE),
     ]
 
 
@@ -77,6 +80,59 @@ class _Model(ctypes.Structure):
         ("head", _Linear),
         ("layer", ctypes.POINTER(_Layer)),
     ]
+
+
+class FarSums:
+    """Sums over the past that a state's next positions share (`far` of step.c), one block of positions for each row.
+
+    They are derived from the state: never saved, and recomputed after a change of the state from outside.
+
+    Args:
+        owner: the step that computes them.
+        state: a state of rwkv1.
+        block: positions of a block.
+    """
+
+    def __init__(self, owner: "CompiledStep", state: State, block: int) -> None:
+        self.owner = owner
+        # far of each layer: (B, H, block, N)
+        self.sums = [
+            torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers
+        ]
+        # First position of the block that each row has, -1 for none.
+        self.known = torch.full((len(state.position),), -1)
+        self._written = _written(state)
+
+    def rows_were_written(self, state: State, rows: Tensor) -> None:
+        """Mark rows of the state as overwritten from outside, by one write to each of its tensors.
+
+        Args:
+            state: the state.
+            rows: the rows (R,) that changed.
+        """
+        self.known[rows] = -1
+        # Any other number of writes may have changed any row.
+        once = [(history, count + 1) for history, count in self._written]
+        self._written = _written(state)
+        if self._written != once:
+            self.known.fill_(-1)
+
+    def check(self, state: State) -> None:
+        """Forget the sums of all rows if the state was written from outside since."""
+        if (written := _written(state)) != self._written:
+            self.known.fill_(-1)
+            self._written = written
+
+
+def _written(state: State) -> list[tuple[int, int]]:
+    """Return the identity of each history, and how often torch wrote into it; the compiled step writes uncounted.
+
+    Tensors of inference mode have no count. There a put makes all rows be recomputed.
+    """
+    histories = [layer["numerators"] for layer in state.layers]
+    if histories[0].is_inference():
+        return [(id(x), 0) for x in histories]
+    return [(id(x), x._version) for x in histories]
 
 
 class CompiledStep:
@@ -95,11 +151,13 @@ class CompiledStep:
         found, self.reason = step_library()
         assert found is not None
         self._call = cast(Callable[..., int], found.timemix_step)
+        found.timemix_step.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 8]
         self.model = model
         # The structures and the scratch memory belong to one call at a time.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
-        self._panel = found.timemix_panel()
+        self._panel: int = found.timemix_panel()
+        self._block: int = found.timemix_block()
         # The tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
@@ -120,45 +178,83 @@ class CompiledStep:
             head=self._linear(model.head),
             layer=self._layers,
         )
-        self._filters: list[Tensor] | None = None
-        if isinstance(config, Rwkv1Config) and config.ctx_len >= lazy.FROM:
-            self._filters = [cast(TimeMix, block.mixer).f.detach() for block in model.blocks]
-        self.tiled = self._filters is not None
-        # (rows, numbers for each row), as timemix_step asks for.
-        self._scratch = torch.empty(1, 2 * C + max(3 * C, 2 * hidden + C) + max(C, hidden))
+        self._remembers = isinstance(config, Rwkv1Config)
+        # Numbers of scratch for each row and for each piece, as timemix_step asks for.
+        self._sizes_of_scratch = (
+            3 * C + max(3 * C, 2 * hidden + C) + max(C, hidden),
+            C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
+        )
+        self._scratch = torch.empty(0)
+        # The bounds of the newest call with one token for each row: most calls are such, one like the other.
+        self._single = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        # The tensors of the state that the layers point to.
+        self._bound: list[Tensor] = []
+        self._far: FarSums | None = None
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
+    def __call__(
+        self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         with self._lock:
-            return self._step(tokens.to(torch.int64).contiguous(), state, rows.to(torch.int64).contiguous())
+            return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
 
-    def _step(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        count, slots = len(rows), len(state.position)
-        state.position = state.position.contiguous()
-        for own, tensors in zip(self._layers, state.layers, strict=True):
-            for name, x in tensors.items():
-                # A prefill may leave views; step.c writes into contiguous tensors.
-                if not x.is_contiguous():
-                    x = tensors[name] = x.contiguous()
-                setattr(own, "newest" if name == "taps" else name, x.data_ptr())
-        if len(self._scratch) < count:
-            self._scratch = torch.empty(count, self._scratch.shape[1])
-        starts = self._starts(state, rows)
+    def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the first token of each piece, the end of the last added (R + 1,), and the wanted tokens."""
+        if counts is None and wanted is None and len(self._single[1]) == rows:
+            return self._single
+        first = torch.arange(rows + 1) if counts is None else F.pad(_int64(counts).cumsum(0), (1, 0))
+        found = first, first[1:] - 1 if wanted is None else _int64(wanted)
+        if counts is None and wanted is None:
+            self._single = found
+        return found
+
+    def _step(self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor) -> tuple[Tensor, State]:
+        known = self._point_to(state)
+        per_row, per_piece = self._sizes_of_scratch
+        if len(self._scratch) < (size := len(tokens) * per_row + len(rows) * per_piece):
+            self._scratch = torch.empty(size)
         self._model.threads = share()
-        logits = torch.empty(count, self._model.vocabulary)
-        given = (rows, state.position, starts, tokens, logits, self._scratch)
-        pointers = (None if x is None else x.data_ptr() for x in given)
-        sizes = (ctypes.c_int64(count), ctypes.c_int64(slots))
-        fault = self._call(ctypes.byref(self._model), *sizes, *map(ctypes.c_void_p, pointers))
+        logits = torch.empty(len(wanted), self._model.vocabulary)
+        given = (rows, first, state.position, known, tokens, wanted, logits, self._scratch)
+        pointers = [None if x is None else x.data_ptr() for x in given]
+        fault = self._call(ctypes.byref(self._model), len(rows), len(state.position), len(wanted), *pointers)
         if fault == 1:
             raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
         if fault == 2:
-            raise InvalidValue(f"a row stands at {self._model.limit}, the end of this model's context")
+            raise InvalidValue(f"a row would pass {self._model.limit}, the end of this model's context")
         if fault == 3:
-            raise InvalidValue(f"a row is not one of the state's {slots}, or stands at a negative position")
-        if isinstance(state.pending, Pending):
-            state.pending.advance(state, rows)
+            raise InvalidValue(
+                f"a row is not one of the state's {len(state.position)}, or stands at a negative position"
+            )
         return logits, state
+
+    def _point_to(self, state: State) -> Tensor | None:
+        """Have the layers point to the tensors of a state; return which blocks its far sums are for, if it has any."""
+        tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
+        if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
+            self._bind(state)
+        if not self._remembers:
+            return None
+        far = state.pending
+        # A state may come from another step, whose tables differ.
+        if not isinstance(far, FarSums) or far.owner is not self:
+            state.pending = far = FarSums(self, state, self._block)
+        far.check(state)
+        if far is not self._far:
+            self._far = far
+            for own, sums in zip(self._layers, far.sums, strict=True):
+                own.far = sums.data_ptr()
+        return far.known
+
+    def _bind(self, state: State) -> None:
+        """Write the addresses of a state's tensors into the layers; step.c writes into contiguous ones."""
+        state.position = state.position.contiguous()
+        for own, tensors in zip(self._layers, state.layers, strict=True):
+            for name, x in tensors.items():
+                # A forward of the model may leave views.
+                x = tensors[name] = x.contiguous()
+                setattr(own, "newest" if name == "taps" else name, x.data_ptr())
+        self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]
 
     @staticmethod
     def hindrance(model: LanguageModel) -> str | None:
@@ -172,21 +268,12 @@ class CompiledStep:
         return None if found else reason
 
     def looks_back(self, position: int) -> int:
-        """Positions of the past that a step at a position reads: with tiles, the newest block and what is pending."""
-        return min(position, lazy.TILE) + 1 if self.tiled else position
+        """Return how many positions of the past a token at a position reads on average.
 
-    def _starts(self, state: State, rows: Tensor) -> Tensor | None:
-        """Return where each row's own sum over the past begins (R,), None for 0; older terms are in `pending`."""
-        if self._filters is None:
-            return None
-        # A state may come from another step, whose filters differ.
-        pending = state.pending
-        if not isinstance(pending, Pending) or pending.filters is not self._filters:
-            state.pending = pending = Pending(state, self._filters)
-        starts = pending.starts(state, rows)
-        for own, sums in zip(self._layers, pending.sums, strict=True):
-            own.pending = sums.data_ptr()
-        return starts
+        Those of its block, the sums over the blocks before, and a share of what these are computed from.
+        """
+        blocks, rest = divmod(position, self._block)
+        return rest + (blocks + 1 if blocks else 0)
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
         """Return the sizes of the mixer, the same in all layers."""

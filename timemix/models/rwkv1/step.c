@@ -1,12 +1,16 @@
-/* The compiled decode step of models/rwkv1/decode.py: one token of every row through the whole model of rwkv1 or rwkv1_exp.
+/* The compiled step of models/rwkv1/decode.py: prompts and new tokens through the whole model of rwkv1 or rwkv1_exp.
 
     x = embedding[token]
     for each layer:   z = shift(norm(x));   x += gamma(t) output(sigmoid(R z) wkv(K z, V z))
                       z = shift(norm(x));   x += sigmoid(R' z) output'(act(K' z) V' z)
     logits = head(norm(x))
 
-   Linear maps are products of a matrix and a few vectors, limited by the time to read the weights (panels.h). Weights
-   are float32, bfloat16, or int8 with a scale for each output; all else is float32. */
+   A call takes pieces: consecutive tokens of one text each, one new token or a part of a prompt. A row is a token of a
+   piece. All rows share the products with the weights (panels.h); only token-shift and time-mix look along a piece.
+   Weights are float32, bfloat16, or int8 with a scale for each output; all else is float32.
+
+   Each number of a row is summed in an order that depends on the row's own position alone. So its bits depend neither on
+   the cut into pieces, nor on other texts, slots or threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -21,6 +25,11 @@
 /* Elementwise work on a row is shared in this many parts, whatever the number of threads: the last numbers of a part,
    fewer than a vector, use another exp than whole vectors, so the bits depend on where parts end. */
 #define PARTS 8
+
+/* Positions whose sums over the tokens before them, `far`, are computed together. */
+#define BLOCK 64
+/* Targets of such a sum at a time: as many independent chains hide the latency of multiply-add. */
+#define TARGETS 8
 
 /* Weights and state of a layer. f_h(lag) of rwkv1 is a table. That of rwkv1_exp is a sum of K exponentials; one token
    on, slot j becomes own[j] S[j] + other[j] S[partner of j], where slots 2i and 2i+1 are partners. */
@@ -37,7 +46,7 @@ typedef struct {
     float *denominators;            /* (slots, H, N): D */
     float *mixer_shift, *ffn_shift; /* (slots, farthest, C): newest inputs of each sublayer, oldest first */
     float *newest;                  /* (slots, H, M, N), rwkv1_exp: newest x, oldest first */
-    const float *pending;           /* (slots, H, history, N), rwkv1: partial sums for later positions, or NULL */
+    float *far;                     /* (slots, H, BLOCK, N), rwkv1: sums over the blocks before the newest one */
 } layer;
 
 typedef struct {
@@ -57,16 +66,21 @@ typedef struct {
 /* Outputs of a panel, for the layout of weights in decode.py. */
 int64_t timemix_panel(void) { return PANEL; }
 
-/* Token-shift of y (C,) in place: y[c] = past input distance[c] tokens back. past (farthest, C) holds the newest
-   inputs, oldest first: it is moved on by one, and y becomes the newest. */
-static void shift(float *y, float *past, const int32_t *distance, int64_t farthest, int64_t channels) {
-    if (farthest == 0) return;
-    for (int64_t c = 0; c < channels; c++) {
-        const float own = y[c];
-        if (distance[c]) y[c] = past[(farthest - distance[c]) * channels + c];
-        for (int64_t d = 0; d + 1 < farthest; d++) past[d * channels + c] = past[(d + 1) * channels + c];
-        past[(farthest - 1) * channels + c] = own;
-    }
+/* Positions of a block, for the shape of `far`. */
+int64_t timemix_block(void) { return BLOCK; }
+
+/* in (count, C) = shift(norm(x)) along a piece: in[i, c] = norm(x)[i - distance[c], c].
+
+   past (farthest, C) holds the newest normalized rows before the piece, oldest first, and is moved on. line (farthest +
+   count, C) is scratch: past, then the rows of the piece. */
+static void norm_shift(const float *x, const float *const norm[2], float epsilon, const layer *l, int64_t count,
+                       int64_t C, float *past, float *line, float *in) {
+    const int64_t farthest = l->farthest;
+    memcpy(line, past, farthest * C * sizeof(float));
+    for (int64_t i = 0; i < count; i++) normalize(x + i * C, norm, epsilon, C, line + (farthest + i) * C);
+    memcpy(past, line + count * C, farthest * C * sizeof(float));
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < C; c++) in[i * C + c] = line[(farthest + i - l->distance[c]) * C + c];
 }
 
 /* x[i] += sigmoid(gate[i]) y[i], i < n. */
@@ -74,24 +88,50 @@ static void add_gated(const float *gate, const float *y, int64_t n, float *x) {
     for (int64_t i = 0; i < n; i++) x[i] += sigmoid(gate[i]) * y[i];
 }
 
-/* sum[n] += sum_{u < length} weights[-u] history[u, n], for n < width; history (length, size). `width` is a constant,
-   so that the sums stay in registers while history is read once. */
+/* sum[r, n] += sum_{u < length} weights[r - u] history[u, n], for r < targets and n < width; history (length, size), sum
+   (targets, size). `width` and `targets` are constants, so that the sums stay in registers while history is read once.
+   Each sum is one chain in order of u. */
 INLINE void look_back(const float *weights, const float *history, int64_t length, int64_t size, const int width,
-                      float *sum) {
+                      const int targets, float *sum) {
     float held[64];
-    for (int n = 0; n < width; n++) held[n] = 0;
+    for (int n = 0; n < targets * width; n++) held[n] = 0;
     for (int64_t u = 0; u < length; u++)
-        for (int n = 0; n < width; n++) held[n] += weights[-u] * history[u * size + n];
-    for (int n = 0; n < width; n++) sum[n] += held[n];
+        for (int r = 0; r < targets; r++)
+            for (int n = 0; n < width; n++) held[r * width + n] += weights[r - u] * history[u * size + n];
+    for (int r = 0; r < targets; r++)
+        for (int n = 0; n < width; n++) sum[r * size + n] += held[r * width + n];
 }
 
-/* The same for all n < size. */
-static void look_back_all(const float *weights, const float *history, int64_t length, int64_t size, float *sum) {
-    int64_t n = 0;
-    for (; n + 64 <= size; n += 64) look_back(weights, history + n, length, size, 64, sum + n);
-    for (; n + 32 <= size; n += 32) look_back(weights, history + n, length, size, 32, sum + n);
-    for (; n + 8 <= size; n += 8) look_back(weights, history + n, length, size, 8, sum + n);
-    for (; n < size; n++) look_back(weights, history + n, length, size, 1, sum + n);
+/* TARGETS targets at once, WIDTH numbers of each: vectors written out, which compilers do not find by themselves. */
+static void look_back_vectors(const float *weights, const float *history, int64_t length, int64_t size, float *sum) {
+    vec held[TARGETS] = {{0}};
+    for (int64_t u = 0; u < length; u++) {
+        vec x;
+        memcpy(&x, history + u * size, sizeof x);
+        for (int r = 0; r < TARGETS; r++) held[r] += weights[r - u] * x;
+    }
+    for (int r = 0; r < TARGETS; r++)
+        for (int n = 0; n < WIDTH; n++) sum[r * size + n] += held[r][n];
+}
+
+/* The same for all n < size and any number of targets. */
+static void look_back_all(const float *weights, const float *history, int64_t length, int64_t size, int64_t targets,
+                          float *sum) {
+    int64_t r = 0;
+    for (; r + TARGETS <= targets; r += TARGETS) {
+        int64_t n = 0;
+        for (; n + WIDTH <= size; n += WIDTH)
+            look_back_vectors(weights + r, history + n, length, size, sum + r * size + n);
+        for (; n + 4 <= size; n += 4) look_back(weights + r, history + n, length, size, 4, TARGETS, sum + r * size + n);
+        for (; n < size; n++) look_back(weights + r, history + n, length, size, 1, TARGETS, sum + r * size + n);
+    }
+    for (; r < targets; r++) {
+        int64_t n = 0;
+        for (; n + 64 <= size; n += 64) look_back(weights + r, history + n, length, size, 64, 1, sum + r * size + n);
+        for (; n + 16 <= size; n += 16) look_back(weights + r, history + n, length, size, 16, 1, sum + r * size + n);
+        for (; n + 4 <= size; n += 4) look_back(weights + r, history + n, length, size, 4, 1, sum + r * size + n);
+        for (; n < size; n++) look_back(weights + r, history + n, length, size, 1, 1, sum + r * size + n);
+    }
 }
 
 /* Index into alpha, beta and gamma. */
@@ -99,17 +139,19 @@ static inline int64_t entry(const model *m, int64_t position) {
     return position < m->positions ? position : m->positions - 1;
 }
 
-/* y (N,) = wkv of one head of one row at t = position, from its key and value (N,); updates the state. Per channel,
+/* y (N,) = wkv of one head of one text at t = position, from its key and value (N,); updates the state. Per channel,
    with x[t] = alpha(t) exp(k[t]) v[t], k clamped as in ops.wkv1:
 
     D[t] = rho D[t-1] + exp(k[t]),   wkv[t] = beta(t) numerator[t] / D[t]
 
-    rwkv1:      numerator[t] = pending[t] + sum_{start<=u<=t} f(t-u) x[u],   rho = 1
+    rwkv1:      numerator[t] = far[t] + sum_{start<=u<=t} f(t-u) x[u],   far[t] = sum_{u<start} f(t-u) x[u],   rho = 1
     rwkv1_exp:  S_j[t] = rho (own_j S_j[t-1] + other_j S_partner[t-1]) + phi_j(0) x[t]
                 numerator[t] = sum_j coefficients_j S_j[t] + sum_{lag<M} taps(lag) rho^lag x[t-lag]
 
-   rho = exp(-forget) past ctx_len, else 1. `pending` holds the sum over u < start (tiles.py); without it start = 0. */
-static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, int64_t start,
+   rho = exp(-forget) past ctx_len, else 1. start, the first position of the block of t, is a multiple of BLOCK. far is
+   computed for a whole block at once, as a product of many inputs and many targets, which reads the history once;
+   `begin` says that it is yet to be computed for the block of t. */
+static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, int begin,
                      const float *key, const float *value, float *y) {
     const int64_t N = m->channels / m->heads, K = m->modes, M = m->newest;
     const int64_t at = h * m->positions + entry(m, position);
@@ -126,8 +168,16 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
     if (l->f) {
         float *history = l->numerators + (row * m->heads + h) * m->history * N;
         memcpy(history + position * N, source, N * sizeof(float));
-        if (l->pending) memcpy(y, l->pending + (history - l->numerators) + position * N, N * sizeof(float));
-        look_back_all(l->f + h * m->history + position - start, history + start * N, position + 1 - start, N, y);
+        const float *f = l->f + h * m->history;
+        const int64_t start = position - position % BLOCK;
+        float *far = l->far + (row * m->heads + h) * BLOCK * N;
+        if (begin) {
+            const int64_t targets = m->history - start < BLOCK ? m->history - start : BLOCK;
+            memset(far, 0, BLOCK * N * sizeof(float));
+            look_back_all(f + start, history, start, N, targets, far);
+        }
+        memcpy(y, far + (position - start) * N, N * sizeof(float));
+        look_back_all(f + position - start, history + start * N, position + 1 - start, N, 1, y);
     }
     /* Two at a time: partners read each other's old value. With K odd, the last has no partner (other = 0). */
     for (int64_t j = 0; j < K; j += 2) {
@@ -155,23 +205,27 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
 /* Results of timemix_step, by number in decode.py. */
 enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END, NO_SUCH_SLOT };
 
-/* logits (rows, V) after tokens (rows,) for the slots slot[i], i < rows, all different, of a state with `slots` slots;
-   the formula is at the top of this file.
+/* logits (outputs, V) after the rows wanted[i], i < outputs, of some pieces; the formula is at the top of this file.
 
-   position (slots,) of each slot, which is advanced. start (rows,) as in time_mix, NULL for 0. `scratch` holds rows (2
-   C + max(3 C, 2 F + C) + max(C, F)) numbers. Returns a fault, before anything is written. */
-int timemix_step(const model *m, int64_t rows, int64_t slots, const int64_t *slot, int64_t *position,
-                 const int64_t *start, const int64_t *tokens, float *logits, float *scratch) {
-    for (int64_t i = 0; i < rows; i++) {
+   Piece p holds the rows first[p] ... first[p + 1] - 1 and belongs to slot[p], all different, of a state with `slots`
+   slots. tokens (rows,). position (slots,) of each slot, which is advanced. known (slots,): the first position of the
+   block that `far` of a slot holds, -1 for none, which is updated; NULL without `far`. `scratch` holds rows (3 C + max(3
+   C, 2 F + C) + max(C, F)) + pieces farthest C numbers. Returns a fault, before anything is written. */
+int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs, const int64_t *slot,
+                 const int64_t *first, int64_t *position, int64_t *known, const int64_t *tokens, const int64_t *wanted,
+                 float *logits, float *scratch) {
+    const int64_t rows = first[pieces];
+    for (int64_t i = 0; i < pieces; i++) {
         if (slot[i] < 0 || slot[i] >= slots || position[slot[i]] < 0) return NO_SUCH_SLOT;
-        if (tokens[i] < 0 || tokens[i] >= m->vocabulary) return UNKNOWN_TOKEN;
-        if (m->limit && position[slot[i]] >= m->limit) return PAST_THE_END;
+        if (m->limit && position[slot[i]] + first[i + 1] - first[i] > m->limit) return PAST_THE_END;
     }
+    for (int64_t i = 0; i < rows; i++)
+        if (tokens[i] < 0 || tokens[i] >= m->vocabulary) return UNKNOWN_TOKEN;
     const int64_t C = m->channels, F = m->hidden, H = m->heads, N = C / H, t = m->type;
-    const int64_t inner = 3 * C > 2 * F + C ? 3 * C : 2 * F + C;
+    const int64_t inner = 3 * C > 2 * F + C ? 3 * C : 2 * F + C, wide = C > F ? C : F;
     /* scratch: x (rows, C), in (rows, C), then k, v, r side by side: (3, rows, C) in time-mix, (2, rows, F) and (rows,
-       C) in channel-mix; then mixed (rows, C) or (rows, F). */
-    float *x = scratch, *in = x + rows * C, *k = in + rows * C, *mixed = k + rows * inner;
+       C) in channel-mix; then mixed (rows, C) or (rows, F); then the lines of norm_shift. */
+    float *x = scratch, *in = x + rows * C, *k = in + rows * C, *mixed = k + rows * inner, *lines = mixed + rows * wide;
     /* One parallel region for the whole step: starting one costs as much as a small product. Each `omp for` ends in a
        barrier; multiply() does not. */
 #pragma omp parallel num_threads(m->threads)
@@ -183,31 +237,40 @@ int timemix_step(const model *m, int64_t rows, int64_t slots, const int64_t *slo
             float *v = k + rows * C, *r = v + rows * C;
             /* in = shift(norm(x)) */
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < rows; i++) {
-                normalize(x + i * C, l->mixer_norm, m->epsilon, C, in + i * C);
-                shift(in + i * C, l->mixer_shift + slot[i] * l->farthest * C, l->distance, l->farthest, C);
+            for (int64_t p = 0; p < pieces; p++) {
+                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->farthest * C;
+                norm_shift(x + at, l->mixer_norm, m->epsilon, l, count, C, l->mixer_shift + slot[p] * farthest,
+                           lines + at + p * farthest, in + at);
             }
             multiply(&l->key, t, in, k, rows);
             multiply(&l->value, t, in, v, rows);
             multiply(&l->receptance, t, in, r, rows);
 #pragma omp barrier
-            /* mixed = sigmoid(r) wkv(k, v): (rows, C) seen as (rows, H, N) */
+            /* mixed = sigmoid(r) wkv(k, v): (rows, C) seen as (rows, H, N). By head first, so that the threads share a
+               long piece. */
 #pragma omp for schedule(static)
-            for (int64_t task = 0; task < rows * H; task++) {
-                const int64_t i = task / H, h = task % H, at = i * C + h * N;
-                time_mix(m, l, slot[i], h, position[slot[i]], start ? start[i] : 0, k + at, v + at, mixed + at);
-                for (int64_t c = at; c < at + N; c++) mixed[c] *= sigmoid(r[c]);
+            for (int64_t task = 0; task < H * pieces; task++) {
+                const int64_t h = task / pieces, p = task % pieces;
+                for (int64_t i = first[p]; i < first[p + 1]; i++) {
+                    const int64_t at = i * C + h * N, now = position[slot[p]] + i - first[p], start = now - now % BLOCK;
+                    const int begin = now == start || (known && i == first[p] && known[slot[p]] != start);
+                    time_mix(m, l, slot[p], h, now, begin, k + at, v + at, mixed + at);
+                    for (int64_t c = at; c < at + N; c++) mixed[c] *= sigmoid(r[c]);
+                }
             }
             multiply(&l->output, t, mixed, in, rows);
 #pragma omp barrier
             /* x += gamma output(mixed);   in = shift(norm(x)) */
             float *fv = k + rows * F, *fr = fv + rows * F;
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < rows; i++) {
-                const float gamma = l->gamma ? l->gamma[entry(m, position[slot[i]])] : 1;
-                for (int64_t c = i * C; c < (i + 1) * C; c++) x[c] += gamma * in[c];
-                normalize(x + i * C, l->ffn_norm, m->epsilon, C, in + i * C);
-                shift(in + i * C, l->ffn_shift + slot[i] * l->farthest * C, l->distance, l->farthest, C);
+            for (int64_t p = 0; p < pieces; p++) {
+                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->farthest * C;
+                for (int64_t i = 0; i < count; i++) {
+                    const float gamma = l->gamma ? l->gamma[entry(m, position[slot[p]] + i)] : 1;
+                    for (int64_t c = at + i * C; c < at + (i + 1) * C; c++) x[c] += gamma * in[c];
+                }
+                norm_shift(x + at, l->ffn_norm, m->epsilon, l, count, C, l->ffn_shift + slot[p] * farthest,
+                           lines + at + p * farthest, in + at);
             }
             multiply(&l->ffn_key, t, in, k, rows);
             multiply(&l->ffn_value, t, in, fv, rows);
@@ -216,22 +279,26 @@ int timemix_step(const model *m, int64_t rows, int64_t slots, const int64_t *slo
             /* mixed (rows, F) = act(k) v */
 #pragma omp for schedule(static)
             for (int64_t part = 0; part < PARTS * rows; part++) {
-                const int64_t first = F * part / PARTS, count = F * (part + 1) / PARTS - first;
-                multiply_activated(k + first, fv + first, count, m->activation, mixed + first);
+                const int64_t begin = F * part / PARTS, count = F * (part + 1) / PARTS - begin;
+                multiply_activated(k + begin, fv + begin, count, m->activation, mixed + begin);
             }
             multiply(&l->ffn_output, t, mixed, in, rows);
 #pragma omp barrier
             /* x += sigmoid(r) output(mixed) */
 #pragma omp for schedule(static)
             for (int64_t part = 0; part < PARTS * rows; part++) {
-                const int64_t first = C * part / PARTS, count = C * (part + 1) / PARTS - first;
-                add_gated(fr + first, in + first, count, x + first);
+                const int64_t begin = C * part / PARTS, count = C * (part + 1) / PARTS - begin;
+                add_gated(fr + begin, in + begin, count, x + begin);
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) normalize(x + i * C, m->norm, m->epsilon, C, in + i * C);
-        multiply(&m->head, t, in, logits, rows);
+        for (int64_t i = 0; i < outputs; i++) normalize(x + wanted[i] * C, m->norm, m->epsilon, C, in + i * C);
+        multiply(&m->head, t, in, logits, outputs);
     }
-    for (int64_t i = 0; i < rows; i++) position[slot[i]]++;
+    for (int64_t p = 0; p < pieces; p++) {
+        position[slot[p]] += first[p + 1] - first[p];
+        const int64_t last = position[slot[p]] - 1;
+        if (known) known[slot[p]] = last - last % BLOCK;
+    }
     return NONE;
 }

@@ -1,0 +1,88 @@
+"""From the logits of a step to the next token of each row, and what requests want to know of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from timemix.generation.request import Request
+from timemix.generation.row import Row
+from timemix.generation.sampler import Sampler, draw
+
+Drawn = tuple[int, float | None, tuple[tuple[int, float], ...]]
+"""A token, its log-probability, and those of the most probable tokens."""
+
+
+class Drawer:
+    """Draws the next tokens of all rows of a step at once."""
+
+    def __init__(self) -> None:
+        # The sampler of the newest step, for its requests: mostly the next step has the same.
+        self._requests: list[Request] = []
+        self._sampler = Sampler()
+
+    def draw(self, rows: Sequence[Row], logits: np.ndarray) -> list[Drawn | str]:
+        """Draw a token for each row.
+
+        Args:
+            rows: R rows.
+            logits: logits (R, V) float64.
+
+        Returns:
+            What was drawn, or the reason why no token can be.
+        """
+        biased = logits.copy() if any(row.request.logit_bias for row in rows) else logits
+        for x, row in zip(biased, rows, strict=True):
+            if bias := row.request.logit_bias:
+                x[list(bias)] += list(bias.values())
+        # A sum is finite where all numbers are.
+        finite = np.isfinite(logits.sum(-1))
+        possible = finite & (biased.max(-1, initial=-np.inf) > -np.inf)
+        found: list[Drawn | str] = [
+            "logit_bias excludes every token" if each else "the model's logits are not finite" for each in finite
+        ]
+        good = np.flatnonzero(possible).tolist()
+        if good:
+            tokens = self._tokens([rows[i] for i in good], biased[good])
+            for i, token in zip(good, tokens, strict=True):
+                found[i] = _drawn(rows[i].request, token, logits[i])
+        return found
+
+    def _tokens(self, rows: Sequence[Row], logits: np.ndarray) -> list[int]:
+        requests = [row.request for row in rows]
+        if list(map(id, requests)) != list(map(id, self._requests)):
+            self._requests, self._sampler = requests, Sampler.joined([request.sampler for request in requests])
+        seen = None
+        if any(request.sampler.repetition_penalty != 1 for request in requests):
+            seen = torch.zeros(logits.shape, dtype=torch.bool)
+            for i, row in enumerate(rows):
+                seen[i, list(row.seen)] = True
+        tokens: list[int] = draw(
+            self._sampler.probabilities(torch.from_numpy(logits), seen),
+            seed=[int(request.seed) for request in requests],
+            sample=[row.sample for row in rows],
+            position=[row.written for row in rows],
+        ).tolist()
+        return tokens
+
+
+def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
+    count = request.top_log_probabilities
+    if not (request.log_probabilities or count):
+        return token, None, ()
+    scores = log_softmax(logits)
+    # Among equal tokens the lowest ids come first.
+    best = (-scores).argsort(kind="stable")[:count].tolist()
+    return (
+        token,
+        float(scores[token]) if request.log_probabilities else None,
+        tuple((i, float(scores[i])) for i in best),
+    )
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log-probabilities (V,) in nats of logits (V,)."""
+    with np.errstate(invalid="ignore"):
+        shifted: np.ndarray = logits - logits.max()
+        scores: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return scores
