@@ -241,7 +241,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("temperature", -0.1, "0 or more"),
         ("temperature", math.nan, "0 or more"),
         ("temperature", math.inf, "0 or more"),
-        ("top_k", -1, "a whole number, 0 or more"),
+        ("top_k", -1, "a whole number, 0 or more, not -1$"),
         ("top_k", 1.5, "a whole number, 0 or more"),
         ("top_p", 0, "above 0 and at most 1"),
         ("top_p", 1.0000001, "above 0 and at most 1, not 1.0000001"),
@@ -250,7 +250,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("top_a", -0.1, "from 0 to 1"),
         ("top_a_power", -1, "0 or more"),
         ("repetition_penalty", 0, "above 0"),
-        ("top_p", [0.5, 2.0], "above 0 and at most 1, not 2.0"),
+        ("top_p", [0.5, 2.0], "above 0 and at most 1, not 2$"),
     ],
 )
 def test_values_out_of_range_are_named(field, value, allowed):
