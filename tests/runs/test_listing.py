@@ -76,6 +76,14 @@ def test_states(runs):
     assert list_runs(runs)[0].state == "stopped"
 
 
+def test_an_early_stop_is_complete(tmp_path):
+    trainer = small_trainer(tmp_path, steps=40, valid_every=1, patience=2, lr=0.0, lr_final=0.0)
+    trainer.run()
+    assert trainer.step < 40
+    (found,) = list_runs(trainer.out)
+    assert (found.state, found.step, found.steps) == ("complete", trainer.step, 40)
+
+
 def test_a_killed_process_is_not_running(runs):
     code = f"""
 import os

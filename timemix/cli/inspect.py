@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -25,8 +25,10 @@ class InspectArguments:
     """Folder for the pictures. Default: inspect/ in the run folder."""
     data: str | None = None
     """Text, as in `eval --data`. Default: held-out text of the run."""
-    encoding: str = "utf-8"
+    encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files."""
+    keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
+    """NUL characters as text, rather than the sign of a binary file."""
     tokens: int = 16384
     """Largest number of tokens that are read."""
     checkpoint: str = "best"
@@ -60,7 +62,9 @@ def inspect(arguments: list[str]) -> int:
     if parsed.data is None:
         tokens: Any = loaded.corpus().valid
     else:
-        tokens, _ = loaded.tokenizer.encode_lenient(read_source(parsed.data, encoding=parsed.encoding).text)
+        tokens, _ = loaded.tokenizer.encode_lenient(
+            read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul).text
+        )
     report = inspect_run(loaded, evenly_spaced(tokens, parsed.tokens))
     pictures = draw(report, loaded.config.model, parsed.out or run / "inspect")
     if parsed.json:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from timemix.config.run import read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
-from timemix.runs.folder import checkpoints, read_checkpoint
+from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
 from timemix.runs.metrics import read_metrics
 from timemix.storage.json_files import is_number
 from timemix.storage.locks import is_held
@@ -21,7 +21,8 @@ class RunSummary:
 
     Args:
         folder: Its folder.
-        state: running: a process trains it; complete: at its last step; stopped: neither; damaged: see `error`.
+        state: running: a process trains it; complete: at its last step, or at an early stop; stopped: neither;
+            damaged: see `error`.
         arch: Architecture.
         parameters: Number of parameters, None before the first checkpoint.
         step: Steps that were trained and logged.
@@ -79,7 +80,9 @@ def _summary(run: Path) -> RunSummary:
         kept = checkpoints(run)
         step = max(int(_newest(rows, "step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
         written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
-        state: Literal["running", "complete", "stopped"] = "complete" if step >= config.train.steps else "stopped"
+        gainless = read_progress(kept[-1]).validations_without_gain if kept else 0
+        is_complete = step >= config.train.steps or 0 < config.train.patience <= gainless
+        state: Literal["running", "complete", "stopped"] = "complete" if is_complete else "stopped"
         return RunSummary(
             folder=str(run),
             state="running" if is_held(run) else state,
