@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+import timemix
 from tests.helpers.runs import small_trainer
 from timemix.cli.main import main
+from timemix.generation.request import Event
 from timemix.runtime import native
 
 PROMPT = "the cat"
@@ -103,6 +105,8 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
         (["--save-state", "a", "--count", "2"], "--save-state takes the state of one text; leave --count 2 out"),
         (["--save-state", "text.txt/a"], "cannot write text.txt/a"),
         (["--prompt", "the Ω"], "Ω"),
+        (["--log-probabilities"], "--log-probabilities is part of the JSON object; add --json"),
+        (["--prompt", "-Hello"], "a text that begins with '-' is --prompt=-Hello"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -160,6 +164,32 @@ def test_a_closed_pipe_saves_the_state_quietly(folder, sample, tmp_path):
     process.stderr.close()
     status, _, _ = sample("--load-state", tmp_path / "a", "--tokens", 5)
     assert status == 0
+
+
+def test_a_session_cut_in_a_stop_string_goes_on_exactly(sample, tmp_path):
+    _, plain, _ = sample("--prompt", PROMPT, "--tokens", 40)
+    stop = plain[len(PROMPT) + 20 : len(PROMPT) + 24]
+    _, whole, _ = sample("--prompt", PROMPT, "--tokens", 40, "--stop", stop)
+    for cut in range(16, 24):
+        _, first, _ = sample("--prompt", PROMPT, "--tokens", cut, "--stop", stop, "--save-state", tmp_path / "a")
+        if len(first) < len(whole):
+            _, rest, _ = sample("--load-state", tmp_path / "a", "--tokens", 40 - cut, "--stop", stop)
+            assert first[:-1] + rest == whole
+
+
+def test_by_default_no_token_is_filtered(sample, folder):
+    loaded = timemix.load("run")
+    texts = timemix.generate(loaded, PROMPT, tokens=60, count=2)
+    assert json.loads(sample("--prompt", PROMPT, "--tokens", 60, "--count", 2, "--json")[1])["texts"] == texts
+
+
+def test_control_characters_are_escaped_on_a_terminal_alone(sample, monkeypatch):
+    text = "the \x1b[31mcat\x07\t\u3000\x9b"
+    event = Event(0, 1, text, finished="length")
+    monkeypatch.setattr("timemix.generation.generate.events_of", lambda engine: iter([event]))
+    assert sample("--prompt", "the ")[1] == f"the {text}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert sample("--prompt", "the ")[1] == "the the \\x1b[31mcat\\x07\t\u3000\\x9b\n"
 
 
 def test_without_a_compiler_it_says_so_and_writes_the_same(sample, monkeypatch):

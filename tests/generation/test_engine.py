@@ -1,7 +1,12 @@
 """The engine: each request gets what it gets alone, whatever else is written beside it, before it, or in its place."""
 
+import contextlib
+import itertools
 import math
+import re
+import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,11 +16,14 @@ from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, 
 from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, TooManyRequests
+from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
+from timemix.generation.session import load_session, save_session
 from timemix.tokenizers.character import ByteTokenizer
+from timemix.tokenizers.make import train_tokenizer
 
 
 @pytest.fixture(params=KINDS)
@@ -160,8 +168,9 @@ def test_log_probabilities_are_those_of_the_model(model):
         text.append(event.token)
 
 
-def writes(model, text):
-    """A model that writes these tokens whatever it reads, through the step that an engine asks."""
+def writes(model, text, *, counted=False):
+    """A step that gives these tokens whatever it reads, by position or, `counted`, one in each call."""
+    calls = itertools.count()
 
     class Step:
         compiled, reason = False, "told to"
@@ -173,7 +182,8 @@ def writes(model, text):
             state.position[rows] += counts
             logits = torch.full((len(rows), model.config.vocab_size), -30.0)
             for i, position in enumerate(state.position[rows].tolist()):
-                logits[i, text[min(position - 1, len(text) - 1)]] = 30.0
+                at = next(calls) if counted else position - 1
+                logits[i, text[min(at, len(text) - 1)]] = 30.0
             return logits, state
 
     return Step()
@@ -317,3 +327,213 @@ def test_prompts_are_read_in_pieces_of_bounded_size(model, monkeypatch):
     events = finish(engine)
     for number, each in enumerate(expected):
         assert_same(events[number], each)
+
+
+@pytest.mark.parametrize("kind", ["rwkv1, compiled", "rwkv1_exp", "mha_pro"])
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [("a€b€€c😀é", ()), ("lou cheis, lo", ("lou",)), ("lou cheis, lo", ("s", "heist")), ("he, w he, wa", ("he, wo",))],
+)
+def test_two_parts_joined_are_the_whole_for_every_cut(kind, text, stop, tmp_path):
+    ids, tokenizer = list(text.encode()), ByteTokenizer()
+    model = build(KINDS[kind]().config, torch.float32, vocab_size=256, ctx_len=64)
+    whole = written(ids, tokenizer, tokens=len(ids), stop=stop)
+    expected = "".join(e.text for e in whole)
+    for cut in range(len(whole)):
+        request = Request([0], cut, stop=stop, keep_session=True)
+        *_, last = first = played(model, tokenizer, ids, request)
+        save_session(last.session, tmp_path / "session", model)
+        session = load_session(tmp_path / "session", model)
+        rest = played(model, tokenizer, ids[cut:], Request([], len(ids) - cut, stop=stop, start=session))
+        assert "".join(e.text for e in [*first, *rest]) == expected
+        assert rest[-1].finished == whole[-1].finished
+
+
+def played(model, tokenizer, ids, request):
+    """Events of a request in an engine whose step gives these tokens one after another."""
+    engine = Engine(model, tokenizer, step=writes(model, ids, counted=True))
+    engine.add(request)
+    return finish(engine)[0]
+
+
+def test_what_follows_a_stop_string_in_its_token_begins_the_next_part():
+    tokenizer = train_tokenizer("word", "one two three one two")
+    ids = tokenizer.encode("one two three").tolist()
+    model = build(KINDS["rwkv1, compiled"]().config, torch.float32, vocab_size=tokenizer.vocab_size)
+    first = played(model, tokenizer, ids, Request([0], 3, stop=("tw",), keep_session=True))
+    assert "".join(e.text for e in first) == " one "
+    rest = played(model, tokenizer, ids[2:], Request([], 1, start=first[-1].session))
+    assert "".join(e.text for e in rest) == "o three"
+
+
+def test_stop_tokens_end_the_text_before_them_and_the_session_reads_them():
+    model = KINDS["rwkv1, compiled"]()
+    whole = alone(model, Request([3], 30, seed=2))
+    end = whole[11].token
+    before = next(i for i, e in enumerate(whole) if e.token == end)
+    events = alone(model, Request([3], 30, seed=2, stop_tokens=(end,), keep_session=True))
+    assert [e.token for e in events] == [e.token for e in whole[: before + 1]]
+    assert "".join(e.text for e in events) == "".join(e.text for e in whole[:before])
+    assert events[-1].finished == "stop"
+    rest = alone(model, Request([], 29 - before, seed=2, start=events[-1].session))
+    assert [e.token for e in rest] == [e.token for e in whole[before + 1 :]]
+
+
+def test_samples_read_their_prompt_once_and_are_those_of_requests_of_their_own(model):
+    read = []
+
+    class Counting:
+        compiled, reason, inner = False, "", build_step(model)
+
+        def __call__(self, tokens, state, rows, counts=None, wanted=None):
+            read.append(len(tokens))
+            return self.inner(tokens, state, rows, counts, wanted)
+
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    engine = Engine(model, CHARACTERS, slots=2, step=Counting())
+    engine.add(Request(prompt, 3, seed=6, sample=4, samples=5, log_probabilities=True))
+    events = finish(engine)[0]
+    # The last token of the prompt and two tokens of each sample, besides the prompt.
+    assert sum(read) == len(prompt) - 1 + 5 * 3
+    for sample in range(4, 9):
+        own = [e for e in events if e.sample == sample]
+        assert_same(own, alone(model, Request(prompt, 3, seed=6, sample=sample, log_probabilities=True)))
+
+
+def test_the_most_probable_tokens_and_the_prompt_are_scored_as_the_model_does(model):
+    prompt = [3, 4, 5, 6]
+    request = Request(prompt, 2, top_log_probabilities=3, prompt_log_probabilities=True)
+    first, second = alone(model, request)
+    with torch.no_grad():
+        scores = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+    assert first.prompt_log_probabilities[0] is None
+    expected = [float(scores[i, token]) for i, token in enumerate(prompt[1:])]
+    assert first.prompt_log_probabilities[1:] == pytest.approx(expected, abs=1e-5)
+    best = scores[-1].topk(3)
+    assert [token for token, _ in first.top_log_probabilities] == best.indices.tolist()
+    assert [p for _, p in first.top_log_probabilities] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert second.prompt_log_probabilities is None
+    # Without a token to draw they come with the end.
+    (only,) = alone(model, Request(prompt, 0, prompt_log_probabilities=True))
+    assert only.prompt_log_probabilities[1:] == pytest.approx(expected, abs=1e-5)
+    assert only.token is None
+
+
+def test_a_long_prompt_stalls_no_other_row_and_can_be_cancelled():
+    model = KINDS["rwkv1_exp"]()
+    engine = Engine(model)
+    short = engine.add(Request([1, 2], 20))
+    engine.step()
+    long = engine.add(Request([3] * 100_000, 1))
+    other = engine.add(Request([4] * 200, 1))
+    ids = [[e.id for e in engine.step()] for _ in range(8)]
+    # 64 tokens of one prompt at a time: the other one, in turn, has read its 200 after four pieces.
+    assert all(short in each for each in ids)
+    assert sum(other in each for each in ids) == 1
+    assert engine.session(long).unread > 99_000
+    assert engine.cancel(long)
+    assert long not in finish(engine)
+
+
+def test_a_full_queue_refuses_until_one_has_left():
+    engine = Engine(KINDS["rwkv1, compiled"](), slots=1, max_pending=2)
+    first = engine.add(Request([1], 50))
+    engine.step()
+    for _ in range(2):
+        engine.add(Request([1], 1))
+    with pytest.raises(TooManyRequests, match="2 requests are pending"):
+        engine.add(Request([1], 1))
+    engine.cancel(first)
+    engine.step()
+    engine.add(Request([1], 1))
+
+
+def test_threads_add_cancel_and_copy_while_one_steps():
+    model = KINDS["rwkv1, compiled"]()
+    engine = Engine(model, CHARACTERS, slots=4)
+    expected = [(e.token, e.text) for e in alone(model, Request([3], 6, seed=1))]
+    events, gone, faults, adding = {}, set(), [], threading.Event()
+
+    def add():
+        try:
+            for number in range(25):
+                id = engine.add(Request([3], 6, seed=1))
+                if number % 5 == 4 and engine.cancel(id):
+                    gone.add(id)
+                with contextlib.suppress(KeyError):
+                    assert engine.session(id).tokens[0] == 3
+        except Exception as error:
+            faults.append(error)
+
+    def steps():
+        try:
+            while engine.busy or not adding.is_set():
+                for event in engine.step():
+                    events.setdefault(event.id, []).append((event.token, event.text))
+        except Exception as error:
+            faults.append(error)
+
+    adders = [threading.Thread(target=add) for _ in range(4)]
+    steppers = [threading.Thread(target=steps) for _ in range(2)]
+    for thread in adders + steppers:
+        thread.start()
+    for thread in adders:
+        thread.join(60)
+    adding.set()
+    for thread in steppers:
+        thread.join(60)
+    assert not faults
+    assert len(events.keys() | gone) == 100
+    for id in events.keys() - gone:
+        assert sorted(events[id], key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize("kind", ["rwkv1", "mha_rotary", "llama"])
+def test_dropout_is_off_and_the_mode_of_the_model_stays(kind):
+    model = build(VARIANTS[kind], torch.float32, dropout=0.5)
+    request = Request([1, 2, 3, 4, 5], 8, log_probabilities=True)
+    expected = alone(model, request)
+    model.train()
+    model.blocks[1].eval()
+    assert_same(alone(model, request), expected)
+    assert model.training
+    assert not model.blocks[1].training
+    assert model.blocks[0].training
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokens": 1.5}, "tokens is 1.5; it must be a whole number"),
+        ({"tokens": True}, "tokens is True"),
+        ({"prompt": [1.5]}, "prompt holds 1.5; a token id is a whole number"),
+        ({"prompt": [True]}, "prompt holds True"),
+        ({"prompt": ["a"]}, "prompt holds 'a'"),
+        ({"prompt": 3}, "prompt is 3; it must be a sequence"),
+        ({"prompt": torch.tensor([1.0])}, "prompt holds 1.0"),
+        ({"sampler": None}, "sampler is None; it must be a Sampler"),
+        ({"start": "a file"}, "start is 'a file'"),
+        ({"seed": 1.0}, "seed must be a whole number"),
+        ({"sample": False}, "sample must be a whole number"),
+        ({"stop": (1,)}, "stop holds 1; it takes strings"),
+        ({"stop": 1}, "stop is 1; it must be a sequence"),
+        ({"keep": "half"}, "keep is 'half'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"stop_tokens": (2.0,)}, "stop_tokens holds 2.0"),
+        ({"top_log_probabilities": -1}, "top_log_probabilities is -1"),
+        ({"logit_bias": [1]}, "logit_bias is"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias holds 1: inf"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias holds 1: nan"),
+        ({"logit_bias": {"a": 1}}, "logit_bias holds 'a': 1"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused(fields, words):
+    with pytest.raises(InvalidValue, match=re.escape(words)):
+        Request(**({"prompt": [1]} | fields))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    request = Request(np.array([1, 2], np.uint16), np.int64(3), seed=np.uint64(2**63), stop_tokens=torch.tensor([4]))
+    assert (request.prompt, request.stop_tokens) == ((1, 2), (4,))
+    model = KINDS["rwkv1, compiled"]()
+    assert [e.token for e in alone(model, request)] == [e.token for e in alone(model, Request([1, 2], 3, seed=2**63))]

@@ -10,7 +10,7 @@ from tests.helpers.engines import reanchored, recomputed
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.generate import generate_tokens, stream
 from timemix.generation.sampler import Sampler
 
@@ -99,3 +99,19 @@ def test_greedy_takes_the_most_probable(run):
     (text,) = timemix.generate(loaded, "the ", tokens=1, sampler=Sampler(temperature=0))
     assert text == loaded.tokenizer.decode([int(logits.argmax())])
     assert math.isfinite(float(logits.max()))
+
+
+def test_logits_that_are_not_finite_are_one_sentence(run):
+    loaded = timemix.load(run)
+    with torch.no_grad():
+        loaded.model.norm.bias[0] = math.nan
+    for call in (lambda: timemix.generate(loaded, "the "), lambda: list(stream(loaded, "the "))):
+        with pytest.raises(NotFinite, match="sample 0 has ended: the model's logits are not finite"):
+            call()
+
+
+def test_the_token_that_ends_a_text_ends_it(run, monkeypatch):
+    loaded = timemix.load(run)
+    (whole,) = timemix.generate(loaded, "the ", tokens=60)
+    monkeypatch.setattr(loaded.tokenizer, "end_of_text", int(loaded.tokenizer.encode(".")[0]))
+    assert timemix.generate(loaded, "the ", tokens=60) == [whole.partition(".")[0]]

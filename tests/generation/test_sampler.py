@@ -241,7 +241,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("temperature", -0.1, "0 or more"),
         ("temperature", math.nan, "0 or more"),
         ("temperature", math.inf, "0 or more"),
-        ("top_k", -1, "a whole number, 0 or more, not -1$"),
+        ("top_k", -1, "a whole number, 0 or more"),
         ("top_k", 1.5, "a whole number, 0 or more"),
         ("top_p", 0, "above 0 and at most 1"),
         ("top_p", 1.0000001, "above 0 and at most 1, not 1.0000001"),
@@ -250,7 +250,12 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("top_a", -0.1, "from 0 to 1"),
         ("top_a_power", -1, "0 or more"),
         ("repetition_penalty", 0, "above 0"),
-        ("top_p", [0.5, 2.0], "above 0 and at most 1, not 2$"),
+        ("top_p", [0.5, 2.0], "above 0 and at most 1, not 2.0"),
+        ("top_k", -1, "a whole number, 0 or more, not -1$"),
+        ("temperature", "a", "0 or more, not 'a'"),
+        ("temperature", None, "0 or more, not None"),
+        ("temperature", True, "0 or more, not True"),
+        ("min_p", [0.1, "b"], "from 0 to 1, not 'b'"),
     ],
 )
 def test_values_out_of_range_are_named(field, value, allowed):
@@ -358,3 +363,20 @@ def test_seed_out_of_range_is_named(seed):
 def test_draw_refuses_rows_that_are_no_distribution(row):
     with pytest.raises(ValueError, match="must sum to 1"):
         draw(torch.tensor([[0.5, 0.5], row]), seed=0, sample=[0, 1], position=[0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(shares=st.lists(st.integers(1, 20), min_size=2, max_size=12))
+def test_top_p_keeps_the_fewest_that_reach_it(shares, dtype):
+    total = sum(shares)
+    logits = (torch.tensor(shares, dtype=torch.float64) / total).log().to(dtype)
+    ranked = sorted(shares, reverse=True)
+    for kept in range(1, len(shares) + 1):
+        # Exact sums: what reaches it is known without rounding.
+        top_p = sum(ranked[:kept]) / total
+        found = Sampler(top_p=top_p).probabilities(logits[None])[0]
+        assert int((found > 0).sum()) == kept or top_p == 1
+
+
+def test_a_tiny_top_p_keeps_the_most_probable():
+    assert probabilities(Sampler(top_p=1e-9), [0.1, 0.2, 0.0]).tolist() == [[0, 1, 0]]
