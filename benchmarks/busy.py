@@ -61,10 +61,14 @@ def sampling() -> tuple[Callable[[], object], int]:
     return engine.step, 1
 
 
+# It ends with the process that started it, also when that one is killed.
+COMPUTE = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**5))"
+
+
 @contextlib.contextmanager
 def beside(busy: int) -> Iterator[None]:
     """Run while `busy` other processes compute."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    others = [subprocess.Popen([sys.executable, "-c", COMPUTE]) for _ in range(busy)]
     try:
         yield
     finally:
