@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.helpers.runs import TEXT
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
-from timemix.cli.watch import LastingStream, lasting_output, progress_line, shown, watching
+from timemix.cli.terminal import LastingStream, escaped, lasting_output
+from timemix.cli.watch import progress_line, watching
 from timemix.config.run import read_toml
 from timemix.training.progress import TrainingProgress
 
@@ -336,4 +337,4 @@ class TestProgressLine:
 
 
 def test_control_characters_of_a_sample_are_shown_escaped():
-    assert shown("a\tb\nc\x1b[2J\x07é") == "a\tb\nc\\x1b[2J\\x07é"
+    assert escaped("a\tb\nc\x1b[2J\x07é") == "a\tb\nc\\x1b[2J\\x07é"

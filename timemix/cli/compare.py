@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from timemix.cli.options import parse
+from timemix.cli.terminal import lasting_output
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.errors import Interrupted, InvalidValue
@@ -78,6 +79,7 @@ class CompareArguments:
     """The table as one JSON object on stdout."""
 
 
+@lasting_output()
 def compare(arguments: list[str]) -> int:
     parsed = parse(CompareArguments, arguments, "compare")
     name, experiment = _experiment(parsed)

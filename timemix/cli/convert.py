@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from timemix.cli.options import parse
+from timemix.cli.terminal import lasting_output
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
 from timemix.storage.json_files import to_json
@@ -54,6 +55,7 @@ class ConvertArguments:
             raise InvalidValue(f"--finetune is {self.finetune}; it must be at least 0")
 
 
+@lasting_output()
 def convert(arguments: list[str]) -> int:
     parsed = parse(ConvertArguments, arguments, "convert")
     from timemix.cli.watch import watching

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timemix.cli.options import parse
+from timemix.cli.terminal import escaped, lasting_output
 from timemix.cli.training import run_trainer
-from timemix.cli.watch import lasting_output, shown
 from timemix.config.presets import preset
 from timemix.errors import InvalidValue
 
@@ -31,13 +31,9 @@ class DemoArguments:
     """Optimizer steps instead."""
 
 
+@lasting_output()
 def demo(arguments: list[str]) -> int:
     parsed = parse(DemoArguments, arguments, "demo")
-    with lasting_output():
-        return _demo(parsed)
-
-
-def _demo(parsed: DemoArguments) -> int:
     from timemix.generation.sampler import Sampler
     from timemix.runtime.machine import keep_freed_memory
     from timemix.training.start import new_run
@@ -56,7 +52,7 @@ def _demo(parsed: DemoArguments) -> int:
     half = max(1, trainer.config.train.steps // 2)
 
     def sample() -> str:
-        return shown(trainer.sample(DEMO_PROMPT, Sampler(top_a=TOP_A)) or "")
+        return escaped(trainer.sample(DEMO_PROMPT, Sampler(top_a=TOP_A)) or "")
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:

@@ -128,9 +128,9 @@ def _spec(kind: Any, info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
     """`T | None` is read as T: None stands for an absent option, and the word None is a value like any other."""
     kinds = typing.get_args(info.type)
-    if info.type_origin not in (types.UnionType, typing.Union) or len(kinds) != 2 or types.NoneType not in kinds:
+    if info.type_origin not in (types.UnionType, typing.Union) or types.NoneType not in kinds:
         return None
-    spec = _spec(kinds[kinds[0] is types.NoneType], info)
+    spec = _spec(typing.Union[tuple(kind for kind in kinds if kind is not types.NoneType)], info)  # noqa: UP007
     if isinstance(spec, UnsupportedTypeAnnotationError):
         return spec
     return replace(

@@ -4,7 +4,6 @@ import itertools
 import json
 import signal
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from timemix.cli.options import parse
+from timemix.cli.terminal import escaped
 from timemix.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -142,11 +142,6 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-def shown(text: str) -> str:
-    """Return a text for a terminal: control characters that it would obey are escaped."""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
-
-
 def _check_prompt(arguments: list[str]) -> None:
     for flag, value in itertools.pairwise(arguments):
         if flag == "--prompt" and value.startswith("-"):
@@ -183,7 +178,7 @@ def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "
 
     count = parsed.sampling.count
     streaming = count == 1 and not parsed.json
-    form = shown if sys.stdout.isatty() else str
+    form = escaped if sys.stdout.isatty() else str
     texts = [""] * count
     scores: list[list[float | None]] = [[] for _ in range(count)]
     if streaming:

@@ -1,4 +1,4 @@
-"""The terminal of the command line: streams that can always be printed to, and help that fits its width."""
+"""The terminal of the command line: streams that take any text and outlive their reader, help that fits the width."""
 
 import contextlib
 import io
@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 LEAST_COLUMNS = 40
 """Below this width tyro's help has no room for words; at 4 columns or less it never ends."""
@@ -32,6 +34,56 @@ def _open_closed_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8")
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+
+
+class LastingStream:
+    """A text stream that outlives its reader: what a full disk, a closed pipe or terminal refuses is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._discard()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Send what the stream still holds, and all that follows, nowhere."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let the block outlive stdout and stderr: what they refuse is dropped. For programs whose result is a folder."""
+    streams = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    with (
+        contextlib.redirect_stdout(cast(TextIO, streams[0])),
+        contextlib.redirect_stderr(cast(TextIO, streams[1])),
+    ):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
+
+
+def escaped(text: str) -> str:
+    """Return a text with its control characters escaped, which a terminal would obey."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 @contextlib.contextmanager

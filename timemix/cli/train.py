@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from timemix.cli.options import Choice, DataOptions, PresetName, first_parse, parse
+from timemix.cli.terminal import lasting_output
 from timemix.config.from_file import config_from_file
 from timemix.config.presets import DEFAULT_PRESET
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml
@@ -164,7 +165,6 @@ def _config_of(run: Path) -> RunConfig:
 def train(arguments: list[str]) -> int:
     # Options first: under torchrun, what is wrong with them needs no other process.
     asked = train_options(arguments)
-    from timemix.cli.watch import lasting_output
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
 

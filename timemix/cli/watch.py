@@ -1,11 +1,12 @@
-"""What a person sees while a model trains: a live bar on a terminal, plain lines elsewhere, and no reason to stop."""
+"""What a person sees while a model trains: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING
+
+from timemix.cli.terminal import escaped
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -16,50 +17,6 @@ SECONDS_BETWEEN_LINES = 10.0
 
 WIDTH_OF_BAR = 20
 """Columns that a bar needs beside its numbers to be worth them."""
-
-
-class LastingStream:
-    """A text stream that outlives its reader: what a full disk, a closed pipe or terminal refuses is dropped."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self._stream.write(text)
-        except OSError:
-            self._discard()
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._discard()
-
-    def _discard(self) -> None:
-        """Send what the stream still holds, and all that follows, nowhere."""
-        with contextlib.suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-
-@contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Let the block outlive stdout and stderr: what they refuse is dropped. For programs whose result is a folder."""
-    with contextlib.ExitStack() as stack:
-        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
-            stream = getattr(sys, name)
-            # Python has no stream where its descriptor was closed.
-            held = stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            lasting = LastingStream(held)
-            stack.callback(lasting.flush)
-            stack.enter_context(redirect(cast(TextIO, lasting)))
-        yield
 
 
 @contextlib.contextmanager
@@ -132,12 +89,7 @@ def progress_line(progress: "TrainingProgress", width: int | None = None) -> str
 
 def sample_words(progress: "TrainingProgress") -> str:
     """Return the sample of a step under a line that names the step."""
-    return f"--- step {progress.step}\n{shown(progress.sample or '')}\n"
-
-
-def shown(text: str) -> str:
-    """Return a generated text with its control characters escaped, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return f"--- step {progress.step}\n{escaped(progress.sample or '')}\n"
 
 
 def _seconds_left(progress: "TrainingProgress") -> float:

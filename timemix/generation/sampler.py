@@ -79,7 +79,7 @@ class Sampler:
             is_one = not isinstance(plain, Sequence) or isinstance(plain, str)
             for value in [plain] if is_one else plain:
                 if not (_is_finite(value) and accepts(value)):
-                    raise InvalidValue(f"{field.name} must be {allowed}, not {repr(value).removesuffix('.0')}")
+                    raise InvalidValue(f"{field.name} must be {allowed}, not {value!r}")
             # Plain numbers keep samplers comparable and hashable, which tensors are not.
             object.__setattr__(self, field.name, float(plain) if is_one else tuple(map(float, plain)))
 
