@@ -60,7 +60,8 @@ def test_a_run_on_standard_input_ends_as_one_on_a_file(call):
     assert "held out (the last 10 % of standard input)" in err
     one, other = (next(Path(run, "checkpoints").iterdir()) / "model.safetensors" for run in ("file", "piped"))
     assert one.read_bytes() == other.read_bytes()
-    assert call("train", "--resume", "piped")[:2] == (0, "piped is complete: 3 steps\n")
+    status, out, _ = call("train", "--resume", "piped")
+    assert (status, out.partition(";")[0]) == (0, "piped is complete: 3 steps")
     # Its tokens stand in for a text that cannot be read again.
     assert call("train", "--from", "piped", "--out", "next", "--train.steps", "2")[0] == 0
     assert call("eval", "next")[0] == 0
