@@ -24,6 +24,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to gain by it")
     assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to gain by it")
     assert choose_compile("on", 1, CPU) == (True, "asked for")
+    assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (False, "the run is too short to gain by it")
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
     assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
     assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
