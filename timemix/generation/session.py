@@ -23,7 +23,7 @@ class Session:
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text: those that the model reads again or that an unfinished character needs, and
+        tokens: Newest token ids of the text: those that the model reads again, those of an unfinished character, and
             all unread ones.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         written: Tokens generated so far.
