@@ -21,7 +21,7 @@ def events_of(engine: Engine) -> Iterator[Event]:
     while engine.busy:
         for event in engine.step():
             if event.finished == "error":
-                raise NotFinite(f"sample {event.sample} has ended: {event.reason}; train a model with finite weights")
+                raise NotFinite(f"sample {event.sample} has ended: {event.reason}; take another checkpoint")
             yield event
 
 

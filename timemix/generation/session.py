@@ -23,11 +23,12 @@ class Session:
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text, as many as the model reads again at most, and all unread ones.
+        tokens: Newest token ids of the text: those that the model reads again, those of an unfinished character, and
+            all unread ones.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         written: Tokens generated so far.
         seen: Token ids that occurred in the text.
-        held: End of the text that is held back because it may begin a stop string.
+        held: Text that is not emitted yet: it may begin a stop string, or follows one in its token.
     """
 
     state: State

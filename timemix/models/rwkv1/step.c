@@ -128,6 +128,7 @@ static void look_back_all(const float *weights, const float *history, int64_t le
     for (; r < targets; r++) {
         int64_t n = 0;
         for (; n + 64 <= size; n += 64) look_back(weights + r, history + n, length, size, 64, 1, sum + r * size + n);
+        for (; n + 32 <= size; n += 32) look_back(weights + r, history + n, length, size, 32, 1, sum + r * size + n);
         for (; n + 16 <= size; n += 16) look_back(weights + r, history + n, length, size, 16, 1, sum + r * size + n);
         for (; n + 4 <= size; n += 4) look_back(weights + r, history + n, length, size, 4, 1, sum + r * size + n);
         for (; n < size; n++) look_back(weights + r, history + n, length, size, 1, 1, sum + r * size + n);
