@@ -240,6 +240,20 @@ def test_cancel(model):
     assert_same(events[third], alone(model, REQUESTS[0]))
 
 
+def test_a_request_that_is_cancelled_during_a_step_has_no_event_of_it(model):
+    engine = Engine(model, slots=2)
+    first, second = (engine.add(REQUESTS[0]) for _ in range(2))
+    advance = engine.advance
+
+    def cancelling(*arguments):
+        engine.cancel(first)
+        return advance(*arguments)
+
+    engine.advance = cancelling
+    assert [event.id for event in engine.step()] == [second]
+    assert first not in finish(engine)
+
+
 @pytest.mark.parametrize(("model", "cut"), pairwise(KINDS, [0, 1, 5, 12, 20], strength=1), indirect=["model"])
 def test_going_on_from_a_stream_equals_going_on(model, cut):
     whole = Request([1, 2, 3], 25, Sampler(repetition_penalty=1.3), seed=4, log_probabilities=True)
