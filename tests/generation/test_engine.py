@@ -22,7 +22,7 @@ from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, save_session
-from timemix.tokenizers.character import ByteTokenizer
+from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 from timemix.tokenizers.make import train_tokenizer
 
 
@@ -353,7 +353,8 @@ def test_two_parts_joined_are_the_whole_for_every_cut(kind, text, stop, tmp_path
     model = build(KINDS[kind]().config, torch.float32, vocab_size=256, ctx_len=64)
     whole = written(ids, tokenizer, tokens=len(ids), stop=stop)
     expected = "".join(e.text for e in whole)
-    for cut in range(len(whole)):
+    # Behind a stop string a continued text would go on.
+    for cut in range(len(whole) + int(whole[-1].finished == "length")):
         request = Request([0], cut, stop=stop, keep_session=True)
         *_, last = first = played(model, tokenizer, ids, request)
         save_session(last.session, tmp_path / "session", model)
@@ -449,6 +450,56 @@ def test_a_long_prompt_stalls_no_other_row_and_can_be_cancelled():
     assert long not in finish(engine)
 
 
+class Refuses(CharacterTokenizer):
+    """A tokenizer that cannot decode."""
+
+    def stream(self):
+        decoder = super().stream()
+        decoder.push = self.refuse
+        return decoder
+
+    def refuse(self, token):
+        raise KeyboardInterrupt
+
+
+def test_a_step_that_raises_ends_the_active_requests_alone():
+    """Also one that raises after the tokens are drawn: the next step runs, and so do requests that were pending."""
+    model = KINDS["rwkv1, compiled"]()
+    engine = Engine(model, Refuses(list("abcdefghijk"), "error"), slots=1)
+    first, second = (engine.add(Request([1], 2)) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    with pytest.raises(KeyError):
+        engine.session(first)
+    engine.tokenizer = None
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.busy
+    last = engine.add(Request([1], 2))
+    assert [event.id for event in engine.step()] == [last] != [second]
+
+
+def test_the_tokenizer_of_another_model_is_refused():
+    with pytest.raises(InvalidValue, match="tokenizer has 3 entries, model has 11"):
+        Engine(KINDS["rwkv1, compiled"](), CharacterTokenizer(list("abc"), "error"))
+
+
+def test_a_queue_counts_neither_cancelled_requests_nor_those_that_a_free_slot_takes():
+    engine = Engine(KINDS["rwkv1, compiled"](), slots=2, max_pending=1)
+    ids = [engine.add(Request([1], 3)) for _ in range(3)]
+    with pytest.raises(TooManyRequests):
+        engine.add(Request([1], 3))
+    advance = engine.advance
+
+    def cancelling(*arguments):
+        engine.cancel(ids[2])
+        engine.add(Request([1], 3))
+        return advance(*arguments)
+
+    engine.advance = cancelling
+    engine.step()
+
+
 def test_a_full_queue_refuses_until_one_has_left():
     engine = Engine(KINDS["rwkv1, compiled"](), slots=1, max_pending=2)
     first = engine.add(Request([1], 50))
@@ -533,6 +584,8 @@ def test_dropout_is_off_and_the_mode_of_the_model_stays(kind):
         ({"stop": 1}, "stop is 1; it must be a sequence"),
         ({"keep": "half"}, "keep is 'half'"),
         ({"samples": 0}, "samples is 0"),
+        ({"sample": 2**64 - 1, "samples": 2}, "the last of 2 samples would be past 2^64 - 1"),
+        ({"logit_bias": {1: 10**400}}, "logit_bias holds 1: 1000"),
         ({"stop_tokens": (2.0,)}, "stop_tokens holds 2.0"),
         ({"top_log_probabilities": -1}, "top_log_probabilities is -1"),
         ({"logit_bias": [1]}, "logit_bias is"),

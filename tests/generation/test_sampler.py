@@ -255,6 +255,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("temperature", "a", "0 or more, not 'a'"),
         ("temperature", None, "0 or more, not None"),
         ("temperature", True, "0 or more, not True"),
+        ("temperature", 10**400, "0 or more, not 1000"),
         ("min_p", [0.1, "b"], "from 0 to 1, not 'b'"),
     ],
 )

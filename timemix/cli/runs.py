@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from timemix.cli.options import parse
+from timemix.cli.terminal import escaped
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _print_table(found: "list[RunSummary]", folder: Path) -> None:
         print("  ".join(map(_aligned, row, widths, _COLUMNS)).rstrip())
     for run in found:
         if run.error is not None:
-            print(f"{_name(run, folder)}: {run.error}")
+            print(f"{_name(run, folder)}: {escaped(run.error)}")
 
 
 def _aligned(cell: str, width: int, column: str) -> str:
@@ -73,7 +74,7 @@ def _cells(run: "RunSummary", folder: Path) -> tuple[str, ...]:
 
 def _name(run: "RunSummary", folder: Path) -> str:
     inside = Path(run.folder).relative_to(folder)
-    return str(inside) if inside.parts else run.folder
+    return escaped(str(inside) if inside.parts else run.folder)
 
 
 def _age(seconds: float) -> str:

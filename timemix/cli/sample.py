@@ -144,10 +144,8 @@ def sample(arguments: list[str]) -> int:
 
 def _check_prompt(arguments: list[str]) -> None:
     for flag, value in itertools.pairwise(arguments):
-        if flag == "--prompt" and value.startswith("-"):
-            raise InvalidValue(
-                f"--prompt has no text before {value!r}; a text that begins with '-' is --prompt={value}"
-            )
+        if flag in ("--prompt", "--stop") and value.startswith("-"):
+            raise InvalidValue(f"{flag} has no text before {value!r}; a text that begins with '-' is {flag}={value}")
 
 
 def _check(parsed: SampleArguments) -> None:

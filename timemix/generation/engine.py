@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections import deque
 from dataclasses import replace
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -42,7 +43,8 @@ class Engine:
         max_pending: Pending requests at most; None: any number.
 
     Raises:
-        InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, or `model` is no language model.
+        InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, `model` is no language model, or
+            `tokenizer` is that of another.
     """
 
     def __init__(
@@ -58,8 +60,13 @@ class Engine:
         if not isinstance(model, LanguageModel):
             raise InvalidValue(f"model is a {type(model).__name__}; pass the model of a loaded run: load(...).model")
         for name, value in (("slots", slots), ("max_pending", max_pending)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+            if not is_count and (name, value) != ("max_pending", None):
                 raise InvalidValue(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:
+            raise InvalidValue(
+                f"tokenizer has {tokenizer.vocab_size} entries, model has {model.config.vocab_size}; pass its own"
+            )
         self.model, self.tokenizer, self.slots, self.max_pending = model, tokenizer, slots, max_pending
         self.advance = step or build_step(model, weights)
         self._ids, self._clock = itertools.count(), itertools.count(1)
@@ -99,7 +106,10 @@ class Engine:
             raise InvalidValue("the session to continue is of another model")
         row = new_row(-1, request, self.tokenizer, self.model.max_position)
         with self._changed:
-            if self.max_pending is not None and len({each.id for each in self._pending}) >= self.max_pending:
+            pending = {each.id for each in self._pending if not each.is_cancelled}
+            # Those that a free slot takes at the next step do not count.
+            free = self.slots - len(self._rows)
+            if self.max_pending is not None and len(pending) - free >= self.max_pending:
                 raise TooManyRequests(f"{self.max_pending} requests are pending; add this one again later")
             row.id = next(self._ids)
             self._pending.append(row)
@@ -167,26 +177,33 @@ class Engine:
 
         Returns:
             The events, in the order in which their requests came.
+
+        If a step raises, or Ctrl-C ends it, all active requests have ended, and pending ones can still run.
         """
-        with self._changed:
-            # A session that waits is copied first.
-            self._changed.wait_for(lambda: not (self._stepping or self._copying))
-            events = self._join()
-            rows = list(self._rows)
-            self._stepping = True
-        drawn: list[tuple[Row, Drawn | str]] | None = None
+        rows: list[Row] = []
+        is_done = begun = False
         try:
-            drawn = self._compute(rows)
-        finally:
             with self._changed:
-                if drawn is None:
-                    # Their states may be ahead of their texts.
-                    for row in rows:
-                        self._leave(row)
-                events += [self._take(row, each) for row, each in drawn or () if not row.is_cancelled]
-                self._remove_cancelled()
-                self._stepping = False
-                self._changed.notify_all()
+                # A session that waits is copied first.
+                self._changed.wait_for(lambda: not (self._stepping or self._copying))
+                begun = self._stepping = True
+                events = self._join()
+                rows = list(self._rows)
+            drawn = self._compute(rows)
+            with self._changed:
+                events += [self._take(row, each) for row, each in drawn if not row.is_cancelled]
+                is_done = True
+        finally:
+            # Ctrl-C can come anywhere: what follows must not be left out for it.
+            if begun:
+                with self._changed:
+                    if not is_done:
+                        # Their states may be ahead of their texts.
+                        for row in [row for row in rows if row in self._rows]:
+                            self._leave(row)
+                    self._remove_cancelled()
+                    self._stepping = False
+                    self._changed.notify_all()
         return events
 
     def _join(self) -> list[Event]:
@@ -203,7 +220,7 @@ class Engine:
             row.state = None
             self._fork(row)
         return [
-            self._end(row, Event(row.id, None, "", sample=row.sample), "length")
+            self._end(row, Event(row.id, None, self._last_text(row), sample=row.sample), "length")
             for row in list(self._rows)
             if row.request.tokens == 0 and row.has_read
         ]
@@ -328,10 +345,11 @@ class Engine:
         if is_stop:
             return row.emitter.end(), True
         text, is_stopped = row.emitter.push(token)
-        # What a session keeps is emitted by the text that continues it.
-        if last and not is_stopped and not row.request.keep_session:
-            text += row.emitter.end()
-        return text, is_stopped
+        return text + (self._last_text(row) if last and not is_stopped else ""), is_stopped
+
+    def _last_text(self, row: Row) -> str:
+        """Return what a row holds back at its end; a session keeps it for the text that continues."""
+        return "" if row.emitter is None or row.request.keep_session else row.emitter.end()
 
     def _end(self, row: Row, event: Event, finished: Literal["length", "stop"]) -> Event:
         """Have a row leave; return its last event, complete."""

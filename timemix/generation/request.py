@@ -1,6 +1,7 @@
 """Requests to the engine, and the events that answer them."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -83,6 +84,10 @@ class Request:
             value = getattr(self, name)
             if not (_is_integer(value) and 0 <= value < 2**64):
                 raise InvalidValue(f"{name} must be a whole number from 0 to 2^64 - 1, not {value!r}")
+        if self.sample + self.samples > 2**64:
+            raise InvalidValue(f"sample is {self.sample}: the last of {self.samples} samples would be past 2^64 - 1")
+        if self.start is not None and not 0 <= self.start.written < 2**63:
+            raise InvalidValue(f"the session to continue says that {self.start.written} tokens were generated")
         self._check_prompt()
         self._check_ends()
 
@@ -105,7 +110,7 @@ class Request:
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidValue(f"logit_bias is {self.logit_bias!r}; it maps token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not (_is_integer(token) and _is_real(bias) and bias < math.inf):
+            if not (_is_integer(token) and _is_real(bias) and (bias == -math.inf or abs(bias) <= sys.float_info.max)):
                 raise InvalidValue(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to finite numbers or -inf")
         self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
 

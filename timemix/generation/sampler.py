@@ -5,9 +5,11 @@ the same token on every device, alone or in any batch.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,8 +165,9 @@ class Sampler:
         return column
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+def _is_finite(value: Any) -> bool:
+    # An integer may be larger than any float.
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def draw(
