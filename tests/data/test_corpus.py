@@ -1,5 +1,6 @@
 """Prepared folders, and batches as a pure function of the step."""
 
+import itertools
 import json
 import re
 import shutil
@@ -156,7 +157,8 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     whole = [text if text.endswith("\n") else text + "\n" for text in whole[:-1]] + whole[-1:]
     if hold_out == "end":
         whole = ["".join(whole)]
-    cuts = [int((1 - share) * len(text)) for text in whole]
+    ends = [int((1 - share) * end) for end in itertools.accumulate(map(len, whole), initial=0)]
+    cuts = [after - before for before, after in itertools.pairwise(ends)]
     train = ""
     for text, cut in zip(whole, cuts, strict=True):
         # A line end parts the beginnings of two files, as it parts the files.

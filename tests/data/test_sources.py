@@ -20,6 +20,7 @@ import pytest
 from timemix.data import readers as decoding
 from timemix.data.config import DataConfig
 from timemix.data.downloads import DOWNLOADS, Download
+from timemix.data.folders import folder_files
 from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
 from timemix.errors import TimemixError
@@ -165,6 +166,8 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(caplog, encoding):
         assert read_source(source, encoding=encoding).files == ("books/a.txt", "books/e.txt")
         names = "books/b.png, books/c.pdf, books/d.gz"
         assert caplog.messages == [f"{source}: skipped as binary (3): {names}"]
+    # With NUL as a character, files of a known kind are no text still.
+    assert Path("books/b.png") not in folder_files(Path("books"), encoding, keep_nul=True)
     Path("books/a.txt").unlink()
     Path("books/e.txt").unlink()
     refused("books", "the folder books holds no text files", encoding=encoding)

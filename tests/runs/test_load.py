@@ -170,6 +170,15 @@ def test_a_flipped_bit_is_found(run, name):
             timemix.load(run)
 
 
+def test_a_changed_character_of_the_tokenizer_is_found(run):
+    path = run_folder.newest(run) / "tokenizer.json"
+    saved = path.read_text()
+    path.write_text(saved.replace('"t"', '"T"'))
+    assert path.read_text() != saved
+    with pytest.raises(DamagedFile, match=r"tokenizer\.json is damaged"):
+        timemix.load(run, checkpoint="newest")
+
+
 def test_a_flipped_bit_of_a_session_is_found(run, tmp_path):
     loaded = timemix.load(run)
     engine = timemix.Engine(loaded.model, loaded.tokenizer)

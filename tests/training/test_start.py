@@ -2,17 +2,48 @@
 
 import json
 import os
+import signal
+from dataclasses import replace
 
 import pytest
 
 import timemix
 from tests.helpers.ends import same_end, stop_at
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.config.run import read_toml
+from timemix.data.config import DataConfig
+from timemix.data.prepare import prepare
 from timemix.errors import DamagedFile, Interrupted, InvalidValue, NotFinite
 from timemix.runs import folder as run_folder
+from timemix.training import start
 from timemix.training.optim import learning_rate
-from timemix.training.start import resume_run
+from timemix.training.signals import STOP_SIGNALS
+from timemix.training.start import new_run, resume_run
+
+
+@pytest.mark.parametrize("fields", [{"valid": "text.txt"}, {"valid_fraction": 0.5}, {"valid_tokens": 9}])
+def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
+    prepare(tmp_path / "tokens", DataConfig(str(write_text_file(tmp_path))))
+    config = small_config(tmp_path / "tokens")
+    config = replace(config, data=replace(config.data, **fields))
+    with pytest.raises(InvalidValue, match=f"data.{next(iter(fields))} cannot change what .*tokens holds out"):
+        new_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS[1:])
+def test_a_signal_before_the_first_step_leaves_no_folder(number, tmp_path, monkeypatch):
+    def prepared(*arguments):
+        assert (tmp_path / "run").exists()
+        os.kill(os.getpid(), number)
+        raise AssertionError
+
+    monkeypatch.setattr(start, "_corpus", prepared)
+    with pytest.raises(SystemExit) as end:
+        small_trainer(tmp_path)
+    assert end.value.code == 128 + number
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def rates(run) -> dict[int, float]:

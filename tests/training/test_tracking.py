@@ -231,7 +231,15 @@ def test_the_held_out_text_is_no_part_of_any_batch(tmp_path):
     assert not seen & held_out
 
 
-@pytest.mark.parametrize("error", [RuntimeError("the service is down"), OSError(), KeyError("x"), BrokenPipeError()])
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+RAISED = [RuntimeError("the service is down"), OSError(), KeyError("x"), BrokenPipeError(), SystemExit(3), Wordless()]
+
+
+@pytest.mark.parametrize("error", RAISED)
 def test_a_hook_that_raises_is_reported_once_and_training_continues(tmp_path, caplog, error):
     trainer = small_trainer(tmp_path, log_every=1)
     seen = []

@@ -1,6 +1,7 @@
 """The verb data: describe or prepare a text."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from timemix.cli.options import parse, print_report
+from timemix.cli.terminal import lasting_output
 from timemix.data.config import DataConfig
 from timemix.storage.json_files import to_json
 
@@ -40,10 +42,12 @@ def data(arguments: list[str]) -> int:
         report = to_json(describe(config, progress=True))
     else:
         report = to_json(prepare(parsed.out, config, progress=True).info) | {"folder": str(parsed.out)}
-    if parsed.json:
-        print(json.dumps(report))
-    else:
-        print_report(report if parsed.out is None else _in_short(report))
+    # With --out the result is the folder, not what is printed.
+    with nullcontext() if parsed.out is None else lasting_output():
+        if parsed.json:
+            print(json.dumps(report))
+        else:
+            print_report(report if parsed.out is None else _in_short(report))
     return 0
 
 

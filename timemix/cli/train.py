@@ -54,8 +54,7 @@ class TrainArguments:
     """New folder for the run."""
     preset: PresetName = None
     config: Path | None = None
-    """File of settings: config.toml of a run folder, or your own with only some fields. The preset gives the others.
-    With --model.arch, fields that both architectures have are kept."""
+    """File of settings: config.toml of a run folder, or your own with some fields; the preset gives the others."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Run folder, or one of its checkpoints, whose weights, tokenizer and settings training starts from."""
     model: ModelConfig = field(default_factory=ModelConfig)

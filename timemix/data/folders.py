@@ -116,9 +116,7 @@ def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list
     copies = {path for path in files if path.suffix.lower() in OPENERS and path.with_suffix("") in names}
     _skip(source, "a compressed copy of the file beside it", copies)
     files = [path for path in files if path not in copies]
-    if keep_nul:
-        return files
-    binary = {path for path in files if looks_binary(next(chunks(path), b"")[:HEAD], encoding)}
+    binary = {path for path in files if looks_binary(next(chunks(path), b"")[:HEAD], encoding, keep_nul)}
     _skip(source, "binary", binary)
     return [path for path in files if path not in binary]
 

@@ -104,7 +104,9 @@ class Text:
         """Characters of each file that come before its held-out part."""
         size, share = self.sizes["train"], 1 - self.config.valid_fraction
         if self.config.hold_out == "each":
-            return tuple(int(share * characters) for characters in size.files)
+            # Shares of the files so far, so that what rounding adds to short files does not add up.
+            kept = [int(share * end) for end in itertools.accumulate(size.files, initial=0)]
+            return tuple(after - before for before, after in itertools.pairwise(kept))
         cut = int(share * size.characters)
         ends = itertools.accumulate(size.files)
         return tuple(

@@ -68,10 +68,12 @@ KINDS = {
 """What a file is by its first bytes, and the way out."""
 
 
-def looks_binary(first: bytes, encoding: str) -> bool:
-    """Whether a file that begins with some bytes is no text: of a known kind, or with a NUL."""
+def looks_binary(first: bytes, encoding: str, keep_nul: bool = False) -> bool:
+    """Whether a file that begins with some bytes is no text: of a known kind, or with a NUL that is no character."""
+    if _kind(first) is not None:
+        return True
     codec = _codec_name(encoding)
-    return _kind(first) is not None or ("\0" in first.decode(codec, "ignore") if _is_wide(codec) else b"\0" in first)
+    return not keep_nul and ("\0" in first.decode(codec, "ignore") if _is_wide(codec) else b"\0" in first)
 
 
 def _kind(first: bytes) -> str | None:

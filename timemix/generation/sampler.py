@@ -5,7 +5,6 @@ the same token on every device, alone or in any batch.
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -166,8 +165,13 @@ class Sampler:
 
 
 def _is_finite(value: Any) -> bool:
-    # An integer may be larger than any float.
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        # An integer larger than any float.
+        return False
 
 
 def draw(

@@ -110,6 +110,10 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} entries,"
             f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
         )
+    progress = folder / "training.json"
+    known = read_progress(folder).data.get("tokenizer") if progress.exists() else None
+    if known not in (None, tokenizer.hash):
+        raise DamagedFile(f"{folder / 'tokenizer.json'} is damaged: it is not the tokenizer that was saved")
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
     path = folder / "model.safetensors"

@@ -40,6 +40,9 @@ def _times(count: int) -> str:
     return f"{count} failure{'s' if count > 1 else ''}"
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, its class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, its class where it has none or fails to give it."""
+    try:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except Exception:
+        return type(error).__name__

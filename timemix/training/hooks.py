@@ -29,7 +29,7 @@ class Hooks:
         for hook, what, failures in self._hooks:
             try:
                 hook(line)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 kind, message = type(error).__name__, first_line(error)
                 cause = kind if message == kind else f"{kind}: {message}"
                 self.failure = f"{what} fails at step {line['step']}: {cause}"

@@ -44,3 +44,25 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
     finally:
         for each, handler in old.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """Raise SystemExit for a signal that would end the process at once, so that what was begun is tidied up."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    taken = []
+    try:
+        for each in STOP_SIGNALS:
+            if signal.getsignal(each) is signal.SIG_DFL:
+                signal.signal(each, leave)
+                taken.append(each)
+    except ValueError:
+        pass  # As above.
+    try:
+        yield
+    finally:
+        for each in taken:
+            signal.signal(each, signal.SIG_DFL)

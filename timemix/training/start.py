@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from timemix.config.run import RunConfig, check_budget, read_toml, to_toml
-from timemix.data.config import TokenizerKind, Unknown
+from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
@@ -23,6 +23,7 @@ from timemix.training.budget import steps_of_tokens, with_steps
 from timemix.training.memory import refuse_too_large
 from timemix.training.parallel import check_shares
 from timemix.training.saving import fill
+from timemix.training.signals import signals_raised
 from timemix.training.trainer import Trainer
 
 FIXED = ("batch_size", "contexts", "seed", "optimizer")
@@ -60,7 +61,8 @@ def new_run(
     refuse_too_large(config, world)
     world.first_does(lambda: _make_folder(out))
     try:
-        return _begun(config, out, world, start, progress)
+        with signals_raised():
+            return _begun(config, out, world, start, progress)
     except BaseException:
         if world.first:
             shutil.rmtree(out, ignore_errors=True)
@@ -127,6 +129,11 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
     if not is_corpus(source):
         return prepare(out / "data", config.data, tokenizer=tokenizer, progress=progress)
     corpus = open_corpus(source)
+    for name in ("valid", "valid_fraction", "valid_tokens"):
+        if getattr(config.data, name) != getattr(DataConfig, name):
+            raise InvalidValue(
+                f"data.{name} cannot change what {source} holds out, which is prepared; leave it out, or name the text"
+            )
     if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
         raise InvalidValue(
             f"{source} was prepared with another vocabulary than that of {config.start}:"
