@@ -1,6 +1,7 @@
 """The benchmarks: what they time must first be right, and what they print is what they measured."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
     assert paths["dense float32"]["withheld"] == "fails: cannot"
     assert "seconds" not in paths["dense float32"]
     assert "| blocked float32 | parity failed: off by" in race.to_markdown(found)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("slow", 4), ("slow compiled", 5)])
+def test_a_path_that_is_slower_than_the_race_is_warmed_up_once(name, calls):
+    made, said = [], []
+
+    def call():
+        made.append(time.sleep(0.02))
+
+    (path,) = race.race([race.Contender(name, call, 1)], 0.01, torch.device("cpu"), said.append)
+    assert (len(made), path.rounds) == (calls, 3)
+    assert said[-2:] == ["round 1 of 3 is done", "round 2 of 3 is done"]
 
 
 def test_a_training_step_beside_others():

@@ -119,11 +119,16 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
     for contender in list(running):
         say(f"warming up {contender.name}")
         try:
+            # Twice: the first call allocates, or compiles. Once for a slow path that is not compiled.
             for _ in range(2):
-                before = _start_of_memory(device)
+                before, start = _start_of_memory(device), time.perf_counter()
                 contender.call()
                 if device.type == "cuda":
                     memory[contender.name] = (peak_memory(device) or 0) - before
+                taken = time.perf_counter() - start
+                if taken > seconds and not contender.name.endswith(" compiled"):
+                    say(f"{contender.name}: {taken:.1f} s a call")
+                    break
         except (RuntimeError, MemoryError) as error:
             contender.fault = f"fails: {next(iter(str(error).splitlines()), type(error).__name__)[:200]}"
             running.remove(contender)
@@ -137,6 +142,8 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
                 torch.cuda.synchronize(device)
             times[contender.name].append(time.perf_counter() - start)
         rounds += 1
+        if rounds < 3 and time.perf_counter() > end:
+            say(f"round {rounds} of 3 is done")
     base = times.get(contenders[0].name) or None
     rows = []
     for contender in contenders:
