@@ -81,7 +81,7 @@ def _summary(run: Path) -> RunSummary:
         step = max(int(_newest(rows, "step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
         written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
         gainless = read_progress(kept[-1]).validations_without_gain if kept else 0
-        is_complete = bool(kept) and (step >= config.train.steps or 0 < config.train.patience <= gainless)
+        is_complete = step >= config.train.steps or 0 < config.train.patience <= gainless
         state: Literal["running", "complete", "stopped"] = "complete" if is_complete else "stopped"
         return RunSummary(
             folder=str(run),
