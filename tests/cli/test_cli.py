@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import run_command
 from tests.helpers.runs import TEXT
 from timemix.bench.measure import StepSpeed
 from timemix.cli.main import main
@@ -43,16 +45,7 @@ def call(capsys, monkeypatch, tmp_path):
     """Runs a command in this process, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
-        try:
-            main([str(a) for a in arguments])
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        out = capsys.readouterr()
-        return status, out.out, out.err
-
-    return call
+    return partial(run_command, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import run_command
 from tests.helpers.runs import TEXT
-from timemix.cli.main import main
 
 TINY = ("cpu-small", "--model.layers", "1", "--model.channels", "16", "--model.heads", "2", "--model.ctx-len", "16",
         "--train.batch-size", "4", "--train.steps", "3", "--train.precision", "float32")  # fmt: skip
@@ -21,13 +21,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     def call(*arguments, piped=""):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
-        capsys.readouterr()
-        try:
-            main([str(a) for a in arguments])
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
+        return run_command(capsys, *arguments)
 
     return call
 

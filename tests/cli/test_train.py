@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.commands import run_command
 from tests.helpers.runs import TEXT
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
@@ -39,13 +41,7 @@ def folder(tmp_path, monkeypatch):
 def call(capsys):
     """Run a command in this process: (status, stdout, stderr)."""
 
-    def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in arguments])
-        out = capsys.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
+    return partial(run_command, capsys)
 
 
 def new(*options, out="r"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import timemix
-from timemix.cli.main import main
+from tests.helpers.commands import run_command
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version1"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))
@@ -25,15 +25,9 @@ def call(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        capsys.readouterr()
-        try:
-            main([str(a) for a in arguments])
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        out = capsys.readouterr()
-        assert status == 0, out.err
-        return out.out
+        status, out, err = run_command(capsys, *arguments)
+        assert status == 0, err
+        return out
 
     return call
 

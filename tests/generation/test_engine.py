@@ -353,7 +353,7 @@ def test_two_parts_joined_are_the_whole_for_every_cut(kind, text, stop, tmp_path
     model = build(KINDS[kind]().config, torch.float32, vocab_size=256, ctx_len=64)
     whole = written(ids, tokenizer, tokens=len(ids), stop=stop)
     expected = "".join(e.text for e in whole)
-    # Behind a stop string a continued text would go on.
+    # After a stop string, the next part would generate what follows it.
     for cut in range(len(whole) + int(whole[-1].finished == "length")):
         request = Request([0], cut, stop=stop, keep_session=True)
         *_, last = first = played(model, tokenizer, ids, request)

@@ -19,13 +19,6 @@ from timemix.runs.listing import RunSummary, list_runs
 from timemix.storage.locks import FolderLock
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    trainer = small_trainer(tmp_path_factory.mktemp("good"), steps=4)
-    trainer.run()
-    return trainer.out
-
-
 @pytest.fixture
 def runs(good, tmp_path):
     """A folder with runs at several depths, and with folders that are none."""

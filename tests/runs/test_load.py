@@ -18,13 +18,6 @@ from timemix.runs import load as loading
 from timemix.training.start import resume_run
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    trainer = small_trainer(tmp_path_factory.mktemp("good"), steps=4)
-    trainer.run()
-    return trainer.out
-
-
 @pytest.fixture
 def run(good, tmp_path):
     return shutil.copytree(good, tmp_path / "run")

@@ -16,7 +16,7 @@ from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
-from timemix.models.language_model import LanguageModel
+from timemix.models.language_model import LanguageModel, evaluating
 from timemix.runs.load import Loaded, load
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
@@ -72,20 +72,18 @@ def loss_per_token(
     """
     if stride is not None and stride < 1:
         raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
-    was_training = model.training
-    model.eval()
     ctx_len = model.config.ctx_len
     total = 0.0
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
-    while turns := list(itertools.islice(batches, world.size)):
-        # Where the batches end unevenly one is computed twice: all processes must call a model that is cut up.
-        inputs, targets, scored = turns[world.rank % len(turns)]
-        x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
-        with autocast(precision, model.device):
-            logits, _ = model(x)
-        loss = cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
-        total += loss if world.rank < len(turns) else 0.0
-    model.train(was_training)
+    with evaluating(model):
+        while turns := list(itertools.islice(batches, world.size)):
+            # Where the batches end unevenly one is computed twice: all processes must call a model that is cut up.
+            inputs, targets, scored = turns[world.rank % len(turns)]
+            x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+            with autocast(precision, model.device):
+                logits, _ = model(x)
+            loss = cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
+            total += loss if world.rank < len(turns) else 0.0
     (total,) = world.sum(total)
     return total / (len(tokens) - 1)
 
@@ -108,23 +106,21 @@ def loss_by_position(
     length = contexts * model.config.ctx_len
     if len(tokens) < length + 1:
         raise InvalidValue(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
-    was_training = model.training
-    model.eval()
     total = np.zeros(length)
     rows = 0
-    for inputs, targets in validation_windows(tokens, length, max(1, tokens_per_batch // length)):
-        if inputs.shape[1] == length:
-            x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
-            limit = model.max_position or length
-            for begin in range(0, max(1, length - limit // 2), limit - limit // 2):
-                end, known = begin + limit, limit // 2 if begin else 0
-                with autocast(precision, model.device):
-                    logits, _ = model(x[:, begin:end])
-                new = y[:, begin + known : end]
-                losses = cross_entropy(logits[:, known:], new, reduction="none").view(new.shape)
-                total[begin + known : end] += losses.double().sum(0).cpu().numpy()
-            rows += len(inputs)
-    model.train(was_training)
+    with evaluating(model):
+        for inputs, targets in validation_windows(tokens, length, max(1, tokens_per_batch // length)):
+            if inputs.shape[1] == length:
+                x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+                limit = model.max_position or length
+                for begin in range(0, max(1, length - limit // 2), limit - limit // 2):
+                    end, known = begin + limit, limit // 2 if begin else 0
+                    with autocast(precision, model.device):
+                        logits, _ = model(x[:, begin:end])
+                    new = y[:, begin + known : end]
+                    losses = cross_entropy(logits[:, known:], new, reduction="none").view(new.shape)
+                    total[begin + known : end] += losses.double().sum(0).cpu().numpy()
+                rows += len(inputs)
     return total / rows
 
 

@@ -1,14 +1,12 @@
 """The step of generation: tokens of some rows through the model, by compiled code or by the model's own forward."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue, nearest
-from timemix.models.language_model import LanguageModel
+from timemix.models.language_model import LanguageModel, evaluating
 from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.registry import find_architecture, load_part
 from timemix.models.state import State
@@ -137,16 +135,3 @@ class ModelStep:
         logits, part = self.model(tokens[:, None], state.select(rows), logits="last")
         state.put(rows, cast(State, part))
         return logits, state
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Have a model in eval mode for a while; each module gets back the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -4,7 +4,6 @@ import itertools
 import threading
 from collections import deque
 from dataclasses import replace
-from numbers import Integral
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from timemix.errors import InvalidValue, TooManyRequests
 from timemix.generation.decode import Step, build_step
 from timemix.generation.drawer import Drawer, Drawn, log_softmax
-from timemix.generation.request import Event, Request
+from timemix.generation.request import Event, Request, is_integer
 from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
 from timemix.generation.session import Session
 from timemix.models.language_model import LanguageModel
@@ -60,8 +59,7 @@ class Engine:
         if not isinstance(model, LanguageModel):
             raise InvalidValue(f"model is a {type(model).__name__}; pass the model of a loaded run: load(...).model")
         for name, value in (("slots", slots), ("max_pending", max_pending)):
-            is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-            if not is_count and (name, value) != ("max_pending", None):
+            if not (is_integer(value) and value >= 1) and (name, value) != ("max_pending", None):
                 raise InvalidValue(f"{name} is {value!r}; it must be a whole number, at least 1")
         if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:
             raise InvalidValue(

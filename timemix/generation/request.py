@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from timemix.errors import InvalidValue, nearest
 from timemix.generation.sampler import Sampler
@@ -78,11 +78,11 @@ class Request:
             raise InvalidValue(f"keep is {self.keep!r}; it is a share of the context, above 0 and at most 1")
         for name, low in {"tokens": 0, "samples": 1, "top_log_probabilities": 0}.items():
             value = getattr(self, name)
-            if not (_is_integer(value) and value >= low):
+            if not (is_integer(value) and value >= low):
                 raise InvalidValue(f"{name} is {value!r}; it must be a whole number, at least {low}")
         for name in ("seed", "sample"):
             value = getattr(self, name)
-            if not (_is_integer(value) and 0 <= value < 2**64):
+            if not (is_integer(value) and 0 <= value < 2**64):
                 raise InvalidValue(f"{name} must be a whole number from 0 to 2^64 - 1, not {value!r}")
         if self.sample + self.samples > 2**64:
             raise InvalidValue(f"sample is {self.sample}: the last of {self.samples} samples would be past 2^64 - 1")
@@ -110,7 +110,7 @@ class Request:
         if not isinstance(self.logit_bias, Mapping):
             raise InvalidValue(f"logit_bias is {self.logit_bias!r}; it maps token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not (_is_integer(token) and _is_real(bias) and (bias == -math.inf or abs(bias) <= sys.float_info.max)):
+            if not (is_integer(token) and _is_real(bias) and (bias == -math.inf or abs(bias) <= sys.float_info.max)):
                 raise InvalidValue(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to finite numbers or -inf")
         self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
 
@@ -123,7 +123,8 @@ class Request:
         return (*self.prompt, *old, *self.stop_tokens, *self.logit_bias)
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, of Python or numpy, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -142,7 +143,7 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
 def _ids(name: str, values: Any) -> tuple[int, ...]:
     listed = _listed(name, values)
     for each in listed:
-        if not _is_integer(each):
+        if not is_integer(each):
             raise InvalidValue(f"{name} holds {each!r}; a token id is a whole number")
     return tuple(map(int, listed))
 

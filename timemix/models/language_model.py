@@ -1,5 +1,7 @@
 """The language model around every architecture: embedding, blocks, head, and the state that it carries."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +21,19 @@ def block_class(config: ModelConfig) -> type[Block]:
     """Import the class of the blocks of a config's architecture, which also answers for what stands outside them."""
     result: type[Block] = load_part(find_architecture(config.arch).model)
     return result
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in eval mode for a while; each module gets back the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def build_model(arch: str, **fields: Any) -> "LanguageModel":

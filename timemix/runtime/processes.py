@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 def interruptible(work: Callable[[], Result]) -> Result:
     """Call a function of compiled code that ignores Ctrl-C, and return its result; Ctrl-C ends the wait for it.
 
-    It runs in a thread, which goes on after Ctrl-C until the function returns or the process ends.
+    It runs in a thread. After Ctrl-C the thread runs until the function returns or the process ends.
     """
     done: Future[Result] = Future()
 

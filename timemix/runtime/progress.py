@@ -65,7 +65,7 @@ def show(progress: ShowProgress, line: str) -> None:
 
 
 def _print(line: str) -> None:
-    # Python has no stderr where it was closed, and one without a reader fails; the reading goes on.
+    # A closed stderr is None in Python, and one without a reader fails. Neither stops the reading.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)

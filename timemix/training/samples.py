@@ -45,7 +45,7 @@ def write_sample(
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {step}\n{text}\n\n")
     except OSError as error:
-        # Where a run goes on with a full disk, the lines of metrics.jsonl report it.
+        # A run that continues on a full disk reports it once, for metrics.jsonl.
         if loaded.config.train.full_disk == "stop":
             raise CannotWrite(cannot_write(path, error)) from error
     return text

@@ -169,7 +169,7 @@ class Trainer:
         Raises NotFinite, with weights unchanged, when loss or gradient is not finite.
         """
         config = self.config.train
-        # A compiled model does not.
+        # LanguageModel.forward calls it too, but not from compiled code.
         share()
         lr = learning_rate(config, self.step, self.recipe.warmup_floor)
         for optimizer in self.optimizers:
