@@ -11,7 +11,9 @@ from timemix.runtime.machine import free_memory
 
 
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
-    """Bytes that a training step needs in each process, estimated; within 45 % where measured (docs/LOG.md).
+    """Bytes that a training step needs in each process, estimated.
+
+    Within 45 % of the measured ones (docs/log/2026-11-23-memory-estimate.md).
 
     Weights, gradients and two moments; what blocks keep for the backward pass, counted in numbers per token; logits and
     their gradient; W or attention matrices per head: in every layer, or a strip once where W is never written out.
