@@ -1,12 +1,12 @@
-"""Training and sampling speed against the original 2021 code, alternating in one process.
+"""Compare the speed of training and generation with the original 2021 code, in turn in one process.
 
     git clone --branch 0.01 https://github.com/BlinkDL/RWKV-LM original
     python benchmarks/against_original.py original --json out.json
 
-The original runs as published, in float32: its model, its optimizer, its clipping, its recompute loop for
-sampling (a window of ctx_len for every character). Ours runs as `timemix train` and `timemix sample` do.
-Before anything is timed, both get the same weights and must give the same logits to 1e-4. Peak memory is that of three
-steps in a process of their own, less what the process held before, ours not compiled.
+The original runs as published, in float32: its model, its optimizer and its clipping. For generation it recomputes a
+window of ctx_len for every character. timemix runs as in `timemix train` and `timemix sample`. Before the timing, both
+get the same weights, and their logits must agree to 1e-4. Peak memory is the growth of a fresh process during three
+training steps. The step of timemix is not compiled there.
 """
 
 import argparse
@@ -50,6 +50,7 @@ CPU = torch.device("cpu")
 
 
 def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
+    """Create the original model and a timemix model with the same random weights, and check their logits."""
     config = module.GPTConfig(
         VOCAB,
         sizes["ctx_len"],
@@ -74,7 +75,7 @@ def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
 
 
 def alternate(a, b, rounds: int, warmup: int = 2) -> tuple[list[float], list[float]]:
-    """Seconds of each call, the two in turn."""
+    """Time two calls in turn. Return the seconds of each call of `a`, and of each call of `b`."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds + warmup):
         for call, kept in zip((a, b), times, strict=True):
@@ -86,6 +87,7 @@ def alternate(a, b, rounds: int, warmup: int = 2) -> tuple[list[float], list[flo
 
 
 def summary(unit_count: int, original: list[float], ours: list[float]) -> dict:
+    """Return units per second of both, and the median, smallest and largest of the ratios of paired calls."""
     ratios = sorted(a / b for a, b in zip(original, ours, strict=True))
     return {
         "original_per_second": unit_count / statistics.median(original),
@@ -97,7 +99,7 @@ def summary(unit_count: int, original: list[float], ours: list[float]) -> dict:
 
 
 def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Callable[[], None], LanguageModel]:
-    """A training step of the original, and one of ours."""
+    """Return a training step of the original, a training step of timemix, and the timemix model."""
     original, ours = build(module, sizes)
     settings = RunConfig(train=TrainConfig(lr=6e-4)).train
     their_settings = argparse.Namespace(weight_decay=0.0, learning_rate=6e-4, betas=(0.9, 0.99))
@@ -129,8 +131,9 @@ def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Call
 
 
 def training(module, sizes: dict, rounds: int) -> dict:
+    """Time a training step of both."""
     precision, reason = choose_precision("auto", CPU)
-    # As in a run of the steps of its preset; in bfloat16 `cpu-small` too is compiled here, and reported as such.
+    # As `auto` decides for a long run. A run with the steps of the preset `cpu-small` alone would be too short.
     config = model_config("rwkv1")
     fused = block_class(config).runs_in_c(config, precision, CPU)
     compiled, compile_reason = choose_compile("auto", math.inf, CPU, fused=fused)
@@ -145,7 +148,7 @@ def training(module, sizes: dict, rounds: int) -> dict:
 
 
 def time_mix(module, sizes: dict, rounds: int) -> dict:
-    """Forward and backward of the time-mix without its four linear maps: token-shift, the op, gate and gamma."""
+    """Time forward and backward of the time-mix without its four linear maps: token-shift, the op, gate and gamma."""
     original, ours = build(module, sizes)
     theirs, mixer, shift = original.blocks[0].attn, ours.blocks[0].mixer, TokenShift(ours.config, 0)
     for name in ("key", "value", "receptance", "output"):
@@ -171,7 +174,7 @@ def time_mix(module, sizes: dict, rounds: int) -> dict:
 
 
 def peak_memory(arguments: argparse.Namespace) -> dict:
-    """Bytes that three training steps of each add to what its process held before."""
+    """Measure the bytes that three training steps add to a fresh process, for the original and for timemix."""
     peaks = {}
     for whose in ("original", "ours"):
         command = [sys.executable, __file__, str(arguments.original), "--peak-of", whose]
@@ -180,6 +183,7 @@ def peak_memory(arguments: argparse.Namespace) -> dict:
 
 
 def print_peak(module, whose: str) -> None:
+    """Print the bytes that three training steps add to this process."""
     their_step, our_step, _ = steps(module, SIZES[LONG], compiled=False)
     if whose == "ours":
         keep_freed_memory()
@@ -190,6 +194,7 @@ def print_peak(module, whose: str) -> None:
 
 
 def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
+    """Time the generation of `tokens` tokens after a prompt of 32."""
     original, ours = build(module, sizes)
     ours.eval()
     utils = importlib.import_module("src.utils")
@@ -219,9 +224,9 @@ def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path, help="clone of RWKV-LM at tag 0.01")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of training steps")
-    parser.add_argument("--peak-of", choices=["original", "ours"], help="print its peak memory in bytes, nothing else")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of training steps; default: 15")
+    parser.add_argument("--peak-of", choices=["original", "ours"], help="print the peak memory of one, in bytes")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.original))
     module = importlib.import_module("src.model")

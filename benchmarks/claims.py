@@ -1,10 +1,10 @@
-"""Runs every experiment that comes with timemix and writes what came out into docs/claims.md and README.md.
+"""Run every experiment that comes with timemix, and write tables, verdicts and pictures into docs/claims.md.
 
     python benchmarks/claims.py --data FOLDER [--out runs/claims] [--only heads top-a ...] [--write-only]
 
-FOLDER holds pgbooks_small_train.txt.xz, pgbooks_valid.txt, zh_novels_train.txt.xz and zh_novels_valid.txt. Stopped, it
-goes on where it was. Training experiments run in two processes of one thread each, on two cores faster than one process
-of two; speed is measured by one process with nothing else running.
+FOLDER contains pgbooks_small_train.txt.xz, pgbooks_valid.txt, zh_novels_train.txt.xz and zh_novels_valid.txt. If the
+script is stopped, the same command resumes it. Training experiments run in two processes of one thread each, which is
+faster on two cores than one process with two threads. Speed is measured in one process while nothing else runs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from timemix.reporting.markdown import markdown_table
 from timemix.reporting.statistics import interval, paired_difference, verdict_word
 
 ROOT = Path(__file__).parent.parent
-# In the order of the page; the speed experiment last but one, when nothing else runs.
+# In the order of the page. The speed experiment comes last but one, when no training runs.
 NAMES = (
     "architectures",
     "activation",
@@ -36,12 +36,19 @@ NAMES = (
     "long-context",
     "top-a",
 )
-# Of these the README shows every verdict, of the others the first.
+# The short table shows every verdict of these experiments, and the first verdict of each other one.
 WHOLE = ("architectures", "long-context")
 INSPECTED = ("rwkv1", "mha_shift", "mha_pro")
 
 
 def run(name: str, data: Path, out: Path) -> None:
+    """Run one experiment, into OUT/NAME.
+
+    Args:
+        name: Name of the experiment.
+        data: Folder of the texts.
+        out: Folder of all experiments.
+    """
     experiment = read_experiment(find_experiment(name))
     text = "zh_novels_train.txt.xz" if name.endswith("-zh") else "pgbooks_small_train.txt.xz"
     valid = text.replace("_small", "").replace("_train.txt.xz", "_valid.txt")
@@ -58,38 +65,39 @@ def run(name: str, data: Path, out: Path) -> None:
 
 
 def inspect(out: Path) -> None:
-    """What the trained weights of the architectures say about token-shift, seed by seed, into OUT/inspect.json."""
+    """Measure how the trained models use token-shift, for each architecture and seed, into OUT/inspect.json."""
     found: dict[str, dict[str, dict]] = {}
     seeds = read_experiment(find_experiment("architectures")).seeds
     for arch in INSPECTED:
         for seed in seeds:
             run_ = out / "architectures" / "variants" / arch / f"seed-{seed}"
             command = [sys.executable, "-m", "timemix", "inspect", str(run_), "--tokens", "8192", "--json"]
-            told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            found.setdefault(arch, {})[str(seed)] = {key: told[key] for key in ("loss", "projections")}
+            report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found.setdefault(arch, {})[str(seed)] = {key: report[key] for key in ("loss", "projections")}
     (out / "inspect.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def weights_rows(out: Path) -> list[list[str]]:
-    """Claims about the weights: differences over layers, paired by seed."""
+    """Return the table of claims about trained weights: differences, paired by seed, with their verdicts."""
     found = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
 
     def mean(arch: str, projection: str, what: str, layers: slice = slice(None)) -> dict[int, float]:
+        """Return by seed the mean over layers of a projection's share, or of the loss that its shifted inputs save."""
         values = {}
-        for seed, told in found[arch].items():
-            rows = [r for r in told["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]
-            each = [r["share"] if what == "share" else r["loss_without_shifted"] - told["loss"] for r in rows]
+        for seed, report in found[arch].items():
+            rows = [r for r in report["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]
+            each = [r["share"] if what == "share" else r["loss_without_shifted"] - report["loss"] for r in rows]
             values[int(seed)] = sum(each[layers]) / len(each[layers])
         return values
 
-    rows = [["claim", "by", "verdict"]]
+    rows = [["claim", "difference", "verdict"]]
     for arch, low in (("mha_shift", "query"), ("mha_pro", "query"), ("rwkv1", "receptance")):
         letter = low[0].upper()
-        for what, words in (("share", "share of the shifted channels"), ("added", "nats added without them")):
+        for what, words in (("share", "their share"), ("added", "the loss without them")):
             gain = paired_difference(mean(arch, low, what), mean(arch, "value", what))
             rows.append(
                 [
-                    f"{arch}: V likes the shifted channels more than {letter}: {words}",
+                    f"{arch}: V uses the shifted channels more than {letter}, by {words}",
                     interval(gain),
                     verdict_word(gain),
                 ]
@@ -98,7 +106,7 @@ def weights_rows(out: Path) -> list[list[str]]:
         gain = paired_difference(mean(arch, "value", "share", slice(-1, None)), mean(arch, "value", "share", slice(1)))
         rows.append(
             [
-                f"{arch}: V uses the shifted channels less in the last layer than in the first: share",
+                f"{arch}: V uses the shifted channels less in the last layer than in the first, by their share",
                 interval(gain),
                 verdict_word(gain),
             ]
@@ -107,14 +115,14 @@ def weights_rows(out: Path) -> list[list[str]]:
 
 
 def verdict_rows(name: str, out: Path) -> list[list[str]]:
-    """Claim, gain and verdict of one experiment, as text."""
+    """Return claim, gain and verdict of each claim of an experiment, as text."""
     table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
-    return [[v["claim"], ratio_words(v["ratio"], " times") if "ratio" in v else interval(v["gain"]), v["verdict"]]
+    return [[v["claim"], ratio_words(v["ratio"], "x") if "ratio" in v else interval(v["gain"]), v["verdict"]]
             for v in table["verdicts"]]  # fmt: skip
 
 
 def blocks(out: Path) -> dict[str, str]:
-    """What stands between `<!-- NAME -->` and `<!-- /NAME -->` in the documents."""
+    """Return the generated parts of docs/claims.md by name; NAME is between `<!-- NAME -->` and `<!-- /NAME -->`."""
     found, summary, short = {}, [["claim", "better by", "verdict", "experiment"]], [["claim", "verdict"]]
     for name in NAMES:
         if not (out / name / "table.json").exists():
@@ -143,7 +151,7 @@ def blocks(out: Path) -> dict[str, str]:
 
 
 def cost(name: str, out: Path) -> str:
-    """How many runs and how much training an experiment took."""
+    """Return a sentence on the number of runs of an experiment and their training time."""
     results = [json.loads(p.read_text(encoding="utf-8")) for p in (out / name / "variants").glob("*/*/result.json")]
     trained = [r for r in results if "seconds" in r]
     if not results:
@@ -152,21 +160,21 @@ def cost(name: str, out: Path) -> str:
 
 
 def write(out: Path) -> None:
-    found = blocks(out)
-    for path in (ROOT / "docs" / "claims.md", ROOT / "README.md"):
-        text = path.read_text(encoding="utf-8")
-        for name, block in found.items():
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-            text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
-        path.write_text(text, encoding="utf-8")
+    """Replace the generated parts of docs/claims.md by those of the recorded tables in `out`."""
+    path = ROOT / "docs" / "claims.md"
+    text = path.read_text(encoding="utf-8")
+    for name, block in blocks(out).items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+    path.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--write-only", action="store_true")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the texts")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of the experiments")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="experiments to run; default: all")
+    parser.add_argument("--write-only", action="store_true", help="write docs/claims.md from recorded tables alone")
     options = parser.parse_args()
     if not options.write_only:
         for name in options.only:

@@ -1,8 +1,9 @@
-"""What `timemix compare` costs beside the training it does: all of its time, less that spent in the runs.
+"""Measure the overhead of `timemix compare`: its total time minus the time of its training runs.
 
     python benchmarks/compare_overhead.py TEXT [--tokens 500000]
 
-Two architectures at cpu-small size, one seed, no tuning; then what that means for a comparison of any size.
+Compares two architectures at cpu-small size, with one seed and no tuning. Then prints the overhead of comparisons with
+1, 3 and 9 runs per variant, calculated from this one.
 """
 
 import argparse
@@ -19,13 +20,14 @@ from timemix.training.trainer import Trainer
 
 @contextlib.contextmanager
 def unwatched(job, config):
+    """Watch the progress of a run without showing it."""
     yield lambda progress: None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("text", help="text file to train on")
+    parser.add_argument("--tokens", type=int, default=500_000, help="training tokens of a run; default: 500000")
     options = parser.parse_args()
     in_runs = 0.0
     run = Trainer.run
@@ -56,11 +58,11 @@ def main() -> None:
         whole = time.perf_counter() - start
     report = whole - began - ran
     between = (ran - in_runs) / 2
-    print(f"begin {began:.1f} s, between runs {between:.2f} s a run, report {report / 2:.1f} s a variant")
+    print(f"start {began:.1f} s, between runs {between:.2f} s per run, report {report / 2:.1f} s per variant")
     for runs in (1, 3, 9):
         per_run = in_runs / 2
         cost = (began + report + 2 * runs * between) / (2 * runs * per_run)
-        print(f"2 variants of {runs} runs of {per_run:.0f} s each: {cost:.1%} of the time of the runs")
+        print(f"2 variants, {runs} runs per variant, {per_run:.0f} s per run: overhead {cost:.1%} of the runs")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Everything that has to be proved and measured on a GPU, one command a stage, each under 9 minutes.
+"""Run all tests and measurements of a GPU, one stage per command, each under 9 minutes.
 
-python benchmarks/gpu.py --stage a             tests that touch a device
+python benchmarks/gpu.py --stage a             tests of a device
 python benchmarks/gpu.py --stage c --data DIR  the published experiment: loss curves of four architectures
 python benchmarks/gpu.py --stage b             training steps and the op, beside attention and a Llama
 python benchmarks/gpu.py --stage d             generation
 
-Parity comes first: no speed figure counts while stage a fails. Each stage writes --out/STAGE.json after every part and
-skips parts that stand there already, so a stopped stage continues where it was. `--toy` runs the same code at a tiny
-size on the CPU.
+Parity comes first: while stage a fails, no speed figure is valid. After every part, a stage writes STAGE.json in the
+folder --out. It skips parts that the file already contains, so a stopped stage resumes. `--toy` runs the same code at a
+tiny size on the CPU.
 
-Predicted for an H100 or H200 (790 TFLOP/s in bfloat16; 3.3 or 4.8 TB/s):
+Predictions for an H100 or H200 (790 TFLOP/s in bfloat16; 3.3 or 4.8 TB/s):
 
-a  60 s. Tiny models: all of it is start-up and compiling.
-b  360 s: compiling 60 s for each of three lengths and 120 s for the large size, the races 15 s each.
-   17 M parameters, 16,384 tokens: 6 N D = 1.8 TFLOP = 2.2 ms; some 10 GB through memory = 2 to 3 ms. Products with 512
-   channels are below the ridge of the card, so 25 % of the peak at most.
+a  60 s. The models are tiny: start-up and compiling take all of the time.
+b  360 s: 60 s of compiling for each of three lengths, 120 s of compiling for the large size, 15 s for each race.
+   17 M parameters, 16,384 tokens: 6 N D = 1.8 TFLOP = 2.2 ms; about 10 GB of memory traffic = 2 to 3 ms. Memory
+   limits products with 512 channels to 25 % of the peak.
    24 x 1024, 302 M parameters, 16,384 tokens: 30 TFLOP = 38 ms at the peak, 95 ms at 40 % of it.
 c  450 s: 7,813 steps of 12 ms (rwkv1), 9 ms (mha_rotary, mha_shift), 18 ms (mha_pro), compiling 20 to 40 s each.
-d  60 s. 17 M parameters in float32 are 69 MB: 15 us a step; launching some 400 kernels one by one takes 4 ms.
+d  60 s. 17 M parameters in float32 are 69 MB, 15 us per step; launching about 400 single kernels takes 4 ms.
 """
 
 import argparse
@@ -35,21 +35,21 @@ from pathlib import Path
 from typing import Any
 
 COLORS = {"rwkv1": "red", "mha_rotary": "gray", "mha_shift": "green", "mha_pro": "black"}
-"""Of the published figure."""
+"""Colours of the published figure."""
 ARCHITECTURES = tuple(COLORS)
 PUBLISHED = {"rwkv1": 1.00, "mha_rotary": 1.05, "mha_shift": 1.01, "mha_pro": 0.993}
 """Final smoothed training losses of the published figure, on simplebooks-92."""
 
 
 class Record:
-    """The JSON file of a stage: the machine, and the parts that are done."""
+    """The JSON file of a stage: the machine, and the results of finished parts."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(device)}
 
     def part(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return what a part found; do it first where it is not done."""
+        """Return the result of a part; run the part first if the file has no result."""
         if name not in self.content:
             print(f"{name} ...", flush=True)
             start = time.perf_counter()
@@ -62,6 +62,7 @@ class Record:
 
 
 def machine(device: str) -> dict[str, str]:
+    """Return the device, the versions and the date."""
     import torch
 
     from timemix._version import __version__
@@ -80,7 +81,7 @@ def run_tests(record: Record, device: str) -> None:
     """Run the tests marked `cuda`."""
 
     def tests() -> dict[str, Any]:
-        # -p no:benchmark: that plugin warns beside xdist, and warnings are errors here.
+        # -p no:benchmark: that plugin warns if xdist is installed, and the tests treat warnings as errors.
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda"]
         log = record.path.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +127,7 @@ def train_published(record: Record, device: str, data: Path, work: Path, toy: bo
         start = time.perf_counter()
         loaded = train(config, out, data=str(work / "tokens"), train=changes, resume=False)
         rows = read_metrics(out)
-        # One step's loss is noise: the mean of every hundred steps.
+        # The loss of a single step is noisy: means of 100 steps.
         losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
         speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
         return {

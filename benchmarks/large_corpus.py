@@ -1,10 +1,10 @@
-"""Seconds and resident memory of preparing a large synthetic text, stopped by force half way and gone on with.
+"""Measure time and resident memory of preparing a large synthetic text; then kill a preparation half way and resume it.
 
     python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword] [--keep]
 
-FOLDER gets the text (seeded words of letters, some of them not ASCII, in lines and sentences) and the prepared folders;
-both are deleted in the end. Memory is what Linux says (VmHWM of the main process and of each other one; the sum at
-any one time is sampled ten times a second, counted in full for each process although they share pages).
+The text (random words with some non-ASCII letters, in lines and sentences) and the prepared folders are written to
+FOLDER, and deleted at the end. Memory is Linux's VmHWM of the main process and of each other process. The sum over all
+processes is sampled ten times per second. Shared pages count once for each process.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def words(generator: np.random.Generator, count: int = 30_000) -> np.ndarray:
-    """UTF-8 of distinct words, each with what follows it."""
+    """Return distinct words, each with the space or punctuation after it, in UTF-8."""
     letters = np.array(list("etaoinshrdlcumwfgypbvkjxqzéüñßжя鱼"))
     odds = 1 / (np.arange(len(letters)) + 2.0)
     made = {"".join(generator.choice(letters, n, p=odds / odds.sum())) for n in generator.integers(1, 11, count)}
@@ -40,7 +40,7 @@ def words(generator: np.random.Generator, count: int = 30_000) -> np.ndarray:
 
 
 def write_text(path: Path, size: int) -> None:
-    """At least `size` bytes, in pieces of a few megabytes, words by Zipf's law."""
+    """Write at least `size` bytes of words that follow Zipf's law, a few megabytes at a time."""
     generator = np.random.default_rng(0)
     vocabulary = words(generator)
     generator.shuffle(vocabulary)
@@ -52,7 +52,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 class Memory:
-    """Resident memory of a process and its descendants, watched until it ends."""
+    """Watch the resident memory of a process and its descendants until the process ends."""
 
     def __init__(self, number: int) -> None:
         self.main = self.together = 0
@@ -81,7 +81,7 @@ class Memory:
 
 
 def status(number: int) -> dict[str, int] | None:
-    """Resident bytes of a process now (VmRSS) and at most (VmHWM); None where it has ended."""
+    """Return the resident bytes of a process, current (VmRSS) and peak (VmHWM); None if it has ended."""
     try:
         lines = Path(f"/proc/{number}/status").read_text().splitlines()
     except OSError:
@@ -91,6 +91,7 @@ def status(number: int) -> dict[str, int] | None:
 
 
 def descendants(number: int) -> list[int]:
+    """Return the ids of all descendants of a process."""
     found: list[int] = []
     for path in Path(f"/proc/{number}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -100,7 +101,17 @@ def descendants(number: int) -> list[int]:
 
 
 def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> tuple[float, Memory, bool]:
-    """Seconds, memory, and whether it came to its end: with `kill_at`, it is killed when that share is written."""
+    """Prepare a text in another process.
+
+    Args:
+        text: The text.
+        out: Prepared folder.
+        kind: Tokenizer, a key of SETTINGS.
+        kill_at: Share of the text, 0 to 1, after which the process is killed; None: it runs to its end.
+
+    Returns:
+        Seconds, memory, and whether the process ran to its end.
+    """
     command = [sys.executable, "-m", "timemix", "data", str(text), "--out", str(out), *SETTINGS[kind]]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -113,12 +124,12 @@ def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> t
     seconds = time.perf_counter() - began
     memory.join()
     if process.returncode not in (0, -signal.SIGKILL):
-        sys.exit(f"it ended with {process.returncode}")
+        sys.exit(f"the preparation failed with status {process.returncode}")
     return seconds, memory, process.returncode == 0
 
 
 def share_done(out: Path, size: int) -> float:
-    """Characters, of `size`, whose token files an unfinished preparation has finished."""
+    """Return the share of a text of `size` characters in the finished token files of an unfinished preparation."""
     try:
         state = json.loads((out.parent / f".{out.name}.unfinished" / "unfinished.json").read_text())
     except OSError:
@@ -128,9 +139,9 @@ def share_done(out: Path, size: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--gigabytes", type=float, default=10.0)
-    parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("folder", type=Path, help="folder for the text and the prepared folders")
+    parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the text; default: 10")
+    parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="tokenizers; default: all")
     parser.add_argument("--keep", action="store_true", help="keep the text and the prepared folders")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +164,8 @@ def main() -> None:
                 path.read_bytes() == (again / path.name).read_bytes() for path in sorted(whole.iterdir())
             ) and len(list(whole.iterdir())) == len(list(again.iterdir()))
             print(
-                f"{kind}, {'not ' if ended else ''}killed after {before:.0f} s: {after:.0f} s more, {memory};"
-                f" {'the same files' if same else 'OTHER FILES'}",
+                f"{kind}, {'not ' if ended else ''}killed after {before:.0f} s: resumed for {after:.0f} s, {memory};"
+                f" {'identical files' if same else 'DIFFERENT FILES'}",
                 flush=True,
             )
             if not options.keep:

@@ -21,7 +21,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         # Measured on tinyshakespeare: 0.008 nats better than gelu, as the 2021 code's comment says.
         "ffn": {"activation": "mish"},
     },
-    # Aims at the lowest loss on tinyshakespeare in the time of nanoGPT's CPU configuration (benchmarks/records.md).
+    # Aims at the lowest loss on tinyshakespeare in the time of nanoGPT's CPU configuration (docs/records.md).
     "record": {
         "model": {
             "layers": 3,

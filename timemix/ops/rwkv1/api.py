@@ -164,11 +164,11 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
 """All forms, by name."""
 
 DENSE_UP_TO = 256
-"""Positions up to which the dense form is the fastest, measured (benchmarks/RESULTS.md)."""
+"""Positions up to which the dense form is the fastest, measured (docs/performance.md)."""
 
 
 def blocked_up_to(dtype: torch.dtype) -> int:
-    """Return the number of positions up to which the blocked form is the fastest, measured (benchmarks/RESULTS.md).
+    """Return the number of positions up to which the blocked form is the fastest, measured (docs/performance.md).
 
     Args:
         dtype: dtype of v. Products of spectra run in float32 for any of them, those of blocks in v's dtype.
