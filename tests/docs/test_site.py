@@ -169,10 +169,11 @@ def test_the_reference_has_all_public_names_and_verbs(site):
 
 
 @pytest.mark.slow
-def test_formulas_and_links_are_rendered(site):
+def test_formulas_links_and_lists_are_rendered(site):
     pages, folder = site
     assert "<math" in (folder / "explanation/math.html").read_text(encoding="utf-8")
     for name, page in pages.items():
-        # Each is Markdown that became no formula, or no link. A dollar of another kind belongs in code.
-        raw = [text.strip() for text in page.text if re.search(r"\$|\\[(\[a-z]|\]\(", text)]
+        # Each is Markdown that became no formula, link or list. A dollar of another kind belongs in code, and a list
+        # begins after an empty line.
+        raw = [text.strip() for text in page.text if re.search(r"\$|\\[(\[a-z]|\]\(|\n- ", text)]
         assert raw == [], name
