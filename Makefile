@@ -4,12 +4,12 @@ BIN := .venv/bin
 # One process of pytest for each core, at most four.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20 --durations-min 0.5
 
-.PHONY: demo claims test test-all check clean
+.PHONY: demo claims test test-all check docs clean
 
 demo: .venv/installed
 	$(BIN)/timemix demo
 
-# DATA: a folder with the texts that benchmarks/claims.py names. Stopped, it goes on where it was.
+# DATA: a folder with the texts that benchmarks/claims.py names. An interrupted run resumes.
 claims: .venv/installed
 	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
 
@@ -26,6 +26,10 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/: pages, reference, search. It needs no network, to build or to read.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -37,5 +41,9 @@ check: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv/installed-docs: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,15 @@
-"""The wheel: built, installed outside the checkout, it has all that it needs to train and to generate."""
+"""The distributions: the wheel trains and generates outside the checkout, and the sdist has all files."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+import timemix
 from tests.helpers.runs import TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +40,26 @@ assert list(package.rglob("*.h")) and list(package.rglob("*.c"))
 step = build_step(run.model)
 print("step:", step.reason, "fused:", fused.available())
 """
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == timemix.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changes, re.MULTILINE)[1] in ("Unreleased", timemix.__version__)
+
+
+@pytest.mark.slow
+def test_the_sdist_has_all_that_is_committed(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {name for name in listed.splitlines() if not name.startswith(".ci/")} - names == set()
 
 
 @pytest.mark.slow
