@@ -367,8 +367,8 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature must be 0 or more"),
-        ("--top-k", "-1", "top_k must be a whole number, 0 or more, not -1\n"),
+        ("--temperature", "-1", "temperature is -1.0; it must be at least 0"),
+        ("--top-k", "-1", "top_k is -1; it must be a whole number, at least 0\n"),
         ("--top-p", "0", "top_p"),
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),

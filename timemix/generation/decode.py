@@ -101,7 +101,14 @@ class ModelStep:
         self.model, self.reason = model, reason
 
     def looks_back(self, position: int) -> int:
-        """Return `position`: the model's own forward pass may read all of the past."""
+        """Return how many past positions a token at a position reads, on average: all of them.
+
+        Args:
+            position: Position of the token, from 0.
+
+        Returns:
+            `position`.
+        """
         return position
 
     @torch.no_grad()
