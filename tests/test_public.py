@@ -99,6 +99,8 @@ def test_a_public_callable_lists_its_arguments_and_results(name):
     assert first.endswith(".")
     if isinstance(call, property):
         return
+    if not inspect.isclass(call):
+        assert first.split()[0] not in ("A", "All", "An", "One", "The", "What", "Whether")
     found = sections(rest)
     assert found.get("Args:", []) == parameters_of(call)
     returns_nothing = inspect.isclass(call) or inspect.signature(call).return_annotation in (None, Iterator[None])

@@ -49,6 +49,7 @@ class Drawer:
         return found
 
     def _tokens(self, rows: Sequence[Row], logits: np.ndarray) -> list[int]:
+        """Draw a token for each row from logits (R, V) with a number above -inf in each row."""
         requests = [row.request for row in rows]
         if list(map(id, requests)) != list(map(id, self._requests)):
             self._requests, self._sampler = requests, Sampler.joined([request.sampler for request in requests])
@@ -67,6 +68,7 @@ class Drawer:
 
 
 def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
+    """Add the log-probabilities that a request asks for to a token, from logits (V,) without bias."""
     count = request.top_log_probabilities
     if not (request.log_probabilities or count):
         return token, None, ()

@@ -71,7 +71,7 @@ class Engine:
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._pending: deque[Row] = deque()
         self._rows: list[Row] = []
-        # It begins with no rows and grows with the active ones: the state of a long context is large.
+        # The state begins with no rows and grows with the active requests: that of a long context is large.
         self._state = model.init_state(0)
         self._free: list[int] = []
         self._drawer = Drawer()
@@ -366,6 +366,7 @@ class Engine:
         return event if scores is None else replace(event, prompt_log_probabilities=tuple(scores))
 
     def _session_of(self, row: Row) -> Session:
+        """Return a copy of a row as a session."""
         slot = torch.tensor([row.slot], device=self.model.device)
         state = self._state.select(slot) if row.position else self.model.init_state(1)
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])

@@ -142,6 +142,7 @@ def _is_real(value: object) -> bool:
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    """Return the values of an argument as a tuple, and refuse a value that is not a sequence."""
     try:
         # `tolist` turns the numbers of an array or a tensor into Python's.
         return tuple(values.tolist() if hasattr(values, "tolist") else values)
@@ -150,6 +151,7 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def _ids(name: str, values: Any) -> tuple[int, ...]:
+    """Return the token ids of an argument, and refuse values that are not whole numbers."""
     listed = _listed(name, values)
     for each in listed:
         if not is_integer(each):

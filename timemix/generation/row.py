@@ -96,7 +96,7 @@ class Row:
 
     @property
     def has_read(self) -> bool:
-        """Whether all tokens are processed that all samples share before their first draw: all but the last one."""
+        """Whether the prompt is processed except its last token, which each sample processes before its first draw."""
         return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
 
     def piece(self, size: int) -> int:

@@ -23,8 +23,8 @@ class Session:
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text: those that the model may process again at the end of the context, those of
-            an unfinished character, and those that are not in the state yet.
+        tokens: Newest token ids of the text. They include all tokens that are not in the state yet, those of an
+            unfinished character, and those that the model may process again at the end of the context.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         written: Number of tokens generated so far.
         seen: Token ids that occurred in the text.
@@ -165,6 +165,7 @@ class _About:
 
 
 def _about(path: Path, text: str | None) -> _About:
+    """Parse the metadata of a session file."""
     if text is None:
         raise DamagedFile(f"{path} is no session file of timemix; give a file that timemix saved")
     try:

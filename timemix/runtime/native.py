@@ -102,6 +102,7 @@ def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def _compile_into(folder: Path, name: str, compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Compile a C file into the cache folder, and load it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         compiled = _compile(compiler, source, flags, Path(work) / f"{name}.so")
@@ -126,6 +127,8 @@ def _sources(source: Path) -> dict[Path, bytes]:
 
 
 def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path) -> Path:
+    """Compile and link a C file to a shared library at `to`."""
+
     def run(*arguments: str) -> None:
         subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
 

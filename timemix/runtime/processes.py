@@ -98,11 +98,13 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _begin(begin: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Start a worker process: end it with its parent, and call `begin`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(*arguments)
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -50,8 +50,8 @@ class Load:
         """Adapt to the load, at most once in `INTERVAL`: threads spin while there are enough processors, else sleep.
 
         Returns:
-            Number of threads for code whose results do not depend on it: that of PyTorch, or the number of processors
-            that other processes leave free if that is smaller, at least 1.
+            Number of threads for code whose results do not depend on it, at least 1: PyTorch's number, or fewer if
+            other processes leave fewer processors free.
         """
         threads = torch.get_num_threads()
         if threads == 1 or not self._may_choose:
@@ -65,6 +65,7 @@ class Load:
         return max(1, min(threads, round(self._free)))
 
     def _measure(self) -> None:
+        """Compute how many processors were free or worked for this process since the last measurement."""
         now = _counters()
         self._free = (now[1] - self._before[1]) / (now[0] - self._before[0])
         self._before = now
@@ -92,6 +93,7 @@ class _IdleTeam:
         self._ended.set()
 
     def _hold(self) -> None:
+        """Start a team in each OpenMP library that is loaded, and wait for `end`."""
         # Not by psutil, which also reads the size of each mapped file and takes 25 times longer.
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         for path in {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}:

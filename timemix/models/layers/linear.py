@@ -1,4 +1,4 @@
-"""Linear maps that are fast for one row too, several linear maps of one input at once, and their precision."""
+"""Linear layers: fast for a single row too, joint products of layers with the same input, and the dtype of products."""
 
 import torch
 from torch import Tensor, nn

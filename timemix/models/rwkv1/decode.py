@@ -297,6 +297,7 @@ class CompiledStep:
         return {"positions": ctx_len, "limit": ctx_len, "history": ctx_len}
 
     def _layer(self, block: Rwkv1Block) -> _Layer:
+        """Return the structure of a block, with pointers to its weights; `_bind` adds those of the state."""
         mixer, ffn = block.mixer, cast(ChannelMix, block.ffn)
         linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
         linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}
@@ -311,6 +312,7 @@ class CompiledStep:
         )
 
     def _linear(self, linear: nn.Linear) -> _Linear:
+        """Round the weight of a linear map, and copy it into panels."""
         weight, scale, panel = linear.weight.detach(), None, self._panel
         if WEIGHTS[self._type] == "int8":
             weight, scale = quantized(weight)

@@ -86,8 +86,10 @@ class ExpTimeMix(nn.Module):
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a block's state that belong to the time-mix."""
     return {name: state[name] for name in ("numerators", "denominators", "taps") if name in state}
 
 
 def _tensors(state: ExpState) -> dict[str, Tensor]:
+    """Return the tensors of a state by name, without the position."""
     return {name: x for name, x in state._asdict().items() if x is not None and name != "position"}

@@ -158,7 +158,7 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
     pairs = len(rates) * len(angles)
     grid_rate = torch.cat([rates.repeat_interleave(len(angles))[:, None].expand(-1, 2), reals])
     grid_angle = torch.cat([angles.repeat(len(rates)), rates.new_zeros(len(reals))])[:, None]
-    # found (candidates, 2, L); the products of each candidate's two with each other: (candidates * 4, L)
+    # found: the two exponentials of each candidate, (candidates, 2, L). products: phi_i phi_j, (candidates * 4, L)
     found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), torch.arange(L))
     products = (found[:, :, None] * found[:, None]).flatten(0, 2)
     # (S, candidates, 2, 2); the ridge keeps it invertible for two equal rates.

@@ -117,6 +117,7 @@ def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _our_layout(table: str, x: Tensor) -> Tensor:
+    """Convert a tensor of the original code, by its name in `attn`, to the layout of timemix."""
     match table:
         case "time_w":
             return x.flip(-1)
@@ -130,6 +131,7 @@ def _our_layout(table: str, x: Tensor) -> Tensor:
 
 
 def _their_layout(name: str, x: Tensor) -> Tensor:
+    """Convert a tensor of timemix, by its name, to the layout of the original code."""
     match name.rpartition(".mixer.")[2]:
         case "f":
             if x.ndim != 2:
