@@ -145,7 +145,7 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
     trainer.run()
     status, _, errors = call(capsys, "convert", trainer.out, "--constant-state", 4, "--out", tmp_path / "new")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "cannot get a constant state; use a run of rwkv1" in errors
+    assert "only rwkv1 can take a constant state" in errors
     assert not (tmp_path / "new").exists()
 
 

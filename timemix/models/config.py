@@ -129,8 +129,7 @@ class ShiftedConfig(HeadsConfig):
         super().__post_init__()
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise InvalidValue(
-                f"model.ffn_ratio is {self.ffn_ratio}; it must be at most 1000, and model.ffn_ratio * model.channels at"
-                " least 1"
+                f"model.ffn_ratio is {self.ffn_ratio}; it must be above 0, at most 1000, and at least 1 / model.channels"
             )
         for name in ("token_shift", "token_shift_top"):
             fractions = getattr(self, name) or ()
