@@ -240,7 +240,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),
         (
             ["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"],
-            "--model.ffn-ratio is nan; it must be above 0",
+            "--model.ffn-ratio is nan; it must be from 1",
         ),
         (["train", "--resume", "nothing"], "nothing"),
         (["sample", "nothing"], "there is no run folder nothing"),

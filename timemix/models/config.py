@@ -128,9 +128,7 @@ class ShiftedConfig(HeadsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
-            raise InvalidValue(
-                f"model.ffn_ratio is {self.ffn_ratio}; it must be above 0, at most 1000, and at least 1 / model.channels"
-            )
+            raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be from 1 / model.channels to 1000")
         for name in ("token_shift", "token_shift_top"):
             fractions = getattr(self, name) or ()
             if len(fractions) > MOST_FRACTIONS:
