@@ -1,10 +1,10 @@
 """timemix: train, compare and run RWKV language models.
 
-run = timemix.train("cpu-small", "runs/mine", data="text.txt")
-timemix.generate(run, "The ", tokens=100)
+    run = timemix.train("cpu-small", "runs/mine", data="text.txt")
+    timemix.generate(run, "The ", tokens=100)
 
-The names below are the public interface, beside the ops of `timemix.ops`; all other modules are internal.
-`import timemix` imports no torch: a name is imported at its first use.
+The public interface is the names in `timemix.__all__` and the ops of `timemix.ops`. All other modules are internal.
+`import timemix` does not import PyTorch: each name is imported on first use.
 """
 
 import importlib

@@ -1,22 +1,22 @@
-"""The errors of timemix: one root, `TimemixError`, and a class for each cause that a caller may want to tell apart.
+"""The errors of timemix: one root, `TimemixError`, and one class for each cause that a caller may handle by itself.
 
-TimemixError
-    InvalidValue        an argument or a setting (also a ValueError)
-        Unfit           a text that this tokenizer or model cannot take
-    FileError           a file or folder
-        MissingFile     there is none
-        DamagedFile     of another content, kind or version than its name says
-        AlreadyExists   the place is taken
-        InUse           another process holds it
-        CannotWrite     a full disk, or no permission
-    Unavailable         this machine lacks it: a device, memory, a package, the network
-        ProcessLost     another process of a distributed run
-    TooManyRequests     the queue of an engine is full
-    NotFinite           training diverged, or a model gives no finite logits
-    HookFailed          a hook raised, and the run is set to stop then
+    TimemixError
+        InvalidValue        an argument or a setting is not supported (also a ValueError)
+            Unfit           a text does not fit the tokenizer or the model
+        FileError           a file or folder cannot be used
+            MissingFile     it does not exist
+            DamagedFile     it is damaged, or of another kind, version, model or run
+            AlreadyExists   a folder to create exists already
+            InUse           another process works in the folder
+            CannotWrite     the disk is full, or permission is missing
+        Unavailable         this machine lacks a device, memory, a package or the network
+            ProcessLost     another process of a distributed run has ended or does not answer
+        TooManyRequests     the queue of an engine is full
+        NotFinite           training diverged, or the logits of a model are not finite
+        HookFailed          a hook raised an exception, and `train.hook_errors` is "stop"
 
-Interrupted stands beside it: a signal ended a run after its step was saved, so that `except TimemixError` does not
-swallow Ctrl-C.
+`Interrupted` reports that a signal ended a run after its step was saved. It is no `TimemixError`, so that
+`except TimemixError` does not swallow Ctrl-C.
 """
 
 import difflib
@@ -24,14 +24,14 @@ import typing
 from pathlib import Path
 
 LONGEST = 1000
-"""Characters of a message at most."""
+"""Largest number of characters of a message; the middle of a longer one is left out."""
 
 
 class TimemixError(Exception):
-    """The root of all errors that timemix raises for a cause outside its own code.
+    """The root of all errors whose cause lies outside the code of timemix.
 
-    The message is one sentence: what is wrong, then the way out. Quoted file content is escaped and truncated, so the
-    message stays one short line. The command line prints it without a traceback and exits with status 2.
+    The message is one sentence: what is wrong, then the way out. Control characters are escaped and long messages are
+    shortened, so the message stays one line. The command line prints it without a traceback and exits with status 2.
 
     Args:
         sentence: The message.
@@ -45,11 +45,14 @@ class TimemixError(Exception):
 
 
 class InvalidValue(TimemixError, ValueError):
-    """An argument or a setting has a value that is not supported. Settings have dotted names: `train.batch_size`."""
+    """An argument or a setting has a value that is not supported.
+
+    The message names an argument by its name, and a setting by its dotted name, such as `train.batch_size`.
+    """
 
 
 class Unfit(InvalidValue):
-    """A text does not fit: the same call fails in the same way again."""
+    """A text does not fit the tokenizer or the model: the same call fails in the same way again."""
 
 
 class FileError(TimemixError):
@@ -61,7 +64,7 @@ class MissingFile(FileError):
 
 
 class DamagedFile(FileError):
-    """A file holds something else than its name says: damaged, or of another kind, version, model or run."""
+    """A file is damaged, or is of another kind, version, model or run than the call needs."""
 
 
 class AlreadyExists(FileError):
@@ -73,11 +76,11 @@ class InUse(FileError):
 
 
 class CannotWrite(FileError):
-    """A file cannot be written: the disk is full, or the place is not writable."""
+    """A file cannot be written: the disk is full, or permission is missing."""
 
 
 class Unavailable(TimemixError):
-    """This machine lacks what was asked for: a device, memory, a package, the network."""
+    """This machine lacks a device, memory, a package or the network that the call needs."""
 
 
 class ProcessLost(Unavailable):
@@ -85,7 +88,7 @@ class ProcessLost(Unavailable):
 
 
 class TooManyRequests(TimemixError):
-    """As many requests are pending as the engine takes: the same call can succeed later."""
+    """The queue of an engine is full: the same call can succeed later."""
 
 
 class NotFinite(TimemixError):
@@ -93,15 +96,15 @@ class NotFinite(TimemixError):
 
 
 class HookFailed(TimemixError):
-    """A hook raised while `train.hook_errors` is "stop"; the run was saved first."""
+    """A hook raised an exception, and `train.hook_errors` is "stop"; the run was saved first."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP ended a run after its step was saved; no TimemixError, since nothing failed.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run after its step was saved. It is no TimemixError, since nothing failed.
 
     Args:
         number: Number of the signal.
-        saved: The newest checkpoint, None in processes that write none.
+        saved: The newest checkpoint; None in a process that writes no checkpoints.
     """
 
     def __init__(self, number: int, saved: Path | None) -> None:
@@ -110,11 +113,14 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return the end of an error sentence: the nearest right name, or all of them.
+    """Return the end of an error sentence, which suggests the nearest valid name or lists all of them.
 
     Args:
         word: The unknown name.
-        known: The right names.
+        known: The valid names.
+
+    Returns:
+        Text that begins with a semicolon.
     """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)

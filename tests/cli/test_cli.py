@@ -238,7 +238,10 @@ def test_a_closed_pipe_is_quiet(trained):
         (["train", "--data", "my.txt"], "--out"),
         (["train", "--data=nothing.txt", "--out", "r"], "nothing.txt"),
         (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),
-        (["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"], "--model.ffn-ratio=nan"),
+        (
+            ["train", "--data", "my.txt", "--out", "r", "--model.ffn-ratio", "nan"],
+            "--model.ffn-ratio is nan; it must be from 1",
+        ),
         (["train", "--resume", "nothing"], "nothing"),
         (["sample", "nothing"], "there is no run folder nothing"),
         (["sample", "folder"], "is no run folder"),
@@ -367,8 +370,8 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature must be 0 or more"),
-        ("--top-k", "-1", "top_k must be a whole number, 0 or more, not -1\n"),
+        ("--temperature", "-1", "temperature is -1.0; it must be at least 0"),
+        ("--top-k", "-1", "top_k is -1; it must be a whole number, at least 0\n"),
         ("--top-p", "0", "top_p"),
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),

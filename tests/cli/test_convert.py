@@ -75,13 +75,13 @@ def test_taps_are_exact_and_the_rest_is_fitted():
 @pytest.mark.parametrize(
     ("model", "numbers", "words"),
     [
-        (model_config("mha_pro", **SMALL), (4,), "only rwkv1 can take a constant state; this is a run of mha_pro"),
-        (model_config("rwkv1_exp", **(SMALL | {"exponentials": 4})), (4,), "this is a run of rwkv1_exp"),
+        (model_config("mha_pro", **SMALL), (4,), "a run of mha_pro cannot get a constant state; use a run of rwkv1"),
+        (model_config("rwkv1_exp", **(SMALL | {"exponentials": 4})), (4,), "a run of rwkv1_exp cannot get"),
         (model_config("rwkv1", weights="free", **SMALL), (4,), "a free W has no curves"),
         (model_config("rwkv1", denominator="weighted", **SMALL), (4,), "weighted denominator"),
-        (model_config("rwkv1", **SMALL), (0,), "exponentials is 0; it must lie from 1 to the run's ctx_len 12"),
+        (model_config("rwkv1", **SMALL), (0,), "exponentials is 0; it must be from 1 to the run's ctx_len, 12"),
         (model_config("rwkv1", **SMALL), (13,), "exponentials is 13"),
-        (model_config("rwkv1", **SMALL), (4, 13), "taps is 13; it must lie from 0"),
+        (model_config("rwkv1", **SMALL), (4, 13), "taps is 13; it must be from 0"),
         (model_config("rwkv1", **SMALL), (4, -1), "taps is -1"),
     ],
 )

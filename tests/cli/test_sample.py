@@ -94,14 +94,14 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
     ("arguments", "words"),
     [
         (["--prompt", ""], "the prompt is empty; give at least one token"),
-        (["--stop", ""], "a stop string is empty"),
+        (["--stop", ""], "stop holds an empty string"),
         (["--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["--count", "-2"], "--count is -2; it must be at least 1"),
-        (["--seed", "-1"], "seed must be a whole number"),
+        (["--seed", "-1"], "seed is -1; it must be a whole number"),
         (["--load-state", "nothing"], "nothing is missing"),
         (["--load-state", "text.txt"], "text.txt is damaged or no safetensors file"),
         (["--load-state", "run"], "run"),
-        (["--load-state", "run/checkpoints/step-00000030/model.safetensors"], "holds no state that timemix wrote"),
+        (["--load-state", "run/checkpoints/step-00000030/model.safetensors"], "is no session file of timemix"),
         (["--save-state", "a", "--count", "2"], "--save-state takes the state of one text; leave --count 2 out"),
         (["--save-state", "text.txt/a"], "cannot write text.txt/a"),
         (["--prompt", "the Ω"], "Ω"),
@@ -121,7 +121,7 @@ def test_a_state_of_another_model_is_refused(sample, tmp_path):
     sample("--prompt", PROMPT, "--tokens", 5, "--save-state", tmp_path / "a")
     status, _, err = sample("--load-state", tmp_path / "a", run="other")
     assert status == 2
-    assert "is a state of another model (rwkv1); give the run that wrote it" in err
+    assert "holds a session of another model (rwkv1); use it with the run that saved it" in err
 
 
 def test_an_error_leaves_a_good_state_alone(sample, tmp_path):

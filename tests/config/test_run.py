@@ -66,8 +66,11 @@ def test_seed_is_the_published_figure():
             "model.heads=5 does not divide model.channels=128; nearest divisors: 4, 8",
         ),
         (lambda: model_config("rwkv1", layers=0), "model.layers is 0; it must be at least 1"),
-        (lambda: model_config("rwkv1", dropout=1.0), "model.dropout=1.0 is not in [0, 1)"),
-        (lambda: model_config("rwkv1", token_shift=(0.6, 0.6)), "fractions lie in [0, 1] and sum to at most 1"),
+        (lambda: model_config("rwkv1", dropout=1.0), "model.dropout is 1.0; it must be at least 0 and below 1"),
+        (
+            lambda: model_config("rwkv1", token_shift=(0.6, 0.6)),
+            "fractions must be from 0 to 1, and their sum at most 1",
+        ),
         (lambda: TrainConfig(lr=float("nan")), "train.lr is nan; it must be at least 0"),
         (lambda: TrainConfig(batch_size=10, accumulation=3), "train.accumulation=3 does not divide"),
         (lambda: from_dict(RunConfig, {"model": {"layer": 3}}), "unknown field 'model.layer'; did you mean 'layers'?"),
@@ -149,7 +152,7 @@ class TestLearningRate:
 
 @pytest.mark.parametrize("backend", ["blocked", "spectral"])
 def test_a_free_w_refuses_the_backends_that_need_lags(backend):
-    with pytest.raises(InvalidValue, match=f"backend='{backend}' needs decomposed weights"):
+    with pytest.raises(InvalidValue, match=f"model.backend is '{backend}', which does not support model.weights free"):
         model_config("rwkv1", weights="free", backend=backend)
 
 

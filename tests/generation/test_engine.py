@@ -300,12 +300,12 @@ def test_a_prompt_after_a_stream_equals_one_prompt(model):
     [
         ({"prompt": []}, "the prompt is empty"),
         ({"tokens": -1}, "tokens is -1"),
-        ({"stop": ("a", "")}, "a stop string is empty"),
+        ({"stop": ("a", "")}, "stop holds an empty string"),
         ({"keep": 0}, "keep is 0"),
-        ({"seed": -1}, "seed must be a whole number"),
-        ({"seed": 2**64}, "seed must be a whole number"),
-        ({"sample": -1}, "sample must be a whole number"),
-        ({"sampler": Sampler(temperature=[1, 2])}, "one number for each field"),
+        ({"seed": -1}, "seed is -1; it must be a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be"),
+        ({"sample": -1}, "sample is -1; it must be a whole number"),
+        ({"sampler": Sampler(temperature=[1, 2])}, "sampler has a field with one number per row"),
     ],
 )
 def test_requests_that_cannot_be(fields, words):
@@ -322,7 +322,7 @@ def test_what_an_engine_refuses():
     other = build(VARIANTS["rwkv1"], ctx_len=13)
     engine = Engine(other)
     engine.add(Request([1], 0, keep_session=True))
-    with pytest.raises(InvalidValue, match="the session to continue is of another model"):
+    with pytest.raises(InvalidValue, match="start is a session of another model"):
         Engine(model).add(Request([1], start=finish(engine)[0][-1].session))
     with pytest.raises(InvalidValue, match="slots is 0"):
         Engine(model, slots=0)
@@ -480,7 +480,7 @@ def test_a_step_that_raises_ends_the_active_requests_alone():
 
 
 def test_the_tokenizer_of_another_model_is_refused():
-    with pytest.raises(InvalidValue, match="tokenizer has 3 entries, model has 11"):
+    with pytest.raises(InvalidValue, match="tokenizer has 3 entries, but model has a vocabulary of 11"):
         Engine(KINDS["rwkv1, compiled"](), CharacterTokenizer(list("abc"), "error"))
 
 
@@ -571,20 +571,20 @@ def test_dropout_is_off_and_the_mode_of_the_model_stays(kind):
     [
         ({"tokens": 1.5}, "tokens is 1.5; it must be a whole number"),
         ({"tokens": True}, "tokens is True"),
-        ({"prompt": [1.5]}, "prompt holds 1.5; a token id is a whole number"),
+        ({"prompt": [1.5]}, "prompt holds 1.5; token ids must be whole numbers"),
         ({"prompt": [True]}, "prompt holds True"),
         ({"prompt": ["a"]}, "prompt holds 'a'"),
         ({"prompt": 3}, "prompt is 3; it must be a sequence"),
         ({"prompt": torch.tensor([1.0])}, "prompt holds 1.0"),
         ({"sampler": None}, "sampler is None; it must be a Sampler"),
         ({"start": "a file"}, "start is 'a file'"),
-        ({"seed": 1.0}, "seed must be a whole number"),
-        ({"sample": False}, "sample must be a whole number"),
-        ({"stop": (1,)}, "stop holds 1; it takes strings"),
+        ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
+        ({"sample": False}, "sample is False; it must be a whole number"),
+        ({"stop": (1,)}, "stop holds 1; it must hold strings"),
         ({"stop": 1}, "stop is 1; it must be a sequence"),
         ({"keep": "half"}, "keep is 'half'"),
         ({"samples": 0}, "samples is 0"),
-        ({"sample": 2**64 - 1, "samples": 2}, "the last of 2 samples would be past 2^64 - 1"),
+        ({"sample": 2**64 - 1, "samples": 2}, "with samples=2 passes 2^64 - 1"),
         ({"logit_bias": {1: 10**400}}, "logit_bias holds 1: 1000"),
         ({"stop_tokens": (2.0,)}, "stop_tokens holds 2.0"),
         ({"top_log_probabilities": -1}, "top_log_probabilities is -1"),

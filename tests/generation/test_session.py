@@ -62,7 +62,7 @@ def test_another_model_is_refused(tmp_path):
     save_session(stream_of(model), tmp_path / "state", model)
     with torch.no_grad():
         model.head.weight[0, 0] += 1
-    with pytest.raises(DamagedFile, match=r"is a state of another model \(rwkv1\)"):
+    with pytest.raises(DamagedFile, match=r"holds a session of another model \(rwkv1\)"):
         load_session(tmp_path / "state", model)
     with pytest.raises(DamagedFile, match="of another model"):
         load_session(tmp_path / "state", KINDS["mha_pro"]())
@@ -91,5 +91,5 @@ def test_weights_are_no_state(tmp_path):
 
     model = KINDS["rwkv1, compiled"]()
     save_file({"position": torch.zeros(1)}, tmp_path / "weights")
-    with pytest.raises(DamagedFile, match="holds no state that timemix wrote"):
+    with pytest.raises(DamagedFile, match="is no session file of timemix"):
         load_session(tmp_path / "weights", model)

@@ -157,12 +157,12 @@ def test_an_unknown_name_is_refused(name):
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama supports 'silu' here"),
-        ({"attention_bias": True}, "attention_bias is True; llama supports False here"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'; llama supports 'default' here"),
-        ({"head_dim": 8}, "head_dim is 8; llama supports 4 here"),
-        ({"intermediate_size": 37}, "intermediate_size is 37; llama supports 40 here"),
-        ({"model_type": "mistral"}, "model_type is 'mistral'; llama supports 'llama' here"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama supports 'silu' only"),
+        ({"attention_bias": True}, "attention_bias is True; llama supports False only"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'; llama supports 'default' only"),
+        ({"head_dim": 8}, "head_dim is 8; llama supports 4 only"),
+        ({"intermediate_size": 37}, "intermediate_size is 37; llama supports 40 only"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; llama supports 'llama' only"),
     ],
 )
 def test_settings_that_it_lacks_are_refused(setting, sentence):
@@ -173,9 +173,9 @@ def test_settings_that_it_lacks_are_refused(setting, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"kv_heads": 3}, "model.kv_heads 3 does not divide model.heads 4; divisors: 1, 2, 4"),
+        ({"kv_heads": 3}, "model.kv_heads=3 does not divide model.heads=4; divisors: 1, 2, 4"),
         ({"kv_heads": 5}, "model.kv_heads is 5; it must be at most 4"),
-        ({"heads": 16}, "model.heads 16 with model.channels 16 makes heads of size 1; rotary positions need an even"),
+        ({"heads": 16}, "model.heads=16 with model.channels=16 gives heads of the odd size 1; rotary positions need"),
         ({"ffn_ratio": 0.0}, "model.ffn_ratio is 0.0; it must be above 0"),
         ({"norm_eps": 0.0}, "model.norm_eps is 0.0; it must be above 0"),
     ],

@@ -84,7 +84,9 @@ def test_a_free_w_can_be_cut_but_not_extended():
     config = model_config("rwkv1", vocab_size=11, layers=1, heads=2, channels=8, ctx_len=8, weights="free")
     model = LanguageModel(config).double()
     assert resized(model, 5).blocks[0].mixer.f.shape == (2, 5, 5)
-    with pytest.raises(InvalidValue, match="a free W cannot be extended from ctx_len 8 to 9; keep model.ctx_len 8"):
+    with pytest.raises(
+        InvalidValue, match="a free W cannot be extended from ctx_len 8 to 9; set model.ctx_len to at most 8"
+    ):
         model.block.resized(model.state_dict(), config, 9)
 
 

@@ -186,7 +186,7 @@ def test_channel_mix_takes_rows_of_any_shape():
     half = ChannelMix(model_config("rwkv1", **SIZES))
     x = torch.randn(2, 3, 48)
     torch.testing.assert_close(half(x.flatten(0, 1)), half(x).flatten(0, 1))
-    with pytest.raises(ValueError, match="2 numbers are too few for 3 positions"):
+    with pytest.raises(ValueError, match="by has 2 factors for 3 positions"):
         fused.scaled(x, torch.zeros(48), torch.ones(2))
 
 

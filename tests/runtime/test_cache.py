@@ -21,5 +21,8 @@ def test_a_download_without_a_home_is_refused_in_one_sentence(monkeypatch, tmp_p
         main(["data", "tinyshakespeare", "--out", "tokens"])
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert error == ("timemix: the cache has no place: this user has no home folder; set XDG_CACHE_HOME to a folder\n")
+    assert error == (
+        "timemix: the cache folder cannot be found, since this user has no home folder;"
+        " set XDG_CACHE_HOME to a folder\n"
+    )
     assert not list(Path.cwd().iterdir())

@@ -18,9 +18,9 @@ from timemix.runtime.device import choose_device
         ("xla", "this PyTorch was built without xla; use auto or cpu"),
         ("hpu", "No module named 'torch.hpu'; use auto or cpu"),
         ("meta", "Tensor.item() cannot be called on meta tensors; use auto or cpu"),
-        ("gpu9", "it is no device of PyTorch; use auto, cpu, cuda or cuda:1"),
-        ("cuda:-1", "it is no device of PyTorch; use auto, cpu, cuda or cuda:1"),
-        ("", "it is no device of PyTorch; use auto, cpu, cuda or cuda:1"),
+        ("gpu9", "PyTorch does not know it; use auto, cpu, cuda or cuda:1"),
+        ("cuda:-1", "PyTorch does not know it; use auto, cpu, cuda or cuda:1"),
+        ("", "PyTorch does not know it; use auto, cpu, cuda or cuda:1"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_short_sentence(device, reason):

@@ -1,4 +1,4 @@
-"""The step of generation: tokens of some rows through the model, by compiled code or by the model's own forward."""
+"""The decode step of generation: tokens through the model, by compiled C code or by the model's own forward pass."""
 
 from typing import Protocol, cast
 
@@ -13,53 +13,61 @@ from timemix.models.state import State
 
 
 class Step(Protocol):
-    """Feeds tokens to some rows of a state.
+    """A function that feeds tokens to some rows of a state.
 
-    `compiled`: whether it is C code rather than the model's own forward. `reason`: why this kind was chosen.
+    Attributes:
+        compiled: Whether it is C code rather than the model's own forward pass.
+        reason: Why this kind of step was chosen.
     """
 
     compiled: bool
     reason: str
 
     def looks_back(self, position: int) -> int:
-        """Return how many positions of the past a token at a position reads on average."""
+        """Return how many past positions a token at a position reads, on average.
+
+        Args:
+            position: Position of the token, from 0.
+
+        Returns:
+            Number of positions.
+        """
         ...
 
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Feed tokens to some rows of a state, as many to each as `counts` says.
+        """Feed tokens to some rows of a state.
 
         Args:
-            tokens: (T,) int64, 0 to V - 1: those of the first row, then those of the second, and so on.
-            state: state of the model; consumed, its other rows unchanged.
-            rows: rows of the state (R,) int64, all different.
-            counts: tokens of each row (R,) int64, at least 1, T together; None: one each.
-            wanted: indices (n,) int64 of the tokens whose logits are returned; None: the last one of each row.
+            tokens: Token ids (T,) int64, 0 to V - 1, grouped by row in the order of `rows`.
+            state: State of the model. It is consumed; the other rows stay unchanged.
+            rows: Indices of rows of the state (R,) int64, all different.
+            counts: Number of tokens of each row (R,) int64, at least 1 each, T in sum; None: one each.
+            wanted: Indices into `tokens` (n,) int64 whose logits are returned; None: the last token of each row.
 
         Returns:
-            Logits (n, V) after these tokens, and the state.
+            Logits (n, V) after the wanted tokens, and the next state.
 
         Raises:
-            InvalidValue: a token outside the vocabulary, a row outside the state, or one that would pass the model's
-                `max_position`.
+            ValueError: A token is outside the vocabulary, or a row would pass the model's `max_position`.
         """
 
 
 def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: str = "auto") -> Step:
-    """Build the step of a model. Its weights must not change while the step is in use.
+    """Build the decode step of a model.
 
     Args:
-        model: the model.
-        weights: the format that linear weights are rounded to.
-        backend: "compiled", "model", or "auto": compiled where supported.
+        model: The model. Its weights must not change while the step is in use.
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+        backend: "compiled", "model", or "auto": compiled if supported.
 
     Returns:
         The step.
 
     Raises:
-        InvalidValue: `weights` is unknown; or the compiled step was requested, and the model, its device or its dtype
-            is not supported, or the C code cannot be compiled.
+        InvalidValue: `weights` is unknown; or `backend` is "compiled", and the model, its device or its dtype is not
+            supported, or the C code cannot be compiled.
     """
     if weights not in WEIGHTS:
         raise InvalidValue(f"weights={weights!r} is not supported{nearest(str(weights), WEIGHTS)}")
@@ -67,12 +75,12 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
     if reason is None:
         return cast(Step, load_part(cast(str, find_architecture(model.config.arch).decode))(model, weights))
     if backend == "compiled":
-        raise InvalidValue(f"the compiled step is unavailable: {reason}")
+        raise InvalidValue(f"backend={backend!r} is not available: {reason}; use auto or model")
     return ModelStep(rounded(model, weights), reason)
 
 
 def _hindrance(model: LanguageModel) -> str | None:
-    """Why no compiled step can run for a model."""
+    """Return why no compiled step can run for a model; None if one can."""
     decode = find_architecture(model.config.arch).decode
     return (
         f"there is no compiled step for {model.config.arch}" if decode is None else load_part(decode).hindrance(model)
@@ -80,11 +88,11 @@ def _hindrance(model: LanguageModel) -> str | None:
 
 
 class ModelStep:
-    """The fallback: the model's own forward, in eval mode.
+    """The fallback step: the model's own forward pass, in eval mode.
 
     Args:
-        model: the model, its weights rounded already.
-        reason: why this kind of step was chosen.
+        model: The model, with weights that are rounded already.
+        reason: Why this kind of step was chosen.
     """
 
     compiled = False
@@ -93,15 +101,25 @@ class ModelStep:
         self.model, self.reason = model, reason
 
     def looks_back(self, position: int) -> int:
+        """Return how many past positions a token at a position reads, on average: all of them.
+
+        Args:
+            position: Position of the token, from 0.
+
+        Returns:
+            `position`.
+        """
         return position
 
     @torch.no_grad()
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
+        """Feed tokens to some rows of a state, see `Step`."""
         device, vocab_size = self.model.device, self.model.config.vocab_size
-        if not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-            raise InvalidValue(f"a token is outside the vocabulary of {vocab_size}")
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < vocab_size:
+                raise InvalidValue(f"token {token} is outside the vocabulary of {vocab_size}; ids start at 0")
         counts = torch.ones_like(rows) if counts is None else counts
         ends = counts.cumsum(0)
         wanted = ends - 1 if wanted is None else wanted
@@ -111,7 +129,7 @@ class ModelStep:
             if len(single):
                 at = ends[single] - 1
                 logits[at.to(device)], state = self._decode(tokens[at].to(device), state, rows[single].to(device))
-            # A longer piece is read alone: what it gives does not depend on others.
+            # A longer piece runs alone, so that its logits do not depend on the other rows.
             for i in (counts > 1).nonzero().flatten().tolist():
                 begin, end = int(ends[i] - counts[i]), int(ends[i])
                 hidden, state = self._read(tokens[begin:end].to(device), state, rows[i : i + 1].to(device))
@@ -121,14 +139,14 @@ class ModelStep:
         return logits[wanted.to(device)], state
 
     def _read(self, tokens: Tensor, state: State, row: Tensor) -> tuple[Tensor, State]:
-        """Feed tokens (T,) to one row (1,); rows before the head (T, C)."""
+        """Feed tokens (T,) to one row (1,); return the hidden rows before the head (T, C), and the state."""
         hidden, part = self.model(tokens[None], state.select(row), logits=None)
         state.put(row, cast(State, part))
         return hidden[0], state
 
     def _decode(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Feed one token to each of some rows; logits (R, V)."""
-        # All rows in order need no copy of their state.
+        """Feed one token to each of R rows; return the logits (R, V), and the state."""
+        # If `rows` is all rows in order, the state needs no copy.
         if len(rows) == len(state.position) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             logits, after = self.model(tokens[:, None], state, logits="last")
             return logits, cast(State, after)

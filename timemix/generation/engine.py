@@ -1,4 +1,4 @@
-"""Many texts generated at once: requests join and leave at any step, and each gets what it would get alone."""
+"""Generation of many texts at once: a request joins and leaves at any step, and gets the same text as alone."""
 
 import itertools
 import threading
@@ -20,30 +20,30 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 PIECE = 64
-"""Tokens of prompts that one step reads at most; a prompt is cut where its position is a multiple of it."""
+"""Most prompt tokens that one step processes; a prompt is cut at the positions that are multiples of PIECE."""
 
 
 class Engine:
     """Generate text for many requests at once; a request joins and leaves at any step.
 
-    A row's state holds nothing of other rows, nor of those that had its slot before. With compiled code the logits of a
-    row are bit-identical whatever else is generated, at any number of threads; with the model's own forward they agree
-    to 1e-5.
+    Requests do not influence one another: a slot's state holds nothing of other slots or of earlier requests. With
+    compiled code the logits of a request are bit-identical whatever else is generated, at any number of threads. With
+    the model's own forward pass they agree to 1e-5.
 
-    One thread calls `step` in a loop. `add`, `cancel` and `session` may be called by any thread meanwhile; further
-    calls of `step` wait for their turn.
+    One thread calls `step` in a loop. Any thread may call `add`, `cancel` and `session` meanwhile. Concurrent calls of
+    `step` run one after another.
 
     Args:
         model: The model.
         tokenizer: Decodes the text of events; None: events have no text.
-        slots: Active samples at most, at least 1; the others are pending.
-        weights: "float32", "bfloat16" or "int8": rounding of the linear weights.
-        step: Step to use, None for the fastest that the model has.
-        max_pending: Pending requests at most; None: any number.
+        slots: Largest number of active samples, at least 1; further samples are pending.
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+        step: Decode step to use; None: the fastest step that the model supports.
+        max_pending: Largest number of pending requests, at least 1; None: any number.
 
     Raises:
-        InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, `model` is no language model, or
-            `tokenizer` is that of another.
+        InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, `model` is not a language model, or
+            `tokenizer` has fewer entries than the model's vocabulary.
     """
 
     def __init__(
@@ -63,49 +63,52 @@ class Engine:
                 raise InvalidValue(f"{name} is {value!r}; it must be a whole number, at least 1")
         if tokenizer is not None and tokenizer.vocab_size < model.config.vocab_size:
             raise InvalidValue(
-                f"tokenizer has {tokenizer.vocab_size} entries, model has {model.config.vocab_size}; pass its own"
+                f"tokenizer has {tokenizer.vocab_size} entries, but model has a vocabulary of"
+                f" {model.config.vocab_size}; pass the tokenizer of the model"
             )
         self.model, self.tokenizer, self.slots, self.max_pending = model, tokenizer, slots, max_pending
         self.advance = step or build_step(model, weights)
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._pending: deque[Row] = deque()
         self._rows: list[Row] = []
-        # It grows with the rows: that of long contexts is large.
+        # The state begins with no rows and grows with the active requests: that of a long context is large.
         self._state = model.init_state(0)
         self._free: list[int] = []
         self._drawer = Drawer()
-        # Tokens of a text that are read again, or finish a character.
+        # Newest tokens stored of a text: those that are processed again at the end of the context, or finish a
+        # character.
         self._tokens_kept = max(model.max_position or 0, UNFINISHED)
-        # Guards all above; _stepping: a step computes, without the lock; _copying: sessions that wait for its end.
+        # Guards all fields above. _stepping: a step computes, without holding the lock. _copying: number of calls of
+        # `session` that wait for the end of that step.
         self._changed = threading.Condition()
         self._stepping, self._copying = False, 0
 
     def add(self, request: Request) -> int:
-        """Add a request.
+        """Add a request, which begins at one of the next steps.
 
         Args:
             request: The request.
 
         Returns:
-            Its id, which its events carry.
+            Id of the request; its events have the same id.
 
         Raises:
-            InvalidValue: A token outside the vocabulary, stop strings without a tokenizer, or a session of another
-                model.
+            InvalidValue: A token is outside the vocabulary, the request has stop strings but the engine no tokenizer,
+                or its session is of another model.
             TooManyRequests: `max_pending` requests are pending.
         """
         vocab_size = self.model.config.vocab_size
         outside = next((t for t in request.token_ids() if not 0 <= t < vocab_size), None)
         if outside is not None:
-            raise InvalidValue(f"token {outside} is outside the vocabulary of {vocab_size}")
+            raise InvalidValue(f"token {outside} is outside the vocabulary of {vocab_size}; ids start at 0")
         if request.stop and self.tokenizer is None:
-            raise InvalidValue("stop strings need a tokenizer")
+            raise InvalidValue("stop strings need a tokenizer; pass one to Engine, or use stop_tokens")
         if request.start is not None and _shapes(request.start.state) != _shapes(self._state):
-            raise InvalidValue("the session to continue is of another model")
+            raise InvalidValue("start is a session of another model; pass a session of this model")
         row = new_row(-1, request, self.tokenizer, self.model.max_position)
         with self._changed:
             pending = {each.id for each in self._pending if not each.is_cancelled}
-            # Those that a free slot takes at the next step do not count.
+            # Requests that get a free slot at the next step do not count.
             free = self.slots - len(self._rows)
             if self.max_pending is not None and len(pending) - free >= self.max_pending:
                 raise TooManyRequests(f"{self.max_pending} requests are pending; add this one again later")
@@ -114,13 +117,13 @@ class Engine:
         return row.id
 
     def cancel(self, id: int) -> bool:
-        """End a request at once; no event of it comes from a step that ends later.
+        """End a request at once: neither the step in progress nor a later one reports an event of it.
 
         Args:
             id: Id of the request.
 
         Returns:
-            False where it has ended already.
+            Whether the request was active or pending.
         """
         with self._changed:
             found = [row for row in (*self._rows, *self._pending) if row.id == id and not row.is_cancelled]
@@ -142,17 +145,17 @@ class Engine:
             return any(not row.is_cancelled for row in (*self._rows, *self._pending))
 
     def session(self, id: int, sample: int | None = None) -> Session:
-        """Return a copy of an active request's session, after the step in progress if there is one.
+        """Return a copy of the session of an active request; wait for the step in progress first.
 
         Args:
             id: Id of the request.
-            sample: Number of the sample, None for the first active one.
+            sample: Number of the sample; None: the first active one.
 
         Returns:
             The session, which `Request(start=...)` continues.
 
         Raises:
-            KeyError: The request is not active.
+            KeyError: The request, or this sample of it, is not active.
         """
         with self._changed:
             self._copying += 1
@@ -169,20 +172,20 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Generate one token of every active request that has read its prompt; pending requests join first.
+        """Generate one token of each active request whose prompt is processed; pending requests join first.
 
-        A step reads at most `PIECE` tokens of prompts, in turn. A request that still reads has no event.
+        One step processes at most `PIECE` prompt tokens, and the requests take turns. A request has no event before its
+        prompt is processed. If a step raises, or Ctrl-C interrupts it, all active requests end; pending ones can still
+        run.
 
         Returns:
-            The events, in the order in which their requests came.
-
-        If a step raises, or Ctrl-C ends it, all active requests have ended, and pending ones can still run.
+            The events, in the order in which the requests were added.
         """
         rows: list[Row] = []
         is_done = begun = False
         try:
             with self._changed:
-                # A session that waits is copied first.
+                # A call of `session` that waits gets its copy first.
                 self._changed.wait_for(lambda: not (self._stepping or self._copying))
                 begun = self._stepping = True
                 events = self._join()
@@ -192,11 +195,11 @@ class Engine:
                 events += [self._take(row, each) for row, each in drawn if not row.is_cancelled]
                 is_done = True
         finally:
-            # Ctrl-C can come anywhere: what follows must not be left out for it.
+            # Ctrl-C can arrive anywhere, and this clean-up must run all the same.
             if begun:
                 with self._changed:
                     if not is_done:
-                        # Their states may be ahead of their texts.
+                        # The states may already hold tokens that the texts lack.
                         for row in [row for row in rows if row in self._rows]:
                             self._leave(row)
                     self._remove_cancelled()
@@ -205,7 +208,7 @@ class Engine:
         return events
 
     def _join(self) -> list[Event]:
-        """Give slots to pending rows and to samples that fork; return the events of those that end without a token."""
+        """Give slots to pending rows and forked samples; return the events of requests that end without a token."""
         for row in list(self._rows):
             self._fork(row)
         while self._pending and len(self._rows) < self.slots:
@@ -224,7 +227,7 @@ class Engine:
         ]
 
     def _fork(self, row: Row) -> None:
-        """Put the further samples of a row whose prompt is read but for its last token before all pending ones."""
+        """Put the other samples of a row first in the queue, once its prompt is processed up to the last token."""
         if not (row.forks and row.has_read):
             return
         state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None
@@ -245,18 +248,19 @@ class Engine:
         self._pending.extendleft(reversed(forks))
 
     def _grow(self, slots: int) -> None:
-        """Make room for so many rows."""
+        """Enlarge the state to at least `slots` rows."""
         have = len(self._state.position)
         if slots > have:
             self._state = State.cat([self._state, self.model.init_state(slots - have)])
             self._free += range(have, slots)
 
     def _leave(self, row: Row) -> None:
+        """Remove an active row and free its slot."""
         self._rows.remove(row)
         self._free.append(row.slot)
 
     def _make_room(self, rows: list[Row]) -> None:
-        """Have the rows that would pass the end of their context begin again with the newest of it."""
+        """Restart each row that would pass the end of its context, from the newest tokens of that context."""
         limit = self.model.max_position
         if limit is None:
             return
@@ -269,13 +273,14 @@ class Engine:
             self._state.put(slots, self.model.init_state(len(slots)))
 
     def _compute(self, rows: list[Row]) -> list[tuple[Row, Drawn | str]]:
-        """Read a step's tokens; return what was drawn, or the reason of an error, of each row that has read all."""
+        """Compute a step; return what was drawn, or the reason of an error, for each row with no tokens left."""
         self._make_room(rows)
         pieces = self._pieces(rows)
         if not pieces:
             return []
         tokens: list[int] = []
-        # Indices of tokens whose logits are wanted; the rows that draw from them, and the prompts that they score.
+        # wanted: indices into `tokens` whose logits are needed. done and scored index into `wanted`: rows that draw a
+        # token, and prompt tokens that get a log-probability.
         wanted: list[int] = []
         done: list[tuple[int, Row]] = []
         scored: list[tuple[int, Row, int]] = []
@@ -304,20 +309,20 @@ class Engine:
         return list(zip(readers, self._drawer.draw(readers, logits[[i for i, _ in done]]), strict=True))
 
     def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
-        """Return the rows of a step with the number of tokens that each reads: prompts in turn, one token of others."""
+        """Return the rows of a step, each with its number of tokens: a piece of a prompt, in turn, or one token."""
         counts = {row: 1 for row in rows if row.unread == 1}
         left = PIECE
-        for row in sorted((row for row in rows if row.unread > 1), key=lambda row: row.served):
+        for row in sorted((row for row in rows if row.unread > 1), key=lambda row: row.last_read):
             count = row.piece(PIECE)
             if count > left:
                 break
             left -= count
             counts[row] = count
-            row.served = next(self._clock)
+            row.last_read = next(self._clock)
         return [(row, counts[row]) for row in rows if row in counts]
 
     def _take(self, row: Row, drawn: Drawn | str) -> Event:
-        """Return the event of what was drawn for a row, which leaves if it ends."""
+        """Append what was drawn to a row and return its event; a row that ends leaves."""
         if isinstance(drawn, str):
             self._leave(row)
             return Event(row.id, None, "", finished="error", sample=row.sample, reason=drawn)
@@ -336,7 +341,7 @@ class Engine:
         return self._scored(row, event)
 
     def _text(self, row: Row, token: int, last: bool) -> tuple[str, bool]:
-        """Return the text that can be emitted now, and whether a stop string or token ended it."""
+        """Return the text that can be emitted now, and whether a stop string or a stop token ended it."""
         is_stop = token in row.request.stop_tokens
         if row.emitter is None:
             return "", is_stop
@@ -346,11 +351,11 @@ class Engine:
         return text + (self._last_text(row) if last and not is_stopped else ""), is_stopped
 
     def _last_text(self, row: Row) -> str:
-        """Return what a row holds back at its end; a session keeps it for the text that continues."""
+        """Return the text that a row still holds back at its end; empty if its session keeps that text."""
         return "" if row.emitter is None or row.request.keep_session else row.emitter.end()
 
     def _end(self, row: Row, event: Event, finished: Literal["length", "stop"]) -> Event:
-        """Have a row leave; return its last event, complete."""
+        """Remove a row and return its last event, with the session and the scores of the prompt."""
         session = self._session_of(row) if row.request.keep_session else None
         self._leave(row)
         return self._scored(row, replace(event, finished=finished, session=session))
@@ -361,6 +366,7 @@ class Engine:
         return event if scores is None else replace(event, prompt_log_probabilities=tuple(scores))
 
     def _session_of(self, row: Row) -> Session:
+        """Return a copy of a row as a session."""
         slot = torch.tensor([row.slot], device=self.model.device)
         state = self._state.select(slot) if row.position else self.model.init_state(1)
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
@@ -369,5 +375,5 @@ class Engine:
 
 
 def _shapes(state: State) -> list[dict[str, torch.Size]]:
-    """Those of one row."""
+    """Return the shapes of one row of a state, by layer and name."""
     return [{name: x.shape[1:] for name, x in layer.items()} for layer in state.layers]

@@ -15,13 +15,19 @@ from timemix.runs.load import Loaded, load
 def events_of(engine: Engine) -> Iterator[Event]:
     """Yield the events of an engine until no request is left.
 
+    Args:
+        engine: The engine; this function calls its `step`.
+
+    Yields:
+        Each event, in order.
+
     Raises:
         NotFinite: The logits of a text are not finite.
     """
     while engine.busy:
         for event in engine.step():
             if event.finished == "error":
-                raise NotFinite(f"sample {event.sample} has ended: {event.reason}; take another checkpoint")
+                raise NotFinite(f"sample {event.sample} cannot continue: {event.reason}; use another checkpoint")
             yield event
 
 
@@ -36,13 +42,29 @@ def generate_tokens(
     keep: float = 0.5,
     weights: Weights = "float32",
 ) -> list[list[int]]:
-    """Generate `tokens` tokens after each of some prompts, which may differ in length.
+    """Generate `tokens` tokens after each of several prompts, which may differ in length.
 
-    Row i draws from (seed, i, number of the token), so that it does not depend on the other rows. The rest as in
-    `engine.Request`, whose errors it raises too.
+    The draws of row i depend on (seed, i, number of the token) alone, not on the other rows.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt, at least one prompt of at least one token.
+        tokens: Number of tokens to generate for each prompt, at least 0.
+        sampler: How tokens are drawn; a field with one number per row applies by row.
+        seed: 0 to 2^64 - 1.
+        context: "reanchor" or "exact", see `Request`.
+        keep: Share of the context that "reanchor" keeps, above 0 and at most 1.
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+
+    Returns:
+        The generated token ids of each prompt, without the prompt.
+
+    Raises:
+        InvalidValue: There is no prompt, or `Request` or `Engine` refuses an argument.
+        NotFinite: The logits of a text are not finite.
     """
     if not prompts:
-        raise InvalidValue("the prompt is empty; give at least one token")
+        raise InvalidValue("prompts is empty; give at least one prompt")
     engine = Engine(model, slots=len(prompts), weights=weights)
     for i, prompt in enumerate(prompts):
         engine.add(Request(prompt, tokens, sampler.row(i), seed, i, context=context, keep=keep))
@@ -64,17 +86,20 @@ def stream(
     stop: str | Sequence[str] = (),
     weights: Weights = "float32",
 ) -> Iterator[str]:
-    """Generate one text, piece by piece: `for piece in stream(run, "The "): print(piece, end="")`.
+    """Generate one text that continues a prompt, piece by piece.
+
+        for piece in timemix.stream(run, "The "):
+            print(piece, end="")
 
     Args:
-        run: Run folder, checkpoint folder, or what `load` returned.
+        run: Run folder, checkpoint folder, or the result of `load`.
         prompt: Text to continue, not empty.
         tokens: Largest number of tokens to generate, at least 0.
         seed: 0 to 2^64 - 1; the same seed gives the same text.
-        context: "reanchor" or "exact", see `Request`.
+        context: What happens at the end of the context: "reanchor" or "exact", see `Request`.
         sampler: How tokens are drawn; None: temperature 1, no filter.
-        stop: String, or strings, before the first of which the text ends.
-        weights: "float32", "bfloat16" or "int8": rounding of the weights; fewer bytes are faster.
+        stop: Stop string, or several; the text ends before the first that occurs.
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded; smaller is faster.
 
     Returns:
         Iterator over pieces of the text after the prompt, of whole characters; a piece may be empty.
@@ -82,7 +107,7 @@ def stream(
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
         FileError: The run cannot be loaded.
-        NotFinite: The model gives logits that are not finite.
+        NotFinite: The logits of the model are not finite.
     """
     engine = _engine(run, prompt, 1, tokens, sampler, seed, context, stop, weights)
     return (event.text for event in events_of(engine))
@@ -129,15 +154,15 @@ def generate(
     """Generate texts that continue a prompt.
 
     Args:
-        run: Run folder, checkpoint folder, or what `load` returned.
+        run: Run folder, checkpoint folder, or the result of `load`.
         prompt: Text to continue, not empty.
         tokens: Largest number of tokens of each text, at least 0.
         count: Number of texts, at least 1.
         seed: 0 to 2^64 - 1; the same seed gives the same texts.
-        context: "reanchor" or "exact", see `Request`.
+        context: What happens at the end of the context: "reanchor" or "exact", see `Request`.
         sampler: How tokens are drawn; None: temperature 1, no filter.
-        stop: String, or strings, before the first of which a text ends.
-        weights: "float32", "bfloat16" or "int8": rounding of the weights; fewer bytes are faster.
+        stop: Stop string, or several; a text ends before the first that occurs.
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded; smaller is faster.
 
     Returns:
         `count` texts, without the prompt.
@@ -145,7 +170,7 @@ def generate(
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
         FileError: The run cannot be loaded.
-        NotFinite: The model gives logits that are not finite.
+        NotFinite: The logits of the model are not finite.
     """
     engine = _engine(run, prompt, count, tokens, sampler, seed, context, stop, weights)
     texts = [""] * count

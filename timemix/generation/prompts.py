@@ -1,9 +1,9 @@
-"""The prompt of a text that is generated without one."""
+"""The default prompt."""
 
 from timemix.tokenizers.base import Tokenizer
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
-    """A line end, or the first token where the vocabulary has none."""
+    """Return a newline, or the text of token 0 if the vocabulary has no newline."""
     ids, _ = tokenizer.encode_lenient("\n")
     return "\n" if len(ids) else tokenizer.decode([0])

@@ -18,32 +18,33 @@ Context = Literal["reanchor", "exact"]
 class Request:
     """Describe one text to generate, or several samples that continue one prompt.
 
-    Past the model's `max_position`, "reanchor" reads the newest share `keep` of the context again at position 0 and
-    continues, so that the cost per token stays constant. "exact" reads the newest max_position tokens for every token,
-    as the original code did. A longer prompt is cut to its end.
+    The context is full at the model's `max_position`. With `context="reanchor"` the newest share `keep` of it is then
+    processed again from position 0, so that the cost per token stays constant. With "exact" the newest `max_position`
+    tokens are processed again for every new token, as in the original 2021 code. Of a longer prompt, only the last
+    `max_position` tokens count.
 
     Args:
-        prompt: Token ids to read first; may be empty where `start` is given.
+        prompt: Token ids that the text continues, at least one; may be empty if `start` is given.
         tokens: Largest number of tokens to generate, at least 0.
-        sampler: Settings of one row.
+        sampler: How tokens are drawn; each of its fields is one number.
         seed: 0 to 2^64 - 1; a draw depends on (seed, sample, number of the token) alone.
         sample: Number of the first sample, 0 to 2^64 - 1.
-        stop: Strings; the text ends before the first of them.
+        stop: Stop string, or several; the text ends before the first that occurs.
         log_probabilities: Report each token's log-probability in nats, at temperature 1, before bias and filters.
-        start: Session to continue, None for a new text.
-        keep_session: Return the session with the last event. Text that may begin a stop string, or an unfinished
-            character, then stays in the session, and the text that continues it begins with it.
-        context: "reanchor" or "exact".
+        start: Session to continue; None: a new text.
+        keep_session: Return the session with the last event. Text that may begin a stop string, and an unfinished
+            character, then stay in the session; the text of the request that continues it begins with them.
+        context: "reanchor" or "exact", see above.
         keep: Share of the context that "reanchor" keeps, above 0 and at most 1.
-        samples: Number of samples, at least 1; the prompt is read once for all of them.
-        stop_tokens: Token ids; the text ends before the first of them. The token itself is drawn: the last event
-            reports it, and a session that continues reads it.
-        logit_bias: Numbers added to the logits of token ids before the sampler; -inf excludes a token.
+        samples: Number of samples, at least 1; the prompt is processed once for all of them.
+        stop_tokens: Token ids; the text ends before the first that is drawn. The last event reports that token, and it
+            is part of the session.
+        logit_bias: Numbers that are added to the logits of token ids before the sampler; -inf excludes a token.
         top_log_probabilities: Number of most probable tokens to report with each token, at least 0.
-        prompt_log_probabilities: Report the log-probability of each token of the prompt, with the first event.
+        prompt_log_probabilities: Report the log-probability of each token of the prompt with the first event.
 
     Raises:
-        InvalidValue: An empty prompt or stop string, a value of a wrong type, or a number out of its range.
+        InvalidValue: The prompt or a stop string is empty, a value has a wrong type, or a number is out of its range.
     """
 
     prompt: Sequence[int]
@@ -67,7 +68,7 @@ class Request:
         if not isinstance(self.sampler, Sampler):
             raise InvalidValue(f"sampler is {self.sampler!r}; it must be a Sampler")
         if not self.sampler.is_of_one_row:
-            raise InvalidValue("the sampler of a request has one number for each field, not one per row")
+            raise InvalidValue("sampler has a field with one number per row; pass that of one row: sampler.row(i)")
         if not (self.start is None or isinstance(self.start, Session)):
             raise InvalidValue(f"start is {self.start!r}; it must be a Session or None")
         if self.context not in get_args(Context):
@@ -75,7 +76,7 @@ class Request:
                 f"context={self.context!r} is not supported{nearest(str(self.context), get_args(Context))}"
             )
         if not (_is_real(self.keep) and 0 < self.keep <= 1):
-            raise InvalidValue(f"keep is {self.keep!r}; it is a share of the context, above 0 and at most 1")
+            raise InvalidValue(f"keep is {self.keep!r}; it must be a share of the context, above 0 and at most 1")
         for name, low in {"tokens": 0, "samples": 1, "top_log_probabilities": 0}.items():
             value = getattr(self, name)
             if not (is_integer(value) and value >= low):
@@ -83,18 +84,20 @@ class Request:
         for name in ("seed", "sample"):
             value = getattr(self, name)
             if not (is_integer(value) and 0 <= value < 2**64):
-                raise InvalidValue(f"{name} must be a whole number from 0 to 2^64 - 1, not {value!r}")
+                raise InvalidValue(f"{name} is {value!r}; it must be a whole number from 0 to 2^64 - 1")
         if self.sample + self.samples > 2**64:
-            raise InvalidValue(f"sample is {self.sample}: the last of {self.samples} samples would be past 2^64 - 1")
+            raise InvalidValue(
+                f"sample={self.sample} with samples={self.samples} passes 2^64 - 1; choose a smaller sample"
+            )
         if self.start is not None and not 0 <= self.start.written < 2**63:
-            raise InvalidValue(f"the session to continue says that {self.start.written} tokens were generated")
+            raise InvalidValue(f"start.written is {self.start.written}; it must be from 0 to 2^63 - 1")
         self._check_prompt()
         self._check_ends()
 
     def _check_prompt(self) -> None:
         if isinstance(self.prompt, str):
-            raise InvalidValue("prompt is a text; a request takes token ids: tokenizer.encode(text).tolist()")
-        # Plain numbers: what a caller changes in its list later changes no request.
+            raise InvalidValue("prompt is a text; pass token ids: tokenizer.encode(text).tolist()")
+        # A copy as plain numbers: later changes of the caller's list do not reach the request.
         self._set("prompt", _ids("prompt", self.prompt))
         if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
             raise InvalidValue("the prompt is empty; give at least one token")
@@ -103,28 +106,34 @@ class Request:
         self._set("stop", (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop))
         for each in self.stop:
             if not isinstance(each, str):
-                raise InvalidValue(f"stop holds {each!r}; it takes strings")
+                raise InvalidValue(f"stop holds {each!r}; it must hold strings")
         if "" in self.stop:
-            raise InvalidValue("a stop string is empty; give at least one character")
+            raise InvalidValue("stop holds an empty string; give at least one character")
         self._set("stop_tokens", _ids("stop_tokens", self.stop_tokens))
         if not isinstance(self.logit_bias, Mapping):
-            raise InvalidValue(f"logit_bias is {self.logit_bias!r}; it maps token ids to numbers")
+            raise InvalidValue(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         for token, bias in self.logit_bias.items():
             if not (is_integer(token) and _is_real(bias) and (bias == -math.inf or abs(bias) <= sys.float_info.max)):
-                raise InvalidValue(f"logit_bias holds {token!r}: {bias!r}; it maps token ids to finite numbers or -inf")
+                raise InvalidValue(
+                    f"logit_bias holds {token!r}: {bias!r}; it must map token ids to finite numbers or -inf"
+                )
         self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def token_ids(self) -> Iterable[int]:
-        """All token ids that the request names."""
+        """Return all token ids that the request names.
+
+        Returns:
+            Ids of the prompt, the session, the stop tokens and the logit bias; an id may occur several times.
+        """
         old = () if self.start is None else (*self.start.tokens, *self.start.seen)
         return (*self.prompt, *old, *self.stop_tokens, *self.logit_bias)
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number, of Python or numpy, and no bool."""
+    """Return whether a value is a whole number, of Python or numpy, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -133,18 +142,20 @@ def _is_real(value: object) -> bool:
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    """Return the values of an argument as a tuple, and refuse a value that is not a sequence."""
     try:
-        # Numbers of an array or a tensor are those of Python.
+        # `tolist` turns the numbers of an array or a tensor into Python's.
         return tuple(values.tolist() if hasattr(values, "tolist") else values)
     except TypeError:
         raise InvalidValue(f"{name} is {values!r}; it must be a sequence") from None
 
 
 def _ids(name: str, values: Any) -> tuple[int, ...]:
+    """Return the token ids of an argument, and refuse values that are not whole numbers."""
     listed = _listed(name, values)
     for each in listed:
         if not is_integer(each):
-            raise InvalidValue(f"{name} holds {each!r}; a token id is a whole number")
+            raise InvalidValue(f"{name} holds {each!r}; token ids must be whole numbers")
     return tuple(map(int, listed))
 
 
@@ -154,16 +165,16 @@ class Event:
 
     Args:
         id: Id of the request, from `Engine.add`.
-        token: Token id, None at an end without a token.
-        text: Complete characters that do not begin a stop string; the last event brings what was held back.
-        log_probability: In nats, None unless the request asks for it.
-        finished: "length", "stop" or "error" at the end, otherwise None.
-        session: With the last event, where the request asks for it.
+        token: Token id; None at an end without a token.
+        text: New text in whole characters that begin no stop string; the last event adds the text held back so far.
+        log_probability: Log-probability of the token in nats; None unless the request asks for it.
+        finished: "length", "stop" or "error" in the last event; otherwise None.
+        session: Session in the last event if the request has `keep_session`; otherwise None.
         sample: Number of the sample.
         top_log_probabilities: (token id, log-probability) of the most probable tokens, the most probable first.
-        prompt_log_probabilities: With the first event, where the request asks for it: in nats for each token of the
-            prompt, None where the model read no token before it.
-        reason: A sentence at an end with "error", otherwise None.
+        prompt_log_probabilities: Log-probability in nats of each prompt token, None for a token without a token before
+            it; in the first event if the request asks for it, otherwise None.
+        reason: Why the request ended, if `finished` is "error"; otherwise None.
     """
 
     id: int

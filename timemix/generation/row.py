@@ -1,4 +1,4 @@
-"""A text in progress inside the engine, and the part of it that may be emitted."""
+"""A text in progress inside the engine, and the part of it that can be emitted."""
 
 from dataclasses import dataclass, field
 
@@ -9,16 +9,16 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 UNFINISHED = 4
-"""Tokens that hold the bytes of an unfinished character, at most three, and one more."""
+"""Most tokens that hold the bytes of an unfinished character, three, and one more."""
 
 
 class Emitter:
-    """Turns tokens into text that can be emitted: whole characters that begin no stop string.
+    """A decoder that emits whole characters, and holds back text that may begin a stop string.
 
     Args:
         tokenizer: Decodes the tokens.
-        before: Tokens of the text before, which decide how the next one begins.
-        held: Text that is held back from before.
+        before: Tokens of the text so far; they decide how the text of the next token begins.
+        held: Text that the continued session holds back.
         stop: Stop strings.
     """
 
@@ -31,7 +31,7 @@ class Emitter:
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text that can be emitted after a token, and whether a stop string ended it."""
         text = self.held + self._decoder.push(token)
-        # The first to begin; of those the shortest, which streams find first.
+        # The stop string that begins first; of several the shortest, which is complete first.
         found = min(((at, len(each)) for each in self._stop if (at := text.find(each)) >= 0), default=None)
         if found is not None:
             self.held = text[sum(found) :]
@@ -47,7 +47,7 @@ class Emitter:
 
 
 def _begun(text: str, stop: str) -> int:
-    """Characters at the end of a text that begin a stop string, the most."""
+    """Return the largest number of characters at the end of a text that begin a stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -59,18 +59,18 @@ class Row:
         id: Id of the request.
         request: The request.
         sample: Number of the sample.
-        tokens: Newest tokens of the text, all unread ones included.
-        unread: Tokens at their end that are not in the state.
-        position: Tokens in the state; 0 also where it begins again.
-        written: Tokens generated, those of the session that it continues included.
-        seen: Tokens that occurred in the text.
-        emitter: None without a tokenizer.
-        state: State to begin from, until the row has a slot; None for that before the first token.
-        forks: Samples that begin where this one has read its prompt.
-        slot: Row of the engine's state.
-        served: When it read a piece of its prompt the last time.
-        is_cancelled: Whether it is to leave after the step in progress.
-        prompt_scores: Log-probabilities of the prompt's tokens, where they are to be reported.
+        tokens: Newest token ids of the text, including all unread ones.
+        unread: Number of tokens at the end of `tokens` that are not in the state yet.
+        position: Number of tokens in the state; 0 again after a restart.
+        written: Number of tokens generated, including those of the session that it continues.
+        seen: Token ids that occurred in the text.
+        emitter: Decodes the tokens; None without a tokenizer.
+        state: State to begin from, until the row has a slot; None: the state before the first token.
+        forks: Number of samples that begin once this one has processed the prompt.
+        slot: Row of the engine's state; -1 while pending.
+        last_read: Count of the engine's clock when the row last processed a piece of its prompt.
+        is_cancelled: Whether the row must leave after the step in progress.
+        prompt_scores: Log-probabilities of the prompt tokens; None if they are not asked for.
     """
 
     id: int
@@ -85,28 +85,28 @@ class Row:
     state: State | None
     forks: int = 0
     slot: int = -1
-    served: int = 0
+    last_read: int = 0
     is_cancelled: bool = False
     prompt_scores: list[float | None] | None = None
     first: int = field(init=False)
-    """`written` at the beginning."""
+    """Value of `written` when the request began."""
 
     def __post_init__(self) -> None:
         self.first = self.written
 
     @property
     def has_read(self) -> bool:
-        """Whether all is read that is to be read before the first token is drawn: all but the last token."""
+        """Whether the prompt is processed except its last token, which each sample processes before its first draw."""
         return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
 
     def piece(self, size: int) -> int:
-        """Return the number of tokens to read next, up to the next multiple of `size`."""
-        # The last token is read by each sample for itself.
+        """Return the number of tokens to process next, up to the next multiple of `size`."""
+        # Each sample processes the last token itself.
         wanted = self.unread - int(self.forks > 0 or self.request.tokens == 0)
         return min(wanted, size - self.position % size)
 
     def scored(self, count: int) -> list[tuple[int, int]]:
-        """Return the tokens of the prompt that the next `count` tokens predict: (offset among them, index)."""
+        """Return the prompt tokens that the next `count` tokens predict: (offset among these, index in the prompt)."""
         if self.prompt_scores is None:
             return []
         # Index into the prompt of the token after the first unread one.
@@ -120,8 +120,11 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
     Args:
         id: Id of the request.
         request: The request.
-        tokenizer: Decodes its text, if any.
+        tokenizer: Decodes its text; None: no text.
         limit: The model's `max_position`.
+
+    Returns:
+        The row, without a slot.
     """
     start, prompt = request.start, list(request.prompt)
     old = [] if start is None else list(start.tokens)
@@ -146,7 +149,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
 
 
 def new_emitter(request: Request, tokens: list[int], tokenizer: Tokenizer | None) -> Emitter | None:
-    """Return the emitter of a sample of a request, before its first token."""
+    """Return the emitter of a sample before its first token; None without a tokenizer."""
     if tokenizer is None:
         return None
     held = "" if request.start is None or len(request.prompt) else request.start.held

@@ -1,7 +1,7 @@
-"""From logits to the next token: filters on the probabilities, and a draw that depends on nothing else.
+"""From logits to the next token: filters on the probabilities, and a draw from what they leave.
 
-Shapes: B rows of a batch, V vocabulary. All arithmetic is float64 on the CPU, row by row, so that a row gives
-the same token on every device, alone or in any batch.
+Shapes: B rows of a batch, V vocabulary. All arithmetic is float64 on the CPU, row by row, so that a row gets the same
+token on every device, alone or in any batch.
 """
 
 import math
@@ -19,15 +19,15 @@ from timemix.errors import InvalidValue
 PerRow = float | Sequence[float] | Tensor
 
 TOP_P_ERROR = 1e-6
-"""By how much a sum of probabilities from float32 logits may miss `top_p` and still reach it."""
+"""Tolerance of the running sum that `top_p` compares: probabilities from float32 logits are no more exact."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("0 or more", lambda x: x >= 0),
-    "top_k": ("a whole number, 0 or more", lambda x: x >= 0 and x == int(x)),
+    "temperature": ("at least 0", lambda x: x >= 0),
+    "top_k": ("a whole number, at least 0", lambda x: x >= 0 and x == int(x)),
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "top_a": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "top_a_power": ("0 or more", lambda x: x >= 0),
+    "top_a_power": ("at least 0", lambda x: x >= 0),
     "repetition_penalty": ("above 0", lambda x: x > 0),
 }
 
@@ -40,9 +40,9 @@ class Sampler:
 
     1. `repetition_penalty`.
     2. `temperature`: p = softmax(logits / temperature).
-    3. The filters, each judging the same p (not what another filter left): a token stays if every filter keeps it.
-       Among equal tokens the lowest ids rank first.
-    4. What stays is renormalised. The most probable token always stays.
+    3. The filters. Each one judges the same p, not the result of another filter; a token stays if every filter keeps
+       it. Among equally probable tokens the lowest ids rank first. The most probable token always stays.
+    4. The probabilities of the tokens that stay are divided by their sum.
 
     Args:
         temperature: At least 0; 0 = greedy, all probability on the largest logit, the lowest id among equals.
@@ -74,14 +74,14 @@ class Sampler:
     def __post_init__(self) -> None:
         for field in fields(self):
             given = getattr(self, field.name)
-            # Numbers of an array or a tensor are those of Python.
+            # `tolist` turns the numbers of an array or a tensor into Python's.
             plain = given.tolist() if hasattr(given, "tolist") else given
             allowed, accepts = _ALLOWED[field.name]
             is_one = not isinstance(plain, Sequence) or isinstance(plain, str)
             for value in [plain] if is_one else plain:
                 if not (_is_finite(value) and accepts(value)):
-                    raise InvalidValue(f"{field.name} must be {allowed}, not {value!r}")
-            # Plain numbers keep samplers comparable and hashable, which tensors are not.
+                    raise InvalidValue(f"{field.name} is {value!r}; it must be {allowed}")
+            # Plain numbers, so that samplers can be compared and hashed; tensors cannot.
             object.__setattr__(self, field.name, float(plain) if is_one else tuple(map(float, plain)))
 
     @property
@@ -90,44 +90,68 @@ class Sampler:
         return not any(isinstance(getattr(self, field.name), tuple) for field in fields(self))
 
     def row(self, i: int) -> "Sampler":
-        """The sampler of row i alone. Raises IndexError for a row that it does not have."""
+        """Return the sampler of one row.
+
+        Args:
+            i: Index of the row, 0 to B - 1.
+
+        Returns:
+            A sampler with one number for each field.
+
+        Raises:
+            IndexError: A field has no number for this row.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Sampler(**{name: value[i] if isinstance(value, tuple) else value for name, value in values.items()})
 
     @staticmethod
     def joined(samplers: "Sequence[Sampler]") -> "Sampler":
-        """One sampler for rows with a sampler each."""
+        """Join the samplers of several rows into one.
+
+        Args:
+            samplers: One sampler for each row, each with one number for each field.
+
+        Returns:
+            A sampler with one number per row for each field that differs.
+        """
         columns = {field.name: tuple(getattr(each, field.name) for each in samplers) for field in fields(Sampler)}
         return Sampler(**{name: values if len(set(values)) > 1 else values[0] for name, values in columns.items()})
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Probabilities of the next token, (B, V) float64 on the CPU, each row summing to 1.
+        """Return the probabilities of the next token of each row.
 
-        logits (B, V), any float type and device; infinite ones are limits: tokens at +inf share all
-        probability, -inf has none. seen (B, V) bool: tokens that occurred in the row's context.
+        Args:
+            logits: Logits (B, V) of any float type and device. Infinite ones are limits: tokens at +inf share all
+                probability, tokens at -inf have none.
+            seen: Tokens that occurred in each row's context (B, V) bool; needed for `repetition_penalty`.
 
-        Raises ValueError for a row that holds NaN or only -inf, for fields whose length is not B, and where
-        `repetition_penalty` is on without `seen`.
+        Returns:
+            Probabilities (B, V), float64 on the CPU; each row sums to 1.
+
+        Raises:
+            ValueError: A row holds NaN or only -inf, a field has another number of values than 1 or B, or
+                `repetition_penalty` is on and `seen` is None.
         """
-        # numpy: its calls on a few numbers take half the time of torch's.
+        # numpy: calls on few numbers take half the time of torch's.
         x = logits.detach().cpu().double().numpy()
         B, V = x.shape
         if self.repetition_penalty != 1:
             if seen is None:
-                raise ValueError("repetition_penalty needs `seen`, the tokens of each row's context")
+                raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
             penalty = self._column("repetition_penalty", B)
             x = np.where(seen.cpu().numpy(), np.where(x > 0, x / penalty, x * penalty), x)
 
         largest = x.max(-1, keepdims=True)
         if not (largest > -math.inf).all():
             row = int((largest[:, 0] > -math.inf).argmin())
-            raise ValueError(f"logits of row {row} {'hold NaN' if np.isnan(largest[row]) else 'are all -inf'}")
+            fault = "hold NaN" if np.isnan(largest[row]) else "are all -inf"
+            raise ValueError(f"logits of row {row} {fault}; a row needs a number above -inf, and no NaN")
 
         temperature = self._column("temperature", B)
         greedy = temperature == 0
-        # The largest is set, not subtracted: inf - inf is NaN.
+        # 0 at the largest logit is set, not computed: inf - inf is NaN.
         difference = np.subtract(x, largest, out=np.zeros_like(x), where=x != largest)
-        # Infinity is the right limit for temperatures near 0.
+        # An overflow to infinity is the right limit for temperatures near 0.
         with np.errstate(over="ignore"):
             weights = np.exp(difference / np.where(greedy, 1, temperature))
         total = weights.sum(-1, keepdims=True)
@@ -141,7 +165,7 @@ class Sampler:
             keep &= p >= np.minimum(threshold, p_max)
         if self.top_k != 0 or self.top_p != 1:
             top_k, top_p = self._column("top_k", B), self._column("top_p", B)
-            # Ranked by logit: two of them can differ where their probabilities round to the same.
+            # Ranked by logit: different logits can have probabilities that round to the same number.
             order = (-x).argsort(-1, kind="stable")
             ranked = np.take_along_axis(p, order, -1)
             sum_before = ranked.cumsum(-1) - ranked
@@ -151,16 +175,16 @@ class Sampler:
             np.put_along_axis(kept, order, in_top_k & in_top_p, -1)
             keep &= kept
         if greedy.any():
-            # numpy's argmax promises the first of equals.
+            # numpy's argmax returns the first of equal numbers, as documented.
             keep &= (np.arange(V) == x.argmax(-1)[:, None]) | ~greedy
         weights = np.where(keep, weights, 0)
         return torch.from_numpy(weights / weights.sum(-1, keepdims=True))
 
     def _column(self, name: str, rows: int) -> np.ndarray:
-        """A field as (1, 1) or (B, 1), to broadcast over (B, V)."""
+        """Return a field as (1, 1) or (B, 1), to broadcast over (B, V)."""
         column = np.array(getattr(self, name), np.float64).reshape(-1, 1)
         if len(column) not in (1, rows):
-            raise ValueError(f"{name} has {len(column)} values for {rows} rows")
+            raise ValueError(f"{name} has {len(column)} values for {rows} rows; give one value, or one per row")
         return column
 
 
@@ -181,14 +205,26 @@ def draw(
     sample: Sequence[int] | Tensor,
     position: Sequence[int] | Tensor,
 ) -> Tensor:
-    """One token per row, (B,) int64, by the inverse of the row's cumulative distribution.
+    """Draw one token for each row, by the inverse of the row's cumulative distribution.
 
-    probabilities (B, V); `seed` one for all rows or (B,); `sample` (B,) the number of the text being written;
-    `position` (B,) of the token in it. The randomness of a row is Philox (Salmon et al. 2011, "Parallel
-    random numbers: as easy as 1, 2, 3") with key (seed, sample) and counter position: it depends on nothing
-    else, and no state is carried. A token of probability 0 is never drawn.
+    The random number of a row is that of Philox with key (seed, sample) and counter position. It depends on nothing
+    else, and no generator state is kept. A token of probability 0 is never drawn.
 
-    Raises TimemixError for a seed outside 0 to 2^64 - 1, ValueError for a row that does not sum to 1 (within 0.01).
+    Args:
+        probabilities: Probabilities (B, V); each row sums to 1.
+        seed: 0 to 2^64 - 1, one for all rows or (B,).
+        sample: Number of each row's text (B,), 0 to 2^64 - 1.
+        position: Number of the token in each row's text (B,), at least 0.
+
+    Returns:
+        Token ids (B,) int64.
+
+    Raises:
+        InvalidValue: A seed is outside 0 to 2^64 - 1.
+        ValueError: A row does not sum to 1, within 0.01.
+
+    Source:
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
     counters = zip(seeds, _integers(sample), _integers(position), strict=True)
@@ -198,16 +234,16 @@ def draw(
     cumulative = probabilities.detach().cpu().double().numpy().cumsum(-1)
     total = cumulative[:, -1]
     if not (np.abs(total - 1) < 0.01).all():
-        raise ValueError(f"probabilities of each row must sum to 1, not {total.tolist()}")
+        raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
     # u < 1 also after rounding, so u * total < total: the count below stays inside the vocabulary.
     return torch.from_numpy((cumulative <= (u * total)[:, None]).sum(-1))
 
 
 def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:
-    """A number in [0, 1), a multiple of 2^-53; what the generator gave before does not matter."""
+    """Return a number in [0, 1), a multiple of 2^-53; it does not depend on earlier numbers of the generator."""
     if not 0 <= seed < 2**64:
-        raise InvalidValue(f"seed must be a whole number from 0 to 2^64 - 1, not {seed}")
-    # A fifth of the time of a new generator.
+        raise InvalidValue(f"seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
+    # Setting the state takes a fifth of the time of a new generator.
     state = generator.state
     state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}
     state["buffer_pos"] = 4

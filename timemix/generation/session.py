@@ -19,16 +19,16 @@ from timemix.storage.tensors import check_content, open_tensors, write_tensors
 
 @dataclass(frozen=True)
 class Session:
-    """Hold a text in progress: its state, and what continuing it needs.
+    """Store a text in progress: its state, and all else that is needed to continue it.
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text: those that the model reads again, those of an unfinished character, and
-            all unread ones.
+        tokens: Newest token ids of the text. They include all tokens that are not in the state yet, those of an
+            unfinished character, and those that the model may process again at the end of the context.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
-        written: Tokens generated so far.
+        written: Number of tokens generated so far.
         seen: Token ids that occurred in the text.
-        held: Text that is not emitted yet: it may begin a stop string, or follows one in its token.
+        held: Text that is not emitted yet: it may begin a stop string, or it follows one within the same token.
     """
 
     state: State
@@ -39,17 +39,29 @@ class Session:
     held: str = ""
 
     def clone(self) -> "Session":
-        """Return a copy with a state of its own, to continue in another way."""
+        """Return a copy with its own state, so that both can continue in different ways.
+
+        Returns:
+            The copy.
+        """
         return replace(self, state=self.state.clone())
 
     @property
     def nbytes(self) -> int:
-        """Return the size of the state in bytes."""
+        """Size of the state in bytes."""
         return self.state.nbytes
 
 
 def model_hash(model: LanguageModel, config: str | None = None) -> str:
-    """SHA-256 of a model's sizes and weights, in hexadecimal; `config`: what stands for its sizes, JSON by default."""
+    """Return the SHA-256 of a model's config and weights.
+
+    Args:
+        model: The model.
+        config: Text that represents the config; None: its JSON.
+
+    Returns:
+        The hash in hexadecimal.
+    """
     sha256 = hashlib.sha256((config or json.dumps(to_dict(model.config), sort_keys=True)).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha256.update(name.encode())
@@ -103,7 +115,9 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
         # Files before 0.3 have the other key.
         about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
         if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
-            raise DamagedFile(f"{path} is a state of another model ({about.architecture}); give the run that wrote it")
+            raise DamagedFile(
+                f"{path} holds a session of another model ({about.architecture}); use it with the run that saved it"
+            )
         check_content(file, path)
         state = model.init_state(1)
         try:
@@ -113,31 +127,33 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
                 for name, x in layer.items():
                     saved = found.pop(f"layers.{i}.{name}")
                     if saved.shape != x.shape:
-                        raise ValueError(f"{name} is {list(saved.shape)}")
+                        raise ValueError(f"{name} has shape {list(saved.shape)}, not {list(x.shape)}")
                     x.copy_(saved)
             if found:
-                raise ValueError(f"it also holds {sorted(found)[0]}")
+                raise ValueError(f"{sorted(found)[0]} is not part of a session")
             vocab_size, unread = model.config.vocab_size, about.unread
             if not 1 <= unread <= len(about.tokens) or not all(
                 0 <= t < vocab_size for t in (*about.tokens, *about.seen)
             ):
-                raise ValueError("its tokens are not of the model")
+                raise ValueError("its tokens do not fit the model")
             if not 0 <= int(state.position) <= (model.max_position or 2**62):
-                raise ValueError(f"its position is {int(state.position)}")
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise DamagedFile(f"{path} is damaged: {error}") from None
+                raise ValueError(f"its position {int(state.position)} does not fit the model")
+        except KeyError as error:
+            raise DamagedFile(f"{path} is damaged: {error.args[0]} is missing; save the session again") from None
+        except (ValueError, RuntimeError) as error:
+            raise DamagedFile(f"{path} is damaged: {error}; save the session again") from None
     return Session(state, about.tokens, unread, about.written, frozenset(about.seen), about.held)
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
-    """Whether a hash is that which version 1 made of a model."""
+    """Return whether a hash is the one that format version 1 has for a model."""
     config = representation(model.config)
     return config is not None and saved == model_hash(model, config)
 
 
 @dataclass(frozen=True)
 class _About:
-    """What a file says of its state, beside the tensors."""
+    """The fields of a session file other than tensors."""
 
     model: str
     architecture: str
@@ -149,9 +165,10 @@ class _About:
 
 
 def _about(path: Path, text: str | None) -> _About:
+    """Parse the metadata of a session file."""
     if text is None:
-        raise DamagedFile(f"{path} holds no state that timemix wrote")
+        raise DamagedFile(f"{path} is no session file of timemix; give a file that timemix saved")
     try:
         return to_record(json.loads(text), _About)
     except (ValueError, RecursionError):
-        raise DamagedFile(f"{path} is damaged: what it says of its state cannot be read") from None
+        raise DamagedFile(f"{path} is damaged: its metadata cannot be read; save the session again") from None

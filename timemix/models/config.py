@@ -1,4 +1,4 @@
-"""Settings that every model has; each architecture derives its own from them. Imports no torch."""
+"""Settings that every model has, from which each architecture derives its own. This module does not import PyTorch."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -11,13 +11,13 @@ Recompute = Literal["none", "cheap", "all"]
 Activation = Literal["gelu", "mish", "relu2", "silu"]
 
 MOST_FRACTIONS = 1000
-# Far above what this program supports; what a damaged file asks for is refused before it is tried.
+# Limits far above all useful values, so that a damaged file is refused before memory is allocated for it.
 _LARGEST = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and size: what every model has."""
+    """The settings that every model has: architecture and size."""
 
     arch: str = ""
     """Architecture, on which the other options of the model depend."""
@@ -40,19 +40,35 @@ class ModelConfig:
             if hasattr(self, name):
                 check_range(f"model.{name}", getattr(self, name), 1, most)
         if not 0 <= self.dropout < 1:
-            raise InvalidValue(f"model.dropout={self.dropout} is not in [0, 1)")
+            raise InvalidValue(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def size_words(self) -> str:
-        """Return the size as a person reads it."""
+        """Describe the size of the model in words.
+
+        Returns:
+            Such as "4 layers, 128 channels, ctx_len 64, vocabulary 256".
+        """
         return f"{self.layers} layers, {self.channels} channels, ctx_len {self.ctx_len}, vocabulary {self.vocab_size}"
 
     def tiny(self) -> Self:
-        """Return the smallest model of this kind, for a first step that loads code."""
+        """Return the settings of a tiny model of this kind, for a first step that loads and compiles code.
+
+        Returns:
+            Settings with one layer and ctx_len 8.
+        """
         return replace(self, layers=1, ctx_len=8)
 
 
 def check_heads(heads: int, channels: int) -> None:
-    """Raises InvalidValue for a number of heads that does not divide the channels."""
+    """Check that the number of heads divides the number of channels.
+
+    Args:
+        heads: Number of heads, at least 1.
+        channels: Number of channels, at least 1.
+
+    Raises:
+        InvalidValue: It does not.
+    """
     if channels % heads:
         raise InvalidValue(
             f"model.heads={heads} does not divide model.channels={channels};"
@@ -61,14 +77,22 @@ def check_heads(heads: int, channels: int) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises InvalidValue for a number that is not above 0 and finite."""
+    """Check that a setting of a model is above 0 and finite.
+
+    Args:
+        name: Name of the setting, without "model.".
+        value: Its value.
+
+    Raises:
+        InvalidValue: It is not.
+    """
     if not 0 < value < float("inf"):
-        raise InvalidValue(f"model.{name} is {value}; it must be above 0, and finite")
+        raise InvalidValue(f"model.{name} is {value}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True)
 class HeadsConfig(ModelConfig):
-    """What models with heads of equal size share."""
+    """The settings of a model with heads of equal size."""
 
     heads: int = 4
     """Number of heads; divides channels."""
@@ -82,12 +106,13 @@ class HeadsConfig(ModelConfig):
 
     @property
     def head_size(self) -> int:
+        """N, channels of a head."""
         return self.channels // self.heads
 
 
 @dataclass(frozen=True)
 class ShiftedConfig(HeadsConfig):
-    """What the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
+    """The settings that the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
 
     ffn_ratio: float = 3.0
     """Hidden size of the feed-forward sublayer, as a multiple of channels."""
@@ -103,13 +128,15 @@ class ShiftedConfig(HeadsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
-            raise InvalidValue(f"model.ffn_ratio={self.ffn_ratio} gives the feed-forward sublayer no sensible size")
+            raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be from 1 / model.channels to 1000")
         for name in ("token_shift", "token_shift_top"):
             fractions = getattr(self, name) or ()
             if len(fractions) > MOST_FRACTIONS:
-                raise InvalidValue(f"model.{name} has {len(fractions)} fractions; it may have {MOST_FRACTIONS}")
+                raise InvalidValue(f"model.{name} has {len(fractions)} fractions; at most {MOST_FRACTIONS} are allowed")
             if any(not 0 <= x <= 1 for x in fractions) or sum(fractions) > 1 + 1e-9:
-                raise InvalidValue(f"model.{name}={list(fractions)}: fractions lie in [0, 1] and sum to at most 1")
+                raise InvalidValue(
+                    f"model.{name} is {list(fractions)}; fractions must be from 0 to 1, and their sum at most 1"
+                )
 
     def size_words(self) -> str:
         return (
@@ -119,4 +146,5 @@ class ShiftedConfig(HeadsConfig):
 
     @property
     def ffn_hidden(self) -> int:
+        """F, hidden size of the feed-forward sublayer."""
         return int(self.ffn_ratio * self.channels)

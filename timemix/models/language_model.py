@@ -1,4 +1,4 @@
-"""The language model around every architecture: embedding, blocks, head, and the state that it carries."""
+"""The language model around every architecture: embedding, blocks, head, and the state between calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,21 @@ from timemix.runtime.threads import share
 
 
 def block_class(config: ModelConfig) -> type[Block]:
-    """Import the class of the blocks of a config's architecture, which also answers for what stands outside them."""
+    """Import the block class of an architecture, which also defines the parts of the model outside its blocks.
+
+    Args:
+        config: Settings of the model.
+
+    Returns:
+        The class.
+    """
     result: type[Block] = load_part(find_architecture(config.arch).model)
     return result
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in eval mode for a while; each module gets back the mode that it had."""
+    """Set a model to eval mode for a `with` block; afterwards each module has its previous mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -37,7 +44,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def build_model(arch: str, **fields: Any) -> "LanguageModel":
-    """Create a model with initial values from torch's random generator.
+    """Create a model with initial values from PyTorch's global random generator.
 
     Args:
         arch: Name of an architecture, see `list_architectures`.
@@ -47,15 +54,21 @@ def build_model(arch: str, **fields: Any) -> "LanguageModel":
         The model on the CPU in float32, in training mode.
 
     Raises:
-        InvalidValue: The architecture is unknown, lacks a field, or a value is out of its range.
+        InvalidValue: The architecture is unknown or lacks a field, or a value is out of its range.
     """
     return LanguageModel(model_config(arch, **fields))
 
 
 class LanguageModel(nn.Module):
-    """Tokens to logits, for every architecture of the config.
+    """A model of any architecture, from token ids to logits.
 
-    No position embedding; the head has no bias and is not tied to the embedding.
+    It has no position embedding. The head has no bias and is not tied to the embedding.
+
+    Args:
+        config: Settings of the model, of the class that `config.arch` names.
+
+    Raises:
+        InvalidValue: The architecture is unknown, or `config` is of the class of another one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -64,7 +77,8 @@ class LanguageModel(nn.Module):
         self.architecture = find_architecture(config.arch)
         if not isinstance(config, self.architecture.config):
             raise InvalidValue(
-                f"{config.arch} takes a {self.architecture.config.__name__}, not {type(config).__name__}"
+                f"config is a {type(config).__name__}; model.arch {config.arch} needs a"
+                f" {self.architecture.config.__name__}"
             )
         self.block = block_class(config)
         self.embedding = Embedding(config.vocab_size, config.channels)
@@ -79,15 +93,23 @@ class LanguageModel(nn.Module):
 
     @property
     def max_position(self) -> int | None:
-        """Tokens that a context can hold: ctx_len, where the tables (or the key/value cache) end; None: any number."""
+        """Most tokens of a context: ctx_len, where the tables or the key/value cache end; None: any number."""
         return self.config.ctx_len if self.architecture.bounded else None
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.head.weight.device
 
     def init_state(self, batch_size: int) -> State:
-        """State before the first token, for `batch_size` rows."""
+        """Create the state before the first token.
+
+        Args:
+            batch_size: Number of rows B, at least 0.
+
+        Returns:
+            The state, on the model's device.
+        """
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         return State(position, [block.init_state(batch_size) for block in self.blocks])
 
@@ -99,21 +121,29 @@ class LanguageModel(nn.Module):
         lengths: Tensor | None = None,
         logits: Literal["all", "last"] | None = "all",
     ) -> tuple[Tensor, State | None]:
-        """Logits of the next token after each of `tokens` (B, T) int64, and the next state.
+        """Compute the logits of the next token after each token.
 
-        Without a state (training) none is built. With one, the tokens continue it: T > 1 is a prefill, T = 1
-        a step; the state is consumed. `lengths` (B,), from 1 to T: only the first `lengths` tokens of a row
-        count, the rest is padding. `logits`: "all" gives (B, T, V), "last" those after each row's last token
-        (B, V), None the hidden rows before the head (B, T, C).
+        Args:
+            tokens: Token ids (B, T) int64, 0 to V - 1.
+            state: State that the tokens continue, with T > 1 for a prefill and T = 1 for a decode step. It is consumed.
+                None, as in training: the tokens begin at position 0.
+            lengths: Number of tokens of each row that count (B,), 1 to T; the others are padding. None: all T.
+            logits: "all": after each token. "last": after the last token of each row. None: no logits, but the hidden
+                rows before the head.
 
-        Raises ValueError when the tokens would pass `max_position`.
+        Returns:
+            Logits (B, T, V) for "all" or (B, V) for "last", or hidden rows (B, T, C) for None; and the next state, None
+            if `state` is None.
+
+        Raises:
+            ValueError: The tokens would pass `max_position`.
         """
         if not torch.compiler.is_compiling():
             share()
         B, T = tokens.shape
         end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
         if self.max_position is not None and end > self.max_position:
-            raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}")
+            raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}; pass fewer")
         x = self.input_norm(self.dropout(self.embedding(tokens)))
         layers: list[dict[str, Tensor]] = []
         carry: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Weights in fewer bits."""
+"""Linear weights rounded to fewer bits."""
 
 import copy
 from typing import Literal
@@ -18,12 +18,12 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale[o] = max_i |weight[o, i]| / 127.
 
     Args:
-        weight: (outputs, inputs).
+        weight: Weight (outputs, inputs).
 
     Returns:
         integers (outputs, inputs) int8, -127 to 127, and scale (outputs,).
     """
-    # Not 0, for an output whose weights all are.
+    # The clamp avoids a division by 0 for an output whose weights are all 0.
     scale = weight.abs().amax(1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
@@ -32,11 +32,11 @@ def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
     """Round the linear weights of a model.
 
     Args:
-        model: the model, unchanged.
-        weights: the format to round to.
+        model: The model; it stays unchanged.
+        weights: Format to round to: "float32", "bfloat16" or "int8".
 
     Returns:
-        A copy in the model's own dtype, or for "float32" the model itself.
+        A copy with rounded weights in the model's own dtype; for "float32" the model itself.
     """
     if weights == "float32":
         return model

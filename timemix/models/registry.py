@@ -1,6 +1,7 @@
-"""The architectures: one entry each, without importing torch.
+"""The registry of architectures, which does not import PyTorch.
 
-An entry names its parts as "module:name"; they are imported when a model is built. How to add one: CONTRIBUTING.md.
+An entry names its parts as "module:name", and they are imported when a model is built. CONTRIBUTING.md explains how to
+add an architecture.
 """
 
 import importlib
@@ -17,18 +18,18 @@ from timemix.storage.settings import from_dict
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe an architecture without importing torch.
+    """Describe an architecture without importing PyTorch.
 
     Args:
         name: Value of the setting `model.arch`.
         config: Class of its settings, derived from `ModelConfig`.
         model: "module:class" of its block, a `models.layers.block.Block`.
-        year: Of its publication.
-        colour: Of its curves in pictures.
-        summary: What it is, in one line.
-        decode: "module:class" of its compiled decode step, None where the model's own forward decodes.
-        weights: Module that names its weights as published, None where none are.
-        recurrent: "module" that turns a trained model into one with a constant state, None where there is none.
+        year: Year of its publication.
+        colour: Colour of its curves in pictures.
+        summary: Description in one line.
+        decode: "module:class" of its compiled decode step; None: the model's own forward pass decodes.
+        weights: "module" that converts its weights from and to the published names; None: there are none.
+        recurrent: "module" that converts a trained model to one with a constant state; None: there is none.
         bounded: Whether its context ends at ctx_len.
     """
 
@@ -115,26 +116,44 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
     """Return the names of the architectures.
 
     Args:
-        bounded: True: those whose context ends at ctx_len. False: those whose context has no end. None: all.
+        bounded: True: only those whose context ends at ctx_len. False: only those whose context has no end. None: all.
 
     Returns:
-        Names, oldest first.
+        The names, oldest first.
     """
     return [name for name, each in ARCHITECTURES.items() if bounded is None or each.bounded == bounded]
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the entry of an architecture. Raises InvalidValue, with the nearest right name, for an unknown one."""
-    # A file may hold a value of any type.
+    """Return the entry of an architecture.
+
+    Args:
+        name: Name of the architecture.
+
+    Returns:
+        The entry.
+
+    Raises:
+        InvalidValue: The name is unknown.
+    """
+    # The name may come from a file, which can hold a value of any type.
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InvalidValue(f"unknown architecture {name!r}{nearest(str(name), ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
 def model_config(arch: str, **fields: Any) -> ModelConfig:
-    """Return the settings of an architecture: its own defaults, `fields` over them.
+    """Return the settings of an architecture: its defaults, with some fields replaced.
 
-    Raises InvalidValue for an unknown architecture, a field that it lacks, and a value of a wrong type or out of range.
+    Args:
+        arch: Name of the architecture.
+        **fields: Values of fields that replace the defaults.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidValue: The architecture is unknown or lacks a field, or a value has a wrong type or is out of its range.
     """
     config = find_architecture(arch).config
     for name in fields:
@@ -144,14 +163,29 @@ def model_config(arch: str, **fields: Any) -> ModelConfig:
 
 
 def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
-    """Return the settings of another architecture at the same size, as far as it has the same fields."""
+    """Return the settings of another architecture at the same size.
+
+    Args:
+        config: Settings that give the size.
+        arch: Name of the other architecture.
+
+    Returns:
+        Its defaults, with the fields of size that both architectures have.
+    """
     known = find_architecture(arch).config.__dataclass_fields__
     names = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
     return model_config(arch, **{n: getattr(config, n) for n in names if n in known and hasattr(config, n)})
 
 
 def load_part(reference: str) -> Any:
-    """Import what "module:name", or "module", refers to."""
+    """Import a part of an architecture.
+
+    Args:
+        reference: "module:name", or "module".
+
+    Returns:
+        The object of that name, or the module.
+    """
     module, _, name = reference.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found

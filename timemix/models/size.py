@@ -7,7 +7,15 @@ from timemix.models.language_model import LanguageModel
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the embedding, of all mixers, of all feed-forward sublayers, of the head, and in total."""
+    """Count the parameters of a model by part, without memory for its weights.
+
+    Args:
+        config: Settings of the model.
+
+    Returns:
+        Number of parameters by part: "embedding", "mixers", "ffns", "head", "norms", others that the model has, and
+        "total".
+    """
     with torch.device("meta"):
         model = LanguageModel(config)
     counts = {"embedding": 0, "mixers": 0, "ffns": 0, "head": 0, "norms": 0}
@@ -20,9 +28,15 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Floating-point operations per token of a forward pass over ctx_len tokens; training takes three times.
+    """Estimate the floating-point operations per token of a forward pass over ctx_len tokens; training needs 3x.
 
-    Two per weight of each matrix product, and what the blocks say of their mixing over time.
+    Two operations for each weight of a matrix product, and those of the mixing over time (`Block.mixing_flops`).
+
+    Args:
+        config: Settings of the model.
+
+    Returns:
+        Number of operations.
     """
     with torch.device("meta"):
         model = LanguageModel(config)

@@ -1,4 +1,4 @@
-"""State: all that a model keeps of the tokens it has seen."""
+"""The state: all that a model stores of earlier tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,41 +9,73 @@ from torch import Tensor
 
 
 class WorkedOutAhead(Protocol):
-    """What a step has worked out of a state for the tokens to come (models.lazy)."""
+    """Results that a decode step has computed ahead from a state, for the next tokens."""
 
     def rows_were_written(self, state: "State", rows: Tensor) -> None:
-        """To be called when rows (R,) of the state got other content, in one write to each tensor."""
+        """Discard the results of rows whose content was replaced, by one write to each tensor of the state.
+
+        Args:
+            state: The state.
+            rows: Indices of the rows (R,).
+        """
 
 
 @dataclass
 class State:
-    """All that a model keeps of the tokens it has seen.
+    """Store all that a model needs of earlier tokens.
 
-    position (B,): tokens seen by each row. layers: the tensors of each block by name, batch first.
-    A call of the model consumes its state and may write into it; `clone` branches.
+    A call of the model consumes its state and may write into it. `clone` makes a copy, to continue in several ways.
+
+    Args:
+        position: Number of tokens of each row so far (B,) int64.
+        layers: Tensors of each block by name, batch first.
+        pending: Results that a decode step has computed ahead, if any; not part of the state, and not copied.
     """
 
     position: Tensor
     layers: list[dict[str, Tensor]]
     pending: WorkedOutAhead | None = field(default=None, repr=False, compare=False)
-    """What a step has worked out ahead, if it does so: no part of the state, and not copied."""
 
     def clone(self) -> "State":
+        """Return a copy with its own tensors.
+
+        Returns:
+            The copy.
+        """
         return State(self.position.clone(), [{n: x.clone() for n, x in layer.items()} for layer in self.layers])
 
     def select(self, rows: Tensor) -> "State":
-        """State of the rows with these indices (R,), in this order; a row may stand more than once."""
+        """Copy some rows.
+
+        Args:
+            rows: Indices of the rows (R,), in any order; a row may occur several times.
+
+        Returns:
+            The state of these rows, in this order.
+        """
         return State(self.position[rows], [{n: x[rows] for n, x in layer.items()} for layer in self.layers])
 
     @staticmethod
     def cat(states: "Sequence[State]") -> "State":
-        """The rows of several states of one model, one after the other."""
+        """Concatenate the rows of several states of one model.
+
+        Args:
+            states: The states.
+
+        Returns:
+            One state with all rows.
+        """
         layers = zip(*(state.layers for state in states), strict=True)
         joined = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in layers]
         return State(torch.cat([state.position for state in states]), joined)
 
     def put(self, rows: Tensor, other: "State") -> None:
-        """Writes the rows of another state of this model (R rows) into these rows (R,)."""
+        """Replace some rows by those of another state of the same model.
+
+        Args:
+            rows: Indices of the rows to replace (R,), all different.
+            other: State of R rows.
+        """
         self.position[rows] = other.position
         for own, new in zip(self.layers, other.layers, strict=True):
             for name, x in new.items():

@@ -1,1 +1,1 @@
-"""The machine: device, memory, processes, compiled code."""
+"""The machine: device, memory, processes, threads, compiled C code."""

@@ -8,6 +8,9 @@ from timemix.errors import Unavailable
 def cache_folder() -> Path:
     """Return the folder of the cache, which may not exist yet.
 
+    Returns:
+        The folder: that of the operating system, or below XDG_CACHE_HOME.
+
     Raises:
         Unavailable: The user has no home folder.
     """
@@ -17,5 +20,5 @@ def cache_folder() -> Path:
         return Path(pooch.os_cache("timemix")).expanduser()
     except RuntimeError as error:
         raise Unavailable(
-            "the cache has no place: this user has no home folder; set XDG_CACHE_HOME to a folder"
+            "the cache folder cannot be found, since this user has no home folder; set XDG_CACHE_HOME to a folder"
         ) from error

@@ -1,4 +1,4 @@
-"""Number formats of the matrix products, and how `auto` chooses."""
+"""The device and the precision of a run, and how "auto" chooses them."""
 
 import contextlib
 
@@ -8,13 +8,21 @@ from timemix.errors import Unavailable
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """Return the precision that `precision` stands for on a device, and the reason."""
+    """Choose the precision of matrix products.
+
+    Args:
+        precision: Name of a precision, or "auto": bfloat16 if the device has instructions for it, else float32.
+        device: Device of the products.
+
+    Returns:
+        The precision, and the reason.
+    """
     if precision != "auto":
         return precision, "asked for"
     if device.type == "cuda":
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Older torch cannot tell; without native instructions bfloat16 is slower than float32.
+        # Older PyTorch versions report no capabilities. Without native instructions bfloat16 is slower than float32.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         has_it = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     if has_it:
@@ -23,9 +31,17 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
 
 
 def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
-    """Return the device that `device` stands for in a process of a machine, and the reason.
+    """Choose the device of a process.
 
-    Raises Unavailable for a device that torch does not know or this machine does not have.
+    Args:
+        device: Name of a PyTorch device, or "auto": a CUDA device if there is one, else the CPU.
+        local_rank: Index of the CUDA device for "auto": rank of the process on its machine.
+
+    Returns:
+        The device, and the reason.
+
+    Raises:
+        Unavailable: PyTorch does not know the device, or this machine does not have it.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -35,7 +51,7 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
         found = torch.device(device)
     except RuntimeError as error:
         raise Unavailable(
-            f"device {device!r} cannot be used: it is no device of PyTorch; use auto, cpu, cuda or cuda:1"
+            f"device {device!r} cannot be used: PyTorch does not know it; use auto, cpu, cuda or cuda:1"
         ) from error
     try:
         torch.zeros(1, device=found).item()
@@ -44,12 +60,12 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
             f"device {device!r} cannot be used: this PyTorch was built without {found.type}; use auto or cpu"
         ) from error
     except (RuntimeError, AssertionError, ImportError) as error:
-        # What follows the first sentence lists every backend.
+        # PyTorch's message lists every backend after its first sentence.
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise Unavailable(f"device {device!r} cannot be used: {reason}; use auto or cpu") from error
     return found, "asked for"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Matrix products in bfloat16 where the precision says so; nothing else changes."""
+    """Return a context in which matrix products run in bfloat16 if `precision` is "bfloat16", else unchanged."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,7 +1,7 @@
 """The processes that train one model together: `torchrun` starts them, torch.distributed connects them.
 
-Every process holds the same `World` but for its rank; that of a program started without torchrun has size 1, and the
-same code runs in it.
+Each process has a `World` with its rank. A program that runs without torchrun has a world of size 1 and runs the same
+code.
 """
 
 import contextlib
@@ -19,20 +19,25 @@ from timemix.errors import Unavailable
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(seconds=60)
-"""How long a process waits for another in a collective before it takes it for lost."""
+"""How long a process waits for another one in a collective operation before it counts as lost."""
 
 _LONG = timedelta(days=7)
 
 
 class Elsewhere(Exception):
-    """Another process of the run tells why it ends; this one ends with it, quietly."""
+    """Another process of the run failed and reports the error; this process ends without a message."""
 
 
 class World:
-    """The processes of a run.
+    """The processes of a run, seen from one of them.
 
-    rank: of this process, from 0 to size - 1; 0 alone writes files and speaks.
-    local_rank: among the processes of this machine, which are local_size.
+    Args:
+        rank: Rank of this process, 0 to size - 1; only rank 0 writes files and prints.
+        size: Number of processes.
+        local_rank: Rank of this process among those of its machine, 0 to local_size - 1.
+        local_size: Number of processes on this machine.
+        store: Key-value store that the processes share; None in a world of size 1.
+        patient: Process group with a long timeout, for work of process 0 alone; None in a world of size 1.
     """
 
     def __init__(
@@ -49,10 +54,18 @@ class World:
 
     @property
     def first(self) -> bool:
+        """Whether this is process 0."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes, the same in all of them."""
+        """Sum each value over the processes.
+
+        Args:
+            *values: The values of this process.
+
+        Returns:
+            The sums, equal in all processes.
+        """
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -60,9 +73,16 @@ class World:
         return total.tolist()
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:
-        """What `action` gives in process 0, None in the others, which wait for its end however long it takes.
+        """Call a function in process 0 alone; the other processes wait until it ends, however long it takes.
 
-        Raises what it raises in process 0, and Elsewhere in the others.
+        Args:
+            action: The function.
+
+        Returns:
+            Its result in process 0, None in the other processes.
+
+        Raises:
+            Elsewhere: The function raised, in the other processes; process 0 raises the exception itself.
         """
         failed = torch.full((1,), float(self.first))
         try:
@@ -76,17 +96,28 @@ class World:
         return result
 
     def says_first(self) -> bool:
-        """Whether this process is the first of the run to ask; for what one alone should say."""
+        """Return whether this process is the first of the run to call this, so that only one prints a message.
+
+        Returns:
+            True in one process; also if the store is gone.
+        """
         if self._store is None:
             return True
         try:
             result: bool = self._store.add("timemix/said", 1) == 1
             return result
-        except RuntimeError:  # The store has gone with the process that kept it.
+        except RuntimeError:  # The process that ran the store has ended.
             return True
 
     def lost(self, error: RuntimeError) -> bool:
-        """Whether an error says that another process of the run has gone or does not answer."""
+        """Return whether an error means that another process of the run has ended or does not answer.
+
+        Args:
+            error: The error.
+
+        Returns:
+            True for an error of torch.distributed in a world of several processes.
+        """
         words = str(error).lower()
         return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words)
 
@@ -96,11 +127,15 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The world that torchrun made, or ALONE in a program started without it.
+    """Join the processes that torchrun started, for a `with` block; without torchrun the world is ALONE.
 
-    Raises Unavailable where the other processes cannot be reached.
+    Yields:
+        The world.
+
+    Raises:
+        Unavailable: The other processes cannot be reached.
     """
-    # The variables are torchrun's way to tell its processes who they are.
+    # torchrun passes rank and size in environment variables.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield ALONE
         return
@@ -108,26 +143,44 @@ def joined() -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        # Work of process 0 alone may take long; that it is gone shows at once in any group.
+        # Work of process 0 alone may take long, hence the long timeout. If process 0 ends, any group fails at once.
         patient = dist.new_group(backend="gloo", timeout=_LONG)
     except (RuntimeError, ValueError) as error:
-        raise Unavailable(f"cannot reach the other processes of this run: {str(error).splitlines()[0]}") from error
+        raise Unavailable(
+            f"the other processes of this run cannot be reached: {str(error).splitlines()[0]}; check the arguments of"
+            " torchrun"
+        ) from error
     local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         yield World(rank, size, local_rank, local_size, store, patient)
     finally:
-        # Waits for nobody: a process that failed must not hold up the end.
+        # This waits for no other process: a failed one must not delay the end.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is cut up over the processes, which all must call; others as they are."""
+    """Gather a tensor that is sharded over the processes; all of them must call this.
+
+    Args:
+        tensor: A sharded tensor (DTensor), or a plain one.
+
+    Returns:
+        The whole tensor; a plain one unchanged.
+    """
     return tensor.full_tensor() if _is_cut(tensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, known in every process, cut up as `like` is."""
+    """Shard a tensor as another one is sharded.
+
+    Args:
+        tensor: The whole tensor, equal in every process.
+        like: A sharded tensor (DTensor), or a plain one.
+
+    Returns:
+        The tensor on the device of `like`, sharded as `like` is.
+    """
     tensor = tensor.to(like.device)
     if _is_cut(like):
         from torch.distributed.tensor import distribute_tensor
@@ -137,11 +190,11 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_cut(tensor: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor."""
+    """Return whether a tensor is a DTensor, which is sharded."""
     return hasattr(tensor, "full_tensor")
 
 
 def my_rows(rows: int, world: World) -> slice:
-    """The rows of a batch that this process takes: one part of `world.size` equal ones, in order."""
+    """Return the rows of a batch that this process computes: part `world.rank` of `world.size` equal parts."""
     each = rows // world.size
     return slice(world.rank * each, (world.rank + 1) * each)

@@ -1,4 +1,4 @@
-"""What this machine gives: its speed, its memory, a compiler, and how to keep what it gave."""
+"""Properties of this machine: speed of matrix products and memory, sizes of memory and caches, processor name."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,11 @@ from torch import Tensor
 
 
 def keep_freed_memory() -> None:
-    """Keeps memory that tensors free within this process, rather than give it back to the system at once.
+    """Keep memory that tensors free within this process, instead of returning it to the system at once.
 
-    Every large tensor would else be given fresh pages, each a page fault: 94,000 a training step of `seed` size, a
-    quarter of its time. For programs that train; it lasts as long as the process. Linux with glibc; elsewhere nothing.
+    Otherwise every large tensor gets fresh pages, and each page costs a page fault: 94,000 for each training step of
+    `seed` size, a quarter of its time. For programs that train; the setting lasts as long as the process. It has an
+    effect on Linux with glibc only.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -36,15 +37,23 @@ def free_memory(device: torch.device) -> int:
 
 @functools.cache
 def matrix_product_peak(precision: str, device: torch.device) -> float:
-    """Floating-point operations per second of square matrix products, measured in about 0.1 s, once in a process."""
+    """Measure the speed of square matrix products, in about 0.1 s, once in a process.
+
+    Args:
+        precision: Name of a dtype: "float32", "bfloat16" or "float64".
+        device: The device.
+
+    Returns:
+        Floating-point operations per second.
+    """
     size = 8192 if device.type == "cuda" else 1024
-    # Random numbers: products of ones or zeros draw less power, so a GPU computes them faster than any real data.
+    # Random numbers: products of ones or zeros use less power, so a GPU computes them faster than real data.
     a, b = torch.rand(2, size, size, dtype=getattr(torch, precision), device=device).unbind()
     return 2 * size**3 / _fastest(lambda: a @ b, device)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, seconds: float = 0.1) -> float:
-    """Seconds of the fastest of the calls that fit into some time: the least disturbed."""
+    """Return the seconds of the fastest, least disturbed call among those that fit into `seconds`."""
     fastest, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -57,26 +66,33 @@ def _fastest(call: Callable[[], object], device: torch.device, seconds: float = 
 
 @functools.cache
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a sum over more numbers than the caches hold reads from memory; measured in about 0.1 s."""
+    """Measure the memory bandwidth in about 0.1 s, once in a process, by a sum over more numbers than the caches hold.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes per second.
+    """
     numbers: Tensor = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     return numbers.numel() * numbers.element_size() / _fastest(numbers.sum, device)
 
 
 def resident_memory() -> int:
-    """Return the bytes of this process that lie in memory."""
+    """Return the bytes of this process that are resident in memory."""
     return psutil.Process().memory_info().rss
 
 
 def address_space() -> int:
-    """Return the bytes of addresses that this process has reserved: what RLIMIT_AS limits."""
+    """Return the bytes of address space that this process has reserved, which RLIMIT_AS limits."""
     return psutil.Process().memory_info().vms
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most memory of this process so far in bytes: allocated on a GPU, else resident; None if unavailable.
+    """Return the peak memory of this process in bytes: allocated on a GPU, else resident; None if unavailable.
 
-    Linux: VmHWM, which psutil does not report. ru_maxrss begins there with the memory of the process that started this
-    one, so it stands in on macOS alone.
+    On Linux it is VmHWM, which psutil does not report. ru_maxrss is used on macOS only: on Linux it begins with the
+    memory of the parent process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -88,12 +104,12 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def processor_name() -> str:
-    """Return the model name of the processor: psutil does not report it, and `platform` has none on Linux."""
+    """Return the model name of the processor, which psutil does not report, and `platform` not on Linux."""
     return next(iter(_fields("/proc/cpuinfo", "model name")), platform.processor() or platform.machine())
 
 
 def _fields(path: str, name: str) -> list[str]:
-    """Return the values of the lines `name: value` of a file of the kernel; none if there is no such file."""
+    """Return the values of all lines `name: value` in a file of the kernel; an empty list without such a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -102,7 +118,8 @@ def _fields(path: str, name: str) -> list[str]:
 
 
 def largest_cache() -> int | None:
-    """Return the bytes of the largest cache of a processor, None if unavailable. psutil reports no caches."""
+    """Return the bytes of the largest cache of a processor; None if unavailable."""
+    # psutil reports no caches.
     units = {"K": 2**10, "M": 2**20}
     try:
         sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

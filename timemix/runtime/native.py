@@ -1,9 +1,11 @@
 """C code of the package, compiled for this processor on first use and cached.
 
-The name of a cached library ends in two hashes. The first is of all that it depends on: the compiler and its version,
-the flags, the processor, the source, and every file that the source includes by `#include "..."`, directly or not. Such
-a file is searched for beside the file that includes it, then from the folder of the package:
-`#include "ops/common/panels.h"`. The second is of the library itself: loading a damaged one can end the process.
+The file name of a cached library ends in two hashes:
+
+- The first covers all that the library depends on: the compiler and its version, the flags, the processor, the source,
+  and every file that the source includes by `#include "..."`, directly or not. Such a file is searched for beside the
+  file that includes it, then from the folder of the package: `#include "ops/common/panels.h"`.
+- The second covers the library itself: loading a damaged library can end the process.
 """
 
 import ctypes
@@ -24,8 +26,8 @@ from timemix.runtime.cache import cache_folder
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder from which C files are included."""
 
-# Vector forms of mathematical functions are declared under -ffast-math alone. Not when linking: it would have the
-# processor round small numbers to zero in the whole process.
+# The C library declares vector forms of mathematical functions only under -ffast-math. That flag must not be used when
+# linking: it would make the processor round denormal numbers to zero in the whole process.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC")
 THREADS = "-fopenmp"
 
@@ -37,8 +39,8 @@ def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
     """Compile and load a C file.
 
     Args:
-        source: the C file.
-        flags: flags of the compiler, after those of all files.
+        source: The C file.
+        *flags: Compiler flags, added to those of all files.
 
     Returns:
         The library, or None if it cannot be compiled or loaded; and the compiler, or the reason of the failure.
@@ -59,8 +61,8 @@ def c_compiler() -> list[str] | None:
     """Find the system's C compiler.
 
     Returns:
-        Its command: that of the environment variable CC, else cc, gcc or clang; None without a compiler, or if CC has
-        an open quote.
+        The command in the environment variable CC, else cc, gcc or clang; None if there is no compiler, or CC has an
+        open quote.
     """
     try:
         asked = shlex.split(os.environ.get("CC", ""))
@@ -71,6 +73,7 @@ def c_compiler() -> list[str] | None:
 
 
 def _load_or_compile(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Load a C file's library from the cache, or compile it into the cache."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = "\0".join((*compiler, version, *COMPILE, *flags, THREADS, _processor())).encode()
     for content in _sources(source).values():
@@ -90,7 +93,7 @@ def _short_hash(content: bytes) -> str:
 
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """Load a library from the cache; damaged ones are removed."""
+    """Load a library from the cache, and remove damaged ones."""
     for path in folder.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_short_hash(path.read_bytes())}":
             return ctypes.CDLL(str(path))
@@ -99,10 +102,11 @@ def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def _compile_into(folder: Path, name: str, compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Compile a C file into the cache folder, and load it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         compiled = _compile(compiler, source, flags, Path(work) / f"{name}.so")
-        # Renamed when complete: another process may load it at any time.
+        # The file gets its final name when complete: another process may load it at any time.
         return ctypes.CDLL(str(compiled.replace(folder / f"{name}-{_short_hash(compiled.read_bytes())}.so")))
 
 
@@ -117,12 +121,14 @@ def _sources(source: Path) -> dict[Path, bytes]:
         found[path] = path.read_bytes()
         for name in reversed(_INCLUDE.findall(found[path])):
             candidates = (folder / os.fsdecode(name) for folder in (path.parent, PACKAGE))
-            # The compiler reports a file that does not exist.
+            # A file that does not exist is left to the compiler, which reports it.
             pending += [each.resolve() for each in candidates if each.is_file()][:1]
     return found
 
 
 def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path) -> Path:
+    """Compile and link a C file to a shared library at `to`."""
+
     def run(*arguments: str) -> None:
         subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
 
@@ -131,7 +137,7 @@ def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path
         run(*COMPILE, *flags, THREADS, *include, "-c", str(source), "-o", part)
         run("-shared", THREADS, part, "-lm", "-o", str(to))
     except subprocess.CalledProcessError:
-        # A compiler without OpenMP: one thread.
+        # The compiler may lack OpenMP: compile for one thread.
         run(*COMPILE, *flags, *include, "-c", str(source), "-o", part)
         run("-shared", part, "-lm", "-o", str(to))
     return to
@@ -143,7 +149,7 @@ def _error_line(error: subprocess.SubprocessError) -> str:
 
 
 def _processor() -> str:
-    """Describe the processor: what -march=native depends on."""
+    """Describe the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

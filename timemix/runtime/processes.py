@@ -1,4 +1,4 @@
-"""The same function on many things, in processes of their own."""
+"""A parallel `map` in worker processes."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ import psutil
 MOST_PROCESSES = 16
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-"""A `map`: results come in order, and things are taken only as they are needed."""
+"""A `map` whose results come in order, and which takes the next item only when it is needed."""
 
 
 def cores() -> int:
@@ -31,9 +31,15 @@ Result = TypeVar("Result")
 
 
 def interruptible(work: Callable[[], Result]) -> Result:
-    """Call a function of compiled code that ignores Ctrl-C, and return its result; Ctrl-C ends the wait for it.
+    """Call a function that ignores Ctrl-C, such as compiled code, so that Ctrl-C ends the wait for its result.
 
-    It runs in a thread. After Ctrl-C the thread runs until the function returns or the process ends.
+    The function runs in a thread. After Ctrl-C the thread runs until the function returns or the process ends.
+
+    Args:
+        work: The function.
+
+    Returns:
+        Its result.
     """
     done: Future[Result] = Future()
 
@@ -49,12 +55,18 @@ def interruptible(work: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def in_processes(count: int, begin: Callable[..., object], *arguments: object) -> Iterator[Each]:
-    """Gives a `map` that works in `count` new processes, each of which first calls begin(*arguments).
+    """Provide a `map` that runs in new worker processes, for a `with` block.
 
-    At most twice as many things as there are processes are under way. The processes leave Ctrl-C to this one, and end
-    with it however it ends. Raises BrokenProcessPool where one of them dies.
+    At most 2 `count` items are submitted at a time. The workers ignore Ctrl-C, which this process handles, and end with
+    this process however it ends. They are spawned, so a script that calls this needs `if __name__ == "__main__"`.
 
-    They are spawned: a script that calls this has its own work under `if __name__ == "__main__"`.
+    Args:
+        count: Number of processes.
+        begin: Function that each process calls first.
+        *arguments: Arguments of `begin`.
+
+    Yields:
+        The `map`, which raises BrokenProcessPool if a worker dies.
     """
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(count, spawn, initializer=_begin, initargs=(begin, arguments))
@@ -77,7 +89,7 @@ def in_processes(count: int, begin: Callable[..., object], *arguments: object) -
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C back; processes that begin meanwhile never see it."""
+    """Block Ctrl-C; processes that start meanwhile ignore it for their whole life."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -86,11 +98,13 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _begin(begin: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    """Start a worker process: end it with its parent, and call `begin`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(*arguments)
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this one."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""How far reading has come: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of reading: a bar on a terminal, otherwise a line from time to time."""
 
 import contextlib
 import sys
@@ -6,23 +6,32 @@ import time
 from collections.abc import Callable, Iterator
 
 ShowProgress = Callable[[str], None] | bool
-"""True shows a bar on stderr; a function gets a line of text now and then; False is quiet."""
+"""True: a bar, or lines, on stderr. A function: it is called with a line of text from time to time. False: nothing."""
 
 Advance = Callable[[int], object]
-"""Called with the bytes done so far."""
+"""A function to call with the number of bytes done so far."""
 
 
 QUIET_SECONDS = 1.0
-"""A reading of a text that takes no longer shows nothing."""
+"""Seconds of reading before progress is shown."""
 
 
 def untold(done: int) -> None:
-    pass
+    """Show nothing."""
 
 
 @contextlib.contextmanager
 def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
-    """Shows how far a reading of a text has come, where it takes longer than a moment."""
+    """Show the progress of reading a text once it takes longer than QUIET_SECONDS.
+
+    Args:
+        progress: Where to show it.
+        what: What is read, in a few words.
+        total: Size in bytes.
+
+    Yields:
+        A function to call with the number of bytes done so far.
+    """
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         shown: Advance | None = None
@@ -39,7 +48,17 @@ def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> Iterator[Advance]:
-    """Give a function to call with the bytes done so far."""
+    """Show the progress of reading.
+
+    Args:
+        progress: Where to show it.
+        what: What is read, in a few words.
+        have: Number of bytes done already.
+        total: Size in bytes; None if unknown.
+
+    Yields:
+        A function to call with the number of bytes done so far.
+    """
     if progress is False:
         yield untold
     elif progress is True and sys.stderr is not None and sys.stderr.isatty():
@@ -57,7 +76,7 @@ def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> It
 
 
 def show(progress: ShowProgress, line: str) -> None:
-    """Show a line of text as `progress` says."""
+    """Show a line of text: on stderr, by a function, or not at all, as `progress` specifies."""
     if progress is True:
         _print(line)
     elif progress is not False:
@@ -65,14 +84,14 @@ def show(progress: ShowProgress, line: str) -> None:
 
 
 def _print(line: str) -> None:
-    # A closed stderr is None in Python, and one without a reader fails. Neither stops the reading.
+    # A closed stderr is None in Python, and printing to one without a reader fails. Neither stops the reading.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
 
 def _lines(write: Callable[[str], None], what: str, total: int | None) -> Advance:
-    """A line at the start, then one for each tenth of the file (each 10 MB where its size is not known)."""
+    """Write a line at the start, then one for each tenth of the file, or for each 10 MB if its size is unknown."""
     step = max(1, (total or 100_000_000) // 10)
     of = f" of {total / 1e6:.1f}" if total else ""
     newest = -1

@@ -1,14 +1,14 @@
 """OpenMP threads that leave processors to other processes.
 
 OpenMP threads wait for one another many times in a training step. They wait by spinning, which is fast on an idle
-machine. Beside another process that computes it is slow: a spinning thread holds the processor that the thread it waits
-for needs, so that two threads train 3 to 60 times slower than one.
+machine. If another process computes too, spinning is slow: a spinning thread occupies the processor that the thread it
+waits for needs. Two threads then train 3 to 60 times slower than one.
 
 GNU's OpenMP library, which PyTorch uses on Linux, lets waiting threads sleep when it manages more threads than there
-are processors. While other processes need the processors, a thread of this module therefore holds idle OpenMP threads.
-PyTorch's number of threads stays the same, and so do the bits of its results.
+are processors. So while other processes need the processors, this module keeps a team of idle OpenMP threads. PyTorch's
+number of threads stays the same, and so do the bits of its results.
 
-A user who sets OMP_WAIT_POLICY or GOMP_SPINCOUNT decides how threads wait; this module does nothing then.
+If the user sets OMP_WAIT_POLICY or GOMP_SPINCOUNT, that setting decides how threads wait, and this module does nothing.
 """
 
 import ctypes
@@ -24,22 +24,22 @@ import torch
 from timemix.runtime.processes import cores
 
 INTERVAL = 0.25
-"""Seconds between two looks at the load."""
+"""Seconds between two measurements of the load."""
 
 TOLERANCE = 0.25
-"""Processors that other processes may take before threads sleep. An idle system takes less."""
+"""Processors that other processes may use before threads sleep. An idle system uses less."""
 
 
 class Load:
     """The load by other processes, and how OpenMP threads wait under it.
 
     Args:
-        processors: processors that this process may use.
+        processors: Number of processors that this process may use.
     """
 
     def __init__(self, processors: int) -> None:
         self.processors = processors
-        # The library reads the environment once, when it is loaded.
+        # The OpenMP library reads the environment once, when it is loaded.
         self._may_choose = sys.platform == "linux" and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
         self._free = float(processors)
         self._lock = threading.Lock()
@@ -47,11 +47,11 @@ class Load:
         self._team: _IdleTeam | None = None
 
     def share(self) -> int:
-        """Adapt to the load, at most once in `INTERVAL`: threads spin while they have enough processors, else sleep.
+        """Adapt to the load, at most once in `INTERVAL`: threads spin while there are enough processors, else sleep.
 
         Returns:
-            The threads for code whose results do not depend on their number: as many as PyTorch has, and at most the
-            processors that other processes leave.
+            Number of threads for code whose results do not depend on it, at least 1: PyTorch's number, or fewer if
+            other processes leave fewer processors free.
         """
         threads = torch.get_num_threads()
         if threads == 1 or not self._may_choose:
@@ -65,6 +65,7 @@ class Load:
         return max(1, min(threads, round(self._free)))
 
     def _measure(self) -> None:
+        """Compute how many processors were free or worked for this process since the last measurement."""
         now = _counters()
         self._free = (now[1] - self._before[1]) / (now[0] - self._before[0])
         self._before = now
@@ -78,9 +79,9 @@ class Load:
 
 
 class _IdleTeam:
-    """OpenMP threads without work, managed by each OpenMP library of this process until `end`.
+    """A team of OpenMP threads without work, in each OpenMP library of this process, until `end`.
 
-    The library counts a team to the thread that begins it, and forgets it when that thread ends.
+    The library assigns a team to the thread that starts it, and drops it when that thread ends.
     """
 
     def __init__(self, threads: int) -> None:
@@ -88,21 +89,23 @@ class _IdleTeam:
         threading.Thread(target=self._hold, name="idle OpenMP team", daemon=True).start()
 
     def end(self) -> None:
+        """End the team."""
         self._ended.set()
 
     def _hold(self) -> None:
-        # psutil reads the size of each file in memory too, which takes 25 times longer.
+        """Start a team in each OpenMP library that is loaded, and wait for `end`."""
+        # Not by psutil, which also reads the size of each mapped file and takes 25 times longer.
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         for path in {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}:
             library = ctypes.CDLL(path)
-            # As the compiler calls it for `#pragma omp parallel num_threads(threads)` around a call of the function.
+            # The call that a compiler emits for `#pragma omp parallel num_threads(threads)` around this function.
             without_effect = ctypes.cast(library.omp_get_level, ctypes.c_void_p)
             library.GOMP_parallel(without_effect, None, ctypes.c_uint(self._threads), ctypes.c_uint(0))
         self._ended.wait()
 
 
 def _counters() -> tuple[float, float]:
-    """Return seconds of wall time, and seconds that this process's processors were idle or worked for it."""
+    """Return the wall time, and the time in which this process's processors were idle or worked for it, in seconds."""
     times = psutil.cpu_times(percpu=True)
     own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(times))
     idle = sum(times[i].idle + getattr(times[i], "iowait", 0.0) for i in own if i < len(times))

@@ -1,1 +1,1 @@
-"""Tokenizers: a kind and its files."""
+"""Tokenizers: characters, bytes, words and subwords, trained on a text or loaded from a file."""

@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters, bytes, words, subwords.
+"""The base class of tokenizers: text to token ids and back.
 
-Every kind saves itself as a `tokenizer.json` that the `tokenizers` library opens with the same ids. The
-kind and what happens to unknown text are read back from that file's structure.
+Every kind is saved as a `tokenizer.json`, for which the `tokenizers` library gives the same ids. The structure of that
+file determines the kind and how unknown text is handled.
 """
 
 import codecs
@@ -24,21 +24,26 @@ UNKNOWN = "<unk>"
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `train_tokenizer` and `load_tokenizer` make one.
+    """Map text to token ids and back; `train_tokenizer` and `load_tokenizer` create one.
 
-    kind: one of KINDS.
-    unknown: what becomes of text outside the vocabulary: "error"; "unk", the one token <unk>; or "byte", its
-        UTF-8 bytes. A byte or subword vocabulary holds all bytes, so its policy is "byte" always.
-    vocab_size: number of tokens; ids are 0 to vocab_size - 1.
-    dtype: smallest unsigned type that holds every id.
-    hash: SHA-256, in hexadecimal, of `to_json()`: equal for tokenizers that give equal ids.
-    end_of_text: id of the token that ends a text, None where there is none.
+    Args:
+        unknown: How text outside the vocabulary is encoded: "error"; "unk", as the one token <unk>; or "byte", as its
+            UTF-8 bytes. A byte or subword vocabulary holds all bytes, so it is always "byte".
+        pieces: UTF-8 bytes of each token, by id.
+        document: Content of the `tokenizer.json`.
+
+    Attributes:
+        kind: One of KINDS.
+        unknown: As above.
+        vocab_size: Number of tokens; ids are 0 to vocab_size - 1.
+        dtype: Smallest unsigned numpy type that holds every id.
+        hash: SHA-256 of `to_json()` in hexadecimal: equal for tokenizers that give equal ids.
+        spaced: Whether decoding puts a space between two tokens, except after a newline.
+        end_of_text: Id of the token that ends a text, before which generation stops; None: there is none.
     """
 
     kind: str
-    # Words are decoded with a space between two, except after a newline.
     spaced = False
-    # The token that ends a text, None where the vocabulary has none; generation stops before it.
     end_of_text: int | None = None
 
     def __init__(self, unknown: str, pieces: Sequence[bytes], document: dict[str, Any]) -> None:
@@ -51,16 +56,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
-        """Ids of `text`, and how often each unknown character or word was met.
+        """Encode a text without surrogates; with unknown="error" leave out unknown characters or words.
 
-        Under "error" the unknown ones are left out of the ids.
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids (tokens,), and how often each unknown character or word occurred.
         """
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, 1-D, of `self.dtype`.
+        """Encode a text.
 
-        Raises InvalidValue for another type or a lone surrogate, and under unknown="error" for characters or words
-        outside the vocabulary.
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids (tokens,), of `self.dtype`.
+
+        Raises:
+            InvalidValue: `text` is not a str or has a lone surrogate; or a character or word is outside the vocabulary
+                and `unknown` is "error".
         """
         if not isinstance(text, str):
             raise InvalidValue(f"text is of type {type(text).__name__}; it must be a str")
@@ -69,51 +85,95 @@ class Tokenizer(ABC):
         return ids
 
     def refuse(self, unknown: Counter[str], *, is_new: bool = False) -> None:
-        """Raises InvalidValue, which names them, where there are `unknown` characters or words and none may be.
+        """Refuse a text with unknown characters or words if `self.unknown` is "error".
 
-        `is_new`: no model has this vocabulary yet, so the sentence names the setting that makes another one.
+        Args:
+            unknown: How often each unknown character or word occurred.
+            is_new: Whether no model has this vocabulary yet; the message then names the setting that changes it.
+
+        Raises:
+            InvalidValue: There are unknown characters or words; the message names them.
         """
         if unknown and self.unknown == "error":
-            other = "choose data.unknown unk" if is_new else "take a model that was trained with data.unknown unk"
+            other = "choose data.unknown unk" if is_new else "use a model that was trained with data.unknown unk"
             raise InvalidValue(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
                 f" the text, or {other}"
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
-        """Ids of `text`, 1-D, of `self.dtype`, and the number of unknown characters (or words) in it.
+        """Encode a text for evaluation; with unknown="error" leave out unknown characters or words.
 
-        For evaluation: under unknown="error" these are left out. Raises TimemixError for a lone surrogate.
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids (tokens,), of `self.dtype`, and the number of unknown characters or words in the text.
+
+        Raises:
+            InvalidValue: The text has a lone surrogate.
         """
         ids, unknown = self.encode_counted(text)
         return ids, unknown.total()
 
     def encode_counted(self, text: str) -> tuple[np.ndarray, Counter[str]]:
-        """Ids of `text` and how often each unknown character or word was met, as `encode_lenient` takes them."""
+        """Encode a text as `encode_lenient` does, and count each unknown character or word.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids (tokens,), of `self.dtype`, and how often each unknown character or word occurred.
+
+        Raises:
+            InvalidValue: The text has a lone surrogate.
+        """
         refuse_surrogates(text)
         ids, unknown = self._encode(text)
         return ids.astype(self.dtype, copy=False), unknown
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """Decode token ids: the inverse of `encode`, except that words lose case and spacing.
 
-        The inverse of `encode`, except that words do not restore case and spacing (but encode to the same ids
-        again). Raises TimemixError for an id outside the vocabulary.
+        Args:
+            ids: Token ids (tokens,).
+
+        Returns:
+            The text; bytes that are not UTF-8 become U+FFFD. It encodes to the same ids again.
+
+        Raises:
+            InvalidValue: An id is outside the vocabulary.
         """
         return "".join(self.texts([np.asarray(ids)]))
 
     def texts(self, blocks: Iterable[np.ndarray]) -> Iterator[str]:
-        """The text of ids that come in blocks (tokens,), in as many parts and one more."""
+        """Decode token ids that come in blocks.
+
+        Args:
+            blocks: Blocks of token ids, each (tokens,).
+
+        Yields:
+            The text of each block, then the rest.
+
+        Raises:
+            InvalidValue: An id is outside the vocabulary.
+        """
         stream = self.stream()
         for ids in blocks:
             yield stream.push_all(ids)
         yield stream.flush()
 
     def spelled_size(self, blocks: Iterable[np.ndarray]) -> tuple[int, int]:
-        """Characters and UTF-8 bytes of the tokens themselves, from blocks of ids (tokens,).
+        """Count the characters and UTF-8 bytes that tokens stand for.
 
-        <unk> counts as one of each, since its text is not known; the spaces between words do not count. A character in
-        several tokens belongs to the one with its first byte.
+        <unk> counts as one character of one byte, since its text is not known. Spaces between words do not count. A
+        character in several tokens belongs to the token with its first byte.
+
+        Args:
+            blocks: Blocks of token ids, each (tokens,).
+
+        Returns:
+            Number of characters, and number of bytes.
         """
         pieces = [*self._pieces[:-1], b"?"] if self.unknown == "unk" else self._pieces
         # UTF-8: the bytes 10xxxxxx continue a character.
@@ -123,7 +183,14 @@ class Tokenizer(ABC):
         return int(counts @ starts), int(counts @ lengths)
 
     def first_size(self, text: str) -> tuple[int, int]:
-        """Characters and UTF-8 bytes of the part of a text that its first token stands for."""
+        """Count the characters and UTF-8 bytes that the first token of a text stands for.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Number of characters, and number of bytes; of the text itself if the first token is <unk>.
+        """
         ids, _ = self.encode_counted(next(pieces([text]), ""))
         if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
             return self.spelled_size([ids[:1]])
@@ -131,15 +198,26 @@ class Tokenizer(ABC):
         return len(unit), len(unit.encode())
 
     def _first_unit(self, text: str) -> str:
-        """The character or word at the beginning of a text."""
+        """Return the character or word at the beginning of a text."""
         return text[:1]
 
     def stream(self) -> "StreamDecoder":
-        """Decodes one token at a time."""
+        """Create a decoder that takes one token at a time.
+
+        Returns:
+            The decoder.
+        """
         return StreamDecoder(self._pieces, self.spaced)
 
     def differences(self, other: "Tokenizer") -> str:
-        """What two vocabularies do not share, for a sentence: characters (or words) that only one of them has."""
+        """Describe what distinguishes two tokenizers, for an error sentence.
+
+        Args:
+            other: The other tokenizer.
+
+        Returns:
+            Their kinds, if these differ; else the entries that only one of them has.
+        """
         if self.kind != other.kind:
             return f"one is of kind {self.kind}, the other {other.kind}"
         ours, theirs = set(self._pieces), set(other._pieces)
@@ -151,16 +229,32 @@ class Tokenizer(ABC):
         return ", ".join(parts) or "the same entries under other numbers, or another way with unknown text"
 
     def to_json(self) -> str:
-        """Content of `tokenizer.json`."""
+        """Return the content of `tokenizer.json`.
+
+        Returns:
+            A JSON document.
+        """
         return self._json
 
     def save(self, path: str | Path) -> None:
-        """Writes `tokenizer.json`: whole or not at all. Raises TimemixError where it cannot be written."""
+        """Save the tokenizer as `tokenizer.json`; the write is atomic.
+
+        Args:
+            path: File to write.
+
+        Raises:
+            CannotWrite: The file cannot be written.
+        """
         write_text(Path(path), self._json)
 
 
 class StreamDecoder:
-    """Tokens to text as they come. What `push` and the last `flush` give, joined, equals `decode`."""
+    """Decode tokens one by one: the results of all `push` and a last `flush`, joined, equal `Tokenizer.decode`.
+
+    Args:
+        pieces: UTF-8 bytes of each token, by id.
+        spaced: Whether a space comes between two tokens, except after a newline.
+    """
 
     def __init__(self, pieces: Sequence[bytes], spaced: bool) -> None:
         self._pieces = pieces
@@ -169,12 +263,19 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Text that is complete with `token`: never half a UTF-8 character, so it may be empty.
+        """Decode the next token.
 
-        Raises InvalidValue for an id outside the vocabulary.
+        Args:
+            token: Token id.
+
+        Returns:
+            The text that is complete with this token: whole characters, perhaps none.
+
+        Raises:
+            InvalidValue: The id is outside the vocabulary.
         """
         if not 0 <= token < len(self._pieces):
-            raise InvalidValue(f"token {token} is outside the vocabulary of {len(self._pieces)}")
+            raise InvalidValue(f"token {token} is outside the vocabulary of {len(self._pieces)}; ids start at 0")
         piece = self._pieces[token]
         if not self._spaced:
             return self._utf8.decode(piece)
@@ -183,10 +284,21 @@ class StreamDecoder:
         return self._utf8.decode(space + piece)
 
     def push_all(self, ids: np.ndarray) -> str:
-        """What `push` gives for all of `ids` (tokens,), joined."""
+        """Decode the next tokens; equal to joining the results of `push`.
+
+        Args:
+            ids: Token ids (tokens,).
+
+        Returns:
+            The text that is complete with these tokens.
+
+        Raises:
+            InvalidValue: An id is outside the vocabulary.
+        """
         outside = (ids < 0) | (ids >= len(self._pieces))
         if outside.any():
-            raise InvalidValue(f"token {ids[outside][0]} is outside the vocabulary of {len(self._pieces)}")
+            first = ids[outside][0]
+            raise InvalidValue(f"token {first} is outside the vocabulary of {len(self._pieces)}; ids start at 0")
         found = [self._pieces[token] for token in ids.astype(np.int64).tolist()]
         if not self._spaced or not found:
             return self._utf8.decode(b"".join(found))
@@ -196,23 +308,38 @@ class StreamDecoder:
         return self._utf8.decode(joined)
 
     def flush(self) -> str:
-        """U+FFFD where the last character is incomplete, else nothing."""
+        """End the text.
+
+        Returns:
+            U+FFFD if the last character is incomplete, else an empty string.
+        """
         return self._utf8.decode(b"", final=True)
 
 
 def refuse_surrogates(text: str, before: int = 0) -> bytes:
-    """UTF-8 of a text, which `before` characters precede; raises InvalidValue for a lone surrogate."""
+    """Encode a text as UTF-8, and refuse one with a lone surrogate.
+
+    Args:
+        text: The text.
+        before: Number of characters before `text` in the whole text, for the message.
+
+    Returns:
+        The UTF-8 bytes.
+
+    Raises:
+        InvalidValue: The text has a lone surrogate.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InvalidValue(
-            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {before + error.start}:"
-            " UTF-8 cannot hold it; remove it"
+            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {before + error.start}, which"
+            " UTF-8 cannot encode; remove it"
         ) from error
 
 
 def _names(unknown: Counter[str], limit: int = 8) -> str:
-    """The first few unknown characters or words, for a sentence."""
+    """List the first few unknown characters or words, for a sentence."""
     names = [f"{name!r} (U+{ord(name):04X})" if len(name) == 1 else repr(name) for name in list(unknown)[:limit]]
     if len(unknown) > limit:
         return f"{', '.join(names)} and {len(unknown) - limit} more"

@@ -12,7 +12,12 @@ from timemix.tokenizers.pieces import PIECE
 
 
 class CharacterTokenizer(Tokenizer):
-    """A token is a character. Ids follow the order of `characters`; then <unk>, or the 256 bytes."""
+    """Tokenizer whose tokens are characters.
+
+    Args:
+        characters: The characters, in the order of their ids.
+        unknown: "error"; "unk", <unk> as the last entry; or "byte", the 256 bytes as the last entries.
+    """
 
     kind = "character"
 
@@ -24,7 +29,7 @@ class CharacterTokenizer(Tokenizer):
         elif unknown == "byte":
             entries |= {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
             decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}
-        # Pair encoding without merges: its tokens are characters.
+        # Byte pair encoding without merges: each token is one character.
         model = pair_encoding(
             list(entries), unk_token=UNKNOWN if unknown == "unk" else None, byte_fallback=unknown == "byte"
         )
@@ -53,7 +58,16 @@ class CharacterTokenizer(Tokenizer):
         return np.concatenate(ids), unknown
 
     def _with_bytes(self, ids: np.ndarray, missing: np.ndarray, lost: str) -> np.ndarray:
-        """`ids` with the UTF-8 bytes of the `lost` characters in the `missing` places."""
+        """Replace missing characters by the ids of their UTF-8 bytes.
+
+        Args:
+            ids: Ids of all characters (characters,).
+            missing: Which characters the vocabulary lacks (characters,), bool.
+            lost: These characters, in order.
+
+        Returns:
+            Ids (tokens,).
+        """
         lengths = np.ones(len(ids), np.int64)
         lengths[missing] = [len(character.encode()) for character in lost]
         is_byte = np.repeat(missing, lengths)
@@ -63,7 +77,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """A token is a byte of the text's UTF-8; its id is the byte's value."""
+    """Tokenizer whose tokens are UTF-8 bytes; the id of a token is the value of its byte."""
 
     kind = "byte"
 

@@ -1,4 +1,4 @@
-"""tokenizer.json, as the `tokenizers` library reads and writes it."""
+"""The parts of a tokenizer.json, in the format of the `tokenizers` library."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def written_document(
     pre_tokenizer: dict[str, Any] | None = None,
     normalizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A tokenizer.json of the `tokenizers` library."""
+    """Return the content of a tokenizer.json of the `tokenizers` library."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -34,7 +34,7 @@ def pair_encoding(
     unk_token: str | None = None,
     byte_fallback: bool = False,
 ) -> dict[str, Any]:
-    """The model part of a tokenizer.json for byte pair encoding."""
+    """Return the model part of a tokenizer.json for byte pair encoding."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -50,15 +50,17 @@ def pair_encoding(
 
 
 def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies, by byte value."""
+    """Return the printable character that represents each byte in byte-level vocabularies, by byte value."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def numbered(entries: Sequence[str]) -> dict[str, int]:
+    """Return the id of each entry: its index."""
     return {entry: i for i, entry in enumerate(entries)}
 
 
 def in_order(vocabulary: dict[str, int]) -> list[str]:
+    """Return the entries of a vocabulary by ascending id."""
     return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -1,4 +1,4 @@
-"""Tokenizers trained on a text, and read from a file."""
+"""Tokenizers trained on a text or loaded from a file."""
 
 import itertools
 import json
@@ -24,23 +24,31 @@ def train_tokenizer(
     unknown: str = "error",
     each: Callable[[Callable[[str], Counter[str]], Iterable[str]], Iterable[Counter[str]]] = map,
 ) -> Tokenizer:
-    """A tokenizer whose vocabulary comes from `text`, a string or its parts in order.
+    """Train a tokenizer on a text.
 
-    vocab_size: tokens, at most; for subwords, and for words with unknown="unk" (the most frequent ones).
-        Otherwise the vocabulary is every distinct character or word of the text, in sorted order.
-    unknown: see Tokenizer; "byte" is not for words.
-    each: `map`, or the like in several processes, for counting words.
+    Args:
+        kind: One of KINDS: "character", "byte", "word" or "subword".
+        text: The text, or its parts in order; not empty.
+        vocab_size: Largest number of tokens, at least 256, of a subword tokenizer; of a word tokenizer with
+            unknown="unk", which keeps the most frequent words. Otherwise the vocabulary is every distinct character or
+            word of the text, sorted.
+        unknown: How text outside the vocabulary is encoded, see `Tokenizer`; words do not support "byte".
+        each: `map`, or a map in several processes, that counts words.
 
-    Raises InvalidValue when the text is empty or holds a lone surrogate, or when a choice cannot be served.
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InvalidValue: The text is empty or has a lone surrogate, or a value is not supported.
     """
     if kind not in KINDS:
-        raise InvalidValue(f"there is no tokenizer {kind!r}; choose one of {', '.join(KINDS)}")
+        raise InvalidValue(f"kind={kind!r} is not supported; choose {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if unknown not in ("error", "unk", "byte"):
-        raise InvalidValue(f"there is no choice {unknown!r} for unknown text; choose error, unk or byte")
+        raise InvalidValue(f"unknown={unknown!r} is not supported; choose error, unk or byte")
     parts = _without_surrogates([text] if isinstance(text, str) else text)
     first = next(parts, "")
     if not first:
-        raise InvalidValue(f"a {kind} tokenizer cannot be made from an empty text; give a text to train it on")
+        raise InvalidValue(f"the text is empty, so no {kind} tokenizer can be trained on it; give a longer text")
     parts = itertools.chain([first], parts)
     if kind == "character":
         return CharacterTokenizer(sorted(set().union(*parts)), unknown)
@@ -52,7 +60,7 @@ def train_tokenizer(
 
 
 def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
-    """The parts that are not empty."""
+    """Yield the parts that are not empty, and refuse lone surrogates."""
     before = 0
     for part in parts:
         refuse_surrogates(part, before)
@@ -62,28 +70,43 @@ def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
 
 
 def tokenizer_from_json(document: str) -> Tokenizer:
-    """The tokenizer of a `to_json()`."""
+    """Create a tokenizer from the result of `Tokenizer.to_json`.
+
+    Args:
+        document: The JSON document.
+
+    Returns:
+        The tokenizer.
+    """
     return _from_document(json.loads(document))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json` that `Tokenizer.save` wrote.
+    """Load a `tokenizer.json` that `Tokenizer.save` wrote.
 
-    Raises FileError when the file is missing, damaged, or made by another program.
+    Args:
+        path: The file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileError: The file is missing, damaged, or from another program.
     """
     document = parse_json(Path(path), "the tokenizer ")
     try:
         tokenizer = _from_document(document)
         if not tokenizer.vocab_size:
-            raise ValueError("an empty vocabulary")
+            raise ValueError("the vocabulary is empty")
         if json.loads(tokenizer.to_json()) != document:
-            raise ValueError("other settings than ours")
+            raise ValueError("the settings differ from those of timemix")
     except Exception as error:  # The library raises bare Exception.
-        raise DamagedFile(f"{path} is not a tokenizer that timemix wrote; give a tokenizer.json of a run") from error
+        raise DamagedFile(f"{path} is no tokenizer file of timemix; give the tokenizer.json of a run") from error
     return tokenizer
 
 
 def _from_document(document: dict[str, Any]) -> Tokenizer:
+    """Create the tokenizer that a tokenizer.json describes."""
     model = document["model"]
     entries = in_order(model["vocab"])
     if model["type"] == "WordLevel":

@@ -1,24 +1,31 @@
-"""Long texts in pieces that are encoded alone and give the ids of the whole."""
+"""Long texts cut into pieces that can be encoded one by one, with the same ids as the whole text."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 PIECE = 1 << 16
-"""Characters encoded at a time, at least."""
+"""Least number of characters that are encoded at a time."""
 
 PART = 1 << 20
-"""Characters that a process is given at a time, at least."""
+"""Least number of characters that a process gets at a time."""
 
 
 _BORDER = re.compile(r"\S(?=[ \n])")
 
 
 def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
-    """The text of `parts`, cut where a space or newline follows something else, into `size` characters or a few more.
+    """Cut a text before a space or newline that follows another character, into pieces of `size` characters or more.
 
-    No word, and no match of the byte-level splitting rule, reaches over such a place, and none looks back: the ids of
-    the pieces are those of the text. `size` None: PIECE. The places do not depend on the parts. A text without such
-    a place is one piece, in memory, however long.
+    No word, and no match of the byte-level splitting rule, extends across such a border or depends on text before it.
+    So the ids of the pieces are the ids of the text. The borders do not depend on how the text is divided into `parts`.
+    A text without a border is one piece in memory, however long.
+
+    Args:
+        parts: Parts of the text, in order.
+        size: Least number of characters of a piece; None: PIECE.
+
+    Yields:
+        The pieces, in order.
     """
     size = PIECE if size is None else size
     rest, searched = "", 0
@@ -29,14 +36,14 @@ def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
             yield rest[start : match.end()]
             start = match.end()
         rest = rest[start:]
-        # Whether the last character is such a place shows the next part.
+        # The next part decides whether the last character is before a border.
         searched = max(0, len(rest) - 1)
     if rest:
         yield rest
 
 
 def equal_pieces(parts: Iterable[str], size: int) -> Iterator[str]:
-    """The text of `parts` in pieces of `size` characters, the last one shorter."""
+    """Yield the text of `parts` in pieces of `size` characters; the last piece may be shorter."""
     rest = ""
     for part in parts:
         rest += part

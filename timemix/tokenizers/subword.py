@@ -1,4 +1,4 @@
-"""Tokens that are byte-level subwords."""
+"""The tokenizer of byte-level subwords."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair
 from timemix.tokenizers.pieces import PIECE, pieces
 
 LONGEST_WORD = 1024
-"""Characters of a word in training at most: the time for a word grows with the square of its length."""
+"""Most characters of a word in training: the time for a word grows with the square of its length."""
 
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")
 
@@ -25,7 +25,12 @@ _SPLITTING = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 class SubwordTokenizer(Tokenizer):
-    """A token is a frequent sequence of UTF-8 bytes, within a word: byte-level byte pair encoding."""
+    """Tokenizer whose tokens are frequent byte sequences within words: byte-level byte pair encoding.
+
+    Args:
+        symbols: Tokens in the order of their ids, with a printable character for each byte.
+        merges: Pairs of symbols that are merged, in order.
+    """
 
     kind = "subword"
 
@@ -56,8 +61,9 @@ class SubwordTokenizer(Tokenizer):
 
 
 def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
+    """Train a subword tokenizer of at most `vocab_size` tokens on the parts of a text."""
     if vocab_size < 256:
-        raise InvalidValue(f"a subword vocabulary of {vocab_size} cannot hold the 256 bytes; raise data.vocab_size")
+        raise InvalidValue(f"data.vocab_size is {vocab_size}; a subword vocabulary needs at least 256, for all bytes")
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = _SPLITTING
     trainer = trainers.BpeTrainer(
@@ -70,9 +76,9 @@ def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
 
 def _without_long_words(piece: str) -> Iterator[str]:
-    """The text, cut within words of the byte-level splitting rule that have more than LONGEST_WORD characters."""
+    """Yield the text, with words of the byte-level splitting rule cut after each LONGEST_WORD characters."""
     start = 0
-    # Splitting is slow, and a long word is rare.
+    # Splitting is slow and long words are rare, so it runs only if a search finds one.
     if _LONG_RUN.search(piece):
         for _, (begin, end) in _SPLITTING.pre_tokenize_str(piece):
             for cut in range(begin + LONGEST_WORD, end, LONGEST_WORD):

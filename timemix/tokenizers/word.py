@@ -1,4 +1,4 @@
-"""Tokens that are words, as the 2021 code cut them."""
+"""The tokenizer of words, which splits text as the original 2021 code did."""
 
 import itertools
 import re
@@ -14,15 +14,19 @@ from timemix.tokenizers.base import UNKNOWN, Tokenizer
 from timemix.tokenizers.document import numbered, written_document
 from timemix.tokenizers.pieces import PART, pieces
 
-# The single characters that the 2021 code sets apart from words.
+# Each of these characters is a token by itself, as in the 2021 code.
 STANDING_ALONE = "\n.,?!:;-—|'\"`()0123456789[]{}=+*\\/~&$#%"
 WORD = re.compile(f"[{re.escape(STANDING_ALONE)}]|[^ {re.escape(STANDING_ALONE)}]+")
 
 
 class WordTokenizer(Tokenizer):
-    """A token is a lower-case word or one of STANDING_ALONE; <unk> comes last. The 2021 code's rule.
+    """Tokenizer whose tokens are lower-case words and the characters STANDING_ALONE, as in the 2021 code.
 
-    Decoding puts a space between tokens, none after a newline: case and spacing are not restored.
+    Decoding puts a space between tokens, but none after a newline. Case and spacing are lost.
+
+    Args:
+        words: The words and characters, in the order of their ids.
+        unknown: "error", or "unk": <unk> as the last entry.
     """
 
     kind = "word"
@@ -33,7 +37,7 @@ class WordTokenizer(Tokenizer):
         model = {
             "type": "WordLevel",
             "vocab": numbered(entries),
-            # The library wants a name in any case; [ and ] stand alone, so this one is no word.
+            # The library requires a name. [ and ] are tokens by themselves, so [UNK] is never a word.
             "unk_token": UNKNOWN if unknown == "unk" else "[UNK]",
         }
         alone = {
@@ -44,7 +48,7 @@ class WordTokenizer(Tokenizer):
         }
         spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
         join = [
-            # This joins with spaces; # stands alone, so no word begins with the prefix.
+            # WordPiece joins with spaces. # is a token by itself, so no word begins with the prefix.
             {"type": "WordPiece", "prefix": "##", "cleanup": False},
             {"type": "Fuse"},
             {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"},
@@ -79,34 +83,35 @@ class WordTokenizer(Tokenizer):
 
 
 def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable[..., Any]) -> WordTokenizer:
+    """Train a word tokenizer on the parts of a text; see `train_tokenizer` for the arguments."""
     if unknown == "byte":
-        raise InvalidValue("a word tokenizer cannot spell unknown words as bytes; choose data.unknown unk or error")
+        raise InvalidValue("data.unknown is byte, which a word tokenizer does not support; choose unk or error")
     counts: Counter[str] = Counter()
     for counted in each(count_words, pieces(parts, PART)):
         counts.update(counted)
     if not counts:
-        raise InvalidValue("a word tokenizer cannot be made from a text of spaces; give a text with words")
+        raise InvalidValue("the text has no words, so no word tokenizer can be trained on it; give another text")
     if unknown == "error":
         return WordTokenizer(sorted(counts), unknown)
-    # A text may spell its own unknown words like this.
+    # The text itself may hold <unk>.
     del counts[UNKNOWN]
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1]
     return WordTokenizer(sorted(frequent), unknown)
 
 
 def count_words(text: str) -> Counter[str]:
-    """How often each word comes in a text, by the 2021 code's rule."""
+    """Count how often each word occurs in a text, by the rule of the 2021 code."""
     return Counter(itertools.chain.from_iterable(_words(text)))
 
 
 def _words(text: str) -> Iterator[list[str]]:
-    """The words of `text` in lists, by the 2021 code's rule."""
+    """Yield the words of a text in lists, by the rule of the 2021 code."""
     for piece in pieces([text]):
         yield WORD.findall(_lower(piece))
 
 
 def _lower(text: str) -> str:
-    """Lower case of each character by itself, as the `tokenizers` library has it (str.lower looks around sigma)."""
+    """Lower-case each character by itself, as the `tokenizers` library does; str.lower depends on context for sigma."""
     if text.isascii():
         return text.lower()
     lowercase = normalizers.Lowercase()

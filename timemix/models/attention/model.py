@@ -1,4 +1,11 @@
-"""The attention baselines: rotary attention with GeGLU, and MHA_pro (RWKV-LM 0.01)."""
+"""The attention baselines of 2021: rotary attention with GeGLU, and MHA_pro (RWKV-LM 0.01).
+
+    A[t, u] = softmax_u(q[t] . k[u] / sqrt(N)), u <= t                  per head
+    y[t]    = sum_u A[t, u] v[u]                                        rotary attention, per head
+    y_g[t]  = sum_u (sum_h mix[g, h] A_h[t, u] W_h[t, u]) v_g[u]        MHA_pro, head g
+
+q and k are rotated by their positions. Shapes: B rows, T tokens of this call, U past and present, H heads, N head size.
+"""
 
 from typing import ClassVar
 
@@ -21,9 +28,9 @@ from timemix.ops.common.history import append, lags, weights_at
 
 
 class RotaryAttention(nn.Module):
-    """Causal multi-head attention with rotary positions, through the framework's fused kernel.
+    """Causal multi-head attention with rotary positions, by PyTorch's fused kernel.
 
-    State: the keys (turned) and values of every past position, each (B, H, ctx_len, N).
+    State: the rotated keys and the values of every past position, each (B, H, ctx_len, N).
     """
 
     def __init__(self, config: RotaryConfig | ProConfig) -> None:
@@ -37,6 +44,7 @@ class RotaryAttention(nn.Module):
         self.output = Linear(C, C)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        """Create the state before the first token, for B rows."""
         config = self.config
         shape = (batch_size, config.heads, config.ctx_len, config.head_size)
         new = self.key.weight.new_zeros
@@ -49,20 +57,23 @@ class RotaryAttention(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """x (B, T, C) to (B, T, C) and the next state."""
+        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
         B, T, C = x.shape
+        # (B, T, C) -> (B, H, T, N)
         q, k, v = (
             linear(x).view(B, T, self.config.heads, -1).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
         lag = None
         if position is not None:
+            # Rows may be at different positions: (B, 1, T)
             target = position[:, None, None] + target
-        # The first half of each head's dims, rounded down to an even number.
+        # The first half of each head's dimensions, rounded down to an even number.
         turned = self.config.head_size // 4 * 2
         q = rotary(q, target, self.rotary_base, turned)
         k = rotary(k, target, self.rotary_base, turned)
         if state is not None and position is not None:
+            # Sources up to the newest position of any row.
             U = min(int(position.max()) + T, self.config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
             values = append(state["values"], v, position, lengths)
@@ -70,25 +81,38 @@ class RotaryAttention(nn.Module):
             k, v = keys[:, :, :U].to(q.dtype), values[:, :, :U].to(q.dtype)
             lag = lags(position, T, U)
         y = self.attend(q, k, v, lag)
+        # (B, H, T, N) -> (B, T, C)
         y = self.output(y.transpose(1, 2).reshape(B, T, C))
         return self.scale(y, position), state
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
-        """q (B, H, T, N) over k, v (B, H, U, N) to (B, H, T, N); `lag` (B, T, U), None: training, U = T."""
+        """Attend to the past.
+
+        Args:
+            q: Queries (B, H, T, N).
+            k: Keys (B, H, U, N).
+            v: Values (B, H, U, N).
+            lag: Lag of each source from each target (B, T, U), negative in the future; None, as in training: t - u with
+                U = T.
+
+        Returns:
+            (B, H, T, N).
+        """
         if lag is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # (B, T, U) -> (B, 1, T, U)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(lag >= 0)[:, None])
 
     def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
-        """Last factor of the mixer; none here."""
+        """Multiply y (B, T, C) by the last factor of the mixer; here there is none."""
         return y
 
 
 class ProAttention(RotaryAttention):
-    """Attention times W(t, u) after its softmax, mixed over heads by a matrix, output times gamma(t).
+    """Attention times W(t, u) after the softmax, mixed over heads by a matrix, with output times gamma(t).
 
-    W is the one of rwkv1: f_h(t-u) alpha_h(u) beta_h(t). The mix over heads is "talking heads"
-    (arXiv 2003.02436) after the softmax.
+    W is that of rwkv1: f_h(t-u) alpha_h(u) beta_h(t). The mix over heads after the softmax is "talking heads" (arXiv
+    2003.02436).
     """
 
     def __init__(self, config: ProConfig) -> None:
@@ -101,34 +125,41 @@ class ProAttention(RotaryAttention):
         self.head_mix = nn.Parameter(torch.empty(H, H).uniform_(-(H**-0.5), H**-0.5))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
+        """Attend to the past, see `RotaryAttention.attend`."""
         T, U, N = q.shape[2], k.shape[2], q.shape[3]
+        # (T, U) or (B, 1, T, U)
         future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1) if lag is None else (lag < 0)[:, None]
         scores = (q @ k.transpose(-1, -2) * N**-0.5).masked_fill(future, -torch.inf)
+        # (B, H, T, U), times (H, T, T) or (B, H, T, U)
         weights = scores.softmax(-1) * self.W(T, U, lag)
+        # Mix of heads h into g: (B, H, T, U); then the sum over sources: (B, H, T, U) by (B, H, U, N)
         return torch.einsum("gh,bhtu->bgtu", self.head_mix, weights).to(v.dtype) @ v
 
     def W(self, T: int, U: int, lag: Tensor | None) -> Tensor:
-        """W(t, u): (H, T, T) in training, (B, H, T, U) from a state."""
+        """Return W(t, u): (H, T, T) if `lag` is None, as in training, else (B, H, T, U)."""
         if lag is None:
             W = toeplitz(self.f, T, T)
             target = torch.arange(T, device=W.device)
         else:
             W = weights_at(self.f, lag)
+            # The lag from source 0 is the position of the target: (B, T)
             target = lag[:, :, 0].clamp(max=self.config.ctx_len - 1)
         if self.alpha is not None:
             W = W * self.alpha[:, None, :U]
         if self.beta is not None:
+            # (H, T) or (H, B, T)
             beta = self.beta[:, target]
             W = W * (beta if lag is None else beta.transpose(0, 1))[..., None]
         result: Tensor = W
         return result
 
     def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
+        """Multiply y (B, T, C) by gamma at each row's positions."""
         return times_gamma(y, self.gamma, position)
 
 
 class Geglu(nn.Module):
-    """output(act(key) * value): the gated feed-forward layer of arXiv 2002.05202."""
+    """The gated feed-forward sublayer output(act(key(x)) * value(x)) of arXiv 2002.05202."""
 
     def __init__(self, config: ShiftedConfig) -> None:
         super().__init__()
@@ -139,14 +170,14 @@ class Geglu(nn.Module):
         self.output = Linear(hidden, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         k, v = joint_linear(x, self.key, self.value)
         result: Tensor = self.output(self.activation(k) * v)
         return result
 
 
 class RotaryBlock(ShiftedBlock):
-    """Rotary attention, then GeGLU; with token-shift where the config has it."""
+    """Rotary attention, then GeGLU, both after token-shift if the config has it."""
 
     Mixer: ClassVar[type[RotaryAttention]] = RotaryAttention
     Ffn: ClassVar[type[Geglu | ChannelMix]] = Geglu
@@ -167,7 +198,7 @@ class RotaryBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count queries by keys and weights by values, whole T x T matrices as they are computed."""
+        """Count the products of queries with keys and of weights with values: whole T x T matrices, as computed."""
         return config.layers * 2 * config.channels * 2 * config.ctx_len
 
 
@@ -179,7 +210,7 @@ class ProBlock(RotaryBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Add the T x T matrices of each head: three of each row, and W."""
+        """Count the numbers of `ShiftedBlock`, and the T x T matrices of each head: three for each row, and W."""
         usual = super().kept(config, rows)
         return Kept(
             usual.block, usual.products, (3 * rows + 4) * config.heads * config.ctx_len * config.layers * config.ctx_len

@@ -27,23 +27,27 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float() if x.dtype == torch.bfloat16 else x
-        # Past 20 the slope is 1 to float32's last bit, and d^2 stays in its range.
+        # From x = 20 on, the slope is 1 to the last bit of float32. The clamp keeps d^2 in range.
         e = wide.clamp(max=20 if wide.dtype == torch.float32 else 40).exp()
         n = e * (e + 2)
         return wide, e, n, 1 / (n + 2)
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)) (arXiv 1908.08681), by one exponential and one division.
+    """Compute x tanh(softplus(x)), by one exponential and one division.
 
-    The framework's own takes a logarithm, an exponential and a hyperbolic tangent, 14 times as long as gelu.
+    PyTorch's own mish computes a logarithm, an exponential and a hyperbolic tangent, which takes 14 times as long as
+    gelu.
+
+    Source:
+        arXiv 1908.08681.
     """
     result: Tensor = _Mish.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 
 def relu2(x: Tensor) -> Tensor:
-    """Squared ReLU (Primer, arXiv 2109.08668)."""
+    """Compute max(x, 0)^2 (Primer, arXiv 2109.08668)."""
     return F.relu(x).square()
 
 

@@ -1,4 +1,4 @@
-"""What a language model asks of the blocks of an architecture, and the block that those of 2021 share."""
+"""The base class of the blocks of an architecture, and the block that the architectures of 2021 share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 
 class Model(Protocol):
-    """The language model, as far as its architecture fills it with values."""
+    """The language model, as `Block.set_initial_values` sees it."""
 
     @property
     def config(self) -> Any: ...
@@ -31,12 +31,13 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an architecture wants to be optimized.
+    """Settings of the optimizer that depend on the architecture.
 
     Args:
-        lr_scale: Multiples of the learning rate by the end of a parameter's name; others have 1.
-        decay_all_matrices: Also decay the embedding and the head, not the linear weights inside blocks alone.
-        warmup_floor: Share of the learning rate at which a warm-up begins.
+        lr_scale: Pairs (end of a parameter's name, factor of its learning rate); other parameters have factor 1.
+        decay_all_matrices: Whether weight decay applies to the embedding and the head too, not only to the linear
+            weights inside blocks.
+        warmup_floor: Share of the learning rate at which a warm-up begins, 0 to 1.
     """
 
     lr_scale: tuple[tuple[str, float], ...] = ()
@@ -44,18 +45,25 @@ class Recipe:
     warmup_floor: float = 0.0
 
     def scale_of(self, name: str) -> float:
-        """Return the multiple of the learning rate for a parameter."""
+        """Return the factor of a parameter's learning rate.
+
+        Args:
+            name: Name of the parameter.
+
+        Returns:
+            The factor.
+        """
         return next((scale for end, scale in self.lr_scale if name.endswith(end)), 1.0)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers that training keeps of a forward pass, for the estimate of its memory.
+    """How many numbers training stores of a forward pass, for the estimate of its memory.
 
     Args:
-        block: Per token and layer.
-        products: The same with `recompute="cheap"`: outputs of matrix products alone.
-        squares: Besides, in all layers together: matrices over pairs of positions.
+        block: Numbers per token and layer.
+        products: Numbers per token and layer with `recompute="cheap"`: only the outputs of matrix products.
+        squares: Numbers of matrices over pairs of positions, in all layers together, in addition.
     """
 
     block: int
@@ -64,16 +72,27 @@ class Kept:
 
 
 class Block(nn.Module):
-    """One layer of an architecture; its class also answers for all that stands outside the blocks.
+    """One layer of an architecture; its class also defines the parts of the model outside the blocks.
 
-    Subclasses take (config, layer) and define `forward` and `init_state`; the rest has the usual answers here.
+    A subclass must define `forward`, `init_state`, `set_initial_values` and `kept`. The other methods have defaults.
+
+    Args:
+        config: Settings of the model.
+        layer: Index of the block, from 0.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
 
     def init_state(self, batch_size: int) -> Tensors:
-        """Return the state before the first token: tensors by name, batch first."""
+        """Create the block's state before the first token.
+
+        Args:
+            batch_size: Number of rows B.
+
+        Returns:
+            Tensors by name, batch first.
+        """
         raise NotImplementedError
 
     def forward(
@@ -88,82 +107,174 @@ class Block(nn.Module):
 
         Args:
             x: Rows (B, T, C).
-            state: What the block keeps of earlier tokens; None in training, where none is built.
-            carry: What an earlier block hands on within the same tokens; None from those that hand on nothing.
-            position: Tokens that each row has seen (B,); None without a state.
-            lengths: Tokens of each row that count (B,), 1 to T; None: all.
+            state: State of the block after the earlier tokens; None, as in training: the tokens begin at position 0.
+            carry: Tensor from an earlier block for the same tokens; None if there is none.
+            position: Number of earlier tokens of each row (B,); None without a state.
+            lengths: Number of tokens of each row that count (B,), 1 to T; None: all.
 
         Returns:
-            Rows (B, T, C), the next state, and the carry for the next block.
+            Rows (B, T, C), the next state (None if `state` is None), and the carry for the next block.
         """
         raise NotImplementedError
 
     @classmethod
     def input_norm(cls, config: Any) -> nn.Module:
-        """Return what stands between embedding and first block."""
+        """Create the module between the embedding and the first block; by default none.
+
+        Args:
+            config: Settings of the model.
+
+        Returns:
+            A module from (B, T, C) to (B, T, C).
+        """
         return nn.Identity()
 
     @classmethod
     def final_norm(cls, config: Any) -> nn.Module:
-        """Return what stands between last block and head."""
+        """Create the module between the last block and the head; by default a LayerNorm.
+
+        Args:
+            config: Settings of the model.
+
+        Returns:
+            A module from (B, T, C) to (B, T, C).
+        """
         return LayerNorm(config.channels)
 
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
-        """Fill every weight of a model in place, from torch's global generator, embedding and head included."""
+        """Fill every weight of a model in place, including embedding and head, from PyTorch's global generator.
+
+        Args:
+            model: The model.
+        """
         raise NotImplementedError
 
     @classmethod
     def training_loss(cls, loss: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss to differentiate, from the mean cross-entropy and the logits (B, T, V)."""
+        """Return the loss to differentiate; by default the mean cross-entropy.
+
+        Args:
+            loss: Mean cross-entropy in nats, a scalar.
+            logits: Logits (B, T, V).
+
+        Returns:
+            A scalar.
+        """
         return loss
 
     @classmethod
     def recipe(cls, config: Any) -> Recipe:
-        """Return what the optimizer does differently for this architecture."""
+        """Return the settings of the optimizer that depend on the architecture.
+
+        Args:
+            config: Settings of the model.
+
+        Returns:
+            The settings.
+        """
         return Recipe()
 
     @classmethod
     def mixing_flops(cls, config: Any) -> int:
-        """Return the operations per token of a forward pass over ctx_len, all layers, without those of weights."""
+        """Count the operations per token, in all layers, of a forward pass over ctx_len tokens, without weights.
+
+        Args:
+            config: Settings of the model.
+
+        Returns:
+            Floating-point operations of the mixing over time.
+        """
         return 0
 
     @classmethod
     def kept(cls, config: Any, rows: int) -> Kept:
-        """Return what a training step keeps for its backward pass, with `rows` windows at a time."""
+        """Count the numbers that a training step stores for its backward pass.
+
+        Args:
+            config: Settings of the model.
+            rows: Number of windows at a time.
+
+        Returns:
+            The counts.
+        """
         raise NotImplementedError
 
     @classmethod
     def resized(cls, weights: Tensors, config: Any, ctx_len: int) -> Tensors:
-        """Return the weights by name of the same model for another context length."""
+        """Return the weights of the same model for another context length; by default the same ones.
+
+        Args:
+            weights: Weights by name.
+            config: Settings of the model.
+            ctx_len: New context length in tokens.
+
+        Returns:
+            New weights by name.
+
+        Raises:
+            InvalidValue: The model cannot have this context length.
+        """
         return dict(weights)
 
     @classmethod
     def runs_in_c(cls, config: Any, precision: str, device: torch.device) -> bool:
-        """Whether C code does all of a training step but its matrix products."""
+        """Return whether C code computes all of a training step except its matrix products; by default it does not.
+
+        Args:
+            config: Settings of the model.
+            precision: Precision of matrix products, such as "bfloat16".
+            device: Device of the model.
+
+        Returns:
+            Whether it does.
+        """
         return False
 
     @classmethod
     def forms(cls, config: Any, precision: str) -> dict[str, str]:
-        """Return the forms in which ops are computed for a whole context, with their reasons, by the op's name."""
+        """Return how each op of the model is computed over a whole context, for the log.
+
+        Args:
+            config: Settings of the model.
+            precision: Precision of matrix products, such as "bfloat16".
+
+        Returns:
+            Backend of each op with the reason for it, by name of the op.
+        """
         return {}
 
     @property
     def shifted(self) -> int:
-        """First channels of each projection's input that come from earlier tokens."""
+        """Number of channels of a projection's input, the first ones, that come from earlier tokens."""
         return 0
 
     def tables(self) -> Tensors:
-        """Return learned tables over time by name, for `timemix inspect`."""
+        """Return the learned tables over time, for `timemix inspect`.
+
+        Returns:
+            Tables by name.
+        """
         return {}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
-        """Return the linear maps that read the input of a sublayer, by sublayer and name, for `timemix inspect`."""
+        """Return the linear maps that read the input of a sublayer, for `timemix inspect`.
+
+        Returns:
+            Linear maps by (sublayer, name).
+        """
         return {}
 
 
 class ShiftedBlock(Block):
-    """x + mixer(shift(norm(x))), then x + ffn(shift(norm(x)))."""
+    """The block of 2021: x = x + mixer(shift(norm(x))), then x = x + ffn(shift(norm(x))).
+
+    A subclass sets `Mixer` and `Ffn`, the classes of its sublayers.
+
+    Args:
+        config: Settings of the model.
+        layer: Index of the block, from 0.
+    """
 
     Mixer: ClassVar[type[Any]]
     Ffn: ClassVar[type[Any]]
@@ -207,6 +318,7 @@ class ShiftedBlock(Block):
     def _shifted(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Apply norm and token-shift: x (B, T, C) to (B, T, C), and the next state of the shift."""
         if state is None and x.dtype == torch.float32 and fused.serves(x):
             return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
         result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths)

@@ -10,7 +10,7 @@ from timemix.ops.common import fused
 
 
 class ChannelMix(nn.Module):
-    """sigmoid(receptance) * output(act(key) * value)."""
+    """The channel-mix sublayer: sigmoid(receptance(x)) * output(act(key(x)) * value(x))."""
 
     def __init__(self, config: ShiftedConfig) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         if fused.serves(x):
             weight, bias = side_by_side(self.key, self.value, self.receptance)
             hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)

@@ -1,9 +1,12 @@
 """Initial values that several architectures share: orthogonal weights, and blocks that start as the identity.
 
-`original` (RWKV-LM 0.01) of the RWKV: orthogonal weights (gain sqrt(out/in) where out > in); embedding
-0.4 sqrt(max(V, C)) times and head 0.4 times orthogonal. Of attention: linear and embedding weights normal(0, 0.01).
-`zero` (late 2021): the orthogonal values for every architecture, both outputs of a block zero, so that it starts as the
-identity, and f_h(lag) decaying faster in lower heads. Biases are zero, alpha, beta, gamma one, throughout.
+- "original" (RWKV-LM 0.01) for RWKV: weights are orthogonal matrices, times sqrt(out / in) if out > in; the embedding
+  is 0.4 sqrt(max(V, C)) times an orthogonal matrix, and the head has another factor of 0.4.
+- "original" for attention: linear and embedding weights are normal(0, 0.01).
+- "zero" (late 2021): the orthogonal values for every architecture. Both outputs of a block are zero, so that it starts
+  as the identity. f_h(lag) decays faster in lower heads.
+
+In all of them biases are zero, and alpha, beta and gamma are one.
 """
 
 import math
@@ -21,7 +24,12 @@ HEAD_GAIN = 0.4
 
 @torch.no_grad()
 def set_weights(model: Model, fill: Callable[[str, nn.Linear | nn.Embedding], object]) -> None:
-    """Call `fill` with the name and module of each linear map and embedding, in order; biases become zero."""
+    """Fill the weights of all linear maps and embeddings of a model, and set their biases to zero.
+
+    Args:
+        model: The model.
+        fill: Called with the name and module of each of them, in order; fills the weight in place.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             fill(name, module)
@@ -41,7 +49,13 @@ def orthogonal(name: str, module: nn.Linear | nn.Embedding) -> None:
 
 @torch.no_grad()
 def scale_outputs(block: Any, layer: int, zero: bool) -> None:
-    """Make both outputs of a block zero, or divide them by sqrt(1 + layer); receptances become zero."""
+    """Scale the output weights of both sublayers of a block, and set the receptances to zero.
+
+    Args:
+        block: The block.
+        layer: Index of the block, from 0.
+        zero: Whether to set the outputs to zero, instead of dividing them by sqrt(1 + layer).
+    """
     for sublayer in (block.mixer, block.ffn):
         sublayer.output.weight.mul_(0 if zero else (1 + layer) ** -0.5)
         if hasattr(sublayer, "receptance"):
@@ -49,11 +63,11 @@ def scale_outputs(block: Any, layer: int, zero: bool) -> None:
 
 
 def log_decay(heads: int, ctx_len: int) -> Tensor:
-    """Logarithm of f (H, ctx_len) in `zero`: -lag * ctx_len^(-(h+1)/(H-1)); the last head is constant 0."""
+    """Return log f (H, ctx_len) of "zero": -lag * ctx_len^(-(h+1)/(H-1)) for head h; 0 for the last head."""
     rates = [ctx_len ** (-(h + 1) / (heads - 1)) for h in range(heads - 1)] + [0.0]
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
 
 
 def table_like(f: Tensor, by_lag: Tensor) -> Tensor:
-    """A table by lag in the shape of f: itself, or written out for each pair (t, u)."""
+    """Bring a table by lag (H, ctx_len) to the shape of f: the same, or (H, ctx_len, ctx_len) by pair (t, u)."""
     return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1], by_lag.shape[1])

@@ -1,4 +1,4 @@
-"""Linear maps: one row as fast as many, several of one input at once, and the precision they run in."""
+"""Linear layers: fast for a single row too, joint products of layers with the same input, and the dtype of products."""
 
 import torch
 from torch import Tensor, nn
@@ -6,23 +6,23 @@ from torch.nn import functional as F
 
 from timemix.ops.common.spread import broadcast_parameter, embedding
 
-# Up to here the weights are read faster from the left, measured on two cores.
+# Up to this number of rows, weight @ columns is faster than rows @ weight^T, measured on two cores.
 FEW_ROWS = 4
 
 
 class Linear(nn.Linear):
-    """nn.Linear that reads its weights with all threads for a few rows too, as in generation.
+    """nn.Linear that uses all threads for a few rows too, as in generation.
 
-    A product of one row runs on one thread in common CPU libraries, a product with two columns on all: 16 and 46 GB/s
-    on two cores.
+    Common CPU libraries compute a product with one row on one thread, but a product with two columns on all threads: 16
+    and 46 GB/s of weights on two cores.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) to (..., out_features)."""
+        """Map x (..., in_features) to (..., out_features)."""
         if not self._few_rows(x):
             return linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        # Repeated, not expanded: a stride of 0 would send the product down a slow path.
+        # Repeated, not expanded: a stride of 0 would select a slow path of the product. (rows, in) -> (in, columns)
         columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
         y = (self.weight @ columns)[:, : len(rows)].t()
         if self.bias is not None:
@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The precision of matrix products of x: autocast's where it is on, else its own."""
+    """Return the dtype of matrix products of x: that of autocast if it is on and x is float32, else that of x."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         return torch.get_autocast_dtype(device)
@@ -48,13 +48,21 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def to_product_dtype(x: Tensor) -> Tensor:
-    """x in `product_dtype`: cast once here, rather than by autocast before each of the linear maps that read x."""
+    """Cast x to `product_dtype`: once here, instead of once by autocast for each linear map that reads x."""
     return x.to(product_dtype(x))
 
 
 def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """Outputs of several linear maps of the same x (..., C): in training by one matrix product."""
-    # Without gradients the product is made once, and joining the weights costs more than it saves.
+    """Apply several linear maps to the same x (..., C); in training by one matrix product.
+
+    Args:
+        x: Input (..., C).
+        *linears: Linear maps, each with a bias.
+
+    Returns:
+        The outputs, each (..., out_features).
+    """
+    # Without a backward pass, joining the weights costs more than one product saves.
     if not torch.is_grad_enabled():
         return tuple(each(x) for each in linears)
     weight, bias = side_by_side(*linears)
@@ -65,12 +73,12 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
 
 
 def side_by_side(*linears: Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of several linear maps of the same input as of one."""
+    """Concatenate the weights (outputs, inputs) and biases (outputs,) of several linear maps along their outputs."""
     return torch.cat([each.weight for each in linears]), torch.cat([each.bias for each in linears])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., in_features) to (..., out_features)."""
+    """Map x (..., in_features) to (..., out_features); when compiled, PyTorch's kernel sums the bias gradient."""
     if bias is None or not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y = F.linear(x, weight)
@@ -78,21 +86,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, the same when compiled but for where its gradient is summed."""
+    """nn.Embedding whose gradient is summed by PyTorch's kernel when compiled too (`ops.common.spread`)."""
 
     def reset_parameters(self) -> None:
-        # Without memory there is nothing to fill, and trying takes torch 2 s of imports.
+        """Fill the weight, except on the meta device."""
+        # Without memory there is nothing to fill, and PyTorch would spend 2 s on imports.
         if self.weight.device.type != "meta":
             super().reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Look up token ids (B, T): (B, T, C)."""
         return embedding(self.weight, tokens) if torch.compiler.is_compiling() else super().forward(tokens)
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, the same when compiled but for where its gradient is summed."""
+    """nn.LayerNorm whose gradient is summed by PyTorch's kernel when compiled too (`ops.common.spread`)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., C) to (..., C)."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)

@@ -1,4 +1,4 @@
-"""Less memory for a training step: what a block keeps for its backward pass, and what it computes again there."""
+"""Activation checkpointing: which results of a block are stored for its backward pass, and which are recomputed."""
 
 from functools import partial
 from typing import Any
@@ -11,10 +11,20 @@ from timemix.models.config import Recompute
 
 
 def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor | None]:
-    """Rows (B, T, C) and carry after a block, without a state; the same numbers whatever `recompute` says.
+    """Apply a block in training; `recompute` changes its memory, not its results.
 
-    `cheap` keeps what linear maps, convolutions and fused attention give, `all` only x (arXiv 1604.06174). A compiled
-    step decides by itself.
+    Args:
+        block: The block.
+        x: Rows (B, T, C).
+        carry: Tensor from an earlier block, see `Block.forward`.
+        recompute: "none": store all results. "cheap": store the outputs of linear maps, convolutions and fused
+            attention. "all": store only x. Compiled code ignores it: the compiler decides.
+
+    Returns:
+        Rows (B, T, C), and the carry for the next block.
+
+    Source:
+        arXiv 1604.06174.
     """
     if recompute == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         x, _, carry = block(x, None, carry)

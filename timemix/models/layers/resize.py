@@ -1,9 +1,9 @@
-"""Weights of a model for another context length: its tables over time cut, or extended by their last quarter's mean.
+"""Weights of a model for another context length: tables over time are cut, or extended by their last quarter's mean.
 
-A table of W = f(t-u) alpha(u) beta(t) says little by itself: W stays the same when f(lag) is multiplied by c^lag,
-alpha(u) by c^u and beta(t) by c^-t. So before a table is extended c is chosen, for each head, such that alpha and beta
-run as level as they can: the slopes of their logarithms sum to zero in squares. Where alpha or beta is left out or has
-values at or below 0, c is 1.
+The tables of W(t, u) = f(t-u) alpha(u) beta(t) are not unique: W stays the same if f(lag) is multiplied by c^lag,
+alpha(u) by c^u and beta(t) by c^-t. So before tables are extended, c is chosen for each head such that alpha and beta
+have the least trend: c minimizes the sum of the squared slopes of log alpha and log beta. c is 1 if the model has no
+alpha or no beta, or if one of them has values at or below 0.
 """
 
 import torch
@@ -16,10 +16,19 @@ TABLES = ("f", "alpha", "beta", "gamma")
 
 
 def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
-    """Weights by name with tables for `ctx_len` positions instead of `old`; within both of them W is the same.
+    """Return the weights of a model with tables for another context length; W is the same at the positions of both.
 
-    `logarithms`: the tables hold those of W's factors. Raises InvalidValue for a free W, which says nothing of
-    positions that it was not trained on.
+    Args:
+        weights: Weights by name.
+        old: Context length of these weights.
+        ctx_len: New context length.
+        logarithms: Whether the tables hold the logarithms of the factors of W.
+
+    Returns:
+        New weights by name.
+
+    Raises:
+        InvalidValue: W is free and `ctx_len` is above `old`: it is unknown at positions without training.
     """
     result = dict(weights)
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
@@ -28,7 +37,7 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
         if tables["f"].ndim == 3:
             if ctx_len > old:
                 raise InvalidValue(
-                    f"a free W cannot be extended from ctx_len {old} to {ctx_len}; keep model.ctx_len {old}"
+                    f"a free W cannot be extended from ctx_len {old} to {ctx_len}; set model.ctx_len to at most {old}"
                 )
             tables["f"] = tables["f"][:, :ctx_len, :ctx_len]
         elif ctx_len > old:
@@ -38,12 +47,20 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
 
 
 def resized_table(table: Tensor, ctx_len: int) -> Tensor:
-    """A table (..., ctx_len): its beginning, or itself and then the mean of its last quarter."""
+    """Return a table (..., ctx_len): cut at its end, or extended by the mean of its last quarter."""
     return extended(table, ctx_len)[..., :ctx_len].clone()
 
 
 def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, Tensor]:
-    """The tables with the c of each head (see above) worked in."""
+    """Return tables of the same W with the least trend in alpha and beta, by the c of each head (see above).
+
+    Args:
+        tables: "f" (H, ctx_len) by lag, and perhaps "alpha", "beta" (H, ctx_len) and others, which stay unchanged.
+        logarithms: Whether the tables hold logarithms.
+
+    Returns:
+        Tables by name.
+    """
     f, alpha, beta = (tables.get(name) for name in ("f", "alpha", "beta"))
     assert f is not None
     if alpha is None or (beta is None and not logarithms):
@@ -52,7 +69,7 @@ def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, T
         return tables
     time = torch.arange(f.shape[-1], dtype=torch.float64)
     if logarithms:
-        # beta cancels between numerator and denominator, so that alpha alone can be made level.
+        # beta cancels between numerator and denominator, so only the trend of alpha matters.
         log_c = -_slope(alpha.double())
         return tables | {name: (tables[name].double() + log_c * time).to(f.dtype) for name in ("f", "alpha")}
     assert beta is not None
@@ -63,7 +80,7 @@ def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, T
 
 
 def _slope(y: Tensor) -> Tensor:
-    """Least-squares slope (H, 1) of rows (H, T) over 0 ... T - 1; 0 for a single column."""
+    """Return the least-squares slope (H, 1) of rows (H, T) over 0 ... T - 1; 0 for a single column."""
     time = torch.arange(y.shape[-1], dtype=y.dtype)
     time -= time.mean()
     return (y * time).sum(-1, keepdim=True) / (time**2).sum().clamp(min=1)

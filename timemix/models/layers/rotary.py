@@ -11,12 +11,12 @@ def rotary_turns(position: Tensor, base: float, dims: int) -> Tensor:
     """Compute cos and sin of position * base^(-2i/R) for i < R/2.
 
     Args:
-        position: (...).
+        position: Positions (...).
         base: Base of the frequencies.
         dims: R, even.
 
     Returns:
-        (2, ..., R/2), float64: angles in float32 are off by 1e-4 after a thousand positions.
+        cos and sin (2, ..., R/2), float64: angles in float32 are off by 1e-4 after a thousand positions.
     """
     exponent = torch.arange(0, dims, 2, device=position.device, dtype=torch.float64) / dims
     angle = position[..., None] * base**-exponent
@@ -29,18 +29,22 @@ def _(position: Tensor, base: float, dims: int) -> Tensor:
 
 
 def rotary(x: Tensor, position: Tensor, base: float, dims: int) -> Tensor:
-    """Turn pairs of dims of each head by angles that grow with the position.
+    """Rotate pairs of dimensions of each head by angles that grow with the position.
 
-    With R = dims, dims i and i + R/2 form a pair, turned by position * base^(-2i/R). Dims from R on stay as they are.
+    With R = dims, dimensions i and i + R/2 are a pair, rotated by position * base^(-2i/R). Dimensions from R on stay
+    unchanged.
 
     Args:
-        x: (B, H, T, N).
-        position: (T,) or (B, 1, T).
+        x: Queries or keys (B, H, T, N).
+        position: Positions (T,) or (B, 1, T).
         base: Base of the frequencies.
-        dims: Number of turned dims R, even, at most N.
+        dims: R, number of rotated dimensions, even, at most N.
 
     Returns:
-        (B, H, T, N).
+        Rotated x (B, H, T, N).
+
+    Source:
+        arXiv 2104.09864.
     """
     R = dims
     if R == 0:

@@ -32,15 +32,15 @@ class LlamaConfig(HeadsConfig):
         if self.kv_heads and self.heads % self.kv_heads:
             divisors = ", ".join(str(h) for h in range(1, self.heads + 1) if self.heads % h == 0)
             raise InvalidValue(
-                f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}; divisors: {divisors}"
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; divisors: {divisors}"
             )
         if self.head_size % 2:
             raise InvalidValue(
-                f"model.heads {self.heads} with model.channels {self.channels} makes heads of size {self.head_size};"
-                " rotary positions need an even size"
+                f"model.heads={self.heads} with model.channels={self.channels} gives heads of the odd size"
+                f" {self.head_size}; rotary positions need an even size"
             )
         if not 0 < self.ffn_ratio <= 1000:
-            raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be above 0, and at most 1000")
+            raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be above 0 and at most 1000")
         for name in ("rotary_base", "norm_eps", "initial_std"):
             check_positive(name, getattr(self, name))
 
@@ -53,9 +53,10 @@ class LlamaConfig(HeadsConfig):
 
     @property
     def groups(self) -> int:
-        """Query heads that share a key and value head."""
+        """G, number of query heads that share a key and value head."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property
     def ffn_hidden(self) -> int:
+        """Hidden size of the feed-forward sublayer."""
         return max(8, round(self.ffn_ratio * self.channels / 8) * 8)

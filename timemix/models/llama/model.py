@@ -1,9 +1,9 @@
-"""Llama (arXiv 2302.13971), today's usual attention baseline.
+"""Llama (arXiv 2302.13971), the usual attention baseline of today.
 
     x = x + attention(RMSNorm(x)),   x = x + down(silu(gate(RMSNorm(x))) * up(RMSNorm(x)))
 
-Rotary positions over the whole head, optionally fewer key and value heads than query heads (arXiv 2305.13245), no
-biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/models/test_llama.py).
+Rotary positions cover the whole head. There may be fewer key and value heads than query heads (arXiv 2305.13245). There
+are no biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/models/test_llama.py).
 """
 
 import torch
@@ -20,13 +20,14 @@ from timemix.ops.common.spread import broadcast_parameter
 
 
 class RMSNorm(nn.RMSNorm):
-    """weight * x / sqrt(mean(x^2) + eps) over channels (arXiv 1910.07467), in at least float32.
+    """RMSNorm over channels (arXiv 1910.07467): weight * x / sqrt(mean(x^2) + eps), in at least float32.
 
-    When compiled, PyTorch's kernels sum the gradient of the weight, so that the sum's order does not change.
+    PyTorch's kernel sums the gradient of the weight when compiled too (`ops.common.spread`), so the order of the sum
+    does not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         if not torch.compiler.is_compiling():
             return super().forward(x)
         y = F.rms_norm(x, self.normalized_shape, eps=self.eps)
@@ -34,10 +35,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GroupedAttention(nn.Module):
-    """Causal attention with rotary positions, through PyTorch's fused kernel.
+    """Causal attention with rotary positions, by PyTorch's fused kernel.
 
-    Query heads g G ... g G + G - 1 read key and value head g, with G = heads / kv_heads.
-    State: the turned keys and the values of every past position, each (B, kv_heads, ctx_len, N).
+    Query heads g G ... g G + G - 1 use key and value head g, with G = heads / kv_heads.
+    State: the rotated keys and the values of every past position, each (B, kv_heads, ctx_len, N).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -50,6 +51,7 @@ class GroupedAttention(nn.Module):
         self.output = Linear(C, C, bias=False)
 
     def init_state(self, batch_size: int) -> Tensors:
+        """Create the state before the first token, for B rows."""
         config = self.config
         shape = (batch_size, config.heads // config.groups, config.ctx_len, config.head_size)
         new = self.key.weight.new_zeros
@@ -58,7 +60,7 @@ class GroupedAttention(nn.Module):
     def forward(
         self, x: Tensor, state: Tensors | None, position: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensors | None]:
-        """x (B, T, C) to (B, T, C) and the next state."""
+        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
         config = self.config
         B, T, C = x.shape
         # (B, T, C) -> (B, H, T, N); H is kv_heads for keys and values.
@@ -88,7 +90,7 @@ class GroupedAttention(nn.Module):
 
 
 class Swiglu(nn.Module):
-    """down(silu(gate(x)) * up(x)): the gated feed-forward layer of arXiv 2002.05202."""
+    """The gated feed-forward sublayer down(silu(gate(x)) * up(x)) of arXiv 2002.05202."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class Swiglu(nn.Module):
         self.down = Linear(hidden, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) to (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C)."""
         y: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
         return y
 
@@ -136,12 +138,12 @@ class LlamaBlock(Block):
 
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
-        """Draw every weight from normal(0, initial_std); norms begin as one."""
+        """Draw every weight from normal(0, initial_std); the weights of norms are one."""
         set_weights(model, lambda _, module: nn.init.normal_(module.weight, std=model.config.initial_std))
 
     @classmethod
     def mixing_flops(cls, config: LlamaConfig) -> int:
-        """Count queries by keys and weights by values, whole T x T matrices."""
+        """Count the products of queries with keys and of weights with values: whole T x T matrices."""
         return config.layers * 2 * config.channels * 2 * config.ctx_len
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Names and settings of LlamaForCausalLM (`transformers`), to ours and back. Layouts are the same."""
+"""Conversion of weights and settings from and to LlamaForCausalLM of `transformers`; the layouts are the same."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ _IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 
 
 def published_name(name: str) -> str:
-    """Return the name of our parameter in LlamaForCausalLM."""
+    """Return the name in LlamaForCausalLM of a parameter of `llama`."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, layer, rest = name.split(".", 2)
@@ -36,18 +36,28 @@ def published_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """Return our name of a parameter of LlamaForCausalLM. Raises InvalidValue for one that is not known."""
+    """Return the name in `llama` of a parameter of LlamaForCausalLM.
+
+    Args:
+        name: Name in LlamaForCausalLM.
+
+    Returns:
+        Name in `llama`.
+
+    Raises:
+        InvalidValue: The name is unknown.
+    """
     if name in _OUTSIDE_BACK:
         return _OUTSIDE_BACK[name]
     parts = name.split(".", 3)
     known = _IN_BLOCK_BACK.get(parts[3].removesuffix(".weight")) if len(parts) == 4 else None
     if parts[:2] != ["model", "layers"] or not name.endswith(".weight") or known is None:
-        raise InvalidValue(f"{name!r} is not a parameter of LlamaForCausalLM without biases")
+        raise InvalidValue(f"{name!r} is not a parameter of LlamaForCausalLM without biases; remove it")
     return f"blocks.{parts[2]}.{known}.weight"
 
 
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a LlamaForCausalLM under our names; a head tied to the embedding gets a copy of it."""
+    """Rename the weights of a LlamaForCausalLM as in `llama`; a head tied to the embedding gets a copy of it."""
     ours = {our_name(name): weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if "head.weight" not in ours and "embedding.weight" in ours:
         ours["head.weight"] = ours["embedding.weight"].clone()
@@ -55,12 +65,12 @@ def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return our weights under the names of LlamaForCausalLM."""
+    """Rename the weights of a `llama` as in LlamaForCausalLM."""
     return {published_name(name): weight for name, weight in weights.items()}
 
 
 def published_config(config: LlamaConfig) -> dict[str, Any]:
-    """Return the settings of the same model as in the config.json of `transformers`."""
+    """Return the settings of a model as in the config.json of `transformers`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -82,11 +92,17 @@ def published_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def our_config(published: dict[str, Any]) -> LlamaConfig:
-    """Return our settings for a config.json of `transformers`.
+    """Return the settings of `llama` for a config.json of `transformers`.
+
+    Args:
+        published: Content of the config.json.
+
+    Returns:
+        The settings.
 
     Raises:
-        InvalidValue: For a setting that this architecture lacks: biases, scaled rotary positions, another activation, a
-            head size of its own, a hidden size that is no multiple of 8.
+        InvalidValue: `llama` does not support a setting: biases, scaled rotary positions, another activation, another
+            head size than channels / heads, or a hidden size that is not a multiple of 8.
     """
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -101,7 +117,7 @@ def our_config(published: dict[str, Any]) -> LlamaConfig:
         ("intermediate_size", hidden, max(8, round(hidden / 8) * 8)),
     ):
         if found != wanted:
-            raise InvalidValue(f"{name} is {found!r}; llama supports {wanted!r} here")
+            raise InvalidValue(f"{name} is {found!r}; llama supports {wanted!r} only")
     kv_heads = published.get("num_key_value_heads") or heads
     return LlamaConfig(
         vocab_size=published["vocab_size"],

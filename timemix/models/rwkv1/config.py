@@ -35,7 +35,9 @@ class Rwkv1Config(ShiftedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weights == "free" and self.backend in ("blocked", "spectral"):
-            raise InvalidValue(f"model.backend={self.backend!r} needs decomposed weights; free ones take dense")
+            raise InvalidValue(
+                f"model.backend is {self.backend!r}, which does not support model.weights free; choose dense"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""The compiled step: prompts and new tokens of many texts, at the speed at which the weights can be read.
+"""The compiled step: prompts and new tokens of many texts, at the speed of reading the weights from memory.
 
     logits, state = step(tokens, state, rows, counts)
 
-A model's own forward spends most of a decode step in calls of small operators, on one thread. The compiled step is one
-call of C code for the whole model (step.c, which opens with the formula), with weights in float32, bfloat16 or int8. It
-reads prompts too, and a text has the same bits in whatever pieces and company it is read.
+In a model's own forward pass, most of the time of a decode step goes to calls of small operators, on one thread. The
+compiled step is one call of C code for the whole model (step.c, which opens with the formula), with weights in float32,
+bfloat16 or int8. It processes prompts too. The results of a text are bit-identical however it is cut into pieces, and
+whatever other texts are processed with it.
 
-This module lays out in memory what step.c reads. The structures _Linear, _Layer and _Model are those of step.c and
-ops/common/panels.h, field by field.
+This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal those of
+step.c and ops/common/panels.h, field by field.
 """
 
 import ctypes
@@ -39,10 +40,12 @@ from timemix.runtime.threads import share
 
 
 def _int64(x: Tensor) -> Tensor:
+    """Convert to contiguous int64, the format of indices in the C code."""
     return x if x.dtype == torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
+    """Compile and load step.c: the library, or None; and the compiler, or the reason of the failure."""
     return library(Path(__file__).with_name("step.c"))
 
 
@@ -83,14 +86,15 @@ class _Model(ctypes.Structure):
 
 
 class FarSums:
-    """Sums over the past that a state's next positions share (`far` of step.c), one block of positions for each row.
+    """The sums over all earlier blocks for the positions of each row's current block (`far` of step.c).
 
-    They are derived from the state: never saved, and recomputed after a change of the state from outside.
+    They are derived from the state. They are never saved, and they are recomputed if code outside the step changes the
+    state.
 
     Args:
-        owner: the step that computes them.
-        state: a state of rwkv1.
-        block: positions of a block.
+        owner: The step that computes them.
+        state: A state of rwkv1.
+        block: Number of positions of a block.
     """
 
     def __init__(self, owner: "CompiledStep", state: State, block: int) -> None:
@@ -99,35 +103,35 @@ class FarSums:
         self.sums = [
             torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers
         ]
-        # First position of the block that each row has, -1 for none.
+        # First position of the block whose sums each row has; -1: none.
         self.known = torch.full((len(state.position),), -1)
         self._written = _written(state)
 
     def rows_were_written(self, state: State, rows: Tensor) -> None:
-        """Mark rows of the state as overwritten from outside, by one write to each of its tensors.
+        """Discard the sums of rows that were replaced from outside, by one write to each tensor of the state.
 
         Args:
-            state: the state.
-            rows: the rows (R,) that changed.
+            state: The state.
+            rows: Indices of the rows (R,).
         """
         self.known[rows] = -1
-        # Any other number of writes may have changed any row.
+        # If there were more writes than this one, any row may have changed.
         once = [(history, count + 1) for history, count in self._written]
         self._written = _written(state)
         if self._written != once:
             self.known.fill_(-1)
 
     def check(self, state: State) -> None:
-        """Forget the sums of all rows if the state was written from outside since."""
+        """Discard the sums of all rows if code outside the step has written to the state since the last call."""
         if (written := _written(state)) != self._written:
             self.known.fill_(-1)
             self._written = written
 
 
 def _written(state: State) -> list[tuple[int, int]]:
-    """Return the identity of each history, and how often torch wrote into it; the compiled step writes uncounted.
+    """Return the identity of each history, and PyTorch's count of writes to it, without those of the compiled step.
 
-    Tensors of inference mode have no count. There a put makes all rows be recomputed.
+    Tensors of inference mode have no count. There, `State.put` makes the step recompute all rows.
     """
     histories = [layer["numerators"] for layer in state.layers]
     if histories[0].is_inference():
@@ -136,13 +140,13 @@ def _written(state: State) -> list[tuple[int, int]]:
 
 
 class CompiledStep:
-    """The whole model in one call of step.c.
+    """The decode step that computes the whole model in one call of step.c.
 
-    Linear weights are copied into panels (ops/common/panels.h). All other parameters are read where they are.
+    Linear weights are copied into panels (ops/common/panels.h). All other parameters are read in place.
 
     Args:
-        model: a supported model (`build_step` checks).
-        weights: the format that linear weights are rounded to.
+        model: A supported model (`build_step` checks).
+        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
     """
 
     compiled = True
@@ -153,12 +157,12 @@ class CompiledStep:
         self._call = cast(Callable[..., int], found.timemix_step)
         found.timemix_step.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 8]
         self.model = model
-        # The structures and the scratch memory belong to one call at a time.
+        # Only one call at a time may use the structures and the scratch memory.
         self._lock = threading.Lock()
         self._type = WEIGHTS.index(weights)
         self._panel: int = found.timemix_panel()
         self._block: int = found.timemix_block()
-        # The tensors that the structures point to.
+        # Keeps alive the tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
         self._layers = (_Layer * config.layers)(*(self._layer(cast(Rwkv1Block, block)) for block in model.blocks))
@@ -179,15 +183,15 @@ class CompiledStep:
             layer=self._layers,
         )
         self._remembers = isinstance(config, Rwkv1Config)
-        # Numbers of scratch for each row and for each piece, as timemix_step asks for.
+        # Scratch numbers for each row and for each piece, as documented at timemix_step.
         self._sizes_of_scratch = (
             3 * C + max(3 * C, 2 * hidden + C) + max(C, hidden),
             C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
         )
         self._scratch = torch.empty(0)
-        # The bounds of the newest call with one token for each row: most calls are such, one like the other.
+        # Result of `_bounds` for the newest call with one token for each row; most calls are like that.
         self._single = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-        # The tensors of the state that the layers point to.
+        # Tensors of the state that the layers point to.
         self._bound: list[Tensor] = []
         self._far: FarSums | None = None
 
@@ -195,11 +199,15 @@ class CompiledStep:
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
+        """Feed tokens to some rows of a state, see `Step`."""
         with self._lock:
             return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
 
     def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the first token of each piece, the end of the last added (R + 1,), and the wanted tokens."""
+        """Return the bounds of the pieces (R + 1,), and the indices of the tokens whose logits are wanted.
+
+        Piece p is the tokens bounds[p] ... bounds[p + 1] - 1.
+        """
         if counts is None and wanted is None and len(self._single[1]) == rows:
             return self._single
         first = torch.arange(rows + 1) if counts is None else F.pad(_int64(counts).cumsum(0), (1, 0))
@@ -209,6 +217,7 @@ class CompiledStep:
         return found
 
     def _step(self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor) -> tuple[Tensor, State]:
+        """Call step.c for pieces with bounds `first`."""
         known = self._point_to(state)
         per_row, per_piece = self._sizes_of_scratch
         if len(self._scratch) < (size := len(tokens) * per_row + len(rows) * per_piece):
@@ -219,17 +228,21 @@ class CompiledStep:
         pointers = [None if x is None else x.data_ptr() for x in given]
         fault = self._call(ctypes.byref(self._model), len(rows), len(state.position), len(wanted), *pointers)
         if fault == 1:
-            raise InvalidValue(f"a token is outside the vocabulary of {self._model.vocabulary}")
+            token = int(tokens[(tokens < 0) | (tokens >= self._model.vocabulary)][0])
+            raise InvalidValue(f"token {token} is outside the vocabulary of {self._model.vocabulary}; ids start at 0")
         if fault == 2:
-            raise InvalidValue(f"a row would pass {self._model.limit}, the end of this model's context")
+            raise InvalidValue(
+                f"a row would pass {self._model.limit}, the end of this model's context; continue it from a new state"
+            )
         if fault == 3:
             raise InvalidValue(
-                f"a row is not one of the state's {len(state.position)}, or stands at a negative position"
+                f"rows holds an index outside 0 to {len(state.position) - 1}, or a row at a negative position; pass"
+                " rows of this state"
             )
         return logits, state
 
     def _point_to(self, state: State) -> Tensor | None:
-        """Have the layers point to the tensors of a state; return which blocks its far sums are for, if it has any."""
+        """Point the layers to the tensors of a state; return `FarSums.known` of rwkv1, None of rwkv1_exp."""
         tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
         if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
             self._bind(state)
@@ -251,14 +264,14 @@ class CompiledStep:
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
-                # A forward of the model may leave views.
+                # The model's own forward pass may leave views.
                 x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
         self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]
 
     @staticmethod
     def hindrance(model: LanguageModel) -> str | None:
-        """Return why this step cannot run for a model, None where it can."""
+        """Return why this step cannot run for a model; None if it can."""
         config = model.config
         if isinstance(config, Rwkv1Config) and (config.denominator == "weighted" or config.weights == "free"):
             return "there is no compiled step for a weighted denominator or a free W"
@@ -268,21 +281,23 @@ class CompiledStep:
         return None if found else reason
 
     def looks_back(self, position: int) -> int:
-        """Return how many positions of the past a token at a position reads on average.
+        """Return how many past positions a token at a position reads, on average.
 
-        Those of its block, the sums over the blocks before, and a share of what these are computed from.
+        They are those of its block, the sums over the earlier blocks, and its share of the positions that these sums
+        are computed from.
         """
         blocks, rest = divmod(position, self._block)
         return rest + (blocks + 1 if blocks else 0)
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
-        """Return the sizes of the mixer, the same in all layers."""
+        """Return the sizes of the time-mix, which are the same in all layers."""
         ctx_len = config.ctx_len
         if isinstance(config, Rwkv1ExpConfig):
             return {"positions": ctx_len + 1, "modes": config.exponentials, "newest": config.taps}
         return {"positions": ctx_len, "limit": ctx_len, "history": ctx_len}
 
     def _layer(self, block: Rwkv1Block) -> _Layer:
+        """Return the structure of a block, with pointers to its weights; `_bind` adds those of the state."""
         mixer, ffn = block.mixer, cast(ChannelMix, block.ffn)
         linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
         linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}
@@ -297,6 +312,7 @@ class CompiledStep:
         )
 
     def _linear(self, linear: nn.Linear) -> _Linear:
+        """Round the weight of a linear map, and copy it into panels."""
         weight, scale, panel = linear.weight.detach(), None, self._panel
         if WEIGHTS[self._type] == "int8":
             weight, scale = quantized(weight)
@@ -331,8 +347,8 @@ def _tables(mixer: TimeMix) -> dict[str, Tensor | None]:
 def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
     """Return the tables of a layer of rwkv1_exp.
 
-    own and other (H, K): one token on, slot j becomes own_j S_j + other_j S_partner. begin (H, K) is phi(0), fade (H,)
-    is rho. alpha, beta and gamma have one entry more, for all positions from ctx_len on.
+    One token later, slot j becomes own_j S_j + other_j S_partner, with own and other (H, K). begin (H, K) is phi(0) and
+    fade (H,) is rho. alpha, beta and gamma have one more entry, for all positions from ctx_len on.
     """
     curves, end = mixer.curves, mixer.config.ctx_len + 1
     own, sines = turned(curves, torch.ones(()))

@@ -1,4 +1,4 @@
-"""Time-mix whose curves over lags are sums of exponentials: rwkv1 as a recurrent network, with a state of one size."""
+"""Time-mix with curves that are sums of exponentials: rwkv1 as a recurrent network with a state of constant size."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from timemix.ops.rwkv1.exponential import ExpState, exp_state, wkv1_exp
 
 
 class ExpTimeMix(nn.Module):
-    """gamma(t) * output(sigmoid(receptance) * wkv_exp(key, value)), at any position.
+    """The time-mix gamma(t) * output(sigmoid(receptance) * wkv1_exp(key, value)), at any position.
 
-    Past ctx_len alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.rwkv1.ExpState`
+    Past ctx_len, alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.rwkv1.ExpState`
     without the position.
     """
 
@@ -39,13 +39,15 @@ class ExpTimeMix(nn.Module):
 
     @property
     def curves(self) -> Curves:
+        """Parameters of the curves, as `wkv1_exp` takes them."""
         return Curves(self.rate, self.angle, self.coefficients, self.forget, self.taps)
 
     def curve(self) -> Tensor:
-        """f (H, ctx_len) by lag."""
+        """Return f (H, ctx_len) by lag."""
         return curve(self.curves, self.config.ctx_len)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        """Create the state before the first token, for B rows."""
         config = self.config
         state = exp_state(
             batch_size,
@@ -65,10 +67,11 @@ class ExpTimeMix(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """x (B, T, C) to (B, T, C) and the next state."""
+        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
         config, T = self.config, x.shape[1]
         if state is None and config.ctx_len >= T and fused.serves(x):
             return fused_time_mix(self, x, unfading(self.curves, config.ctx_len)), None
+        # (B, T, H, N)
         heads = (*x.shape[:2], config.heads, config.head_size)
         past = None if state is None or position is None else ExpState(position=position, **_own(state))
         k, v, r = joint_linear(x, self.key, self.value, self.receptance)
@@ -76,15 +79,17 @@ class ExpTimeMix(nn.Module):
             k.view(heads), v.view(heads), self.curves, self.alpha, self.beta, config.ctx_len, past, lengths=lengths
         )
         y = self.output(r.sigmoid() * y.flatten(2))
-        # From a state the table is looked up at each position, and its last entry serves for all after it.
+        # From a state, gamma is looked up at each position, and its last entry holds for all later positions.
         end = T if position is None else config.ctx_len + 1
         y = times_gamma(y, None if self.gamma is None else extended(self.gamma, end), position)
         return y, None if past is None else _tensors(past)
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a block's state that belong to the time-mix."""
     return {name: state[name] for name in ("numerators", "denominators", "taps") if name in state}
 
 
 def _tensors(state: ExpState) -> dict[str, Tensor]:
+    """Return the tensors of a state by name, without the position."""
     return {name: x for name, x in state._asdict().items() if x is not None and name != "position"}

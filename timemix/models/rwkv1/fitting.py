@@ -1,10 +1,10 @@
-"""Fits of curves by lag with sums of decaying exponentials.
+"""Fits of sums of decaying exponentials to curves by lag.
 
     fit(lag) = sum_j c_j phi_j(lag)        slots, rate, angle and c (coefficients) as in `ops.rwkv1.exponential`
     error    = sum_lag weight(lag) (f(lag) - fit(lag))^2,   weights of sum 1
 
-The error is minimized over rates, angles and coefficients together, by the method of Levenberg and Marquardt in
-float64. It has many local minima, so there are several starts, and the best result counts:
+The Levenberg-Marquardt method minimizes the error over rates, angles and coefficients together, in float64. The error
+has many local minima, so there are several starts, and the best result is used:
 
     matrix pencil:  the poles of the curve itself (Hua and Sarkar, 1990), at three window lengths
     real rates:     evenly spaced in their logarithm
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
-"""Largest rate: exp(-8) is left one lag later, so a faster decay is no better than a tap."""
+"""Largest rate: after one lag exp(-8) of the curve remains, so a faster decay is no better than a tap."""
 
 MOST_COEFFICIENTS = 20.0
 """Largest sum of |coefficients|, in units of max |f|: large terms that cancel lose digits."""
@@ -34,18 +34,18 @@ STEPS = 200
 """Steps of a refinement."""
 
 MOST_GROWN = 32
-"""Exponentials up to which a fit is grown, and refined in STEPS steps. With more, the other starts are good, and each
-step costs O(K^3)."""
+"""Largest number of exponentials for which a fit is grown, and refined in STEPS steps. With more, the other starts are
+good, and each step costs O(K^3)."""
 
 
 class Fit(NamedTuple):
     """A fit of each curve.
 
     Args:
-        rate: (S, K).
-        angle: (S, K // 2).
-        coefficients: (S, K).
-        error: weighted mean square of f - fit (S,).
+        rate: Decay per token (S, K).
+        angle: Rotation per token in radians (S, K // 2); 0 for two real slots.
+        coefficients: Weights of the slots (S, K).
+        error: Weighted mean square of f - fit (S,).
     """
 
     rate: Tensor
@@ -58,9 +58,9 @@ def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
     """Fit each curve by a sum of exponentials.
 
     Args:
-        f: curves (H, L) by lag.
-        weight: weight of each lag (H, L), >= 0, of any scale.
-        exponentials: K, at most L.
+        f: Curves (H, L) by lag.
+        weight: Weight of each lag (H, L), at least 0, of any scale.
+        exponentials: K, 1 to L.
 
     Returns:
         The best fit found for each curve.
@@ -75,35 +75,35 @@ def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
 
 
 def _better(a: Fit, b: Fit) -> Fit:
-    """Return, curve by curve, the fit of the smaller error."""
+    """Return, for each curve, the fit with the smaller error."""
     first = a.error <= b.error
     return Fit(*(torch.where(first.view(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(a, b, strict=True)))
 
 
 def _real(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Start from real rates, 1 down to 1 / L."""
+    """Return a start with real rates from 1 down to 1 / L: rate (H, K), angle (H, K // 2)."""
     H, L = f.shape
     rate = torch.logspace(0, -math.log10(L), K, dtype=f.dtype).expand(H, K)
     return rate.clone(), f.new_zeros(H, K // 2)
 
 
 def _around(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Start from slow pairs at evenly spaced angles: with K = L these are a Fourier basis, which fits any curve."""
+    """Return a start with slow pairs at evenly spaced angles: with K = L a Fourier basis, which fits any curve."""
     H, _ = f.shape
-    # With K even there is no real exponential for angle 0: the angles are half a step away from it.
+    # If K is even, there is no real exponential at angle 0, so the angles begin half a step from it.
     angle = 2 * math.pi / K * (torch.arange(1, K // 2 + 1, dtype=f.dtype) - (0 if K % 2 else 0.5))
     return f.new_full((H, K), LEAST_RATE), angle.expand(H, K // 2).clone()
 
 
 def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
-    """Start from the poles of the matrix pencil, at several window lengths.
+    """Return starts from the poles of the matrix pencil, at several window lengths.
 
     A sum of K exponentials z_j^lag has a window matrix Y[i, j] = f(i + j) of rank K. Its row space is invariant under a
     shift by one lag, and the eigenvalues of that shift are the poles z_j = exp(-rate + i angle).
     """
     H, L = f.shape
     starts = []
-    # Lags of little weight are multiplied down, so that the poles describe the others.
+    # Lags of little weight are scaled down, so that the poles describe the other lags.
     taper = (weight / weight.amax(1, keepdim=True)).sqrt()
     for length in sorted({L // 2, L // 3, L // 5} - {0}):
         rate, angle = _real(f, K)
@@ -120,9 +120,9 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def _fill_slots(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
-    """Write poles into the slots of one curve, rate (K,) and angle (K // 2,), slowest first, as many as fit.
+    """Store the slowest poles that fit into the slots of one curve, rate (K,) and angle (K // 2,), in place.
 
-    Of a conjugate pair the pole of positive phase counts. A negative real pole, phase pi, becomes a pair.
+    A conjugate pair is represented by its pole of positive phase. A negative real pole, of phase pi, becomes a pair.
     """
     K = len(rate)
     pairs, real = [], []
@@ -142,13 +142,13 @@ def _fill_slots(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
 
 
 def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
-    """Grow a fit by two exponentials at a time, a pair or two real ones from a grid; from one real one if K is odd.
+    """Grow a fit by two exponentials at a time, from a grid: a pair, or two real ones. If K is odd, begin with one.
 
     With the residual `left` and candidates phi_1, phi_2: target_i = sum_lag weight left phi_i and
-    gram_ij = sum_lag weight phi_i phi_j. The best coefficients lower the error by target^T gram^-1 target, the gain.
+    gram_ij = sum_lag weight phi_i phi_j. The best coefficients lower the error by the gain, target^T gram^-1 target.
     """
     H, L = f.shape
-    # New ones come first, so that the odd real one stays last.
+    # New exponentials come first, so that the single real one stays last.
     fit = Fit(f.new_zeros(H, 0), f.new_zeros(H, 0), f.new_zeros(H, 0), (weight * f**2).sum(1))
     if K % 2:
         fit = _refined(f, weight, *_real(f, 1))
@@ -158,18 +158,18 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
     pairs = len(rates) * len(angles)
     grid_rate = torch.cat([rates.repeat_interleave(len(angles))[:, None].expand(-1, 2), reals])
     grid_angle = torch.cat([angles.repeat(len(rates)), rates.new_zeros(len(reals))])[:, None]
-    # (candidates, 2, L), then all products of the two: (candidates * 4, L)
+    # found: the two exponentials of each candidate, (candidates, 2, L). products: phi_i phi_j, (candidates * 4, L)
     found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), torch.arange(L))
     products = (found[:, :, None] * found[:, None]).flatten(0, 2)
-    # (S, candidates, 2, 2); the ridge is for two equal rates.
+    # (S, candidates, 2, 2); the ridge keeps it invertible for two equal rates.
     gram = (weight @ products.t()).view(H, -1, 2, 2) + 1e-9 * torch.eye(2, dtype=f.dtype)
     while fit.rate.shape[1] < K:
         left = f - _values(fit, L)
         # (S, candidates, 2)
         target = ((weight * left) @ found.flatten(0, 1).t()).view(H, -1, 2)
         gain = (target * torch.linalg.solve(gram, target)).sum(-1)
-        # The candidates of largest gain are neighbours of one another, so two kinds are tried: the best pair, and the
-        # best two real ones.
+        # The candidates of largest gain are alike, so one of each kind is tried: the best pair, and the best two real
+        # exponentials.
         tried = []
         for part in (slice(0, pairs), slice(pairs, None)):
             i = gain[:, part].argmax(1)
@@ -206,12 +206,21 @@ def _solved(phi: Tensor, f: Tensor, weight: Tensor) -> Tensor:
 
 
 def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
-    """Refine a fit by the method of Levenberg and Marquardt, over p = (log rate, angle, coefficients).
+    """Refine a fit by the Levenberg-Marquardt method, over p = (log rate, angle, coefficients).
 
         (J J^T + damping diag(J J^T)) step = J residual,   J[p, lag] = sqrt(weight) d fit(lag) / dp
 
-    A step that lowers the cost is taken, and damping falls; else it is dropped, and damping rises. All S curves at
-    once, each with its own damping. A slot keeps its kind, real or of a pair. rate (S, K), angle (S, K // 2).
+    A step that lowers the cost is taken, and damping falls. Any other step is dropped, and damping rises. All S curves
+    are refined at once, each with its own damping. A slot stays real or in its pair.
+
+    Args:
+        f: Curves (S, L) by lag.
+        weight: Weights (S, L) of sum 1.
+        rate: Rates of the start (S, K).
+        angle: Angles of the start (S, K // 2).
+
+    Returns:
+        The refined fit.
     """
     S, L = f.shape
     K = rate.shape[1]
@@ -227,7 +236,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
     phi = phi_of(log_rate, angle)
     c = _solved(phi, f, weight)
     root = weight.sqrt()[:, None]
-    # Without a ridge, coefficients grow without bound in opposite directions where two exponentials meet.
+    # Without a ridge, the coefficients of two exponentials that become equal grow without bound, with opposite signs.
     ridge = 1e-7 * (weight * f**2).sum(1) / f.abs().amax(1).clamp(min=1e-12) ** 2
 
     def cost_of(phi: Tensor, c: Tensor) -> Tensor:
@@ -252,7 +261,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
         normal.diagonal(dim1=1, dim2=2)[:, K + angles :] += ridge[:, None]
         diagonal = normal.diagonal(dim1=1, dim2=2).clone()
         normal.diagonal(dim1=1, dim2=2).add_(damping[:, None] * diagonal + 1e-14)
-        # Bounded: at most a factor of e in a rate, and everything within its range.
+        # A step is bounded: a rate changes by at most a factor of e, and every parameter stays in its range.
         step = torch.linalg.solve(normal, pull)
         new_rate = (log_rate + step[:, :K].clamp(-1, 1)).clamp(math.log(LEAST_RATE), math.log(MOST_RATE))
         new_angle = torch.where(angle != 0, (angle + step[:, K : K + angles]).clamp(1e-4, math.pi), angle)
@@ -266,7 +275,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
         )
         phi = torch.where(better[:, None, None], new_phi, phi)
         cost = torch.where(better, new_cost, cost)
-    # The exact optimum in c, within the bound.
+    # The exact optimum of the coefficients for these exponentials, within the bound.
     c = _solved(phi, f, weight)
     rate = torch.where(paired, log_rate[:, first], log_rate).exp()
     error = (weight * (f - (c[:, :, None] * phi).sum(1)) ** 2).sum(1)
@@ -274,13 +283,13 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """Pair up the slots of x: (S, K, L) -> (S, K // 2, 2, L), without an odd last one."""
+    """Group the slots of x by pairs, without the last one if K is odd: (S, K, L) -> (S, K // 2, 2, L)."""
     result: Tensor = x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
     return result
 
 
 def _of_pairs(x: Tensor, angle: Tensor) -> Tensor:
-    """Move derivatives by the rate of a pair into its first slot: x (S, K, L), the two of a pair added up."""
+    """Add the derivatives x (S, K, L) of both slots of a pair into its first slot, whose rate both have."""
     pairs = _pairs(x)
     added = torch.stack([pairs.sum(2), torch.zeros_like(pairs[:, :, 0])], 2)
     pairs = torch.where((angle != 0)[:, :, None, None], added, pairs)

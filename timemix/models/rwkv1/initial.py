@@ -1,7 +1,7 @@
-"""Initial values of rwkv1 and rwkv1_exp: those of `layers.initial`, and of what only these have.
+"""Initial values of rwkv1 and rwkv1_exp: those of `layers.initial`, and values of the time-mix.
 
-The time-mix key is zero. original: f one. zero: f as `log_decay` says. In rwkv1_exp each f_h is one exponential; the
-others have no weight.
+The time-mix key is zero. f is one with "original", and decays as in `log_decay` with "zero". In rwkv1_exp each f_h
+begins as one exponential; the others have coefficient 0.
 """
 
 import torch
@@ -16,7 +16,7 @@ from timemix.ops.rwkv1.curves import LEAST_RATE
 
 @torch.no_grad()
 def set_initial_values(model: Model) -> None:
-    """Fill every weight in place, from torch's global generator."""
+    """Fill every weight of a model in place, from PyTorch's global generator."""
     config = model.config
     zero = config.initial == "zero"
     decay = log_decay(config.heads, config.ctx_len)
@@ -31,8 +31,9 @@ def set_initial_values(model: Model) -> None:
 
 
 def _set_tables(mixer: TimeMix, decay: Tensor, zero: bool) -> None:
+    """Set the tables of rwkv1; decay is log f (H, ctx_len) of "zero"."""
     if mixer.config.denominator == "weighted":
-        # W is exp(f + alpha + beta): the same W as that of the plain denominator.
+        # W is exp(f + alpha + beta): these logarithms give the same W as with the plain denominator.
         mixer.f.copy_(table_like(mixer.f, decay) if zero else torch.zeros_like(mixer.f))
         if mixer.alpha is not None:
             mixer.alpha.zero_()
@@ -41,9 +42,13 @@ def _set_tables(mixer: TimeMix, decay: Tensor, zero: bool) -> None:
 
 
 def _set_exponentials(mixer: ExpTimeMix, decay: Tensor | None) -> None:
-    """The curves of `zero` (H, ctx_len), or None for the constant 1, in the first slots; the others have no weight yet.
+    """Set the first slot of each head to its initial curve, and the coefficients of the other slots to 0.
 
-    Their rates are spread from one lag to all of ctx_len, so that what a head lacks is near at hand.
+    The rates of the other slots are spread from one lag to all of ctx_len, so that training finds a useful one.
+
+    Args:
+        mixer: The time-mix.
+        decay: log f (H, ctx_len) of "zero"; None: the constant 1.
     """
     _, K = mixer.rate.shape
     ctx_len = mixer.config.ctx_len

@@ -1,4 +1,4 @@
-"""The blocks of rwkv1 and rwkv1_exp, and what these architectures answer."""
+"""The blocks of rwkv1 and rwkv1_exp."""
 
 import torch
 
@@ -17,7 +17,7 @@ from timemix.ops.rwkv1.api import DENSE_UP_TO, blocked_up_to, choose_backend
 
 
 class TimeMixBlock(ShiftedBlock):
-    """A time-mix, then channel-mix, each after norm and token-shift."""
+    """A time-mix, then a channel-mix, each after norm and token-shift."""
 
     Ffn = ChannelMix
 
@@ -27,7 +27,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count 2 ctx_len channels for a product with W, half of that in blocks, less through spectra."""
+        """Count the product with W: 2 ctx_len operations per channel, half of that in blocks, less by spectra."""
         T = config.ctx_len
         products = T
         if blocked_up_to(torch.float32) < T:
@@ -39,7 +39,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Add W of each head: in every layer, or a strip once where it is never written out."""
+        """Count the numbers of `ShiftedBlock`, and W of each head: in all layers if it is dense, else one strip."""
         usual = super().kept(config, rows)
         strip = BLOCK if config.ctx_len > DENSE_UP_TO else config.layers * config.ctx_len
         return Kept(usual.block, usual.products, 4 * config.heads * config.ctx_len * strip)
@@ -71,13 +71,16 @@ class Rwkv1Block(TimeMixBlock):
 
 
 class Rwkv1ExpBlock(TimeMixBlock):
-    """Time-mix whose curves over lags are sums of exponentials: a state of one size at any position."""
+    """Time-mix whose curves over lags are sums of exponentials, with a state of constant size."""
 
     Mixer = ExpTimeMix
 
     @classmethod
     def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:
-        """Past their end the tables are their last quarter's mean already; the curves have no end."""
+        """Cut or extend alpha, beta and gamma; the curves have no end.
+
+        Past their end these tables already count as the mean of their last quarter.
+        """
         tables = {name: x for name, x in weights.items() if name.rpartition(".mixer.")[2] in ("alpha", "beta", "gamma")}
         return weights | {name: resized_table(table, ctx_len) for name, table in tables.items()}
 

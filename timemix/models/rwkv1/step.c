@@ -5,12 +5,13 @@
                       z = shift(norm(x));   x += sigmoid(R' z) output'(act(K' z) V' z)
     logits = head(norm(x))
 
-   A call takes pieces: consecutive tokens of one text each, one new token or a part of a prompt. A row is a token of a
-   piece. All rows share the products with the weights (panels.h); only token-shift and time-mix look along a piece.
-   Weights are float32, bfloat16, or int8 with a scale for each output; all else is float32.
+   A call gets pieces. A piece is consecutive tokens of one text: one new token, or a part of a prompt. A row is one
+   token of a piece. All rows are multiplied by the weights together (panels.h); only token-shift and time-mix connect
+   the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for each output; all other numbers are
+   float32.
 
-   Each number of a row is summed in an order that depends on the row's own position alone. So its bits depend neither on
-   the cut into pieces, nor on other texts, slots or threads. */
+   Each number of a row is summed in an order that depends on the row's own position alone. So its bits do not depend on
+   how texts are cut into pieces, nor on other texts, slots or threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -22,17 +23,17 @@
 #include "ops/common/panels.h"
 #include "ops/common/types.h"
 
-/* Elementwise work on a row is shared in this many parts, whatever the number of threads: the last numbers of a part,
-   fewer than a vector, use another exp than whole vectors, so the bits depend on where parts end. */
+/* Parts into which the elementwise work on a row is divided, for any number of threads. The numbers at the end of a
+   part that do not fill a vector use another exp than full vectors, so the bits depend on where parts end. */
 #define PARTS 8
 
 /* Positions whose sums over the tokens before them, `far`, are computed together. */
 #define BLOCK 64
-/* Targets of such a sum at a time: as many independent chains hide the latency of multiply-add. */
+/* Targets of such a sum at a time: this many independent chains hide the latency of multiply-add. */
 #define TARGETS 8
 
-/* Weights and state of a layer. f_h(lag) of rwkv1 is a table. That of rwkv1_exp is a sum of K exponentials; one token
-   on, slot j becomes own[j] S[j] + other[j] S[partner of j], where slots 2i and 2i+1 are partners. */
+/* Weights and state of a layer. In rwkv1, f_h(lag) is a table. In rwkv1_exp, it is a sum of K exponentials: one token
+   later, slot j of the state becomes own[j] S[j] + other[j] S[partner of j], where slots 2i and 2i+1 are partners. */
 typedef struct {
     const float *mixer_norm[2], *ffn_norm[2]; /* {weight, bias} (C,) */
     const int32_t *distance;                  /* (C,): token-shift distance of each channel */
@@ -71,8 +72,8 @@ int64_t timemix_block(void) { return BLOCK; }
 
 /* in (count, C) = shift(norm(x)) along a piece: in[i, c] = norm(x)[i - distance[c], c].
 
-   past (farthest, C) holds the newest normalized rows before the piece, oldest first, and is moved on. line (farthest +
-   count, C) is scratch: past, then the rows of the piece. */
+   past (farthest, C) is the newest normalized rows before the piece, oldest first; the newest rows of the piece replace
+   them. line (farthest + count, C) is scratch: past, then the rows of the piece. */
 static void norm_shift(const float *x, const float *const norm[2], float epsilon, const layer *l, int64_t count,
                        int64_t C, float *past, float *line, float *in) {
     const int64_t farthest = l->farthest;
@@ -88,9 +89,10 @@ static void add_gated(const float *gate, const float *y, int64_t n, float *x) {
     for (int64_t i = 0; i < n; i++) x[i] += sigmoid(gate[i]) * y[i];
 }
 
-/* sum[r, n] += sum_{u < length} weights[r - u] history[u, n], for r < targets and n < width; history (length, size), sum
-   (targets, size). `width` and `targets` are constants, so that the sums stay in registers while history is read once.
-   Each sum is one chain in order of u. */
+/* sum[r, n] += sum_{u < length} weights[r - u] history[u, n], for r < targets and n < width; history (length, size),
+   sum (targets, size). `weights` points into a curve f: weights[r - u] = f(lag of target r from source u). `width` and
+   `targets` are constants, so that the sums stay in registers while history is read once. Each sum is one chain in
+   order of u. */
 INLINE void look_back(const float *weights, const float *history, int64_t length, int64_t size, const int width,
                       const int targets, float *sum) {
     float held[64];
@@ -102,7 +104,7 @@ INLINE void look_back(const float *weights, const float *history, int64_t length
         for (int n = 0; n < width; n++) sum[r * size + n] += held[r * width + n];
 }
 
-/* TARGETS targets at once, WIDTH numbers of each: vectors written out, which compilers do not find by themselves. */
+/* The same for TARGETS targets and WIDTH numbers, with explicit vectors: compilers do not vectorize these loops. */
 static void look_back_vectors(const float *weights, const float *history, int64_t length, int64_t size, float *sum) {
     vec held[TARGETS] = {{0}};
     for (int64_t u = 0; u < length; u++) {
@@ -135,13 +137,13 @@ static void look_back_all(const float *weights, const float *history, int64_t le
     }
 }
 
-/* Index into alpha, beta and gamma. */
+/* Index of a position in alpha, beta and gamma, whose last entry holds for all later positions. */
 static inline int64_t entry(const model *m, int64_t position) {
     return position < m->positions ? position : m->positions - 1;
 }
 
 /* y (N,) = wkv of one head of one text at t = position, from its key and value (N,); updates the state. Per channel,
-   with x[t] = alpha(t) exp(k[t]) v[t], k clamped as in ops.wkv1:
+   with x[t] = alpha(t) exp(k[t]) v[t], k clamped to [-60, 30]:
 
     D[t] = rho D[t-1] + exp(k[t]),   wkv[t] = beta(t) numerator[t] / D[t]
 
@@ -149,9 +151,9 @@ static inline int64_t entry(const model *m, int64_t position) {
     rwkv1_exp:  S_j[t] = rho (own_j S_j[t-1] + other_j S_partner[t-1]) + phi_j(0) x[t]
                 numerator[t] = sum_j coefficients_j S_j[t] + sum_{lag<M} taps(lag) rho^lag x[t-lag]
 
-   rho = exp(-forget) past ctx_len, else 1. start, the first position of the block of t, is a multiple of BLOCK. far is
-   computed for a whole block at once, as a product of many inputs and many targets, which reads the history once;
-   `begin` says that it is yet to be computed for the block of t. */
+   rho = exp(-forget) from position ctx_len on, else 1. start, a multiple of BLOCK, is the first position of the block
+   of t. far is computed for a whole block at once, as a product of many sources and many targets, which reads the
+   history once. `begin`: far is not computed yet for the block of t. */
 static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, int begin,
                      const float *key, const float *value, float *y) {
     const int64_t N = m->channels / m->heads, K = m->modes, M = m->newest;
@@ -180,7 +182,8 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
         memcpy(y, far + (position - start) * N, N * sizeof(float));
         look_back_all(f + position - start, history + start * N, position + 1 - start, N, 1, y);
     }
-    /* Two at a time: partners read each other's old value. With K odd, the last has no partner (other = 0). */
+    /* Two slots at a time, since partners need each other's old value. If K is odd, the last slot has no partner
+       (other = 0). */
     for (int64_t j = 0; j < K; j += 2) {
         float *a = l->numerators + ((row * m->heads + h) * K + j) * N, *b = j + 1 < K ? a + N : a;
         const int64_t s = h * K + j, t = j + 1 < K ? s + 1 : s;
@@ -193,7 +196,7 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
         }
     }
     float *newest = l->newest + (row * m->heads + h) * M * N;
-    /* From the oldest on: each entry is read before it is overwritten. */
+    /* From the oldest entry to the newest, so that each one is read before it is overwritten. */
     for (int64_t lag = M; lag-- > 0;)
         for (int64_t n = 0; n < N; n++) {
             float *x = newest + (M - 1 - lag) * N + n;
@@ -203,15 +206,19 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
     for (int64_t n = 0; n < N; n++) y[n] = beta * y[n] / total[n];
 }
 
-/* Results of timemix_step, by number in decode.py. */
+/* Results of timemix_step; decode.py has the messages, by number. */
 enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END, NO_SUCH_SLOT };
 
 /* logits (outputs, V) after the rows wanted[i], i < outputs, of some pieces; the formula is at the top of this file.
 
-   Piece p holds the rows first[p] ... first[p + 1] - 1 and belongs to slot[p], all different, of a state with `slots`
-   slots. tokens (rows,). position (slots,) of each slot, which is advanced. known (slots,): the first position of the
-   block that `far` of a slot holds, -1 for none, which is updated; NULL without `far`. `scratch` holds rows (3 C + max(3
-   C, 2 F + C) + max(C, F)) + pieces farthest C numbers. Returns a fault, before anything is written. */
+   slot (pieces,), first (pieces + 1,): piece p is the rows first[p] ... first[p + 1] - 1, and belongs to slot[p] of a
+       state with `slots` slots. The slots of the pieces are all different.
+   tokens (rows,): token ids.
+   position (slots,): tokens of each slot so far; updated.
+   known (slots,): first position of the block whose sums `far` of a slot has, -1 for none; updated. NULL without `far`.
+   scratch: rows (3 C + max(3 C, 2 F + C) + max(C, F)) + pieces farthest C numbers.
+
+   Returns NONE, or a fault before anything is written. */
 int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs, const int64_t *slot,
                  const int64_t *first, int64_t *position, int64_t *known, const int64_t *tokens, const int64_t *wanted,
                  float *logits, float *scratch) {
@@ -227,8 +234,8 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
     /* scratch: x (rows, C), in (rows, C), then k, v, r side by side: (3, rows, C) in time-mix, (2, rows, F) and (rows,
        C) in channel-mix; then mixed (rows, C) or (rows, F); then the lines of norm_shift. */
     float *x = scratch, *in = x + rows * C, *k = in + rows * C, *mixed = k + rows * inner, *lines = mixed + rows * wide;
-    /* One parallel region for the whole step: starting one costs as much as a small product. Each `omp for` ends in a
-       barrier; multiply() does not. */
+    /* The whole step is one parallel region: starting a region costs as much as a small product. Each `omp for` ends in
+       a barrier; multiply() does not. */
 #pragma omp parallel num_threads(m->threads)
     {
 #pragma omp for schedule(static)
@@ -247,8 +254,8 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
             multiply(&l->value, t, in, v, rows);
             multiply(&l->receptance, t, in, r, rows);
 #pragma omp barrier
-            /* mixed = sigmoid(r) wkv(k, v): (rows, C) seen as (rows, H, N). By head first, so that the threads share a
-               long piece. */
+            /* mixed = sigmoid(r) wkv(k, v): (rows, C) as (rows, H, N). The threads share the pairs of head and piece,
+               so that a single long piece keeps all of them busy. */
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < H * pieces; task++) {
                 const int64_t h = task / pieces, p = task % pieces;

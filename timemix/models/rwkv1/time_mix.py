@@ -17,14 +17,14 @@ from timemix.ops.rwkv1.state import Wkv1State, wkv1_state
 
 
 def fusible(config: ModelConfig) -> bool:
-    """Whether C code has the whole of a time-mix but its products."""
+    """Return whether the C kernels can compute a time-mix of these settings except its matrix products."""
     if isinstance(config, Rwkv1Config):
         return config.denominator == "plain" and config.backend in ("auto", *MIXES)
     return isinstance(config, Rwkv1ExpConfig)
 
 
 class Projections(Protocol):
-    """The linear maps and tables that a time-mix of either kind has."""
+    """The linear maps and tables that both kinds of time-mix have."""
 
     @property
     def config(self) -> ShiftedConfig: ...
@@ -39,8 +39,19 @@ class Projections(Protocol):
 
 
 def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
-    """Compute a time-mix from position 0 by the C kernels of `ops.common.fused`; f as `wkv1` takes it."""
+    """Compute a time-mix from position 0 by the C kernels of `ops.common.fused`.
+
+    Args:
+        mixer: The time-mix.
+        x: Rows (B, T, C) in float32 or bfloat16.
+        f: Weights by lag or by pair, as in `wkv1`.
+        backend: Backend, as in `wkv1`.
+
+    Returns:
+        Rows (B, T, C).
+    """
     weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
+    # (B, T, C) -> (B, T, 3 C)
     kvr = F.linear(x, weight.to(x.dtype))
     y = gated_wkv1(kvr, bias, f, mixer.alpha, mixer.beta, mixer.config.heads, backend=backend)
     if mixer.gamma is None:
@@ -50,9 +61,9 @@ def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "aut
 
 
 class TimeMix(nn.Module):
-    """gamma(t) * output(sigmoid(receptance) * wkv(key, value)).
+    """The time-mix gamma(t) * output(sigmoid(receptance) * wkv1(key, value)).
 
-    State: the tensors of `ops.Wkv1State` without the position.
+    State: the tensors of `ops.rwkv1.Wkv1State` without the position.
     """
 
     def __init__(self, config: Rwkv1Config) -> None:
@@ -63,7 +74,7 @@ class TimeMix(nn.Module):
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
-        # A free W holds alpha and beta already; in the weighted form beta cancels between numerator and denominator.
+        # A free W includes alpha and beta. With a weighted denominator beta cancels between numerator and denominator.
         free = config.weights == "free"
         self.f = nn.Parameter(torch.ones(config.heads, *[config.ctx_len] * (2 if free else 1)))
         self.alpha = time_table(config, config.alpha and not free)
@@ -71,6 +82,7 @@ class TimeMix(nn.Module):
         self.gamma = time_gamma(config, config.gamma)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
+        """Create the state before the first token, for B rows."""
         config = self.config
         state = wkv1_state(
             batch_size,
@@ -90,10 +102,11 @@ class TimeMix(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """x (B, T, C) to (B, T, C) and the next state."""
+        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
         config = self.config
         if state is None and fusible(config) and fused.serves(x):
             return fused_time_mix(self, x, self.f, config.backend), None
+        # (B, T, H, N)
         heads = (*x.shape[:2], config.heads, config.head_size)
         past = None
         if state is not None and position is not None:

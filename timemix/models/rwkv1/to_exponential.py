@@ -1,4 +1,4 @@
-"""A trained rwkv1 as a recurrent network: its curves f_h(lag) replaced by sums of decaying exponentials."""
+"""Conversion of a trained rwkv1 to a recurrent network: its curves f_h(lag) become sums of decaying exponentials."""
 
 from dataclasses import dataclass, fields
 from typing import cast
@@ -16,19 +16,29 @@ from timemix.models.rwkv1.fitting import fit_exponentials
 
 
 def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> Rwkv1ExpConfig:
-    """The `rwkv1_exp` that an `rwkv1` becomes.
+    """Return the settings of the `rwkv1_exp` that an `rwkv1` is converted to.
 
-    Raises InvalidValue for another architecture, a free W, a weighted denominator, or numbers outside ctx_len.
+    Args:
+        config: Settings of an `rwkv1`.
+        exponentials: K, number of exponentials of each curve, 1 to ctx_len.
+        taps: M, number of first lags with a parameter of their own, 0 to ctx_len.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidValue: `config` is of another architecture, its W is free, its denominator is weighted, or a number is
+            out of its range.
     """
     if not isinstance(config, Rwkv1Config):
-        raise InvalidValue(f"only rwkv1 can take a constant state; this is a run of {config.arch}")
+        raise InvalidValue(f"a run of {config.arch} cannot get a constant state; use a run of rwkv1")
     if config.weights == "free":
-        raise InvalidValue("a free W has no curves over lags to fit; only decomposed weights can take a constant state")
+        raise InvalidValue("a free W has no curves over lags to fit; use a run with decomposed weights")
     if config.denominator == "weighted":
-        raise InvalidValue("a weighted denominator grows no constant state; only the plain one can")
+        raise InvalidValue("a weighted denominator has no constant state; use a run with the plain one")
     for name, value, least in (("exponentials", exponentials, 1), ("taps", taps, 0)):
         if not least <= value <= config.ctx_len:
-            raise InvalidValue(f"{name} is {value}; it must lie from {least} to the run's ctx_len {config.ctx_len}")
+            raise InvalidValue(f"{name} is {value}; it must be from {least} to the run's ctx_len, {config.ctx_len}")
     same = {field.name: getattr(config, field.name) for field in fields(Rwkv1ExpConfig) if hasattr(config, field.name)}
     return Rwkv1ExpConfig(**same | {"arch": "rwkv1_exp", "exponentials": exponentials, "taps": taps})
 
@@ -38,11 +48,11 @@ class FittedCurve:
     """A curve over lags and its fit.
 
     Args:
-        layer: Of the curve's time-mix.
-        head: Of the curve.
-        error: Root of the weighted mean square that the fit leaves, in units of that of f.
-        f: The curve by lag, ctx_len values, with the growth taken out.
-        fit: The same of the sum of exponentials.
+        layer: Index of the layer.
+        head: Index of the head.
+        error: Weighted root mean square of f - fit, divided by that of f.
+        f: The curve by lag, ctx_len values, after removing the gauge freedom between f, alpha and beta.
+        fit: The fitted sum of exponentials by lag, ctx_len values.
     """
 
     layer: int
@@ -54,14 +64,23 @@ class FittedCurve:
 
 @torch.no_grad()
 def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> tuple[LanguageModel, list[FittedCurve]]:
-    """A model with curves of so many exponentials, and the fit of each head.
+    """Convert a trained rwkv1 to an rwkv1_exp, by a fit of its curves.
 
-    Before the fit the growth that f, alpha and beta can trade without a change of W is taken out (`layers.resize`), as
-    past ctx_len alpha and beta go on with the mean of their last quarter. A lag counts by the pairs of positions that
-    lie so far apart, ctx_len - lag: at 4 exponentials and ctx_len 64 this served better than weights by 1 / t^2 or by
-    the tables, which trust the early positions more than the loss does. The first `taps` lags are exact.
+    Before the fit, the gauge freedom between f, alpha and beta is removed (`layers.resize`), since past ctx_len alpha
+    and beta are the mean of their last quarter. The weight of a lag is the number of pairs of positions at that lag,
+    ctx_len - lag. At 4 exponentials and ctx_len 64 this gave better results than weights by 1 / t^2 or by the tables,
+    which count the early positions more than the loss does. The first `taps` lags are exact.
 
-    Raises InvalidValue as `exponential_config` does.
+    Args:
+        old: The trained model.
+        exponentials: K, number of exponentials of each curve, 1 to ctx_len.
+        taps: M, number of first lags with a parameter of their own, 0 to ctx_len.
+
+    Returns:
+        The model in eval mode, and the fit of each head of each layer.
+
+    Raises:
+        InvalidValue: The model cannot be converted, see `exponential_config`, or its weights are not finite.
     """
     config = exponential_config(old.config, exponentials, taps)
     model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
@@ -73,7 +92,7 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
         tables = level({name: weights[f"blocks.{i}.mixer.{name}"].cpu() for name in names})
         weights |= {f"blocks.{i}.mixer.{name}": table for name, table in tables.items()}
     if any(not x.isfinite().all() for x in weights.values()):
-        raise InvalidValue("the model holds weights that are not finite")
+        raise InvalidValue("the weights of the model are not finite; use another checkpoint")
     f = torch.cat([weights.pop(f"blocks.{i}.mixer.f") for i in range(config.layers)]).double().cpu()
 
     pairs = torch.arange(T, 0, -1, dtype=torch.float64).expand_as(f)
@@ -86,7 +105,7 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
         mixer.angle.copy_(angle)
         mixer.coefficients.copy_(coefficients)
     if taps:
-        # What is left of the curve as it is rounded to the model's numbers.
+        # The rest of the curve, after the exponentials are rounded to the model's dtype.
         for mixer, exact in zip(mixers, f.split(heads), strict=True):
             assert mixer.taps is not None
             mixer.taps.copy_((exact - mixer.curve().cpu())[:, :taps])
@@ -102,4 +121,5 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
 
 
 def _root_mean(x: Tensor) -> Tensor:
+    """Return the root of the mean of each row: (S, L) -> (S,)."""
     return x.mean(1).sqrt()

@@ -1,12 +1,13 @@
-"""Names and layouts of the original 2021 code (RWKV-LM 0.01, 0.02), to ours and back: RWKV, MHA_rotary, _shift, _pro.
+"""Conversion of weights from and to the original 2021 code (RWKV-LM 0.01, 0.02): RWKV, MHA_rotary, _shift, _pro.
 
+    original                                 timemix
     time_w      (H, ctx_len), lag 0 last     f      (H, ctx_len), lag 0 first
     time_alpha  (H, 1, ctx_len)              alpha  (H, ctx_len)
     time_beta   (H, ctx_len, 1)              beta   (H, ctx_len)
     time_gamma  (ctx_len, 1)                 gamma  (ctx_len,)
     head_mix    (H, H, 1, 1)                 head_mix (H, H)
 
-All else has the same layout, so that gradients go the same way as weights.
+All other layouts are the same. A conversion only renames, reverses and reshapes, so it applies to gradients too.
 """
 
 import re
@@ -35,6 +36,7 @@ _TENSORS = {
 
 
 def _parameters(modules: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Map the names of the weight and bias of each module."""
     return {f"{theirs}.{each}": f"{ours}.{each}" for theirs, ours in modules for each in ("weight", "bias")}
 
 
@@ -43,16 +45,37 @@ _TO_THEIRS = [{ours: theirs for theirs, ours in names.items()} for names in _TO_
 
 
 def our_name(name: str) -> str:
-    """Return our name of a parameter of the original. Raises InvalidValue for one that is not known."""
+    """Return the name in timemix of a parameter of the original code.
+
+    Args:
+        name: Name in the original code.
+
+    Returns:
+        Name in timemix.
+
+    Raises:
+        InvalidValue: The name is unknown.
+    """
     return _renamed(name, _TO_OURS, "of the original 2021 code")
 
 
 def published_name(name: str) -> str:
-    """Return the original's name of our parameter. Raises InvalidValue for one that the original lacks."""
+    """Return the name in the original code of a parameter of timemix.
+
+    Args:
+        name: Name in timemix.
+
+    Returns:
+        Name in the original code.
+
+    Raises:
+        InvalidValue: The original code has no such parameter.
+    """
     return _renamed(name, _TO_THEIRS, "that the original 2021 code has")
 
 
 def _renamed(name: str, names: Sequence[dict[str, str]], whose: str) -> str:
+    """Rename a parameter by the maps for names outside and inside blocks."""
     found = re.match(r"blocks\.\d+\.", name)
     block = found[0] if found else ""
     rest = name.removeprefix(block)
@@ -64,16 +87,37 @@ def _renamed(name: str, names: Sequence[dict[str, str]], whose: str) -> str:
 
 
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights, or gradients, of the original under our names and in our layouts."""
+    """Convert weights, or gradients, of the original code to the names and layouts of timemix.
+
+    Args:
+        weights: Tensors by name in the original code.
+
+    Returns:
+        Tensors by name in timemix.
+
+    Raises:
+        InvalidValue: A name is unknown.
+    """
     return {our_name(name): _our_layout(name.rpartition("attn.")[2], x) for name, x in weights.items()}
 
 
 def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return our weights under the original's names and in its layouts. Raises InvalidValue for a free W."""
+    """Convert weights of timemix to the names and layouts of the original code.
+
+    Args:
+        weights: Tensors by name in timemix.
+
+    Returns:
+        Tensors by name in the original code.
+
+    Raises:
+        InvalidValue: The original code has no such parameter, or W is free.
+    """
     return {published_name(name): _their_layout(name, x) for name, x in weights.items()}
 
 
 def _our_layout(table: str, x: Tensor) -> Tensor:
+    """Convert a tensor of the original code, by its name in `attn`, to the layout of timemix."""
     match table:
         case "time_w":
             return x.flip(-1)
@@ -87,10 +131,11 @@ def _our_layout(table: str, x: Tensor) -> Tensor:
 
 
 def _their_layout(name: str, x: Tensor) -> Tensor:
+    """Convert a tensor of timemix, by its name, to the layout of the original code."""
     match name.rpartition(".mixer.")[2]:
         case "f":
             if x.ndim != 2:
-                raise InvalidValue(f"{name} is a free W; the original 2021 code has decomposed ones only")
+                raise InvalidValue(f"{name} is a free W; the original 2021 code supports decomposed ones only")
             return x.flip(-1)
         case "alpha":
             return x.unsqueeze(1)

@@ -1,1 +1,1 @@
-"""What the ops of several architectures share: convolutions, histories, kernels between matrix products."""
+"""Ops that several architectures share: convolutions, histories, C kernels of training and of decode steps."""

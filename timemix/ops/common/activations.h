@@ -5,8 +5,8 @@
     relu2(x) = max(x, 0)^2
     silu(x)  = x sigmoid(x)
 
-   Each in two forms, as in exp.h: activate() for the training kernels, with the derivative; multiply_activated() for
-   the decode steps. */
+   Each has two forms, as in exp.h: activate() for the training kernels, with the derivative, and multiply_activated()
+   for the decode steps. */
 
 #ifndef TIMEMIX_ACTIVATIONS_H
 #define TIMEMIX_ACTIVATIONS_H
@@ -22,7 +22,7 @@ enum activation { GELU, MISH, RELU2, SILU };
 /* Phi(x) = (1 + erf(x / sqrt(2))) / 2, and the density exp(-x^2 / 2) / sqrt(2 pi).
 
    With z = |x| / sqrt(2), s = 1 / (1 + 0.3275911 z): 1 - erf(z) = exp(-z^2) (a1 s + ... + a5 s^5), within 1.5e-7
-   (Abramowitz and Stegun 7.1.26). One exponential serves both results. */
+   (Abramowitz and Stegun 7.1.26). Both results share one exponential. */
 INLINE float normal_distribution(float x, float *density) {
     const float z = fabsf(x) * 0.70710678f, s = 1 / (1 + 0.3275911f * z), e = exp_series(-z * z);
     const float high = 1.421413741f + s * (-1.453152027f + s * 1.061405429f);
@@ -41,8 +41,8 @@ INLINE float activate(enum activation kind, float x, float *slope) {
         return x * below;
     }
     if (kind == MISH) {
-        /* With e = exp(x), n = e (e + 2), d = n + 2: mish = x n / d, mish' = n / d + 4 x e (1 + e) / d^2. One
-           exponential and one division. Past 20 mish(x) = x in float32; the clamp keeps e^2 in range. */
+        /* With e = exp(x), n = e (e + 2), d = n + 2: mish = x n / d, mish' = n / d + 4 x e (1 + e) / d^2, by one
+           exponential and one division. For x > 20, mish(x) = x in float32; the clamp keeps e^2 in range. */
         const float e = exp_series(x > 20 ? 20 : x), n = e * (e + 2), inverse = 1 / (n + 2);
         *slope = (n + 4 * x * e * (1 + e) * inverse) * inverse;
         return x * n * inverse;
@@ -58,12 +58,13 @@ INLINE float activate(enum activation kind, float x, float *slope) {
     return x * s;
 }
 
+/* mish(x) for the decode steps, by the formula in activate(). */
 INLINE float mish(float x) {
     const float e = expf(fminf(x, 20)), n = e * (e + 2);
     return x * n / (n + 2);
 }
 
-/* y[i] = act(key[i]) value[i], i < n. One loop for each kind, so that each is vectorized. */
+/* y[i] = act(key[i]) value[i], i < n. Each kind has its own loop, so that each loop is vectorized. */
 LOCAL void multiply_activated(const float *key, const float *value, int64_t n, int64_t kind, float *y) {
     switch (kind) {
     case GELU:

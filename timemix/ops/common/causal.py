@@ -5,8 +5,8 @@
     causal convolution:  y[t] = sum_{u<=t} f(t-u) x[u]
 
 The running sum is per channel; f is a curve by lag, one per head. The convolution is computed in blocks of L = 256
-outputs: block a .. a+L is one product of an (L, a+L) strip of W with x[0 .. a+L]. As W depends on the lag alone, all
-strips are parts of one (L, T) matrix, so memory grows linearly with time.
+outputs: the block of positions a ... a+L-1 is one product of an (L, a+L) strip of W with x[0 ... a+L-1]. As W depends
+on the lag alone, all strips are parts of one (L, T) matrix, so memory grows linearly with time.
 
 Both sums are accurate for terms of any finite size. A term in the future of an output is never added to it, or is
 multiplied by an exact zero, so an output rounds relative to its own terms alone. Gradients likewise, with past and
@@ -23,7 +23,7 @@ from timemix.ops.common import fused
 from timemix.ops.common.operators import operator
 
 BLOCK = 256
-"""Positions of a block of the convolution."""
+"""L, positions of a block of the convolution."""
 
 _SUM_BLOCK = 16
 """Positions of a block of the running sum."""
@@ -36,12 +36,12 @@ _SUM_SMALL = 2**18
 def running_sum(x: Tensor, reverse: bool) -> Tensor:
     """Sum over time: y[t] = sum_{u<=t} x[u].
 
-    In blocks, by additions of whole rows of channels. `torch.cumsum` goes along time, one channel after another, which
-    is slow in memory.
+    The sum is computed in blocks, by additions of whole rows of channels. `torch.cumsum` runs along time, one channel
+    after another, with strided access to memory, which is slow.
 
     Args:
-        x: terms (B, T, C).
-        reverse: whether to sum over u >= t instead.
+        x: Terms (B, T, C).
+        reverse: Whether to sum over u >= t instead.
 
     Returns:
         y (B, T, C), in x's dtype.
@@ -56,7 +56,8 @@ def running_sum(x: Tensor, reverse: bool) -> Tensor:
 def _sum_in_place(y: Tensor, reverse: bool) -> None:
     """Replace y (B, T, C), contiguous along C, by its running sum.
 
-    Each block is summed on its own, all blocks at once; then each gets the running sum of the totals before it.
+    Each block is summed by itself, all blocks at once. Then each block gets the running sum of the totals of the blocks
+    before it, which is computed by recursion.
     """
     T = y.shape[1]
     blocks = T // _SUM_BLOCK
@@ -68,6 +69,7 @@ def _sum_in_place(y: Tensor, reverse: bool) -> None:
     # (B, T, C) -> (B, blocks, _SUM_BLOCK, C), and the positions left over
     even = y[:, : blocks * _SUM_BLOCK].unflatten(1, (blocks, _SUM_BLOCK))
     rest = y[:, blocks * _SUM_BLOCK :]
+    # totals: (B, blocks - 1, C)
     if reverse:
         _sum_in_place(rest, reverse)
         if rest.shape[1]:
@@ -106,15 +108,15 @@ running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_
 
 @operator("timemix::toeplitz")
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """Lay out curves as matrices: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
+    """Write curves out as matrices: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
 
-    With rows = columns this is W of a whole text, with fewer rows its last rows. Zeros of the future come from padding.
-    So their gradient is cut off, not multiplied by zero: entries there can be infinite.
+    With rows = columns this is W of a whole text, with fewer rows it is the last rows of W. The zeros of the future are
+    padding. So the gradient of these entries, which can be infinite, is dropped and not multiplied by zero.
 
     Args:
-        f: curves (H, ctx_len) by lag, taken as 0 past ctx_len.
-        rows: at most `columns`.
-        columns: positions of the past and present.
+        f: Curves (H, ctx_len) by lag, taken as 0 past ctx_len.
+        rows: Number of rows, at most `columns`.
+        columns: Number of positions of the past and present.
 
     Returns:
         W (H, rows, columns).
@@ -122,7 +124,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
     if fused.serves_lags(f, rows):
         return fused.toeplitz(f, rows, columns)
     f = F.pad(f, (0, max(0, columns - f.shape[1])))[:, :columns]
-    # Window i of f(columns-1) ... f(0), 0 ... 0 is row rows-1-i: (H, columns + rows - 1) -> (H, rows, columns)
+    # Window i of [f(columns-1) ... f(0), 0 ... 0] is row rows-1-i: (H, columns + rows - 1) -> (H, rows, columns)
     windows = F.pad(f.flip(-1), (0, rows - 1)).unfold(-1, columns, 1)
     return _upside_down(windows)
 
@@ -130,7 +132,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
 def _upside_down(windows: Tensor) -> Tensor:
     """Reverse the rows of windows (H, rows, columns)."""
     rows = windows.shape[1]
-    # By index: `flip` would keep the strides of the view, in which neighbouring columns lie apart.
+    # By index: `flip` would return a tensor with the strides of the view, whose rows are not contiguous.
     return windows[:, torch.arange(rows - 1, -1, -1, device=windows.device)]
 
 
@@ -141,7 +143,7 @@ def _(f: Tensor, rows: int, columns: int) -> Tensor:
 
 @operator("timemix::toeplitz_backward")
 def _toeplitz_backward(gradient: Tensor, ctx_len: int) -> Tensor:
-    """Gradient of f: df(lag) = sum of dW[i, j] over the diagonal of that lag; (H, rows, columns) -> (H, ctx_len)."""
+    """Compute df(lag) = sum of dW[i, j] over the diagonal of that lag: (H, rows, columns) -> (H, ctx_len)."""
     by_lag = diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
     return of_length(by_lag, ctx_len).to(gradient.dtype)
 
@@ -166,7 +168,7 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
     """Sum over diagonals: sums[d] = sum of pairs[i, j] over i - j = d, for d = 1 - columns ... rows - 1.
 
     Args:
-        pairs: matrices (H, rows, columns).
+        pairs: Matrices (H, rows, columns).
 
     Returns:
         Sums (H, rows + columns - 1), in at least float32.
@@ -174,19 +176,34 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
     _, rows, columns = pairs.shape
     if fused.serves_lags(pairs, rows):
         return fused.diagonal_sums(pairs)
-    # Rows padded to rows + columns entries, then read as rows of one entry less: each row moves one column further
-    # right than the row above, and diagonals become columns.
+    # Each row is padded to rows + columns entries, and the matrix is then read as rows of one entry less. So each row
+    # moves one column further right than the row above, and diagonals become columns: (H, rows, rows + columns - 1)
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
     return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))
 
 
 def of_length(f: Tensor, ctx_len: int) -> Tensor:
-    """Cut f (H, lags), or pad it with zeros, to (H, ctx_len)."""
+    """Cut f (H, lags), or pad it with zeros, to (H, ctx_len).
+
+    Args:
+        f: Curves (H, lags) by lag.
+        ctx_len: Number of lags wanted.
+
+    Returns:
+        A new tensor (H, ctx_len).
+    """
     return F.pad(f, (0, ctx_len - f.shape[1])) if ctx_len > f.shape[1] else f[:, :ctx_len].clone()
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to sum products of x: float64 for float64, else float32."""
+    """Return the dtype in which to sum products of x.
+
+    Args:
+        x: The tensor.
+
+    Returns:
+        float64 for float64, else float32.
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -194,29 +211,30 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
     """Convolve with one curve per head: y[t] = sum_{u<=t} f(t-u) x[u], at the last positions.
 
-    Products run in x's dtype with float32 accumulation: one for each block of L outputs, (L, U) by (U, B N) for
+    Products run in x's dtype with float32 accumulation: one for each block of L outputs, (L, U) by (U, B N) with
     U = L, 2 L, ... T.
 
     Args:
-        x: sources (B, T, H, N).
-        f: curves (H, ctx_len) by lag, ctx_len >= T.
-        last: number of outputs, 1 to T.
+        x: Sources (B, T, H, N).
+        f: Curves (H, ctx_len) by lag, ctx_len >= T.
+        last: Number of outputs, 1 to T.
 
     Returns:
         y (B, last, H, N), in x's dtype.
     """
     B, T, H, N = x.shape
     L, width = _block(T)
-    # The last L rows of W for `width` positions; the strip of an earlier block is the same, moved along the lags.
+    # The last L rows of W for `width` positions: (H, L, width). The strip of an earlier block is its right part.
     strip = toeplitz(f.to(x.dtype), L, width)
     # (B, T, H, N) -> (H, T, B N)
     rows = x.permute(2, 1, 0, 3).reshape(H, T, B * N)
     parts = []
     for a in range((T - last) // L * L, T, L):
         b = min(a + L, T)
-        # Column `start` of the strip is source 0: f(a + i) stands at [i, start].
+        # Column `start` of the strip belongs to source 0: entry [i, start] is f(a + i).
         start = width - L - a
-        # Batched products of strided matrices run at half the speed; a copy costs a tenth of one.
+        # A copy, at a tenth of the cost of a product: batched products of strided matrices run at half the speed.
+        # (H, b - a, b) by (H, b, B N) -> (H, b - a, B N)
         parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
     y = torch.cat(parts, 1)[:, -last:].contiguous()
     # (H, last, B N) -> (B, last, H, N)
@@ -224,7 +242,7 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
 
 
 def _block(T: int) -> tuple[int, int]:
-    """Return L, the positions of a block, and the positions of all blocks: T rounded up to a multiple of L."""
+    """Return L, the positions of a block, and the positions of all blocks, which is T rounded up to a multiple of L."""
     L = min(BLOCK, T)
     return L, -(-T // L) * L
 
@@ -243,20 +261,22 @@ def _(x: Tensor, f: Tensor, last: int) -> Tensor:
 
 @operator("timemix::causal_convolution_backward")
 def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and f from that of y (B, last, H, N).
+    """Compute the gradients of x and f from dy (B, last, H, N).
 
-    dx[u] = sum_{t>=u} f(t-u) dy[t];  df(lag) = sum_t dy[t] . x[t-lag], over batch and channels of the head.
+    dx[u]   = sum_{t>=u} f(t-u) dy[t]
+    df(lag) = sum_t dy[t] . x[t-lag]        over batch and channels of the head
     """
     B, T, H, N = x.shape
     L, width = _block(T)
     # (B, last, H, N) -> (H, T, B N), zeros before the last positions
     dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
+    # For each block of L sources from a: (H, L, T - a) by (H, T - a, B N) -> (H, L, B N)
     parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
     dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3)
 
-    # All pairs of blocks that lie d blocks apart have the same L x L lags: one product for all of them, whose diagonals
-    # are the lags from d L - L + 1 to d L + L - 1.
+    # All pairs of blocks at a distance of d blocks have the same L x L lags. So one product covers all of them, and its
+    # diagonals are the lags d L - L + 1 ... d L + L - 1.
     blocks = width // L
 
     def rows_by_block(a: Tensor) -> Tensor:

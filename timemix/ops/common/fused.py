@@ -1,17 +1,17 @@
-"""A training step between its matrix products, in C, forward and backward: each function is one pass over memory.
+"""C kernels for a training step between its matrix products, forward and backward: each is one pass over memory.
 
     norm_shift:  y[t, c] = z[t - d(c), c],  z = LayerNorm(x)
     weigh:       source = alpha exp(k) v,   total[t] = sum_{u<=t} exp(k[u]),   gate = sigmoid(r)
     divide:      y = gate beta numerator / total
     gates:       hidden = act(k) v,   gate = sigmoid(r)
     scaled:      y = (x + bias) by
-    toeplitz, diagonal_sums:  as in ops.causal
+    toeplitz, diagonal_sums:  as in ops.common.causal
 
-The backward formulas are in the C files, which fused.c lists. The biases of linear maps are added here, in a pass over
-the data that is needed anyway.
+The backward formulas are in the C files, which fused.c lists. The kernels add the biases of linear maps too, since they
+read the data anyway.
 
-Supported: products in float32 and bfloat16 on the CPU, with a C compiler, outside of code that torch compiles. The
-modules that call these functions have a fallback in PyTorch for everything else.
+Supported: products in float32 and bfloat16 on the CPU, with a C compiler, outside of code that torch.compile compiles.
+The modules that call these functions have a fallback in PyTorch for everything else.
 """
 
 import ctypes
@@ -29,16 +29,16 @@ from torch.nn import functional as F
 from timemix.runtime.native import library
 
 ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
-"""In the order of `enum activation` (ops/common/activations.h)."""
+"""Names of the activations, in the order of `enum activation` (ops/common/activations.h)."""
 
 _TYPES = (torch.float32, torch.bfloat16)
-"""In the order of `enum type` (ops/common/types.h)."""
+"""Dtypes of products, in the order of `enum type` (ops/common/types.h)."""
 
 _PARTS = 16
-"""Parts in which C code sums over rows: a fixed number, so that the bits do not depend on the number of threads."""
+"""Number of parts in which C code sums over rows; it is fixed, so the bits do not depend on the number of threads."""
 
 ENOUGH_ROWS = 64
-"""Rows from which the kernels are faster without gradients too, although weights are joined for each call."""
+"""Number of rows from which the kernels are faster without gradients too, although each call concatenates weights."""
 
 _left_out = False
 
@@ -47,7 +47,7 @@ def serves(x: Tensor) -> bool:
     """Return whether to use these kernels in a model.
 
     Args:
-        x: input of a sublayer (..., C).
+        x: Input of a sublayer (..., C).
 
     Returns:
         False if unsupported, or slower than PyTorch.
@@ -63,8 +63,8 @@ def serves_lags(x: Tensor, rows: int) -> bool:
     """Return whether to use `toeplitz` and `diagonal_sums` of this module.
 
     Args:
-        x: a tensor of the dtype and device of the matrices.
-        rows: rows of a matrix.
+        x: A tensor with the dtype and device of the matrices.
+        rows: Number of rows of a matrix.
 
     Returns:
         False if unsupported, or slower than PyTorch.
@@ -73,6 +73,7 @@ def serves_lags(x: Tensor, rows: int) -> bool:
 
 
 def _takes(x: Tensor) -> bool:
+    """Return whether the kernels support the dtype and device of x, here and now."""
     return (
         x.dtype in _TYPES
         and x.device.type == "cpu"
@@ -83,13 +84,17 @@ def _takes(x: Tensor) -> bool:
 
 
 def available() -> bool:
-    """Return whether the C code could be compiled."""
+    """Return whether the C code can be compiled and loaded.
+
+    Returns:
+        False without a C compiler, or after a failure.
+    """
     return _library()[0] is not None
 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Disable these kernels in a `with` block: for hooks on single linear maps, and to measure PyTorch alone."""
+    """Disable these kernels in a `with` block: for hooks on single linear maps, or to measure PyTorch alone."""
     global _left_out
     before, _left_out = _left_out, True
     try:
@@ -104,16 +109,16 @@ def norm_shift(
     """Apply LayerNorm, then token-shift.
 
     Args:
-        x: (B, T, C), float32.
-        weight: of the norm (C,).
-        bias: of the norm (C,).
-        eps: added to the variance.
-        edges: channels edges[d - 1] to edges[d] come from d positions back, zeros before the first position; those
-            from the last edge on are not shifted.
-        dtype: float32 or bfloat16.
+        x: Rows (B, T, C), float32.
+        weight: Weight of the norm (C,).
+        bias: Bias of the norm (C,).
+        eps: Number that is added to the variance.
+        edges: Channels edges[d - 1] to edges[d] come from d positions back, with zeros before the first position. The
+            channels from the last edge on are not shifted.
+        dtype: Dtype of the result, float32 or bfloat16.
 
     Returns:
-        (B, T, C), in `dtype`.
+        y (B, T, C), in `dtype`.
     """
     result: Tensor = _NormShift.apply(x, _numbers(weight), _numbers(bias), eps, edges, dtype)  # type: ignore[no-untyped-call]
     return result
@@ -124,13 +129,13 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
 
     Args:
         kvr: k, v and r side by side, without bias (B, T, 3 C).
-        bias: their biases (3 C,).
-        alpha: (H, ctx_len), None for 1.
+        bias: Their biases (3 C,).
+        alpha: Weight of each source position (H, ctx_len); None for 1.
         heads: H.
 
     Returns:
-        alpha exp(k) v (H, T, B, N), in the layout of the products that sum it; the running sum of exp(k)
-        (B, T, H, N), in float32; sigmoid(r) (B, T, H, N).
+        source = alpha exp(k) v (H, T, B, N), in the layout of the products that sum it; total, the running sum of
+        exp(k) (B, T, H, N), in float32; gate = sigmoid(r) (B, T, H, N).
     """
     result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(  # type: ignore[no-untyped-call]
         kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads
@@ -142,13 +147,13 @@ def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) 
     """Compute gate beta numerator / total, the output of a time-mix.
 
     Args:
-        numerator: (H, T, B, N).
-        total: as `weigh` returns it.
-        gate: as `weigh` returns it.
-        beta: (H, ctx_len), None for 1.
+        numerator: Weighted sums of the sources (H, T, B, N).
+        total: Denominator (B, T, H, N), from `weigh`.
+        gate: Gate (B, T, H, N), from `weigh`.
+        beta: Weight of each target position (H, ctx_len); None for 1.
 
     Returns:
-        (B, T, H, N), in the dtype of `gate`.
+        y (B, T, H, N), in the dtype of `gate`.
     """
     result: Tensor = _Divide.apply(numerator, total, gate, None if beta is None else _numbers(beta))  # type: ignore[no-untyped-call]
     return result
@@ -159,47 +164,47 @@ def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Te
 
     Args:
         kvr: k (F), v (F) and r (C) side by side, without bias (..., 2 F + C).
-        bias: their biases (2 F + C,).
+        bias: Their biases (2 F + C,).
         channels: C.
-        activation: a name in `ACTIVATION_KINDS`.
+        activation: A name in `ACTIVATION_KINDS`.
 
     Returns:
-        act(k) v (..., F), and sigmoid(r) (..., C).
+        hidden = act(k) v (..., F), and gate = sigmoid(r) (..., C).
     """
     result: tuple[Tensor, Tensor] = _Gates.apply(kvr, _numbers(bias), channels, activation)  # type: ignore[no-untyped-call]
     return result
 
 
 def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
-    """Compute (x + bias) by.
+    """Add a bias and multiply by a factor: (x + bias) by.
 
     Args:
-        x: (..., C); (B, T, C) for a factor by position.
-        bias: (C,).
-        by: a factor of x's shape, or one for each position (ctx_len,).
+        x: Rows (..., C); (B, T, C) if there is one factor for each position.
+        bias: Bias (C,).
+        by: Factors of the shape of x, or one for each position (ctx_len,), ctx_len >= T.
 
     Returns:
-        The shape and dtype of x.
+        y, in the shape and dtype of x.
 
     Raises:
-        ValueError: fewer factors than positions.
+        ValueError: There are fewer factors than positions.
     """
     if by.ndim == 1 and len(by) < x.shape[1]:
-        raise ValueError(f"{len(by)} numbers are too few for {x.shape[1]} positions")
+        raise ValueError(f"by has {len(by)} factors for {x.shape[1]} positions; pass one for each position")
     result: Tensor = _Scaled.apply(x, _numbers(bias), _numbers(by) if by.ndim == 1 else by.to(x.dtype))  # type: ignore[no-untyped-call]
     return result
 
 
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """Lay out curves as matrices, as `causal.toeplitz`, without gradients.
+    """Write curves out as matrices, as `causal.toeplitz` does, without gradients.
 
     Args:
-        f: (H, ctx_len) by lag.
-        rows: at most `columns`.
-        columns: positions.
+        f: Curves (H, ctx_len) by lag.
+        rows: Number of rows, at most `columns`.
+        columns: Number of positions.
 
     Returns:
-        (H, rows, columns).
+        W (H, rows, columns).
     """
     matrices = f.new_empty(len(f), rows, columns)
     _call("timemix_toeplitz", f, *map(ctypes.c_int64, (*matrices.shape, f.shape[1])), f.contiguous(), matrices)
@@ -207,13 +212,13 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def diagonal_sums(pairs: Tensor) -> Tensor:
-    """Sum over diagonals, as `causal.diagonal_sums`, without gradients.
+    """Sum over diagonals, as `causal.diagonal_sums` does, without gradients.
 
     Args:
-        pairs: (H, rows, columns).
+        pairs: Matrices (H, rows, columns).
 
     Returns:
-        (H, rows + columns - 1), float32.
+        Sums (H, rows + columns - 1), float32.
     """
     H, rows, columns = pairs.shape
     sums = pairs.new_empty(H, rows + columns - 1, dtype=torch.float32)
@@ -228,12 +233,13 @@ def _numbers(x: Tensor) -> Tensor:
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    # NaN must stay NaN: it is the sign of a run that diverged.
+    """Compile and load fused.c: the library, or None; and the compiler, or the reason of the failure."""
+    # NaN must stay NaN: it shows that a run diverged.
     return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={_PARTS}")
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> Any:
-    """Call a C function for products in the dtype of `like`. Tensors are passed by address, None as NULL."""
+    """Call a C function for products in the dtype of `like`; tensors are passed by address, and None as NULL."""
     code, _ = _library()
     assert code is not None
     first = (_TYPES.index(like.dtype), torch.get_num_threads())
@@ -264,7 +270,7 @@ class _Ffn(ctypes.Structure):
 
 
 class _NormShift(torch.autograd.Function):
-    """ops/common/norm_shift.c."""
+    """Autograd function for the kernels of ops/common/norm_shift.c."""
 
     @staticmethod
     def forward(
@@ -282,14 +288,14 @@ class _NormShift(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        # Sums over parts of the rows.
+        # Sums over parts of the rows: (_PARTS, C)
         dweight, dbias = x.new_empty(2, _PARTS, x.shape[-1])
         _call("timemix_norm_shift_back", dy, ctx.shift, x, weight, mean, scale, dy, dx, dweight, dbias)
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
 
 
 class _Weigh(torch.autograd.Function):
-    """weigh of ops/rwkv1/time_mix.c."""
+    """Autograd function for the kernels `weigh` of ops/rwkv1/time_mix.c."""
 
     @staticmethod
     def forward(ctx: Any, kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,7 +319,7 @@ class _Weigh(torch.autograd.Function):
 
 
 class _Divide(torch.autograd.Function):
-    """divide of ops/rwkv1/time_mix.c."""
+    """Autograd function for the kernels `divide` of ops/rwkv1/time_mix.c."""
 
     @staticmethod
     def forward(ctx: Any, numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
@@ -333,7 +339,7 @@ class _Divide(torch.autograd.Function):
 
 
 def _sizes(gate: Tensor, table: Tensor | None) -> _Sizes:
-    """Sizes from gate (B, T, H, N), and alpha or beta."""
+    """Return the sizes that the C code needs, from gate (B, T, H, N), and alpha or beta."""
     return _Sizes(*gate.shape, *((0, None) if table is None else (table.shape[1], table.data_ptr())))
 
 
@@ -344,6 +350,7 @@ def _by_sequence(table: Tensor | None, gate: Tensor) -> Tensor | None:
 
 
 def _sum_of_table(by_sequence: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """Sum the gradient of a table over the sequences."""
     if by_sequence is None or table is None:
         return None
     # (B, H, T) -> (H, ctx_len)
@@ -351,7 +358,7 @@ def _sum_of_table(by_sequence: Tensor | None, table: Tensor | None) -> Tensor | 
 
 
 class _Gates(torch.autograd.Function):
-    """ops/common/gates.c."""
+    """Autograd function for the kernels of ops/common/gates.c."""
 
     @staticmethod
     def forward(ctx: Any, kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Tensor, Tensor]:
@@ -374,7 +381,7 @@ class _Gates(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """ops/common/scale.c."""
+    """Autograd function for the kernels of ops/common/scale.c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
@@ -399,7 +406,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _rows(x: Tensor, by: Tensor) -> Iterator[ctypes.c_int64]:
-    """Return B, T and C; with a factor of x's shape, positions do not matter: (B T, 1, C)."""
+    """Return B, T and C; with a factor of the shape of x, whose positions do not matter, B T, 1 and C."""
     sizes = x.shape if by.ndim == 1 else (x.shape[:-1].numel(), 1, x.shape[-1])
     return map(ctypes.c_int64, sizes)
 

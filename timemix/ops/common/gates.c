@@ -77,7 +77,7 @@ void timemix_gates(int64_t type, int64_t threads, const ffn *f, const void *kvr,
     }
 }
 
-/* dkvr (rows, 2 F + C); dbias (PARTS, 2 F + C): sums over parts of the rows, the same parts whatever the threads. */
+/* dkvr (rows, 2 F + C); dbias (PARTS, 2 F + C): sums over parts of the rows, the same for any number of threads. */
 void timemix_gates_back(int64_t type, int64_t threads, const ffn *f, const void *kvr, const float *bias,
                         const void *gate, const void *dhidden, const void *dgate, void *dkvr, float *dbias) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
-    """Write new entries at each row's position, in place unless gradients are recorded.
+    """Store new entries at each row's position, in place unless gradients are recorded.
 
     Args:
-        history: (B, H, ctx_len, N).
-        new: (B, H, T, N).
-        position: tokens seen by each row (B,).
-        lengths: entries of `new` that count (B,), 1 to T; None for T.
+        history: Entries of each position (B, H, ctx_len, N).
+        new: New entries (B, H, T, N).
+        position: Number of earlier tokens of each row (B,).
+        lengths: Number of entries of `new` that count (B,), 1 to T; None: all T.
 
     Returns:
         The history (B, H, ctx_len, N).
@@ -43,9 +43,9 @@ def lags(position: Tensor, T: int, U: int) -> Tensor:
     """Return the lag t - u of every position u from each row's next T positions t.
 
     Args:
-        position: tokens seen by each row (B,).
-        T: number of targets.
-        U: number of sources.
+        position: Number of earlier tokens of each row (B,).
+        T: Number of targets.
+        U: Number of sources.
 
     Returns:
         Lags (B, T, U), negative in the future.
@@ -58,13 +58,13 @@ def weights_at(f: Tensor, lag: Tensor) -> Tensor:
     """Look up f by lag.
 
     Args:
-        f: weights (H, ctx_len) by lag.
-        lag: (B, T, U), negative in the future.
+        f: Weights (H, ctx_len) by lag.
+        lag: Lags (B, T, U), negative in the future.
 
     Returns:
         Weights (B, H, T, U), 0 in the future.
     """
-    # Clamped above too: padding may be past the table's end. (H, B, T, U) -> (B, H, T, U)
+    # The clamp has an upper bound too: padding may be past the end of the table. (H, B, T, U) -> (B, H, T, U)
     return torch.where(lag >= 0, f[:, lag.clamp(0, f.shape[1] - 1)], 0).transpose(0, 1)
 
 
@@ -72,10 +72,10 @@ def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
     """Look up f by pair of positions.
 
     Args:
-        f: weights (H, ctx_len, ctx_len) by target and source.
-        position: tokens seen by each row (B,).
-        T: number of targets.
-        U: number of sources.
+        f: Weights (H, ctx_len, ctx_len) by target and source.
+        position: Number of earlier tokens of each row (B,).
+        T: Number of targets.
+        U: Number of sources.
 
     Returns:
         Weights (B, H, T, U), 0 in the future.
@@ -89,11 +89,11 @@ def extended(table: Tensor, length: int) -> Tensor:
     """Extend a table by the mean of its last quarter.
 
     Args:
-        table: (..., ctx_len).
-        length: entries wanted.
+        table: Table (..., ctx_len).
+        length: Number of entries wanted.
 
     Returns:
-        (..., length), or the table itself if that is no longer.
+        Table (..., length), or the given table if `length` is at most ctx_len.
     """
     ctx_len = table.shape[-1]
     if length <= ctx_len:

@@ -9,7 +9,8 @@
 
 /* matrices (H, rows, columns) from f (H, lags), rows <= columns; f is 0 past its end.
 
-   Row i is f read backwards, between zeros of lags past the end of f on its left, and of the future on its right. */
+   Row i is f reversed, up to lag 0 in column `last`. On the left are zeros for lags past the end of f, on the right
+   zeros for the future. */
 void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, int64_t lags,
                       const void *f, void *matrices) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -19,7 +20,7 @@ void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, in
         const void *of_head = (const char *)f + row / rows * lags * size;
         char *y = (char *)matrices + row * columns * size;
         memset(y, 0, first * size);
-        /* Copied as integers or floats, never widened: numbers keep their bits. */
+        /* Copied without conversion, so that the bits stay the same. */
         if (type == FLOAT32)
             for (int64_t j = first; j < end; j++) ((float *)y)[j] = ((const float *)of_head)[last - j];
         else
@@ -30,7 +31,7 @@ void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, in
 
 /* sums (H, rows + columns - 1) over the diagonals i - j = 1 - columns ... rows - 1 of pairs (H, rows, columns).
 
-   A thread takes whole heads: the rows of a head add to the same sums, in a fixed order. */
+   Each thread computes whole heads: the rows of a head are added to the same sums, in a fixed order. */
 void timemix_diagonal_sums(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, const void *pairs,
                            float *sums) {
     memset(sums, 0, H * (rows + columns - 1) * sizeof(float));

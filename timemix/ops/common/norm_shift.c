@@ -4,8 +4,8 @@
     z[t, c]    = unit[t, c] weight[c] + bias[c]
     y[t, c]    = z[t - d(c), c],   0 for t < d(c)
 
-   d(c) is the shift distance of a channel. Backward, with dz[t, c] = dy[t + d(c), c] (0 past the last position) and g =
-   dz weight:
+   d(c) is the shift distance of a channel. Backward, with dz[t, c] = dy[t + d(c), c] (0 past the last position) and
+   g = dz weight:
 
     dweight[c] = sum_t dz unit,   dbias[c] = sum_t dz
     dx[t, c]   = r (g - mean_c(g) - unit mean_c(g unit)) */
@@ -21,8 +21,8 @@ typedef struct {
     int64_t B, T, C;
 } shift;
 
-/* One row, b T + t: reads x[b, t, :], writes y[b, t + d(c), c]. Writing ahead rather than reading behind: mean and
-   variance of the row are at hand. */
+/* One row, b T + t: reads x[b, t, :], writes y[b, t + d(c), c]. It writes to later rows, and does not read earlier
+   ones, because it has the mean and variance of this row alone. */
 INLINE void norm_shift(enum type type, const shift *s, int64_t row, const float *x, const float *weight,
                        const float *bias, float epsilon, void *y, float *mean, float *scale) {
     const int64_t C = s->C, t = row % s->T;
@@ -46,8 +46,8 @@ INLINE void norm_shift(enum type type, const shift *s, int64_t row, const float 
     }
 }
 
-/* y (B, T, C) of `type` from x (B, T, C) float32; weight and bias (C,). mean and scale = r (B, T) are saved for
-   the backward pass. */
+/* y (B, T, C) of `type` from x (B, T, C) float32; weight and bias (C,). mean and scale = r (B, T) are results for the
+   backward pass. */
 void timemix_norm_shift(int64_t type, int64_t threads, const shift *s, const float *x, const float *weight,
                         const float *bias, float epsilon, void *y, float *mean, float *scale) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -62,7 +62,7 @@ INLINE void norm_shift_back(enum type type, const shift *s, int64_t row, const f
                             float r, const void *dy, float *dx, float *dweight, float *dbias, float *g, float *unit) {
     const int64_t C = s->C;
     float sum = 0, product = 0;
-    /* g = dz: each channel's gradient from d(c) positions ahead. */
+    /* g = dz: the gradient of each channel, from d(c) positions later. */
     for (int64_t n = 0; n <= s->groups; n++) {
         const int64_t first = s->edge[n], end = n < s->groups ? s->edge[n + 1] : C, d = n < s->groups ? n + 1 : 0;
         if (row % s->T + d < s->T) {

@@ -1,4 +1,4 @@
-"""Functions of tensors that torch.compile does not look into, without the cost of a custom operator elsewhere."""
+"""Functions of tensors that are opaque to torch.compile, without the cost of a custom operator in eager code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class Operator:
-    """A function that is a custom operator of torch in compiled code and for selective recomputation, else itself.
+    """A function that is a custom PyTorch operator in compiled code and for selective recomputation, else plain Python.
 
-    On the first call of a custom operator torch imports its compiler, which takes longer than generating a short text.
-    Else gradients therefore come from a `torch.autograd.Function`.
+    On the first call of a custom operator PyTorch imports its compiler, which takes longer than to generate a short
+    text. So in eager code a `torch.autograd.Function` provides the gradients instead.
 
     Args:
-        name: name of the operator, "timemix::NAME".
-        function: a function of tensors and numbers that writes into none of its arguments.
+        name: Name of the operator, "timemix::NAME".
+        function: Function of tensors and numbers that does not change its arguments.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -27,7 +27,12 @@ class Operator:
         self.__doc__ = function.__doc__
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """Register the gradients of all arguments, as for `torch.library.custom_op`."""
+        """Register the gradients of all arguments, as for `torch.library.custom_op`.
+
+        Args:
+            backward: Function from (ctx, gradient of the result) to the gradients of the arguments.
+            setup_context: Function of (ctx, inputs, output) that saves in ctx what `backward` needs.
+        """
         self.custom.register_autograd(backward, setup_context=setup_context)
         parts = {"forward": self.function, "setup_context": setup_context, "backward": backward}
         methods = {name: staticmethod(part) for name, part in parts.items()}
@@ -41,7 +46,7 @@ class Operator:
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:
-    """Whether a mode (as of selective recomputation) or a class of traced tensors looks at each operator."""
+    """Return whether a dispatch mode, as of selective recomputation, or a tensor subclass observes each operator."""
     if _get_current_dispatch_mode() is not None:
         return True
     return any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)
@@ -51,7 +56,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Return a decorator that turns a function into an `Operator`.
 
     Args:
-        name: name of the operator, "timemix::NAME".
+        name: Name of the operator, "timemix::NAME".
 
     Returns:
         The decorator.

@@ -1,15 +1,15 @@
-/* Linear maps of a few rows, at the speed at which the weights are read from memory.
+/* Linear maps of a few rows, at the speed of reading the weights from memory.
 
     y[r, o] = scale[o] sum_i x[r, i] weight[o, i] + bias[o]
 
-   x, y, scale and bias are float32; weight is float32, bfloat16 or int8. scale is for int8 alone.
+   x, y, scale and bias are float32; weight is float32, bfloat16 or int8. Only int8 has a scale.
 
-   Layout: weight (outputs, inputs) -> (panels, inputs, PANEL). A panel holds, for each input, the weights of PANEL
-   outputs side by side. So a product reads one continuous stream, and needs no sum across the lanes of a vector. Zeros
-   fill the last panel.
+   Layout: weight (outputs, inputs) -> (panels, inputs, PANEL). A panel has, for each input, the weights of PANEL
+   outputs side by side. So a product reads one contiguous stream, and needs no sum across the lanes of a vector. The
+   last panel is filled up with zeros.
 
-   Each output is one chain of multiply-adds over the inputs in ascending order, for any number of rows and of threads: a
-   row has the same bits alone and among others. */
+   Each output is one chain of multiply-adds over the inputs in ascending order, for any number of rows and threads. So
+   a row is bit-identical alone and among others. */
 
 #ifndef TIMEMIX_PANELS_H
 #define TIMEMIX_PANELS_H
@@ -22,7 +22,7 @@
 #define VECTORS 4
 #define PANEL (VECTORS * WIDTH)
 
-/* Rows at a time: the sums of a panel, ROWS * VECTORS, fit the registers, 32 of AVX-512 and 16 otherwise. */
+/* Rows at a time: the sums of a panel, ROWS * VECTORS, fit into the registers, 32 with AVX-512 and 16 otherwise. */
 #if defined(__AVX512F__)
 #define ROWS 6
 #else
@@ -43,8 +43,8 @@ typedef struct {
 
 /* y[r, first + o] = scale sum_i x[r, i] weight[first + o, i] + bias, for r < rows and o < count <= PANEL.
 
-   x (rows, inputs), y (rows, outputs); `first` is a multiple of PANEL. `rows`, up to ROWS, is a constant: all sums are
-   held in registers, each weight is loaded once for all rows. */
+   x (rows, inputs), y (rows, outputs); `first` is a multiple of PANEL. `rows`, up to ROWS, is a constant, so that all
+   sums stay in registers. Each weight is loaded once for all rows. */
 INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            const int rows) {
     const int64_t inputs = l->inputs, at = first * inputs;
@@ -69,7 +69,7 @@ INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const
     }
 }
 
-/* The same for the rows of a block, 1 to ROWS. */
+/* The same for a variable number of rows, 1 to ROWS. */
 INLINE void multiply_block(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            int64_t rows) {
     switch (rows) {
@@ -86,8 +86,8 @@ INLINE void multiply_block(const linear *l, int64_t first, enum type type, const
 
 /* y (rows, outputs) = x (rows, inputs) weight^T + bias; `type` is that of the weights.
 
-   For use inside a parallel region: the threads share the panels, and the blocks of rows of each. There is no barrier
-   at the end, so that several maps can follow one another; the caller adds it. */
+   For use inside a parallel region: the threads share the pairs of a panel and a block of rows. There is no barrier at
+   the end, so that several maps can follow one another; the caller adds it. */
 LOCAL void multiply(const linear *l, int64_t type, const float *x, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp for collapse(2) schedule(static) nowait

@@ -8,7 +8,7 @@
 
 #include "ops/common/types.h"
 
-/* One row (C,). gate NULL: times *gamma. */
+/* One row (C,): by is gate, or *gamma if gate is NULL. */
 INLINE void scale(enum type type, int64_t row, int64_t C, const void *x, const float *bias, const void *gate,
                   const float *gamma, void *y) {
     if (gate) {
@@ -21,7 +21,7 @@ INLINE void scale(enum type type, int64_t row, int64_t C, const void *x, const f
     }
 }
 
-/* y (B, T, C) from x (B, T, C), bias (C,), and gate (B, T, C) or, where gate is NULL, gamma (T,). */
+/* y (B, T, C) from x (B, T, C), bias (C,), and gate (B, T, C) or, if gate is NULL, gamma (T,). */
 void timemix_scale(int64_t type, int64_t threads, int64_t B, int64_t T, int64_t C, const void *x, const float *bias,
                    const void *gate, const float *gamma, void *y) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -32,7 +32,7 @@ void timemix_scale(int64_t type, int64_t threads, int64_t B, int64_t T, int64_t 
     }
 }
 
-/* One row: dx and dgate (C,), or the row's gradient of gamma as the result; adds to dbias (C,). */
+/* One row: dx (C,), and dgate (C,) or, if gate is NULL, the row's part of dgamma as the result; adds to dbias (C,). */
 INLINE float scale_back(enum type type, int64_t row, int64_t C, const void *x, const float *bias, const void *gate,
                         const float *gamma, const void *dy, void *dx, float *dbias, void *dgate) {
     float sum = 0;
@@ -56,7 +56,7 @@ INLINE float scale_back(enum type type, int64_t row, int64_t C, const void *x, c
     return sum;
 }
 
-/* dx (B, T, C), and dgate (B, T, C) or dgamma (B, T), which the caller sums over B; the unused of the two is NULL.
+/* dx (B, T, C), and either dgate (B, T, C) or dgamma (B, T), which the caller sums over B; the other pointer is NULL.
    dbias (PARTS, C): sums over parts of the rows, the same parts for any number of threads. */
 void timemix_scale_back(int64_t type, int64_t threads, int64_t B, int64_t T, int64_t C, const void *x,
                         const float *bias, const void *gate, const float *gamma, const void *dy, void *dx, float *dbias,

@@ -1,9 +1,9 @@
-"""The causal convolution through spectra of blocks of time: O(T^1.5), as accurate as direct summation.
+"""The causal convolution by spectra of blocks of time: it costs O(T^1.5) and is as accurate as direct summation.
 
     y[t] = sum_{u<=t} f(t-u) x[u]
 
-Time is cut into n blocks of L positions, x_0 ... x_{n-1}. The sum within a block is direct. The sum from block j to a
-later block i is a product of spectra at L + 1 frequencies; the products for block i are added up before one inverse
+Time is cut into n blocks of L positions, x_0 ... x_{n-1}. The sum within a block is direct. The contribution of block j
+to a later block i is a product of spectra at L + 1 frequencies. All products for block i are summed before one inverse
 transform (a uniformly partitioned convolution):
 
     y_i = tri(f) x_i + A^T sum_{d>=1} G_d (A x_{i-d})
@@ -11,13 +11,14 @@ transform (a uniformly partitioned convolution):
 A is the real discrete Fourier transform of a block padded to 2 L, scaled so that its transpose is the inverse. G_d is
 the spectrum of f at the 2 L - 1 lags around d L. tri(f) is the L x L Toeplitz matrix of f.
 
-Accuracy: a Fourier transform rounds relative to the largest of its inputs. Here every input of a transform lies in the
-past of every output that it reaches, so rounding is relative to the past alone; in the gradients, to the future alone.
+Accuracy: the rounding error of a Fourier transform is relative to the largest of its inputs. Here every input of a
+transform is in the past of every output that it reaches. So the error is relative to terms of the past alone, and in
+the gradients to terms of the future alone.
 
-Cost: every step, the transforms too, is a matrix product. With L near sqrt(T) they take about 53 sqrt(T) operations for
-each of the T C values, forward and backward; direct summation takes 6 T. An FFT library needs fewer operations, but is
-limited by memory. The direct part runs in x's dtype, spectra in at least float32. Heads are processed one after
-another, so that intermediate values stay in the processor's cache.
+Cost: every step is a matrix product, and so are the transforms. With L near sqrt(T) they take about 53 sqrt(T)
+operations for each of the T C values, forward and backward. Direct summation takes 6 T. An FFT library needs fewer
+operations, but memory limits its speed. The direct part runs in x's dtype, spectra in at least float32. Heads are
+processed one after another, so that intermediate values stay in the processor's cache.
 """
 
 from functools import lru_cache
@@ -35,10 +36,10 @@ def block_length(T: int) -> int:
     """Return L, the positions of a block.
 
     Args:
-        T: positions of the text.
+        T: Number of positions of the text.
 
     Returns:
-        About 1.4 sqrt(T), a multiple of 16: there transforms and products of spectra cost about the same.
+        A multiple of 16 near 1.4 sqrt(T): at this L, transforms and products of spectra cost about the same.
     """
     result: int = max(16, round(1.4 * T**0.5 / 16) * 16)
     return result
@@ -48,11 +49,11 @@ def block_length(T: int) -> int:
 def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
     """Convolve with one curve per head: y[t] = sum_{u<=t} f(t-u) x[u].
 
-    Memory grows linearly with time, but for the spectra (2, L + 1, n, n) of one head's curve.
+    Memory grows linearly with time, except for the spectra (2, L + 1, n, n) of one head's curve.
 
     Args:
-        x: sources (B, T, H, N).
-        f: curves (H, ctx_len) by lag, ctx_len >= T.
+        x: Sources (B, T, H, N).
+        f: Curves (H, ctx_len) by lag, ctx_len >= T.
 
     Returns:
         y (B, T, H, N), in x's dtype.
@@ -68,7 +69,7 @@ def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
         source = _cut(x[:, :, h], L, n)
         target = (near[h] @ source).to(wide.dtype)
         if n > 1:
-            # At each frequency (n, n) by (n, B N), the sum over d; then back: (2 (L+1), n B N) -> (L, n B N)
+            # The sum over d, at each frequency (n, n) by (n, B N); then A^T, from (2 (L+1), n B N) to (L, n B N)
             spectra = _complex_product(_filter_spectra(wide[h], E, n), _spectra(A, source, n))
             target.addmm_(A.t(), spectra.view(len(A), -1))
         _join(target, n, y[:, :, h])
@@ -82,10 +83,11 @@ def _(x: Tensor, f: Tensor) -> Tensor:
 
 @operator("timemix::spectral_convolution_backward")
 def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and f from that of y.
+    """Compute the gradients of x and f from dy (B, T, H, N).
 
-    dx_j = tri(f)^T dy_j + A^T sum_{d>=1} conj(G_d) (A dy_{j+d});  the spectrum of df around d L is the sum over i of
-    (A dy_i) conj(A x_{i-d}), over batch and channels.
+    dx_j = tri(f)^T dy_j + A^T sum_{d>=1} conj(G_d) (A dy_{j+d})
+    dG_d = sum_i (A dy_i) conj(A x_{i-d}), over batch and channels
+    df   = E^T dG_d at the lags around d L (E: see _transforms)
     """
     T, wide = x.shape[1], f.to(sum_dtype(x))
     L, n = _blocks(T)
@@ -96,18 +98,18 @@ def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tu
     for h in range(x.shape[2]):
         source, target = (_cut(a[:, :, h], L, n) for a in (x, gradient))
         dsource = (near[h].t() @ target).to(wide.dtype)
-        # Lags 0 ... L - 1 within a block.
+        # Lags 0 ... L - 1 within a block: (L, n B N) by its transpose, then the sums over diagonals
         df[h, :L] += diagonal_sums((target @ source.t())[None])[0, L - 1 :]
         if n > 1:
             spectra, dspectra = _spectra(A, source, n), _spectra(A, target, n)
-            # The transpose turns blocks j >= i, seen from the source, into a sum over later targets.
+            # Transposed, the lower triangular G sums over later blocks: conj(G)^T (2, L + 1, n, n) by (n, B N)
             back = _complex_product(_filter_spectra(wide[h], E, n).mT, dspectra, first=-1)
             dsource.addmm_(A.t(), back.view(len(A), -1))
             # (2, L + 1, n, B N) by its transpose: pairs of blocks (2, L + 1, n, n), then by distance d = 1 ... n - 1
             pairs = _complex_product(dspectra, spectra.mT, second=-1)
             by_distance = diagonal_sums(pairs.flatten(0, 1))[:, n:]
-            # (n - 1, 2 (L+1)) -> (n - 1, 2 L): the lags d L - L ... d L + L - 1, half of which are also those around
-            # the next distance.
+            # (n - 1, 2 (L+1)) -> (n - 1, 2 L): the lags d L - L ... d L + L - 1. The second half of these lags is the
+            # first half of the lags of the next distance.
             earlier, later = F.pad(by_distance.t() @ E, (1, 0)).split(L, 1)
             df[h, :-L] += earlier.flatten()
             df[h, L:] += later.flatten()
@@ -133,7 +135,7 @@ spectral_convolution.register_autograd(_gradients, setup_context=_setup)
 
 
 def _blocks(T: int) -> tuple[int, int]:
-    """Return L, the positions of a block, and n, the number of blocks, of which the last may be filled in part."""
+    """Return L, the positions of a block, and n, the number of blocks; the last one may be filled in part."""
     L = min(block_length(T), T)
     return L, -(-T // L)
 
@@ -142,16 +144,16 @@ def _blocks(T: int) -> tuple[int, int]:
 def _transforms(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the transforms A (2 (L+1), L) of a block and E (2 (L+1), 2 L - 1) of the lags 1 - L ... L - 1.
 
-    E[w, lag] = exp(-i pi w lag / L) at the frequencies w = 0 ... L of period 2 L, real parts before imaginary ones.
+    E[w, lag] = exp(-i pi w lag / L) at the frequencies w = 0 ... L of period 2 L, real parts before imaginary parts.
     A = E at the lags 0 ... L - 1, times sqrt(share(w)), so that A^T (G (A x)) is the circular convolution of period 2 L
-    at the L positions of a block. Its wrap-around reaches none of them.
+    at the L positions of a block. Its wrap-around does not reach these positions.
     """
     frequency = torch.arange(L + 1, dtype=torch.float64, device=device)[:, None]
     lag = torch.arange(1 - L, L, dtype=torch.float64, device=device)
-    # Reduced to one period while exact: a large angle would lose digits.
+    # Reduced to one period while the numbers are exact: a large angle would lose digits.
     angle = frequency * lag % (2 * L) * (torch.pi / L)
     E = torch.stack([angle.cos(), -angle.sin()])
-    # Each frequency but the first and the last stands for two of the 2 L: itself and its conjugate.
+    # Each frequency except the first and the last represents two of the 2 L: itself and its conjugate.
     share = torch.full((L + 1, 1), 1 / L, dtype=torch.float64, device=device)
     share[0] = share[-1] = 1 / (2 * L)
     A = E[:, :, L - 1 :] * share.sqrt()
@@ -159,7 +161,7 @@ def _transforms(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def _cut(x: Tensor, L: int, n: int) -> Tensor:
-    """Cut x (B, T, N) into blocks: (L, n B N), each column a block of one channel, zeros after T."""
+    """Cut x (B, T, N) into blocks (L, n B N): each column is a block of one channel, with zeros after T."""
     B, T, N = x.shape
     # (B, n L, N) -> (B, n, L, N) -> (L, n, B, N)
     return F.pad(x, (0, 0, 0, n * L - T)).view(B, n, L, N).permute(2, 1, 0, 3).reshape(L, -1)
@@ -177,7 +179,7 @@ def _spectra(A: Tensor, columns: Tensor, n: int) -> Tensor:
 
 
 def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:
-    """Return G (2, L + 1, n, n) from f (ctx_len,): at [i, j] the spectrum G_{i-j}, 0 for j >= i."""
+    """Return G (2, L + 1, n, n) from f (ctx_len,): the spectrum G_{i-j} at [i, j], 0 for j >= i."""
     L = len(E) // 2 - 1
     # (n L,) -> (n - 1, 2 L - 1): the lags d L - L + 1 ... d L + L - 1 for d = 1 ... n - 1
     lags = of_length(f[None], n * L)[0, 1:].unfold(0, 2 * L - 1, L)
@@ -186,16 +188,16 @@ def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:
 
 
 def _complex_product(a: Tensor, b: Tensor, first: int = 1, second: int = 1) -> Tensor:
-    """Multiply complex matrices a and b (2, batch, rows, columns), real and imaginary.
+    """Multiply complex matrices, stored as real and imaginary parts.
 
     Args:
-        a: first factor.
-        b: second factor.
+        a: First factor (2, batch, rows, inner).
+        b: Second factor (2, batch, inner, columns).
         first: 1, or -1 to conjugate a.
         second: 1, or -1 to conjugate b.
 
     Returns:
-        Products (2, batch, rows of a, columns of b).
+        Products (2, batch, rows, columns).
     """
     y = a.new_empty(2, a.shape[1], a.shape[2], b.shape[3])
     torch.bmm(a[0], b[0], out=y[0])

@@ -2,8 +2,8 @@
 
     y[..., c] = x[c];   dx[c] = sum of dy[..., c]
 
-Code compiled by torch would fuse that sum into its loops. Then it runs column by column, at a tenth of the memory
-bandwidth. For an embedding it would add rows in the order in which threads arrive, which differs from run to run.
+torch.compile would fuse that sum into its loops, where it runs column by column, at a tenth of the memory bandwidth.
+For an embedding, it would add rows in the order in which threads arrive, which differs from run to run.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @torch.library.custom_op("timemix::sum_to", mutates_args=())
 def _sum_to(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum x over the dimensions in which `shape`, of as many dimensions, has 1."""
+    """Sum x over the dimensions in which `shape`, with the same number of dimensions, has 1."""
     return x.sum_to_size(shape) if x.shape != tuple(shape) else x.clone()
 
 
@@ -26,7 +26,7 @@ def _(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class _Broadcast(torch.autograd.Function):
-    """expand, with the sum of the gradient in an operator that the compiler does not fuse."""
+    """Tensor.expand, with the sum of the gradient in an operator that the compiler does not fuse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -42,11 +42,11 @@ def broadcast_parameter(x: Tensor, like: Tensor) -> Tensor:
     """Broadcast a parameter to the shape of `like`.
 
     Args:
-        x: the parameter, of at most as many dimensions as `like`.
-        like: the tensor that x is added to or multiplied with.
+        x: The parameter, with at most as many dimensions as `like`.
+        like: The tensor that x is added to or multiplied with.
 
     Returns:
-        x in the dtype of `like`. In compiled code it has the shape of `like`, else as many dimensions.
+        x in the dtype of `like`: in compiled code with its shape, else with its number of dimensions.
     """
     x = x.to(like.dtype)
     x = x.view((1,) * (like.ndim - x.ndim) + x.shape)
@@ -58,11 +58,11 @@ def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
     """Look up rows of an embedding.
 
     Args:
-        weight: (V, C).
-        tokens: (B, T), 0 to V - 1.
+        weight: Weight (V, C).
+        tokens: Token ids (B, T), 0 to V - 1.
 
     Returns:
-        (B, T, C).
+        Rows (B, T, C).
     """
     return F.embedding(tokens, weight)
 

@@ -11,7 +11,7 @@
 /* For a function of a header that not every file calls. */
 #define LOCAL static __attribute__((unused))
 
-/* INT8 is for weights alone (panels.h). */
+/* Only weights can be INT8 (panels.h). */
 enum type { FLOAT32, BFLOAT16, INT8 };
 #define BYTES(type) ((type) == FLOAT32 ? 4 : (type) == BFLOAT16 ? 2 : 1)
 
@@ -33,17 +33,17 @@ INLINE void store(enum type type, void *x, int64_t i, float value) {
         return;
     }
     const uint32_t bits = (number){.value = value}.bits;
-    /* Adding 0x7fff, and 1 if the last kept bit is odd, carries into the kept bits exactly where rounding goes up. A
-       NaN could overflow into infinity, so it is written as the quiet NaN. */
+    /* Adding 0x7fff, and 1 if the lowest bit of the upper half is 1, carries into the upper half exactly if the number
+       must be rounded up. A NaN could overflow into infinity, so the quiet NaN is stored for it. */
     ((uint16_t *)x)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* &x[i], for reading and for writing. */
+/* &x[i], for reading (from) and for writing (into). */
 INLINE const void *from(enum type type, const void *x, int64_t i) { return (const char *)x + i * BYTES(type); }
 
 INLINE void *into(enum type type, void *x, int64_t i) { return (char *)x + i * BYTES(type); }
 
-/* Prefetches x[i] ... x[i + n - 1]: for loops backwards in time, whose addresses not every processor predicts. */
+/* Prefetches x[i] ... x[i + n - 1], for loops backwards in time, whose addresses some processors do not predict. */
 INLINE void prefetch(enum type type, const void *x, int64_t i, int64_t n) {
     const char *line = from(type, x, i), *end = from(type, x, i + n);
     for (; line < end; line += 64) __builtin_prefetch(line);

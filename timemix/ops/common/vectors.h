@@ -1,4 +1,4 @@
-/* Vectors of WIDTH numbers, as wide as the processor's registers, and weights of any format loaded into them. */
+/* Vectors of WIDTH float32 numbers, as wide as the processor's registers, and loads of weights of any format. */
 
 #ifndef TIMEMIX_VECTORS_H
 #define TIMEMIX_VECTORS_H
@@ -23,8 +23,7 @@ typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
 /* weights[at] ... weights[at + WIDTH - 1] as float32.
 
-   Through intrinsics where they exist: from __builtin_convertvector, compilers widen in two steps, each half a
-   register. */
+   By intrinsics if available: for __builtin_convertvector, compilers emit two conversions, each of half a register. */
 INLINE vec load_vector(const void *weights, int64_t at, enum type type) {
     if (type == FLOAT32) {
         vec x;

@@ -1,4 +1,4 @@
-"""The time-mix of the 2021 RWKV in its many forms: with tables over lags, and with sums of exponentials."""
+"""The time-mix of the 2021 RWKV: `wkv1` with tables over lags, and `wkv1_exp` with sums of exponentials."""
 
 from timemix.ops.rwkv1.api import BACKENDS, choose_backend, wkv1
 from timemix.ops.rwkv1.curves import Curves

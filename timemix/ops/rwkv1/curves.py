@@ -1,4 +1,4 @@
-"""Curves over lags that are sums of K decaying exponentials, real ones or pairs that turn.
+"""Curves over lags that are sums of K decaying exponentials: real ones, or rotating pairs.
 
 f(lag) = sum_j c_j phi_j(lag)
 phi_j(lag) = exp(-rate_j lag)                                  a real slot
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_RATE, MOST_FORGET = 1e-4, 0.3
-"""Bounds of rate and forget when used. So every exponential decays, and the largest term of a chunk,
+"""Bounds to which rate and forget are clamped when used. So every exponential decays, and the largest term of a chunk,
 exp(K_MAX + MOST_FORGET * CHUNK), is in the range of float32."""
 
 
@@ -21,11 +21,11 @@ class Curves(NamedTuple):
     """Parameters of the curves.
 
     Args:
-        rate: decay (H, K) per token; that of slot 2i+1 is unused in a pair.
-        angle: rotation (H, K // 2) per token, in radians; exactly 0 for two real slots.
-        coefficients: weights of the slots (H, K).
-        forget: -log rho (H,), past ctx_len.
-        taps: free weights (H, M) of the first M lags, or None.
+        rate: Decay per token (H, K); in a pair the rate of slot 2i+1 is unused.
+        angle: Rotation per token in radians (H, K // 2); exactly 0 for two real slots.
+        coefficients: Weights of the slots (H, K).
+        forget: -log rho (H,), which applies past ctx_len.
+        taps: Values added to f at the first M lags (H, M); None: none.
     """
 
     rate: Tensor
@@ -36,7 +36,7 @@ class Curves(NamedTuple):
 
 
 def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors that make slots older by d lags.
+    """Return the factors that move slots d lags further into the past.
 
         phi_2i(lag + d)   = c phi_2i(lag)   - s phi_2i+1(lag)        c = exp(-rate d) cos(angle d)
         phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag)          s = exp(-rate d) sin(angle d), 0 for a real slot
@@ -44,16 +44,16 @@ def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
     With `partners`: turn^d(S) = c S + s partners(S).
 
     Args:
-        curves: the parameters.
+        curves: Parameters of the curves.
         lags: d, of any shape.
 
     Returns:
-        c and s, each (H, K, *lags), in float64: angle * d loses digits.
+        c and s, each (H, K, *lags), in float64: in float32 angle * d would lose digits.
     """
     K = curves.rate.shape[1]
     paired, angle = _paired(curves)
     rate = curves.rate.double().clamp(min=LEAST_RATE)
-    # Both slots of a pair take the rate of the first.
+    # Both slots of a pair have the rate of the first.
     first = torch.arange(K, device=rate.device) // 2 * 2
     rate = torch.where(paired, rate[:, first], rate)
     shape = (*rate.shape, *[1] * lags.ndim)
@@ -75,8 +75,8 @@ def basis(curves: Curves, lags: Tensor) -> Tensor:
     """Evaluate the exponentials.
 
     Args:
-        curves: the parameters.
-        lags: lags of any shape.
+        curves: Parameters of the curves.
+        lags: Lags, of any shape.
 
     Returns:
         phi (H, K, *lags), in float64.
@@ -91,13 +91,14 @@ def curve(curves: Curves, length: int) -> Tensor:
     """Evaluate the curves.
 
     Args:
-        curves: the parameters.
-        length: number of lags.
+        curves: Parameters of the curves.
+        length: Number of lags.
 
     Returns:
         f (H, length) by lag.
     """
     lags = torch.arange(length, device=curves.rate.device)
+    # Sum over slots: (H, K, length) -> (H, length)
     f = (curves.coefficients.double()[:, :, None] * basis(curves, lags)).sum(1)
     if curves.taps is not None:
         taps = curves.taps.double()[:, :length]
@@ -109,23 +110,37 @@ def unfading(curves: Curves, ctx_len: int) -> Tensor:
     """Evaluate the curves for texts within ctx_len, where `forget` has no effect.
 
     Args:
-        curves: the parameters.
-        ctx_len: number of lags.
+        curves: Parameters of the curves.
+        ctx_len: Number of lags.
 
     Returns:
         f (H, ctx_len) by lag.
     """
-    # Gives `forget` a gradient of 0: a parameter without a gradient would have no optimizer state.
+    # The term 0 * forget gives `forget` a gradient of 0: without a gradient it would have no optimizer state.
     return curve(curves, ctx_len) + 0 * curves.forget[:, None]
 
 
 def initial_forget(ctx_len: int) -> float:
-    """Return the initial forget, -log(1 - 1 / ctx_len) within its bounds: the past then weighs as ctx_len tokens."""
+    """Return the initial forget, -log(1 - 1 / ctx_len) within its bounds: the past then weighs as ctx_len tokens.
+
+    Args:
+        ctx_len: Context length in tokens, at least 1.
+
+    Returns:
+        A number from 0 to MOST_FORGET.
+    """
     return min(-math.log1p(-1 / ctx_len), MOST_FORGET) if ctx_len > 1 else MOST_FORGET
 
 
 def fading(forget: Tensor) -> Tensor:
-    """Return -log rho (H,): forget within its bounds."""
+    """Return -log rho: forget within its bounds.
+
+    Args:
+        forget: Parameter (H,).
+
+    Returns:
+        -log rho (H,), 0 to MOST_FORGET.
+    """
     return forget.clamp(0, MOST_FORGET)
 
 
@@ -133,11 +148,11 @@ def partners(x: Tensor, dim: int) -> Tensor:
     """Exchange the slots of each pair: slot 2i becomes -x[2i+1], slot 2i+1 becomes x[2i].
 
     Args:
-        x: a tensor with K slots in `dim`.
-        dim: the dimension of slots.
+        x: A tensor with K slots in `dim`.
+        dim: The dimension of the slots.
 
     Returns:
-        The same shape; with K odd, 0 in the last slot.
+        A tensor of the same shape; if K is odd, the last slot is 0.
     """
     K = x.shape[dim]
     # (..., K, ...) -> (..., K // 2, 2, ...) -> two of (..., K // 2, ...)

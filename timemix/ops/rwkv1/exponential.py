@@ -7,21 +7,24 @@ Slots 2i and 2i+1 of a head are one of two kinds:
     angle_i = 0:  two real exponentials, phi(lag) = exp(-rate lag), each with its own rate
     else:         a pair with the rate of the first, exp(-rate lag) cos(angle_i lag) and exp(-rate lag) sin(angle_i lag)
 
-With K odd the last slot is real. With t the position, and rho_h = exp(-forget_h) where t >= ctx_len, else 1, per head,
-channel and slot:
+If K is odd, the last slot is real. Per head, channel and slot, with t the position, and rho_h = exp(-forget_h) if
+t >= ctx_len, else 1:
 
     S_j[t] = rho turn(S)_j[t-1] + phi_j(0) alpha(t) e^k[t] v[t]        turn: phi_j(lag) becomes phi_j(lag + 1)
     D[t]   = rho D[t-1] + e^k[t]
     wkv[t] = beta(t) sum_j coefficients_j S_j[t] / D[t]
 
-Within ctx_len this is wkv1. Past it, the denominator of wkv1 would grow without bound and new tokens would count for
-less and less. Hence rho, for numerator and denominator. alpha and beta are constant there: the mean of their last
-quarter.
+Within ctx_len this is wkv1. Past ctx_len, the denominator of wkv1 would grow without bound, and new tokens would count
+for less and less. So rho multiplies numerator and denominator there. alpha and beta are constant there: the mean of
+their last quarter.
 
-Three forms: in training within ctx_len, `wkv1` with that f; else chunks of 128 positions (`_chunk`); and the recurrence
-in loops (`_reference`).
+There are three forms:
 
-Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); those of the curves in `curves.py`. K slots, M taps.
+- `wkv1` with that f, without a state and within ctx_len, as in training.
+- Chunks of 128 positions (`_chunk`), otherwise.
+- The recurrence in loops (`_reference`), for tests.
+
+Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); curves as in `curves.py`. K slots, M taps.
 """
 
 from typing import NamedTuple
@@ -38,7 +41,7 @@ from timemix.ops.rwkv1.parallel import times_table
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, compute_dtype
 
 CHUNK = 128
-"""Positions of a chunk; the state is carried from one chunk to the next."""
+"""Positions of a chunk; each chunk starts from the state after the previous one."""
 
 
 class ExpState(NamedTuple):
@@ -47,9 +50,8 @@ class ExpState(NamedTuple):
     Args:
         numerators: S (B, H, K, N).
         denominators: D (B, H, N).
-        position: tokens seen by each row (B,).
-        taps: the newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho as S is; None without
-            taps.
+        position: Number of earlier tokens of each row (B,).
+        taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho as S is; None without taps.
     """
 
     numerators: Tensor
@@ -71,16 +73,16 @@ def exp_state(
     """Create the state before the first token.
 
     Args:
-        batch: rows B.
-        heads: H.
-        head_size: N.
-        exponentials: K.
-        taps: M.
-        dtype: float32 or float64.
-        device: device of the tensors.
+        batch: B, number of rows.
+        heads: H, number of heads.
+        head_size: N, channels of a head.
+        exponentials: K, number of slots.
+        taps: M, number of taps, at least 0.
+        dtype: Dtype of the sums, float32 or float64.
+        device: Device of the tensors.
 
     Returns:
-        Zeros at position 0.
+        Zeros, at position 0.
     """
 
     def zeros(*shape: int) -> Tensor:
@@ -102,28 +104,35 @@ def wkv1_exp(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ExpState | None]:
-    """Compute the weighted average of the past of each channel (formula above), at any position.
+    """Compute wkv1 with curves f that are sums of exponentials, at any position.
+
+        wkv[t] = sum_{u<=t} f(t-u) alpha(u) beta(t) exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u])        within ctx_len
+
+    Past ctx_len, numerator and denominator are multiplied by rho = exp(-forget) at each token (see the module).
 
     k is clamped to [-60, 30]. exp, sums, the division and the state are in at least float32, outside autocast. Products
     within a chunk run in v's dtype with float32 accumulation.
 
     Args:
-        k: keys (B, T, H, N) in float32, bfloat16 or float64.
-        v: values, as k.
-        curves: the parameters of f.
-        alpha: weight of each source position (H, ctx_len), None for 1.
-        beta: weight of each target position (H, ctx_len), None for 1.
-        ctx_len: position from which rho applies.
-        state: state before these tokens, None at position 0. It is consumed.
-        lengths: (B,), 1 to T: only the first `lengths` tokens of a row count; y is meaningless after them.
+        k: Keys (B, T, H, N) in float32, bfloat16 or float64.
+        v: Values (B, T, H, N).
+        curves: Parameters of f.
+        alpha: Weight of each source position (H, ctx_len); None for 1.
+        beta: Weight of each target position (H, ctx_len); None for 1.
+        ctx_len: Position from which rho applies.
+        state: State before these tokens; None at position 0. It is consumed.
+        lengths: Number of tokens of each row that count (B,), 1 to T; y is meaningless after them. None: all T.
         backend: "auto", or "reference", the recurrence in loops.
 
     Returns:
         y (B, T, H, N) in v's dtype, and the state after these tokens, None if `state` is None.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
-        TypeError: float16, whose range exp(k) leaves.
+        ValueError: Shapes do not fit, or the backend is unknown.
+        TypeError: k or v is float16, whose range exp(k) exceeds.
+
+    Source:
+        Within ctx_len: RWKV-LM 0.01, doi 10.5281/zenodo.5196577.
     """
     _check(k, v, curves, alpha, beta, ctx_len, backend)
     B, T, H, N = k.shape
@@ -158,9 +167,10 @@ def _reference(
     past: ExpState,
     lengths: Tensor | None,
 ) -> tuple[Tensor, ExpState]:
-    """The recurrence, row by row, position by position, slot by slot.
+    """Compute the recurrence in loops over rows, positions and slots.
 
-    alpha and beta (H, ctx_len + 1), the last entry for all later positions.
+    alpha and beta are (H, ctx_len + 1), with the last entry for all later positions. The other arguments are those of
+    `wkv1_exp`.
     """
     B, T, H, _ = k.shape
     K, dtype = curves.rate.shape[1], past.numerators.dtype
@@ -187,7 +197,7 @@ def _reference(
                 for i in range(K // 2):
                     angle = curves.angle[h, i]
                     if angle != 0:
-                        # turn: a rotation by the angle, and the decay.
+                        # turn: a rotation by the angle, times the decay.
                         cosine, sine = (-rate[h, 2 * i]).exp() * fade[h] * S[h, 2 * i : 2 * i + 2]
                         slots[2 * i] = angle.cos() * cosine - angle.sin() * sine + x[h]
                         slots[2 * i + 1] = angle.sin() * cosine + angle.cos() * sine
@@ -231,9 +241,9 @@ def _chunk(
         wkv[i]       = beta(i) numerator[i] / total[i]
         after the chunk:  S = turn^L(S) + sum_j phi(L-1-j) x[j],   D = total[L-1]
 
-    The same factor in numerator and total changes nothing. So rho is not applied to the past at each step. Instead a
-    source, x or e^k, is multiplied by rho^-n, n the number of steps past ctx_len from the start of the chunk up to it.
-    At the end the state is multiplied by rho^n. Lengths may be 0 here.
+    A common factor of numerator and total cancels. So rho is not applied to the past at each step. Instead each source,
+    x or e^k, is multiplied by rho^-n, where n is the number of steps past ctx_len from the start of the chunk up to the
+    source. At the end the state is multiplied by rho^n. Entries of `lengths` may be 0 here.
     """
     L = k.shape[1]
     dtype, position = past.numerators.dtype, past.position
@@ -251,19 +261,19 @@ def _chunk(
     # rho^-n: (B, L, H)
     growth = (fadings(steps[None] + 1)[:, :, None] * forget).exp()
     weights = exp_k * growth[..., None]
-    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
+    # Explicit casts: arithmetic on mixed dtypes is slow on the CPU. (B, L, H, N)
     source = times_table(weights, alpha, position) * v.to(dtype)
 
     numerator = causal_convolution(source.to(v.dtype), f[:, :L], L).to(dtype)
-    # What the state adds: c . turn^d(S) = (turn^d transposed)(c) . S, so only the coefficients are turned, for each
-    # d = 1 ... L: (H, K, L) transposed, by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
+    # The contribution of the state: c . turn^d(S) = (turn^d transposed)(c) . S, so only the coefficients are turned,
+    # for d = 1 ... L: (H, L, K) by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
     cosines, sines = turned(curves, steps + 1)
     c = curves.coefficients.double()[:, :, None]
     reading = (c * cosines - partners(c, 1) * sines).to(dtype)
     numerator = numerator + (reading.transpose(1, 2) @ past.numerators).transpose(1, 2)
     if curves.taps is not None and past.taps is not None:
         M = curves.taps.shape[1]
-        # The past value m, oldest first, is i + M - m tokens old at step i: (H, L, M) by (B, H, M, N)
+        # At step i, past value m (oldest first) has the lag i + M - m: (H, L, M) by (B, H, M, N) -> (B, H, L, N)
         lags = steps[:, None] + M - torch.arange(M, device=k.device)
         taps = F.pad(curves.taps, (0, L))[:, lags].to(dtype)
         numerator = numerator + (taps @ past.taps).transpose(1, 2)
@@ -271,13 +281,13 @@ def _chunk(
     total = past.denominators[:, None] + running_sum(weights.flatten(2), False).view(weights.shape)
     y = times_table(numerator / total, beta, position).to(v.dtype)
 
-    # The state after `seen` tokens of each row, (1,) or (B,).
+    # The state after `seen` tokens of each row: (1,) or (B,), so that `rows` below is 1 or B
     seen = torch.full_like(position[:1], L) if lengths is None else lengths
     # rho^n: (B, H, 1)
     shrink = (-fadings(seen.expand(len(position)))[:, None] * forget).exp()[:, :, None]
     # (H, K, rows) -> (rows, H, K, 1)
     cosines, sines = (x.to(dtype).permute(2, 0, 1)[..., None] for x in turned(curves, seen))
-    # phi at the age of each source: (H, K, rows, L) -> (rows, H, K, L). Padding is 0 in `source`, so any lag will do.
+    # phi at the lag of each source: (H, K, rows, L) -> (rows, H, K, L). Padding is 0 in `source`, so its lag is free.
     phi = basis(curves, (seen[:, None] - 1 - steps).clamp(min=0)).to(dtype).permute(2, 0, 1, 3)
     # (rows, H, K, L) by (B, H, L, N) -> (B, H, K, N)
     added = phi @ source.transpose(1, 2)
@@ -289,7 +299,7 @@ def _chunk(
 
 def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
     """Return the newest M values (B, H, M, N) of each row after `seen` (B,) or (1,) of the sources (B, L, H, N)."""
-    # (B, H, M + L, N), of which a row keeps the M entries that end after its `seen` new ones.
+    # (B, H, M + L, N): each row needs the M entries that end after its `seen` new ones.
     history = torch.cat([taps, source.transpose(1, 2)], 2)
     newest = seen[:, None] + torch.arange(taps.shape[2], device=taps.device)
     rows = torch.arange(len(taps), device=taps.device)[:, None]
@@ -299,12 +309,15 @@ def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
 def _check(
     k: Tensor, v: Tensor, curves: Curves, alpha: Tensor | None, beta: Tensor | None, ctx_len: int, backend: str
 ) -> None:
+    """Check the arguments of `wkv1_exp`."""
     if k.dtype == torch.float16 or v.dtype == torch.float16:
-        raise TypeError("wkv1_exp refuses float16: exp(k) leaves its range; use bfloat16 or float32")
+        raise TypeError("k or v is float16, whose range exp(k) exceeds; use bfloat16 or float32")
     if k.ndim != 4 or k.shape != v.shape or k.shape[1] == 0:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be (batch, time >= 1, heads, head size)")
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be (batch, time >= 1, heads, head size)"
+        )
     if backend not in ("auto", "reference"):
-        raise ValueError(f"unknown wkv1_exp backend {backend!r}; known: auto, reference")
+        raise ValueError(f"backend={backend!r} is not supported; choose auto or reference")
     H, K = k.shape[2], curves.rate.shape[-1]
     shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "rate": (curves.rate, (H, K)),
@@ -316,4 +329,7 @@ def _check(
     }
     for name, (x, shape) in shapes.items():
         if x is not None and x.shape != shape:
-            raise ValueError(f"{name} {tuple(x.shape)} must be {shape}: heads {H}, exponentials {K}, ctx_len {ctx_len}")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must be {shape} for {H} heads, {K} exponentials and ctx_len"
+                f" {ctx_len}"
+            )

@@ -1,6 +1,9 @@
-"""wkv1 at all positions at once: the sums over the past as products with W, written out, in blocks, or through spectra.
+"""wkv1 at all positions at once: the sums over the past are products with W, as a matrix, in blocks, or by spectra.
 
-y[t] = beta(t) sum_{u<=t} f(t-u) x[u] / z[t],   x[u] = alpha(u) exp(k[u]) v[u],   z[t] = sum_{u<=t} exp(k[u])
+source[u]    = alpha(u) exp(k[u]) v[u]
+numerator[t] = sum_{u<=t} f(t-u) source[u]
+total[t]     = sum_{u<=t} exp(k[u])
+y[t]         = beta(t) numerator[t] / total[t]
 """
 
 from collections.abc import Callable
@@ -15,9 +18,10 @@ from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, Denominator, Wkv1State, compute_dtype
 
 Mix = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at each row's next T positions: (B, T, H, N), in x's dtype.
+"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at each row's next T positions t: (B, T, H, N), in x's dtype.
 
-x (B, U, H, N): sources at positions 0 ... U-1. position (B,): tokens seen by each row, None if that is 0 and U = T."""
+f is (H, ctx_len) by lag or (H, ctx_len, ctx_len) by pair. x (B, U, H, N) are the sources at positions 0 ... U-1.
+position (B,) is the number of earlier tokens of each row; None if it is 0 and U = T."""
 
 
 def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
@@ -27,7 +31,7 @@ def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tens
         W = toeplitz(f, T, T) if f.ndim == 2 else f[:, :T, :T].tril()
         return torch.einsum("htu,buhn->bthn", W.to(x.dtype), x)
     U = x.shape[1]
-    # (B, H, T, U): rows of the batch look back from different positions.
+    # (B, H, T, U): rows of the batch may be at different positions.
     W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
     return torch.einsum("bhtu,buhn->bthn", W.to(x.dtype), x)
 
@@ -43,12 +47,12 @@ def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
 
 
 def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by a convolution through spectra; from a state, whose rows end at any position, in blocks of time."""
+    """Mix by a convolution by spectra; from a state, whose rows may be at different positions, in blocks of time."""
     return spectral_convolution(x, f) if position is None else _by_blocks(f, x, position, T)
 
 
 def _aligned(x: Tensor, ends: Tensor) -> Tensor:
-    """Move each row of x (B, U, H, N) so that position ends[b] - 1 comes last, with zeros before its first."""
+    """Move each row of x (B, U, H, N) so that position ends[b] - 1 comes last, with zeros before position 0."""
     U = x.shape[1]
     source = torch.arange(U, device=x.device) + (ends - U)[:, None]
     inside = (source >= 0) & (source < U)
@@ -67,9 +71,23 @@ def parallel_wkv1(
     lengths: Tensor | None,
     denominator: Denominator,
 ) -> tuple[Tensor, Wkv1State | None]:
-    """Compute all positions at once (formula above).
+    """Compute wkv1 at all positions at once, see the formulas of this module.
 
-    From a state, the new sources are appended to the history, and the mix goes over all of it.
+    From a state, the new sources are appended to the history, and the mix covers the whole history.
+
+    Args:
+        mix: How the numerator is summed, one of `MIXES`.
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        f: Weights by lag (H, ctx_len) or by pair (H, ctx_len, ctx_len).
+        alpha: Weight of each source position (H, ctx_len); None for 1.
+        beta: Weight of each target position (H, ctx_len); None for 1.
+        state: State before these tokens; None at position 0.
+        lengths: Number of tokens of each row that count (B,), 1 to T; None: all T.
+        denominator: "plain" or "weighted".
+
+    Returns:
+        y (B, T, H, N) in v's dtype, and the next state, None if `state` is None.
     """
     T = k.shape[1]
     exp_k = k.to(compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
@@ -77,11 +95,11 @@ def parallel_wkv1(
     position = None if state is None else state.position
     if lengths is not None:
         counted = torch.arange(T, device=k.device) < lengths[:, None]
-        # Padding must not enter the running sum.
+        # Padding must not count in the running sum.
         exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    # alpha exp(k), the terms of a weighted denominator; times v those of the numerator.
+    # alpha exp(k): the terms of a weighted denominator. Times v: the terms of the numerator. Both are (B, T, H, N).
     source = times_table(exp_k, alpha, position)
-    # Mixed-type arithmetic is slow on CPU, hence the explicit casts.
+    # Explicit casts: arithmetic on mixed dtypes is slow on the CPU.
     product = source * v.to(source.dtype)
     # (B, T, H, N) -> (B, T, H N) -> (B, T, H, N)
     sums = running_sum(exp_k.flatten(2), False).view(exp_k.shape) if denominator == "plain" else None
@@ -109,15 +127,15 @@ def parallel_wkv1(
 
 
 def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
-    """Multiply x[t] by a table's entry at t.
+    """Multiply each row by a table's entry at its position.
 
     Args:
-        x: (B, T, H, N).
-        table: alpha or beta (H, ctx_len), None for 1. The last entry holds for all later positions.
-        position: tokens seen by each row (B,), None for 0.
+        x: Rows (B, T, H, N).
+        table: alpha or beta (H, ctx_len), whose last entry holds for all later positions; None for 1.
+        position: Number of earlier tokens of each row (B,); None for 0.
 
     Returns:
-        (B, T, H, N).
+        Rows (B, T, H, N).
     """
     if table is None:
         return x

@@ -1,4 +1,4 @@
-"""wkv1 as its formula says, position by position, row by row: what every other form must equal.
+"""The naive implementation of wkv1 in loops, to which all other forms are compared.
 
 wkv[t] = sum_{u<=t} W[t,u] exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u])
 """
@@ -19,7 +19,21 @@ def reference_wkv1(
     lengths: Tensor | None,
     denominator: Denominator,
 ) -> tuple[Tensor, Wkv1State | None]:
-    """The formula, row by row, position by position, term by term."""
+    """Compute the formula in loops over rows, positions and terms.
+
+    Args:
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        f: Weights by lag (H, ctx_len) or by pair (H, ctx_len, ctx_len).
+        alpha: Weight of each source position (H, ctx_len); None for 1.
+        beta: Weight of each target position (H, ctx_len); None for 1.
+        state: State before these tokens; None at position 0.
+        lengths: Number of tokens of each row that count (B,), 1 to T; None: all T.
+        denominator: "plain" or "weighted".
+
+    Returns:
+        y (B, T, H, N) in v's dtype, and the next state, None if `state` is None.
+    """
     B, T, H, N = k.shape
     dtype = compute_dtype(v)
     past = state or wkv1_state(B, H, N, f.shape[-1], denominator=denominator, dtype=dtype, device=k.device)

@@ -1,4 +1,4 @@
-"""What wkv1 keeps of the past, and the numbers in which it computes."""
+"""The state of wkv1, and the range and precision in which it computes."""
 
 from typing import Literal, NamedTuple
 
@@ -8,17 +8,17 @@ from torch import Tensor
 Denominator = Literal["plain", "weighted"]
 
 K_MIN, K_MAX = -60.0, 30.0
-"""Bounds of k: sums of exp(k) stay in the range of float32."""
+"""Bounds to which k is clamped, so that sums of exp(k) stay in the range of float32."""
 
 
 class Wkv1State(NamedTuple):
-    """State of wkv1; at least float32.
+    """State of wkv1, in at least float32.
 
     Args:
-        numerators: alpha exp(k) v of every past position (B, H, ctx_len, N), zeros after them.
-        denominators: sum of exp(k) so far (B, H, N); if weighted, alpha exp(k) of every past position
+        numerators: alpha exp(k) v of every past position, zeros after them (B, H, ctx_len, N).
+        denominators: Sum of exp(k) so far (B, H, N); with a weighted denominator, alpha exp(k) of every past position
             (B, H, ctx_len, N).
-        position: tokens seen by each row (B,).
+        position: Number of earlier tokens of each row (B,).
     """
 
     numerators: Tensor
@@ -39,16 +39,16 @@ def wkv1_state(
     """Create the state before the first token.
 
     Args:
-        batch: rows B.
-        heads: H.
-        head_size: N.
-        ctx_len: largest number of positions.
+        batch: B, number of rows.
+        heads: H, number of heads.
+        head_size: N, channels of a head.
+        ctx_len: Largest number of positions.
         denominator: "plain" or "weighted".
-        dtype: float32 or float64.
-        device: device of the tensors.
+        dtype: Dtype of the sums, float32 or float64.
+        device: Device of the tensors.
 
     Returns:
-        Zeros at position 0.
+        Zeros, at position 0.
     """
     history = torch.zeros(batch, heads, ctx_len, head_size, dtype=dtype, device=device)
     sums = torch.zeros(batch, heads, head_size, dtype=dtype, device=device)
@@ -60,5 +60,12 @@ def wkv1_state(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of exp, sums and states for x: float64 for float64, else float32."""
+    """Return the dtype of exp, sums and states.
+
+    Args:
+        x: The values v.
+
+    Returns:
+        float64 for float64, else float32.
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32

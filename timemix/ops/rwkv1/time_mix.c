@@ -5,10 +5,10 @@
    in three steps, per channel; alpha, beta and f per head:
 
     weigh:   source[t] = alpha(t) exp(k[t]) v[t],   total[t] = sum_{u<=t} exp(k[u]),   gate[t] = sigmoid(r[t])
-    mix:     numerator[t] = sum_{u<=t} f(t-u) source[u], matrix products in ops.wkv1
+    mix:     numerator[t] = sum_{u<=t} f(t-u) source[u], by the matrix products of ops/rwkv1/parallel.py
     divide:  y[t] = gate[t] beta(t) numerator[t] / total[t]
 
-   k is clamped to [-60, 30]. total is float32 whatever the type of the rest.
+   k is clamped to [-60, 30]. total is always float32.
 
    Layouts: k, v, r side by side in kvr (B, T, 3, H, N); source and numerator (H, T, B, N), as the matrix products read
    them; total, gate and y (B, T, H, N). */
@@ -16,8 +16,8 @@
 #include "ops/common/exp.h"
 #include "ops/common/types.h"
 
-/* A running sum is split into spans of this many positions, each summed from 0 and added to the sum of those before it:
-   adding small terms to a small sum rounds less. */
+/* A running sum is split into spans of this many positions. Each span is summed from 0, and added to the sum of the
+   spans before it: adding small terms to a small sum gives a smaller rounding error. */
 #define SPAN 64
 
 typedef struct {
@@ -28,10 +28,10 @@ typedef struct {
 /* alpha_h(t) or beta_h(t). */
 INLINE float entry(const sizes *m, int64_t h, int64_t t) { return m->table ? m->table[h * m->positions + t] : 1; }
 
-/* exp(k), k clamped as in ops.wkv1. */
+/* exp(k), with k clamped to [-60, 30]. */
 INLINE float exp_key(float k) { return exp_series(k < -60 ? -60 : k > 30 ? 30 : k); }
 
-/* Work of one thread: heads first to end of sequence b, from one end of time to the other. All its heads at one
+/* A task of one thread: heads first ... end - 1 of sequence b, at all positions. It computes all its heads at one
    position before the next position, so that memory is read in order. */
 typedef struct {
     int64_t b, first, end;
@@ -44,6 +44,7 @@ static int64_t tasks_per_sequence(const sizes *m, int64_t threads) {
     return wanted < m->H ? wanted : m->H;
 }
 
+/* Task i of B * each, with `each` tasks for each sequence. */
 static task task_of(const sizes *m, int64_t each, int64_t i) {
     const int64_t part = i % each;
     return (task){i / each, m->H * part / each, m->H * (part + 1) / each};
@@ -53,7 +54,7 @@ static task task_of(const sizes *m, int64_t each, int64_t i) {
 INLINE void weigh(enum type type, const sizes *m, task w, const void *kvr, const float *bias, void *source,
                   float *total, void *gate) {
     const int64_t b = w.b, T = m->T, N = m->N, C = m->H * N;
-    /* The running sum is before + sum: whole spans, and the span in progress. */
+    /* The running sum is before + sum: all complete spans, and the current span. */
     float before[C], sum[C];
     memset(before, 0, sizeof before);
     memset(sum, 0, sizeof sum);
@@ -101,7 +102,7 @@ void timemix_weigh(int64_t type, int64_t threads, const sizes *m, const void *kv
     dk[t] = e (x alpha v + sum_{u>=t} dtotal[u]), 0 where k is clamped;   dv = x alpha e;   dr = dgate gate (1 - gate)
     dalpha(t) = sum_n x e v
 
-   Backwards in time, for the sum over u >= t. */
+   The loop runs backwards in time, for the sum over u >= t. */
 INLINE void weigh_back(enum type type, const sizes *m, task w, const void *kvr, const float *bias, const void *gate,
                        const void *dsource, const float *dtotal, const void *dgate, void *dkvr, float *dbias,
                        float *dalpha) {
@@ -123,7 +124,7 @@ INLINE void weigh_back(enum type type, const sizes *m, task w, const void *kvr, 
             const void *k = from(type, kvr, in), *v = from(type, k, C);
             const void *ds = from(type, dsource, ((h * T + t) * m->B + b) * N);
             void *dk = into(type, dkvr, in), *dv = into(type, dk, C), *dr = into(type, dv, C);
-            /* What position t - 2 reads and writes. */
+            /* All that position t - 2 reads and writes. */
             if (t > 1) {
                 prefetch(type, k, -6 * C, N);
                 prefetch(type, v, -6 * C, N);
@@ -171,9 +172,9 @@ void timemix_weigh_back(int64_t type, int64_t threads, const sizes *m, const voi
     }
 }
 
-/* The i-th row b T + t in order of processing. Each thread gets the sequences of its tasks in weigh, whose results are
-   still in its cache; of these, all at one position before the next position, as the numerator (H, T, B, N) lies in
-   memory. */
+/* The i-th row b T + t in order of processing. Each thread processes the sequences of its tasks in weigh, whose results
+   are still in its cache. It processes all of them at one position before the next position, which is the order of the
+   numerator (H, T, B, N) in memory. */
 INLINE int64_t row_of(const sizes *m, int64_t threads, int64_t i) {
     const int64_t each = (m->B + threads - 1) / threads, first = i / (each * m->T) * each;
     const int64_t count = m->B - first < each ? m->B - first : each, rest = i - first * m->T;
