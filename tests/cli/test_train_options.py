@@ -116,7 +116,7 @@ def test_files_of_format_version_1(arch):
         ("[model]\narch = [1]\n", "unknown architecture [1]; known: "),
         ("[model]\nheads = 5\n", "model.heads=5 does not divide model.channels=128"),
         ("[model]\nvocab_size = 'all'\n", "model.vocab_size is 'all'"),
-        ("format_version = 9\n", "it has format_version 9; this timemix reads 1 and 2"),
+        ("format_version = 9\n", "format_version is 9, but this timemix supports 1 and 2"),
         ("[model\n", "is damaged"),
     ],
 )

@@ -109,7 +109,9 @@ def test_a_run_reads_its_own_tokens_then_the_prepared_folder_it_was_trained_on(t
     assert open_run_corpus(Path("run"), "taken").info == own
     assert open_run_corpus(Path("elsewhere"), "taken").info == other
     Path("taken").rename("moved")
-    with pytest.raises(MissingFile, match="the tokens of elsewhere are missing: .* taken is no prepared folder; move"):
+    with pytest.raises(
+        MissingFile, match="the tokens of elsewhere are missing: .* taken is a prepared folder; restore"
+    ):
         open_run_corpus(Path("elsewhere"), "taken")
 
 
@@ -136,7 +138,7 @@ def test_unknown_text_for_a_given_vocabulary_gets_advice_that_helps():
     with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or take a model"):
         prepare(Path("next"), DataConfig(source="new.txt"), tokenizer=made)
     for name, value in (("unknown", "unk"), ("tokenizer", "byte")):
-        sentence = f"data.{name}='{value}' needs another vocabulary than that of the trained model"
+        sentence = f"data.{name}='{value}' contradicts the vocabulary of the trained model"
         with pytest.raises(InvalidValue, match=sentence):
             prepare(Path("next"), DataConfig(source="new.txt", **{name: value}), tokenizer=made)
     sizes = {"tokenizer": made.kind, "unknown": made.unknown, "valid_fraction": 0}
@@ -196,7 +198,7 @@ def test_a_file_may_not_be_in_both_texts(caplog):
     Path("texts/b.txt").write_text("b\n")
     Path("link.txt").symlink_to("texts/b.txt")
     for valid in ("texts/b.txt", "link.txt", "texts/*.txt"):
-        with pytest.raises(InvalidValue, match=r"texts/.\.txt is in data\.source and in data\.valid; move it out"):
+        with pytest.raises(InvalidValue, match=r"texts/.\.txt is in both data\.source and data\.valid; remove it"):
             describe(DataConfig("texts", valid))
     assert not caplog.messages
 
@@ -208,7 +210,10 @@ def test_a_validation_text_with_lines_of_the_training_text_brings_a_warning(capl
     Path("valid.txt").write_text(lines + change)
     describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
     (warning,) = caplog.messages
-    assert re.fullmatch("40 of 4[01] lines of valid.txt are in the training text too: the .* loss .* too low", warning)
+    sentence = (
+        "40 of 4[01] lines of valid.txt are also in the training text: the .* loss .* too low; use another .* text"
+    )
+    assert re.fullmatch(sentence, warning)
     caplog.clear()
     Path("valid.txt").write_text(lines.replace("share", "do not share") + lines[:120])
     describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
@@ -284,11 +289,11 @@ def test_damaged_folders_are_refused():
 
     prepare(Path("out"), DataConfig(source="text.txt"))
     Path("out/train-00000.bin").write_bytes(Path("out/train-00000.bin").read_bytes()[:-1])
-    refused(r"out/train-00000\.bin has \d+ bytes, not \d+: it is damaged")
+    refused(r"out/train-00000\.bin is damaged: it has \d+ bytes, not \d+; prepare")
     Path("out/train-00000.bin").write_bytes(b"\xff" + Path("out/train-00000.bin").read_bytes()[1:])
-    refused(r"out/train-00000\.bin holds the id 255, outside the vocabulary: it is damaged")
+    refused(r"out/train-00000\.bin is damaged: its id 255 is outside the vocabulary")
     Path("out/train-00000.bin").write_bytes(b"\0" + Path("out/train-00000.bin").read_bytes()[1:])
-    refused(r"out/train-00000\.bin is damaged: its content is not what was written")
+    refused(r"out/train-00000\.bin is damaged: its content differs from its hash")
     Path("out/valid-00000.bin").unlink()
     refused(r"cannot read out/valid-00000\.bin: No such file")
     for text in ("", "{", "[]", "{}", '{"format_version": 1}'):
@@ -297,12 +302,12 @@ def test_damaged_folders_are_refused():
     Path("out/data.json").write_text(
         Path("out/data.json").read_text().replace('"format_version": 2', '"format_version": 9')
     )
-    refused(r"out/data\.json has format_version 9; this timemix reads 1 and 2")
+    refused(r"out/data\.json has format_version 9, but this timemix supports 1 and 2")
     Path("out/tokenizer.json").unlink()
     refused(r"cannot read the tokenizer out/tokenizer\.json")
     prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))
     Path("out/tokenizer.json").write_bytes(Path("other/tokenizer.json").read_bytes())
-    refused(r"out/tokenizer\.json is not the tokenizer that made the tokens")
+    refused(r"out/tokenizer\.json is not the tokenizer of the tokens")
     with pytest.raises(MissingFile, match=r"cannot read nowhere/data\.json: No such file"):
         open_corpus(Path("nowhere"))
 
@@ -372,7 +377,7 @@ def test_a_text_of_one_window_and_one_shorter(order):
     inputs, targets = Batches(np.arange(9), batch_size=2, ctx_len=8, seed=0, order=order)(5)
     assert inputs.tolist() == [list(range(8))] * 2
     assert targets.tolist() == [list(range(1, 9))] * 2
-    with pytest.raises(InvalidValue, match="the training text has 8 tokens; a window of ctx_len 8 needs 9"):
+    with pytest.raises(InvalidValue, match="the training text has 8 tokens, but a window of ctx_len=8 needs 9"):
         Batches(np.arange(8), batch_size=2, ctx_len=8, seed=0, order=order)
 
 

@@ -199,7 +199,7 @@ def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fails)
     corpus = prepare(tmp_path / "out", DataConfig(source=str(tmp_path / "text.txt")))
     assert len(corpus.train) == int(0.9 * len(WORDS))
-    assert "cannot start 2 processes (Function not implemented); one reads the text" in caplog.text
+    assert "cannot start 2 processes (Function not implemented); one process reads the text" in caplog.text
 
 
 def test_a_file_is_prepared_as_version_1_prepared_it(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_folders_of_version_1_open(tmp_path):
     np.testing.assert_array_equal(old.train[:], train)
     np.testing.assert_array_equal(old.valid[:], valid)
     (out / "train.bin").write_bytes(b"\1" + (out / "train.bin").read_bytes()[1:])
-    with pytest.raises(DamagedFile, match=r"train\.bin is damaged: its content is not what was written"):
+    with pytest.raises(DamagedFile, match=r"train\.bin is damaged: its content differs from its hash"):
         open_corpus(out)
 
 

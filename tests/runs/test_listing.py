@@ -141,7 +141,7 @@ def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(runs, monkeyp
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(MissingFile, match="there is no folder .*nothing; name the folder that holds your runs"):
+    with pytest.raises(MissingFile, match="there is no folder .*nothing; name the folder of your runs"):
         list_runs(tmp_path / "nothing")
 
 

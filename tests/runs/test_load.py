@@ -128,7 +128,7 @@ def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
     for checkpoint in ("best", "newest", 4):
         caplog.clear()
         assert timemix.load(run, checkpoint=checkpoint).folder == whole
-        assert caplog.messages == [f"{folder} lacks {lacking} and is passed over; restore or remove it"]
+        assert caplog.messages == [f"{folder} lacks {lacking} and is skipped; restore or remove it"]
     caplog.clear()
     trainer = resume_run(run)
     trainer.lock.release()
@@ -140,7 +140,7 @@ def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
 
 def test_a_run_of_unfinished_checkpoints_alone_is_named(run):
     (run_folder.newest(run) / "model.safetensors").unlink()
-    with pytest.raises(MissingFile, match="has no whole checkpoint: step-00000004 lacks model.safetensors"):
+    with pytest.raises(MissingFile, match="has no complete checkpoint: step-00000004 lacks model.safetensors"):
         timemix.load(run)
 
 
@@ -155,11 +155,11 @@ def flip(path: Path) -> None:
 def test_a_flipped_bit_is_found(run, name):
     path = run_folder.newest(run) / name
     flip(path)
-    with pytest.raises(DamagedFile, match=name + " is damaged: its content has another checksum") as error:
+    with pytest.raises(DamagedFile, match=name + " is damaged: its content differs from its checksum") as error:
         resume_run(run)
     assert "\n" not in str(error.value)
     if name == "model.safetensors":
-        with pytest.raises(DamagedFile, match="another checksum"):
+        with pytest.raises(DamagedFile, match="differs from its checksum"):
             timemix.load(run)
 
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_of_a_session_is_found(run, tmp_path):
     timemix.save_session(engine.session(0), path, loaded.model)
     timemix.load_session(path, loaded.model)
     flip(path)
-    with pytest.raises(DamagedFile, match="another checksum"):
+    with pytest.raises(DamagedFile, match="differs from its checksum"):
         timemix.load_session(path, loaded.model)
 
 

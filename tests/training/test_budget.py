@@ -124,6 +124,8 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
 
 
 def test_more_tokens_than_a_run_may_have_steps_for_are_refused(tmp_path):
-    with pytest.raises(InvalidValue, match=r"train.tokens is '100T': 1,562,500,000,000 steps of 64 tokens; .* at most"):
+    with pytest.raises(
+        InvalidValue, match=r"train.tokens is '100T', which takes 1,562,500,000,000 steps of 64 tokens; .* at most"
+    ):
         new_run(small_config(write_text_file(tmp_path), tokens="100T"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

@@ -21,10 +21,13 @@ CPU = torch.device("cpu")
 
 def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to gain by it")
-    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to gain by it")
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to save time by it")
+    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to save time by it")
     assert choose_compile("on", 1, CPU) == (True, "asked for")
-    assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (False, "the run is too short to gain by it")
+    assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (
+        False,
+        "the run is too short to save time by it",
+    )
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
     assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
     assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
@@ -32,7 +35,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler was found")
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler is installed")
     with pytest.raises(InvalidValue, match="train.compile is 'on', but no C\\+\\+ compiler was found; leave it out"):
         small_trainer(tmp_path, compile="on")
     assert not (tmp_path / "run").exists()
@@ -57,7 +60,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
         return
     trainer.run()
     assert not trainer.compiled
-    assert caplog.text.count("out of luck); training continues without") == 1
+    assert caplog.text.count("out of luck); training continues uncompiled") == 1
     whole = small_trainer(tmp_path, name="whole", compile="off")
     whole.run()
     assert whole.valid_loss == trainer.valid_loss

@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
 
 def test_a_run_in_use_is_refused_and_its_user_named(tmp_path):
     trainer = small_trainer(tmp_path)
-    with pytest.raises(InUse, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait for its end"):
+    with pytest.raises(InUse, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait until it ends"):
         resume_run(trainer.out)
     trainer.run()
     resume_run(trainer.out)

@@ -254,7 +254,7 @@ def test_a_hook_that_raises_is_reported_once_and_training_continues(tmp_path, ca
     fails, works = caplog.messages
     assert fails.startswith(f"hook {name} fails at step 3: {type(error).__name__}")
     assert ("the service is down" in fails) == isinstance(error, RuntimeError)
-    assert fails.endswith("; training continues, and calls it at each line")
+    assert fails.endswith("; training continues and calls the hook at each line")
     assert works == f"hook {name} works again after 4 failures"
     assert [step for step in seen if step > 0] == [1, 2, 7, 8]
     assert [-step for step in seen if step < 0] == list(range(1, 9))
@@ -296,7 +296,7 @@ def test_repeated_failures_are_reported_once_per_cause_and_counted():
     for _ in range(3):
         failures.failed("full", "to the end")
     failures.close()
-    assert warnings[-2:] == ["to the end", "the file did not work again: 3 failures"]
+    assert warnings[-2:] == ["to the end", "the file failed to the end of the run: 3 failures"]
 
 
 def test_metrics_that_a_full_disk_refuses_are_reported_once(tmp_path, monkeypatch, caplog):

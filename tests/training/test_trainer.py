@@ -147,7 +147,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()
     shutil.rmtree(tmp_path / "tokens")
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path, TEXT.replace("cat", "act")))))
-    with pytest.raises(DamagedFile, match="the data are not those that .*run was trained on"):
+    with pytest.raises(DamagedFile, match="the data differ from those that .*run was trained on"):
         resume_run(tmp_path / "run")
 
 
@@ -230,12 +230,12 @@ def test_no_held_out_text_means_no_validation(tmp_path):
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(AlreadyExists, match="exists already; choose another folder, or resume it"):
+    with pytest.raises(AlreadyExists, match="exists already; choose another folder, or resume the run"):
         small_trainer(tmp_path)
 
 
 def test_a_batch_too_large_for_memory_is_refused_beforehand(tmp_path):
-    with pytest.raises(Unavailable, match=r"needs about .* GiB of memory and .* are free; lower train.batch_size"):
+    with pytest.raises(Unavailable, match=r"needs about .* GiB of memory, but .* are free; lower train.batch_size"):
         small_trainer(tmp_path, batch_size=10_000_000)
     assert not (tmp_path / "run").exists()
 
@@ -259,14 +259,14 @@ class TestDamagedCheckpoints:
         return shutil.copytree(good, tmp_path / "run")
 
     def test_no_run(self, run):
-        with pytest.raises(MissingFile, match=r"there is no run folder .*nun; .* has run"):
+        with pytest.raises(MissingFile, match=r"there is no run folder .*nun; the runs in .* are run"):
             timemix.load(run.with_name("nun"))
 
     def test_no_checkpoint(self, run, tmp_path):
         shutil.rmtree(run / "checkpoints")
         with pytest.raises(MissingFile, match="has no checkpoint yet"):
             timemix.load(run)
-        with pytest.raises(MissingFile, match="is no run folder: it has no config.toml"):
+        with pytest.raises(MissingFile, match="is not a run folder: it has no config.toml"):
             timemix.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.toml", "training.json"])
@@ -296,7 +296,7 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "model.safetensors").write_bytes(
             (run_folder.newest(other.out) / "model.safetensors").read_bytes()
         )
-        with pytest.raises(DamagedFile, match="holds another architecture than its config.toml names"):
+        with pytest.raises(DamagedFile, match="does not have the architecture of its config.toml"):
             timemix.load(run)
 
     def test_another_tokenizer(self, run, tmp_path):
@@ -305,7 +305,7 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "tokenizer.json").write_bytes(
             (run_folder.newest(other.out) / "tokenizer.json").read_bytes()
         )
-        with pytest.raises(DamagedFile, match="it is not this model's tokenizer"):
+        with pytest.raises(DamagedFile, match="is not the tokenizer of this model"):
             timemix.load(run)
 
     def test_weights_of_another_size(self, run):
@@ -363,7 +363,7 @@ def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
 def test_patience_needs_a_held_out_text(tmp_path):
     config = small_config(write_text_file(tmp_path), patience=2)
     config = type(config)(config.model, type(config.data)(source=config.data.source, valid_fraction=0.0), config.train)
-    with pytest.raises(InvalidValue, match=r"train.patience is 2, but no text is held out .* set data.valid_fraction"):
+    with pytest.raises(InvalidValue, match=r"train.patience=2 needs held-out text, .* set data.valid_fraction"):
         new_run(config, tmp_path / "run")
 
 

@@ -190,7 +190,7 @@ class Text:
             ) from error
 
     def readings(self) -> list[tuple[str, Source, TextSize, tuple[int, ...]]]:
-        """Return name, source, size and `cuts` of each split; `cuts`: characters of each file before the held-out part."""
+        """Return name, source and size of each split, and the characters of each file before the held-out part."""
         train = ("train", self.source, self.sizes["train"], self._cuts)
         if self.valid is None:
             return [train, ("valid", *train[1:])]

@@ -257,7 +257,7 @@ class _State:
         return made
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
-        """Return a writer that continues after the finished token files of a split; if one is damaged, from the start."""
+        """Return a writer that continues after a split's finished token files, or from the start if one is damaged."""
         with contextlib.suppress(FileError):
             done = self._done.get(split)
             shards = () if done is None else done.shards

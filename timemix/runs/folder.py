@@ -165,7 +165,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     newest(path)
     steps = {str(int(c.name.removeprefix("step-"))): c for c in checkpoints(path)}
     if str(checkpoint) not in steps:
-        raise MissingFile(f"{path} has no checkpoint {checkpoint!r}; give one of best, newest, {', '.join(steps)}")
+        raise MissingFile(f"{path} has no checkpoint {checkpoint!r}; it has best, newest, {', '.join(steps)}")
     return steps[str(checkpoint)]
 
 

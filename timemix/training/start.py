@@ -225,8 +225,8 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfi
     for name in FIXED:
         if (wanted := getattr(config.train, name)) != (old := tables["train"][name]):
             raise InvalidValue(
-                f"train.{name}={wanted} cannot replace {old} when {out} is resumed; to change it, start a new run from"
-                f" its weights: timemix train --from {out} --out NEXT"
+                f"train.{name}={wanted} cannot change when {out} is resumed: the run has {old}; start a new run from"
+                f" its weights instead: timemix train --from {out} --out NEXT"
             )
     return config
 
