@@ -102,7 +102,7 @@ def test_the_hash_is_of_the_text_not_of_its_place():
 
 
 def test_a_run_reads_its_own_tokens_then_the_prepared_folder_it_was_trained_on(tmp_path):
-    """Nothing that takes over the name of the text changes what the run holds out."""
+    """A new file with the name of the text does not change the held-out text of the run."""
     Path("more.txt").write_text("abc\n" * 50)
     own = prepare(Path("run/data"), DataConfig(source="more.txt")).info
     other = prepare(Path("taken"), DataConfig(source="text.txt")).info
@@ -154,7 +154,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     folder = tmp_path_factory.mktemp("texts")
     for number, text in enumerate(files):
         (folder / f"{number}.txt").write_bytes(text.encode())
-    # Every file that is not empty ends its line, but for the last.
+    # Every nonempty file but the last ends with a line end.
     whole = [text for text in files if text]
     whole = [text if text.endswith("\n") else text + "\n" for text in whole[:-1]] + whole[-1:]
     if hold_out == "end":
@@ -163,7 +163,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     cuts = [after - before for before, after in itertools.pairwise(ends)]
     train = ""
     for text, cut in zip(whole, cuts, strict=True):
-        # A line end parts the beginnings of two files, as it parts the files.
+        # A line end separates the training parts of two files, as it separates the files.
         train += "\n" * (bool(train) and bool(text[:cut]) and not train.endswith("\n")) + text[:cut]
     config = DataConfig(str(folder), tokenizer="byte", valid_fraction=share, hold_out=hold_out)
     if not train:
@@ -333,7 +333,7 @@ def test_batches_are_a_function_of_the_step(order, sizes, seed, steps):
         assert np.array_equal(targets, forwards[step][1])
         assert inputs.shape == targets.shape == (batch_size, ctx_len)
         assert inputs.dtype == targets.dtype == np.int64
-        # The tokens are their own positions, so a window counts up by one and its targets lie one further.
+        # Each token is its own position: a window counts up by one, and its targets are larger by one.
         assert np.array_equal(inputs, inputs[:, :1] + np.arange(ctx_len))
         assert np.array_equal(targets, inputs + 1)
         assert targets.max() <= tokens[-1]
@@ -344,7 +344,7 @@ def test_random_windows_reach_every_place_and_differ_by_seed():
     batches = Batches(tokens, batch_size=64, ctx_len=8, seed=1)
     counts = np.bincount(np.concatenate([batches(step)[0][:, 0] for step in range(200)]), minlength=12)
     assert len(counts) == 12
-    # 12800 draws of 12 places: 1067 each, standard deviation 31.
+    # 12800 draws of 12 positions: 1067 each, with standard deviation 31.
     assert abs(counts - 12800 / 12).max() < 160
     other = Batches(tokens, batch_size=64, ctx_len=8, seed=2)
     assert not np.array_equal(batches(0)[0], other(0)[0])
@@ -399,7 +399,7 @@ def test_validation_takes_every_target_once(length, ctx_len, batch_size):
 
 
 def test_a_text_of_tinyshakespeares_size_is_split_as_everywhere():
-    """1,115,394 characters, 65 of them distinct: the first 1,003,854 are for training."""
+    """Of 1,115,394 characters, 65 of them distinct, the first 1,003,854 are for training."""
     text = "".join(chr(32 + i) for i in range(65)) * 17160
     Path("long.txt").write_text(text[:1115394])
     corpus = prepare(Path("out"), DataConfig(source="long.txt"))

@@ -1,4 +1,4 @@
-"""Texts in pieces: the same tokens as in one, in files of any size, also after a kill."""
+"""Preparation in pieces: the same tokens as in one piece, with files of any size, also after a kill."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ WORDS = 'It was a day, as zé said: "no"\nand 12 fish 鱼🐈 swam; o\'er the se
 
 @pytest.fixture
 def small(monkeypatch):
-    """Pieces of a few characters, files of a few tokens."""
+    """Use pieces of a few characters and files of a few tokens."""
 
     def pieces_of(characters: int, shard: int) -> None:
         for module in (text, sys.modules["timemix.data.prepare"]):
@@ -66,7 +66,7 @@ KINDS = [("character", "error"), ("character", "unk"), ("character", "byte"), ("
 )
 def test_pieces_give_the_tokens_of_the_whole(tmp_path, small, choice, encoding, compressed, sizes):
     (kind, unknown), (part, shard) = choice, sizes
-    # A file for each token is much work: a shorter text then.
+    # One file per token takes long, so the text is shorter.
     words = WORDS if part > 1 else WORDS[: len(WORDS) // 4]
     content = words if encoding != "latin-1" else words.replace("鱼🐈", "ß")
     path = tmp_path / ("text.txt.gz" if compressed else "text.txt")
@@ -188,7 +188,7 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
 
 
 def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, caplog):
-    """Without a writable /dev/shm the semaphores between processes cannot be made."""
+    """Without a writable /dev/shm, semaphores between processes cannot be created."""
 
     def fails(*arguments, **options):
         raise OSError(38, "Function not implemented")

@@ -1,4 +1,4 @@
-"""Sources: every kind of text in, downloads against a server on 127.0.0.1, and what a person sees when it fails."""
+"""Sources: all kinds of text, downloads from a server on 127.0.0.1, and the errors that a user sees."""
 
 import bz2
 import glob
@@ -168,7 +168,7 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(caplog, encoding):
         assert read_source(source, encoding=encoding).files == ("books/a.txt", "books/e.txt")
         names = "books/b.png, books/c.pdf, books/d.gz"
         assert caplog.messages == [f"{source}: skipped 3 as binary: {names}"]
-    # With NUL as a character, files of a known kind are no text still.
+    # Even with NUL as a character, files of a known kind are not text.
     assert Path("books/b.png") not in folder_files(Path("books"), encoding, keep_nul=True)
     Path("books/a.txt").unlink()
     Path("books/e.txt").unlink()
@@ -226,7 +226,7 @@ def test_what_timemix_wrote_is_not_read_as_text(caplog):
         caplog.clear()
         assert read_source(source).files == ("texts/a.txt",)
         assert f"{source}: skipped 2 as written by timemix: texts/runs/one, texts/tokens" in caplog.text
-    # One who names such a file has it read.
+    # A file that is named directly is read.
     assert read_source("texts/runs/*/samples.txt").text == "not a text"
 
 
@@ -295,7 +295,7 @@ def test_unreadable_places(monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` at every path; cuts the connection after `cuts[i]` bytes of the i-th answer."""
+    """HTTP server with `content` at every path; it cuts the connection after `cuts[i]` bytes of the i-th answer."""
 
     def __init__(self, content):
         self.content = content
@@ -329,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a server for some content and gives it the name `served`."""
+    """Start a server for some content, registered as the download `served`."""
     started = []
 
     def start(content, **fields):
@@ -437,7 +437,7 @@ def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_no_home_folder(monkeypatch):
-    """Without HOME and an entry in the list of users there is no place for a cache."""
+    """A user without HOME and without an entry in the list of users has no cache folder."""
 
     def fails(name):
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,4 @@
-"""A text in progress saved and loaded: going on with it equals going on; what does not fit is refused."""
+"""Sessions saved and loaded: continuing a loaded session equals continuing in memory; misfits are rejected."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The picture of loss curves, and what it reads."""
+"""Pictures of loss curves, and the metrics that they read."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the figure that was saved last."""
+    """Return the axes of the last saved figure."""
     found: list[Axes] = []
     save = Figure.savefig
 
@@ -147,7 +147,7 @@ def test_smoothing_starts_where_the_loss_starts(make_run, tmp_path, drawn, smoot
     losses = 2 + 2.1 * np.exp(-np.arange(200) / 5)
     run = make_run(rows=[{"step": i, "tokens": i, "seconds": i, "loss": x} for i, x in enumerate(losses, 1)])
     plot_loss([run], tmp_path / "loss.png", smoothing=smoothing)
-    # Drawn from the newest point backwards.
+    # Points are selected backwards from the newest one.
     smoothed = np.asarray(drawn[0].lines[1].get_ydata())[::-1]
     assert smoothed[0] == pytest.approx(losses[0])
     assert smoothed[-1] == pytest.approx(2, abs=0.05 if smoothing < 0.1 else 0.5)
@@ -236,9 +236,9 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
     cases = [
         ([tmp_path / "missing"], png, {}, "no run folder .*missing"),
         ([good, tmp_path / "folder"], png, {}, r"cannot read .*metrics\.jsonl"),
-        ([empty], png, {}, r"empty.metrics\.jsonl holds no losses"),
+        ([empty], png, {}, r"empty.metrics\.jsonl has no losses"),
         ([], png, {}, "no run to plot"),
-        ([good], tmp_path / "loss.gif", {}, r"loss\.gif; end its name in \.png or \.svg"),
+        ([good], tmp_path / "loss.gif", {}, r"loss\.gif has an unsupported suffix '\.gif'; use \.png or \.svg"),
         ([good], tmp_path / "loss", {}, r"\.png or \.svg"),
         ([good], png, {"x": "epochs"}, "x must be one of tokens, steps, seconds, not 'epochs'"),
         ([good], png, {"smoothing": -1}, "smoothing must be from 0 to 1, not -1"),

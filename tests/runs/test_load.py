@@ -1,4 +1,4 @@
-"""Loading of a run: while its training removes checkpoints, with unfinished ones, with damaged ones."""
+"""Loading of a run: while training removes checkpoints, with incomplete checkpoints, and with damaged ones."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def run(good, tmp_path):
     return shutil.copytree(good, tmp_path / "run")
 
 
-# What is read of a checkpoint, in this order.
+# Files of a checkpoint, in the order in which they are read.
 READERS = [
     (run_folder, "read_progress"),
     (loading, "read_toml"),
@@ -193,7 +193,7 @@ def test_files_of_a_run_follow_the_umask(tmp_path, umask):
         trainer.run()
     finally:
         os.umask(before)
-    # The lock file is for the one who trains.
+    # Only training creates the lock file.
     modes = {p: stat.S_IMODE(p.stat().st_mode) for p in trainer.out.rglob("*") if p.is_file() and p.name != ".lock"}
     assert len(modes) > 8
     assert set(modes.values()) == {0o666 & ~umask}

@@ -1,4 +1,4 @@
-"""The user's cache folder, also where the user has no home."""
+"""The cache folder of the user, also without a home folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How far reading has come: shown where somebody reads it, and never a reason to stop."""
+"""Progress of reading: shown where a user sees it; an error in showing it never stops the work."""
 
 import io
 import sys

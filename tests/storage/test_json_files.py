@@ -1,4 +1,4 @@
-"""The typed reader of JSON files: accepted values, refused values and their errors, written values."""
+"""The typed reader of JSON files: accepted values, rejected values with their errors, and written values."""
 
 import json
 from dataclasses import dataclass, field

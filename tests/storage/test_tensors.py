@@ -1,4 +1,4 @@
-"""Tensor files: what was written comes back, one wrong bit is found, and whoever may read the folder may read them."""
+"""Tensor files: round trip, detection of a single wrong bit, and the usual file permissions."""
 
 import os
 import stat

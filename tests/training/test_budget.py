@@ -1,4 +1,4 @@
-"""Runs by seconds and by tokens: the steps are counted before training, and the run depends on them alone."""
+"""Runs of some seconds or tokens: the steps are counted before training, and the run depends on them alone."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ SECONDS = st.floats(0.001, 2)
 
 
 def clock_of(steps: int, pace: Pace, train: TrainConfig) -> float:
-    """Seconds of a run whose every validation is an improvement, step by step."""
+    """Return the seconds of a run, summed step by step, in which every validation is an improvement."""
     seconds = pace.validation
     for step in range(1, steps + 1):
         is_last = step == steps
@@ -40,10 +40,10 @@ def clock_of(steps: int, pace: Pace, train: TrainConfig) -> float:
 def test_the_steps_that_fit_take_about_their_seconds(pace, seconds, every):
     train = TrainConfig(valid_every=every[0], save_every=every[1], sample_every=every[2])
     steps = pace.steps_within(seconds, train)
-    # What is due at the last step may be due once more than its share.
+    # Validations and saves at the last step may exceed their share by one.
     spare = 2 * (pace.validation + pace.checkpoint) + pace.sample
     assert steps == 1 or clock_of(steps, pace, train) <= seconds + spare
-    # A step may be due to validate and to save at once, which is counted twice.
+    # A step may both validate and save, which the estimate counts twice.
     assert clock_of(steps + 1, pace, train) > (seconds - spare) / 2 or steps == budget.MOST_STEPS
 
 

@@ -1,4 +1,4 @@
-"""Compiling and its fallbacks, and memory that is kept."""
+"""Compiling and its fallbacks, and freed memory that the allocator keeps."""
 
 import resource
 import shutil
@@ -30,13 +30,14 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     )
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
     assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
-    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
+    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it supports one process only")
 
 
 def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler is installed")
-    with pytest.raises(InvalidValue, match="train.compile is 'on', but no C\\+\\+ compiler was found; leave it out"):
+    sentence = r"train.compile is 'on', but no C\+\+ compiler is installed; leave train.compile out"
+    with pytest.raises(InvalidValue, match=sentence):
         small_trainer(tmp_path, compile="on")
     assert not (tmp_path / "run").exists()
 
@@ -99,8 +100,8 @@ def test_freed_memory_is_kept():
     def faults() -> int:
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    # Given back, at least one tensor of 16 MiB would need fresh pages in each of 4 rounds. Now and then the system lays
-    # out a process so that the allocator does so all the same: seen in a quarter of them.
+    # If freed memory were returned, at least one tensor of 16 MiB would need new pages in each of 4 rounds. Sometimes
+    # the memory layout of a process makes the allocator return it anyway: seen in a quarter of the processes.
     assert any(faults() * resource.getpagesize() < 4 * 2**24 / 3 for _ in range(8))
 
 

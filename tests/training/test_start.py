@@ -67,7 +67,7 @@ def test_a_complete_run_continues_to_more_steps_by_their_schedule(tmp_path):
 
 
 def test_a_run_stopped_with_new_settings_resumes_to_the_same_end(tmp_path):
-    """Settings that change at step 3 are those of the run from then on, also when it is stopped again."""
+    """Settings that change at step 3 apply to the rest of the run, also after another stop."""
     new = {"steps": 11, "lr": 3e-3, "valid_every": 3, "save_every": 5, "log_every": 3, "schedule": "linear"}
     for name in ("whole", "stopped"):
         with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""What a run writes down about itself, what it warns of, and where its lines go besides."""
+"""Metrics of a run, its warnings, and its hooks."""
 
 import json
 import math

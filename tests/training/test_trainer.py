@@ -1,4 +1,4 @@
-"""Training: it learns, its run folder holds what it should, it stops and goes on without loss."""
+"""Training: the loss falls, the run folder is complete, and stopping and resuming loses nothing."""
 
 import json
 import math
@@ -277,7 +277,7 @@ class TestDamagedCheckpoints:
         if damage == "remove":
             path.unlink()
         else:
-            # Of a TOML file in the midst of a line: one that ends with a line is a shorter one.
+            # A TOML file is cut in the middle of a line: cut at a line end, it would be valid.
             half = content.index(b" =", len(content) // 2) if name.endswith(".toml") else len(content) // 2
             path.write_bytes({"truncate": content[:half], "empty": b"", "noise": b"\xff\x00" * 50}[damage])
         with pytest.raises(FileError, match=name.replace(".", r"\.")) as error:
@@ -316,7 +316,7 @@ class TestDamagedCheckpoints:
 
 
 class Losses:
-    """Validation losses that follow a list instead of the model."""
+    """Replace the validation losses by a list."""
 
     def __init__(self, *losses: float) -> None:
         self.losses = losses
@@ -345,7 +345,7 @@ def test_training_stops_early_and_keeps_the_best(tmp_path):
 
 
 def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
-    """Stopped by a signal in between, it ends at the same step; without patience, as a run that never had any."""
+    """A run that a signal stopped in between ends early at the same step; without patience, it runs to its end."""
     whole = FALL_AND_RISE.of(small_trainer(tmp_path, name="whole", **PATIENT))
     whole.run()
     trainer = FALL_AND_RISE.of(small_trainer(tmp_path, patience=3, **PATIENT))
@@ -383,7 +383,7 @@ def test_samples_are_drawn_while_it_trains_and_change_nothing(tmp_path):
 def test_a_closed_terminal_saves_as_the_end_of_a_job_does(tmp_path, number):
     trainer = small_trainer(tmp_path)
     with pytest.raises(Interrupted) as interrupted:
-        # A shell sends SIGHUP to its jobs once more.
+        # A shell sends SIGHUP to its jobs a second time.
         trainer.run(lambda p: [os.kill(os.getpid(), number) for _ in range(1 + (number == signal.SIGHUP))])
     assert interrupted.value.number == number
     assert run_folder.newest(trainer.out).name == "step-00000001"

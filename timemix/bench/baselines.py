@@ -79,8 +79,8 @@ def naive_config(model: ModelConfig) -> Rwkv1Config:
     """
     if not isinstance(model, Rwkv1Config) or model.weights == "free" or not (model.alpha and model.beta):
         raise InvalidValue(
-            f"model.arch={model.arch!r} with these settings has no naive implementation: bench train needs rwkv1 with"
-            " f, alpha and beta; leave model.arch, model.weights, model.alpha and model.beta out"
+            f"model.arch={model.arch!r} with these settings has no naive implementation to compare with;"
+            " leave model.arch, model.weights, model.alpha and model.beta out"
         )
     config = replace(model)
     # Set past the checks of the config, which reject this backend in runs.

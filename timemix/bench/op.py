@@ -88,7 +88,7 @@ def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor]
         theirs = [a.detach().float() for a in _plain(leaves(short, torch.float64))]
         worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
         allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
-        fault = None if worst <= allowed else f"parity failed: error of {worst:.1e} relative to the largest value"
+        fault = None if worst <= allowed else f"parity failed: error {worst:.1e} of the largest value"
     except (RuntimeError, ValueError) as error:
         fault = f"fails: {str(error).splitlines()[0]}"
     inputs = leaves(x["k"].shape[1], dtype)

@@ -142,7 +142,7 @@ def _stepping(
     with torch.no_grad():
         theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
     worst = float((found - theirs).abs().max() / theirs.abs().max())
-    fault = None if worst <= 1e-4 else f"parity failed: error of the logits of {worst:.1e} relative to the largest"
+    fault = None if worst <= 1e-4 else f"parity failed: logit error {worst:.1e} of the largest logit"
 
     # Sums over the past are computed once per block of positions. Setting a row back would recompute them.
     drifts = step.compiled and model.max_position is not None

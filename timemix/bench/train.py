@@ -113,7 +113,7 @@ def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
     worst = float((logits - expected).abs().max() / expected.abs().max())
     if worst <= (0.03 if precision == "bfloat16" else 1e-4):
         return None
-    return f"parity failed: error of the logits of {worst:.1e} relative to the largest"
+    return f"parity failed: logit error {worst:.1e} of the largest logit"
 
 
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:

@@ -287,9 +287,7 @@ class Comparison:
         if not job.tuning and self.best_point(job.variant) is None:
             results = [self.result(j) for j in self.tuning_jobs(job.variant)]
             errors = [result.error for result in results if isinstance(result, Failure)]
-            raise TimemixError(
-                f"every tuning run of variant {job.variant.name!r} failed, the last one with: {errors[-1]}"
-            )
+            raise TimemixError(f"every tuning run failed: {errors[-1]}")
         config, keys = self.config(job), self._keys(job)
         if (same := self._same_run(keys, job)) is not None:
             copied, result = same
