@@ -66,7 +66,7 @@ def wing_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_imports_go_one_way_through_the_wings(name):
+def test_imports_between_subpackages_go_one_way(name):
     for other in imported(modules()[name]):
         assert other, f"{name} imports timemix itself"
         assert wing_of(other) >= wing_of(name), f"{name} imports {other}"

@@ -27,7 +27,7 @@ from timemix.storage.json_files import to_json
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 
 
-def test_the_plain_writing_is_the_reference():
+def test_the_naive_implementation_is_the_reference():
     k, v = torch.randn(2, 1, 7, 2, 3, dtype=torch.float64).unbind()
     f, alpha, beta = torch.randn(3, 2, 9, dtype=torch.float64).unbind()
     plain, _ = plain_wkv1(k, v, f, alpha, beta)
@@ -157,16 +157,16 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
     ],
 )
 def test_wrong_uses_end_in_one_sentence(arguments, words):
-    with pytest.raises(InvalidValue) as told:
+    with pytest.raises(InvalidValue) as error:
         verb(arguments)
-    assert words in str(told.value)
+    assert words in str(error.value)
 
 
 WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
 
 
 @pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
-def test_writing_beside_others(arch, tmp_path):
+def test_generation_beside_others(arch, tmp_path):
     found = bench_sample.bench_sample(model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     alone, batches, positions, first = report["results"]

@@ -174,7 +174,7 @@ def test_a_file_of_a_run_with_a_start_starts_there_too(tmp_path, monkeypatch, ca
     assert Path("again/checkpoints/step-00000002").exists()
     capsys.readouterr()
     assert call("train", "--from", "run", "--out", "x", "--model.arch", "mha_pro") == 2
-    assert "--model.arch='mha_pro' is not that of run" in capsys.readouterr().err
+    assert "--model.arch='mha_pro' differs from 'rwkv1' in run" in capsys.readouterr().err
 
 
 def call(*arguments):

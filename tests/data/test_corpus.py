@@ -173,7 +173,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     assert corpus.tokenizer.decode(corpus.valid[:]) == "".join(t[c:] for t, c in zip(whole, cuts, strict=True))
 
 
-def test_what_is_held_out_is_said_in_words():
+def test_the_held_out_text_is_described_in_words():
     Path("texts").mkdir()
     for name in "abc":
         Path(f"texts/{name}.txt").write_text(f"{name}\n" * 50)

@@ -130,7 +130,7 @@ module.prepare(Path(sys.argv[2]), DataConfig(source=sys.argv[1], unknown="unk"))
 """
 
 
-def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_preparation_resumes_bit_identically(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
 
     def begin(out: str) -> subprocess.Popen:
@@ -154,7 +154,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "text.txt", "whole"]
 
 
-def test_a_text_that_changed_is_begun_anew(tmp_path, small, monkeypatch):
+def test_a_changed_text_starts_again(tmp_path, small, monkeypatch):
     small(50, 400)
     source = tmp_path / "text.txt"
     source.write_text(WORDS)
@@ -187,7 +187,7 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
         assert contents(tmp_path / f"{kind}-one") == contents(tmp_path / f"{kind}-two")
 
 
-def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, caplog):
+def test_without_worker_processes_one_process_reads_the_text(tmp_path, monkeypatch, caplog):
     """Without a writable /dev/shm, semaphores between processes cannot be created."""
 
     def fails(*arguments, **options):

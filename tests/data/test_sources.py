@@ -371,7 +371,7 @@ def test_a_good_zip(serve, tmp_path):
     assert server.asked == [None]
 
 
-def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
+def test_a_cut_download_resumes(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts = [10_000, 5_000]
@@ -379,7 +379,7 @@ def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
     assert server.asked == [None, "bytes=10000-", "bytes=15000-"]
 
 
-def test_a_later_call_goes_on_too(serve, tmp_path):
+def test_a_later_call_also_resumes(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts = [10_000, 0, 0, 0, 0]
@@ -393,7 +393,7 @@ def test_a_later_call_goes_on_too(serve, tmp_path):
     assert server.asked[-1] == "bytes=10000-"
 
 
-def test_a_server_without_ranges_sends_all_again(serve, tmp_path):
+def test_a_server_without_ranges_sends_everything_again(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts, server.ranges = [10_000], False
@@ -416,7 +416,7 @@ def test_a_wrong_hash(serve, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hash_first_seen_is_held_on_to(serve, tmp_path, caplog):
+def test_the_first_hash_is_kept(serve, tmp_path, caplog):
     server = serve(TEXT.encode())
     with caplog.at_level(logging.WARNING, "timemix"):
         assert read_source("served", cache=tmp_path).text == TEXT

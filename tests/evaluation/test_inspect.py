@@ -100,7 +100,7 @@ def test_pictures_of_what_there_is(tmp_path):
     assert all(p.stat().st_size > 3000 for p in pictures)
 
 
-def test_a_model_without_token_shift_says_so(tmp_path):
+def test_a_model_without_token_shift_is_reported(tmp_path):
     loaded, tokens = trained(tmp_path, "mha_rotary")
     found = inspect_run(loaded, tokens)
     report = to_json(found)

@@ -150,7 +150,7 @@ def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_stopped_comparison_resumes(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     whole = Comparison(experiment, tmp_path / "whole")
     finish(whole)
@@ -208,7 +208,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkey
     assert line.startswith("rwkv1 seed 1: held-out loss")
 
 
-def test_seeds_follow_when_tuning_chooses_anew(tmp_path):
+def test_seeds_run_again_when_tuning_chooses_another_point(tmp_path):
     experiment = small(write_text_file(tmp_path), seeds=(1,))
     comparison = Comparison(experiment, tmp_path / "out")
     finish(comparison)
@@ -222,7 +222,7 @@ def test_seeds_follow_when_tuning_chooses_anew(tmp_path):
     assert trained.train.lr == experiment.tuning_points()[1 - chosen]["train.lr"]
 
 
-def test_a_folder_that_moved_goes_on(tmp_path, monkeypatch):
+def test_a_moved_folder_resumes(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     step = Trainer.train_step
 
@@ -327,7 +327,7 @@ def test_what_is_not_its_folder_is_refused(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
-    with pytest.raises(FileError, match="no comparison's folder and not empty"):
+    with pytest.raises(FileError, match="not the folder of a comparison, and not empty"):
         Comparison(experiment, foreign)
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWrite, match=r"cannot write .*file"):

@@ -177,7 +177,7 @@ def test_nothing_is_cut_off_on_a_small_screen(page):
         page.set_window_size(1000, 1400)
 
 
-def test_the_page_stands_alone(browser, comparison, tmp_path):
+def test_the_page_has_no_external_resources(browser, comparison, tmp_path):
     copy = shutil.copy(comparison.out / "report.html", tmp_path / "elsewhere.html")
     assert Path(copy).stat().st_size < 300_000
     browser.get(Path(copy).as_uri())

@@ -108,7 +108,7 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     with pytest.raises(FileError, match="has another experiment"):
         run_sampling(replace(study, samples=5), tmp_path / "out", lines.append)
     source.write_text(TEXT * 2)
-    with pytest.raises(FileError, match="holds this experiment on another text"):
+    with pytest.raises(FileError, match="has this experiment on another text"):
         run_sampling(study, tmp_path / "out", lines.append)
 
 
@@ -130,6 +130,6 @@ def test_a_killed_beginning_is_begun_again(tmp_path):
         ({"writer": {"model": {"layerz": 1}}}, "variant 'writer': unknown field 'model.layerz'"),
     ],
 )
-def test_what_cannot_serve_is_refused_before_training(fields, words):
+def test_unsupported_settings_are_refused_before_training(fields, words):
     with pytest.raises(TimemixError, match=words):
         experiment("x", **fields)

@@ -87,7 +87,7 @@ def test_how_numbers_read():
     assert markdown_table([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
-def test_what_is_unfair_is_said():
+def test_limits_of_the_comparison_are_reported():
     def row(label, parameters, lr, failed=()):
         tuning = [{"train.lr": x, "valid_loss": 1.0} for x in (1e-3, 2e-3, 4e-3)]
         return Row(

@@ -173,7 +173,7 @@ def writes(model, text, *, counted=False):
     calls = itertools.count()
 
     class Step:
-        compiled, reason = False, "told to"
+        compiled, reason = False, "set by the test"
 
         def looks_back(self, position):
             return position
@@ -209,7 +209,7 @@ def test_stop_strings_end_the_text_before_them():
     assert [e.finished for e in events] == [None] * 5 + ["stop"]
 
 
-def test_what_was_held_back_is_told_at_the_end():
+def test_text_that_was_held_back_comes_with_the_end():
     events = written([2, 0, 1, 0, 2, 3, 4], CHARACTERS, tokens=5, stop=("acd",))
     assert "".join(e.text for e in events) == "cabac"
     assert events[-1].finished == "length"
@@ -255,7 +255,7 @@ def test_a_request_that_is_cancelled_during_a_step_has_no_event_of_it(model):
 
 
 @pytest.mark.parametrize(("model", "cut"), pairwise(KINDS, [0, 1, 5, 12, 20], strength=1), indirect=["model"])
-def test_going_on_from_a_stream_equals_going_on(model, cut):
+def test_a_request_from_a_session_continues_it_exactly(model, cut):
     whole = Request([1, 2, 3], 25, Sampler(repetition_penalty=1.3), seed=4, log_probabilities=True)
     expected = alone(model, whole)
     engine = Engine(model, CHARACTERS)
@@ -267,12 +267,12 @@ def test_going_on_from_a_stream_equals_going_on(model, cut):
     for _ in range(2):
         engine.add(Request([], 25 - cut, whole.sampler, 4, start=stream, log_probabilities=True))
     for rest in finish(engine).values():
-        told = [e for e in [*first, *rest] if e.token is not None]
-        assert [e.token for e in told] == [e.token for e in expected]
-        assert [e.log_probability for e in told] == pytest.approx([e.log_probability for e in expected], abs=1e-5)
+        sampled = [e for e in [*first, *rest] if e.token is not None]
+        assert [e.token for e in sampled] == [e.token for e in expected]
+        assert [e.log_probability for e in sampled] == pytest.approx([e.log_probability for e in expected], abs=1e-5)
 
 
-def test_a_stream_of_a_request_at_work_branches(model):
+def test_a_session_of_an_active_request_branches(model):
     engine = Engine(model, CHARACTERS)
     id = engine.add(Request([1, 2], 20, seed=3))
     for _ in range(6):

@@ -97,8 +97,8 @@ def run_schedule(model, step, requests, expected, chosen):
             own = found.get(sample, [])
             assert own == whole[: len(own)], (id, number, sample)
             assert len(own) == len(whole) or id in cancelled
-    for id, told, session in sessions:
-        rest = expected[which[id]][0][told:]
+    for id, count, session in sessions:
+        rest = expected[which[id]][0][count:]
         request = requests[which[id]]
         again = Request(
             [],

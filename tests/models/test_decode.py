@@ -235,7 +235,7 @@ def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
         ("rwkv1", torch.float64, "not torch.float64"),
     ],
 )
-def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, words):
+def test_unsupported_models_use_their_forward_with_a_reason(variant, dtype, words):
     model = build(MODELS[variant], dtype)
     step = build_step(model)
     assert isinstance(step, ModelStep)
@@ -247,7 +247,7 @@ def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, word
     assert logits.shape == (1, model.config.vocab_size)
 
 
-def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_the_model_is_used_with_a_notice(monkeypatch, tmp_path):
     model = model_of("rwkv1")
     native.library.cache_clear()
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))

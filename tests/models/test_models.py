@@ -82,7 +82,7 @@ def test_step_by_step_equals_parallel(model):
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
-def test_padding_stays_out_and_rows_stand_at_different_positions(model):
+def test_padding_is_ignored_and_rows_have_different_positions(model):
     x, lengths = tokens(3), torch.tensor([2, 7, 4])
     more = tokens(3, 5)
     with torch.no_grad():

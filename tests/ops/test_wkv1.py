@@ -102,7 +102,7 @@ def test_a_free_w_of_the_tables_products_equals_the_tables(backend, denominator)
 
 
 def test_weighted_denominator_is_an_average():
-    """With W in the denominator, y is a weighted mean of v: constants are preserved, and y is within the bounds of v."""
+    """With W in the denominator, y is a weighted mean of v: constants are preserved and bounds of v hold for y."""
     x = inputs()
     x["v"] = torch.full_like(x["v"], 7.0)
     y, _ = wkv1(**x, denominator="weighted", backend="reference")

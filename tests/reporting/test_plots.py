@@ -84,7 +84,7 @@ def test_first_losses_do_not_squash_the_curve(make_run, tmp_path, drawn):
     assert 1.6 < high < 2
 
 
-def test_several_runs_are_told_apart(make_run, tmp_path, drawn):
+def test_several_runs_have_different_lines(make_run, tmp_path, drawn):
     ends = {"rwkv1": 1.5, "_mha_$pro$": 1.51, "mha_rotary": 1.7}
     runs = [make_run(name, rows_of(end, seed=i)) for i, (name, end) in enumerate(ends.items())]
     plot_loss(runs, tmp_path / "loss.svg")
@@ -175,7 +175,7 @@ def test_the_legend_covers_no_validation_loss(make_run, tmp_path, drawn, valid):
     assert not any(covered.contains(*point) for point in points)
 
 
-def test_bands_say_which_loss_is_drawn_and_which_is_printed(make_run, tmp_path, drawn):
+def test_labels_of_bands_name_the_drawn_and_the_printed_loss(make_run, tmp_path, drawn):
     groups = {
         name: [make_run(f"{name}/{seed}", rows_of(end, seed=seed)) for seed in (1, 2)]
         for name, end in (("rwkv1", 1.5), ("mha_rotary", 1.7))
@@ -240,8 +240,8 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
         ([], png, {}, "no run to plot"),
         ([good], tmp_path / "loss.gif", {}, r"loss\.gif has an unsupported suffix '\.gif'; use \.png or \.svg"),
         ([good], tmp_path / "loss", {}, r"\.png or \.svg"),
-        ([good], png, {"x": "epochs"}, "x must be one of tokens, steps, seconds, not 'epochs'"),
-        ([good], png, {"smoothing": -1}, "smoothing must be from 0 to 1, not -1"),
+        ([good], png, {"x": "epochs"}, "x is 'epochs'; it must be one of tokens, steps, seconds"),
+        ([good], png, {"smoothing": -1}, "smoothing is -1; it must be from 0 to 1"),
         ([good], png, {"smoothing": float("nan")}, "smoothing must be"),
         ([good], good / "metrics.jsonl" / "loss.png", {}, "cannot write"),
     ]

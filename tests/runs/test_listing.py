@@ -101,7 +101,7 @@ os._exit(9)
         ({}, "complete"),
     ],
 )
-def test_what_the_holder_of_a_lock_says(runs, holder, state):
+def test_the_file_that_names_the_holder_of_a_lock(runs, holder, state):
     if "host" in holder and holder["host"] is None:
         holder = holder | {"host": socket.gethostname()}
     (runs / "b/.lock.json").write_text(json.dumps(holder))
@@ -175,7 +175,7 @@ def test_the_verb_gives_json(runs, monkeypatch, capsys):
     assert run.items() >= {"folder": "runs/b", "state": "complete", "step": 4, "steps": 4, "error": None}.items()
 
 
-def test_the_verb_says_where_nothing_is(tmp_path, monkeypatch, capsys):
+def test_the_verb_reports_a_folder_without_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):

@@ -120,7 +120,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("kind", UNFINISHED)
-def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
+def test_an_incomplete_checkpoint_is_skipped(run, caplog, kind):
     whole = run_folder.newest(run)
     folder = whole.with_name("step-00009999")
     make, lacking = UNFINISHED[kind]
@@ -138,7 +138,7 @@ def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
         timemix.load(run, checkpoint=9999)
 
 
-def test_a_run_of_unfinished_checkpoints_alone_is_named(run):
+def test_a_run_with_only_incomplete_checkpoints_is_refused(run):
     (run_folder.newest(run) / "model.safetensors").unlink()
     with pytest.raises(MissingFile, match="has no complete checkpoint: step-00000004 lacks model.safetensors"):
         timemix.load(run)

@@ -51,11 +51,11 @@ def tokens(good, tmp_path):
 
 
 def refused(action, name: str) -> None:
-    with pytest.raises(FileError) as told:
+    with pytest.raises(FileError) as error:
         action()
-    assert name in str(told.value)
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 600
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 class Payload:

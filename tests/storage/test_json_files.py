@@ -59,6 +59,6 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_a_damaged_field_is_named(tmp_path, text, words):
     path = tmp_path / "whole.json"
     path.write_text(text)
-    with pytest.raises(DamagedFile) as told:
+    with pytest.raises(DamagedFile) as error:
         read_record(path, Whole)
-    assert str(told.value) == f"{path} is damaged: {words}; restore it from a copy"
+    assert str(error.value) == f"{path} is damaged: {words}; restore it from a copy"

@@ -283,7 +283,7 @@ def test_an_empty_text_trains_nothing(kind):
         train(kind, text="")
 
 
-def test_choices_that_cannot_be_served():
+def test_unsupported_choices():
     for arguments, sentence in [
         (("letter", "error"), "there is no tokenizer 'letter'; choose one of character, byte, word, subword"),
         (("byte", "skip"), "there is no choice 'skip' for unknown text; choose error, unk or byte"),

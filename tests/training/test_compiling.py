@@ -33,7 +33,7 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it supports one process only")
 
 
-def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler is installed")
     sentence = r"train.compile is 'on', but no C\+\+ compiler is installed; leave train.compile out"
@@ -43,7 +43,7 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["auto", "on"])
-def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_path, caplog, asked):
+def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_path, caplog, asked):
     def broken(model, **options):
         def call(*args):
             raise torch._dynamo.exc.TorchDynamoException("CppCompileError: out of luck\nmore")
@@ -70,7 +70,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(compiling.cpp_compiler() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
-def test_a_compiled_run_learns_the_same_and_goes_on_to_the_same_end(tmp_path, arch):
+def test_a_compiled_run_learns_and_resumes_the_same(tmp_path, arch):
     whole = small_trainer(tmp_path, arch, name="whole", compile="on")
     losses = [whole.train_step() for _ in range(8)]
     plain = small_trainer(tmp_path, arch, name="plain", compile="off")

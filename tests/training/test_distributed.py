@@ -115,7 +115,7 @@ def test_two_processes_draw_samples_while_they_train(folder, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_process_goes_on_with_what_two_began(folder, strategy):
+def test_one_process_resumes_a_run_of_two(folder, strategy):
     trainer = resume_run(folder / f"stopped-{strategy}")
     # Two processes agree to stop at the next step.
     assert trainer.step == 4
@@ -124,7 +124,7 @@ def test_one_process_goes_on_with_what_two_began(folder, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_go_on_with_what_one_began(folder, strategy):
+def test_two_processes_resume_a_run_of_one(folder, strategy):
     same_curve(folder / "plain", folder / f"handed-{strategy}", 1e-5)
 
 
@@ -204,11 +204,11 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
     _, errors = group.communicate(timeout=60)
     assert time.monotonic() - started < 60
     assert group.returncode != 0
-    told = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
-    assert len(told) == 1, errors
+    lines = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
+    assert len(lines) == 1, errors
     assert re.search(
         r"a process of this run has ended .*; the last good checkpoint is .*step-\d+; .*; resume with: .* --resume",
-        told[0],
+        lines[0],
     )
     assert "trainer.run" not in errors
     trainer = resume_run(out)
@@ -219,7 +219,7 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
+def test_ctrl_c_saves_once_and_an_error_is_printed_once(tmp_path):
     command, out = long_run(tmp_path)
     group = torchrun(*command, start_new_session=True)
     wait_for_checkpoint(out, group)

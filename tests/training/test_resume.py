@@ -171,7 +171,7 @@ def test_a_full_disk_stops_the_run_at_the_last_good_checkpoint(tmp_path, monkeyp
     same_end(undisturbed.out, trainer.out)
 
 
-def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
+def test_training_can_continue_on_a_full_disk(tmp_path, monkeypatch, caplog):
     trainer = small_trainer(tmp_path, steps=12, valid_every=100, full_disk="continue")
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
     trainer.run()
@@ -235,13 +235,13 @@ def test_a_run_in_use_is_refused_and_its_user_named(tmp_path):
     resume_run(trainer.out)
 
 
-def test_another_process_is_told_who_holds_the_run(tmp_path):
+def test_the_error_names_the_process_that_holds_the_run(tmp_path):
     trainer = small_trainer(tmp_path)
     command = [sys.executable, "-m", "timemix", "train", "--resume", trainer.out]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert told.returncode == 2
-    assert f"is in use by process {os.getpid()} on" in told.stderr
-    assert "Traceback" not in told.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 2
+    assert f"is in use by process {os.getpid()} on" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):

@@ -89,25 +89,25 @@ class TestSpikes:
         assert variance == pytest.approx(self.LOSSES[:80].var(), rel=1e-9)
         assert seen == 80
 
-    def test_a_jump_is_one_and_a_lasting_rise_is_told_a_few_times(self):
+    def test_a_jump_is_a_spike_and_a_lasting_rise_is_reported_a_few_times(self):
         watch = SpikeWatch(6.0)
         for loss in self.LOSSES:
             watch(loss)
         mean, variance, _ = watch.state
         assert mean == pytest.approx(2, abs=0.03)
-        told = f"the loss is 2.600, after {mean:.3f} ± {math.sqrt(variance):.3f} in the steps before"
-        assert watch(2.6) == told
+        sentence = f"the loss is 2.600, after {mean:.3f} ± {math.sqrt(variance):.3f} in the steps before"
+        assert watch(2.6) == sentence
         rises = [watch(4.0) is not None for _ in range(300)]
         assert rises[0]
         assert not any(rises[150:])
 
-    def test_before_fifty_losses_and_without_a_limit_nothing_is_told(self):
+    def test_no_spike_before_fifty_losses_or_without_a_threshold(self):
         assert not any(SpikeWatch(6.0)(x) for x in [1.0] * 49 + [100.0])
         watch = SpikeWatch(0.0)
         assert not any(watch(x) for x in [*self.LOSSES, 100.0])
 
 
-def test_a_spike_is_told_with_its_step_and_its_batch_kept(tmp_path, caplog):
+def test_a_spike_is_reported_with_its_step_and_its_batch_saved(tmp_path, caplog):
     trainer = small_trainer(tmp_path, steps=62, save_bad_batches=True)
 
     def spoil(progress):
@@ -196,7 +196,7 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
     assert {"lr", "grad_norm", "tokens_per_second", "memory", "valid_loss"} <= shown.keys()
 
 
-def test_without_tensorboard_its_flag_says_what_to_install(tmp_path, monkeypatch):
+def test_without_tensorboard_the_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unavailable, match=r"pip install 'timemix\[tensorboard\]'"):
         tensorboard(tmp_path, 0)

@@ -161,7 +161,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert [line["step"] for line in metrics(trainer.out)] == [0, 2, 4, 6, 8]
 
 
-def test_weights_gone_bad_are_not_saved(tmp_path):
+def test_weights_that_an_update_spoils_are_not_saved(tmp_path):
     trainer = small_trainer(tmp_path)
 
     def poison(progress):
@@ -188,7 +188,7 @@ def test_the_speed_shown_after_a_long_run_is_that_of_now(tmp_path):
     assert seen[0].tokens_per_second > 1
 
 
-def test_a_prepared_folder_decides_what_the_config_says(tmp_path):
+def test_a_prepared_folder_determines_fields_of_the_config(tmp_path):
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path)), tokenizer="byte"))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
     data = read_toml(tmp_path / "run" / "config.toml").data

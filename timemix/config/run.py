@@ -52,7 +52,7 @@ def check_budget(given: Mapping[str, Any]) -> None:
     """
     named = [f"train.{name} {given[name]}" for name in BUDGETS if given.get(name) is not None]
     if len(named) > 1:
-        raise InvalidValue(f"{' and '.join(named)} exclude one another, as each sets the length of the run; give one")
+        raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; give one")
 
 
 def read_count(tokens: int | str) -> int:

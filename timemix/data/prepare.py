@@ -281,7 +281,7 @@ class _State:
 
 
 def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, SplitInfo]:
-    """Write the token files of both splits; return their records for data.json."""
+    """Write both splits to token files; return their records for data.json."""
     writers = {split: state.writer(split, made) for split in SPLITS}
     begun = state.begun
     counts = {split: no_counts() for split in SPLITS}

@@ -276,10 +276,10 @@ class Comparison:
                 folder.with_name("samples.json").unlink(missing_ok=True)
         ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
         if isinstance(result, Failure):
-            told = f"failed: {result.error}"
+            outcome = f"failed: {result.error}"
         else:
-            told = f"held-out loss {result.valid_loss:.4f}"
-        say(f"{job.name}: {told} ({ended} of {of})")
+            outcome = f"held-out loss {result.valid_loss:.4f}"
+        say(f"{job.name}: {outcome} ({ended} of {of})")
         return True
 
     def _run(self, job: Job, watching: Callable[[Job, RunConfig], Any]) -> Result:

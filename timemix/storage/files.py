@@ -169,7 +169,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8, atomically.
+    """Save a text to a UTF-8 file, atomically.
 
     Raises:
         CannotWrite: The disk is full or not writable.

@@ -77,6 +77,6 @@ def losses_reported(world: World, last_good: Callable[[], str]) -> Iterator[None
         if not world.lost(error):
             raise
         raise ProcessLost(
-            f"a process of this run has ended or does not answer; {last_good()}; resume the run with any number of"
-            " processes"
+            f"a process of this run has ended or does not answer; {last_good()}; any number of processes can resume"
+            " the run"
         ) from error
