@@ -59,7 +59,7 @@ def test_a_run_by_seconds_is_the_run_of_the_steps_that_it_counts(tmp_path, sente
     assert timed.config.train == replace(config.train, steps=steps, seconds=None)
     assert read_toml(tmp_path / "timed" / "config.toml") == timed.config
     assert sentences[0].startswith("1 s at 0.")
-    assert sentences[0].endswith(f" s a step, validation and checkpoints included: {steps:,} steps")
+    assert sentences[0].endswith(f" s per step, validation and checkpoints included: {steps:,} steps")
     assert sorted(p.name for p in timed.out.iterdir() if p.name != ".lock") == [".lock.json", "config.toml", "data"]
     plain = small_trainer(tmp_path, name="plain", steps=steps, sample_every=50)
     for _ in range(3):
@@ -120,7 +120,7 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
     steps = math.ceil(asked / 64)
     assert trainer.config.train.steps == steps
     assert trainer.config.train.tokens is None
-    assert sentences == [f"{asked:,} tokens at 64 a step: {steps:,} steps"]
+    assert sentences == [f"{asked:,} tokens at 64 per step: {steps:,} steps"]
 
 
 def test_more_tokens_than_a_run_may_have_steps_for_are_refused(tmp_path):

@@ -72,7 +72,7 @@ def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: 
     if train.tokens is not None:
         steps = steps_of_tokens(config)
         each = train.batch_size * config.window
-        sentence = f"{read_count(train.tokens):,} tokens at {each:,} a step: {steps:,} steps"
+        sentence = f"{read_count(train.tokens):,} tokens at {each:,} per step: {steps:,} steps"
     elif train.seconds is not None:
         steps, sentence = _steps_of_seconds(config, train.seconds, corpus, out, world)
     else:
@@ -120,7 +120,7 @@ def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Pa
         if world.first:
             shutil.rmtree(scratch, ignore_errors=True)
     each = f"{pace.seconds_per_step(config.train):.3g}"
-    return steps, f"{seconds:g} s at {each} s a step, validation and checkpoints included: {steps:,} steps"
+    return steps, f"{seconds:g} s at {each} s per step, validation and checkpoints included: {steps:,} steps"
 
 
 def _pace(trainer: Trainer, seconds: float) -> Pace:
