@@ -1,4 +1,4 @@
-"""The wheel: built and installed outside the checkout, it has everything to train and to generate."""
+"""The wheel: built, installed outside the checkout, it has all that it needs to train and to generate."""
 
 import os
 import subprocess

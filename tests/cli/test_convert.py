@@ -75,11 +75,7 @@ def test_taps_are_exact_and_the_rest_is_fitted():
 @pytest.mark.parametrize(
     ("model", "numbers", "words"),
     [
-        (
-            model_config("mha_pro", **SMALL),
-            (4,),
-            "a run of mha_rotary cannot be converted to a constant state; this is a run of mha_pro",
-        ),
+        (model_config("mha_pro", **SMALL), (4,), "only rwkv1 can take a constant state; this is a run of mha_pro"),
         (model_config("rwkv1_exp", **(SMALL | {"exponentials": 4})), (4,), "this is a run of rwkv1_exp"),
         (model_config("rwkv1", weights="free", **SMALL), (4,), "a free W has no curves"),
         (model_config("rwkv1", denominator="weighted", **SMALL), (4,), "weighted denominator"),
@@ -149,7 +145,7 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
     trainer.run()
     status, _, errors = call(capsys, "convert", trainer.out, "--constant-state", 4, "--out", tmp_path / "new")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "a run of mha_rotary cannot be converted to a constant state" in errors
+    assert "cannot get a constant state; use a run of rwkv1" in errors
     assert not (tmp_path / "new").exists()
 
 

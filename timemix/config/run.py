@@ -172,7 +172,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None
-    """Run or checkpoint with the initial weights and the tokenizer."""
+    """Run, or checkpoint, whose weights and tokenizer it begins with."""
 
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:

@@ -13,7 +13,7 @@ Unknown = Literal["error", "unk", "byte"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text source, split and tokenizer."""
+    """Text, split and tokenizer."""
 
     source: str = "builtin"
     """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""

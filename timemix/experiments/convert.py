@@ -128,7 +128,7 @@ def _recurrent_part(model: ModelConfig) -> Any:
     part = find_architecture(model.arch).recurrent
     if part is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.recurrent is not None)
-        raise InvalidValue(f"a run of {model.arch} cannot be converted to a constant state; name a run of {able}")
+        raise InvalidValue(f"a run of {model.arch} cannot get a constant state; use a run of {able}")
     return load_part(part)
 
 

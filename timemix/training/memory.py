@@ -13,7 +13,7 @@ from timemix.runtime.machine import free_memory
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
     """Return the estimated bytes that a training step needs in each process.
 
-    The estimate was within 45 % where it was measured (docs/log/). It is the sum of
+    The estimate was within 45 % where it was measured (docs/log/2026-11-23-memory-estimate.md). It is the sum of
 
     - weights, gradients and two moments per weight,
     - values that the blocks save for the backward pass, counted per token,
