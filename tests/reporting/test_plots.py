@@ -242,7 +242,7 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
         ([good], tmp_path / "loss", {}, r"\.png or \.svg"),
         ([good], png, {"x": "epochs"}, "x is 'epochs'; it must be one of tokens, steps, seconds"),
         ([good], png, {"smoothing": -1}, "smoothing is -1; it must be from 0 to 1"),
-        ([good], png, {"smoothing": float("nan")}, "smoothing must be"),
+        ([good], png, {"smoothing": float("nan")}, "smoothing is"),
         ([good], good / "metrics.jsonl" / "loss.png", {}, "cannot write"),
     ]
     for runs, out, options, message in cases:

@@ -165,7 +165,9 @@ def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, orde
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(InvalidValue, match="train.batch_size=4 is not divisible by processes \(3\) .* a multiple of 3"):
+    with pytest.raises(
+        InvalidValue, match=r"train.batch_size=4 is not divisible by processes \(3\) .* a multiple of 3"
+    ):
         new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
     assert not (tmp_path / "run").exists()
 
