@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, as `make test` runs a process for each core; no leftovers between tests."""
+"""Set-up of all tests: one thread, since `make test` runs a process per core, and no shared state between tests."""
 
 import os
 
@@ -10,7 +10,7 @@ from tests.helpers.tiers import ALL, FAST_EXAMPLES
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# Properties without settings of their own.
+# Default settings of hypothesis.
 settings.register_profile("timemix", max_examples=100 if ALL else 2 * FAST_EXAMPLES, deadline=None)
 settings.load_profile("timemix")
 

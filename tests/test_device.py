@@ -1,6 +1,6 @@
-"""Every result that could differ on another device: ops, golden values, training, generation.
+"""Results that could differ on another device: ops, golden values, training, generation.
 
-TIMEMIX_TEST_DEVICE names the device: `cuda` in benchmarks/gpu.py, otherwise the CPU, which keeps these tests working.
+TIMEMIX_TEST_DEVICE names the device: `cuda` in benchmarks/gpu.py, otherwise the CPU, to keep these tests working.
 """
 
 import json
@@ -69,7 +69,7 @@ def test_wkv1_equals_the_reference_in_float64(backend, dtype, length, from_state
     exact = wkv1_results({n: a.double() for n, a in x.items()}, "reference", state(torch.float64, "cpu"))
     ours = wkv1_results({n: a.to(DEVICE) for n, a in x.items()}, backend, state(torch.float32, DEVICE))
     for name, a in exact.items():
-        # The first token's key has no gradient: what rounding leaves of it is no share of anything.
+        # The gradient of the first token's key is 0, so its rounding error has no relative size.
         worst = float((ours[name] - a).abs().max() / a.abs().max().clamp(min=1))
         assert worst <= (0.03 if dtype == torch.bfloat16 else 1e-5), (name, worst)
 

@@ -1,4 +1,4 @@
-"""The package's own order: imports go one way, and importing does nothing else."""
+"""Structure of the package: imports go one way, and importing has no side effects."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from timemix.models.registry import ARCHITECTURES
 
 PACKAGE = Path(timemix.__file__).parent
 
-# Each wing may import from those after it, and from itself.
+# Each subpackage may import from itself and from those after it.
 WINGS = (
     "cli",
     "experiments",
@@ -39,7 +39,7 @@ WINGS = (
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its name, without `timemix.`."""
+    """Return every module of the package by its name, without `timemix.`."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -48,7 +48,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a module imports anywhere, types alone included."""
+    """Return the modules of the package that a module imports anywhere, also for types alone."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "timemix":
@@ -66,7 +66,7 @@ def wing_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_imports_go_one_way_through_the_wings(name):
+def test_imports_between_subpackages_go_one_way(name):
     for other in imported(modules()[name]):
         assert other, f"{name} imports timemix itself"
         assert wing_of(other) >= wing_of(name), f"{name} imports {other}"
@@ -101,7 +101,7 @@ def may_name_architectures(module: str) -> bool:
 
 
 def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and text of every identifier, imported path and string constant, without docstrings."""
+    """Return line and text of every identifier, imported path and string constant, without docstrings."""
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
@@ -115,13 +115,13 @@ def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def names_an_architecture(text: str) -> bool:
-    """Whether a text contains a name of the registry, as it is or in camel case."""
+    """Return whether a text contains a name of the registry, as it is or in camel case."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
     return any(name in snake for name in ARCHITECTURES)
 
 
 def architectures_named(tree: ast.AST) -> list[str]:
-    """Every name of an architecture in a module's code, and every test of a name's beginning."""
+    """Return every name of an architecture in a module's code, and every test of a name's prefix."""
     found = [f"line {line}: {text!r}" for line, text in words_of(tree) if names_an_architecture(text)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "removeprefix"):
@@ -206,7 +206,7 @@ def test_exported_names_exist():
 
 
 def test_no_test_module_imports_another():
-    """What several of them need lies in tests/helpers."""
+    """Code that several test modules need is in tests/helpers."""
     tests = Path(__file__).parent
     found = [
         p.name for p in tests.rglob("*.py") if re.search(r"^\s*(from|import) tests[\w.]*\.test_", p.read_text(), re.M)

@@ -1,4 +1,4 @@
-"""The public face: its names, their docstrings, and the main job done through them alone."""
+"""The public API: its names, their docstrings, and the main tasks done with them alone."""
 
 import importlib
 import inspect
@@ -115,7 +115,7 @@ def test_a_public_name_lists_its_errors(name):
 def test_every_error_has_the_root_and_a_line():
     module = timemix.errors.__name__
     kinds = {each for each in vars(timemix.errors).values() if inspect.isclass(each) and each.__module__ == module}
-    # Interrupted is no failure.
+    # Interrupted is not a failure.
     for kind in kinds - {timemix.errors.Interrupted}:
         assert kind.__doc__
         assert issubclass(kind, timemix.errors.TimemixError)
@@ -167,7 +167,7 @@ def test_a_run_is_resumed_and_an_existing_one_refused(run):
     assert timemix.train(None, run, resume=True).config.train.steps == 4
     with pytest.raises(timemix.errors.AlreadyExists, match="exists already"):
         timemix.train("cpu-small", run)
-    with pytest.raises(timemix.errors.InvalidValue, match="has its own settings"):
+    with pytest.raises(timemix.errors.InvalidValue, match="config, model and data cannot change"):
         timemix.train("cpu-small", run, resume=True)
     with pytest.raises(timemix.errors.InvalidValue, match="resume=True"):
         timemix.train(None, run)

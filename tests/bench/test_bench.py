@@ -1,4 +1,4 @@
-"""The benchmarks: what they time must first be right, and what they print is what they measured."""
+"""Benchmarks: timed paths must first agree with the naive implementation, and reports print the measured figures."""
 
 import json
 import time
@@ -27,7 +27,7 @@ from timemix.storage.json_files import to_json
 SIZES = {"batch_size": 1, "heads": 2, "channels": 8, "seconds": 0.01, "device": "cpu"}
 
 
-def test_the_plain_writing_is_the_reference():
+def test_the_naive_implementation_is_the_reference():
     k, v = torch.randn(2, 1, 7, 2, 3, dtype=torch.float64).unbind()
     f, alpha, beta = torch.randn(3, 2, 9, dtype=torch.float64).unbind()
     plain, _ = plain_wkv1(k, v, f, alpha, beta)
@@ -36,7 +36,7 @@ def test_the_plain_writing_is_the_reference():
 
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float32",)])
 def test_the_op_in_each_form_and_its_ratio(dtypes, monkeypatch):
-    """bfloat16 where the processor has it: elsewhere it takes a hundred times as long."""
+    """bfloat16 if the processor supports it; elsewhere it takes a hundred times as long."""
     monkeypatch.setattr(bench_op, "choose_precision", lambda *_: (dtypes[-1], "so it is"))
     found = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     report = to_json(found)
@@ -66,10 +66,10 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
     found = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
-    assert paths["blocked float32"]["withheld"].startswith("parity failed: off by 1.0e-02")
+    assert paths["blocked float32"]["withheld"].startswith("parity failed: error 1.0e-02")
     assert paths["dense float32"]["withheld"] == "fails: cannot"
     assert "seconds" not in paths["dense float32"]
-    assert "| blocked float32 | parity failed: off by" in race.to_markdown(found)
+    assert "| blocked float32 | parity failed: error" in race.to_markdown(found)
 
 
 @pytest.mark.parametrize(("name", "calls"), [("slow", 4), ("slow compiled", 5)])
@@ -94,7 +94,7 @@ def test_a_training_step_beside_others():
     ours = next(row for name, row in paths.items() if name.startswith("rwkv1"))
     assert ours["tokens_per_second"] == pytest.approx(18 / ours["seconds"])
     assert paths["plain float32"]["parameters"] == ours["parameters"] != paths_named(paths, "mha_rotary")["parameters"]
-    # Weights of the products: 4 of the time-mix, 3 of 24 and 1 of the channel-mix, the head; embedding as in 6 N D.
+    # Weights of the products: 4 in the time-mix, 3 of 24 and 1 in the channel-mix, the head; embedding as in 6 N D.
     weights = 4 * 64 + 3 * 8 * 24 + 64 + 2 * 11 * 8 + 2 * 2 * 9
     peak = report["machine"]["float32_peak"]
     assert paths["plain float32"]["share_of_peak"] == pytest.approx(
@@ -133,7 +133,7 @@ def test_logits_that_differ_withhold_the_figure(monkeypatch):
     report = to_json(found)
     rows = [row for row in report["results"][0]["paths"] if row["name"].startswith("rwkv1")]
     assert rows
-    assert all(row["withheld"].startswith("parity failed: logits off by") for row in rows)
+    assert all(row["withheld"].startswith("parity failed: logit error") for row in rows)
 
 
 def test_the_verb_writes_its_report(tmp_path, capsys):
@@ -152,21 +152,21 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
         (["op", "--heads", "3"], "heads=3 does not divide channels=512"),
         (["op", "--ctx-lens", "0"], "a size is below 1"),
         (["op", "--seconds", "0"], "--seconds is 0.0"),
-        (["train", "--model.arch", "mha_pro"], "leave model.arch out"),
+        (["train", "--model.arch", "mha_pro"], "leave model.arch, model.weights"),
         (["train", "huge"], "unknown preset 'huge'"),
     ],
 )
 def test_wrong_uses_end_in_one_sentence(arguments, words):
-    with pytest.raises(InvalidValue) as told:
+    with pytest.raises(InvalidValue) as error:
         verb(arguments)
-    assert words in str(told.value)
+    assert words in str(error.value)
 
 
 WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
 
 
 @pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
-def test_writing_beside_others(arch, tmp_path):
+def test_generation_beside_others(arch, tmp_path):
     found = bench_sample.bench_sample(model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     alone, batches, positions, first = report["results"]
@@ -182,7 +182,7 @@ def test_writing_beside_others(arch, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(int(row["name"].split()[0]) / row["seconds"])
     assert [row["name"] for row in positions["paths"]] == [f"position {p:,}" for p in bench_sample.POSITIONS]
     assert len({row["state_bytes"] for row in positions["paths"]}) == 1
-    assert ("reading 24 tokens again" in positions["title"]) == (arch != "rwkv1_exp")
+    assert ("re-reading 24 tokens" in positions["title"]) == (arch != "rwkv1_exp")
     assert [row["name"] for row in first["paths"]][-1] == f"prompt of {192 if arch == 'rwkv1_exp' else 48}"
     words = race.to_markdown(found)
     assert "share of the floor" in words or not compiled
@@ -201,7 +201,7 @@ def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
     found = bench_sample.bench_sample(model_config("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
-    assert paths["step int8"]["withheld"].startswith("parity failed: logits off by 1.0e-02")
+    assert paths["step int8"]["withheld"].startswith("parity failed: logit error 1.0e-02")
     assert "tokens_per_second" in paths["the model's forward float32"]
 
 
@@ -211,7 +211,7 @@ def test_the_bytes_of_the_floor():
     total = sum(p.numel() for p in model.parameters())
     assert bench_sample._weight_bytes(model, "float32") == 4 * (total - 11 * 8)
     assert bench_sample._weight_bytes(model, "int8") == linear + 4 * (total - 11 * 8 - linear)
-    # Half of the history, the sums, and two shifted rows.
+    # Half of the history, the sums, and two rows for the token-shift.
     assert bench_sample._state_bytes(model, build_step(model), 24) == 2 * 4 * 8 * (24 + 1 + 2)
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at a tiny size on the CPU: the code that runs when a GPU is at hand."""
+"""benchmarks/gpu.py at a tiny size on the CPU, so that its code works when a GPU is available."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_every_stage_runs_and_continues_where_it_was(tmp_path):
     assert {"plain float32", "mha_rotary bfloat16"} <= paths or {"plain float32", "mha_rotary float32"} <= paths
     assert found["d"]["rwkv1 2"]["tokens_per_second"] > 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    # A part that is done is not done again.
+    # A finished part does not run again.
     changed = found["d"] | {"rwkv1 1": {"tokens_per_second": 1.0, "step_seconds": 1.0}}
     del changed["rwkv1 2"]
     (out / "d.json").write_text(json.dumps(changed))

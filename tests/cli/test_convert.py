@@ -145,12 +145,12 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
     trainer.run()
     status, _, errors = call(capsys, "convert", trainer.out, "--constant-state", 4, "--out", tmp_path / "new")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "only rwkv1 can take a constant state" in errors
+    assert "cannot get a constant state; use a run of rwkv1" in errors
     assert not (tmp_path / "new").exists()
 
 
 def test_windows_of_several_contexts(tmp_path):
-    """Trained, stopped and resumed, they end with the same bytes; an architecture with an end is refused."""
+    """Trained, stopped and resumed, runs end bit-identical; an architecture with bounded context is refused."""
     config = small_config(write_text_file(tmp_path), "rwkv1_exp", contexts=3, batch_size=2, save_every=4)
     config = with_model(config, exponentials=4, taps=2)
     whole = new_run(config, tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_windows_of_several_contexts(tmp_path):
     resume_run(halted.out).run()
     a, b = (timemix.load(tmp_path / n, checkpoint="newest").model.state_dict() for n in ("whole", "halted"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(InvalidValue, match=r"train.contexts is 2, but the context of rwkv1 ends at ctx_len"):
+    with pytest.raises(InvalidValue, match=r"train.contexts is 2, but the context of rwkv1 is bounded by ctx_len"):
         RunConfig(train=TrainConfig(contexts=2))
     with pytest.raises(InvalidValue, match=r"train.contexts is 0"):
         TrainConfig(contexts=0)
@@ -177,7 +177,7 @@ def test_windows_of_several_contexts(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("ctx_len", [5, 6])
 def test_losses_past_the_context(ctx_len):
-    """rwkv1 reads its newest half again, as often as its context ends; rwkv1_exp goes on."""
+    """Whenever its context ends, rwkv1 re-reads the newest half; rwkv1_exp continues."""
     text = np.random.default_rng(0).integers(0, 11, 41).astype(np.uint8)
     small = SMALL | {"ctx_len": ctx_len}
     old = varied(model_config("rwkv1", **small))

@@ -80,7 +80,7 @@ def test_eval_reads_a_nul_on_request(call):
     status, _, err = call("eval", "run", "--data", "-", piped="the\0cat")
     assert (status, err) == (
         2,
-        "timemix: standard input looks binary: a NUL at byte 3; if it is text, set --data.keep-nul\n",
+        "timemix: standard input looks binary: it has a NUL at byte 3; if it is text, set --data.keep-nul\n",
     )
     _, out, _ = call("eval", "run", "--data", "-", "--data.keep-nul", piped="the\0cat")
     assert "7 tokens, 7 characters, 7 bytes" in out
@@ -95,5 +95,5 @@ def test_data_that_is_no_text_says_what_it_is(call):
             status, _, err = call(*verb)
             assert (status, err) == (
                 2,
-                f"timemix: {what} {sentence}, which holds tokens rather than a text; name a text\n",
+                f"timemix: {what} {sentence}, which has tokens and no text; name a text file or a folder of texts\n",
             )

@@ -99,7 +99,7 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
         (["--count", "-2"], "--count is -2; it must be at least 1"),
         (["--seed", "-1"], "seed is -1; it must be a whole number"),
         (["--load-state", "nothing"], "nothing is missing"),
-        (["--load-state", "text.txt"], "text.txt is damaged or no safetensors file"),
+        (["--load-state", "text.txt"], "text.txt is damaged or not a safetensors file"),
         (["--load-state", "run"], "run"),
         (["--load-state", "run/checkpoints/step-00000030/model.safetensors"], "is no session file of timemix"),
         (["--save-state", "a", "--count", "2"], "--save-state takes the state of one text; leave --count 2 out"),

@@ -56,13 +56,13 @@ class TestLength:
     def test_a_run_by_tokens_prints_its_steps(self, call):
         status, _, err = call(*new(*TINY, "--train.tokens", "0.5k"))
         assert status == 0, err
-        assert "500 tokens at 64 a step: 8 steps\n" in err
+        assert "500 tokens at 64 per step: 8 steps\n" in err
         assert steps() == 8
 
     def test_a_run_by_seconds_prints_and_keeps_its_steps(self, call):
         status, _, err = call(*new(*TINY, "--train.seconds", "1.5"))
         assert status == 0, err
-        found = re.search(r"1.5 s at \S+ s a step, validation and checkpoints included: ([\d,]+) steps\n", err)
+        found = re.search(r"1.5 s at \S+ s per step, validation and checkpoints included: ([\d,]+) steps\n", err)
         assert found
         assert int(found[1].replace(",", "")) == steps()
         assert f"step {steps()}/{steps()}" in err
@@ -104,7 +104,7 @@ class TestLength:
         began = time.monotonic()
         status, out, err = call("demo", "--seconds", "10")
         assert status == 0, err
-        assert re.search(r"10 s at \S+ s a step, validation and checkpoints included: ", err)
+        assert re.search(r"10 s at \S+ s per step, validation and checkpoints included: ", err)
         assert out.count("writes:") == 3
         assert time.monotonic() - began < 60
         assert "exclude one another" in call("demo", "--seconds", "10", "--steps", "3", "--out", "s")[2]

@@ -116,7 +116,7 @@ def test_files_of_format_version_1(arch):
         ("[model]\narch = [1]\n", "unknown architecture [1]; known: "),
         ("[model]\nheads = 5\n", "model.heads=5 does not divide model.channels=128"),
         ("[model]\nvocab_size = 'all'\n", "model.vocab_size is 'all'"),
-        ("format_version = 9\n", "it has format_version 9; this timemix reads 1 and 2"),
+        ("format_version = 9\n", "format_version is 9, but this timemix supports 1 and 2"),
         ("[model\n", "is damaged"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_file_of_a_run_with_a_start_starts_there_too(tmp_path, monkeypatch, ca
     assert Path("again/checkpoints/step-00000002").exists()
     capsys.readouterr()
     assert call("train", "--from", "run", "--out", "x", "--model.arch", "mha_pro") == 2
-    assert "--model.arch='mha_pro' is not that of run" in capsys.readouterr().err
+    assert "--model.arch='mha_pro' differs from 'rwkv1' in run" in capsys.readouterr().err
 
 
 def call(*arguments):

@@ -1,4 +1,4 @@
-"""Config: TOML round trip, presets, and what a wrong field or value says."""
+"""Config: TOML round trip, presets, and the errors of wrong fields and values."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def test_a_file_from_before_the_choice_holds_out_the_end_of_the_source(tmp_path)
     assert read_toml(path).data.hold_out == config_from_file(path).data.hold_out == "end"
     path.write_text("format_version = 2\n")
     assert config_from_file(path).data.hold_out == "end"
-    # A file written by hand names no version, and gets the default.
+    # A handwritten file without a version has the default version.
     path.write_text("[data]\nvalid_fraction = 0.2\n")
     assert config_from_file(path).data.hold_out == "each"
 

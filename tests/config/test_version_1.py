@@ -1,4 +1,4 @@
-"""Files that timemix 0.1.0 wrote are still read, with the same results (tests/fixtures/version1/README.md)."""
+"""Files of timemix 0.1.0 still load, with the same results (tests/fixtures/version1/README.md)."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ COMPARE = ("compare", "experiment.toml", "--device", "cpu", "--json", "--out")
 
 @pytest.fixture
 def call(capsys, monkeypatch, tmp_path):
-    """Run a command in a copy of the fixtures and return its standard output; it must succeed."""
+    """Run a command in a copy of the fixtures, check that it succeeds, and return its standard output."""
     shutil.copytree(FIXTURES, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
@@ -55,7 +55,7 @@ def evaluation(call, run, *options):
 
 
 def table_of(text):
-    """A table without times and memory, which depend on the machine."""
+    """Return a table without times and memory, which depend on the machine."""
     table = json.loads(text)
     for row in table["variants"]:
         for name in ("tokens_per_second", "seconds", "peak_memory"):
@@ -64,7 +64,7 @@ def table_of(text):
 
 
 def alike(found, expected, tolerance=1e-4):
-    """Whether nested values are equal; numbers within a tolerance. New fields of dictionaries are allowed."""
+    """Return whether nested values are equal, with a tolerance for numbers. New fields of dictionaries are allowed."""
     if isinstance(expected, dict):
         return isinstance(found, dict) and all(n in found and alike(found[n], expected[n]) for n in expected)
     if isinstance(expected, list):
@@ -75,7 +75,7 @@ def alike(found, expected, tolerance=1e-4):
 
 
 def fields_of(config):
-    """All fields of a config by their last name, whatever the nesting."""
+    """Return all fields of a config by their last name, at any depth."""
     found = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -84,7 +84,7 @@ def fields_of(config):
 
 
 def files_under(folder):
-    """Content of the files that training writes."""
+    """Return the content of the files that training writes."""
     names = ("result.json", "metrics.jsonl", "config.toml", "*.safetensors")
     return {path: path.read_bytes() for name in names for path in sorted(Path(folder).rglob(name))}
 
@@ -147,7 +147,7 @@ def test_convert(call):
     call("convert", "rwkv1", "--constant-state", 2, "--taps", 1, "--out", "converted", "--device", "cpu")
     old, new = (json.loads(Path(run, "convert.json").read_text()) for run in ("rwkv1_exp", "converted"))
     assert new["original"] == pytest.approx(old["original"], abs=1e-4)
-    # The fit ends where rounding lets it.
+    # Rounding determines where the fit ends.
     assert new["before"] == pytest.approx(old["before"], abs=1e-2)
 
 
@@ -203,7 +203,7 @@ def test_unfinished_comparison(call):
         if "no-alpha/seed-1" not in path.as_posix():
             assert after[path] == before[path]
     resumed = Path("comparison-half/variants/no-alpha/seed-1/metrics.jsonl")
-    # The lines before the stop are still there: the run was resumed, not begun again.
+    # The lines before the stop still exist: the run was resumed, not restarted.
     assert after[resumed].startswith(before[resumed])
     assert lines_of(resumed)[-1]["step"] == 80
 

@@ -102,14 +102,16 @@ def test_the_hash_is_of_the_text_not_of_its_place():
 
 
 def test_a_run_reads_its_own_tokens_then_the_prepared_folder_it_was_trained_on(tmp_path):
-    """Nothing that takes over the name of the text changes what the run holds out."""
+    """A new file with the name of the text does not change the held-out text of the run."""
     Path("more.txt").write_text("abc\n" * 50)
     own = prepare(Path("run/data"), DataConfig(source="more.txt")).info
     other = prepare(Path("taken"), DataConfig(source="text.txt")).info
     assert open_run_corpus(Path("run"), "taken").info == own
     assert open_run_corpus(Path("elsewhere"), "taken").info == other
     Path("taken").rename("moved")
-    with pytest.raises(MissingFile, match="the tokens of elsewhere are missing: .* taken is no prepared folder; move"):
+    with pytest.raises(
+        MissingFile, match="the tokens of elsewhere are missing: .* taken is a prepared folder; restore"
+    ):
         open_run_corpus(Path("elsewhere"), "taken")
 
 
@@ -136,7 +138,7 @@ def test_unknown_text_for_a_given_vocabulary_gets_advice_that_helps():
     with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or take a model"):
         prepare(Path("next"), DataConfig(source="new.txt"), tokenizer=made)
     for name, value in (("unknown", "unk"), ("tokenizer", "byte")):
-        sentence = f"data.{name}='{value}' needs another vocabulary than that of the trained model"
+        sentence = f"data.{name}='{value}' contradicts the vocabulary of the trained model"
         with pytest.raises(InvalidValue, match=sentence):
             prepare(Path("next"), DataConfig(source="new.txt", **{name: value}), tokenizer=made)
     sizes = {"tokenizer": made.kind, "unknown": made.unknown, "valid_fraction": 0}
@@ -152,7 +154,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     folder = tmp_path_factory.mktemp("texts")
     for number, text in enumerate(files):
         (folder / f"{number}.txt").write_bytes(text.encode())
-    # Every file that is not empty ends its line, but for the last.
+    # Every nonempty file but the last ends with a line end.
     whole = [text for text in files if text]
     whole = [text if text.endswith("\n") else text + "\n" for text in whole[:-1]] + whole[-1:]
     if hold_out == "end":
@@ -161,7 +163,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     cuts = [after - before for before, after in itertools.pairwise(ends)]
     train = ""
     for text, cut in zip(whole, cuts, strict=True):
-        # A line end parts the beginnings of two files, as it parts the files.
+        # A line end separates the training parts of two files, as it separates the files.
         train += "\n" * (bool(train) and bool(text[:cut]) and not train.endswith("\n")) + text[:cut]
     config = DataConfig(str(folder), tokenizer="byte", valid_fraction=share, hold_out=hold_out)
     if not train:
@@ -171,7 +173,7 @@ def test_the_end_of_each_file_or_of_the_source_is_held_out(tmp_path_factory, fil
     assert corpus.tokenizer.decode(corpus.valid[:]) == "".join(t[c:] for t, c in zip(whole, cuts, strict=True))
 
 
-def test_what_is_held_out_is_said_in_words():
+def test_the_held_out_text_is_described_in_words():
     Path("texts").mkdir()
     for name in "abc":
         Path(f"texts/{name}.txt").write_text(f"{name}\n" * 50)
@@ -196,7 +198,7 @@ def test_a_file_may_not_be_in_both_texts(caplog):
     Path("texts/b.txt").write_text("b\n")
     Path("link.txt").symlink_to("texts/b.txt")
     for valid in ("texts/b.txt", "link.txt", "texts/*.txt"):
-        with pytest.raises(InvalidValue, match=r"texts/.\.txt is in data\.source and in data\.valid; move it out"):
+        with pytest.raises(InvalidValue, match=r"texts/.\.txt is in both data\.source and data\.valid; remove it"):
             describe(DataConfig("texts", valid))
     assert not caplog.messages
 
@@ -208,7 +210,10 @@ def test_a_validation_text_with_lines_of_the_training_text_brings_a_warning(capl
     Path("valid.txt").write_text(lines + change)
     describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
     (warning,) = caplog.messages
-    assert re.fullmatch("40 of 4[01] lines of valid.txt are in the training text too: the .* loss .* too low", warning)
+    sentence = (
+        "40 of 4[01] lines of valid.txt are also in the training text: the .* loss .* too low; use another .* text"
+    )
+    assert re.fullmatch(sentence, warning)
     caplog.clear()
     Path("valid.txt").write_text(lines.replace("share", "do not share") + lines[:120])
     describe(DataConfig("train.txt", "valid.txt", tokenizer="byte"))
@@ -284,11 +289,11 @@ def test_damaged_folders_are_refused():
 
     prepare(Path("out"), DataConfig(source="text.txt"))
     Path("out/train-00000.bin").write_bytes(Path("out/train-00000.bin").read_bytes()[:-1])
-    refused(r"out/train-00000\.bin has \d+ bytes, not \d+: it is damaged")
+    refused(r"out/train-00000\.bin is damaged: it has \d+ bytes, not \d+; prepare")
     Path("out/train-00000.bin").write_bytes(b"\xff" + Path("out/train-00000.bin").read_bytes()[1:])
-    refused(r"out/train-00000\.bin holds the id 255, outside the vocabulary: it is damaged")
+    refused(r"out/train-00000\.bin is damaged: its id 255 is outside the vocabulary")
     Path("out/train-00000.bin").write_bytes(b"\0" + Path("out/train-00000.bin").read_bytes()[1:])
-    refused(r"out/train-00000\.bin is damaged: its content is not what was written")
+    refused(r"out/train-00000\.bin is damaged: its content differs from its hash")
     Path("out/valid-00000.bin").unlink()
     refused(r"cannot read out/valid-00000\.bin: No such file")
     for text in ("", "{", "[]", "{}", '{"format_version": 1}'):
@@ -297,12 +302,12 @@ def test_damaged_folders_are_refused():
     Path("out/data.json").write_text(
         Path("out/data.json").read_text().replace('"format_version": 2', '"format_version": 9')
     )
-    refused(r"out/data\.json has format_version 9; this timemix reads 1 and 2")
+    refused(r"out/data\.json has format_version 9, but this timemix supports 1 and 2")
     Path("out/tokenizer.json").unlink()
     refused(r"cannot read the tokenizer out/tokenizer\.json")
     prepare(Path("other"), DataConfig(source="text.txt", tokenizer="byte"))
     Path("out/tokenizer.json").write_bytes(Path("other/tokenizer.json").read_bytes())
-    refused(r"out/tokenizer\.json is not the tokenizer that made the tokens")
+    refused(r"out/tokenizer\.json is not the tokenizer of the tokens")
     with pytest.raises(MissingFile, match=r"cannot read nowhere/data\.json: No such file"):
         open_corpus(Path("nowhere"))
 
@@ -328,7 +333,7 @@ def test_batches_are_a_function_of_the_step(order, sizes, seed, steps):
         assert np.array_equal(targets, forwards[step][1])
         assert inputs.shape == targets.shape == (batch_size, ctx_len)
         assert inputs.dtype == targets.dtype == np.int64
-        # The tokens are their own positions, so a window counts up by one and its targets lie one further.
+        # Each token is its own position: a window counts up by one, and its targets are larger by one.
         assert np.array_equal(inputs, inputs[:, :1] + np.arange(ctx_len))
         assert np.array_equal(targets, inputs + 1)
         assert targets.max() <= tokens[-1]
@@ -339,7 +344,7 @@ def test_random_windows_reach_every_place_and_differ_by_seed():
     batches = Batches(tokens, batch_size=64, ctx_len=8, seed=1)
     counts = np.bincount(np.concatenate([batches(step)[0][:, 0] for step in range(200)]), minlength=12)
     assert len(counts) == 12
-    # 12800 draws of 12 places: 1067 each, standard deviation 31.
+    # 12800 draws of 12 positions: 1067 each, with standard deviation 31.
     assert abs(counts - 12800 / 12).max() < 160
     other = Batches(tokens, batch_size=64, ctx_len=8, seed=2)
     assert not np.array_equal(batches(0)[0], other(0)[0])
@@ -372,7 +377,7 @@ def test_a_text_of_one_window_and_one_shorter(order):
     inputs, targets = Batches(np.arange(9), batch_size=2, ctx_len=8, seed=0, order=order)(5)
     assert inputs.tolist() == [list(range(8))] * 2
     assert targets.tolist() == [list(range(1, 9))] * 2
-    with pytest.raises(InvalidValue, match="the training text has 8 tokens; a window of ctx_len 8 needs 9"):
+    with pytest.raises(InvalidValue, match="the training text has 8 tokens, but a window of ctx_len=8 needs 9"):
         Batches(np.arange(8), batch_size=2, ctx_len=8, seed=0, order=order)
 
 
@@ -394,7 +399,7 @@ def test_validation_takes_every_target_once(length, ctx_len, batch_size):
 
 
 def test_a_text_of_tinyshakespeares_size_is_split_as_everywhere():
-    """1,115,394 characters, 65 of them distinct: the first 1,003,854 are for training."""
+    """Of 1,115,394 characters, 65 of them distinct, the first 1,003,854 are for training."""
     text = "".join(chr(32 + i) for i in range(65)) * 17160
     Path("long.txt").write_text(text[:1115394])
     corpus = prepare(Path("out"), DataConfig(source="long.txt"))

@@ -1,4 +1,4 @@
-"""Texts in pieces: the same tokens as in one, in files of any size, also after a kill."""
+"""Preparation in pieces: the same tokens as in one piece, with files of any size, also after a kill."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ WORDS = 'It was a day, as zé said: "no"\nand 12 fish 鱼🐈 swam; o\'er the se
 
 @pytest.fixture
 def small(monkeypatch):
-    """Pieces of a few characters, files of a few tokens."""
+    """Use pieces of a few characters and files of a few tokens."""
 
     def pieces_of(characters: int, shard: int) -> None:
         for module in (text, sys.modules["timemix.data.prepare"]):
@@ -66,7 +66,7 @@ KINDS = [("character", "error"), ("character", "unk"), ("character", "byte"), ("
 )
 def test_pieces_give_the_tokens_of_the_whole(tmp_path, small, choice, encoding, compressed, sizes):
     (kind, unknown), (part, shard) = choice, sizes
-    # A file for each token is much work: a shorter text then.
+    # One file per token takes long, so the text is shorter.
     words = WORDS if part > 1 else WORDS[: len(WORDS) // 4]
     content = words if encoding != "latin-1" else words.replace("鱼🐈", "ß")
     path = tmp_path / ("text.txt.gz" if compressed else "text.txt")
@@ -130,7 +130,7 @@ module.prepare(Path(sys.argv[2]), DataConfig(source=sys.argv[1], unknown="unk"))
 """
 
 
-def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_preparation_resumes_bit_identically(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
 
     def begin(out: str) -> subprocess.Popen:
@@ -154,7 +154,7 @@ def test_killed_it_goes_on_to_the_same_bytes(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "text.txt", "whole"]
 
 
-def test_a_text_that_changed_is_begun_anew(tmp_path, small, monkeypatch):
+def test_a_changed_text_starts_again(tmp_path, small, monkeypatch):
     small(50, 400)
     source = tmp_path / "text.txt"
     source.write_text(WORDS)
@@ -187,8 +187,8 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
         assert contents(tmp_path / f"{kind}-one") == contents(tmp_path / f"{kind}-two")
 
 
-def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, caplog):
-    """Without a writable /dev/shm the semaphores between processes cannot be made."""
+def test_without_worker_processes_one_process_reads_the_text(tmp_path, monkeypatch, caplog):
+    """Without a writable /dev/shm, semaphores between processes cannot be created."""
 
     def fails(*arguments, **options):
         raise OSError(38, "Function not implemented")
@@ -199,7 +199,7 @@ def test_where_processes_cannot_start_one_reads_the_text(tmp_path, monkeypatch, 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fails)
     corpus = prepare(tmp_path / "out", DataConfig(source=str(tmp_path / "text.txt")))
     assert len(corpus.train) == int(0.9 * len(WORDS))
-    assert "cannot start 2 processes (Function not implemented); one reads the text" in caplog.text
+    assert "cannot start 2 processes (Function not implemented); one process reads the text" in caplog.text
 
 
 def test_a_file_is_prepared_as_version_1_prepared_it(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_folders_of_version_1_open(tmp_path):
     np.testing.assert_array_equal(old.train[:], train)
     np.testing.assert_array_equal(old.valid[:], valid)
     (out / "train.bin").write_bytes(b"\1" + (out / "train.bin").read_bytes()[1:])
-    with pytest.raises(DamagedFile, match=r"train\.bin is damaged: its content is not what was written"):
+    with pytest.raises(DamagedFile, match=r"train\.bin is damaged: its content differs from its hash"):
         open_corpus(out)
 
 

@@ -1,4 +1,4 @@
-"""Sources: every kind of text in, downloads against a server on 127.0.0.1, and what a person sees when it fails."""
+"""Sources: all kinds of text, downloads from a server on 127.0.0.1, and the errors that a user sees."""
 
 import bz2
 import glob
@@ -97,13 +97,15 @@ def test_a_path_comes_before_a_name():
 def test_missing_sources_name_the_nearest():
     Path("sub").mkdir()
     Path("sub/moby_dick.txt").write_text("x")
-    refused("sub/mobydick.txt", r"no file, folder or download 'sub/mobydick\.txt'; did you mean sub/moby_dick\.txt\?")
+    refused(
+        "sub/mobydick.txt", r"'sub/mobydick\.txt' is not a file, folder or download; did you mean sub/moby_dick\.txt\?"
+    )
     refused("tinyshakespear", r"did you mean tinyshakespeare\?")
     refused("simplebook-92", r"did you mean simplebooks-92\?")
     refused("nowhere/at/all", "other sources are builtin, simplebooks-92, .*text8")
-    refused("*.nothing", "no file, folder or download")
+    refused("*.nothing", "is not a file, folder or download")
     for odd in ("", "a\0b", "x" * 5000):
-        refused(odd, "no file, folder or download")
+        refused(odd, "is not a file, folder or download")
 
 
 def test_empty_sources():
@@ -114,17 +116,17 @@ def test_empty_sources():
         refused(name, f"{name} is empty")
     Path("folder/.git").mkdir(parents=True)
     Path("folder/.git/config").write_text("x")
-    refused("folder", "the folder folder holds no text files")
+    refused("folder", "the folder folder has no text files")
 
 
 def test_binary_files():
     Path("model.bin").write_bytes(b"\x89model\r\n\0\x01")
-    refused("model.bin", r"model\.bin looks binary: a NUL at byte 8; if it is text, set data\.keep_nul$")
+    refused("model.bin", r"model\.bin looks binary: it has a NUL at byte 8; if it is text, set data\.keep_nul$")
     Path("wide.txt").write_bytes("ab\0c".encode("utf-16"))
     refused("wide.txt", r"a NUL at character 2 of its utf-16; if it is text, set data\.keep_nul$", encoding="utf-16")
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         Path("wide.txt").write_bytes(TEXT.encode(encoding))
-        advice = f"name its encoding: data\\.encoding {encoding[:6]}$"
+        advice = f"set data\\.encoding to {encoding[:6]}$"
         refused("wide.txt", rf"wide\.txt looks binary: .*; if it is text, {advice}")
 
 
@@ -142,7 +144,7 @@ def test_a_text_with_a_nul_is_kept_on_request(encoding):
 def test_known_kinds_are_named_with_the_way_out():
     for name, content, sentence in [
         ("a.pdf", b"%PDF-1.7\nno NUL", "a.pdf is a PDF document; extract its text first"),
-        ("a.docx", zipped(a="x"), "a.docx is a zip archive .*; unpack it, and name the text in it"),
+        ("a.docx", zipped(a="x"), "a.docx is a zip archive .*; unpack it and name the text in it"),
         ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.png is an image"),
         ("a.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "a.jpg is an image"),
     ]:
@@ -165,12 +167,12 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(caplog, encoding):
         caplog.clear()
         assert read_source(source, encoding=encoding).files == ("books/a.txt", "books/e.txt")
         names = "books/b.png, books/c.pdf, books/d.gz"
-        assert caplog.messages == [f"{source}: skipped as binary (3): {names}"]
-    # With NUL as a character, files of a known kind are no text still.
+        assert caplog.messages == [f"{source}: skipped 3 as binary: {names}"]
+    # Even with NUL as a character, files of a known kind are not text.
     assert Path("books/b.png") not in folder_files(Path("books"), encoding, keep_nul=True)
     Path("books/a.txt").unlink()
     Path("books/e.txt").unlink()
-    refused("books", "the folder books holds no text files", encoding=encoding)
+    refused("books", "the folder books has no text files", encoding=encoding)
     refused("books/*", "books/. matches no text files", encoding=encoding)
 
 
@@ -184,13 +186,13 @@ def test_the_same_text_is_read_once(caplog):
         Path("books/sub", name).symlink_to(Path("books").resolve())
     assert read_source("books").text == "b\nc\n"
     assert caplog.messages == [
-        "books: skipped as a link to a folder (2): books/sub/again, books/sub/up",
-        "books: skipped as a link to another file (1): books/a.txt",
-        "books: skipped as a compressed copy of the file beside it (1): books/b.txt.gz",
+        "books: skipped 2 as a link to a folder: books/sub/again, books/sub/up",
+        "books: skipped 1 as a link to another file: books/a.txt",
+        "books: skipped 1 as a compressed copy of the file beside it: books/b.txt.gz",
     ]
     caplog.clear()
     assert read_source("books/**/*.txt").text == "b\nc\n"
-    assert caplog.messages == ["books/**/*.txt: skipped as a link to another file (1): books/a.txt"]
+    assert caplog.messages == ["books/**/*.txt: skipped 1 as a link to another file: books/a.txt"]
     # A link to a folder elsewhere is followed.
     Path("shelf").mkdir()
     Path("shelf/books").symlink_to(Path("books").resolve())
@@ -216,15 +218,15 @@ def test_what_timemix_wrote_is_not_read_as_text(caplog):
     Path("texts/a.txt").write_text("a text\n" * 20)
     prepare(Path("texts/tokens"), DataConfig("texts/a.txt"))
     for source, sentence in [
-        ("texts/tokens", "texts/tokens is a prepared folder, which holds tokens rather than a text; name a text"),
+        ("texts/tokens", "texts/tokens is a prepared folder, which has tokens and no text; name a text file"),
         ("texts/runs/one", "texts/runs/one is a run folder"),
     ]:
         refused(source, sentence)
     for source in ("texts", "texts/**/*", "**/*"):
         caplog.clear()
         assert read_source(source).files == ("texts/a.txt",)
-        assert f"{source}: skipped as written by timemix (2): texts/runs/one, texts/tokens" in caplog.text
-    # One who names such a file has it read.
+        assert f"{source}: skipped 2 as written by timemix: texts/runs/one, texts/tokens" in caplog.text
+    # A file that is named directly is read.
     assert read_source("texts/runs/*/samples.txt").text == "not a text"
 
 
@@ -258,12 +260,12 @@ def test_standard_input_that_is_no_text(monkeypatch):
 
 def test_wrong_encodings():
     Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
-    refused("latin.txt", r"latin\.txt is not utf-8: byte 3 cannot be read .* data\.encoding")
+    refused("latin.txt", r"latin\.txt is not in utf-8: byte 3 cannot be decoded .* data\.encoding")
     assert read_source("latin.txt", encoding="latin-1").text == "cafés"
     Path("odd.txt").write_bytes(b"abc")
-    refused("odd.txt", r"odd\.txt is not utf-16: byte 2", encoding="utf-16")
+    refused("odd.txt", r"odd\.txt is not in utf-16: byte 2", encoding="utf-16")
     for encoding in ("utf-9", "zlib", "rot13", "undefined", ""):
-        refused("odd.txt", f"Python knows no text encoding '{encoding}'; choose", encoding=encoding)
+        refused("odd.txt", f"encoding '{encoding}' is not a text encoding of Python; give", encoding=encoding)
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)])
@@ -293,7 +295,7 @@ def test_unreadable_places(monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content` at every path; cuts the connection after `cuts[i]` bytes of the i-th answer."""
+    """HTTP server with `content` at every path; it cuts the connection after `cuts[i]` bytes of the i-th answer."""
 
     def __init__(self, content):
         self.content = content
@@ -327,7 +329,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a server for some content and gives it the name `served`."""
+    """Start a server for some content, registered as the download `served`."""
     started = []
 
     def start(content, **fields):
@@ -369,7 +371,7 @@ def test_a_good_zip(serve, tmp_path):
     assert server.asked == [None]
 
 
-def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
+def test_a_cut_download_resumes(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts = [10_000, 5_000]
@@ -377,13 +379,13 @@ def test_a_cut_download_goes_on_where_it_stopped(serve, tmp_path):
     assert server.asked == [None, "bytes=10000-", "bytes=15000-"]
 
 
-def test_a_later_call_goes_on_too(serve, tmp_path):
+def test_a_later_call_also_resumes(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts = [10_000, 0, 0, 0, 0]
     refused(
         "served",
-        r"cannot download http://127\.0\.0\.1.*the connection was cut.*; try again, or get .* place it at .*text\.zip",
+        r"cannot download http://127\.0\.0\.1.*the connection was cut.*; try again, or download .* as .*text\.zip",
         cache=tmp_path,
     )
     assert not (tmp_path / "text.zip").exists()
@@ -391,7 +393,7 @@ def test_a_later_call_goes_on_too(serve, tmp_path):
     assert server.asked[-1] == "bytes=10000-"
 
 
-def test_a_server_without_ranges_sends_all_again(serve, tmp_path):
+def test_a_server_without_ranges_sends_everything_again(serve, tmp_path):
     content = TEXT.encode() * 1000
     server = serve(content, sha256=sha256(content))
     server.cuts, server.ranges = [10_000], False
@@ -407,12 +409,14 @@ def test_a_left_part_that_is_too_long_is_dropped(serve, tmp_path):
 
 def test_a_wrong_hash(serve, tmp_path):
     server = serve(b"something else", sha256=sha256(b"the text"))
-    sentence = refused("served", f"is not the file it was: its sha256 is not {sha256(b'the text')}", cache=tmp_path)
-    assert f"get http://127.0.0.1:{server.server_port}/text.zip another way and place it at {tmp_path}" in sentence
+    sentence = refused("served", f"is damaged or has changed: its sha256 is not {sha256(b'the text')}", cache=tmp_path)
+    assert (
+        f"download http://127.0.0.1:{server.server_port}/text.zip by other means and save it as {tmp_path}" in sentence
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hash_first_seen_is_held_on_to(serve, tmp_path, caplog):
+def test_the_first_hash_is_kept(serve, tmp_path, caplog):
     server = serve(TEXT.encode())
     with caplog.at_level(logging.WARNING, "timemix"):
         assert read_source("served", cache=tmp_path).text == TEXT
@@ -423,7 +427,7 @@ def test_a_hash_first_seen_is_held_on_to(serve, tmp_path, caplog):
     assert caplog.text == ""
     (tmp_path / "text.zip").unlink()
     server.content = b"changed since"
-    refused("served", r"is not the file it was: .*text\.zip\.sha256; delete that to take the new file", cache=tmp_path)
+    refused("served", r"has changed: .*; delete .*text\.zip\.sha256 to accept a new version", cache=tmp_path)
 
 
 def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
@@ -433,7 +437,7 @@ def test_a_file_placed_by_hand_needs_no_network(tmp_path, monkeypatch):
 
 
 def test_no_home_folder(monkeypatch):
-    """Without HOME and an entry in the list of users there is no place for a cache."""
+    """A user without HOME and without an entry in the list of users has no cache folder."""
 
     def fails(name):
         raise RuntimeError("Could not determine home directory.")
@@ -447,21 +451,21 @@ def test_no_network(tmp_path, monkeypatch):
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/text.zip"
     monkeypatch.setitem(DOWNLOADS, "served", Download(url, "text.zip", "a.txt"))
-    refused("served", f"cannot download {url} .*refused.* place it at {tmp_path / 'text.zip'}", cache=tmp_path)
+    refused("served", f"cannot download {url} .*refused.* save it as {tmp_path / 'text.zip'}", cache=tmp_path)
 
 
 def test_damaged_zips(serve, tmp_path):
     serve(b"<html>not found</html>", member="a.txt")
-    refused("served", r"text\.zip is a damaged zip .* place it at", cache=tmp_path / "1")
+    refused("served", r"text\.zip is a damaged zip .* save it as", cache=tmp_path / "1")
     serve(zipped(b="x"), member="a.txt")
-    refused("served", r"text\.zip has no member a\.txt; get http", cache=tmp_path / "2")
+    refused("served", r"text\.zip has no member a\.txt; download http", cache=tmp_path / "2")
 
 
 def test_the_number_of_characters_is_checked(serve, tmp_path, caplog):
     serve(zipped(a="abcab"), member="a.txt", distinct_characters=136)
     with caplog.at_level(logging.WARNING, "timemix"):
         read_source("served", cache=tmp_path)
-    assert "served has 3 distinct characters, not the 136 it should have" in caplog.text
+    assert "served has 3 distinct characters, not 136" in caplog.text
 
 
 def test_the_table_of_downloads():

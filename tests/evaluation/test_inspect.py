@@ -1,4 +1,4 @@
-"""Inspection against values computed by hand, and what it says of models that lack what it shows."""
+"""Inspection: agreement with values computed by hand, and reasons for parts that a model lacks."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
     assert [r["projection"] for r in report["projections"] if (r["layer"], r["half"]) == (1, "mixer")] == names
     row = next(r for r in report["projections"] if (r["layer"], r["half"], r["projection"]) == (0, "mixer", "value"))
 
-    # By hand: norm, shift the first half of the channels by one, |weight| x deviation.
+    # By hand: layer norm, shift of the first half of the channels by one, then |weight| x deviation.
     block = loaded.model.blocks[0]
     windows = torch.from_numpy(tokens[:192].astype(np.int64)).view(-1, 16)
     rest = torch.from_numpy(tokens[192:199].astype(np.int64))[None]
@@ -48,7 +48,7 @@ def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
     assert row["unshifted"] == pytest.approx(float(strength[8:].mean()), rel=1e-5)
     assert row["share"] == pytest.approx(row["shifted"] / (row["shifted"] + row["unshifted"]))
 
-    # The loss without them: the weights that meet them are zero.
+    # The loss without the shifted channels equals that with zero weights for them.
     changed = load(tmp_path / "run").model
     with torch.no_grad():
         changed.blocks[0].mixer.value.weight[:, :8] = 0
@@ -73,7 +73,7 @@ def test_the_start_is_the_model_before_the_first_step(tmp_path):
         patch.setattr(LanguageModel, "to", spy)
         report = to_json(inspect_run(loaded, loaded.tokenizer.encode(TEXT)[:100]))
     assert all(torch.equal(before[name], seen[name]) for name in before)
-    # rwkv1 starts with keys and receptances of zero: nothing to share.
+    # rwkv1 starts with zero keys and receptances, so a share is undefined.
     rows = [r for r in report["projections"] if r["half"] == "mixer"]
     assert [r["share_at_start"] is None for r in rows] == [r["projection"] != "value" for r in rows]
 
@@ -100,7 +100,7 @@ def test_pictures_of_what_there_is(tmp_path):
     assert all(p.stat().st_size > 3000 for p in pictures)
 
 
-def test_a_model_without_token_shift_says_so(tmp_path):
+def test_a_model_without_token_shift_is_reported(tmp_path):
     loaded, tokens = trained(tmp_path, "mha_rotary")
     found = inspect_run(loaded, tokens)
     report = to_json(found)

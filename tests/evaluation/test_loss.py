@@ -1,4 +1,4 @@
-"""Evaluation: every token once, units, unknown characters."""
+"""Evaluation: every token counts once; units; unknown characters."""
 
 import dataclasses
 import math
@@ -115,7 +115,7 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
 
 
 def test_too_short_a_text(loaded):
-    with pytest.raises(InvalidValue, match="the text has 1 tokens; at least 2 are needed"):
+    with pytest.raises(InvalidValue, match="the text has 1 tokens, but a loss needs at least 2"):
         evaluate_text(loaded.model, loaded.tokenizer, "t")
 
 
@@ -165,7 +165,7 @@ MIXED = "Go on, Ω go. An Ωmega\n" * 40
     ("kind", "unknown"), [("character", "unk"), ("word", "unk"), ("character", "byte"), ("byte", "error")]
 )
 def test_parts_of_a_text_have_the_size_of_their_text(tmp_path, kind, unknown):
-    """Parts of like content have sizes like their share of the text; one token a character gives the exact number."""
+    """Parts of uniform text have sizes in proportion to their tokens; one token per character gives exact sizes."""
     for name, text in (("train.txt", MIXED.replace("Ω", "o")), ("valid.txt", MIXED)):
         (tmp_path / name).write_text(text, encoding="utf-8")
     config = DataConfig(str(tmp_path / "train.txt"), str(tmp_path / "valid.txt"), tokenizer=kind, unknown=unknown)
@@ -188,9 +188,9 @@ def test_held_out_text_that_changed_is_refused(tmp_path):
     trainer.run()
     assert timemix.evaluate(tmp_path / "run").tokens == len(trainer.corpus.valid)
     shutil.rmtree(tmp_path / "tokens")
-    with pytest.raises(MissingFile, match=r"the tokens of .*run are missing: .*tokens is no prepared folder"):
+    with pytest.raises(MissingFile, match=r"the tokens of .*run are missing: .*tokens is a prepared folder"):
         timemix.evaluate(tmp_path / "run")
     text.write_text(TEXT.replace("cat", "act"))
     prepare(tmp_path / "tokens", DataConfig(source=str(text)))
-    with pytest.raises(DamagedFile, match=r"the data of .*run changed after the training"):
+    with pytest.raises(DamagedFile, match=r"the held-out text of .*run has changed since training"):
         timemix.evaluate(tmp_path / "run")

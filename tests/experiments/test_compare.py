@@ -1,4 +1,4 @@
-"""Comparisons end to end on a small text: same batches, tuning, going on, failures, and what is refused."""
+"""Comparisons on a small text, end to end: equal batches, tuning, resuming, failures and rejected input."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from timemix.training.trainer import Trainer
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """No process of its own for the memory of a step: three seconds each, and measured in `done`."""
+    """Skip the measurement of memory, which takes three seconds per variant; the fixture `done` measures it."""
     monkeypatch.setattr(
         "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
     )
@@ -35,7 +35,7 @@ def unmeasured(monkeypatch):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished comparison, what its trainers read, and its report."""
+    """A finished comparison, the batches of its trainers, and its report."""
     folder = tmp_path_factory.mktemp("compare")
     seen = {}
     loss_of = Trainer.loss_of
@@ -47,7 +47,7 @@ def done(tmp_path_factory):
     measured = []
 
     def once(config, steps):
-        """Three seconds in a process of its own: for the first variant only."""
+        """Measure the first variant only: a measurement takes three seconds in a new process."""
         if not measured:
             measured.append(measure_training(config, steps))
         return measured[0]
@@ -150,7 +150,7 @@ def test_another_comparison_takes_its_runs_over(done, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_stopped_comparison_resumes(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     whole = Comparison(experiment, tmp_path / "whole")
     finish(whole)
@@ -168,7 +168,7 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
         finish(Comparison(experiment, tmp_path / "stopped"))
     again = Comparison(experiment, tmp_path / "stopped")
     assert finish(again)[0].startswith("mha seed 1")
-    # The step that the signal reached was finished and saved, so no step ran twice.
+    # The step during which the signal arrived was finished and saved, so no step ran twice.
     assert steps == list(range(8)) * 2
     for a, b in zip(write_report(whole).to_json()["variants"], write_report(again).to_json()["variants"], strict=True):
         assert a["valid_losses"] == b["valid_losses"]
@@ -176,7 +176,7 @@ def test_stopped_it_goes_on_where_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("unmeasured")
 def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
-    # A rate that rises to 1e30 makes the loss infinite.
+    # A learning rate of 1e30 makes the loss infinite.
     fails = Variant("fails", {"train": {"lr_final": 1e30, "schedule": "linear"}})
     experiment = small(write_text_file(tmp_path), variants=(fails, Variant("good")), seeds=(1,), verdicts=())
     comparison = Comparison(experiment, tmp_path / "out")
@@ -208,7 +208,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkey
     assert line.startswith("rwkv1 seed 1: held-out loss")
 
 
-def test_seeds_follow_when_tuning_chooses_anew(tmp_path):
+def test_seeds_run_again_when_tuning_chooses_another_point(tmp_path):
     experiment = small(write_text_file(tmp_path), seeds=(1,))
     comparison = Comparison(experiment, tmp_path / "out")
     finish(comparison)
@@ -222,7 +222,7 @@ def test_seeds_follow_when_tuning_chooses_anew(tmp_path):
     assert trained.train.lr == experiment.tuning_points()[1 - chosen]["train.lr"]
 
 
-def test_a_folder_that_moved_goes_on(tmp_path, monkeypatch):
+def test_a_moved_folder_resumes(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     step = Trainer.train_step
 
@@ -246,7 +246,7 @@ def test_what_kill_9_leaves_is_begun_again(tmp_path):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     comparison = Comparison(experiment, tmp_path / "out")
     first, second = (comparison.folder(comparison.seed_jobs(v)[0]) for v in experiment.variants)
-    # While the folder was made, and while a copy of another comparison's run was.
+    # A kill during the creation of the folder, and a kill during the copy of another comparison's run.
     (first / "data").mkdir(parents=True)
     second.mkdir(parents=True)
     (second / "config.toml").write_text("format_version = 1\n[train]\nsteps = 3\n")
@@ -285,7 +285,7 @@ def test_text_that_is_too_short_is_refused_before_anything_runs(tmp_path):
     def on(**data):
         return replace(plain, base=BASE | {"data": {"source": str(source)} | data})
 
-    with pytest.raises(InvalidValue, match="the held-out text has 0 tokens; 'rwkv1' needs 17"):
+    with pytest.raises(InvalidValue, match="the held-out text has 0 tokens, but variant 'rwkv1' needs 17"):
         Comparison(on(valid_fraction=0.0), tmp_path / "a")
     with pytest.raises(InvalidValue, match="needs 17"):
         Comparison(on(valid_tokens=16), tmp_path / "b")
@@ -302,10 +302,10 @@ def test_damaged_files_of_its_folder_are_named(done, tmp_path):
     out = shutil.copytree(comparison.out, tmp_path / "out")
     result = out / "variants" / "mha" / "seed-2" / "result.json"
     result.write_text("{}")
-    with pytest.raises(DamagedFile, match=r"seed-2/result.json is damaged: remove it to run mha seed 2 again"):
+    with pytest.raises(DamagedFile, match=r"seed-2/result.json is damaged; remove it to run mha seed 2 again"):
         finish(Comparison(comparison.experiment, out))
     (out / "experiment.json").write_text("{}")
-    with pytest.raises(FileError, match="holds another experiment .*of another kind, or damaged"):
+    with pytest.raises(FileError, match="has another experiment .*its kind, unless experiment.json is damaged"):
         Comparison(comparison.experiment, out)
 
 
@@ -314,7 +314,7 @@ def test_what_is_not_its_folder_is_refused(tmp_path):
     experiment = small(source, tune={}, seeds=(1,))
     out = tmp_path / "out"
     Comparison(experiment, out)
-    with pytest.raises(FileError, match=r"holds another experiment \(different: seeds\)"):
+    with pytest.raises(FileError, match=r"has another experiment \(different: seeds\)"):
         Comparison(replace(experiment, seeds=(1, 2)), out)
     base = experiment.base | {"data": {"source": str(source), "order": "epoch"}}
     with pytest.raises(FileError, match=r"different: base, variants"):
@@ -322,12 +322,12 @@ def test_what_is_not_its_folder_is_refused(tmp_path):
     with pytest.raises(InvalidValue, match="the vocabulary has no 'Ω'"):
         Comparison(replace(experiment, prompts=("the Ω",)), tmp_path / "prompts")
     source.write_text(TEXT + "more", encoding="utf-8")
-    with pytest.raises(FileError, match="the text changed since .* was begun"):
+    with pytest.raises(FileError, match="the text has changed since .* was created"):
         Comparison(experiment, out)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
-    with pytest.raises(FileError, match="no comparison's folder and not empty"):
+    with pytest.raises(FileError, match="not the folder of a comparison, and not empty"):
         Comparison(experiment, foreign)
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWrite, match=r"cannot write .*file"):

@@ -1,4 +1,4 @@
-"""What makes two runs of comparisons the same: not where they report, but all that decides their losses."""
+"""Keys of runs: settings that change losses change the key, settings of reporting do not."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def keys(run, **train):
 
 
 def test_finished_runs_of_before_are_recognised(run):
-    """The keys that the settings had before some of them existed."""
+    """Keys of earlier versions, in which some settings did not exist."""
     assert [key[:16] for key in keys(run)] == ["e547f5809f6bbd6f", "f7dc482f5e16f7c3"]
 
 
@@ -35,5 +35,7 @@ def test_samples_and_hooks_make_no_other_run(run):
 
 @pytest.mark.parametrize("name", ["seconds", "tokens"])
 def test_the_length_of_a_run_is_that_of_the_experiment(name):
-    with pytest.raises(InvalidValue, match=r"variant 'a': train.seconds and train.tokens are for one run; give the"):
+    with pytest.raises(
+        InvalidValue, match=r"variant 'a': train.seconds and train.tokens cannot be set in an experiment; give"
+    ):
         variant_config("cpu-small", {}, Variant("a", {"train": {name: 60}}), {})

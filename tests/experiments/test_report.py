@@ -1,4 +1,4 @@
-"""report.html in a real browser: what a person reads, hovers over and switches."""
+"""report.html in a real browser: text, hover and switches."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def comparison(tmp_path_factory):
     base = experiment.base | {"data": {"source": str(source), "tokenizer": "byte"}}
     found = Comparison(replace(experiment, base=base), folder / "out")
     with pytest.MonkeyPatch.context() as patch:
-        # Three seconds for each variant, and no part of what is shown here.
+        # A measurement takes three seconds per variant and is not needed here.
         patch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None))
         finish(found)
         write_report(found)
@@ -86,7 +86,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, comparison):
-    """The opened report; afterwards the console must have stayed empty."""
+    """Open the report; afterwards, check that the console is empty."""
     browser.get((comparison.out / "report.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
@@ -97,7 +97,7 @@ def find(page, css):
 
 
 def hover(page, share):
-    """Moves the pointer over the loss chart, `share` of its width from the left."""
+    """Move the pointer over the loss chart, to `share` of its width from the left."""
     from selenium.webdriver import ActionChains
 
     (chart,) = find(page, "#loss svg")
@@ -116,7 +116,7 @@ def test_hovering_reads_the_curves_off(page, comparison):
     data = json.loads(page.execute_script("return document.getElementById('data').textContent"))
     curve = next(c for c in data["curves"] if c["label"] == "rwkv1")
     assert f"rwkv1: {curve['mean'][-1]:.4f} ± {curve['deviation'][-1]:.4f}" in lines
-    # Losses of one place stand in order, the highest first.
+    # The losses at one position are sorted, the highest first.
     losses = [float(re.search(r": ([\d.]+)", line)[1]) for line in lines[1:]]
     assert losses == sorted(losses, reverse=True)
     hover(page, 0.3)
@@ -177,7 +177,7 @@ def test_nothing_is_cut_off_on_a_small_screen(page):
         page.set_window_size(1000, 1400)
 
 
-def test_the_page_stands_alone(browser, comparison, tmp_path):
+def test_the_page_has_no_external_resources(browser, comparison, tmp_path):
     copy = shutil.copy(comparison.out / "report.html", tmp_path / "elsewhere.html")
     assert Path(copy).stat().st_size < 300_000
     browser.get(Path(copy).as_uri())

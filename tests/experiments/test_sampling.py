@@ -1,4 +1,4 @@
-"""Sampling experiments: entropies by formula, rivals of like entropy, and a small study end to end."""
+"""Sampling experiments: entropies by formula, filters of equal entropy, and a small experiment end to end."""
 
 import json
 import math
@@ -48,10 +48,10 @@ def test_rivals_have_the_entropy_of_top_a():
     assert [s.label for s in settings][:5] == ["top-a at 1", "top-p at 1", "min-p at 1", "top-k at 1", "plain at 1"]
     for first in (0, 5):
         target, *others = (mean_entropy(s.sampler, logits) for s in settings[first : first + 5])
-        # Steps of a finite set of probabilities; top-k has whole numbers only.
+        # A finite set of probabilities makes the entropy a step function, and k is a whole number.
         for setting, entropy in zip(settings[first + 1 : first + 5], others, strict=True):
             assert entropy == pytest.approx(target, abs=0.15 if setting.label.startswith("top-k") else 0.01)
-    # Plain sampling lowers its temperature, the others keep it.
+    # Sampling without a filter lowers its temperature; the filters do not.
     assert [s.sampler.temperature for s in settings[5:9]] == [1.5] * 4
     assert settings[9].sampler.temperature < 1.5
 
@@ -72,7 +72,7 @@ def test_repetition_and_variety_of_texts_written_by_hand():
     prompts = [[1] * 4, [0, 1, 2, 3]]
     texts = [[1] * 16, [4, 0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 0, 3, 2, 1, 4]]
     found = measure_text(texts, prompts, Judge())
-    # 20 tokens have 13 8-grams; of all ones only the first is new.
+    # 20 tokens have 13 8-grams; if all tokens are 1, only the first 8-gram is new.
     assert found.repetition[0] == pytest.approx(12 / 13)
     assert found.variety[0] == pytest.approx(1 / 13)
     assert found.repetition[1] == 0
@@ -91,11 +91,11 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     difference = rows["min-p at 1"]["differences"]["judge_loss"]
     pairs = zip(found["min-p at 1"]["judge_loss"], found["top-a at 1"]["judge_loss"], strict=True)
     assert difference["mean"] == pytest.approx(sum(a - b for a, b in pairs) / 4)
-    # The factors of 2021 stand in both parts, and give the same texts.
+    # The factors of 2021 occur in both parts, with the same texts.
     assert rows["top-a at 1"]["judge_loss"] == rows["top-a 0.02, power 2"]["judge_loss"]
     assert [v["claim"] for v in table["verdicts"]][:2] == [
-        "top-a writes more probable text than top-p at like entropy",
-        "top-a writes less repetition than top-p at like entropy",
+        "top-a generates more probable text than top-p at equal entropy",
+        "top-a generates less repetition than top-p at equal entropy",
     ]
     assert (tmp_path / "out" / "top-a.png").stat().st_size > 5000
     assert "| top-a 0.2, power 2 |" in to_markdown(found_table)
@@ -105,16 +105,16 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
     again = to_json(run_sampling(replace(study, title="other words"), tmp_path / "out", lines.append))
     assert again["rows"] == table["rows"]
     assert [line.split(":")[0] for line in lines] == ["writer", "judge"]
-    with pytest.raises(FileError, match="holds another experiment"):
+    with pytest.raises(FileError, match="has another experiment"):
         run_sampling(replace(study, samples=5), tmp_path / "out", lines.append)
     source.write_text(TEXT * 2)
-    with pytest.raises(FileError, match="holds this experiment on another text"):
+    with pytest.raises(FileError, match="has this experiment on another text"):
         run_sampling(study, tmp_path / "out", lines.append)
 
 
 def test_a_killed_beginning_is_begun_again(tmp_path):
     study, lines = experiment(write_text_file(tmp_path)), []
-    # As kill -9 leaves it while the run's folder is made.
+    # The state that kill -9 leaves during the creation of the run folder.
     (tmp_path / "out" / "writer" / "data").mkdir(parents=True)
     run_sampling(study, tmp_path / "out", lines.append)
     assert lines[0] == "training writer: 6 steps"
@@ -123,13 +123,13 @@ def test_a_killed_beginning_is_begun_again(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tokens": 64}, "32 tokens of prompt and 64 of text are more than the judge's ctx_len 64"),
+        ({"tokens": 64}, "32 tokens of prompt and 64 of text exceed the judge's ctx_len 64"),
         ({"temperatures": (0.0,)}, "must be above 0"),
-        ({"top_a": (2.0,)}, "top_a must lie above 0 and be at most 1"),
+        ({"top_a": (2.0,)}, "every top_a must be above 0 and at most 1"),
         ({"samples": 1}, "at least 2 samples"),
         ({"writer": {"model": {"layerz": 1}}}, "variant 'writer': unknown field 'model.layerz'"),
     ],
 )
-def test_what_cannot_serve_is_refused_before_training(fields, words):
+def test_unsupported_settings_are_refused_before_training(fields, words):
     with pytest.raises(TimemixError, match=words):
         experiment("x", **fields)

@@ -1,4 +1,4 @@
-"""Experiment files: what is read, what is refused and how, and that the shipped ones are fair."""
+"""Experiment files: accepted and rejected content, and fair settings of the shipped files."""
 
 import re
 from dataclasses import fields, replace
@@ -88,7 +88,7 @@ def test_a_variant_is_preset_then_base_then_its_own_then_the_tuning_point(tmp_pa
     assert (config.model.layers, config.model.channels, config.model.ffn_ratio) == (2, 32, 2.5)
     assert config.model.denominator == "weighted"
     assert (config.train.lr, config.model.initial, config.train.seed) == (2e-3, "original", 7)
-    # 12 windows of 64 tokens a step, from the preset.
+    # 12 windows of 64 tokens per step, from the preset.
     assert config.train.steps == round(6400 / (12 * 64))
 
 
@@ -110,13 +110,13 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ("model.denominator", "model.denominators", "variant 'weighted': unknown field 'model.denominators'"),
         ('"weighted"\n[[verdicts]]', '"wieghted"\n[[verdicts]]', "did you mean 'weighted'?"),
         ("channels = 32", "channels = 30", "variant 'plain': model.heads=4 does not divide model.channels=30"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", "one stands twice"),
-        ("seeds = [1, 2]", "seeds = [0, 1]", "tuning takes seed 0"),
-        ("seeds = [1, 2]", "seeds = []", "it has no seeds"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "with a repeated seed"),
+        ("seeds = [1, 2]", "seeds = [0, 1]", "tuning uses seed 0"),
+        ("seeds = [1, 2]", "seeds = []", "seeds is empty"),
         ("seeds = [1, 2]", "seeds = 3", "seeds is 3; it must be a list"),
-        ("tokens = 6400", "", "give a budget: either tokens or seconds"),
-        ("tokens = 6400", "tokens = 6400\nseconds = 5", "give a budget: either tokens or seconds"),
-        ("tokens = 6400", "tokens = -1", "the budget must be above 0"),
+        ("tokens = 6400", "", "give either tokens or seconds"),
+        ("tokens = 6400", "tokens = 6400\nseconds = 5", "give either tokens or seconds"),
+        ("tokens = 6400", "tokens = -1", "tokens is -1; it must be above 0"),
         ("train.lr = [1e-3, 2e-3]", "train.lr = 1e-3", "tune.train.lr is 0.001; it must be a list of values"),
         ("train.lr = [1e-3, 2e-3]", "train.lrr = [1e-3]", "unknown field 'train.lrr'; did you mean 'lr'?"),
         ('worse = "weighted"', 'worse = "weigted"', "a verdict names the variant 'weigted'; did you mean 'weighted'?"),
@@ -124,12 +124,12 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ('title = "two"', 'title = "two"\nkind = "sped"', "unknown kind 'sped'; did you mean 'speed'?"),
         ('title = "two"', 'title = "two"\nkind = ["x"]', "unknown kind ['x']"),
         ('name = "weighted"', 'name = "weighted"\nlabel = "plain"', "two variants have the label 'plain'"),
-        ('name = "weighted"', 'name = "weighted"\ncolor = "reddish"', "'reddish' is no color"),
-        ("train.lr = [1e-3, 2e-3]", 'data.order = ["epoch"]', "the text is the same for all points"),
+        ('name = "weighted"', 'name = "weighted"\ncolor = "reddish"', "'reddish' is not a matplotlib color"),
+        ("train.lr = [1e-3, 2e-3]", 'data.order = ["epoch"]', "all points of a grid have one text"),
         ("tokens = 6400", 'tokens = 6400\nprompts = [""]', "a prompt is empty"),
-        ("tokens = 6400", "seconds = inf", "the budget must be above 0, and finite"),
-        ('worse = "weighted"', 'worse = "weighted"\nat_step = 3', "step 3, which is not validated"),
-        ('worse = "weighted"', 'worse = "weighted"\nfirst_positions = 3', "needs by_position = true"),
+        ("tokens = 6400", "seconds = inf", "seconds is inf; it must be above 0 and finite"),
+        ('worse = "weighted"', 'worse = "weighted"\nat_step = 3', "at_step=3 of a verdict is not a validated step"),
+        ('worse = "weighted"', 'worse = "weighted"\nfirst_positions = 3', "set by_position = true"),
         ('worse = "weighted"', 'worse = "weighted"\nof = "memory"', "unknown field 'verdicts.of'"),
         ("[base]", "[base", "is damaged"),
         ("model = {", "model = 3 #", "variant 'plain': model is 3; it must be a table"),
@@ -145,7 +145,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, old, new, words):
 
 
 def test_no_variant(tmp_path):
-    with pytest.raises(DamagedFile, match="it has no variant"):
+    with pytest.raises(DamagedFile, match="the experiment has no variant"):
         read(tmp_path, 'title = "none"\ntokens = 10\nvariants = []\n')
 
 
@@ -171,7 +171,7 @@ def test_the_shipped_experiments_compare_like_with_like(path):
         model = experiment.config(variant, experiment.tuning_points()[0], 1).model
         sizes[variant.name] = count_parameters(replace(model, vocab_size=136))["total"]
     first = sizes[experiment.variants[0].name]
-    # "narrow" and "wide" variants stand beside one of like size, to show what the parameters do.
+    # "narrow" and "wide" variants accompany one of equal size, to show the effect of the number of parameters.
     unlike = {name for name in judged if abs(sizes[name] / first - 1) > 0.01}
     assert unlike <= {"mha_rotary-narrow"}
 
@@ -179,7 +179,7 @@ def test_the_shipped_experiments_compare_like_with_like(path):
 def test_a_speed_experiment_keeps_the_tokens_of_a_step():
     experiment = SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(16, 64), tokens=128)
     assert [experiment.config(experiment.variants[0], t).train.batch_size for t in (16, 64)] == [8, 2]
-    with pytest.raises(InvalidValue, match="ctx_lens must divide tokens"):
+    with pytest.raises(InvalidValue, match="only values of ctx_lens that divide tokens"):
         SpeedExperiment(title="x", variants=(Variant("a"),), ctx_lens=(48,), tokens=128)
 
 

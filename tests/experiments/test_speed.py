@@ -1,4 +1,4 @@
-"""Measured steps, and what a speed experiment concludes from them."""
+"""Measured steps, and the table and verdicts of a speed experiment."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_a_step_is_measured_in_its_own_process():
     large = RunConfig(model=model, train=TrainConfig(batch_size=128, precision="float32"))
     a, b = measure_training(small, steps=1), measure_training(large, steps=1)
     assert a.tokens_per_second == pytest.approx(4 * 64 / a.step_seconds)
-    # 128 rows keep at least their inputs to the three products of 64 channels and their outputs.
+    # 128 rows store at least the inputs of the three products of 64 channels, and their outputs.
     assert b.peak_memory > 128 * 64 * 64 * 4 * 6
     assert b.peak_memory > a.peak_memory
 
@@ -37,7 +37,7 @@ def test_want_of_memory_is_an_error_of_that_size_alone():
 
 def test_slope_of_power_laws():
     assert slope({t: 3.0 * t**2 for t in (64, 128, 256, 512)}) == pytest.approx(2)
-    # The upper half decides.
+    # The slope is fitted to the upper half.
     assert slope({64: 1.0, 128: 1.0, 256: 8.0, 512: 16.0}) == pytest.approx(1)
     assert slope({64: 2.0, 128: 4.0}) == pytest.approx(1)
     assert slope({64: 2.0}) is None
@@ -88,8 +88,8 @@ def test_verdicts_follow_the_ratios(counted, tmp_path):
         "does not hold",
         "undecided",
         "holds",
-        "holds: the other runs out of memory",
-        "does not hold: it runs out of memory",
+        "holds: large runs out of memory",
+        "does not hold: large runs out of memory",
     ]
     found = json.loads((tmp_path / "out" / "measurements.json").read_text())
     logs = [math.log(found[f"fast 32 {r}"]["tokens_per_second"] / 100) for r in range(3)]

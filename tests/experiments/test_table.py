@@ -1,4 +1,4 @@
-"""Statistics and verdicts against published values and by their definition; what the table says."""
+"""Statistics and verdicts: agreement with published values and definitions; text of the table."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word
 
 
-# Student's t, two-sided 95 %, as in every printed table (Abramowitz and Stegun 26.10).
+# Student's t, two-sided 95 %, from Abramowitz and Stegun 26.10.
 @pytest.mark.parametrize(("degrees", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042)])
 def test_t_quantile(degrees, t):
     assert t_quantile(0.975, degrees) == pytest.approx(t, abs=6e-4)
@@ -34,7 +34,7 @@ def test_only_seeds_that_both_have_count():
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=8), st.floats(-3, 3))
 def test_what_all_variants_share_cancels(noise, gain):
-    """Paired: a loss that a seed adds to both variants leaves the interval as it is."""
+    """A loss that a seed adds to both variants does not change the paired interval."""
     first = dict(enumerate(noise))
     other = {i: x + gain + 0.01 * (i % 2) for i, x in enumerate(noise)}
     found = paired_difference(first, other)
@@ -87,7 +87,7 @@ def test_how_numbers_read():
     assert markdown_table([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
-def test_what_is_unfair_is_said():
+def test_limits_of_the_comparison_are_reported():
     def row(label, parameters, lr, failed=()):
         tuning = [{"train.lr": x, "valid_loss": 1.0} for x in (1e-3, 2e-3, 4e-3)]
         return Row(
@@ -104,7 +104,7 @@ def test_what_is_unfair_is_said():
     said = warnings(Table("t", 1, None, [1], rows, []))
     assert said == [
         "c, seed 3, failed: no",
-        "c reads other text or tokens: not compared.",
-        "b has +2.0% parameters against the first.",
-        "b chose train.lr 0.004 at the edge of its grid.",
+        "c has another held-out text or tokenizer, so its losses are not compared.",
+        "b has +2.0% parameters relative to the first variant.",
+        "The best train.lr of b, 0.004, is at the edge of its grid; widen the grid.",
     ]

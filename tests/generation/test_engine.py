@@ -1,4 +1,4 @@
-"""The engine: each request gets what it gets alone, whatever else is written beside it, before it, or in its place."""
+"""The engine: each request gets the result that it gets alone, whatever other requests run before or beside it."""
 
 import contextlib
 import itertools
@@ -103,7 +103,7 @@ def test_a_place_used_again_holds_nothing_of_before(model):
     for request in REQUESTS[1:4]:
         engine.add(request)
         finish(engine)
-        # Anything left behind would show in any number that it touches.
+        # Leftover state would change any number computed from it.
         for layer in engine._state.layers:
             for x in layer.values():
                 x.fill_(math.nan)
@@ -115,7 +115,7 @@ def test_a_place_used_again_holds_nothing_of_before(model):
 def test_a_row_without_finite_logits_ends_alone(kind):
     model = KINDS[kind]()
     with torch.no_grad():
-        # Only what reads this token is not finite.
+        # Only rows that read this token are not finite.
         model.embedding.weight[10] = math.nan
     good = Request([3, 4], 9, seed=5, logit_bias={10: -math.inf}, log_probabilities=True)
     expected = alone(model, good)
@@ -169,11 +169,11 @@ def test_log_probabilities_are_those_of_the_model(model):
 
 
 def writes(model, text, *, counted=False):
-    """A step that gives these tokens whatever it reads, by position or, `counted`, one in each call."""
+    """A step that returns given tokens whatever it reads: by position or, with `counted`, one per call."""
     calls = itertools.count()
 
     class Step:
-        compiled, reason = False, "told to"
+        compiled, reason = False, "set by the test"
 
         def looks_back(self, position):
             return position
@@ -190,7 +190,7 @@ def writes(model, text, *, counted=False):
 
 
 def written(text, tokenizer, **request):
-    """Events of a request whose model writes `text` (tokens), from its second token on."""
+    """Return the events of a request whose model generates `text` (tokens), from its second token on."""
     model = build(VARIANTS["rwkv1"], torch.float32, ctx_len=64, vocab_size=tokenizer.vocab_size)
     with torch.no_grad():
         model.head.weight.zero_()
@@ -204,12 +204,12 @@ def written(text, tokenizer, **request):
 
 def test_stop_strings_end_the_text_before_them():
     events = written([2, 0, 1, 0, 2, 3, 4], CHARACTERS, tokens=7, stop=("acd", "zzz"))
-    # c, a, b, a, c, d: "a" waits for what follows it.
+    # c, a, b, a, c, d: the engine holds "a" back until the next token.
     assert [e.text for e in events] == ["c", "", "ab", "", "", ""]
     assert [e.finished for e in events] == [None] * 5 + ["stop"]
 
 
-def test_what_was_held_back_is_told_at_the_end():
+def test_text_that_was_held_back_comes_with_the_end():
     events = written([2, 0, 1, 0, 2, 3, 4], CHARACTERS, tokens=5, stop=("acd",))
     assert "".join(e.text for e in events) == "cabac"
     assert events[-1].finished == "length"
@@ -222,7 +222,7 @@ def test_stop_strings_do_not_split_characters_of_several_bytes():
     assert "".join(e.text for e in events) == "a€b€"
     assert events[-1].finished == "stop"
     assert all("\ufffd" not in e.text for e in events)
-    # Cut in the midst of a character.
+    # Cut in the middle of a character.
     events = written(text, tokenizer, tokens=3)
     assert "".join(e.text for e in events) == "a\ufffd"
 
@@ -255,7 +255,7 @@ def test_a_request_that_is_cancelled_during_a_step_has_no_event_of_it(model):
 
 
 @pytest.mark.parametrize(("model", "cut"), pairwise(KINDS, [0, 1, 5, 12, 20], strength=1), indirect=["model"])
-def test_going_on_from_a_stream_equals_going_on(model, cut):
+def test_a_request_from_a_session_continues_it_exactly(model, cut):
     whole = Request([1, 2, 3], 25, Sampler(repetition_penalty=1.3), seed=4, log_probabilities=True)
     expected = alone(model, whole)
     engine = Engine(model, CHARACTERS)
@@ -267,12 +267,12 @@ def test_going_on_from_a_stream_equals_going_on(model, cut):
     for _ in range(2):
         engine.add(Request([], 25 - cut, whole.sampler, 4, start=stream, log_probabilities=True))
     for rest in finish(engine).values():
-        told = [e for e in [*first, *rest] if e.token is not None]
-        assert [e.token for e in told] == [e.token for e in expected]
-        assert [e.log_probability for e in told] == pytest.approx([e.log_probability for e in expected], abs=1e-5)
+        sampled = [e for e in [*first, *rest] if e.token is not None]
+        assert [e.token for e in sampled] == [e.token for e in expected]
+        assert [e.log_probability for e in sampled] == pytest.approx([e.log_probability for e in expected], abs=1e-5)
 
 
-def test_a_stream_of_a_request_at_work_branches(model):
+def test_a_session_of_an_active_request_branches(model):
     engine = Engine(model, CHARACTERS)
     id = engine.add(Request([1, 2], 20, seed=3))
     for _ in range(6):
@@ -353,7 +353,7 @@ def test_two_parts_joined_are_the_whole_for_every_cut(kind, text, stop, tmp_path
     model = build(KINDS[kind]().config, torch.float32, vocab_size=256, ctx_len=64)
     whole = written(ids, tokenizer, tokens=len(ids), stop=stop)
     expected = "".join(e.text for e in whole)
-    # After a stop string, the next part would generate what follows it.
+    # After a stop string, the next part would continue behind it.
     for cut in range(len(whole) + int(whole[-1].finished == "length")):
         request = Request([0], cut, stop=stop, keep_session=True)
         *_, last = first = played(model, tokenizer, ids, request)
@@ -365,7 +365,7 @@ def test_two_parts_joined_are_the_whole_for_every_cut(kind, text, stop, tmp_path
 
 
 def played(model, tokenizer, ids, request):
-    """Events of a request in an engine whose step gives these tokens one after another."""
+    """Return the events of a request in an engine whose step returns these tokens in order."""
     engine = Engine(model, tokenizer, step=writes(model, ids, counted=True))
     engine.add(request)
     return finish(engine)[0]
@@ -408,7 +408,7 @@ def test_samples_read_their_prompt_once_and_are_those_of_requests_of_their_own(m
     engine = Engine(model, CHARACTERS, slots=2, step=Counting())
     engine.add(Request(prompt, 3, seed=6, sample=4, samples=5, log_probabilities=True))
     events = finish(engine)[0]
-    # The last token of the prompt and two tokens of each sample, besides the prompt.
+    # Besides the prompt: its last token and two tokens of each sample.
     assert sum(read) == len(prompt) - 1 + 5 * 3
     for sample in range(4, 9):
         own = [e for e in events if e.sample == sample]
@@ -428,7 +428,7 @@ def test_the_most_probable_tokens_and_the_prompt_are_scored_as_the_model_does(mo
     assert [token for token, _ in first.top_log_probabilities] == best.indices.tolist()
     assert [p for _, p in first.top_log_probabilities] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert second.prompt_log_probabilities is None
-    # Without a token to draw they come with the end.
+    # Without a sampled token they come with the end.
     (only,) = alone(model, Request(prompt, 0, prompt_log_probabilities=True))
     assert only.prompt_log_probabilities[1:] == pytest.approx(expected, abs=1e-5)
     assert only.token is None
@@ -442,7 +442,7 @@ def test_a_long_prompt_stalls_no_other_row_and_can_be_cancelled():
     long = engine.add(Request([3] * 100_000, 1))
     other = engine.add(Request([4] * 200, 1))
     ids = [[e.id for e in engine.step()] for _ in range(8)]
-    # 64 tokens of one prompt at a time: the other one, in turn, has read its 200 after four pieces.
+    # Prompts take turns, 64 tokens at a time: the prompt of 200 tokens is read after four pieces.
     assert all(short in each for each in ids)
     assert sum(other in each for each in ids) == 1
     assert engine.session(long).unread > 99_000
@@ -463,7 +463,7 @@ class Refuses(CharacterTokenizer):
 
 
 def test_a_step_that_raises_ends_the_active_requests_alone():
-    """Also one that raises after the tokens are drawn: the next step runs, and so do requests that were pending."""
+    """Also for an error after the tokens are sampled: the next step runs, and so do pending requests."""
     model = KINDS["rwkv1, compiled"]()
     engine = Engine(model, Refuses(list("abcdefghijk"), "error"), slots=1)
     first, second = (engine.add(Request([1], 2)) for _ in range(2))

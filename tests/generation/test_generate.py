@@ -1,4 +1,4 @@
-"""Generation: steps equal recomputing everything, rows are independent, the context's end is passed."""
+"""Generation: steps equal recomputing everything, rows are independent, and texts grow past the context."""
 
 import math
 

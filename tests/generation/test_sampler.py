@@ -1,4 +1,4 @@
-"""Filters on the next token's probabilities, and the draw."""
+"""Filters of next-token probabilities, and sampling from them."""
 
 import json
 import math
@@ -25,7 +25,7 @@ FILTERS = {
     "top_a": st.floats(0, 1),
     "top_a_power": st.floats(0, 4),
 }
-# Eighths apart, so that no two differ by rounding alone.
+# Multiples of 1/8, so that no two values differ by rounding alone.
 LOGITS = st.lists(st.integers(-80, 80).map(lambda n: n / 8), min_size=V, max_size=V)
 DISTINCT_LOGITS = st.lists(st.integers(-80, 80).map(lambda n: n / 8), min_size=V, max_size=V, unique=True)
 TEMPERATURE = st.sampled_from([0.0, 1e-6, 0.3, 1.0, 1.7, 1e6])
@@ -83,7 +83,7 @@ def test_each_setting_by_hand(sampler, expected):
 
 
 def test_filters_judge_the_same_probabilities():
-    # After top_k alone the first holds 2/3 and would satisfy top_p by itself; in the whole row it holds 1/2.
+    # After top_k the first token has probability 2/3 and satisfies top_p alone; in the whole row it has 1/2.
     logits = [math.log(p) for p in (0.5, 0.25, 0.125, 0.125)]
     assert probabilities(Sampler(top_k=2, top_p=0.6), logits)[0].count_nonzero() == 2
 
@@ -328,7 +328,7 @@ def test_a_draw_is_that_of_a_new_generator(seed, sample, position):
 
 
 def draw_at(bits, p):
-    """The token of a row when the generator gives these 64 bits."""
+    """Return the token of a row for a generator that returns these 64 bits."""
 
     class Fixed(np.random.Philox):
         def random_raw(self):
@@ -372,7 +372,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(shares, dtype):
     logits = (torch.tensor(shares, dtype=torch.float64) / total).log().to(dtype)
     ranked = sorted(shares, reverse=True)
     for kept in range(1, len(shares) + 1):
-        # Exact sums: what reaches it is known without rounding.
+        # Exact sums, so no rounding affects which tokens reach the threshold.
         top_p = sum(ranked[:kept]) / total
         found = Sampler(top_p=top_p).probabilities(logits[None])[0]
         assert int((found > 0).sum()) == kept or top_p == 1

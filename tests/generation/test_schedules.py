@@ -1,4 +1,4 @@
-"""A text's bits: alone, and among others that join, leave, fork and are cancelled at any time."""
+"""Bit-identical texts: alone, and among requests that join, leave, fork and are cancelled at any time."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ SIZES = {
 
 @functools.cache
 def subject(kind, weights):
-    """A model, its step, requests of all kinds, and their events alone on one thread."""
+    """Return a model, its step, requests of all kinds, and the events of each request alone on one thread."""
     torch.manual_seed(0)
     model = build(VARIANTS[kind], torch.float32, 0.2, vocab_size=VOCABULARY, **SIZES[kind])
     chosen = random.Random(kind + weights)
@@ -40,7 +40,7 @@ def subject(kind, weights):
             Sampler(temperature=0.8, repetition_penalty=chosen.choice((1, 1.2))),
             seed=length,
             samples=chosen.choice((1, 1, 3)),
-            # All of them: the whole distribution, in the bits of float64.
+            # All candidates: the whole distribution, in the bits of float64.
             top_log_probabilities=VOCABULARY,
             prompt_log_probabilities=chosen.random() < 0.3,
             keep=chosen.choice((0.1, 0.5)),
@@ -67,7 +67,7 @@ def by_sample(events):
 
 
 def run_schedule(model, step, requests, expected, chosen):
-    """Requests that come, are copied and are cancelled at random; each text is compared with that alone."""
+    """Requests arrive, are copied and are cancelled at random; each text is compared with the same request alone."""
     torch.set_num_threads(chosen.choice((1, 1, 1, 1, 1, 1, 1, 2)))
     engine = Engine(model, slots=chosen.choice((1, 2, 3, 5, 32)), step=step)
     events, which, cancelled, sessions = {}, {}, set(), []
@@ -86,7 +86,7 @@ def run_schedule(model, step, requests, expected, chosen):
         if chosen.random() < 0.15 and engine.cancel(victim := chosen.choice(list(which))):
             cancelled.add(victim)
         if chosen.random() < 0.15 and id not in cancelled and requests[number].samples == 1:
-            # A pending request has none.
+            # A pending request has no session.
             with contextlib.suppress(KeyError):
                 sessions.append((id, len(events.get(id, ())), engine.session(id)))
     while engine.busy:
@@ -97,8 +97,8 @@ def run_schedule(model, step, requests, expected, chosen):
             own = found.get(sample, [])
             assert own == whole[: len(own)], (id, number, sample)
             assert len(own) == len(whole) or id in cancelled
-    for id, told, session in sessions:
-        rest = expected[which[id]][0][told:]
+    for id, count, session in sessions:
+        rest = expected[which[id]][0][count:]
         request = requests[which[id]]
         again = Request(
             [],
@@ -142,7 +142,7 @@ def test_a_prompt_has_the_bits_of_its_tokens_one_by_one(kind, weights):
         state, at, slot = model.init_state(3), 0, seed % 3
         while at < len(tokens):
             count = min(len(tokens) - at, chosen.choice((1, 2, 3, 64, 100)))
-            # Beside a row of another length, before or after it.
+            # Beside a row of another length, in the slot before or after it.
             other, beside = (slot + 1) % 3, chosen.randint(1, 9)
             state.position[other] = 0
             rows, counts = [slot, other], [count, beside]

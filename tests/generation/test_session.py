@@ -1,4 +1,4 @@
-"""A text in progress saved and loaded: going on with it equals going on; what does not fit is refused."""
+"""Sessions saved and loaded: continuing a loaded session equals continuing in memory; misfits are rejected."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def stream_of(model, tokens=9):
 
 
 @pytest.mark.parametrize(("kind", "tokens"), pairwise(KINDS, [0, 1, 9, 30], strength=1))
-def test_saved_and_loaded_it_goes_on_the_same(kind, tokens, tmp_path):
+def test_a_loaded_session_continues_exactly(kind, tokens, tmp_path):
     model = KINDS[kind]()
     stream = stream_of(model, tokens)
     save_session(stream, tmp_path / "state", model)

@@ -1,4 +1,4 @@
-"""Commands run in the process of a test."""
+"""Commands that run in the process of a test."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Small comparisons of two variants, run without a display."""
+"""Small comparisons of two variants, without progress output."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Stopping a run at a step, and the ends of two runs, which must be the same."""
+"""Stop a run at a step, and compare the final states of two runs."""
 
 import json
 import os
@@ -11,13 +11,13 @@ TIMED = ("seconds", "tokens_per_second", "peak_share", "memory")
 
 
 def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the clock and the machine."""
+    """Return the lines of metrics.jsonl without fields that depend on the clock or the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
 
 
 def same_end(a: Path, b: Path) -> None:
-    """Weights, optimizer state, losses and kept checkpoints of two runs are equal, bit for bit."""
+    """Assert that weights, optimizer state, losses and checkpoints of two runs are bit-identical."""
     assert [c.name for c in run_folder.checkpoints(a)] == [c.name for c in run_folder.checkpoints(b)]
     for x, y in zip(run_folder.checkpoints(a), run_folder.checkpoints(b), strict=True):
         for name in ("model.safetensors", "training.safetensors"):

@@ -17,7 +17,7 @@ KINDS = {
 
 
 def finish(engine):
-    """All events of an engine, by request."""
+    """Run an engine to its end; return all events by request."""
     events = {}
     while engine.busy:
         for event in engine.step():
@@ -32,7 +32,7 @@ def alone(model, request, tokenizer=CHARACTERS):
 
 
 def recomputed(model, prompt, tokens, sampler, seed, window):
-    """The slow way: for every token all of `window(text, limit)` anew."""
+    """Generate by the naive method: recompute all of `window(text, limit)` for every token."""
     text, new = list(prompt), []
     for number in range(tokens):
         with torch.no_grad():
@@ -46,7 +46,7 @@ def recomputed(model, prompt, tokens, sampler, seed, window):
 
 
 def reanchored(length_at_start, limit, keep):
-    """The window that re-anchoring sees: it grows to the limit, then falls back to the newest `keep`."""
+    """Return the window of re-anchoring: it grows to the limit, then falls back to the newest `keep` tokens."""
     held = min(length_at_start, limit)
 
     def window(text, state={"seen": length_at_start, "held": held}):  # noqa: B006

@@ -29,7 +29,7 @@ NAMES = [f"{name} {arch}" for name in PRESETS for arch in ARCHITECTURES] + ["cpu
 
 
 def corpus(folder: Path) -> Path:
-    """A prepared folder of made-up words, the same everywhere."""
+    """Write a prepared folder of invented words, the same on every machine."""
     if not is_corpus(folder / "tokens"):
         letters = np.random.Generator(np.random.Philox(key=7)).integers(0, 2**32, 60_000) % 30
         alphabet = "etaoinshrdlcumwfgypbvk     \n.,"
@@ -39,9 +39,9 @@ def corpus(folder: Path) -> Path:
 
 
 def config(name: str, tokens: Path, precision: str) -> RunConfig:
-    """A preset in a few steps of one window and with two layers, for time.
+    """Return a preset with two layers and a few steps of one window, to save time.
 
-    And without dropout, whose random numbers differ between processors.
+    Dropout is off, since its random numbers differ between processors.
     """
     size, arch, *optimizer = name.split()
     full = preset(size, arch)
@@ -54,7 +54,7 @@ def config(name: str, tokens: Path, precision: str) -> RunConfig:
 
 @torch.no_grad()
 def set_portable_values(trainer: Trainer) -> None:
-    """Weights that do not depend on a processor's way to draw normal numbers and to make matrices orthogonal."""
+    """Set weights that do not depend on the processor, unlike normal numbers and orthogonal matrices."""
     for i, (_, p) in enumerate(sorted(trainer.model.named_parameters())):
         uniform = np.random.Generator(np.random.Philox(key=i)).random(p.shape) - 0.5
         value = torch.from_numpy(uniform)
@@ -62,7 +62,7 @@ def set_portable_values(trainer: Trainer) -> None:
 
 
 def losses(name: str, folder: Path, precision: str) -> list[list[float]]:
-    """Loss and gradient norm of each step: float64 from portable weights, float32 from the initial ones."""
+    """Return loss and gradient norm of each step: in float64 from portable weights, in float32 from initial weights."""
     trainer = new_run(config(name, corpus(folder), precision), folder / f"{name} {precision}")
     if precision == "float64":
         set_portable_values(trainer)
@@ -78,7 +78,7 @@ def _c_compiler() -> str:
 
 
 def processor() -> dict[str, str | int]:
-    """What float32 arithmetic depends on, bit for bit."""
+    """Return the properties of the machine that float32 results depend on, bit for bit."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -23,12 +23,12 @@ def config(tokens: Path):
 
 
 def start(folder: Path, tokens: Path, seconds: float) -> tuple[BaseProcess, Connection]:
-    """Start or resume the run in `folder` in a process of its own; also return the events that it reports.
+    """Start or resume a run in a new process; return the process and its events.
 
     Args:
-        folder: of the run.
-        tokens: prepared folder, for a new run.
-        seconds: by which writing each file of a checkpoint is slowed.
+        folder: Run folder.
+        tokens: Prepared folder, for a new run.
+        seconds: Delay of each file of a checkpoint.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

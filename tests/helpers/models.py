@@ -29,7 +29,7 @@ VARIANTS = {name: model_config(name) for name in ARCHITECTURES} | {
 
 
 def build(config, dtype=torch.float64, noise=0.3, **fields):
-    """A small model with every parameter moved away from its special initial value."""
+    """Return a small model with every parameter moved away from its special initial value."""
     sizes = {"vocab_size": 11, "ctx_len": CTX, "layers": 3, "channels": 16}
     model = LanguageModel(dataclasses.replace(config, **(sizes | fields))).to(dtype).eval()
     with torch.no_grad():
@@ -39,7 +39,7 @@ def build(config, dtype=torch.float64, noise=0.3, **fields):
 
 
 def varied(config) -> LanguageModel:
-    """A model whose tables are all different and positive, as training leaves them."""
+    """Return a model whose tables are all different and positive, as after training."""
     model = LanguageModel(config).double()
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -4,7 +4,7 @@ import torch
 
 
 def gradients_of(values, leaves):
-    """Gradients of all the values at once; a different weight for every entry, so that no two mistakes cancel."""
+    """Return gradients of a weighted sum of all values. Each entry has another weight, so errors cannot cancel."""
     total = sum((x * torch.sin(torch.arange(x.numel()).double()).view(x.shape).to(x)).sum() for x in values.values())
     gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
     return {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}

@@ -10,12 +10,12 @@ Row = tuple[int, ...]
 
 
 def covering(sizes: Sequence[int], strength: int = 2) -> list[Row]:
-    """Return index rows that hold every combination of values of each `strength` parameters at least once.
+    """Return index rows that contain every combination of values of each `strength` parameters at least once.
 
     Greedy and deterministic: each step takes the first row of the product with the most uncovered combinations.
 
     Args:
-        sizes: number of values of each parameter.
+        sizes: Number of values of each parameter.
         strength: 1 covers each value, 2 each pair of values of two parameters.
     """
     places = list(itertools.combinations(range(len(sizes)), min(strength, len(sizes))))
@@ -42,8 +42,8 @@ def pairwise(*parameters: Iterable[Any], strength: int = 2) -> list[Any]:
     """Return the product of parameters for `pytest.mark.parametrize`; rows outside the cover are marked `slow`.
 
     Args:
-        parameters: values of each parameter. Their `str` names the test.
-        strength: as for `covering`.
+        parameters: Values of each parameter. Their `str` names the test.
+        strength: As for `covering`.
     """
     values = [list(each) for each in parameters]
     fast = set(covering([len(each) for each in values], strength))

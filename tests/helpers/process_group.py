@@ -27,14 +27,14 @@ SETTINGS = {
 
 def config(folder: Path, name: str, strategy: str):
     arch = name if name.startswith("mha") else "rwkv1"
-    # 13 channels of 4 heads would not divide; 5 heads of 3 leave parts of unequal size to two processes.
+    # 5 heads of 3 channels give two processes parts of unequal size.
     settings = {"steps": 6, "valid_every": 3, "save_every": 3, "log_every": 1} | SETTINGS[name]
     made = small_config(folder / "tokens", arch, strategy=strategy, **settings)
     return with_model(made, heads=5, channels=15)
 
 
 def stop_and_resume(folder: Path, strategy: str, world: World) -> None:
-    """Stop a run, resume one that a single process began, and write the losses that each process knows."""
+    """Stop a run, resume a run that one process started, and write the losses that each process has."""
 
     def stop(progress):
         if progress.step == 3:
@@ -45,13 +45,13 @@ def stop_and_resume(folder: Path, strategy: str, world: World) -> None:
     trainer = resume_run(folder / f"handed-{strategy}", world, {"sample_every": 4})
     assert trainer.step == 3
     trainer.run()
-    # Batches of a validation that do not come out even.
+    # Validation batches that do not divide evenly among the processes.
     losses = [loss_per_token(trainer.model, np.arange(n) % 7, tokens_per_batch=16, world=world) for n in (17, 50, 81)]
     (folder / f"losses-{strategy}-{world.rank}.json").write_text(json.dumps(losses))
 
 
 def by_the_clock(folder: Path, strategy: str, world: World) -> None:
-    """Create a run by seconds, and write the steps that each process counts."""
+    """Create a run of some seconds, and write the steps that each process counts."""
     made = config(folder, "plain", strategy)
     made = replace(made, train=replace(made.train, seconds=0.5, sample_every=2))
     trainer = new_run(made, folder / f"clock-{strategy}", world)

@@ -40,7 +40,7 @@ def with_model(config: RunConfig, **fields) -> RunConfig:
 
 
 def save_another(run: Path) -> None:
-    """Do to a run what its training does: a newer checkpoint appears whole, and those before it go."""
+    """Imitate the training of a run: a newer checkpoint appears atomically, and the earlier ones are removed."""
     old = checkpoints(run)
     step = int(old[-1].name.removeprefix("step-")) + 4
     partial = shutil.copytree(old[-1], run / "checkpoints/.partial")

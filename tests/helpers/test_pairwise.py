@@ -1,4 +1,4 @@
-"""The cover of a product of parameters: complete, small, and nothing of the product is lost."""
+"""The cover of a product of parameters: complete and small, with the rest of the product marked as slow."""
 
 import itertools
 

@@ -1,8 +1,8 @@
-"""Users with other surroundings than that of the tests."""
+"""Users with other environments than that of the tests."""
 
 
 def without_home(monkeypatch):
-    """A user without HOME and without an entry in the list of users."""
+    """Become a user without HOME and without an entry in the list of users."""
 
     def unknown(user):
         raise KeyError(f"getpwuid(): uid not found: {user}")

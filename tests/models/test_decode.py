@@ -1,4 +1,4 @@
-"""The compiled step equals the model: logits and state, all weights, any rows, hard keys."""
+"""The compiled step agrees with the model: logits and state, all weights, any rows, extreme keys."""
 
 import json
 import subprocess
@@ -40,20 +40,20 @@ VARIANTS = {
 def model_of(variant, **changed):
     sizes = {"vocab_size": 19, "ctx_len": CTX, "layers": 2, "heads": 4, "channels": 32, "ffn_ratio": 2.5}
     fields = sizes | VARIANTS[variant] | changed
-    # Else wide matrices make large numbers of their inputs.
+    # Otherwise wide matrices make their outputs large.
     noise = fields["channels"] ** -0.5
     arch = "rwkv1_exp" if "exponentials" in fields else "rwkv1"
     model = build(model_config(arch, **fields), torch.float32, noise, **fields)
     if arch == "rwkv1_exp":
         with torch.no_grad():
-            # Real exponentials beside the pairs.
+            # Real exponentials in addition to the pairs.
             for block in model.blocks:
                 block.mixer.angle[1:, :1] = 0
     return model
 
 
 def begun(model, rows):
-    """A state whose rows stand at different positions."""
+    """Return a state whose rows are at different positions."""
     lengths = torch.arange(1, rows + 1)
     tokens = torch.randint(model.config.vocab_size, (rows, rows))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
     model = model_of(variant)
     expected = rounded(model, weights)
     state = begun(model, rows)
-    # Past the end of the tables, where there is one to pass.
+    # Past the end of the tables, if the tables have an end.
     if model.max_position is None:
         state.position += CTX - 4
     other = state.clone()
@@ -110,7 +110,7 @@ def test_sums_over_the_past_equal_those_of_the_model(begin, scale):
             found, state = step(tokens, state, rows)
             torch.testing.assert_close(found, logits, atol=2e-5 * scale, rtol=1e-4)
             if t == begin + 9:
-                # A row that begins again, put or written from outside.
+                # A row that starts again, and a row that is written from outside.
                 state.put(torch.tensor([0]), model.init_state(1))
                 plain.put(torch.tensor([0]), model.init_state(1))
             if t == begin + 30:
@@ -200,7 +200,7 @@ def test_eight_bits_are_within_half_a_step():
 
 
 def test_rounding_costs_little_loss(capsys, tmp_path):
-    """int8 within 0.005 nats, as `timemix eval` tells it."""
+    """int8 loses less than 0.005 nats, measured as in `timemix eval`."""
     trainer = small_trainer(tmp_path, steps=60)
     trainer.run()
     losses = {}
@@ -235,7 +235,7 @@ def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
         ("rwkv1", torch.float64, "not torch.float64"),
     ],
 )
-def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, words):
+def test_unsupported_models_use_their_forward_with_a_reason(variant, dtype, words):
     model = build(MODELS[variant], dtype)
     step = build_step(model)
     assert isinstance(step, ModelStep)
@@ -247,7 +247,7 @@ def test_what_it_does_not_serve_the_model_does_and_says_why(variant, dtype, word
     assert logits.shape == (1, model.config.vocab_size)
 
 
-def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_the_model_is_used_with_a_notice(monkeypatch, tmp_path):
     model = model_of("rwkv1")
     native.library.cache_clear()
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))
@@ -268,7 +268,7 @@ def test_without_a_compiler_the_model_serves_and_says_so(monkeypatch, tmp_path):
 def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, tmp_path):
     model = model_of("rwkv1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # It is compiled four times here, and what it computes is tested elsewhere.
+    # It is compiled four times here; other tests check its results.
     monkeypatch.setattr(native, "COMPILE", ("-O0", "-march=native", "-fPIC"))
     calls = tmp_path / "calls"
     compiler = tmp_path / "cc"
@@ -284,7 +284,7 @@ def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, 
         return len(calls.read_text().splitlines())
 
     try:
-        # Its version, compiling, linking.
+        # Three calls: version, compiling, linking.
         assert build() == 3
         assert build() == 1
         (kept,) = (tmp_path / "timemix").glob("step-*.so")
@@ -297,7 +297,7 @@ def test_the_compiled_code_is_kept_mended_and_done_without_a_cache(monkeypatch, 
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         assert build() == 3
-        # Without OpenMP.
+        # Compiled without OpenMP.
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
         compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
         assert build() == 4

@@ -1,4 +1,4 @@
-"""Fits by exponentials: what is one is found, what is not is fitted within the bounds."""
+"""Fits by exponentials: sums of exponentials are recovered, other curves are fitted within bounds."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, curve
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(request, monkeypatch):
-    """The fast tier refines less; its bounds hold all the same."""
+    """The fast tier refines less, and its bounds still hold."""
     if not request.node.get_closest_marker("slow"):
         monkeypatch.setattr(fitting, "STEPS", 60)
 
@@ -41,7 +41,7 @@ def test_sums_of_exponentials_are_found(rate, angle, coefficients):
     f = curve(true, 64)
     fit = fit_exponentials(f, pairs(64), len(rate))
     assert fit.error.sqrt() < 2e-3 * f.abs().max()
-    # Past the lags that were seen too.
+    # Also past the fitted lags.
     torch.testing.assert_close(values(fit, 128), curve(true, 128), atol=0.02, rtol=0)
 
 

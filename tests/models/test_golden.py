@@ -78,7 +78,7 @@ def test_carried_state_gives_the_same_logits(golden, dtype):
 
 
 def test_training_trajectory(golden, dtype):
-    """20 steps of the real optimizer: loss before each step, logits after the last."""
+    """Run 20 steps of the real optimizer; return the loss before each step and the logits after the last."""
     model = golden.model
     (optimizer,) = build_optimizers(model, TrainConfig(lr=2e-3, weight_decay=0.01))
     losses = []
@@ -92,7 +92,7 @@ def test_training_trajectory(golden, dtype):
         optimizer.step()
     close(torch.stack(losses), golden.tensors["train.losses"], dtype)
     final, _ = model(golden.tensors["input"])
-    # Adam divides by the size of the gradient, so rounding of tiny gradients grows over the 20 steps.
+    # Adam divides by the size of the gradient, so rounding errors of tiny gradients grow over the 20 steps.
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(final.double(), golden.tensors["train.final_logits"], atol=tolerance, rtol=0)
 

@@ -1,6 +1,6 @@
-"""Llama: the logits of LlamaForCausalLM, its published names and settings, its own limits.
+"""Llama: the logits of LlamaForCausalLM, its published names and settings, and limits of its settings.
 
-python -m tests.models.test_llama writes tests/golden/llama.safetensors, where transformers is installed.
+python -m tests.models.test_llama writes tests/golden/llama.safetensors; it needs transformers.
 """
 
 import re
@@ -45,7 +45,7 @@ def config(kind, **fields):
 
 
 def their_model(kind):
-    """LlamaForCausalLM with random weights of a size that makes every part count."""
+    """Return LlamaForCausalLM with random weights, large enough that every part affects the logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -97,7 +97,7 @@ def test_logits_of_transformers(golden, kind):
 
 
 def test_carried_state_and_padding_give_the_same_logits(golden, kind):
-    """Prefill of rows of unlike length, a step, a longer piece."""
+    """Prefill of rows with different lengths, then a step, then a longer piece."""
     model, tokens, expected = (
         our_model(published_weights(golden, kind), kind),
         golden["tokens"],
@@ -186,7 +186,7 @@ def test_wrong_values_are_one_clear_sentence(fields, sentence):
 
 
 def test_norm_accumulates_in_float32():
-    """In bfloat16 too, as LlamaRMSNorm: the result is that of float32, rounded once or twice."""
+    """In bfloat16 the result is that of float32, rounded once or twice, as in LlamaRMSNorm."""
     x, norm = torch.randn(3, 5, 512) * 30, RMSNorm(512, 1e-5)
     expected = x.bfloat16().float()
     expected = expected * (expected.square().mean(-1, keepdim=True) + 1e-5).rsqrt()

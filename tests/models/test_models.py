@@ -1,4 +1,4 @@
-"""What holds for every architecture: sizes, causality, carried state, padding, initial loss."""
+"""Properties of every architecture: sizes, causality, carried state, padding, initial loss."""
 
 import dataclasses
 import math
@@ -82,7 +82,7 @@ def test_step_by_step_equals_parallel(model):
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 
 
-def test_padding_stays_out_and_rows_stand_at_different_positions(model):
+def test_padding_is_ignored_and_rows_have_different_positions(model):
     x, lengths = tokens(3), torch.tensor([2, 7, 4])
     more = tokens(3, 5)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_padding_stays_out_and_rows_stand_at_different_positions(model):
 
 
 def test_padding_may_lie_past_the_context(model):
-    """Rows near the end of the context beside rows with more to read."""
+    """Rows near the end of the context run beside rows with more tokens to read."""
     x = tokens(2)
     with torch.no_grad():
         whole, _ = model(x)
@@ -111,7 +111,7 @@ def test_padding_may_lie_past_the_context(model):
 
 
 def test_gradients_flow_through_a_carried_state(model):
-    """Loss in two pieces with the state carried has the gradients of one piece."""
+    """The loss of two pieces with carried state has the gradients of the loss of one piece."""
     x = tokens(2)
     whole, _ = model(x)
     expected = torch.autograd.grad(whole.square().sum(), list(model.parameters()))
@@ -160,7 +160,7 @@ def test_past_the_context_is_an_error_where_there_is_an_end(model):
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if VARIANTS[name].arch == "rwkv1_exp"])
 def test_exponentials_have_no_end(variant):
-    """Many contexts in one piece, in pieces with the state carried, row by row, and token by token."""
+    """Many contexts give equal results in one piece, in pieces with carried state, row by row, and token by token."""
     model, x = build(VARIANTS[variant]), tokens(2, 5 * CTX)
     with torch.no_grad():
         whole, _ = model(x)
@@ -185,7 +185,7 @@ def test_exponentials_start_as_rwkv1():
             LanguageModel(model_config(arch, ctx_len=64, initial=initial)).blocks[0].mixer
             for arch in ("rwkv1", "rwkv1_exp")
         )
-        # The last head is constant there, and here decays as slowly as it may.
+        # The last head is constant in rwkv1; here it decays as slowly as possible.
         torch.testing.assert_close(exp.curve(), f.f, atol=0.0065, rtol=0)
         assert (exp.rate >= 1e-4).all()
 
@@ -215,7 +215,7 @@ def test_zero_makes_every_block_the_identity(arch):
 
 
 def test_original_values_of_rwkv1():
-    """The scales of RWKV-LM 0.01."""
+    """Initial scales are those of RWKV-LM 0.01."""
     model = LanguageModel(model_config("rwkv1", initial="original", vocab_size=65, channels=32, ffn_ratio=2.0))
 
     def is_orthogonal(w, scale):
@@ -245,7 +245,7 @@ def test_zero_curves_decay_faster_in_lower_heads():
 
 
 def test_weighted_starts_with_the_same_averages():
-    """W = exp(tables) begins as the same W as the plain form has."""
+    """W = exp(tables) has the same initial W as the decomposed form."""
     for initial in ("zero", "original"):
         plain = LanguageModel(model_config("rwkv1", initial=initial)).blocks[0].mixer
         weighted = LanguageModel(model_config("rwkv1", initial=initial, denominator="weighted")).blocks[0].mixer
@@ -300,7 +300,7 @@ def test_dropout_works_in_training_only():
 
 
 def test_the_key_bias_has_no_gradient():
-    """A constant added to a channel's k changes nothing, so its bias never learns."""
+    """A constant added to a channel's k changes no output, so the bias of k has no gradient."""
     model = build(model_config("rwkv1"), noise=0.2)
     logits, _ = model(tokens(2))
     logits.square().sum().backward()

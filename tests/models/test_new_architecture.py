@@ -1,4 +1,4 @@
-"""An architecture that is registered from outside: every hook of a block is asked, and everything works with it."""
+"""An architecture registered from outside the package: every method of its block is called, and everything works."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class ToyConfig(ModelConfig):
 
 
 class ToyBlock(Block):
-    """A running mean over time; what the first layer computes is added in every later one."""
+    """A running mean over time; every later layer adds the output of the first layer."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -52,7 +52,7 @@ class ToyBlock(Block):
 
     def forward(self, x, state=None, carry=None, position=None, lengths=None):
         value = self.mixer["value"](self.mixer_norm(x))
-        # The first layer's value crosses layers, within a token.
+        # The value of the first layer is passed on to later layers, within a token.
         carry = value if carry is None else carry
         mean = value.new_zeros(value[:, 0].shape) if state is None else state["mean"]
         rows, counts = [], lengths

@@ -1,4 +1,4 @@
-"""Other context lengths: the same model within the old one, sensible tables past it; training that goes on from it."""
+"""Other context lengths: equal results within the old context, sensible tables past it, and further training."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_longer_tables_are_the_mean_of_the_last_quarter_and_level(arch):
     mixer = model.blocks[0].mixer
     time = torch.arange(16, dtype=torch.float64)
     with torch.no_grad():
-        # The same W as level tables have, written with growing ones.
+        # The same W as with constant tables, expressed by growing ones.
         mixer.alpha.copy_((0.07 * time).exp().expand(2, 16))
         mixer.beta.copy_((-0.07 * time).exp().expand(2, 16))
         mixer.f.copy_((0.07 * time).exp().expand(2, 16) * torch.tensor([[1.0], [0.5]]))

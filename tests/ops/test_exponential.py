@@ -1,4 +1,4 @@
-"""wkv1_exp: the recurrence against the formula, chunks against the recurrence, and wkv1 within the context."""
+"""wkv1_exp: recurrence against formula, chunked form against recurrence, and agreement with wkv1 within the context."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def chunk(request, monkeypatch):
 
 
 def curves_of(K=5, M=0, dtype=torch.float64, ctx_len=CTX):
-    """Curves of real slots and pairs, not all of the same kind in every head; leaves of the graph."""
+    """Return curves with real slots and pairs, of different kinds in each head, as leaves of the graph."""
     angle = torch.rand(H, K // 2, dtype=dtype) * 3
     angle[::2, : K // 4 + 1] = 0
     return Curves(
@@ -50,7 +50,7 @@ def inputs(B=2, T=9, tables=True, ctx_len=CTX):
 
 
 def state_after(positions, curves):
-    """A state as so many random tokens of each row leave it, its tensors leaves of the graph."""
+    """Return the state after so many random tokens of each row, with its tensors as leaves of the graph."""
     M = 0 if curves.taps is None else curves.taps.shape[1]
     B = len(positions)
     state = exp_state(B, H, N, curves.rate.shape[1], M, dtype=torch.float64)
@@ -81,7 +81,7 @@ def outputs_and_gradients(x, curves, backend, state=None, lengths=None):
 
 @pytest.mark.parametrize("M", [0, 2])
 def test_reference_is_the_formula(M):
-    """W of every pair written out, past ctx_len too: what is t - u old has faded by one rho for each step past it."""
+    """Return W of every pair of positions, also past ctx_len: weights decay by one factor rho per step of t - u."""
     T, curves = 14, curves_of(M=M)
     x = {n: a.detach() for n, a in inputs(1, T).items()}
     y, _ = wkv1_exp(**x, curves=curves, ctx_len=CTX, backend="reference")
@@ -184,7 +184,7 @@ def test_gradcheck(M):
         )
         return y, after.numerators, after.denominators
 
-    # A step of an angle of 0 would make a pair of two real slots.
+    # A change of an angle of 0 would turn two real slots into a pair.
     curves.angle.requires_grad_(False)
     assert torch.autograd.gradcheck(call, (*x.values(), *named.values(), *tensors.values()))
 
@@ -200,7 +200,7 @@ def test_an_angle_of_zero_has_no_gradient():
 @pytest.mark.parametrize("T", [64, 700])
 @pytest.mark.parametrize("case", ["normal of deviation 8", "-60, last 30", "-60 or 30"])
 def test_guarantee_on_hard_keys(case, T, whole):
-    """float32 against float64, as for wkv1; the sum of the coefficients stands for f, which they may far exceed."""
+    """float32 agrees with float64, as for wkv1, relative to the sum of |coefficients|, which may far exceed f."""
     B, ctx_len = 2, 100
     k = {
         "normal of deviation 8": torch.randn(B, T, H, N).double() * 8,
@@ -214,7 +214,7 @@ def test_guarantee_on_hard_keys(case, T, whole):
     x = {"k": k, "v": torch.randn(B, T, H, N).double()}
     x |= {n: 1 + 0.3 * torch.randn(H, ctx_len).double() for n in ("alpha", "beta")}
     upstream = torch.randn(B, T, H, N).double()
-    # The same numbers in both: an angle that is rounded is, after hundreds of lags, another curve.
+    # Both get the same rounded numbers: after hundreds of lags, a rounded angle gives another curve.
     curves = Curves(*(a if a is None else a.float().double() for a in curves))
 
     def run(dtype):
@@ -241,7 +241,7 @@ def test_guarantee_on_hard_keys(case, T, whole):
 
 
 def test_it_stays_finite_for_ever():
-    """Thousands of steps on the largest keys, then on the smallest, with the slowest decay."""
+    """Thousands of steps with the largest keys, then with the smallest, at the slowest decay, stay exact."""
     curves = curves_of(2, dtype=torch.float32)._replace(rate=torch.zeros(H, 2), forget=torch.full((H,), 1e-3))
     state = exp_state(1, H, N, 2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The fused form of a training step: equal to torch's in values and gradients, of any shape, whatever the threads."""
+"""The fused training step: values and gradients agree with PyTorch's, for any shape and number of threads."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def in_torch(monkeypatch):
 
 
 def distances(a, exact):
-    """Of the logits, and of all gradients together, relative to their size: a gradient alone may be 0 in truth."""
+    """Return relative errors of logits and of all gradients together; the exact value of one gradient may be 0."""
     logits = (a["logits"] - exact["logits"]).norm() / exact["logits"].norm()
     names = exact.keys() - {"logits"}
     off, size = ([x[n].norm() for n in names] for x in ({n: a[n] - exact[n] for n in names}, exact))
@@ -137,7 +137,7 @@ def leaf(*shape, scale=1.0):
 def test_norm_and_shift_of_any_size(B, T, C, fractions, scale, seed):
     torch.manual_seed(seed)
     shift = TokenShift(model_config("rwkv1", channels=C, heads=1, token_shift=tuple(fractions)), 0)
-    # Channels all but equal would leave few digits of their differences, here as in torch.
+    # Nearly equal channels would leave few digits of their differences, here as in PyTorch.
     x = ((torch.randn(B, T, C) + 8 * (-1.0) ** torch.arange(C)) * scale).requires_grad_()
     weight, bias = leaf(C), leaf(C)
     y = fused.norm_shift(x, weight, bias, 1e-5, shift.edges, torch.float32)
@@ -202,7 +202,7 @@ def test_gradients_of_one_output_alone():
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight", ["mixer.key", "mixer.value", "mixer.receptance", "ffn.key", "ffn.receptance"])
 def test_what_is_not_a_number_stays_so(weight, precision):
-    """A run that diverges must see it, though its keys are clamped, and its sigmoids bounded."""
+    """A diverging run must give a non-finite loss, although keys are clamped and sigmoids are bounded."""
     model = LanguageModel(model_config("rwkv1", **SIZES, initial="original"))
     with torch.no_grad():
         model.get_submodule(f"blocks.0.{weight}").weight.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""Custom operators: one form for the compiler and selective recomputation, another, which imports no compiler, else."""
+"""Custom operators: one form for the compiler and selective recomputation, and one without importing the compiler."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from timemix.ops.common.operators import operator
 CALLS = []
 
 
-# Selective recomputation keeps operators whose names begin like this.
+# Selective recomputation stores the outputs of operators with this prefix.
 @operator("timemix::causal_convolution_of_tests")
 def scaled(x: Tensor, factor: float) -> Tensor:
     CALLS.append(factor)

@@ -1,4 +1,4 @@
-"""wkv1: reference against the formula, the other forms against the reference, and the numeric guarantee."""
+"""wkv1: reference against formula, all other forms against the reference, and the numeric guarantee."""
 
 import itertools
 
@@ -25,7 +25,7 @@ BACKENDS = ["dense", *(f"{name}{size}" for name in ("blocked", "spectral") for s
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    """Each parallel form; blocks of a few positions too, so that a short text has many."""
+    """Return each parallel form, also with blocks of a few positions, so that a short text has many blocks."""
     name, _, block = request.param.partition(" ")
     if block:
         set_blocks(monkeypatch, int(block))
@@ -49,7 +49,7 @@ def inputs(B=2, T=CTX, H=3, N=2, ctx_len=CTX, dtype=torch.float64, tables=True):
 
 
 def from_state(B, start, H, N, denominator, dtype=torch.float64):
-    """A state as `start` random tokens leave it, its tensors leaves of the graph."""
+    """Return the state after `start` random tokens, with its tensors as leaves of the graph."""
     state = wkv1_state(B, H, N, CTX, denominator=denominator, dtype=dtype)
     if start:
         past = inputs(B, start, H, N, dtype=dtype)
@@ -102,7 +102,7 @@ def test_a_free_w_of_the_tables_products_equals_the_tables(backend, denominator)
 
 
 def test_weighted_denominator_is_an_average():
-    """With W in the denominator too, y is a weighted mean of v: constants pass, bounds hold."""
+    """With W in the denominator, y is a weighted mean of v: constants are preserved and bounds of v hold for y."""
     x = inputs()
     x["v"] = torch.full_like(x["v"], 7.0)
     y, _ = wkv1(**x, denominator="weighted", backend="reference")
@@ -233,7 +233,7 @@ def test_pieces_equal_the_whole(pieces, denominator):
 
 
 def twice_half_open(k, v, f, alpha, beta, backend):
-    """wkv1 by its gated form: with receptances of 0 the gate is a half."""
+    """Return wkv1 computed by its gated form: receptances of 0 give a gate of 1/2."""
     if not serves(k):
         pytest.skip("no C compiler on this machine")
     kvr = torch.cat([each.flatten(2) for each in (k, v, torch.zeros_like(k))], 2)
@@ -262,7 +262,7 @@ LONG = [slow(*row) for row in itertools.product(CASES, [8192], FORMS, [False, Tr
     ("case", "T", "form", "fused"), [*pairwise(CASES, [64, 513, 2048], FORMS, [False, True]), *LONG]
 )
 def test_guarantee_on_hard_keys(case, T, form, fused, monkeypatch):
-    """DESIGN section 2: float32 against float64, output and every gradient, on three hard cases of k."""
+    """float32 agrees with float64 in output and every gradient, for three extreme cases of k."""
     if form != "dense":
         monkeypatch.setattr(causal, "_SUM_SMALL", 0)
     shape = B, H, N = SHAPES[T]
@@ -348,7 +348,7 @@ def test_wrong_calls_say_what_is_wrong(change, error, words):
 )
 @pytest.mark.parametrize("growth", [0.0, 0.02, -0.02])
 def test_a_convolution_in_bfloat16_rounds_relative_to_its_own_terms(form, growth):
-    """Of x and of its gradient, whichever end the large ones lie at."""
+    """Rounding errors of x and of its gradient are bounded, with the large values at either end."""
     T = 700
     size = torch.exp(growth * torch.arange(T))[:, None, None]
     x = (torch.randn(2, T, 3, 4) * size).bfloat16().requires_grad_()
@@ -373,7 +373,7 @@ def test_auto_gives_its_reason():
 
 @pytest.mark.parametrize(("form", "least"), [("blocked", 257), ("spectral", 1025)])
 def test_no_tensor_is_a_matrix_of_all_positions(form, least):
-    """Past the dense range memory is linear in time, forward and backward."""
+    """Past the range of the dense form, memory is linear in T, forward and backward."""
     assert choose_backend("auto", least)[0] == form
     T, largest = 2048, 0
 
@@ -402,7 +402,7 @@ def test_toeplitz_and_its_gradient(rows, columns, ctx_len):
     W = causal.toeplitz(f, rows, columns)
     torch.testing.assert_close(W, expected)
     upstream = torch.randn_like(W)
-    # What stands in the future never counts, whatever it is.
+    # Entries for future positions have no effect, whatever their value.
     spoilt = torch.where(lag < 0, torch.inf, upstream)
     ours = torch.autograd.grad(W, f, spoilt)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, f, upstream)[0])

@@ -1,4 +1,4 @@
-"""The picture of loss curves, and what it reads."""
+"""Pictures of loss curves, and the metrics that they read."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the figure that was saved last."""
+    """Return the axes of the last saved figure."""
     found: list[Axes] = []
     save = Figure.savefig
 
@@ -84,7 +84,7 @@ def test_first_losses_do_not_squash_the_curve(make_run, tmp_path, drawn):
     assert 1.6 < high < 2
 
 
-def test_several_runs_are_told_apart(make_run, tmp_path, drawn):
+def test_several_runs_have_different_lines(make_run, tmp_path, drawn):
     ends = {"rwkv1": 1.5, "_mha_$pro$": 1.51, "mha_rotary": 1.7}
     runs = [make_run(name, rows_of(end, seed=i)) for i, (name, end) in enumerate(ends.items())]
     plot_loss(runs, tmp_path / "loss.svg")
@@ -147,7 +147,7 @@ def test_smoothing_starts_where_the_loss_starts(make_run, tmp_path, drawn, smoot
     losses = 2 + 2.1 * np.exp(-np.arange(200) / 5)
     run = make_run(rows=[{"step": i, "tokens": i, "seconds": i, "loss": x} for i, x in enumerate(losses, 1)])
     plot_loss([run], tmp_path / "loss.png", smoothing=smoothing)
-    # Drawn from the newest point backwards.
+    # Points are selected backwards from the newest one.
     smoothed = np.asarray(drawn[0].lines[1].get_ydata())[::-1]
     assert smoothed[0] == pytest.approx(losses[0])
     assert smoothed[-1] == pytest.approx(2, abs=0.05 if smoothing < 0.1 else 0.5)
@@ -175,7 +175,7 @@ def test_the_legend_covers_no_validation_loss(make_run, tmp_path, drawn, valid):
     assert not any(covered.contains(*point) for point in points)
 
 
-def test_bands_say_which_loss_is_drawn_and_which_is_printed(make_run, tmp_path, drawn):
+def test_labels_of_bands_name_the_drawn_and_the_printed_loss(make_run, tmp_path, drawn):
     groups = {
         name: [make_run(f"{name}/{seed}", rows_of(end, seed=seed)) for seed in (1, 2)]
         for name, end in (("rwkv1", 1.5), ("mha_rotary", 1.7))
@@ -236,13 +236,13 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
     cases = [
         ([tmp_path / "missing"], png, {}, "no run folder .*missing"),
         ([good, tmp_path / "folder"], png, {}, r"cannot read .*metrics\.jsonl"),
-        ([empty], png, {}, r"empty.metrics\.jsonl holds no losses"),
+        ([empty], png, {}, r"empty.metrics\.jsonl has no losses"),
         ([], png, {}, "no run to plot"),
-        ([good], tmp_path / "loss.gif", {}, r"loss\.gif; end its name in \.png or \.svg"),
+        ([good], tmp_path / "loss.gif", {}, r"loss\.gif has an unsupported suffix '\.gif'; use \.png or \.svg"),
         ([good], tmp_path / "loss", {}, r"\.png or \.svg"),
-        ([good], png, {"x": "epochs"}, "x must be one of tokens, steps, seconds, not 'epochs'"),
-        ([good], png, {"smoothing": -1}, "smoothing must be from 0 to 1, not -1"),
-        ([good], png, {"smoothing": float("nan")}, "smoothing must be"),
+        ([good], png, {"x": "epochs"}, "x is 'epochs'; it must be one of tokens, steps, seconds"),
+        ([good], png, {"smoothing": -1}, "smoothing is -1; it must be from 0 to 1"),
+        ([good], png, {"smoothing": float("nan")}, "smoothing is"),
         ([good], good / "metrics.jsonl" / "loss.png", {}, "cannot write"),
     ]
     for runs, out, options, message in cases:

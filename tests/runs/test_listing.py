@@ -1,4 +1,4 @@
-"""The list of runs: which there are, how far they came, whether a process trains them."""
+"""The list of runs: folders, progress and states."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from timemix.storage.locks import FolderLock
 
 @pytest.fixture
 def runs(good, tmp_path):
-    """A folder with runs at several depths, and with folders that are none."""
+    """A folder with runs at several depths, and with other folders."""
     folder = tmp_path / "runs"
     shutil.copytree(good, folder / "b")
     shutil.copytree(good, folder / "group/deep/a")
@@ -36,7 +36,7 @@ def runs(good, tmp_path):
 
 
 def change(run, **fields):
-    """Give fields of the config other values."""
+    """Change fields of the config."""
     path = run / "config.toml"
     lines = path.read_text().splitlines()
     named = [f"{line.split(' = ')[0]} = {fields.get(line.split(' = ')[0], line.partition(' = ')[2])}" for line in lines]
@@ -94,14 +94,14 @@ os._exit(9)
     ("holder", "state"),
     [
         ({"process": os.getpid(), "host": "another-machine", "since": "2020-01-01 00:00:00"}, "running"),
-        # This process began later, so it is another one.
+        # This process started later, so it is another process.
         ({"process": os.getpid(), "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
         ({"process": 2**22 + 1, "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
         ({"process": "x", "host": None, "since": 3}, "complete"),
         ({}, "complete"),
     ],
 )
-def test_what_the_holder_of_a_lock_says(runs, holder, state):
+def test_the_file_that_names_the_holder_of_a_lock(runs, holder, state):
     if "host" in holder and holder["host"] is None:
         holder = holder | {"host": socket.gethostname()}
     (runs / "b/.lock.json").write_text(json.dumps(holder))
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(runs, monkeyp
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(MissingFile, match="there is no folder .*nothing; name the folder that holds your runs"):
+    with pytest.raises(MissingFile, match="there is no folder .*nothing; name the folder of your runs"):
         list_runs(tmp_path / "nothing")
 
 
@@ -161,7 +161,7 @@ def test_the_verb_prints_a_table(runs, monkeypatch, capsys):
     assert c.endswith("  3 h")
     assert a.split() == ["group/deep/a", "damaged", *6 * "-"]
     assert error.startswith("group/deep/a: runs/group/deep/a/config.toml is damaged")
-    # Numbers stand under the end of their heading.
+    # Numbers are aligned to the end of their heading.
     assert head.index("step") + 4 == b.index("4/10") + 4 == c.index("4/4") + 3
 
 
@@ -175,7 +175,7 @@ def test_the_verb_gives_json(runs, monkeypatch, capsys):
     assert run.items() >= {"folder": "runs/b", "state": "complete", "step": 4, "steps": 4, "error": None}.items()
 
 
-def test_the_verb_says_where_nothing_is(tmp_path, monkeypatch, capsys):
+def test_the_verb_reports_a_folder_without_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Loading of a run: while its training removes checkpoints, with unfinished ones, with damaged ones."""
+"""Loading of a run: while training removes checkpoints, with incomplete checkpoints, and with damaged ones."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def run(good, tmp_path):
     return shutil.copytree(good, tmp_path / "run")
 
 
-# What is read of a checkpoint, in this order.
+# Files of a checkpoint, in the order in which they are read.
 READERS = [
     (run_folder, "read_progress"),
     (loading, "read_toml"),
@@ -120,7 +120,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("kind", UNFINISHED)
-def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
+def test_an_incomplete_checkpoint_is_skipped(run, caplog, kind):
     whole = run_folder.newest(run)
     folder = whole.with_name("step-00009999")
     make, lacking = UNFINISHED[kind]
@@ -128,7 +128,7 @@ def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
     for checkpoint in ("best", "newest", 4):
         caplog.clear()
         assert timemix.load(run, checkpoint=checkpoint).folder == whole
-        assert caplog.messages == [f"{folder} lacks {lacking} and is passed over; restore or remove it"]
+        assert caplog.messages == [f"{folder} lacks {lacking} and is skipped; restore or remove it"]
     caplog.clear()
     trainer = resume_run(run)
     trainer.lock.release()
@@ -138,9 +138,9 @@ def test_an_unfinished_checkpoint_is_passed_over(run, caplog, kind):
         timemix.load(run, checkpoint=9999)
 
 
-def test_a_run_of_unfinished_checkpoints_alone_is_named(run):
+def test_a_run_with_only_incomplete_checkpoints_is_refused(run):
     (run_folder.newest(run) / "model.safetensors").unlink()
-    with pytest.raises(MissingFile, match="has no whole checkpoint: step-00000004 lacks model.safetensors"):
+    with pytest.raises(MissingFile, match="has no complete checkpoint: step-00000004 lacks model.safetensors"):
         timemix.load(run)
 
 
@@ -155,11 +155,11 @@ def flip(path: Path) -> None:
 def test_a_flipped_bit_is_found(run, name):
     path = run_folder.newest(run) / name
     flip(path)
-    with pytest.raises(DamagedFile, match=name + " is damaged: its content has another checksum") as error:
+    with pytest.raises(DamagedFile, match=name + " is damaged: its content differs from its checksum") as error:
         resume_run(run)
     assert "\n" not in str(error.value)
     if name == "model.safetensors":
-        with pytest.raises(DamagedFile, match="another checksum"):
+        with pytest.raises(DamagedFile, match="differs from its checksum"):
             timemix.load(run)
 
 
@@ -181,7 +181,7 @@ def test_a_flipped_bit_of_a_session_is_found(run, tmp_path):
     timemix.save_session(engine.session(0), path, loaded.model)
     timemix.load_session(path, loaded.model)
     flip(path)
-    with pytest.raises(DamagedFile, match="another checksum"):
+    with pytest.raises(DamagedFile, match="differs from its checksum"):
         timemix.load_session(path, loaded.model)
 
 
@@ -193,7 +193,7 @@ def test_files_of_a_run_follow_the_umask(tmp_path, umask):
         trainer.run()
     finally:
         os.umask(before)
-    # The lock file is for the one who trains.
+    # Only training creates the lock file.
     modes = {p: stat.S_IMODE(p.stat().st_mode) for p in trainer.out.rglob("*") if p.is_file() and p.name != ".lock"}
     assert len(modes) > 8
     assert set(modes.values()) == {0o666 & ~umask}

@@ -1,4 +1,4 @@
-"""The user's cache folder, also where the user has no home."""
+"""The cache folder of the user, also without a home folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from timemix.cli.main import main
 from timemix.runtime.cache import cache_folder
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+def test_the_environment_sets_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "timemix"
 

@@ -1,4 +1,4 @@
-"""The choice of a device: each that this machine lacks is one short sentence."""
+"""The choice of a device: a device that the machine lacks gives one short sentence."""
 
 import pytest
 import torch

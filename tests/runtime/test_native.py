@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(native.c_compiler() is None, reason="no C compil
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A C file, with a cache and temporary files of its own."""
+    """A C file with its own cache and temporary folder."""
     path = tmp_path / "answer.c"
     path.write_text("int answer(void) { return 42; }\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -35,7 +35,7 @@ def cached(source):
     return sorted((source.parent / "home" / "timemix").iterdir())
 
 
-# In a process of its own: loading a library that is cut off ends a process with a bus error.
+# In a new process: loading an incomplete library ends a process with a bus error.
 LOAD = """
 import sys
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_processes_that_compile_at_once_all_get_the_library(source):
 
 
 def failing_compiler(source, monkeypatch, words):
-    """A compiler that fails, as on a full disk, where its arguments contain these words."""
+    """Create a compiler that fails, as on a full disk, if its arguments contain these words."""
     compiler = source.with_name("cc")
     compiler.write_text(
         f'#!/bin/sh\ncase "$*" in *{words}*) echo "error: No space left" >&2; exit 1;; esac\nexec cc "$@"\n'

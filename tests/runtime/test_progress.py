@@ -1,4 +1,4 @@
-"""How far reading has come: shown where somebody reads it, and never a reason to stop."""
+"""Progress of reading: shown where a user sees it; an error in showing it never stops the work."""
 
 import io
 import sys
@@ -8,7 +8,7 @@ import pytest
 from timemix.runtime.progress import meter, show
 
 
-def test_a_line_goes_where_progress_says(capsys):
+def test_lines_are_sent_to_the_progress_function(capsys):
     lines = []
     for progress in (True, False, lines.append):
         show(progress, "half")

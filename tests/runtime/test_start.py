@@ -1,4 +1,4 @@
-"""What a short command imports: not the compiler of PyTorch, which takes longer than the command itself."""
+"""Imports of a short command: not the compiler of PyTorch, which takes longer than the command itself."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Beside other processes waiting threads sleep, and decode steps use fewer threads; alone nothing changes."""
+"""With other processes, waiting threads sleep and decode steps use fewer threads; alone, nothing changes."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP libr
 
 
 class Teams:
-    """Stands for the idle OpenMP threads; `held` counts the teams that have not ended."""
+    """Substitute for the idle OpenMP threads; `held` counts the teams that have not ended."""
 
     def __init__(self):
         self.held = 0
@@ -32,7 +32,7 @@ class Teams:
 
 
 def shared(monkeypatch, processors, of_torch, free):
-    """The results of `share` after looks that find these numbers of free processors, and the teams held then."""
+    """Return the results of `share` for these numbers of free processors, and the number of teams held after each."""
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
@@ -90,7 +90,7 @@ def test_c_code_takes_the_number_of_threads_from_its_caller(path):
     assert all("num_threads(" in line for line in regions)
 
 
-# Processor seconds of 40 short parallel loops with pauses between them: threads that spin work in the pauses too.
+# Processor seconds of 40 short parallel loops with pauses: spinning threads also use processor time in the pauses.
 SPINNING = """
 import time, torch
 from timemix.runtime import native, threads

@@ -1,4 +1,4 @@
-"""Writing and locking on file systems that lack sync or locks, and names that are not UTF-8."""
+"""Writes and locks on file systems without sync or locks, and names that are not UTF-8."""
 
 import errno
 import fcntl
@@ -46,7 +46,7 @@ def test_other_failures_to_sync_are_reported(tmp_path, monkeypatch, code):
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP], ids=errno.errorcode.get)
 def no_locks(request, monkeypatch):
-    """A file system without locks; what earlier ones left there is a lock file."""
+    """Imitate a file system without locks that has a lock file from an earlier lock."""
     monkeypatch.setattr(fcntl, "flock", failing(request.param))
 
 

@@ -1,4 +1,4 @@
-"""Files that may hold anything: never run, never waited for, no more memory than they are worth; one sentence each."""
+"""Files with any content: their code never runs, reading ends and takes little memory, an error is one sentence."""
 
 import contextlib
 import json
@@ -51,15 +51,15 @@ def tokens(good, tmp_path):
 
 
 def refused(action, name: str) -> None:
-    with pytest.raises(FileError) as told:
+    with pytest.raises(FileError) as error:
         action()
-    assert name in str(told.value)
-    assert "\n" not in str(told.value)
-    assert len(str(told.value)) < 600
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 class Payload:
-    """What unpickling would run."""
+    """Code that unpickling would run."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -260,7 +260,7 @@ PATHS = ["../../../../etc/passwd", "/dev/zero", "/etc", "", "~", "\\u0000", "fil
 
 
 def changed_text(raw: bytes, draw: np.random.Generator) -> bytes:
-    """A JSON or TOML file with one value, text or line replaced, repeated or left out."""
+    """Return a JSON or TOML file with one value, text or line replaced, repeated or removed."""
     text = raw.decode()
     kind = draw.integers(4)
     pattern = [r"-?[\d.]+|true|false|null", r'(?<=")[^"\n]*(?=")', r"[^\n]*\n?", r"[\[\]{}:,=\"]"][kind]
@@ -274,7 +274,7 @@ def changed_text(raw: bytes, draw: np.random.Generator) -> bytes:
 
 
 def changed_header(raw: bytes, draw: np.random.Generator) -> bytes:
-    """A safetensors file with one value of its header, or its length, replaced."""
+    """Return a safetensors file with one value of its header, or its length, replaced."""
     size = struct.unpack("<Q", raw[:8])[0]
     if draw.integers(5) == 0:
         return struct.pack("<Q", int(draw.choice([0, 1, size - 1, size + 1, len(raw), 2**31, 2**40, 2**63]))) + raw[8:]
@@ -283,7 +283,7 @@ def changed_header(raw: bytes, draw: np.random.Generator) -> bytes:
 
 
 def damaged(path: Path, others: list[Path], draw: np.random.Generator, pickled: bytes) -> bytes:
-    """What may come of a good file: cut, flipped, overwritten, shuffled, changed in meaning, or another in place."""
+    """Damage a good file: cut it, flip bits, overwrite, shuffle, change a value, or replace the file."""
     raw = path.read_bytes()
     a, b = sorted(int(x) for x in draw.integers(0, len(raw) + 1, 2))
     kind = draw.integers(10)
@@ -305,7 +305,7 @@ def damaged(path: Path, others: list[Path], draw: np.random.Generator, pickled: 
         return changed_header(raw, draw)
     flipped = bytearray(raw)
     for _ in range(draw.integers(1, 4)):
-        # Half of the flips in the first bytes, where lengths and headers stand.
+        # Half of the flips are in the first bytes, which have lengths and headers.
         place = draw.integers(len(raw) if draw.integers(2) else min(len(raw), 300))
         flipped[place] ^= 1 << int(draw.integers(8))
     return bytes(flipped)
@@ -313,7 +313,7 @@ def damaged(path: Path, others: list[Path], draw: np.random.Generator, pickled: 
 
 @contextlib.contextmanager
 def a_gibibyte_more():
-    """Memory past this is an error of the block."""
+    """Raise an error if the block needs more memory than this."""
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_AS)
@@ -326,7 +326,7 @@ def a_gibibyte_more():
 
 @contextlib.contextmanager
 def seconds(limit: int):
-    """A block that takes longer is an error."""
+    """Raise an error if the block takes longer."""
 
     def late(number, frame):
         raise TimeoutError
@@ -342,7 +342,7 @@ def seconds(limit: int):
 
 @pytest.mark.slow
 def test_two_thousand_damaged_files(good, tmp_path):
-    """Each is refused by one short sentence, or read: never another error, a wait, or a gibibyte of memory."""
+    """Each file loads or is rejected with one short sentence, without another error, a hang or a gibibyte of memory."""
     shutil.copytree(good / "run", tmp_path / "run")
     shutil.copytree(good / "tokens", tmp_path / "tokens")
     run = tmp_path / "run"

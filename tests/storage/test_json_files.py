@@ -1,4 +1,4 @@
-"""The typed reader of JSON files: accepted values, refused values and their errors, written values."""
+"""The typed reader of JSON files: accepted values, rejected values with their errors, and written values."""
 
 import json
 from dataclasses import dataclass, field
@@ -52,13 +52,13 @@ def test_what_is_written_is_read_back(tmp_path):
         ('{"step": 1, "loss": 1, "spread": [1.0]}', "spread is [1.0]"),
         ('{"step": 1, "loss": 1, "spread": [1.0, -1]}', "spread[1] is -1"),
         ('{"step": 1, "loss": 1, "parts": [{"tokens": "x"}]}', "parts[0].tokens is 'x'"),
-        ('{"step": 1, "loss": 1, "parts": [3]}', "parts[0] is no JSON object"),
+        ('{"step": 1, "loss": 1, "parts": [3]}', "parts[0] is not a JSON object"),
         ('{"step": 1, "loss": 1, "by_name": {"a": []}}', "by_name.a is []"),
     ],
 )
 def test_a_damaged_field_is_named(tmp_path, text, words):
     path = tmp_path / "whole.json"
     path.write_text(text)
-    with pytest.raises(DamagedFile) as told:
+    with pytest.raises(DamagedFile) as error:
         read_record(path, Whole)
-    assert str(told.value) == f"{path} is damaged: {words}"
+    assert str(error.value) == f"{path} is damaged: {words}; restore it from a copy"

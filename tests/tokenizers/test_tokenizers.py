@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back, ids equal those of the `tokenizers` library, bad input is named."""
+"""Tokenizers: round trips, ids equal to those of the `tokenizers` library, and errors that name bad input."""
 
 import json
 import random
@@ -28,7 +28,7 @@ SAMPLE = (
 FROM_ANY_PLANE = st.text(st.characters(codec="utf-8"), max_size=60) | st.text("aé鱼🐈\0\r\n\ufeff .'A", max_size=60)
 SURROGATES = st.characters(min_codepoint=0xD800, max_codepoint=0xDFFF, categories=["Cs"])
 
-# Every kind with every policy for unknown text that it has.
+# Every kind of tokenizer with every policy for unknown text that it supports.
 CHOICES = [
     ("character", "error"),
     ("character", "unk"),
@@ -50,7 +50,7 @@ each_choice = pytest.mark.parametrize("choice", CHOICES, ids="-".join)
 
 
 def split_2021(text):
-    """The original's rule: spaces around what stands alone, runs of spaces made one, split at spaces."""
+    """Return words by the original's rule: spaces around separate symbols, runs of spaces merged, split at spaces."""
     alone = r"(\n|\.|\,|\?|\!|\:|\;|\-|\—|\||\'|\"|\`|\(|\)|[0-9]|\[|\]|\{|\}|\=|\+|\*|\\|\/|\~|\&|\$|\#|\%)"
     return [word for word in re.sub(" +", " ", re.sub(alone, r" \g<0> ", text)).lower().split(" ") if word]
 
@@ -185,7 +185,7 @@ def test_encoding_in_pieces_equals_encoding_at_once(choice):
     assert TRAINED[choice].encode(LONG).tolist() == LIBRARY[choice].encode(LONG).ids
 
 
-# Runs of spaces and newlines are tokens of this one, so that a cut inside a run changes the ids.
+# Runs of spaces and newlines are tokens of this tokenizer, so a cut inside a run changes the ids.
 SPACED = train_tokenizer("subword", "a  b   a \n\n  a's \n   1.\n\n\n b    \n a\t\t " * 50, vocab_size=300)
 PARTS = ["   ", " ", "\n\n", "\n", "\t", "\u00a0", "\x1c", "\u2003", "a", "b", "'s", "é", "1", ".", "鱼"]
 SPACED_LIBRARY = tokenizers.Tokenizer.from_str(SPACED.to_json())
@@ -283,7 +283,7 @@ def test_an_empty_text_trains_nothing(kind):
         train(kind, text="")
 
 
-def test_choices_that_cannot_be_served():
+def test_unsupported_choices():
     for arguments, sentence in [
         (("letter", "error"), "kind='letter' is not supported; choose character, byte, word or subword"),
         (("byte", "skip"), "unknown='skip' is not supported; choose error, unk or byte"),
@@ -298,7 +298,7 @@ def test_choices_that_cannot_be_served():
 
 
 DNA = "".join(random.Random(0).choices("ACGT", k=200_000))
-# Words of random letters and digits beside spaces; no run of one class is long.
+# Words of random letters and digits between spaces, without long runs of one class.
 MIXED = "".join(random.Random(0).choices("abcABC019+/ \n", k=20_000))
 
 
@@ -306,7 +306,7 @@ MIXED = "".join(random.Random(0).choices("abcABC019+/ \n", k=20_000))
     "text", [DNA, "a" * 200_000, " " * 200_000, MIXED + DNA[:50_000]], ids=["DNA", "a", " ", "both"]
 )
 def test_subwords_of_a_text_without_spaces_take_seconds(text):
-    """The time for a word grew with the square of its length: 31 s for the first of these texts."""
+    """Time is linear in the length of a word; it was quadratic before: 31 s for the first of these texts."""
     began = time.perf_counter()
     tokenizer = train_tokenizer("subword", text, vocab_size=1000)
     assert tokenizer.decode(tokenizer.encode(text)) == text

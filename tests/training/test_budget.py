@@ -1,4 +1,4 @@
-"""Runs by seconds and by tokens: the steps are counted before training, and the run depends on them alone."""
+"""Runs of some seconds or tokens: the steps are counted before training, and the run depends on them alone."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ SECONDS = st.floats(0.001, 2)
 
 
 def clock_of(steps: int, pace: Pace, train: TrainConfig) -> float:
-    """Seconds of a run whose every validation is an improvement, step by step."""
+    """Return the seconds of a run, summed step by step, in which every validation is an improvement."""
     seconds = pace.validation
     for step in range(1, steps + 1):
         is_last = step == steps
@@ -40,10 +40,10 @@ def clock_of(steps: int, pace: Pace, train: TrainConfig) -> float:
 def test_the_steps_that_fit_take_about_their_seconds(pace, seconds, every):
     train = TrainConfig(valid_every=every[0], save_every=every[1], sample_every=every[2])
     steps = pace.steps_within(seconds, train)
-    # What is due at the last step may be due once more than its share.
+    # Validations and saves at the last step may exceed their share by one.
     spare = 2 * (pace.validation + pace.checkpoint) + pace.sample
     assert steps == 1 or clock_of(steps, pace, train) <= seconds + spare
-    # A step may be due to validate and to save at once, which is counted twice.
+    # A step may both validate and save, which the estimate counts twice.
     assert clock_of(steps + 1, pace, train) > (seconds - spare) / 2 or steps == budget.MOST_STEPS
 
 
@@ -59,7 +59,7 @@ def test_a_run_by_seconds_is_the_run_of_the_steps_that_it_counts(tmp_path, sente
     assert timed.config.train == replace(config.train, steps=steps, seconds=None)
     assert read_toml(tmp_path / "timed" / "config.toml") == timed.config
     assert sentences[0].startswith("1 s at 0.")
-    assert sentences[0].endswith(f" s a step, validation and checkpoints included: {steps:,} steps")
+    assert sentences[0].endswith(f" s per step, validation and checkpoints included: {steps:,} steps")
     assert sorted(p.name for p in timed.out.iterdir() if p.name != ".lock") == [".lock.json", "config.toml", "data"]
     plain = small_trainer(tmp_path, name="plain", steps=steps, sample_every=50)
     for _ in range(3):
@@ -120,10 +120,12 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
     steps = math.ceil(asked / 64)
     assert trainer.config.train.steps == steps
     assert trainer.config.train.tokens is None
-    assert sentences == [f"{asked:,} tokens at 64 a step: {steps:,} steps"]
+    assert sentences == [f"{asked:,} tokens at 64 per step: {steps:,} steps"]
 
 
 def test_more_tokens_than_a_run_may_have_steps_for_are_refused(tmp_path):
-    with pytest.raises(InvalidValue, match=r"train.tokens is '100T': 1,562,500,000,000 steps of 64 tokens; .* at most"):
+    with pytest.raises(
+        InvalidValue, match=r"train.tokens is '100T', which takes 1,562,500,000,000 steps of 64 tokens; .* at most"
+    ):
         new_run(small_config(write_text_file(tmp_path), tokens="100T"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

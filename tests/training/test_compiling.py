@@ -1,4 +1,4 @@
-"""Compiling and its fallbacks, and memory that is kept."""
+"""Compiling and its fallbacks, and freed memory that the allocator keeps."""
 
 import resource
 import shutil
@@ -21,25 +21,29 @@ CPU = torch.device("cpu")
 
 def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to gain by it")
-    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to gain by it")
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to save time by it")
+    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to save time by it")
     assert choose_compile("on", 1, CPU) == (True, "asked for")
-    assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (False, "the run is too short to gain by it")
+    assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (
+        False,
+        "the run is too short to save time by it",
+    )
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
     assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
-    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it is for one process")
+    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it supports one process only")
 
 
-def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler was found")
-    with pytest.raises(InvalidValue, match="train.compile is 'on', but no C\\+\\+ compiler was found; leave it out"):
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (False, "no C++ compiler is installed")
+    sentence = r"train.compile is 'on', but no C\+\+ compiler is installed; leave train.compile out"
+    with pytest.raises(InvalidValue, match=sentence):
         small_trainer(tmp_path, compile="on")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("asked", ["auto", "on"])
-def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_path, caplog, asked):
+def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_path, caplog, asked):
     def broken(model, **options):
         def call(*args):
             raise torch._dynamo.exc.TorchDynamoException("CppCompileError: out of luck\nmore")
@@ -57,7 +61,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
         return
     trainer.run()
     assert not trainer.compiled
-    assert caplog.text.count("out of luck); training continues without") == 1
+    assert caplog.text.count("out of luck); training continues uncompiled") == 1
     whole = small_trainer(tmp_path, name="whole", compile="off")
     whole.run()
     assert whole.valid_loss == trainer.valid_loss
@@ -66,7 +70,7 @@ def test_a_compiler_that_fails_is_gone_past_unless_asked_for(monkeypatch, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif(compiling.cpp_compiler() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
-def test_a_compiled_run_learns_the_same_and_goes_on_to_the_same_end(tmp_path, arch):
+def test_a_compiled_run_learns_and_resumes_the_same(tmp_path, arch):
     whole = small_trainer(tmp_path, arch, name="whole", compile="on")
     losses = [whole.train_step() for _ in range(8)]
     plain = small_trainer(tmp_path, arch, name="plain", compile="off")
@@ -96,8 +100,8 @@ def test_freed_memory_is_kept():
     def faults() -> int:
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
-    # Given back, at least one tensor of 16 MiB would need fresh pages in each of 4 rounds. Now and then the system lays
-    # out a process so that the allocator does so all the same: seen in a quarter of them.
+    # If freed memory were returned, at least one tensor of 16 MiB would need new pages in each of 4 rounds. Sometimes
+    # the memory layout of a process makes the allocator return it anyway: seen in a quarter of the processes.
     assert any(faults() * resource.getpagesize() < 4 * 2**24 / 3 for _ in range(8))
 
 

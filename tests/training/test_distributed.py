@@ -1,4 +1,4 @@
-"""Several processes train what one process trains: same losses, same weights, each token once; they end together."""
+"""Several processes train the same model as one process: losses, weights, each token once, and a common end."""
 
 import json
 import math
@@ -36,7 +36,7 @@ STRATEGIES = ("replicate", "shard")
 
 
 def torchrun(*arguments, **options):
-    # A port of its own, so that two launches at once do not meet.
+    # Each launch has its own port, so that two launches do not connect to each other.
     command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -58,7 +58,7 @@ def same_curve(a: Path, b: Path, tolerance: float) -> None:
 
 
 def run_group(folder: Path, names: list[str]) -> Path:
-    """Runs of these settings, of two processes and of one."""
+    """Return runs of these settings, of two processes and of one."""
     group = torchrun("tests.helpers.process_group", folder, *names)
     _, errors = group.communicate(timeout=300)
     assert group.returncode == 0, errors
@@ -69,7 +69,7 @@ def run_group(folder: Path, names: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The plain runs, and what one process began for two to resume."""
+    """Runs with default settings, and a run that one process started and two resume."""
     folder = tmp_path_factory.mktemp("processes")
     prepare(folder / "tokens", small_config(write_text_file(folder)).data)
     for strategy in STRATEGIES:
@@ -85,7 +85,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """The runs of all other settings."""
+    """Runs of all other settings."""
     folder = tmp_path_factory.mktemp("others")
     prepare(folder / "tokens", small_config(write_text_file(folder)).data)
     return run_group(folder, [name for name in SETTINGS if name != "plain"])
@@ -95,7 +95,7 @@ def others(tmp_path_factory):
 @pytest.mark.parametrize("name", ["plain", *(slow(name) for name in SETTINGS if name != "plain")])
 def test_two_processes_learn_what_one_does(request, name, strategy):
     folder = request.getfixturevalue("folder" if name == "plain" else "others")
-    # Muon makes small singular values large, and their rounding with them.
+    # Muon enlarges small singular values, together with their rounding errors.
     tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
 
@@ -115,16 +115,16 @@ def test_two_processes_draw_samples_while_they_train(folder, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_process_goes_on_with_what_two_began(folder, strategy):
+def test_one_process_resumes_a_run_of_two(folder, strategy):
     trainer = resume_run(folder / f"stopped-{strategy}")
-    # Two processes agree to stop in the step after.
+    # Two processes agree to stop at the next step.
     assert trainer.step == 4
     trainer.run()
     same_curve(folder / "plain", trainer.out, 1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_go_on_with_what_one_began(folder, strategy):
+def test_two_processes_resume_a_run_of_one(folder, strategy):
     same_curve(folder / "plain", folder / f"handed-{strategy}", 1e-5)
 
 
@@ -165,7 +165,9 @@ def test_the_processes_share_each_batch_and_each_epoch(size, rows, windows, orde
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    with pytest.raises(InvalidValue, match="train.batch_size=4 cannot be cut into 3 equal parts .* a multiple of 3"):
+    with pytest.raises(
+        InvalidValue, match=r"train.batch_size=4 is not divisible by processes \(3\) .* a multiple of 3"
+    ):
         new_run(small_config(write_text_file(tmp_path)), tmp_path / "run", World(0, 3))
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +189,7 @@ def wait_for_checkpoint(run: Path, group: subprocess.Popen) -> None:
 
 
 def children(parent: int) -> list[int]:
-    """Processes that a process started, oldest first."""
+    """Return the processes that a process started, oldest first."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
     return sorted(int(word) for word in listed.stdout.split())
 
@@ -204,11 +206,11 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
     _, errors = group.communicate(timeout=60)
     assert time.monotonic() - started < 60
     assert group.returncode != 0
-    told = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
-    assert len(told) == 1, errors
+    lines = re.findall(r"^timemix: .*$", errors, re.MULTILINE)
+    assert len(lines) == 1, errors
     assert re.search(
         r"a process of this run has ended .*; the last good checkpoint is .*step-\d+; .*; resume with: .* --resume",
-        told[0],
+        lines[0],
     )
     assert "trainer.run" not in errors
     trainer = resume_run(out)
@@ -219,11 +221,11 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_once_and_what_goes_wrong_is_said_once(tmp_path):
+def test_ctrl_c_saves_once_and_an_error_is_printed_once(tmp_path):
     command, out = long_run(tmp_path)
     group = torchrun(*command, start_new_session=True)
     wait_for_checkpoint(out, group)
-    # As a terminal does: to all processes at once.
+    # A terminal sends the signal to all processes at once.
     os.killpg(group.pid, signal.SIGINT)
     _, errors = group.communicate(timeout=60)
     assert len(re.findall(r"^timemix: stopped; saved .*step-\d+; resume with: ", errors, re.MULTILINE)) == 1, errors

@@ -1,4 +1,4 @@
-"""Training of the 2021 architectures in every preset stays as it was: another loss is another behaviour."""
+"""Training of the 2021 architectures in every preset is unchanged: another loss means another behaviour."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.helpers.golden_runs import NAMES, PATH, STEPS, losses, processor
 from tests.helpers.tiers import slow
 
 GOLDEN = json.loads(PATH.read_text())
-# Every architecture, and every preset but the large one.
+# Every architecture, and every preset except the large one.
 SMALL = [name for name in NAMES if name.startswith(("demo", "cpu-small")) or name == "record rwkv1"]
 
 

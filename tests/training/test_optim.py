@@ -1,4 +1,4 @@
-"""Muon: what it does to singular values, and to weights."""
+"""Muon: its effect on singular values and on weights."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_a_matrix_of_zeros_stays_one():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="came with torch 2.9")
 def test_it_goes_where_the_frameworks_own_goes(monkeypatch):
-    """Both with the orthogonal factor that the singular values define, which each comes near in its own way."""
+    """Both updates agree with the exact orthogonal factor, which each approximates in its own way."""
 
     def exact(matrices):
         U, _, V = torch.linalg.svd(matrices, full_matrices=False)

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or crowded out goes on to the very same end."""
+"""A run that is stopped, killed or hits a full disk resumes and ends bit-identical."""
 
 import contextlib
 import errno
@@ -48,7 +48,7 @@ def test_stopped_and_resumed_twice_is_the_undisturbed_run(tmp_path, precision, o
 
 
 class Killed:
-    """Runs of `killed_run`, each killed at an instant that is drawn beforehand."""
+    """Runs of `killed_run`, each killed at a random instant."""
 
     SLOW = 0.02
 
@@ -69,7 +69,7 @@ class Killed:
         return seen
 
     def kill(self, name: str, event: str, number: int, delay: float) -> None:
-        """Start or resume a run, and kill it `delay` seconds after an event's `number`-th time."""
+        """Start or resume a run, and kill it `delay` seconds after the `number`-th occurrence of an event."""
         child, events = start(self.folder / name, self.tokens, self.SLOW)
         with events:
             with contextlib.suppress(EOFError):
@@ -110,7 +110,7 @@ def test_fifty_kills(tmp_path):
 
 @pytest.mark.parametrize("removed", [0, 1])
 def test_killed_while_old_checkpoints_are_removed(tmp_path, monkeypatch, removed):
-    """At the last step: nothing but the resume is left to remove them, and none may be there by half."""
+    """Killed at the last step: only the resume can remove old checkpoints, and none may be incomplete."""
     undisturbed = small_trainer(tmp_path, name="whole", valid_every=100, save_every=3)
     undisturbed.run()
     trainer = small_trainer(tmp_path, valid_every=100, save_every=3)
@@ -147,7 +147,7 @@ def test_killed_before_old_checkpoints_are_removed(tmp_path, monkeypatch):
 
 
 def full_disk(folder: str):
-    """A `_sync` that finds no space for files of a folder whose name begins so."""
+    """Return a `_sync` that finds no space for files of folders with this prefix."""
     sync = files._sync
 
     def full(path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_full_disk_stops_the_run_at_the_last_good_checkpoint(tmp_path, monkeyp
     same_end(undisturbed.out, trainer.out)
 
 
-def test_a_full_disk_can_be_gone_past(tmp_path, monkeypatch, caplog):
+def test_training_can_continue_on_a_full_disk(tmp_path, monkeypatch, caplog):
     trainer = small_trainer(tmp_path, steps=12, valid_every=100, full_disk="continue")
     monkeypatch.setattr(files, "_sync", full_disk(".step-00000008"))
     trainer.run()
@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
     path, open_file = trainer.metrics.path, Path.open
 
     class Short:
-        """A file on a disk with room for ten bytes more."""
+        """A file on a disk with ten free bytes."""
 
         def __init__(self, file):
             self.file = file
@@ -229,19 +229,19 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
 
 def test_a_run_in_use_is_refused_and_its_user_named(tmp_path):
     trainer = small_trainer(tmp_path)
-    with pytest.raises(InUse, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait for its end"):
+    with pytest.raises(InUse, match=rf"run is in use by process {os.getpid()} on \S+ since .*; wait until it ends"):
         resume_run(trainer.out)
     trainer.run()
     resume_run(trainer.out)
 
 
-def test_another_process_is_told_who_holds_the_run(tmp_path):
+def test_the_error_names_the_process_that_holds_the_run(tmp_path):
     trainer = small_trainer(tmp_path)
     command = [sys.executable, "-m", "timemix", "train", "--resume", trainer.out]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert told.returncode == 2
-    assert f"is in use by process {os.getpid()} on" in told.stderr
-    assert "Traceback" not in told.stderr
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 2
+    assert f"is in use by process {os.getpid()} on" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
@@ -261,7 +261,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def test_a_config_of_the_kill_test_is_a_hard_one(tmp_path):
-    """Saves fall between lines of metrics, lines between saves, and some checkpoints are saved for their loss."""
+    """Saves occur between lines of metrics, lines between saves, and some checkpoints are saved for their loss."""
     made = config(write_text_file(tmp_path))
     train = made.train
     assert train.save_every % train.log_every

@@ -26,7 +26,7 @@ def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
     prepare(tmp_path / "tokens", DataConfig(str(write_text_file(tmp_path))))
     config = small_config(tmp_path / "tokens")
     config = replace(config, data=replace(config.data, **fields))
-    with pytest.raises(InvalidValue, match=f"data.{next(iter(fields))} cannot change what .*tokens holds out"):
+    with pytest.raises(InvalidValue, match=f"data.{next(iter(fields))} has no effect on .*tokens, which is prepared"):
         new_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -67,7 +67,7 @@ def test_a_complete_run_continues_to_more_steps_by_their_schedule(tmp_path):
 
 
 def test_a_run_stopped_with_new_settings_resumes_to_the_same_end(tmp_path):
-    """Settings that change at step 3 are those of the run from then on, also when it is stopped again."""
+    """Settings that change at step 3 apply to the rest of the run, also after another stop."""
     new = {"steps": 11, "lr": 3e-3, "valid_every": 3, "save_every": 5, "log_every": 3, "schedule": "linear"}
     for name in ("whole", "stopped"):
         with pytest.raises(Interrupted):
@@ -102,12 +102,12 @@ def test_tokens_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
     [
         (
             {"batch_size": 8},
-            r"train.batch_size=8 cannot change when .* it has 4; start a new run .* train --from .*run",
+            r"train.batch_size=8 cannot change when .* the run has 4; start a new run .* train --from .*run",
         ),
         ({"seed": 5}, r"train.seed=5 cannot change"),
         ({"optimizer": "muon"}, r"train.optimizer=muon cannot change"),
-        ({"steps": 7}, r"train.steps is 7, but .* has had 8 steps; give a larger number"),
-        ({"seconds": 60.0}, r"train.seconds=60.0 is for a new run, .* give train.steps"),
+        ({"steps": 7}, r"train.steps=7 is less than the 8 steps that .* has finished; give a larger number"),
+        ({"seconds": 60.0}, r"train.seconds=60.0 cannot be given to resume .* give train.steps"),
         ({"steps": 20, "tokens": "1M"}, r"train.steps 20 and train.tokens 1M exclude one another"),
         ({"step": 20}, r"unknown field 'train.step'; did you mean 'steps'"),
         ({"lr": "high"}, r"train.lr is 'high'; it must be of type float"),
@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_python_changes_the_settings_of_training_alone(tmp_path):
     small_trainer(tmp_path).run()
     assert timemix.train(None, tmp_path / "run", resume=True, train={"steps": 10}).config.train.steps == 10
-    with pytest.raises(InvalidValue, match="leave out config, model and data: only those of train"):
+    with pytest.raises(InvalidValue, match="config, model and data cannot change .* only settings of train"):
         timemix.train(None, tmp_path / "run", resume=True, data="other.txt")
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down about itself, what it warns of, and where its lines go besides."""
+"""Metrics of a run, its warnings, and its hooks."""
 
 import json
 import math
@@ -89,25 +89,25 @@ class TestSpikes:
         assert variance == pytest.approx(self.LOSSES[:80].var(), rel=1e-9)
         assert seen == 80
 
-    def test_a_jump_is_one_and_a_lasting_rise_is_told_a_few_times(self):
+    def test_a_jump_is_a_spike_and_a_lasting_rise_is_reported_a_few_times(self):
         watch = SpikeWatch(6.0)
         for loss in self.LOSSES:
             watch(loss)
         mean, variance, _ = watch.state
         assert mean == pytest.approx(2, abs=0.03)
-        told = f"the loss is 2.600, after {mean:.3f} ± {math.sqrt(variance):.3f} in the steps before"
-        assert watch(2.6) == told
+        sentence = f"the loss is 2.600, after {mean:.3f} ± {math.sqrt(variance):.3f} in the steps before"
+        assert watch(2.6) == sentence
         rises = [watch(4.0) is not None for _ in range(300)]
         assert rises[0]
         assert not any(rises[150:])
 
-    def test_before_fifty_losses_and_without_a_limit_nothing_is_told(self):
+    def test_no_spike_before_fifty_losses_or_without_a_threshold(self):
         assert not any(SpikeWatch(6.0)(x) for x in [1.0] * 49 + [100.0])
         watch = SpikeWatch(0.0)
         assert not any(watch(x) for x in [*self.LOSSES, 100.0])
 
 
-def test_a_spike_is_told_with_its_step_and_its_batch_kept(tmp_path, caplog):
+def test_a_spike_is_reported_with_its_step_and_its_batch_saved(tmp_path, caplog):
     trainer = small_trainer(tmp_path, steps=62, save_bad_batches=True)
 
     def spoil(progress):
@@ -196,7 +196,7 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
     assert {"lr", "grad_norm", "tokens_per_second", "memory", "valid_loss"} <= shown.keys()
 
 
-def test_without_tensorboard_its_flag_says_what_to_install(tmp_path, monkeypatch):
+def test_without_tensorboard_the_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unavailable, match=r"pip install 'timemix\[tensorboard\]'"):
         tensorboard(tmp_path, 0)
@@ -254,7 +254,7 @@ def test_a_hook_that_raises_is_reported_once_and_training_continues(tmp_path, ca
     fails, works = caplog.messages
     assert fails.startswith(f"hook {name} fails at step 3: {type(error).__name__}")
     assert ("the service is down" in fails) == isinstance(error, RuntimeError)
-    assert fails.endswith("; training continues, and calls it at each line")
+    assert fails.endswith("; training continues and calls the hook at each line")
     assert works == f"hook {name} works again after 4 failures"
     assert [step for step in seen if step > 0] == [1, 2, 7, 8]
     assert [-step for step in seen if step < 0] == list(range(1, 9))
@@ -296,7 +296,7 @@ def test_repeated_failures_are_reported_once_per_cause_and_counted():
     for _ in range(3):
         failures.failed("full", "to the end")
     failures.close()
-    assert warnings[-2:] == ["to the end", "the file did not work again: 3 failures"]
+    assert warnings[-2:] == ["to the end", "the file failed to the end of the run: 3 failures"]
 
 
 def test_metrics_that_a_full_disk_refuses_are_reported_once(tmp_path, monkeypatch, caplog):

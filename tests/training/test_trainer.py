@@ -1,4 +1,4 @@
-"""Training: it learns, its run folder holds what it should, it stops and goes on without loss."""
+"""Training: the loss falls, the run folder is complete, and stopping and resuming loses nothing."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run").run()
     shutil.rmtree(tmp_path / "tokens")
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path, TEXT.replace("cat", "act")))))
-    with pytest.raises(DamagedFile, match="the data are not those that .*run was trained on"):
+    with pytest.raises(DamagedFile, match="the data differ from those that .*run was trained on"):
         resume_run(tmp_path / "run")
 
 
@@ -161,7 +161,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert [line["step"] for line in metrics(trainer.out)] == [0, 2, 4, 6, 8]
 
 
-def test_weights_gone_bad_are_not_saved(tmp_path):
+def test_weights_that_an_update_spoils_are_not_saved(tmp_path):
     trainer = small_trainer(tmp_path)
 
     def poison(progress):
@@ -188,7 +188,7 @@ def test_the_speed_shown_after_a_long_run_is_that_of_now(tmp_path):
     assert seen[0].tokens_per_second > 1
 
 
-def test_a_prepared_folder_decides_what_the_config_says(tmp_path):
+def test_a_prepared_folder_determines_fields_of_the_config(tmp_path):
     prepare(tmp_path / "tokens", DataConfig(source=str(write_text_file(tmp_path)), tokenizer="byte"))
     new_run(small_config(tmp_path / "tokens"), tmp_path / "run")
     data = read_toml(tmp_path / "run" / "config.toml").data
@@ -230,12 +230,12 @@ def test_no_held_out_text_means_no_validation(tmp_path):
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(AlreadyExists, match="exists already; choose another folder, or resume it"):
+    with pytest.raises(AlreadyExists, match="exists already; choose another folder, or resume the run"):
         small_trainer(tmp_path)
 
 
 def test_a_batch_too_large_for_memory_is_refused_beforehand(tmp_path):
-    with pytest.raises(Unavailable, match=r"needs about .* GiB of memory and .* are free; lower train.batch_size"):
+    with pytest.raises(Unavailable, match=r"needs about .* GiB of memory, but .* are free; lower train.batch_size"):
         small_trainer(tmp_path, batch_size=10_000_000)
     assert not (tmp_path / "run").exists()
 
@@ -259,14 +259,14 @@ class TestDamagedCheckpoints:
         return shutil.copytree(good, tmp_path / "run")
 
     def test_no_run(self, run):
-        with pytest.raises(MissingFile, match=r"there is no run folder .*nun; .* has run"):
+        with pytest.raises(MissingFile, match=r"there is no run folder .*nun; the runs in .* are run"):
             timemix.load(run.with_name("nun"))
 
     def test_no_checkpoint(self, run, tmp_path):
         shutil.rmtree(run / "checkpoints")
         with pytest.raises(MissingFile, match="has no checkpoint yet"):
             timemix.load(run)
-        with pytest.raises(MissingFile, match="is no run folder: it has no config.toml"):
+        with pytest.raises(MissingFile, match="is not a run folder: it has no config.toml"):
             timemix.load(tmp_path)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.toml", "training.json"])
@@ -277,7 +277,7 @@ class TestDamagedCheckpoints:
         if damage == "remove":
             path.unlink()
         else:
-            # Of a TOML file in the midst of a line: one that ends with a line is a shorter one.
+            # A TOML file is cut in the middle of a line: cut at a line end, it would be valid.
             half = content.index(b" =", len(content) // 2) if name.endswith(".toml") else len(content) // 2
             path.write_bytes({"truncate": content[:half], "empty": b"", "noise": b"\xff\x00" * 50}[damage])
         with pytest.raises(FileError, match=name.replace(".", r"\.")) as error:
@@ -296,7 +296,7 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "model.safetensors").write_bytes(
             (run_folder.newest(other.out) / "model.safetensors").read_bytes()
         )
-        with pytest.raises(DamagedFile, match="holds another architecture than its config.toml names"):
+        with pytest.raises(DamagedFile, match="does not have the architecture of its config.toml"):
             timemix.load(run)
 
     def test_another_tokenizer(self, run, tmp_path):
@@ -305,7 +305,7 @@ class TestDamagedCheckpoints:
         (run_folder.newest(run) / "tokenizer.json").write_bytes(
             (run_folder.newest(other.out) / "tokenizer.json").read_bytes()
         )
-        with pytest.raises(DamagedFile, match="it is not this model's tokenizer"):
+        with pytest.raises(DamagedFile, match="is not the tokenizer of this model"):
             timemix.load(run)
 
     def test_weights_of_another_size(self, run):
@@ -316,7 +316,7 @@ class TestDamagedCheckpoints:
 
 
 class Losses:
-    """Validation losses that follow a list instead of the model."""
+    """Replace the validation losses by a list."""
 
     def __init__(self, *losses: float) -> None:
         self.losses = losses
@@ -345,7 +345,7 @@ def test_training_stops_early_and_keeps_the_best(tmp_path):
 
 
 def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
-    """Stopped by a signal in between, it ends at the same step; without patience, as a run that never had any."""
+    """A run that a signal stopped in between ends early at the same step; without patience, it runs to its end."""
     whole = FALL_AND_RISE.of(small_trainer(tmp_path, name="whole", **PATIENT))
     whole.run()
     trainer = FALL_AND_RISE.of(small_trainer(tmp_path, patience=3, **PATIENT))
@@ -363,7 +363,7 @@ def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
 def test_patience_needs_a_held_out_text(tmp_path):
     config = small_config(write_text_file(tmp_path), patience=2)
     config = type(config)(config.model, type(config.data)(source=config.data.source, valid_fraction=0.0), config.train)
-    with pytest.raises(InvalidValue, match=r"train.patience is 2, but no text is held out .* set data.valid_fraction"):
+    with pytest.raises(InvalidValue, match=r"train.patience=2 needs held-out text, .* set data.valid_fraction"):
         new_run(config, tmp_path / "run")
 
 
@@ -383,7 +383,7 @@ def test_samples_are_drawn_while_it_trains_and_change_nothing(tmp_path):
 def test_a_closed_terminal_saves_as_the_end_of_a_job_does(tmp_path, number):
     trainer = small_trainer(tmp_path)
     with pytest.raises(Interrupted) as interrupted:
-        # A shell sends SIGHUP to its jobs once more.
+        # A shell sends SIGHUP to its jobs a second time.
         trainer.run(lambda p: [os.kill(os.getpid(), number) for _ in range(1 + (number == signal.SIGHUP))])
     assert interrupted.value.number == number
     assert run_folder.newest(trainer.out).name == "step-00000001"

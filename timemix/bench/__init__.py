@@ -1,1 +1,1 @@
-"""Speed side by side: the op, a training step, generation."""
+"""Benchmarks: speed of the op, of a training step and of generation, beside baselines in the same run."""

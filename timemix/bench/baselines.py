@@ -1,4 +1,4 @@
-"""Baselines: the naive wkv1, fused attention, the Llama of transformers."""
+"""Baselines: the naive wkv1, fused attention, and the Llama of transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from timemix.ops.rwkv1.api import BACKENDS, wkv1
 from timemix.ops.rwkv1.state import K_MAX, K_MIN
 
 PLAIN = "plain float32"
-"""The naive implementation: what every other path is compared to, and must give the values of."""
+"""Name of the naive implementation. Every other path must agree with its values and is compared with its speed."""
 
 LIBRARY = "transformers Llama"
-"""A model of another library, with about as many parameters."""
-WITHOUT_LIBRARY = "transformers is not installed: its Llama is left out"
+"""Name of the model of another library, with about as many parameters."""
+WITHOUT_LIBRARY = "transformers is not installed: its Llama is skipped"
 
 OP, FORMS = wkv1, ("dense", "blocked", "spectral")
 
@@ -29,8 +29,25 @@ OP, FORMS = wkv1, ("dense", "blocked", "spectral")
 def plain_wkv1(
     k: Tensor, v: Tensor, f: Tensor, alpha: Tensor, beta: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, None]:
-    """The formula of 2021 as anyone would write it: W as a matrix, one einsum, a running sum. Shapes as in `wkv1`."""
+    """Compute wkv1 by the naive implementation of its 2021 formula: W as a matrix, one einsum, one running sum.
+
+    For a head and a channel:
+
+        W[t, u] = f[t - u] alpha[u] beta[t] for u <= t, else 0
+        y[t] = sum over u of W[t, u] exp(k[u]) v[u] / sum over u <= t of exp(k[u])
+
+    Args:
+        k: Keys, (B, T, H, N).
+        v: Values, (B, T, H, N).
+        f: Weights by lag, (H, T).
+        alpha: Factors by source position, (H, T).
+        beta: Factors by target position, (H, T).
+
+    Returns:
+        y, (B, T, H, N), and None in place of a state.
+    """
     T = k.shape[1]
+    # (T, T): target position minus source position
     lag = torch.arange(T, device=k.device)[:, None] - torch.arange(T, device=k.device)
     W = (f[:, lag.clamp(min=0)] * alpha[:, None, :T] * beta[:, :T, None]).masked_fill(lag < 0, 0)
     exp_k = k.clamp(K_MIN, K_MAX).exp()
@@ -38,6 +55,13 @@ def plain_wkv1(
 
 
 def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Contender:
+    """Return PyTorch's fused causal attention, forward and backward, as a path of a benchmark.
+
+    Args:
+        shape: (B, T, H, N).
+        dtype: Type of queries, keys and values.
+        device: Device of the tensors.
+    """
     B, T, H, N = shape
     q, k, v = (torch.randn(B, H, T, N, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
 
@@ -48,18 +72,25 @@ def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
 
 
 def naive_config(model: ModelConfig) -> Rwkv1Config:
-    """The settings of the same model with the naive op. Raises InvalidValue for a model that it cannot compute."""
+    """Return the config of the same model with the naive op.
+
+    Raises:
+        InvalidValue: The model is not an rwkv1 with tables f, alpha and beta.
+    """
     if not isinstance(model, Rwkv1Config) or model.weights == "free" or not (model.alpha and model.beta):
-        raise InvalidValue("bench train compares rwkv1, with alpha and beta, to the others; leave model.arch out")
+        raise InvalidValue(
+            f"model.arch={model.arch!r} with these settings has no naive implementation to compare with;"
+            " leave model.arch, model.weights, model.alpha and model.beta out"
+        )
     config = replace(model)
-    # A backend that no run may ask for, hence past the checks.
+    # Set past the checks of the config, which reject this backend in runs.
     object.__setattr__(config, "backend", PLAIN)
     return config
 
 
 @contextmanager
 def naive_backend() -> Iterator[None]:
-    """Within it, wkv1 has the naive implementation among its backends."""
+    """Add the naive implementation to the backends of wkv1 during the `with` block."""
     BACKENDS[PLAIN] = lambda k, v, f, alpha, beta, *_: plain_wkv1(k, v, f, alpha, beta)
     try:
         yield
@@ -68,19 +99,25 @@ def naive_backend() -> Iterator[None]:
 
 
 def rotary_like(model: ModelConfig) -> ModelConfig:
-    """The settings of rotary attention of the same size."""
+    """Return the config of a rotary-attention model of the same size."""
     return like_size_of(model, "mha_rotary")
 
 
 def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
-    """A Llama-style model of `transformers` with about as many parameters, None where that is not installed."""
+    """Return a Llama-style model of `transformers` with about as many parameters, None if it is not installed.
+
+    Args:
+        model: Config of the model to match.
+        device: Device of the result.
+    """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
     except ImportError:
         return None
     assert isinstance(model, ShiftedConfig)
     C = model.channels
-    # Three matrices of its feed-forward half and four of attention make the time-mix's 4 and the channel-mix's 1 + 3 r.
+    # Matrix elements per layer in units of C^2: time-mix 4 and channel-mix 1 + 3 r, here attention 4 and three matrices
+    # of `hidden` x C.
     hidden = int((model.ffn_ratio + 1 / 3) * C) // 8 * 8
     config = LlamaConfig(
         vocab_size=model.vocab_size,

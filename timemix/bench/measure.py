@@ -1,4 +1,4 @@
-"""Speed and peak memory of a training step, each size in a fresh process, so that no other run's memory counts."""
+"""Speed and peak memory of a training step. Each size is measured in a new process, so that no other memory counts."""
 
 import json
 import math
@@ -19,39 +19,49 @@ from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
 OUT_OF_MEMORY = "out of memory"
-# What torch says on a GPU and on the CPU, and Python.
+# Words in the messages of torch on a GPU, of torch on a CPU, and of Python.
 _WANT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """A measured training step.
-
-    step_seconds: of the fastest step.
-    peak_memory: in bytes, above what the process holds before the model is built: resident memory on the CPU, allocated
-        memory on a GPU; None if unavailable.
-    """
+    """Speed and memory of a measured training step."""
 
     step_seconds: NotNegative
+    """Seconds of the fastest step."""
     tokens_per_second: Positive
+    """Speed of the fastest step."""
     peak_memory: Positive | None
+    """Peak bytes minus the bytes before the model is built, None if unavailable.
+
+    On a CPU this is resident memory, on a GPU allocated memory.
+    """
 
 
 @dataclass(frozen=True)
 class StepFailure:
-    """Why a training step could not be measured."""
+    """Reason why a training step could not be measured."""
 
     error: str
+    """`OUT_OF_MEMORY`, or the last line of the error output."""
 
 
 def measure_training(config: RunConfig, steps: int = 3) -> StepSpeed | StepFailure:
-    """Measure training steps on random tokens; a StepFailure where a step fails, for want of memory say."""
+    """Measure training steps on random tokens, in a new process.
+
+    Args:
+        config: Model, batch size, accumulation, precision and device.
+        steps: Number of timed steps, after one step that is not timed.
+
+    Returns:
+        The fastest step, or a StepFailure if a step fails, for example because memory runs out.
+    """
     asked = {"config": to_dict(config), "steps": steps, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "timemix.bench.measure"]
     child = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if child.returncode == 0:
         return StepSpeed(**json.loads(child.stdout))
-    # Linux ends a process that takes too much memory with SIGKILL.
+    # Linux kills a process with SIGKILL when memory runs out.
     if child.returncode == -9 or any(words in child.stderr for words in _WANT_OF_MEMORY):
         return StepFailure(OUT_OF_MEMORY)
     return StepFailure((child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1])
@@ -63,7 +73,7 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
     precision, _ = choose_precision(train.precision, device)
     keep_freed_memory()
     on_gpu = device.type == "cuda"
-    # A first small step, so that code which is loaded when first used does not count.
+    # A small step first loads code, whose memory must not count.
     small = config.model.tiny()
     _step(
         small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision
@@ -93,7 +103,7 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
 def _step(
     model: LanguageModel, optimizers: list[torch.optim.Optimizer], rows: int, pieces: int, precision: str
 ) -> None:
-    """One training step on random tokens, finished when it returns."""
+    """Run one training step on random tokens, and wait for the device to finish."""
     config = model.config
     for _ in range(pieces):
         tokens = torch.randint(config.vocab_size, (rows, config.ctx_len + 1), device=model.device)
@@ -109,7 +119,7 @@ def _step(
 
 
 def _limit_memory(device: torch.device) -> None:
-    """Makes a want of memory an error of this process, before the system ends processes of its choice."""
+    """Limit the memory of this process, so that it raises an error before the system kills arbitrary processes."""
     import resource
 
     limit = address_space() + int(0.9 * free_memory(device))

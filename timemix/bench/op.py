@@ -16,13 +16,28 @@ from timemix.runtime.machine import keep_freed_memory
 def bench_op(
     *, ctx_lens: Sequence[int], batch_size: int, heads: int, channels: int, seconds: float, device: str, say: Say
 ) -> Report:
-    """Forward and backward of wkv1 alone, each form in float32 and, where the device has it, bfloat16, and of fused
-    attention of that size.
+    """Time forward and backward of wkv1 alone, beside the naive implementation and fused attention of the same size.
 
-    Raises InvalidValue for a device that this machine does not have, or sizes that make no head.
+    Each form of wkv1 runs in float32, and in bfloat16 if the device supports it.
+
+    Args:
+        ctx_lens: Context lengths to time, in tokens.
+        batch_size: Number of sequences.
+        heads: Number of heads; divides `channels`.
+        channels: Number of channels over all heads.
+        seconds: Mean seconds to spend on each path, at each context length.
+        device: PyTorch device.
+        say: Called with progress lines.
+
+    Raises:
+        InvalidValue: A size is below 1, or `heads` does not divide `channels`.
+        Unavailable: The machine lacks the device.
     """
     if channels % heads or min(*ctx_lens, batch_size, heads) < 1:
-        raise InvalidValue(f"heads={heads} does not divide channels={channels}, or a size is below 1")
+        raise InvalidValue(
+            f"heads={heads} does not divide channels={channels}, or a size is below 1; give sizes of at least 1, and a"
+            " divisor of channels as heads"
+        )
     where, _ = choose_device(device)
     precision, reason = choose_precision("auto", where)
     dtypes = [torch.float32, torch.bfloat16] if precision == "bfloat16" else [torch.float32]
@@ -66,14 +81,14 @@ def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor]
             for n, a in cut.items()
         }
 
-    # An odd length: no block comes out even.
+    # An odd length, so that the last block of every form is incomplete.
     short = min(x["k"].shape[1], 701)
     try:
         ours = run(leaves(short, dtype))
         theirs = [a.detach().float() for a in _plain(leaves(short, torch.float64))]
         worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
         allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
-        fault = None if worst <= allowed else f"parity failed: off by {worst:.1e} of the largest value"
+        fault = None if worst <= allowed else f"parity failed: error {worst:.1e} of the largest value"
     except (RuntimeError, ValueError) as error:
         fault = f"fails: {str(error).splitlines()[0]}"
     inputs = leaves(x["k"].shape[1], dtype)

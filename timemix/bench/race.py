@@ -1,7 +1,7 @@
-"""Speed side by side in one run: an op or a training step beside the naive implementation, attention and the machine.
+"""Comparison of speed in one run: an op or a training step, beside baselines and the limits of the machine.
 
-Each path must first give the values of the naive implementation; otherwise its figures are withheld. Paths take turns,
-so that what else the machine does falls on all of them.
+Each path must first agree with the values of the naive implementation; otherwise its figures are withheld. The paths
+take turns, so that other load of the machine affects all of them.
 """
 
 import os
@@ -25,17 +25,20 @@ Say = Callable[[str], None]
 
 @dataclass
 class Contender:
-    """A path in a benchmark: what is timed, how many tokens that is, and why its figure is withheld, if it is."""
+    """A path of a benchmark."""
 
     name: str
     call: Callable[[], object]
+    """The timed function."""
     tokens: int
+    """Number of tokens that a call processes."""
     fault: str | None = None
+    """Reason to withhold the figures, None if there is none."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of the rounds' ratios in speed to the first path."""
+    """Median and range, over the rounds, of the speed relative to the first path."""
 
     median: float
     low: float
@@ -44,49 +47,57 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """What was measured of a path, or why its figures are withheld.
-
-    seconds: median over the rounds. share_of_peak: of the peak of matrix products, counted as 6 N D.
-    share_of_floor: the time that reading its bytes from memory takes, over the time that it took.
-    state_bytes: size of a text's state. peak_memory: of the process so far, in bytes. call_memory: most bytes
-    that a call allocates on a GPU beside what is there before it.
-    """
+    """Figures of a path, or the reason why they are withheld."""
 
     name: str
     withheld: str | None = field(default=None, metadata=OPTIONAL)
+    """Reason why the figures are withheld, None if they are not."""
     seconds: float | None = field(default=None, metadata=OPTIONAL)
+    """Median seconds of a call over the rounds."""
     rounds: int | None = field(default=None, metadata=OPTIONAL)
     tokens_per_second: float | None = field(default=None, metadata=OPTIONAL)
     ratio: Ratio | None = field(default=None, metadata=OPTIONAL)
+    """Speed relative to the first path."""
     share_of_floor: float | None = field(default=None, metadata=OPTIONAL)
+    """Time to read its bytes from memory, divided by the measured time."""
     state_bytes: int | None = field(default=None, metadata=OPTIONAL)
+    """Bytes of the state of a text."""
     peak_memory: int | None = field(default=None, metadata=OPTIONAL)
+    """Peak bytes of the process so far."""
     call_memory: int | None = field(default=None, metadata=OPTIONAL)
+    """Peak bytes that a call allocates on a GPU, without those allocated before it."""
     share_of_peak: float | None = field(default=None, metadata=OPTIONAL)
+    """Share of the peak speed of matrix products, with 6 N D operations."""
     parameters: int | None = field(default=None, metadata=OPTIONAL)
+    """Number of parameters."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the figures depend on, and the limits, measured in the same run: operations and bytes per second."""
+    """The machine and the versions behind the figures, and the limits of the machine, measured in the same run."""
 
     processor: str
     threads: int
     date: str
     timemix: str
+    """Version of timemix, with its commit if known."""
     torch: str
     python: str
     float32_peak: float
+    """Peak speed of matrix products in float32, in operations per second."""
     bfloat16_peak: float
+    """Peak speed of matrix products in bfloat16, in operations per second."""
     bandwidth: float
+    """Speed of reading memory, in bytes per second."""
 
     def peak(self, precision: str) -> float:
+        """Return the peak speed of matrix products in a precision, in operations per second."""
         return self.bfloat16_peak if precision == "bfloat16" else self.float32_peak
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:
-    """Paths that were timed against one another."""
+    """Paths that were timed in turns."""
 
     ctx_len: int | None = field(default=None, metadata=OPTIONAL)
     title: str | None = field(default=None, metadata=OPTIONAL)
@@ -96,7 +107,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of bench.json."""
+    """Content of bench.json."""
 
     work: str
     machine: Machine
@@ -104,22 +115,37 @@ class Report:
 
 
 def too_large(matrix: int, device: torch.device) -> str | None:
-    """Why matrices of so many numbers do not fit: three and their gradients, in float32."""
+    """Return a message if three float32 matrices and their gradients do not fit the free memory, else None.
+
+    Args:
+        matrix: Number of elements of a matrix.
+        device: Device of the matrices.
+    """
     free, needed = free_memory(device), 24 * matrix
     if needed < free:
         return None
-    return f"needs about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free"
+    return f"needs about {needed / 2**30:.0f} GiB of memory, but {free / 2**30:.0f} GiB are free"
 
 
 def race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[Path]:
-    """Times of each path, all taking turns, until `seconds` have gone for each on average, three rounds at least."""
+    """Time all paths in turns.
+
+    Args:
+        contenders: The paths. Those with a fault are not timed. Ratios are relative to the first path.
+        seconds: Mean seconds to spend on each path; at least three rounds are timed.
+        device: Device of the paths.
+        say: Called with progress lines.
+
+    Returns:
+        The figures of each path, in order.
+    """
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
     running = [c for c in contenders if c.fault is None]
     memory: dict[str, int] = {}
     for contender in list(running):
         say(f"warming up {contender.name}")
         try:
-            # Twice: the first call allocates, or compiles. Once for a slow path that is not compiled.
+            # Two calls, since the first one allocates or compiles. One call for a slow path that is not compiled.
             for _ in range(2):
                 before, start = _start_of_memory(device), time.perf_counter()
                 contender.call()
@@ -127,7 +153,7 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
                     memory[contender.name] = (peak_memory(device) or 0) - before
                 taken = time.perf_counter() - start
                 if taken > seconds and not contender.name.endswith(" compiled"):
-                    say(f"{contender.name}: {taken:.1f} s a call")
+                    say(f"{contender.name}: {taken:.1f} s per call")
                     break
         except (RuntimeError, MemoryError) as error:
             contender.fault = f"fails: {next(iter(str(error).splitlines()), type(error).__name__)[:200]}"
@@ -171,7 +197,7 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
 
 
 def _start_of_memory(device: torch.device) -> int:
-    """Return the bytes allocated on a GPU, and have the peak count from here."""
+    """Return the bytes allocated on a GPU, and restart the count of the peak."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -179,7 +205,7 @@ def _start_of_memory(device: torch.device) -> int:
 
 
 def machine_now(device: torch.device) -> Machine:
-    """What the figures depend on, and the limits, measured now."""
+    """Return machine and versions, and measure the limits of the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
         processor=name,
@@ -195,7 +221,7 @@ def machine_now(device: torch.device) -> Machine:
 
 
 def _commit() -> str:
-    """The commit that runs, where the package lies in a git work tree."""
+    """Return the commit of the package in parentheses, "" if it does not lie in a git work tree."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     try:
         done = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True)
@@ -208,19 +234,19 @@ _MORE = {
     "share_of_peak": "share of peak, 6 N D",
     "share_of_floor": "share of the floor",
     "state_bytes": "state, bytes",
-    "peak_memory": "largest memory of the process so far",
+    "peak_memory": "peak memory of the process so far, bytes",
     "call_memory": "memory of a call, bytes",
 }
 
 
 def to_markdown(report: Report) -> str:
-    """The report as a person reads it."""
+    """Return a report as Markdown."""
     machine = report.machine
     parts = [
         f"{report.work}. {machine.processor}, {machine.threads} threads, torch {machine.torch},"
         f" timemix {machine.timemix}, {machine.date}. Measured in the same run: matrix products"
-        f" {machine.float32_peak / 1e9:.0f} GFLOP/s in float32, {machine.bfloat16_peak / 1e9:.0f} in bfloat16;"
-        f" memory read at {machine.bandwidth / 1e9:.0f} GB/s."
+        f" {machine.float32_peak / 1e9:.0f} GFLOP/s in float32, {machine.bfloat16_peak / 1e9:.0f} GFLOP/s in bfloat16;"
+        f" memory bandwidth {machine.bandwidth / 1e9:.0f} GB/s."
     ]
     for result in report.results:
         more = {key: head for key, head in _MORE.items() if any(getattr(row, key) is not None for row in result.paths)}

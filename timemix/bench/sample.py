@@ -1,7 +1,7 @@
-"""`timemix bench sample`: tokens written a second, beside recomputing, a Llama with its cache, and the floor.
+"""`timemix bench sample`: generated tokens per second, beside recomputing, a Llama with its cache, and the floor.
 
-The floor of a step is the time in which the bytes of weights and state that it must read can be read from memory, at
-the bandwidth measured in the same run. Weights that fit a cache can be faster than that.
+The floor of a step is the time to read its weights and state from memory, at the bandwidth measured in the same run.
+Weights that fit the processor's cache can be faster than the floor.
 """
 
 import copy
@@ -30,23 +30,31 @@ from timemix.runtime.machine import largest_cache, peak_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
-"""Tokens that a path writes when its turn comes: in a row, as in generation."""
+"""Number of consecutive tokens that a path generates in each turn."""
 
 Steps = dict[Weights, tuple[Step, LanguageModel]]
-"""By kind of weights a step, and the model whose logits it must give."""
+"""For each kind of weights, a step and the model whose logits it must give."""
 
 POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> Report:
-    """Steps of a model of random weights, alone, in batches and by position; and the time to a first token.
+    """Time the generation of a model with random weights: alone, in batches, by position, and to the first token.
 
-    Raises InvalidValue for a context shorter than what a path writes in its turn.
+    Args:
+        model: Config of the model.
+        batches: Numbers of texts that are generated together.
+        seconds: Mean seconds to spend on each path.
+        say: Called with progress lines.
+
+    Raises:
+        InvalidValue: The context is too short for the timed tokens.
     """
     if model.ctx_len < 2 * STEPS:
         raise InvalidValue(
-            f"model.ctx_len is {model.ctx_len}; bench sample writes {STEPS} tokens at a time: at least {2 * STEPS}"
+            f"model.ctx_len is {model.ctx_len}, but bench sample generates {STEPS} tokens per turn; give at least"
+            f" {2 * STEPS}"
         )
     device = torch.device("cpu")
     torch.manual_seed(0)
@@ -65,7 +73,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     cache = largest_cache()
     fits = [w for w in WEIGHTS if cache is not None and _weight_bytes(ours, w) < cache]
     work = (
-        f"writing: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, "
+        f"generation: {model.arch}, {sum(p.numel() for p in ours.parameters()):,} parameters, "
         f"{model.size_words()}; {step.reason}"
     )
     if fits:
@@ -75,7 +83,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
 
 @torch.no_grad()
 def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat:
-    """One text, its context half full, on each path."""
+    """Time one text on each path, with its context half full."""
     position = _middle(model)
     tokens = torch.randint(model.config.vocab_size, (1, model.config.ctx_len))
 
@@ -93,7 +101,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
     memory = torch.ones(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
-    # Measured in turn with the steps: that of a machine shared with others changes.
+    # The bandwidth is measured in turns with the steps, since other load of the machine changes it.
     assert reading.seconds is not None
     bandwidth = 4 * memory.numel() / reading.seconds
     paths = []
@@ -103,12 +111,12 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
             moved = _weight_bytes(model, weights) + _state_bytes(model, steps[weights][0], position)
             row = replace(row, share_of_floor=moved / bandwidth / (row.seconds / STEPS))
         paths.append(row)
-    title = f"one text, position {position}, memory read at {bandwidth / 1e9:.0f} GB/s meanwhile"
+    title = f"one text, position {position}, memory bandwidth {bandwidth / 1e9:.0f} GB/s in the same rounds"
     return Heat(title=title, bandwidth=bandwidth, paths=_per_token(paths))
 
 
 def _steps(model: LanguageModel) -> Steps:
-    """The steps that generation takes: of each kind of weights, or, where none is compiled, the model's forward."""
+    """Return the generation step for each kind of weights, or the model's forward alone if no step is compiled."""
     step = build_step(model)
     if not step.compiled:
         return {"float32": (step, model)}
@@ -118,16 +126,25 @@ def _steps(model: LanguageModel) -> Steps:
 def _stepping(
     name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel
 ) -> Contender:
-    """STEPS steps of some rows from a position; at fault where the first logits are not those of `expected`."""
+    """Return a path of STEPS steps from a position, with a fault if its first logits differ from the expected ones.
+
+    Args:
+        name: Name of the path.
+        step: The step.
+        model: Model of the state.
+        rows: Number of texts.
+        position: First position.
+        expected: Model with the expected logits.
+    """
     state = _standing(model, rows, position)
     places, tokens = torch.arange(rows), torch.randint(model.config.vocab_size, (rows,))
     found, _ = step(tokens, state.clone(), places)
     with torch.no_grad():
         theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
     worst = float((found - theirs).abs().max() / theirs.abs().max())
-    fault = None if worst <= 1e-4 else f"parity failed: logits off by {worst:.1e} of the largest"
+    fault = None if worst <= 1e-4 else f"parity failed: logit error {worst:.1e} of the largest logit"
 
-    # Sums over the past are computed once for a block of positions: a row that is set back would recompute them.
+    # Sums over the past are computed once per block of positions. Setting a row back would recompute them.
     drifts = step.compiled and model.max_position is not None
     limit = model.max_position or 2**62
 
@@ -142,7 +159,7 @@ def _stepping(
 
 
 def _standing(model: LanguageModel, rows: int, position: int) -> State:
-    """A state of rows that have seen so many tokens, of any content."""
+    """Return a state with random content, of `rows` texts that have read `position` tokens."""
     state = model.init_state(rows)
     for layer in state.layers:
         for name, x in layer.items():
@@ -152,7 +169,7 @@ def _standing(model: LanguageModel, rows: int, position: int) -> State:
 
 
 def _library_models(model: LanguageModel, position: int, say: Say) -> list[Contender]:
-    """A Llama of `transformers` of the same size, its cache as full; none where that is not installed."""
+    """Return paths of a Llama of `transformers` of the same size with `position` cached tokens, [] if not installed."""
     library = library_like(model.config, torch.device("cpu"))
     if library is None:
         say(WITHOUT_LIBRARY)
@@ -183,7 +200,7 @@ def _library_step(library: nn.Module, weights: str, position: int) -> Contender:
 
 
 def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contender:
-    """With the cache of one size that its library compiles for; a token looks at all of it."""
+    """Return a compiled step with the fixed-size cache of the library; each token attends to all of this cache."""
     from transformers import StaticCache
 
     cache, token = StaticCache(config=library.config, max_cache_len=ctx_len), torch.zeros(1, 1, dtype=torch.int64)
@@ -199,7 +216,7 @@ def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contend
 
 
 def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seconds: float, say: Say) -> Heat:
-    """Rows at once, each kind of weights."""
+    """Time several texts together, with each kind of weights."""
     position = _middle(model)
     contenders = [
         _stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
@@ -207,11 +224,11 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
         for rows in batches
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
-    return Heat(title=f"texts at once, position {position}", paths=_per_token(rows))
+    return Heat(title=f"texts in a batch, position {position}", paths=_per_token(rows))
 
 
 def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """A token at each of POSITIONS of a text, what re-reading costs on average included."""
+    """Time a token at each of POSITIONS, with the mean cost of re-reading a bounded context."""
     limit = model.max_position
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
@@ -231,18 +248,18 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
                 seconds_here = row.seconds + again * STEPS
                 row = replace(row, seconds=seconds_here, tokens_per_second=STEPS / seconds_here)
             contender.call()
-            # It only grows: what a later position needs more would show.
+            # The peak only grows, so a later position that needs more memory shows in it.
             peak = peak_memory(torch.device("cpu"))
             row = replace(row, state_bytes=model.init_state(1).nbytes, peak_memory=peak)
         paths.append(row)
     title = "a token at each position"
     if limit is not None:
-        title += f", reading {kept} tokens again every {limit - cast(int, kept)}"
+        title += f", re-reading {kept} tokens every {limit - cast(int, kept)}"
     return Heat(title=title, paths=_per_token(paths))
 
 
 def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """From a prompt to its first token, beside the forward pass of training on as many tokens."""
+    """Time from a prompt to its first token, beside the forward pass of training."""
     ctx_len = model.config.ctx_len
     rows = torch.randint(model.config.vocab_size, (16, ctx_len))
 
@@ -268,7 +285,7 @@ def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Conten
 
 
 def _per_token(rows: list[Path]) -> list[Path]:
-    """Rows whose `seconds` are those of a token of each text, not of all that a turn writes."""
+    """Return rows with `seconds` per token of each text instead of per turn."""
     return [
         row
         if row.seconds is None
@@ -282,14 +299,14 @@ def _middle(model: LanguageModel) -> int:
 
 
 def _weight_bytes(model: LanguageModel, weights: str) -> int:
-    """Bytes of weights that a step reads: all but the embedding."""
+    """Return the bytes of weights that a step reads: all but the embedding."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
     return linear * _BYTES[weights] + rest * 4
 
 
 def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
-    """Bytes of a row's state that a step reads at a position."""
+    """Return the bytes of a text's state that a step reads at a position."""
     state = model.init_state(1)
     ends = model.max_position is not None
     total = 0
@@ -302,7 +319,12 @@ def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
 
 
 def draw_batches(report: Report, path: pathlib.Path) -> None:
-    """A picture of tokens a second against texts at once."""
+    """Draw tokens per second against the number of texts in a batch.
+
+    Args:
+        report: Report of `bench_sample`.
+        path: Picture to write, .png or .svg.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -321,8 +343,8 @@ def draw_batches(report: Report, path: pathlib.Path) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("texts at once")
-    axes.set_ylabel("tokens/s of all together")
+    axes.set_xlabel("texts in a batch")
+    axes.set_ylabel("tokens/s of the batch")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     save_picture(figure, path)

@@ -31,12 +31,20 @@ WITHOUT_C = "by torch's operators"
 
 
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
-    """Time a training step of one size on random tokens, beside other implementations of the same size.
+    """Time a training step on random tokens, beside other implementations of the same size.
 
-    Ours runs as in `timemix train`, without its C code, and compiled if requested or if that is faster. The others are
-    the naive implementation in float32, rotary attention, and the Llama of `transformers` if that is installed.
+    The model runs as in `timemix train`, without its C code, and compiled if requested or if that is faster. The other
+    paths are the naive implementation in float32, rotary attention, and the Llama of `transformers` if it is installed.
 
-    Raises TimemixError for another architecture than rwkv1 with tables.
+    Args:
+        model: An rwkv1 with tables f, alpha and beta.
+        train: Batch size, accumulation, precision, device and optimizer.
+        seconds: Mean seconds to spend on each path.
+        say: Called with progress lines.
+
+    Raises:
+        InvalidValue: The model has another architecture or no tables.
+        Unavailable: The machine lacks the device.
     """
     naive = naive_config(model)
     device, _ = choose_device(train.device)
@@ -105,7 +113,7 @@ def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
     worst = float((logits - expected).abs().max() / expected.abs().max())
     if worst <= (0.03 if precision == "bfloat16" else 1e-4):
         return None
-    return f"parity failed: logits off by {worst:.1e} of the largest"
+    return f"parity failed: logit error {worst:.1e} of the largest logit"
 
 
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
@@ -118,7 +126,7 @@ def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
 def _step(
     name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
 ) -> Contender:
-    """One step as the trainer takes it, optimizer and clipping included."""
+    """Return a training step as a path: as in the trainer, with clipping and optimizer."""
     optimizers = build_optimizers(owner, train, precision)
 
     def call() -> None:

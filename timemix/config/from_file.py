@@ -1,4 +1,4 @@
-"""Settings of a new run from a file: a run's config.toml, or one written by hand with only some fields."""
+"""Settings of a new run from a TOML file: the config.toml of a run, or a file with some of its fields."""
 
 import typing
 from dataclasses import replace
@@ -14,17 +14,19 @@ from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 
 def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = None) -> RunConfig:
-    """Return the settings of a file over those of a preset.
+    """Return the config of a file, with the fields of a preset where the file has none.
 
-    The vocabulary size is the preset's: the tokens of the new run decide it.
+    The vocabulary size is that of the preset, since the tokens of the new run determine it later.
 
     Args:
-        path: TOML of the form of a run folder's config.toml; any field, and `format_version`, may be missing.
-        name: Preset that gives the missing fields.
-        arch: Architecture instead of that of the file; the fields that both have in the same sense are kept.
+        path: TOML file in the form of config.toml. Any field may be missing, also `format_version`.
+        name: Name of the preset.
+        arch: Architecture that replaces that of the file. Fields that both architectures have with the same type keep
+            the value of the file.
 
     Raises:
-        FileError: For a file that is missing, not TOML or of a newer format, or has a wrong field or value.
+        FileError: The file is missing, not TOML, of a newer format, or has a wrong field or value.
+        InvalidValue: The preset or `arch` is unknown.
     """
     data = parse_toml(path)
     try:
@@ -48,13 +50,13 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables `over` laid upon the tables `under`, field by field."""
+    """Return the tables `under` with the fields of the tables `over` replaced."""
     both = {name: under[name] | table for name, table in over.items() if isinstance(table, dict) and name in under}
     return under | over | both
 
 
 def _carried(old: ModelConfig, given: dict[str, Any], new: ModelConfig) -> ModelConfig:
-    """Return `new` with those of the `given` fields of `old` that have the same type in its class."""
+    """Return `new` with the `given` fields of `old` that have the same type in both classes."""
     theirs, ours = typing.get_type_hints(type(old)), typing.get_type_hints(type(new))
     same = [name for name in given if name not in ("arch", "vocab_size") and ours.get(name) == theirs[name]]
     return replace(new, **{name: getattr(old, name) for name in same})

@@ -18,7 +18,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 64, "ffn_ratio": 2.5},
         "data": {"order": "epoch"},
         "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
-        # Measured on tinyshakespeare: 0.008 nats better than gelu, as the 2021 code's comment says.
+        # Measured on tinyshakespeare: 0.008 nats better than gelu, in agreement with a comment in the 2021 code.
         "ffn": {"activation": "mish"},
     },
     # Aims at the lowest loss on tinyshakespeare in the time of nanoGPT's CPU configuration (docs/records.md).
@@ -59,21 +59,26 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "vocab_size": 136,
         },
         "train": {"steps": 7813, "batch_size": 64, "lr": 6e-4, "lr_final": 2e-4},
-        # The published figure trained its attention models with a smaller step and weight decay.
+        # The attention models of the published figure have a lower learning rate, and weight decay.
         "attention": {"lr": 4e-4, "weight_decay": 0.01},
     },
 }
 PRESETS = tuple(_SIZES)
 DEFAULT_PRESET = "cpu-small"
-# The activation of a preset is that of channel-mixes alone.
+# The activation of a preset applies only to architectures with a channel-mix.
 _CHANNEL_MIXES = ("rwkv1", "rwkv1_exp", "mha_pro")
 _ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")
 
 
 def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
-    """Run config of a preset for an architecture.
+    """Return the run config of a preset for an architecture.
 
-    Raises InvalidValue for an unknown name.
+    Args:
+        name: Name of the preset, one of `PRESETS`.
+        arch: Name of the architecture.
+
+    Raises:
+        InvalidValue: The preset or the architecture is unknown.
     """
     if name not in _SIZES:
         raise InvalidValue(f"unknown preset {name!r}{nearest(name, PRESETS)}")

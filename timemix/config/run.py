@@ -1,7 +1,7 @@
-"""Every setting: its name, default and help text, without importing torch.
+"""Settings of a run: names, defaults and help texts. Does not import torch.
 
-A run is described by `RunConfig` = model + data + train. The command line generates its flags from these
-dataclasses (the text below each field is its help), and `config.toml` in a run folder is their dump.
+`RunConfig` = model + data + train describes a run. The command line generates its flags from these dataclasses, with
+the text below each field as help. config.toml in a run folder is a `RunConfig` in TOML.
 """
 
 import math
@@ -22,7 +22,7 @@ from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, lis
 from timemix.storage.settings import UNFIT, check_range, from_dict, nearest_divisors, parse_toml, to_dict
 
 FORMAT_VERSION = 2
-"""Of config.toml; 1 had `mixer` and `ffn` tables in `model`."""
+"""Version of config.toml; in version 1, `model` had the tables `mixer` and `ffn`."""
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -36,23 +36,31 @@ Strategy = Literal["replicate", "shard"]
 
 
 MOST_STEPS = 10**8 - 1
-"""Checkpoints are numbered by eight digits."""
+"""Largest number of steps of a run: names of checkpoints have eight digits."""
 
 BUDGETS = ("steps", "seconds", "tokens")
-"""The fields that set the length of a run, one at a time."""
+"""Fields that set the length of a run; only one of them may be given."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def check_budget(given: Mapping[str, Any]) -> None:
-    """Raise InvalidValue where settings of training give the length of the run more than once."""
+    """Check that settings of training give the length of the run only once.
+
+    Raises:
+        InvalidValue: They give it more than once.
+    """
     named = [f"train.{name} {given[name]}" for name in BUDGETS if given.get(name) is not None]
     if len(named) > 1:
         raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; give one")
 
 
 def read_count(tokens: int | str) -> int:
-    """Return a number of tokens from its digits and unit: 20000, "20M", "1.5B". Raise InvalidValue for others."""
+    """Return a number of tokens from its digits and unit, such as 20000, "20M" or "1.5B".
+
+    Raises:
+        InvalidValue: The value is not a positive number with one of the units k, M, B and T or none.
+    """
     found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([kmbt]?)", str(tokens).strip().lower(), re.ASCII)
     count = Decimal(found[1]) * _UNITS[found[2]] if found else Decimal(0)
     if count < 1:
@@ -62,7 +70,7 @@ def read_count(tokens: int | str) -> int:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimization, its schedule, and what is reported and saved when."""
+    """Settings of training: optimization, schedule, validation, checkpoints and samples."""
 
     steps: int = 2000
     """Optimizer steps; or give --train.seconds or --train.tokens."""
@@ -151,14 +159,14 @@ class TrainConfig:
             )
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InvalidValue(f"train.{name}={getattr(self, name)} is a share of the run, from 0 to 1")
+                raise InvalidValue(f"train.{name} is {getattr(self, name)}; it must be a share of the run, from 0 to 1")
         if len(self.betas) != 2 or any(not 0 <= b < 1 for b in self.betas):
-            raise InvalidValue(f"train.betas={list(self.betas)} must be two numbers in [0, 1)")
+            raise InvalidValue(f"train.betas is {list(self.betas)}; it must be two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines a run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=lambda: model_config(DEFAULT_ARCHITECTURE))
     data: DataConfig = field(default_factory=DataConfig)
@@ -169,31 +177,33 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:
             raise InvalidValue(
-                f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} ends at ctx_len;"
-                f" that of {', '.join(list_architectures(bounded=False))} has no end"
+                f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} is bounded by ctx_len;"
+                f" give 1, or an architecture with unbounded context: {', '.join(list_architectures(bounded=False))}"
             )
 
     @staticmethod
     def narrowed(data: dict[str, Any]) -> dict[str, type]:
-        """Types of the fields that depend on the values in `data`: that of the model, on its architecture."""
+        """Return the types of the fields that depend on the values in `data`: the model, by its architecture."""
         model = data.get("model")
         arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
         return {"model": find_architecture(arch).config}
 
     @property
     def window(self) -> int:
-        """Tokens of a training window."""
+        """Number of tokens in a training window."""
         return self.train.contexts * self.model.ctx_len
 
 
 def to_toml(config: RunConfig) -> str:
+    """Return a config as the text of a config.toml."""
     return tomli_w.dumps({"format_version": FORMAT_VERSION} | to_dict(config))
 
 
 def read_toml(path: Path) -> RunConfig:
-    """Run config of a `config.toml`.
+    """Read the config of a run from its config.toml.
 
-    Raises FileError when the file is missing, no TOML, of a newer format, or has a wrong field or value.
+    Raises:
+        FileError: The file is missing, not TOML, of a newer format, or has a wrong field or value.
     """
     data = parse_toml(path)
     try:
@@ -203,15 +213,22 @@ def read_toml(path: Path) -> RunConfig:
 
 
 def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
-    """Return the tables of a `config.toml`, of any format version that can be read, as this version writes them.
+    """Convert the tables of a config.toml from any supported format version to the current one.
 
-    `version`: of a file that names none. Raises InvalidValue for a version that cannot be read.
+    Args:
+        data: The parsed file.
+        version: Version of a file that names none.
+
+    Raises:
+        InvalidValue: The version is not supported.
     """
     version = data.get("format_version", version)
     if version not in (1, FORMAT_VERSION):
-        raise InvalidValue(f"it has format_version {version!r}; this timemix reads 1 and {FORMAT_VERSION}")
+        raise InvalidValue(
+            f"format_version is {version!r}, but this timemix supports 1 and {FORMAT_VERSION}; update timemix"
+        )
     tables = {name: value for name, value in data.items() if name != "format_version"}
     if "format_version" in data and isinstance(own := tables.get("data", {}), dict):
-        # Files without this field were written when there was only one way.
+        # Files without this field are from a version that always held out the end of the source.
         tables["data"] = {"hold_out": "end"} | own
     return flattened(tables) if version == 1 else tables

@@ -1,4 +1,4 @@
-"""Settings of format version 1, whose `model` had the tables `mixer` and `ffn`: read, and rebuilt for its hashes."""
+"""Settings of format version 1, in which `model` had the tables `mixer` and `ffn`: conversion, and forms for hashes."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ _ORDER = (
 
 
 def flattened(data: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings with the fields of `model.mixer` and `model.ffn` in `model` itself."""
+    """Return settings of version 1 with the fields of `model.mixer` and `model.ffn` moved to `model`."""
     model = data.get("model")
     if not isinstance(model, dict):
         return data
@@ -35,7 +35,7 @@ def flattened(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(config: ModelConfig) -> dict[str, Any] | None:
-    """Return a model's settings as version 1 had them, None for an architecture that it did not have."""
+    """Return a model's settings in the form of version 1, None for an architecture that version 1 did not have."""
     if config.version_1 is None:
         return None
     flat = to_dict(config)
@@ -44,9 +44,9 @@ def nested(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def representation(config: ModelConfig) -> str | None:
-    """Return what `repr` gave for a model's settings in version 1, None for an architecture that it did not have.
+    """Return the `repr` of a model's settings in version 1, None for an architecture that version 1 did not have.
 
-    Hashes of models in saved states were made of it.
+    The hash of a model in a saved state was computed from it.
     """
     if config.version_1 is None:
         return None

@@ -1,1 +1,1 @@
-"""From text to batches of tokens."""
+"""Data: text sources, prepared folders of tokens, and batches."""

@@ -1,4 +1,4 @@
-"""Windows of tokens: batches for training, and all of a text for validation."""
+"""Windows of tokens: batches for training, and a whole text for validation."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,20 @@ from timemix.errors import InvalidValue
 
 
 class Batches:
-    """Batches of windows, a function of the step alone: nothing else is needed to resume.
+    """Batches of windows, as a function of the step: `batches(step)`.
 
-    order "random": windows at uniformly random places, as the 2021 code took them. "epoch": windows side by side, each
-    once per epoch, in a new order and from a new starting point in every epoch. Calling with a step gives (inputs,
-    targets), each (batch_size, ctx_len) int64, targets one token later; with a step and a slice, those rows of it.
+    A batch depends on the arguments and the step alone, so a resumed run needs no other state.
 
-    Raises InvalidValue for a text shorter than a window and its next token.
+    Args:
+        tokens: Token ids of the training text, (tokens,).
+        batch_size: Number of windows in a batch.
+        ctx_len: Number of tokens in a window.
+        seed: Random seed of the positions, below 2^64.
+        order: "random": windows at uniformly random positions, as in the 2021 code. "epoch": adjacent windows, each
+            once per epoch, in a new order and from a new starting point in every epoch.
+
+    Raises:
+        InvalidValue: The text has fewer than ctx_len + 1 tokens.
     """
 
     def __init__(
@@ -23,18 +30,27 @@ class Batches:
     ) -> None:
         if len(tokens) < ctx_len + 1:
             raise InvalidValue(
-                f"the training text has {len(tokens)} tokens; a window of ctx_len {ctx_len} needs {ctx_len + 1}:"
-                " take more text or a smaller model.ctx_len"
+                f"the training text has {len(tokens)} tokens, but a window of ctx_len={ctx_len} needs {ctx_len + 1};"
+                " use more text or a smaller model.ctx_len"
             )
         self._tokens, self._batch_size, self._ctx_len = tokens, batch_size, ctx_len
         self._seed, self._order = seed, order
-        # The starting point of an epoch lies anywhere that still leaves this many windows.
+        # Windows in an epoch. The random starting point of an epoch leaves room for all of them.
         self._windows = max(1, (len(tokens) - 1) // ctx_len - 1)
         self._slack = min(ctx_len - 1, len(tokens) - 1 - self._windows * ctx_len)
         self._epoch = -1
         self._epoch_starts = np.empty(0, np.int64)
 
     def __call__(self, step: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Return the batch of a step.
+
+        Args:
+            step: Number of the step, counted from 0.
+            part: The rows to return. Default: all.
+
+        Returns:
+            Inputs and targets, each (rows, ctx_len) int64. Targets are the tokens one position later.
+        """
         starts = self._starts(step)[part]
         rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
         return rows[:, :-1], rows[:, 1:]
@@ -55,16 +71,22 @@ class Batches:
 
 
 def _generator(seed: int, counter: int) -> np.random.Generator:
-    """Randomness of a step or an epoch, from nothing but (seed, counter)."""
+    """Return the random generator of a step or an epoch, which depends on (seed, counter) alone."""
     return np.random.Generator(np.random.Philox(key=seed | counter << 64))
 
 
 def validation_windows(
     tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Windows of ctx_len side by side over a whole text: (inputs, targets), int64, every target once.
+    """Cut a whole text into adjacent windows, in batches. Every token but the first is a target exactly once.
 
-    The last window, where shorter, comes alone.
+    Args:
+        tokens: Token ids, (tokens,).
+        ctx_len: Number of tokens in a window.
+        batch_size: Largest number of windows in a batch.
+
+    Yields:
+        Inputs and targets, each (batch, ctx_len) int64; a last, shorter window is a batch of its own.
     """
     whole = (len(tokens) - 1) // ctx_len
     for first in range(0, whole, batch_size):

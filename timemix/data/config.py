@@ -1,4 +1,4 @@
-"""Settings of a text: its source, its split, and how it becomes tokens."""
+"""Settings of the data: text source, train and validation split, tokenizer and order of batches."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ Unknown = Literal["error", "unk", "byte"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, its split, and how it becomes tokens."""
+    """Text, split and tokenizer."""
 
     source: str = "builtin"
     """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""
@@ -40,7 +40,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
-            raise InvalidValue(f"data.valid_fraction={self.valid_fraction} is not in [0, 1)")
+            raise InvalidValue(
+                f"data.valid_fraction={self.valid_fraction} is out of range; give a number from 0 to below 1"
+            )
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)
         if self.valid_tokens is not None:
             check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)

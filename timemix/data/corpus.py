@@ -1,7 +1,10 @@
-"""Prepared folders and batches.
+"""Prepared folders: the token ids of a text, with its tokenizer.
 
-A prepared folder holds the ids of both splits in train-00000.bin and so on (smallest unsigned type, little-endian),
-tokenizer.json, and data.json (counts, hashes, where the text came from).
+A prepared folder contains
+
+- train-00000.bin, ..., valid-00000.bin, ...: token ids of both splits (smallest unsigned type, little-endian),
+- tokenizer.json: the tokenizer,
+- data.json: counts, hashes, and the files of the text.
 """
 
 import os
@@ -23,24 +26,27 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What data.json says of a split: its counts, the sha256 of its tokens, and its token files.
-
-    first: characters and bytes of the text of its first token, which no model predicts; None where it is not known. A
-    folder of format version 1 names no files: each split has one.
-    """
+    """Counts, hash and token files of a split, as in data.json."""
 
     tokens: Count
+    """Number of tokens."""
     characters: Count
+    """Number of characters of the text."""
     bytes: Count
+    """Number of bytes of the text in UTF-8."""
     unknown: Count
+    """Number of characters or words outside the vocabulary."""
     sha256: str
+    """Hash of all token ids, in hexadecimal."""
     first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
+    """Characters and bytes of the first token, which no model predicts; None if unknown."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
+    """The token files. None in format version 1, in which each split has one file."""
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What data.json says of the tokenizer."""
+    """Kind, vocabulary size and hash of a tokenizer, as in data.json."""
 
     kind: str
     vocab_size: Count
@@ -49,33 +55,48 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """data.json of a prepared folder; `held_out`: what the validation text is, in words."""
+    """Content of data.json in a prepared folder."""
 
     format_version: int
     files: tuple[str, ...]
+    """Paths of the files of the text."""
     encoding: str
+    """Encoding of the text files."""
     dtype: str
+    """NumPy type of the token ids."""
     tokenizer: TokenizerInfo
     train: SplitInfo
     valid: SplitInfo
     held_out: str | None = field(default=None, metadata=OPTIONAL)
+    """Description of the validation text, in words."""
 
     def split(self, name: str) -> SplitInfo:
+        """Return the record of the split "train" or "valid"."""
         return {"train": self.train, "valid": self.valid}[name]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of both splits, memory-mapped, the tokenizer that made them, and data.json."""
+    """An open prepared folder."""
 
     train: Tokens
+    """Token ids of the training text, memory-mapped."""
     valid: Tokens
+    """Token ids of the validation text, memory-mapped."""
     tokenizer: Tokenizer
+    """The tokenizer that encoded both."""
     info: DataInfo
+    """Content of data.json."""
 
 
 def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20) -> np.ndarray | Tokens:
-    """At most `tokens` of `ids`, in pieces of like length spread evenly from its beginning to its end; None: all."""
+    """Return a part of a text, as pieces of about equal length that are spread evenly over it.
+
+    Args:
+        ids: Token ids of the text, (n,).
+        tokens: Largest number of tokens to return; None: all.
+        pieces: Number of pieces.
+    """
     if tokens is None or len(ids) <= tokens:
         return ids
     pieces = min(pieces, tokens)
@@ -86,16 +107,16 @@ def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20
 
 
 def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo) -> tuple[int, int]:
-    """Characters and bytes (UTF-8) of the text of `part`, some of the tokens `whole` of a text.
+    """Return the number of characters and of UTF-8 bytes of a part of a text.
 
-    Exact where tokens decode to their text. With a word vocabulary or <unk>, the sizes of the text are divided in
-    proportion to the sizes of the tokens.
+    The numbers are exact if the tokens decode to their text. With a word vocabulary or <unk>, the part gets a share of
+    the text's size in proportion to the spelled size of its tokens.
 
     Args:
-        tokenizer: The tokenizer that made the tokens.
+        tokenizer: Tokenizer of the text.
         part: Tokens among `whole`.
         whole: All tokens of the text.
-        text: The counts of the text.
+        text: Counts of the text.
     """
     own, all_ = tokenizer.spelled_size(part.blocks()), tokenizer.spelled_size(whole.blocks())
     characters, bytes_ = (
@@ -106,46 +127,60 @@ def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo
 
 
 def is_corpus(path: Path) -> bool:
-    """Whether a path is a prepared folder."""
+    """Return whether a path is a prepared folder."""
     names = ("train.bin", shard_name("train", 0))
     return os.path.isfile(path / "data.json") and any(os.path.isfile(path / name) for name in names)
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
-    """Tokens that a run was made with: its own `data`, else the prepared folder that is its source.
+    """Open the tokens that a run was trained on: RUN/data, or the prepared folder that is its source.
 
-    Raises FileError as `open_corpus` does, and MissingFile where there is neither.
+    Args:
+        run: The run folder.
+        source: `data.source` of the run.
+
+    Raises:
+        MissingFile: Neither folder exists.
+        FileError: A file is missing, damaged, or does not fit the others.
     """
     own = run / "data"
     if own.is_dir():
         return open_corpus(own)
     if not is_corpus(Path(source)):
         raise MissingFile(
-            f"the tokens of {run} are missing: there is no folder {own}, and {source} is no prepared folder; move back"
-            " the one that was there"
+            f"the tokens of {run} are missing: neither {own} nor {source} is a prepared folder; restore one of them"
         )
     return open_corpus(Path(source))
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """A prepared folder, its tokens memory-mapped; every file is read once and checked against its hash.
+    """Open a prepared folder, with its tokens memory-mapped. Every file is read once and checked against its hash.
 
-    Raises FileError when a file is missing, damaged, or does not fit the others.
+    Args:
+        folder: The prepared folder.
+
+    Raises:
+        FileError: A file is missing, damaged, or does not fit the others.
     """
     check_name(folder)
     path = folder / "data.json"
     data = read_json(path)
     version = data.get("format_version")
     if version is not None and version not in (1, DATA_FORMAT_VERSION):
-        raise DamagedFile(f"{path} has format_version {version}; this timemix reads 1 and {DATA_FORMAT_VERSION}")
+        raise DamagedFile(
+            f"{path} has format_version {version}, but this timemix supports 1 and {DATA_FORMAT_VERSION};"
+            " update timemix or prepare the text again"
+        )
     try:
         info = to_record(data, DataInfo)
         shards = {split: _shards(folder, split, info) for split in SPLITS}
     except Misfit as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
+        raise DamagedFile(f"{path} is damaged: {error}; prepare the text again") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.hash != info.tokenizer.sha256:
-        raise DamagedFile(f"{folder / 'tokenizer.json'} is not the tokenizer that made the tokens beside it")
+        raise DamagedFile(
+            f"{folder / 'tokenizer.json'} is not the tokenizer of the tokens in its folder; prepare the text again"
+        )
     dtype = tokenizer.dtype.newbyteorder("<")
     for split in SPLITS:
         for place, shard in shards[split].items():
@@ -155,11 +190,11 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _shards(folder: Path, split: str, info: DataInfo) -> dict[Path, Shard]:
-    """Path of each token file of a split. Raises Misfit where the files have other tokens than the split."""
+    """Return the path and record of each token file of a split; raise Misfit if their counts do not add up."""
     counts = info.split(split)
     if info.format_version == 1:
         return {folder / f"{split}.bin": Shard(counts.tokens, counts.sha256)}
     found = {folder / shard_name(split, number): shard for number, shard in enumerate(counts.shards or ())}
     if sum(shard.tokens for shard in found.values()) != counts.tokens:
-        raise Misfit(f"the shards of {split} have other tokens than the split")
+        raise Misfit(f"the shards of {split} do not add up to its {counts.tokens} tokens")
     return found

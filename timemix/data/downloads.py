@@ -1,4 +1,4 @@
-"""Named texts on the internet, kept in a cache and checked by their hashes."""
+"""Named texts on the internet: downloaded once, cached, and checked by their hashes."""
 
 import contextlib
 import http.client
@@ -21,20 +21,19 @@ logger = logging.getLogger("timemix")
 
 @dataclass(frozen=True)
 class Download:
-    """A text on the internet.
-
-    file: its name in the cache.
-    member, valid_member: names of the text and of its validation part in a zip; None: the file is the text.
-    sha256: of the file, in hexadecimal; None: not published, so what the first download had is held on to.
-    distinct_characters: of the text, where that is known.
-    """
+    """A text on the internet."""
 
     url: str
     file: str
+    """Name of the file in the cache."""
     member: str | None = None
+    """Name of the text in the zip; None: the file is the text."""
     valid_member: str | None = None
+    """Name of the validation text in the zip, None if it has none."""
     sha256: str | None = None
+    """Hash of the file, in hexadecimal; None: not published, so later downloads must equal the first one."""
     distinct_characters: int | None = None
+    """Number of distinct characters of the text, None if unknown."""
 
 
 SIMPLEBOOKS = "https://dldata-public.s3.us-east-2.amazonaws.com/simplebooks.zip"
@@ -75,7 +74,11 @@ DOWNLOADS = {
 
 @contextlib.contextmanager
 def opened_member(entry: Download, path: Path, member: str) -> Iterator[tuple[IO[bytes], int]]:
-    """A member of a zip, and its size."""
+    """Open a member of a zip; yield its file and its size in bytes.
+
+    Raises:
+        DamagedFile: The zip is damaged or has no such member.
+    """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             yield file, archive.getinfo(member).file_size
@@ -86,13 +89,22 @@ def opened_member(entry: Download, path: Path, member: str) -> Iterator[tuple[IO
 
 
 def _by_hand(entry: Download, path: Path) -> str:
-    return f"get {entry.url} another way and place it at {path}"
+    return f"download {entry.url} by other means and save it as {path}"
 
 
 def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
-    """The file of a download, from the cache where it is there.
+    """Return the path of a downloaded file, and download it if it is not in the cache.
 
-    Where no hash is published, that of the first download is kept beside the file and holds from then on.
+    If no hash is published, the hash of the first download is saved beside the file and checked from then on.
+
+    Args:
+        entry: The text.
+        cache: Folder of the cache. Default: that of the user.
+        progress: Where to show the progress of the download; True: on standard error.
+
+    Raises:
+        DamagedFile: The file has another hash.
+        Unavailable: The download failed.
     """
     import pooch
 
@@ -113,11 +125,16 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
         if known is None:
             seen = pooch.file_hash(str(path))
             write_text(pin, f"{seen}\n")
-            logger.warning("no hash of %s is published; it has sha256 %s, kept in %s", entry.url, seen, pin)
+            logger.warning(
+                "no hash of %s is published; later downloads are checked against the sha256 of this one, %s, in %s",
+                entry.url,
+                seen,
+                pin,
+            )
     except ValueError as error:
-        where = f" (kept in {pin}; delete that to take the new file)" if entry.sha256 is None else ""
+        accept = f"delete {pin} to accept a new version, or " if entry.sha256 is None else ""
         raise DamagedFile(
-            f"{entry.url} is not the file it was: its sha256 is not {known}{where}; {_by_hand(entry, path)}"
+            f"{entry.url} is damaged or has changed: its sha256 is not {known}; {accept}{_by_hand(entry, path)}"
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(f"cannot download {entry.url} ({error}); try again, or {_by_hand(entry, path)}") from error
@@ -125,7 +142,7 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
 
 
 class _Downloader:
-    """Downloads for pooch; what a cut connection left in `part` is not asked for again."""
+    """Downloader for pooch that resumes after a lost connection: `part` has the bytes received so far."""
 
     ATTEMPTS = 5
     CHUNK = 1 << 18
@@ -146,14 +163,14 @@ class _Downloader:
                 failure = error
                 if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     break
-                # What is there does not belong to the file as it is now.
+                # The received bytes are not from the present version of the file.
                 self.part.unlink()
             except (OSError, http.client.HTTPException) as error:
                 failure = error
         raise failure
 
     def _complete(self, url: str) -> bool:
-        """Adds to the part what the server sends; whether it is the whole file then."""
+        """Append the bytes that the server sends to `part`; return whether the file is complete."""
         have = self.part.stat().st_size if self.part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:

@@ -1,4 +1,4 @@
-"""Which files of a folder or a glob are read as text, and a sentence for each kind that is not."""
+"""The text files of a folder or a glob, and a warning for each kind of skipped file."""
 
 import glob
 import logging
@@ -14,13 +14,23 @@ from timemix.errors import FileError, MissingFile
 logger = logging.getLogger("timemix")
 
 HEAD = 1 << 16
-"""Bytes at the beginning of a file by which a binary one is known."""
+"""Number of bytes at the beginning of a file that show whether it is binary."""
 
 
 def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
-    """Text files in `folder` and its subfolders, sorted; without hidden ones and what `_kept` leaves out.
+    """Return the text files in a folder and its subfolders, sorted.
 
-    Raises FileError where a folder cannot be read, or no file is left.
+    Hidden files are skipped. A warning names all other skipped files: those that timemix wrote, links to folders,
+    second names of a file, compressed copies beside their text, and binary files.
+
+    Args:
+        folder: The folder.
+        encoding: Encoding of the text files.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+
+    Raises:
+        FileError: A folder cannot be read.
+        MissingFile: No text file is left.
     """
     found: list[Path] = []
     ours: list[Path] = []
@@ -38,16 +48,22 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
     _skip(str(folder), "a link to a folder", links)
     kept = _kept(str(folder), sorted(path for path in found if path.is_file()), encoding, keep_nul)
     if not kept:
-        raise MissingFile(f"the folder {folder} holds no text files; name a file, or a folder with text files")
+        raise MissingFile(f"the folder {folder} has no text files; name a file, or a folder with text files")
     return kept
 
 
 def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
-    """Text files that match a glob, sorted, without what `_kept` leaves out; empty where no file matches.
+    """Return the text files that match a glob, sorted; an empty list if no file matches.
 
-    What `**` finds in folders that timemix wrote is left out too.
+    Files are skipped as by `folder_files`. With `**` in the pattern, folders that timemix wrote are skipped too.
 
-    Raises MissingFile where files match, but none is left.
+    Args:
+        pattern: The glob.
+        encoding: Encoding of the text files.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+
+    Raises:
+        MissingFile: Files match, but none of them is a text file.
     """
     matches = sorted(path for path in set(map(Path, _matches(pattern))) if path.is_file())
     root = Path(pattern.partition("**")[0]) if "**" in pattern else None
@@ -63,12 +79,12 @@ def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
 
 
 def written_by_timemix(folder: Path) -> str | None:
-    """What a folder is, if timemix wrote it: a prepared folder, a run folder or a comparison's folder."""
+    """Return the kind of a folder that timemix wrote, such as "a run folder", or None for other folders."""
     if is_corpus(folder):
         return "a prepared folder"
     for kind, file, others in (
         ("a run folder", "config.toml", ("checkpoints", "metrics.jsonl")),
-        ("a comparison's folder", "experiment.json", ("data", "variants")),
+        ("the folder of a comparison", "experiment.json", ("data", "variants")),
     ):
         if (folder / file).is_file() and any((folder / name).exists() for name in others):
             return kind
@@ -76,7 +92,7 @@ def written_by_timemix(folder: Path) -> str | None:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """What matches a glob; `**` reaches each folder once, whatever links there are to it."""
+    """Find the paths that match a glob. `**` visits each folder once, however many links lead to it."""
     stars = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
     if stars is None:
         yield from glob.glob(pattern)
@@ -88,7 +104,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _folders_below(root: str) -> Iterator[str]:
-    """A folder and those below it, hidden ones left out; links are followed last, to folders not reached so far."""
+    """Find a folder and its subfolders, without hidden folders. Links are followed last, to unvisited folders only."""
     seen: set[tuple[int, int]] = set()
     pending = [root]
     while pending:
@@ -108,7 +124,7 @@ def _raise(error: OSError) -> None:
 
 
 def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list[Path]:
-    """The files without second names of a file, compressed copies beside their text, and binary files."""
+    """Return the files without second names of a file, compressed copies beside their text, and binary files."""
     again = set(_second_names(files))
     _skip(source, "a link to another file", again)
     files = [path for path in files if path not in again]
@@ -122,7 +138,7 @@ def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list
 
 
 def _second_names(files: list[Path]) -> Iterator[Path]:
-    """Those of the files that are another one of them through a link; the name without a link is the first."""
+    """Find second names: files that a link makes equal to another file of the list. The name without links is kept."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(files, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
         status = path.stat()
@@ -132,8 +148,8 @@ def _second_names(files: list[Path]) -> Iterator[Path]:
 
 
 def _skip(source: str, what: str, paths: Iterable[Path]) -> None:
-    """Warns of what is not read."""
+    """Warn of skipped files, with the first four names."""
     names = [str(path) for path in sorted(paths)]
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        logger.warning("%s: skipped as %s (%d): %s%s", source, what, len(names), ", ".join(names[:4]), more)
+        logger.warning("%s: skipped %d as %s: %s%s", source, len(names), what, ", ".join(names[:4]), more)

@@ -1,4 +1,4 @@
-"""A text for a prepared folder: measured, split, and encoded, in pieces and in several processes."""
+"""Pipeline from a text to a prepared folder: measure, split and encode, in pieces and in several processes."""
 
 import collections
 import contextlib
@@ -30,34 +30,48 @@ from timemix.tokenizers.pieces import PART, equal_pieces, pieces
 logger = logging.getLogger("timemix")
 
 PROCESSES_FROM = 1 << 26
-"""Bytes of text from which other processes are worth their start."""
+"""Number of bytes of text from which several processes save time, in spite of their start."""
 
 
-CHANGED = "the text changed while it was read; call again when it stays as it is"
+CHANGED = "the text changed while it was read; try again when no process writes to it"
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """What the first reading of a source finds; `files` has the characters of each file."""
+    """Size, alphabet and hash of a source, found when it is first read."""
 
     files: tuple[int, ...]
+    """Number of characters of each file."""
     characters: int
     bytes: int
+    """Number of bytes in UTF-8."""
     alphabet: str
+    """All distinct characters, sorted."""
     sha256: str
+    """Hash of the text in UTF-8, in hexadecimal."""
 
 
 class Text:
-    """The text that a config names, read once for its size, and as often as needed after that.
+    """The text that a config names. It is read once for its size, then as often as needed.
 
-    sizes: of the source, and of the validation source where there is one.
-    sha256: of all text. hash: of both sources with a NUL between.
-    held_out: what the validation text is, in words.
-    first: characters and bytes of the first token of each split, once `encoded` has read it.
-    tokenizer: one that is made already.
+    Warns if at least half of the validation lines are in the training text.
 
-    Raises TimemixError as `open_source` does, and where both sources are the same text or share a file. Warns where
-    they share half of their lines.
+    Args:
+        config: Sources, split and tokenizer.
+        progress: Where to show the progress of reading; True: on standard error.
+        tokenizer: An existing tokenizer to use. Default: a new one.
+
+    Attributes:
+        made: The argument `tokenizer`.
+        sizes: Size of "train", and of "valid" if it is a source of its own.
+        sha256: Hash of all text, in hexadecimal.
+        hash: Hash of both sources with a NUL between them.
+        held_out: Description of the validation text, in words.
+        first: Characters and bytes of the first token of each split that `encoded` has started.
+
+    Raises:
+        InvalidValue: Both sources are the same text or share a file.
+        TimemixError: A source cannot be opened or read, as by `open_source`.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
@@ -78,8 +92,8 @@ class Text:
             self.sizes["valid"] = _measure(self.valid, progress, whole, parted)
             if self.sizes["valid"].sha256 == self.sizes["train"].sha256:
                 raise InvalidValue(
-                    f"the validation text is the training text, {config.source!r}; leave out data.valid to hold out the"
-                    " end of it"
+                    f"the validation text is the training text {config.source!r}; leave data.valid out to hold out the"
+                    " end of the training text"
                 )
             if config.valid is not None:
                 _warn_of_shared_lines(self.source, self.valid, progress)
@@ -96,15 +110,15 @@ class Text:
         shared = [own[path] for file in valid.files if (path := os.path.realpath(file)) in own]
         if shared:
             raise InvalidValue(
-                f"{shared[0]} is in data.source and in data.valid; move it out of one of them, or leave out data.valid"
-                " to hold out a share of data.source"
+                f"{shared[0]} is in both data.source and data.valid; remove it from one of them, or leave data.valid"
+                " out to hold out a share of data.source"
             )
 
     def _held_out_from(self) -> tuple[int, ...]:
-        """Characters of each file that come before its held-out part."""
+        """Return the number of characters of each file before its held-out part."""
         size, share = self.sizes["train"], 1 - self.config.valid_fraction
         if self.config.hold_out == "each":
-            # Shares of the files so far, so that what rounding adds to short files does not add up.
+            # Cumulative shares are rounded, so that rounding errors of many short files do not add up.
             kept = [int(share * end) for end in itertools.accumulate(size.files, initial=0)]
             return tuple(after - before for before, after in itertools.pairwise(kept))
         cut = int(share * size.characters)
@@ -123,7 +137,11 @@ class Text:
         return f"the last {100 * config.valid_fraction:g} % of {where}"
 
     def train_tokenizer(self, progress: ShowProgress) -> Tokenizer:
-        """The tokenizer of the training text, or the one that is made already."""
+        """Train a tokenizer on the training text, or return the existing one.
+
+        Args:
+            progress: Where to show the progress of reading.
+        """
         if self.made is not None:
             return self.made
         config = self.config
@@ -139,7 +157,11 @@ class Text:
 
     @contextlib.contextmanager
     def encoder(self, made: Tokenizer) -> Iterator[Callable[[Iterator[str]], Iterator[Any]]]:
-        """Gives the function that encodes pieces in order, each as `Tokenizer.encode_counted` does."""
+        """Yield a function that encodes texts in order, each as `Tokenizer.encode_counted` does.
+
+        Args:
+            made: The tokenizer.
+        """
         with self._processes(True, _begin_encoding, made.to_json()) as each:
             yield partial(map, made.encode_counted) if each is None else partial(each, _encode)
 
@@ -156,27 +178,29 @@ class Text:
                     each = stack.enter_context(in_processes(count, *begin))
                 except OSError as error:
                     logger.warning(
-                        "this machine cannot start %d processes (%s); one reads the text", count, error.strerror
+                        "this machine cannot start %d processes (%s); one process reads the text, which takes longer",
+                        count,
+                        error.strerror,
                     )
                 yield each
         except BrokenProcessPool as error:
             raise Unavailable(
                 f"a process that read {self.config.source} was killed, perhaps because memory ran out;"
-                " call again to resume"
+                " free some memory and try again to resume"
             ) from error
 
     def readings(self) -> list[tuple[str, Source, TextSize, tuple[int, ...]]]:
-        """Each split, its source, and the characters of each file that come before the held-out part."""
+        """Return name, source and size of each split, and the characters of each file before the held-out part."""
         train = ("train", self.source, self.sizes["train"], self._cuts)
         if self.valid is None:
             return [train, ("valid", *train[1:])]
         valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
-        # Unknown characters are met before the long work.
+        # The validation text first: its unknown characters raise before the long work begins.
         return [valid, train]
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
-    """Reads a source once; gives its UTF-8 to `hashes` too."""
+    """Read a source once, for its size; also add its UTF-8 bytes to `hashes`."""
     characters = bytes_ = 0
     files = [0] * max(1, len(source.files))
     own = hashlib.sha256()
@@ -194,20 +218,21 @@ def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
 
 
 LONG_LINE = 32
-"""Characters from which a line of two texts is hardly the same by chance."""
+"""Number of characters from which two texts hardly share a line by chance."""
 
 MOST_LINES = 100_000
-"""Lines of a validation text that are compared."""
+"""Largest number of lines of a validation text that are compared."""
 
 
 def _warn_of_shared_lines(train: Source, valid: Source, progress: ShowProgress) -> None:
-    """Warns where half of the long lines of a validation text, or more, are lines of the training text too."""
+    """Warn if at least half of the long lines of a validation text are also lines of the training text."""
     lines = set(itertools.islice(_long_lines(valid.read(untold)), MOST_LINES))
     with passing(progress, f"comparing {train.name}", train.size) as advance:
         shared = lines.intersection(_long_lines(train.read(advance)))
     if lines and len(shared) >= len(lines) / 2:
         logger.warning(
-            "%d of %d lines of %s are in the training text too: the validation loss will be too low",
+            "%d of %d lines of %s are also in the training text: the validation loss will be too low;"
+            " use another validation text",
             len(shared),
             len(lines),
             valid.name,
@@ -215,7 +240,7 @@ def _warn_of_shared_lines(train: Source, valid: Source, progress: ShowProgress) 
 
 
 def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
-    """Hashes of the lines with LONG_LINE characters or more; of those with no end in sight, parts."""
+    """Hash the lines of at least LONG_LINE characters; of a line longer than CHUNK, only its end."""
     rest = ""
     for _, text in texts:
         *lines, rest = (rest + text).split("\n")
@@ -226,7 +251,13 @@ def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
 
 
 def _part(texts: Iterator[tuple[int, str]], cuts: tuple[int, ...], split: str) -> Iterator[str]:
-    """The part of each file before its cut ("train") or after it ("valid"), with a line end between two."""
+    """Return the part of each file before its cut ("train") or after it ("valid"), with line ends between parts.
+
+    Args:
+        texts: Number of a file and a piece of its text, in order.
+        cuts: Number of characters of each file before its held-out part.
+        split: "train" or "valid".
+    """
     place, before, last = 0, 0, ""
     for number, text in texts:
         place, newest = (place, before) if number == before else (0, before)
@@ -240,7 +271,7 @@ def _part(texts: Iterator[tuple[int, str]], cuts: tuple[int, ...], split: str) -
 
 
 _tokenizer: Tokenizer
-"""That of a process which encodes for another one."""
+"""Tokenizer of a worker process."""
 
 
 def _begin_encoding(document: str) -> None:
@@ -254,28 +285,33 @@ def _encode(text: str) -> tuple[np.ndarray, Counter[str]]:
 
 @dataclass(frozen=True)
 class Piece:
-    """Ids of a piece of text: the number-th of its split; `before` is the sha256 of the split's text up to it."""
+    """Token ids of a piece of text."""
 
     split: str
     number: int
+    """Number of the piece in its split, counted from 0."""
     before: str
+    """Hash of the split's text before the piece."""
     ids: np.ndarray
+    """Token ids, (tokens,)."""
     unknown: int
+    """Number of characters or words outside the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """How far a split came.
-
-    shards: its finished token files. pieces: number of the pieces before the one in which the last of them ends.
-    before: sha256 of the split's text up to that one, None at the end. tokens, unknown: those of these pieces.
-    """
+    """Finished part of a split, to resume from."""
 
     shards: tuple[Shard, ...]
+    """Finished token files."""
     pieces: Count
+    """Number of pieces before the piece in which the last token file ends."""
     before: str | None
+    """Hash of the split's text in these pieces; None if the split is complete."""
     tokens: Count
+    """Number of tokens in these pieces."""
     unknown: Count
+    """Number of characters or words outside the vocabulary in these pieces."""
 
 
 def encoded(
@@ -285,10 +321,20 @@ def encoded(
     begun: dict[str, Done],
     progress: ShowProgress,
 ) -> Generator[Piece, None, None]:
-    """Encodes the text; the pieces that `begun` counts as done are only read.
+    """Encode both splits of a text, piece by piece.
 
-    Adds to `counts` what a piece holds once it was given. Raises Unfit where the text is not that of the first reading,
-    or holds what the vocabulary does not.
+    Args:
+        text: The text.
+        made: Its tokenizer.
+        counts: Counts of each split; each piece is added to them after it was yielded.
+        begun: Finished part of each split, which is read but not encoded.
+        progress: Where to show the progress.
+
+    Yields:
+        The pieces that are not finished, in order.
+
+    Raises:
+        Unfit: The text has changed since it was first read, or contains characters outside the vocabulary.
     """
     with text.encoder(made) as encode:
         for split, source, size, cuts in text.readings():
@@ -316,21 +362,28 @@ def encoded(
 
 
 def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int, str]]:
-    """The texts, whose UTF-8 is given to `sha256` too."""
+    """Pass texts through, and add their UTF-8 bytes to `sha256`."""
     for number, text in texts:
         sha256.update(text.encode("utf-8", "surrogatepass"))
         yield number, text
 
 
 def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
-    """The texts in pieces that can be encoded each by itself."""
+    """Cut texts into pieces that can be encoded independently."""
     return (pieces if made.kind in ("word", "subword") else equal_pieces)(texts, PART)
 
 
 def _to_encode(
     cut: Iterator[str], counts: dict[str, int], done: Done | None, waiting: collections.deque[tuple[int, str]]
 ) -> Iterator[str]:
-    """The pieces that are not done yet; counts and hashes all of them, and says in `waiting` which were given."""
+    """Return the unfinished pieces of a split, and count and hash all pieces.
+
+    Args:
+        cut: All pieces of the split, in order.
+        counts: Counts of the split; characters and bytes are added.
+        done: Finished part of the split, if any.
+        waiting: Gets the number of each returned piece, and the hash of the text before it.
+    """
     sha256 = hashlib.sha256()
     for number, piece in enumerate(cut):
         before = sha256.hexdigest()
@@ -346,4 +399,5 @@ def _to_encode(
 
 
 def no_counts() -> dict[str, int]:
+    """Return the counts of an empty split."""
     return {"tokens": 0, "characters": 0, "bytes": 0, "unknown": 0}

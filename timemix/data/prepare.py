@@ -1,4 +1,4 @@
-"""Texts made into prepared folders piece by piece, whatever their size; stopped, it can be resumed."""
+"""Preparation of texts: from a text of any size to a prepared folder, in pieces and resumable."""
 
 import contextlib
 import hashlib
@@ -42,24 +42,35 @@ from timemix.tokenizers.pieces import PART
 def prepare(
     out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: ShowProgress = False
 ) -> Corpus:
-    """Reads a text, makes its tokenizer, and writes the prepared folder `out`, whole or not at all.
+    """Tokenize a text, and write it as a prepared folder in one atomic step.
 
-    Held out for validation is the source `valid`, or what a download brings along, or the last `valid_fraction` of the
-    characters of each file (with `hold_out` "end", of the whole source). The tokenizer is made from the training text;
-    one of characters, where the validation text is a part of the source, from all of it.
+    The validation text is `config.valid`, the validation text of a download, or a held-out share of the source: the
+    last `valid_fraction` of the characters of each file, or of the whole source with `hold_out` "end". A new tokenizer
+    is trained on the training text. A character vocabulary also includes the characters of a held-out share.
 
-    The text is read several times, piece by piece; a large one is encoded in several processes, where a script that
-    calls this must have its work under `if __name__ == "__main__"`. Memory does not grow with the text, except for the
-    distinct words that a vocabulary is chosen from, and for a text without spaces or line ends where these part pieces.
+    The text is read several times, in pieces. A large text is encoded in several processes: a script that calls this
+    function then needs `if __name__ == "__main__"`. Memory does not grow with the text, with two exceptions: the
+    distinct words of a word or subword tokenizer, and a text without spaces or line ends for these tokenizers.
 
-    A folder .NAME.unfinished beside `out` keeps the tokenizer and the finished token files of a call that was stopped;
-    the same call on the same text resumes there.
+    A stopped call leaves a folder .NAME.unfinished beside `out`, with its tokenizer and finished token files. The same
+    call on the same text resumes from it.
 
-    `tokenizer`: one that is made already; settings of the config that need another one are refused. `progress` shows
-    downloads and long readings on stderr.
+    Args:
+        out: Folder to create.
+        config: Source of the text, split and tokenizer.
+        tokenizer: An existing tokenizer to use. Default: a new one.
+        progress: Where to show the progress of downloads and of reading; True: on standard error.
 
-    Raises InUse as `open_source` and `train_tokenizer` do, for validation characters outside the vocabulary, when
-    `out` exists, and when the text changes meanwhile.
+    Returns:
+        The prepared folder, open.
+
+    Raises:
+        AlreadyExists: `out` exists.
+        InUse: Another process is preparing `out`.
+        InvalidValue: The text is empty or not in its encoding, or `config` contradicts `tokenizer`.
+        Unfit: The validation text has characters outside the vocabulary, or the text changed meanwhile.
+        FileError: A file is missing, damaged, not text, or cannot be written.
+        Unavailable: A download failed, or a process ran out of memory.
     """
     check_name(out)
     _refuse_existing(out)
@@ -68,7 +79,7 @@ def prepare(
     lock = out.with_name(f".{out.name}.lock")
     with claimed(lock) as mine:
         if not mine:
-            raise InUse(f"another process is preparing {out}; wait for it, or choose another folder")
+            raise InUse(f"another process is preparing {out}; wait until it ends, or choose another folder")
         try:
             _refuse_existing(out)
             with explained(out):
@@ -96,10 +107,22 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
 
 
 def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens: int | None = None) -> Corpus:
-    """Writes a prepared folder whose validation text is the end of the training text of `corpus`.
+    """Write a prepared folder whose validation text is the end of the training text of another one.
 
-    `share` of its tokens are held out, then thinned to `valid_tokens` as by `prepare`: choices made on it leave the
-    validation text of `corpus` unseen. Raises TimemixError as `prepare` does.
+    Settings can be tuned on it while the validation text of `corpus` stays unseen.
+
+    Args:
+        corpus: A prepared folder.
+        out: Folder to create.
+        share: Share of the training tokens to hold out, from 0 to 1.
+        valid_tokens: Largest number of validation tokens, in evenly spread pieces. Default: all.
+
+    Returns:
+        The new prepared folder, open.
+
+    Raises:
+        AlreadyExists: `out` exists.
+        CannotWrite: `out` cannot be written.
     """
     _refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
@@ -121,7 +144,7 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Counts of a split."""
+    """Counts of a split: tokens, characters, bytes in UTF-8, and characters or words outside the vocabulary."""
 
     tokens: int
     characters: int
@@ -131,22 +154,35 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class TextDescription:
-    """A text and what `prepare` would make of it, in numbers."""
+    """Counts of a text and of the tokens that `prepare` would write."""
 
     files: int
+    """Number of files."""
     characters: int
     bytes: int
+    """Number of bytes in UTF-8."""
     distinct_characters: int
     sha256: str
+    """Hash of all text, in hexadecimal."""
     held_out: str
+    """Description of the validation text, in words."""
     tokenizer: str
+    """Kind of the tokenizer."""
     vocab_size: int
     train: SplitCounts
     valid: SplitCounts
 
 
 def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescription:
-    """What `prepare` would make of a text, in numbers; raises as it does."""
+    """Tokenize a text without writing it, and return its counts.
+
+    Args:
+        config: Source of the text, split and tokenizer.
+        progress: Where to show the progress of downloads and of reading; True: on standard error.
+
+    Raises:
+        TimemixError: The text is not supported, as by `prepare`.
+    """
     text = Text(config, progress)
     made = text.train_tokenizer(progress)
     counts = {split: no_counts() for split in SPLITS}
@@ -168,7 +204,17 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescr
 
 
 def text_hash(config: DataConfig) -> str:
-    """sha256 of the text that a config names, or of the tokens of a prepared folder; raises as `prepare` does."""
+    """Return a hash of the text that a config names, or of the tokens if it names a prepared folder.
+
+    Args:
+        config: Source of the text and split.
+
+    Returns:
+        The sha256, in hexadecimal.
+
+    Raises:
+        TimemixError: The text is not supported, as by `prepare`.
+    """
     if not is_corpus(Path(config.source)):
         return Text(config, False).hash
     info = open_corpus(Path(config.source)).info
@@ -176,7 +222,7 @@ def text_hash(config: DataConfig) -> str:
 
 
 class _State:
-    """The folder of a preparation under way; its unfinished.json says of what it is, and how far each split came."""
+    """Folder of an unfinished preparation. Its unfinished.json has the settings and the finished part of each split."""
 
     FILE = "unfinished.json"
 
@@ -189,7 +235,7 @@ class _State:
         self._done: dict[str, Done] = {}
 
     def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
-        """The tokenizer that was made, or a new one, in an empty folder."""
+        """Return the tokenizer of the folder if it fits the text; otherwise empty the folder and train a new one."""
         path = self.folder / "tokenizer.json"
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, FileError):
             found = json.loads((self.folder / self.FILE).read_text(encoding="utf-8"))
@@ -198,7 +244,7 @@ class _State:
             if found == self._content | {"tokenizer": made.hash}:
                 self._content, self._done = found, done
                 for stray in self.folder.glob(".*"):
-                    # What a killed process was writing.
+                    # Removes files that a killed process was writing.
                     stray.unlink()
                 return made
         made = text.train_tokenizer(progress)
@@ -211,7 +257,7 @@ class _State:
         return made
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
-        """Goes on after the finished token files of a split; where these are damaged, with the first one."""
+        """Return a writer that continues after a split's finished token files, or from the start if one is damaged."""
         with contextlib.suppress(FileError):
             done = self._done.get(split)
             shards = () if done is None else done.shards
@@ -221,10 +267,11 @@ class _State:
 
     @property
     def begun(self) -> dict[str, Done]:
-        """What is done of the splits that were begun."""
+        """The finished part of each split."""
         return dict(self._done)
 
     def done(self, split: str, done: Done) -> None:
+        """Save the finished part of a split."""
         self._done[split] = done
         self._save()
 
@@ -234,7 +281,7 @@ class _State:
 
 
 def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, SplitInfo]:
-    """Token files of both splits, and what data.json says of them."""
+    """Write both splits to token files; return their records for data.json."""
     writers = {split: state.writer(split, made) for split in SPLITS}
     begun = state.begun
     counts = {split: no_counts() for split in SPLITS}
@@ -244,7 +291,7 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         for split, group in itertools.groupby(given, lambda piece: piece.split):
             _write_split(state, writers[split], made, split, counts[split], group)
     for writer in writers.values():
-        # One that had no text left to write.
+        # Finishes the file of a split without text.
         with writer:
             pass
     return {
@@ -261,11 +308,20 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
 def _write_split(
     state: _State, writer: ShardWriter, made: Tokenizer, split: str, counts: dict[str, int], encoded: Iterator[Piece]
 ) -> None:
-    """Writes the pieces of a split; `counts` are of those before the newest one."""
+    """Write the pieces of a split.
+
+    Args:
+        state: Gets the finished part of the split after each token file.
+        writer: Writer of the token files.
+        made: The tokenizer.
+        split: "train" or "valid".
+        counts: Counts of all pieces before the newest one.
+        encoded: The pieces.
+    """
     place = Done((), 0, None, 0, 0)
 
     def finished() -> None:
-        # Of a text that does not fit nothing is kept: a later call has to name all that is missing again.
+        # A text with unknown characters leaves no finished part, so that the next call reports all of them again.
         if made.unknown != "error" or not place.unknown:
             state.done(split, replace(place, shards=tuple(writer.shards)))
 
@@ -279,7 +335,14 @@ def _write_split(
 
 
 def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> SplitInfo:
-    """Replaces the validation text, of which `valid` tells, by pieces of it; what data.json says of these."""
+    """Replace the validation tokens by evenly spread pieces of them; return their record for data.json.
+
+    Args:
+        folder: Folder of the token files.
+        made: The tokenizer.
+        valid: Record of the whole validation text.
+        tokens: Number of tokens to keep.
+    """
     paths = [folder / shard_name("valid", number) for number in range(len(valid.shards or ()))]
     whole = map_shards(paths, made.dtype)
     kept = evenly_spaced(whole, tokens)
@@ -297,7 +360,17 @@ def _write_ids(
     text: SplitInfo,
     first: tuple[int, int] | None,
 ) -> SplitInfo:
-    """Writes a split whose ids are some of those of a text, `whole`; what data.json says of it."""
+    """Write a split that is a part of a text; return its record for data.json.
+
+    Args:
+        folder: Folder of the token files.
+        split: "train" or "valid".
+        made: The tokenizer.
+        ids: Token ids of the split, (tokens,).
+        whole: Token ids of the text.
+        text: Record of the text.
+        first: Characters and bytes of the first token, None if unknown.
+    """
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:
         unknown = 0
@@ -338,13 +411,13 @@ def _write_info(
 
 
 def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Raises InvalidValue for settings that a tokenizer which is made already cannot follow."""
+    """Raise InvalidValue if settings contradict an existing tokenizer."""
     for name, own in (("tokenizer", tokenizer.kind), ("unknown", tokenizer.unknown)):
         asked = getattr(config, name)
         if asked not in (own, getattr(DataConfig, name)):
             raise InvalidValue(
-                f"data.{name}={asked!r} needs another vocabulary than that of the trained model, whose data.{name} is"
-                f" {own!r}; leave it out, or train a new model"
+                f"data.{name}={asked!r} contradicts the vocabulary of the trained model, whose data.{name} is {own!r};"
+                f" leave data.{name} out, or train a new model"
             )
 
 

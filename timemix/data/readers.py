@@ -1,4 +1,4 @@
-"""Bytes of files and the text in them, piece by piece."""
+"""Readers: the bytes of a file, decompressed and decoded to text, piece by piece."""
 
 import bz2
 import codecs
@@ -16,20 +16,29 @@ from typing import Any
 
 from timemix.errors import DamagedFile, FileError, InvalidValue
 from timemix.runtime.progress import Advance, untold
+from timemix.storage.files import cannot_read
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 BEGINNINGS = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh91AY&SY": ".bz2"}
-"""First bytes of compressed files; bzip2's are those of its usual block size."""
+"""First bytes of compressed files. Those of bzip2 are for its default block size."""
 
 CHUNK = 1 << 20
-"""Bytes read at a time."""
+"""Number of bytes read at a time."""
 
 
 def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Advance = untold) -> Iterator[bytes]:
-    """Content of a file (or what is `held` of it), decompressed where its name or its first bytes say so.
+    """Read a file in pieces, decompressed if its first bytes or its suffix name gzip, xz or bzip2.
 
-    `advance` gets the bytes read of it and `before` it.
+    Args:
+        path: The file.
+        held: Its content, if it is in memory already.
+        before: Number of bytes read before this file, for `advance`.
+        advance: Called with the number of bytes read so far, `before` included.
+
+    Raises:
+        DamagedFile: The file does not decompress.
+        FileError: The file cannot be read.
     """
     done = before
     try:
@@ -44,7 +53,7 @@ def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Adva
         # The decompressors raise an OSError without a number.
         if error.errno is None:
             raise DamagedFile(f"{path} is damaged: it does not decompress ({error}); get it again") from error
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
 
 
 def _opened(path: Path, held: bytes | None) -> io.BufferedReader:
@@ -59,17 +68,23 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractCont
 
 
 KINDS = {
-    b"%PDF-": "a PDF document; extract its text first, with pdftotext say",
-    b"PK\x03\x04": "a zip archive (as docx, xlsx and epub files are); unpack it, and name the text in it",
+    b"%PDF-": "a PDF document; extract its text first, for example with pdftotext",
+    b"PK\x03\x04": "a zip archive (as docx, xlsx and epub files are); unpack it and name the text in it",
     b"\x89PNG": "an image; give a text file",
     b"\xff\xd8\xff": "an image; give a text file",
     b"GIF8": "an image; give a text file",
 }
-"""What a file is by its first bytes, and the way out."""
+"""Kinds of files that are not text, by their first bytes, with advice: the end of an error message."""
 
 
 def looks_binary(first: bytes, encoding: str, keep_nul: bool = False) -> bool:
-    """Whether a file that begins with some bytes is no text: of a known kind, or with a NUL that is no character."""
+    """Return whether a file is binary: of a known kind, or with a NUL.
+
+    Args:
+        first: Its first bytes.
+        encoding: Encoding of text files.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+    """
     if _kind(first) is not None:
         return True
     codec = _codec_name(encoding)
@@ -81,29 +96,29 @@ def _kind(first: bytes) -> str | None:
 
 
 def _is_wide(codec: str) -> bool:
-    """Whether half of the bytes of ASCII text are NUL."""
+    """Return whether ASCII text has NUL bytes in this encoding."""
     return codec.startswith(("utf-16", "utf-32"))
 
 
 def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = False) -> Iterator[str]:
-    """Text of a file's bytes, without byte order mark, in pieces.
+    """Decode the bytes of a file to text in pieces, without byte order mark.
 
     Args:
-        data: The bytes.
+        data: The bytes, in pieces.
         name: Name of the file, for errors.
-        encoding: Its encoding.
-        keep_nul: Whether a NUL is a character as any other, rather than the sign of a binary file.
+        encoding: Encoding of the file.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
 
     Raises:
-        DamagedFile: The file is of a known kind that is no text.
-        InvalidValue: It is not in `encoding`, or holds a NUL.
+        DamagedFile: The file is of a known kind that is not text.
+        InvalidValue: The file is not in `encoding`, or contains a NUL.
     """
     codec = _codec_name(encoding)
     if not keep_nul:
         data = _refuse_kinds(data, name)
         if not _is_wide(codec):
             data = _without_nul(data, name)
-    # The only codec of Python whose decoder cannot decode piece by piece.
+    # The only codec of Python that cannot decode in pieces.
     if codec == "punycode":
         data = iter([b"".join(data)])
     texts = _texts(data, name, codec, encoding)
@@ -111,7 +126,7 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
 
 
 def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Iterator[str]:
-    """The text of bytes in pieces that are not empty, without byte order mark."""
+    """Decode bytes to nonempty pieces of text, without byte order mark."""
     first = b""
     while len(first) < 4 and (chunk := next(data, b"")):
         first += chunk
@@ -123,15 +138,15 @@ def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Itera
         try:
             text = decoder.decode(chunk, not chunk)
         except UnicodeDecodeError as error:
-            # What follows may be damaged, or show that this is no text at all: that is said first.
+            # Reads to the end first: a damaged or binary file then raises its own, more helpful error.
             collections.deque(data, maxlen=0)
             raise InvalidValue(
-                f"{name} is not {encoding}: byte {fed - len(error.object) + error.start} cannot be read"
-                f" ({error.reason}); name its encoding with data.encoding, such as latin-1 or utf-16"
+                f"{name} is not in {encoding}: byte {fed - len(error.object) + error.start} cannot be decoded"
+                f" ({error.reason}); set data.encoding to its encoding, such as latin-1 or utf-16"
             ) from error
         except ValueError as error:
             collections.deque(data, maxlen=0)
-            raise InvalidValue(f"{name} is not {encoding}: {error}; name its encoding with data.encoding") from error
+            raise InvalidValue(f"{name} is not in {encoding}: {error}; set data.encoding to its encoding") from error
         if text and begins:
             begins = False
             text = text.removeprefix("\ufeff")
@@ -143,10 +158,10 @@ def _without_nul_characters(texts: Iterator[str], name: str, encoding: str) -> I
     characters = 0
     for text in texts:
         if (nul := text.find("\0")) >= 0:
-            # What follows may not be in this encoding at all: that is said first.
+            # Reads to the end first: a file in another encoding then raises its own, more helpful error.
             collections.deque(texts, maxlen=0)
             raise InvalidValue(
-                f"{name} looks binary: a NUL at character {characters + nul} of its {encoding};"
+                f"{name} looks binary: it has a NUL at character {characters + nul} of its {encoding};"
                 " if it is text, set data.keep_nul"
             )
         characters += len(text)
@@ -165,17 +180,17 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
     for chunk in data:
         nul = chunk.find(b"\0")
         if nul >= 0:
-            # A file that is also damaged is said to be that.
+            # Reads to the end first: a damaged file then raises its own, more helpful error.
             collections.deque(data, maxlen=0)
             likely = _likely_encoding(chunk)
-            advice = f"name its encoding: data.encoding {likely}" if likely else "set data.keep_nul"
-            raise InvalidValue(f"{name} looks binary: a NUL at byte {fed + nul}; if it is text, {advice}")
+            advice = f"set data.encoding to {likely}" if likely else "set data.keep_nul"
+            raise InvalidValue(f"{name} looks binary: it has a NUL at byte {fed + nul}; if it is text, {advice}")
         fed += len(chunk)
         yield chunk
 
 
 def _likely_encoding(chunk: bytes) -> str | None:
-    """UTF-16 or UTF-32 where NULs lie as in Latin text in it, else None."""
+    """Return the encoding, utf-16 or utf-32, in which Latin text would have its NULs at such positions, else None."""
     if chunk.count(b"\0") < 4:
         return None
     few, many = sorted(2 * chunk[parity::2].count(b"\0") / len(chunk) for parity in (0, 1))
@@ -185,9 +200,9 @@ def _likely_encoding(chunk: bytes) -> str | None:
 
 
 def _decoder(codec: str, first: bytes) -> codecs.IncrementalDecoder:
-    """Decoder of a text that begins with the bytes `first`."""
+    """Return the decoder of a text that begins with the bytes `first`."""
     marks = {"utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
-    # Without a mark these decoders give up, where `bytes.decode` takes the machine's own byte order.
+    # Without a byte order mark these decoders fail; `bytes.decode` assumes the byte order of the machine.
     if codec in marks and not first.startswith(marks[codec]):
         codec += "-le" if sys.byteorder == "little" else "-be"
     return codecs.getincrementaldecoder(codec)()
@@ -200,5 +215,5 @@ def _codec_name(encoding: str) -> str:
         return codecs.lookup(encoding).name
     except (LookupError, ValueError) as error:
         raise InvalidValue(
-            f"Python knows no text encoding {encoding!r}; choose one such as utf-8, utf-16 or latin-1"
+            f"encoding {encoding!r} is not a text encoding of Python; give one such as utf-8, utf-16 or latin-1"
         ) from error

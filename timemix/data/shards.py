@@ -1,4 +1,4 @@
-"""Token files: the ids of a split in files of limited size, written once, checked, and memory-mapped."""
+"""Token files (shards): the token ids of a split, in files of limited size."""
 
 import contextlib
 import hashlib
@@ -13,31 +13,37 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from timemix.errors import DamagedFile, FileError
-from timemix.storage.files import check_regular, sync
+from timemix.storage.files import cannot_read, check_regular, sync
 from timemix.storage.json_files import Count
 
 SHARD_BYTES = 1 << 27
-"""Most bytes of a file."""
+"""Largest number of bytes of a file."""
 
 IDS_AT_ONCE = 1 << 20
-"""Ids read or copied at a time."""
+"""Number of ids read or copied at a time."""
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard, such as train-00000.bin."""
     return f"{split}-{number:05}.bin"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a token file."""
+    """Number of tokens and hash of a token file."""
 
     tokens: Count
     sha256: str
+    """Hash of the file, in hexadecimal."""
 
 
 class Tokens:
-    """Token ids (tokens,) that lie in several arrays, such as memory-mapped files; `tokens[a:b]` is an array."""
+    """Token ids in several arrays, such as memory-mapped files, that act as one array; `tokens[a:b]` is an array.
+
+    Args:
+        arrays: Token ids, each (tokens,).
+        dtype: Type of the ids.
+    """
 
     def __init__(self, arrays: Sequence[np.ndarray], dtype: np.dtype) -> None:
         self.dtype = dtype
@@ -48,28 +54,28 @@ class Tokens:
         return self._starts[-1]
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        """Ids of a slice without a step: a view where they lie in one array."""
+        """Return the ids of a slice without a step: a view if they lie in one array, otherwise a copy."""
         arrays = self._cut(place)
         return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, self.dtype), *arrays])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of them, in memory where they lie in several arrays."""
+        """Return all ids as one array; several arrays are copied into memory."""
         whole = self[:]
         return whole.astype(dtype or self.dtype, copy=bool(copy))
 
     def part(self, place: slice) -> "Tokens":
-        """A slice without a step that copies nothing."""
+        """Return a slice without a step, without copying."""
         return Tokens(self._cut(place), self.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All ids in order, at most IDS_AT_ONCE at a time."""
+        """Iterate over all ids in order, in arrays of at most IDS_AT_ONCE ids."""
         for start in range(0, len(self), IDS_AT_ONCE):
             yield self[start : start + IDS_AT_ONCE]
 
     def _cut(self, place: slice) -> list[np.ndarray]:
         start, stop, step = place.indices(len(self))
         if step != 1:
-            raise ValueError("tokens are sliced without a step")
+            raise ValueError(f"the step {step} of a slice of tokens is not supported; leave it out")
         found = []
         number = bisect_right(self._starts, start) - 1
         while number < len(self._arrays) and self._starts[number] < stop:
@@ -80,13 +86,23 @@ class Tokens:
 
 
 class ShardWriter:
-    """Writes the ids of a split into files of at most SHARD_BYTES; a context, at whose end the last one is finished.
+    """Writer of the token files of a split, each of at most SHARD_BYTES. The end of its `with` block finishes the last.
 
-    shards: tokens and sha256 of every finished file. Those given at the start are there and are checked; `sha256`, that
-        of all bytes, goes on after them. `vocab_size` is for that check.
-    finished: called after each file that is written and synced.
+    Args:
+        folder: Folder of the files.
+        split: "train" or "valid".
+        dtype: Type of the ids; the files are little-endian.
+        shards: Files that are finished already. They are checked, and the next file follows them.
+        vocab_size: Size of the vocabulary, for that check.
+        finished: Called after each file that is written and synced.
 
-    Raises TimemixError as `check_shard` does, and OSError.
+    Attributes:
+        shards: Record of every finished file.
+        sha256: Hash of all bytes of the split so far.
+
+    Raises:
+        FileError: A file of `shards` is missing or damaged.
+        OSError: A file cannot be written.
     """
 
     def __init__(
@@ -111,11 +127,11 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
-        """Ids in finished files."""
+        """Number of ids in finished files."""
         return sum(shard.tokens for shard in self.shards)
 
     def add(self, ids: np.ndarray) -> None:
-        """Writes ids."""
+        """Append ids, (tokens,)."""
         room = max(1, SHARD_BYTES // self._dtype.itemsize)
         while len(ids):
             head, ids = np.split(ids, [room - self._written])
@@ -132,12 +148,12 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None:
-            # What could not be written before cannot be written now.
+            # Closing may fail with the same error as the write before it.
             with contextlib.suppress(OSError):
                 if self._file is not None:
                     self._file.close()
         elif self._file is not None or not self.shards:
-            # A split without tokens has one empty file.
+            # Even a split without tokens has one file, which is empty.
             self._open()
             self._finish()
 
@@ -159,31 +175,42 @@ class ShardWriter:
 
 
 def check_shard(path: Path, dtype: np.dtype, shard: Shard, vocab_size: int, *hashes: Any) -> None:
-    """Reads a token file once, block by block, and gives its bytes to `hashes` too.
+    """Check a token file against its record. The file is read once, in blocks.
 
-    Raises FileError where it cannot be read, or its size, its ids or its sha256 are not what `shard` says of it.
+    Args:
+        path: The file.
+        dtype: Type of its ids.
+        shard: Its record.
+        vocab_size: Size of the vocabulary; all ids must be below it.
+        hashes: Hash objects that the bytes of the file are added to.
+
+    Raises:
+        DamagedFile: Size, ids or hash of the file are wrong.
+        FileError: The file cannot be read.
     """
     size = shard.tokens * dtype.itemsize
     own = hashlib.sha256()
     check_regular(path)
     try:
         if (found := path.stat().st_size) != size:
-            raise DamagedFile(f"{path} has {found} bytes, not {size}: it is damaged")
+            raise DamagedFile(f"{path} is damaged: it has {found} bytes, not {size}; prepare the text again")
         with path.open("rb") as file:
             while block := file.read(IDS_AT_ONCE * dtype.itemsize):
                 largest = int(np.frombuffer(block, dtype).max())
                 if largest >= vocab_size:
-                    raise DamagedFile(f"{path} holds the id {largest}, outside the vocabulary: it is damaged")
+                    raise DamagedFile(
+                        f"{path} is damaged: its id {largest} is outside the vocabulary; prepare the text again"
+                    )
                 for sha256 in (own, *hashes):
                     sha256.update(block)
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
     if own.hexdigest() != shard.sha256:
-        raise DamagedFile(f"{path} is damaged: its content is not what was written; prepare the folder again")
+        raise DamagedFile(f"{path} is damaged: its content differs from its hash; prepare the text again")
 
 
 def map_shards(paths: Sequence[Path], dtype: np.dtype) -> Tokens:
-    """The ids in token files, memory-mapped."""
-    # An empty file cannot be mapped.
+    """Return the ids in token files, memory-mapped."""
+    # The system cannot map an empty file.
     arrays = [np.memmap(path, dtype.newbyteorder("<"), "r").view(np.ndarray) for path in paths if path.stat().st_size]
     return Tokens(arrays, dtype.newbyteorder("<"))

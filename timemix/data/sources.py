@@ -1,4 +1,4 @@
-"""Text from the built-in reference, files, folders, globs, compressed files and named downloads."""
+"""Text sources: the built-in text, files, folders, globs, compressed files and named downloads."""
 
 import contextlib
 import difflib
@@ -16,38 +16,45 @@ from timemix.data.folders import folder_files, glob_files, written_by_timemix
 from timemix.data.readers import CHUNK, chunks, decoded
 from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
-from timemix.storage.files import check_name
+from timemix.storage.files import cannot_read, check_name
 
 logger = logging.getLogger("timemix")
 
 STANDARD_INPUT = Path("standard input")
-"""Stands for it among files, as this object: a file may have this name."""
+"""Standard input in a list of files. Compare it with `is`: a file may have the same name."""
 
 
 @dataclass(frozen=True)
 class SourceText:
-    """A text, where it came from, and the validation text that some downloads bring along."""
+    """A text in memory."""
 
     text: str
     name: str
+    """Name of the source, for messages."""
     files: tuple[str, ...]
+    """Paths of the files."""
     valid: str | None = None
+    """Validation text that some downloads include."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text that is read piece by piece, as often as needed.
-
-    size: bytes to read, of the files as they lie.
-    read: gives the number of a file and a piece of its text, none of them empty, and tells its argument the bytes read
-        so far. A line end that parts two files is the earlier one's. It raises TimemixError as `read_source` does.
-    """
+    """A text that is read in pieces, as often as needed."""
 
     name: str
+    """Name of the source, for messages."""
     files: tuple[str, ...]
+    """Paths of the files."""
     size: int
+    """Number of bytes to read; of compressed files, their compressed size."""
     read: Callable[[Advance], Iterator[tuple[int, str]]]
+    """Iterates over nonempty pieces of text, each with the number of its file.
+
+    The argument is called with the number of bytes read so far. A line end that separates two files belongs to the
+    earlier file. Raises TimemixError as `read_source` does.
+    """
     valid: "Source | None" = None
+    """Validation text that some downloads include."""
 
 
 def read_source(
@@ -58,7 +65,21 @@ def read_source(
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> SourceText:
-    """The text of `open_source`, whole; raises as that and its `read` do."""
+    """Read a whole text into memory.
+
+    Args:
+        source: As for `open_source`, as are the other arguments.
+        encoding: Encoding of the files.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        cache: Folder of the downloads. Default: the cache of the user.
+        progress: Where to show the progress of downloads; True: on standard error.
+
+    Raises:
+        MissingFile: The source does not exist.
+        FileError: A file cannot be read, is damaged or is not text.
+        InvalidValue: The text is empty, looks binary, or is not in `encoding`.
+        Unavailable: A download failed.
+    """
     opened = open_source(source, encoding=encoding, keep_nul=keep_nul, cache=cache, progress=progress)
     valid = None if opened.valid is None else _whole(opened.valid)
     return SourceText(_whole(opened), opened.name, opened.files, valid)
@@ -76,16 +97,26 @@ def open_source(
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
-    """The text of a file, a folder or glob of files, `-` (standard input), `builtin`, or a download of DOWNLOADS.
+    """Open a text source, to be read in pieces.
 
-    A path that exists comes before a name. Files may be compressed (gzip, xz, bzip2); line ends stay as they
-    are; a byte order mark is dropped. The files of a folder come in sorted order, hidden ones left out, with
-    a newline between two. A warning names what else is skipped: binary files, second names of a file, compressed
-    copies beside it, and folders that timemix wrote. `encoding` is that of files, `keep_nul` as for `decoded`;
-    downloads are kept in `cache` (None: the user's).
+    Files may be compressed (gzip, xz, bzip2). Line ends are not changed, and a byte order mark is removed. The files of
+    a folder are read in sorted order, with a newline between two files. Hidden files are skipped. A warning names all
+    other skipped files: binary files, second names of a file, compressed copies beside their text, and folders that
+    timemix wrote.
 
-    Raises MissingFile where there is no such source, and while it is read, where it cannot be read, is empty, looks
-    binary, or is not in `encoding`.
+    Args:
+        source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
+            existing path takes precedence over a name.
+        encoding: Encoding of the files.
+        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        cache: Folder of the downloads. Default: the cache of the user.
+        progress: Where to show the progress of downloads; True: on standard error.
+
+    Raises:
+        MissingFile: The source does not exist. Its `read` raises the errors of the content.
+        FileError: A folder cannot be read, or timemix wrote it.
+        InvalidValue: No text is piped into standard input.
+        Unavailable: A download failed.
     """
     options = (encoding, keep_nul)
     if source == "-":
@@ -93,7 +124,7 @@ def open_source(
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
-            raise FileError(f"{source} is {kind}, which holds tokens rather than a text; name a text")
+            raise FileError(f"{source} is {kind}, which has tokens and no text; name a text file or a folder of texts")
         return _files_source(source, folder_files(Path(source), *options), *options)
     if os.path.exists(source):
         return _files_source(source, [Path(source)], *options)
@@ -108,14 +139,14 @@ def open_source(
 
 @functools.cache
 def _standard_input(stream: TextIO | None) -> bytes:
-    """All of standard input, which can be read only once."""
+    """Return all of standard input, cached, as it can be read only once."""
     if stream is None or stream.isatty():
-        raise InvalidValue("the source '-' is standard input, but no text is piped into it; name a file instead")
+        raise InvalidValue("the source '-' is standard input, but no text is piped into it; pipe a text or name a file")
     return stream.buffer.read()
 
 
 def _builtin() -> Source:
-    """The Python language reference, about 0.47 M characters."""
+    """Return the built-in text: the Python language reference, about 0.47 M characters."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[topic] for topic in sorted(topics))
@@ -137,29 +168,29 @@ def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool)
                 begun, last, newest = True, text[-1], number
             before += size
         if not last:
-            raise InvalidValue(f"{source} is empty; give a text to read")
+            raise InvalidValue(f"{source} is empty; name a source with text")
 
     name = Path(source).name or str(Path(source).resolve())
-    # JSON cannot hold a name that is not UTF-8.
+    # JSON does not support names that are not UTF-8.
     shown = tuple(os.fsencode(path).decode("utf-8", "backslashreplace") for path in files)
     return Source(name, shown, sum(sizes), read)
 
 
 def _bytes_of_pipe(path: Path) -> bytes:
-    """All bytes of a pipe or of standard input, which give them only once."""
+    """Return all bytes of a pipe or of standard input, which can be read only once."""
     if path is STANDARD_INPUT:
         return _standard_input(sys.stdin)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
 
 
 def _no_source(source: str) -> str:
@@ -169,7 +200,7 @@ def _no_source(source: str) -> str:
         near |= {name: str(path.parent / name) for name in os.listdir(path.parent)}
     nearest = difflib.get_close_matches(path.name, near, n=1)
     hint = f"did you mean {near[nearest[0]]}?" if nearest else f"other sources are builtin, {', '.join(DOWNLOADS)}"
-    return f"there is no file, folder or download {source!r}; {hint}"
+    return f"{source!r} is not a file, folder or download; {hint}"
 
 
 def _download_source(name: str, cache: Path | None, progress: ShowProgress) -> Source:
@@ -191,17 +222,26 @@ def _download_source(name: str, cache: Path | None, progress: ShowProgress) -> S
         if not warned and len(distinct) != entry.distinct_characters:
             warned = True
             logger.warning(
-                "%s has %d distinct characters, not the %d it should have: its text differs from the published one",
+                "%s has %d distinct characters, not %d: its text differs from the published one; delete %s to download"
+                " it again",
                 name,
                 len(distinct),
                 entry.distinct_characters,
+                path,
             )
 
     return replace(whole, read=whole.read if entry.distinct_characters is None else read, valid=valid)
 
 
 def _member_source(entry: Download, path: Path, name: str, member: str | None) -> Source:
-    """Text of a member of a zip; None: of the file itself."""
+    """Return a member of a zip as a source.
+
+    Args:
+        entry: The download.
+        path: The downloaded file.
+        name: Name of the source, for messages.
+        member: Name of the text in the zip; None: the file is the text.
+    """
     if member is None:
         size = _size(path)
     else:

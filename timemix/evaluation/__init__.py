@@ -1,1 +1,1 @@
-"""What a trained model gives on a text."""
+"""Evaluation of a trained model on a text: loss, and statistics of its layers."""

@@ -1,4 +1,4 @@
-"""A look inside a trained model: its tables over time, what its projections give, and which of them use token-shift."""
+"""Inspection of a trained model: its time tables, the outputs of its projections, and their use of token-shift."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,34 +27,38 @@ if TYPE_CHECKING:
 
 TABLES = ("f", "alpha", "beta", "gamma")
 HALVES = ("mixer", "ffn")
-# Projections that read the token-shifted input, under the letters of the papers.
+# Projections that read the token-shifted input, with their letters in the papers.
 PROJECTIONS = {"query": "Q", "receptance": "R", "key": "K", "value": "V"}
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """What a projection of a layer gives on a text, and how it uses the shifted channels.
+    """Statistics of a projection on a text: its outputs, and its use of the shifted channels.
 
-    mean, deviation, quantiles: of its outputs, a receptance's after the sigmoid; the quantiles are those of QUANTILES.
-    shifted, unshifted: |weight| times the standard deviation of the input channel that it meets, mean over outputs and
-        over the shifted or the other channels. The fields that end in `_at_start`: of the model before training.
-    share: shifted / (shifted + unshifted), None where both are zero.
-    loss_without_shifted: nats per token when the shifted inputs of this projection alone are zero.
-
-    A layer without shifted channels has None in these.
+    Fields about shifted channels are None in a layer without them. Fields that end in `_at_start` are of the model
+    before training.
     """
 
     layer: int
     half: str
+    """Sublayer: "mixer" (time-mix or attention) or "ffn" (channel-mix or feed-forward)."""
     projection: str
+    """Name of the projection, such as "key"."""
     mean: float
+    """Mean of the outputs; of a receptance, after the sigmoid."""
     deviation: float
+    """Standard deviation of the outputs."""
     quantiles: list[float]
+    """Quantiles of the outputs, at the levels of QUANTILES."""
     loss_without_shifted: float | None = field(default=None, metadata=OPTIONAL)
+    """Loss in nats per token when only the shifted inputs of this projection are set to zero."""
     shifted: float | None
+    """Mean over the shifted channels of |weight| x standard deviation of the input channel, averaged over outputs."""
     unshifted: float | None
+    """The same mean over all other channels."""
     share: float | None
+    """shifted / (shifted + unshifted); None if both are zero."""
     shifted_at_start: float | None
     unshifted_at_start: float | None
     share_at_start: float | None
@@ -62,32 +66,42 @@ class Projection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that can be shown of a model, read off a text.
-
-    loss: nats per token on the text.
-    tables: per layer, each table as numbers, f (heads, ctx_len) by lag or (heads, ctx_len, ctx_len), alpha and beta
-        (heads, ctx_len), gamma (ctx_len).
-    not_shown: what this architecture lacks, each with the reason.
-    """
+    """Tables and statistics of a model, measured on a text."""
 
     run: str
+    """Checkpoint folder."""
     arch: str
+    """Architecture."""
     tokens: int
+    """Number of tokens of the text."""
     loss: float
+    """Loss on the text in nats per token."""
     tables: list[dict[str, Any]]
+    """Tables of each layer, as nested lists.
+
+    f is (heads, ctx_len) by lag or a free matrix (heads, ctx_len, ctx_len). alpha and beta are (heads, ctx_len), and
+    gamma is (ctx_len,).
+    """
     projections: list[Projection]
+    """Statistics of every projection of every layer."""
     not_shown: dict[str, str]
+    """Parts that this architecture lacks, each with the reason in words."""
 
 
 def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
-    """Read everything that can be shown of a model off the text `tokens`.
+    """Measure tables and statistics of a trained model on a text.
 
-    Raises InvalidValue for a text shorter than two tokens.
+    Args:
+        loaded: The model.
+        tokens: Token ids of the text, (tokens,), at least 2. Statistics of projections use the first 2048.
+
+    Raises:
+        InvalidValue: The text has fewer than two tokens.
     """
     if len(tokens) < 2:
-        raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed")
+        raise InvalidValue(f"the text has {len(tokens)} tokens, but at least 2 are needed; give a longer text")
     model = loaded.model
-    # The same draw as at the start of the run.
+    # The same seed gives the initial values of the run.
     torch.manual_seed(loaded.config.train.seed)
     start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
     tables = [{name: table.tolist() for name, table in block.tables().items()} for block in model.blocks]
@@ -96,7 +110,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
         not_shown["tables"] = f"{model.config.arch} has no f, alpha, beta or gamma"
     if not any(block.shifted for block in model.blocks):
         not_shown["token-shift"] = (
-            f"this {model.config.arch} has no token-shift: no channel is taken from earlier tokens"
+            f"this {model.config.arch} has no token-shift: no channel comes from an earlier token"
         )
     return Inspection(
         run=str(loaded.folder),
@@ -110,7 +124,13 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
 
 
 def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.ndarray | Tokens) -> list[Projection]:
-    """Measure every projection in every layer on a text; `start` is the model before training."""
+    """Measure every projection of every layer on a text.
+
+    Args:
+        model: The trained model.
+        start: The same model before training.
+        tokens: Token ids of the text, (tokens,).
+    """
     now, before = _observe(model, tokens), _observe(start, tokens)
     rows = []
     for (layer, half, name), seen in now.items():
@@ -156,11 +176,11 @@ class _Seen:
 
     @property
     def deviation(self) -> Tensor:
-        """Standard deviation of each input channel (C,)."""
+        """Standard deviation of each input channel, (C,)."""
         return torch.cat(self.inputs).std(0, correction=0)
 
     def summary(self, name: str) -> tuple[float, float, list[float]]:
-        """Mean, deviation and quantiles of the outputs."""
+        """Return mean, standard deviation and quantiles of the outputs; of a receptance, after the sigmoid."""
         values = torch.cat(self.outputs)
         values = values.sigmoid() if name == "receptance" else values
         spread = np.quantile(values.numpy(), QUANTILES)
@@ -169,7 +189,7 @@ class _Seen:
 
 @torch.no_grad()
 def _observe(model: LanguageModel, tokens: np.ndarray | Tokens, most: int = 2048) -> dict[tuple[int, str, str], _Seen]:
-    """What every projection meets and gives over at most `most` tokens."""
+    """Record inputs and outputs of every projection over at most `most` tokens; keys are layer, sublayer and name."""
     seen: dict[tuple[int, str, str], _Seen] = {}
     hooks = []
     for layer, block in enumerate(model.blocks):
@@ -196,7 +216,13 @@ def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]
 
 
 def _use(linear: nn.Linear, deviation: Tensor, shifted: int) -> tuple[float, float] | None:
-    """|weight| x deviation of the channel, mean over the shifted channels and over the others; None without shift."""
+    """Return the mean of |weight| x deviation over the shifted and over the other input channels; None without shift.
+
+    Args:
+        linear: The projection.
+        deviation: Standard deviation of each input channel, (C,).
+        shifted: Number of shifted channels, which come first.
+    """
     if shifted == 0:
         return None
     strength = linear.weight.detach().abs().float().cpu().mean(0) * deviation
@@ -206,7 +232,7 @@ def _use(linear: nn.Linear, deviation: Tensor, shifted: int) -> tuple[float, flo
 
 @contextmanager
 def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
-    """The first `shifted` input channels of a linear map are zero during the block."""
+    """Set the first `shifted` input channels of a linear layer to zero during the `with` block."""
 
     def zero(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         x = inputs[0].clone()
@@ -222,8 +248,19 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
 
 
 def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
-    """Pictures of an `inspect_run` report in the folder `out`: tables.png, projections.png, shift.png, as far as the
-    architecture has what they show. Returns their paths. Raises TimemixError where one cannot be written."""
+    """Draw tables.png, projections.png and shift.png, as far as the architecture has tables and token-shift.
+
+    Args:
+        report: Report of `inspect_run`.
+        config: Config of the model.
+        out: Folder of the pictures.
+
+    Returns:
+        Paths of the pictures.
+
+    Raises:
+        CannotWrite: A picture cannot be written.
+    """
     pictures = []
     for name, shown, drawing in (
         ("tables.png", "tables" not in report.not_shown, _draw_tables),
@@ -237,7 +274,7 @@ def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
 
 
 def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """A row per layer: f by lag, alpha by source, beta by target, gamma by target; a line per head."""
+    """Draw f by lag, alpha by source, beta and gamma by target position: a row per layer, a line per head."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -250,7 +287,7 @@ def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
         for axes, name in zip(grid[layer], names, strict=True):
             table = np.array(tables[name])
             if table.ndim == 3:
-                # A free W is drawn as the matrix of its first head.
+                # Of a free W, only the matrix of the first head is drawn.
                 reach = np.abs(np.tril(table[0])).max()
                 axes.imshow(np.tril(table[0]), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
                 axes.set_xlabel("source position", fontsize=8)
@@ -272,7 +309,7 @@ def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
 
 
 def _draw_projections(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """Of every projection and layer the median, the middle half and the middle 98 % of what it gives."""
+    """Draw median, middle 50 % and middle 98 % of the outputs of every projection in every layer."""
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys((row.half, row.projection) for row in report.projections))
@@ -299,7 +336,7 @@ def _draw_projections(report: Inspection, config: ModelConfig, out: Path) -> Non
 
 
 def _draw_shift(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """Share of the shifted channels in what each projection reads, and the loss added when they are zeroed."""
+    """Draw the share of the shifted channels in each projection, and the loss added when they are set to zero."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 5.2), dpi=130, layout="constrained")
@@ -324,8 +361,8 @@ def _draw_shift(report: Inspection, config: ModelConfig, out: Path) -> None:
         for axes in (top, bottom):
             axes.set_xticks(range(config.layers))
             _plain(axes)
-    grid[0][0].set_ylabel("share of the shifted channels\n(black: at the start)", fontsize=9)
-    grid[1][0].set_ylabel("nats per token added\nwithout them", fontsize=9)
+    grid[0][0].set_ylabel("share of the shifted channels\n(black: before training)", fontsize=9)
+    grid[1][0].set_ylabel("loss added without them\n(nats per token)", fontsize=9)
     save_picture(figure, out)
 
 

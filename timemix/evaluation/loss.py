@@ -1,4 +1,4 @@
-"""Loss of a model on a text: every token predicted once."""
+"""Loss of a model on a text, with every token predicted once."""
 
 import itertools
 import math
@@ -26,10 +26,19 @@ from timemix.tokenizers.base import Tokenizer
 def windows(
     tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Batches (inputs, targets, scored): the last `scored` targets of each row count.
+    """Cut a text into windows, in batches, so that every token but the first counts as a target exactly once.
 
-    stride None: windows side by side. Else each window begins `stride` tokens after the one before and only
-    its targets that no earlier window had count, so that they see at least ctx_len - stride tokens.
+    With a stride, each window begins `stride` tokens after the window before. Only its targets that no earlier window
+    had are counted, and they see at least ctx_len - stride tokens.
+
+    Args:
+        tokens: Token ids, (tokens,).
+        ctx_len: Number of tokens in a window.
+        batch_size: Largest number of windows in a batch.
+        stride: Tokens between the starts of windows; None: adjacent windows.
+
+    Yields:
+        Inputs and targets, each (batch, T) int64, and `scored`: the last `scored` targets of each row count.
     """
     if stride is None or stride >= ctx_len:
         for inputs, targets in validation_windows(tokens, ctx_len, batch_size):
@@ -49,7 +58,13 @@ def windows(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of targets (B, T) under logits (B, T, V), in at least float32."""
+    """Return the cross-entropy in nats, computed in at least float32.
+
+    Args:
+        logits: (B, T, V).
+        targets: Token ids, (B, T) int64.
+        reduction: "mean", "sum" or "none", which returns (B * T,).
+    """
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction=reduction)
 
@@ -64,11 +79,18 @@ def loss_per_token(
     tokens_per_batch: int = 8192,
     world: World = ALONE,
 ) -> float:
-    """Mean loss in nats over all tokens but the first, each predicted once.
+    """Return the mean loss in nats over all tokens of a text but the first, each predicted once.
 
-    Windows of ctx_len side by side, or overlapping by `stride` (see `windows`). `precision` as in the config. The
-    processes of a `world` take turns at the batches; each gets the loss of the whole.
-    Raises InvalidValue for a stride below 1.
+    Args:
+        model: The model.
+        tokens: Token ids, (tokens,), at least 2.
+        precision: Precision of matrix products: "float32", "bfloat16" or "float64".
+        stride: Tokens between the starts of windows of ctx_len, at least 1; None: adjacent windows.
+        tokens_per_batch: Number of tokens in a batch.
+        world: Processes that share the batches. All must call, and each gets the loss of the whole text.
+
+    Raises:
+        InvalidValue: `stride` is below 1.
     """
     if stride is not None and stride < 1:
         raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
@@ -77,7 +99,7 @@ def loss_per_token(
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
     with evaluating(model):
         while turns := list(itertools.islice(batches, world.size)):
-            # Where the batches end unevenly one is computed twice: all processes must call a model that is cut up.
+            # All processes must call a sharded model. In the last turn, processes without a batch repeat another one.
             inputs, targets, scored = turns[world.rank % len(turns)]
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
@@ -97,15 +119,29 @@ def loss_by_position(
     precision: str = "float32",
     tokens_per_batch: int = 8192,
 ) -> np.ndarray:
-    """Mean loss in nats (length,) at each position of windows of `contexts` times ctx_len, side by side.
+    """Return the mean loss in nats at each position of adjacent windows.
 
-    A shorter rest is left out. Where the model's context ends within a window it is read as generation goes on: the
-    newest half of the context again at position 0, as often as its end is reached.
-    Raises InvalidValue for a text shorter than a window and its next token.
+    Whenever a bounded context ends within a window, the newest half of it is read again from position 0, as in
+    generation.
+
+    Args:
+        model: The model.
+        tokens: Token ids, (tokens,). A last part that is shorter than a window is ignored.
+        contexts: Length of a window in units of ctx_len.
+        precision: Precision of matrix products: "float32", "bfloat16" or "float64".
+        tokens_per_batch: Number of tokens in a batch.
+
+    Returns:
+        Losses, (contexts * ctx_len,).
+
+    Raises:
+        InvalidValue: The text is shorter than a window and its next token.
     """
     length = contexts * model.config.ctx_len
     if len(tokens) < length + 1:
-        raise InvalidValue(f"the text has {len(tokens)} tokens; a window of {length} needs {length + 1}")
+        raise InvalidValue(
+            f"the text has {len(tokens)} tokens, but a window of {length} needs {length + 1}; give a longer text"
+        )
     total = np.zeros(length)
     rows = 0
     with evaluating(model):
@@ -126,7 +162,7 @@ def loss_by_position(
 
 @dataclass(frozen=True)
 class TextSize:
-    """Counts of a text; `unknown`: characters or words outside the vocabulary."""
+    """Counts of a text: characters, bytes in UTF-8, and characters or words outside the vocabulary."""
 
     characters: int
     bytes: int
@@ -135,22 +171,23 @@ class TextSize:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss of a text in three units, and what was counted.
-
-    tokens, characters, bytes: of the whole text. unknown: characters or words outside the vocabulary.
-    predicted_characters, predicted_bytes: of the text that the loss is over and the two units divide by: without the
-        first token and what was left out.
-    """
+    """Loss of a text in three units, and the counts behind them."""
 
     nats_per_token: float
     bits_per_character: float
     bits_per_byte: float
     tokens: int
+    """Number of tokens of the text."""
     characters: int
+    """Number of characters of the text."""
     bytes: int
+    """Number of bytes of the text in UTF-8."""
     unknown: int
+    """Number of characters or words outside the vocabulary."""
     predicted_characters: int
+    """Characters that the loss is divided by: without the first token and without skipped characters."""
     predicted_bytes: int
+    """Bytes that the loss is divided by: without the first token and without skipped characters."""
 
 
 def evaluate(
@@ -159,13 +196,13 @@ def evaluate(
     """Measure the loss of a trained model on a text.
 
     Args:
-        run: Run folder, checkpoint folder, or what `load` returned.
-        text: Text of at least two tokens; None: the text that the run held out.
-        precision: Of matrix products: "float32" or "bfloat16".
-        stride: Tokens by which windows of ctx_len move, at least 1; None: windows side by side.
+        run: Run folder, checkpoint folder, or a model from `load`.
+        text: Text of at least two tokens. Default: the held-out text of the run.
+        precision: Precision of matrix products: "float32" or "bfloat16".
+        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
 
     Returns:
-        The loss in nats per token, bits per character and bits per byte (UTF-8), and what was counted.
+        The loss in nats per token, bits per character and bits per byte (UTF-8), with the counts.
 
     Raises:
         InvalidValue: The text has fewer than two tokens, `stride` is below 1, or `precision` is unknown.
@@ -184,11 +221,20 @@ def evaluate(
 def evaluate_text(
     model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
 ) -> Evaluation:
-    """Loss of a text in nats per token, bits per character and bits per byte (UTF-8).
+    """Measure the loss of a model on a text.
 
-    Characters (or words) outside the vocabulary become <unk>, or are left out where the vocabulary has none; their
-    number is reported. What is not predicted, the first token and what was left out, counts in no denominator.
-    Raises TimemixError when fewer than two tokens are left.
+    Characters or words outside the vocabulary become <unk>. If the vocabulary has no <unk>, they are skipped. The units
+    per character and per byte count neither skipped characters nor the first token, which is not predicted.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        text: The text.
+        precision: Precision of matrix products: "float32" or "bfloat16".
+        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
+
+    Raises:
+        InvalidValue: Fewer than two tokens are left, or `stride` is below 1.
     """
     tokens, unknown = tokenizer.encode_counted(text)
     left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
@@ -204,11 +250,21 @@ def evaluate_text(
 def evaluate_held_out(
     model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
 ) -> Evaluation:
-    """The same for the validation tokens of a prepared folder, whose data.json has the size of their text."""
+    """Measure the loss of a model on the validation tokens of a prepared folder.
+
+    Args:
+        model: The model.
+        corpus: The prepared folder.
+        precision: Precision of matrix products: "float32" or "bfloat16".
+        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
+
+    Raises:
+        InvalidValue: Fewer than two tokens are held out, or `stride` is below 1.
+    """
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     read = whole.characters, whole.bytes
-    # Folders made before hold no size of the first token: there <unk> counts as one character of one byte.
+    # Folders of earlier versions lack the size of the first token. There <unk> counts as one character of one byte.
     first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
     return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
 
@@ -223,9 +279,19 @@ def _in_units(
     precision: str,
     stride: int | None,
 ) -> Evaluation:
-    """Loss of the tokens of a text; they stand for `read` characters and bytes of it, the first one for `first`."""
+    """Measure the loss on the tokens of a text.
+
+    Args:
+        model: The model.
+        tokens: Token ids, (tokens,).
+        whole: Counts of the text.
+        read: Characters and bytes that the tokens encode.
+        first: Characters and bytes of the first token.
+        precision: Precision of matrix products.
+        stride: Tokens between the starts of windows.
+    """
     if len(tokens) < 2:
-        raise InvalidValue(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
+        raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride)
     bits = nats * (len(tokens) - 1) / math.log(2)
     characters, bytes_ = (max(size - own, 1) for size, own in zip(read, first, strict=True))

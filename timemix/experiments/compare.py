@@ -1,11 +1,11 @@
-"""Comparisons: variants trained on the same batches, each at its best learning rate, and what they reached.
+"""Comparisons: variants trained on the same batches, each at its best learning rate, and their results.
 
 OUT/experiment.json       the experiment and the hash of its text
-OUT/data/N, N-tuning      tokens; the second holds out the end of the training text
+OUT/data/N, N-tuning      tokens; for tuning, the end of the training text is held out
 OUT/variants/NAME/        tuning-N and seed-N: run folders, each with a result.json when it has ended
 OUT/table.json, table.md, loss.png, report.html
 
-Work is claimed by lock files, so any number of processes may run one comparison, and any of them may be killed.
+Lock files assign the runs to processes. Any number of processes may run one comparison, and any of them may be killed.
 """
 
 import itertools
@@ -50,12 +50,22 @@ BEGINNING_TOKENS = 24
 
 
 class Comparison:
-    """The folder of a comparison and what is left to do in it.
+    """A comparison in its folder, with its finished and its unfinished jobs.
 
-    `prompts`: those of the experiment, or the beginning of the held-out text.
+    Args:
+        experiment: The experiment.
+        out: Folder of the comparison. It is created, or continued if it has the same experiment.
+        reuse: Folder of other comparisons, whose equal runs are copied instead of trained.
+        device: PyTorch device.
 
-    Raises TimemixError for what no run could mend: the folder holds something else, the text changed since it was
-    begun or is too short, the vocabulary lacks a character of a prompt, the device is not there.
+    Attributes:
+        prompts: Prompts of the samples: those of the experiment, or the beginning of the held-out text.
+
+    Raises:
+        FileError: The folder has other content or another experiment, or the text has changed since it was created.
+        InvalidValue: The text is too short, or a vocabulary lacks a character of a prompt.
+        MissingFile: The text or `reuse` does not exist.
+        Unavailable: The machine lacks the device.
     """
 
     def __init__(self, experiment: Experiment, out: Path, *, reuse: Path | None = None, device: str = "auto") -> None:
@@ -66,7 +76,7 @@ class Comparison:
         self._points = {v.name: experiment.points_of(v) for v in experiment.variants}
         choose_device(device)
         if reuse is not None and not reuse.is_dir():
-            raise MissingFile(f"there is no folder {reuse} to reuse runs of")
+            raise MissingFile(f"there is no folder {reuse} to reuse runs from; name a folder of comparisons")
         with claimed(out / ".data.lock", wait=True):
             self._check_folder()
             self._corpora = {data: self._corpus(i, data) for i, data in enumerate(self._data_configs())}
@@ -85,13 +95,16 @@ class Comparison:
         Batches(corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=0, order=config.data.order)
         least = ctx_len + 1 if self.experiment.by_position else 2
         if len(corpus.valid) < least:
-            raise InvalidValue(f"the held-out text has {len(corpus.valid)} tokens; {variant.name!r} needs {least}")
+            raise InvalidValue(
+                f"the held-out text has {len(corpus.valid)} tokens, but variant {variant.name!r} needs {least};"
+                " use more text, or a larger data.valid_fraction"
+            )
 
     def _data_configs(self) -> list[DataConfig]:
         return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
 
     def _data_config(self, variant: Variant) -> DataConfig:
-        """What decides the tokens of a variant; the order of its batches does not."""
+        """Return the settings that determine the tokens of a variant; the order of its batches is not among them."""
         config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
         return replace(config.data, order="random")
 
@@ -101,18 +114,20 @@ class Comparison:
         ours = json.loads(json.dumps({"experiment": asdict(self.experiment), "texts": texts}))
         if not path.exists():
             if any(not p.name.startswith(".") for p in self.out.iterdir()):
-                raise FileError(f"{self.out} is no comparison's folder and not empty; choose another folder")
+                raise FileError(f"{self.out} is not the folder of a comparison, and not empty; choose another folder")
             write_text(path, json.dumps(ours, indent=1))
             return
         theirs = read_json(path)
-        # Words and verdicts may be mended later; what a run is may not.
+        # Titles, labels and verdicts may change later. Settings of the runs may not.
         if other := difference(theirs.get("experiment"), ours["experiment"]):
-            raise FileError(f"{self.out} holds another experiment (different: {other}); choose another folder")
+            raise FileError(f"{self.out} has another experiment (different: {other}); choose another folder")
         if theirs.get("texts") != texts:
-            raise FileError(f"the text changed since {self.out} was begun: its hash differs; choose another folder")
+            raise FileError(
+                f"the text has changed since {self.out} was created: its hash differs; choose another folder"
+            )
 
     def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
-        """Prepared folder and tokens, for the seeds (False) and, where there is a grid, for tuning (True)."""
+        """Return prepared folder and tokens for the seeds (key False), and for tuning (key True) if there is a grid."""
         source = Path(config.source)
         if is_corpus(source):
             whole, corpus = source.resolve(), open_corpus(source)
@@ -128,19 +143,20 @@ class Comparison:
         return found
 
     def corpus(self, variant: Variant, tuning: bool = False) -> Corpus:
-        """Tokens of a variant."""
+        """Return the tokens of a variant, for its seeds or for tuning."""
         return self._corpora[self._data_config(variant)][tuning][1]
 
     def same_text(self, variant: Variant) -> bool:
-        """Whether a variant's losses are per the same tokens of the same held-out text as the first variant's."""
+        """Return whether a variant has the tokenizer and the held-out text of the first variant."""
         a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
         return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
 
     def folder(self, job: Job) -> Path:
+        """Return the run folder of a job."""
         return self.out / "variants" / job.variant.name / f"{'tuning' if job.tuning else 'seed'}-{job.number}"
 
     def config(self, job: Job) -> RunConfig:
-        """The run of a job, its tokens in a prepared folder."""
+        """Return the config of a job's run, with the prepared folder as source."""
         seed = TUNING_SEED if job.tuning else job.number
         steps = self._step_counts[job.variant.name]
         config = self.experiment.config(job.variant, self.point(job), seed, steps)
@@ -148,33 +164,39 @@ class Comparison:
         return on_corpus(config, source, corpus, self.device)
 
     def point(self, job: Job) -> dict[str, Any]:
-        """Tuning point of a job; empty where every tuning run failed."""
+        """Return the tuning point of a job; empty if every tuning run failed."""
         return self._points[job.variant.name][job.number] if job.tuning else self.best_point(job.variant) or {}
 
     def tuning_jobs(self, variant: Variant) -> list[Job]:
+        """Return the tuning jobs of a variant: one per tuning point, none if there is a single point."""
         points = self._points[variant.name]
         return [Job(variant, number, True) for number in points] if len(points) > 1 else []
 
     def seed_jobs(self, variant: Variant) -> list[Job]:
+        """Return the jobs of a variant at its best tuning point, one per seed."""
         return [Job(variant, seed, False) for seed in self.experiment.seeds]
 
     def result(self, job: Job) -> Result | Failure | None:
-        """What a job reached, None where it has not ended."""
+        """Return the result or the failure of a job, None if it has not ended.
+
+        Raises:
+            DamagedFile: result.json is damaged.
+        """
         path = self.folder(job) / "result.json"
         if not path.exists():
             return None
         try:
             return read_result(read_json(path))
         except Misfit:
-            raise DamagedFile(f"{path} is damaged: remove it to run {job.name} again") from None
+            raise DamagedFile(f"{path} is damaged; remove it to run {job.name} again") from None
 
     def good_result(self, job: Job) -> Result | None:
-        """What a job reached, None where it failed or has not ended."""
+        """Return the result of a job, None if it failed or has not ended."""
         result = self.result(job)
         return result if isinstance(result, Result) else None
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
-        """The tuning point of the lowest held-out loss, None where tuning is not complete or every run failed."""
+        """Return the tuning point of the lowest held-out loss, None if tuning is incomplete or every run failed."""
         jobs = self.tuning_jobs(variant)
         if not jobs:
             return self._points[variant.name][0]
@@ -185,10 +207,17 @@ class Comparison:
         return self.point(jobs[int(np.argmin(losses))]) if min(losses) < math.inf else None
 
     def run(self, watching: Callable[[Job, RunConfig], Any], say: Say) -> None:
-        """Runs what no other process runs, until every job has ended, here or elsewhere.
+        """Run jobs until all have ended, in this process or in others.
 
-        A run that fails is noted in its result.json, and tried again by the next call unless its loss diverged, which
-        it would again. Raises Interrupted on Ctrl-C or SIGTERM; the next call resumes there.
+        A failed run is recorded in its result.json. The next call tries it again, unless its loss diverged, which would
+        happen again.
+
+        Args:
+            watching: Called with job and config; returns a context manager that yields the `watch` of the run.
+            say: Called with a line for each job that has ended.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM arrived. The next call resumes the run.
         """
         jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
         jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]
@@ -200,7 +229,7 @@ class Comparison:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))
 
     def _ended(self, job: Job) -> bool:
-        """Whether nothing is left to do: done as its config is now, diverged, or failed in this call."""
+        """Return whether a job has ended: with a result of its config, by divergence, or by a failure in this call."""
         if self.folder(job) not in self._known_to_have_ended:
             result = self.result(job)
             if result is None:
@@ -208,7 +237,7 @@ class Comparison:
             if isinstance(result, Failure):
                 ended = bool(result.diverged) or result.call == self._call
             else:
-                # Tuning that was mended later may have chosen another point.
+                # A tuning run that failed and later succeeded may have changed the best point.
                 ended = job.tuning or (result.key in self._keys(job) and self._whole(result, job))
             if not ended:
                 return False
@@ -216,15 +245,15 @@ class Comparison:
         return True
 
     def _whole(self, result: Result, job: Job) -> bool:
-        """Whether a result holds all that the experiment asks for."""
+        """Return whether a result has all measurements of the experiment."""
         return job.tuning or not self.experiment.by_position or result.by_position is not None
 
     def _keys(self, job: Job) -> list[str]:
-        """What identifies the run of a job, in this version and in those before."""
+        """Return the keys that identify the run of a job, in this version and in earlier ones."""
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
-        """Runs a job unless another process does or did; whether it ran."""
+        """Run a job unless another process runs it or it has ended; return whether it ran."""
         folder = self.folder(job)
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):
@@ -243,14 +272,14 @@ class Comparison:
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             else:
-                # Written by an older model.
+                # The samples of an earlier model are outdated.
                 folder.with_name("samples.json").unlink(missing_ok=True)
         ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
         if isinstance(result, Failure):
-            told = f"failed: {result.error}"
+            outcome = f"failed: {result.error}"
         else:
-            told = f"held-out loss {result.valid_loss:.4f}"
-        say(f"{job.name}: {told} ({ended} of {of})")
+            outcome = f"held-out loss {result.valid_loss:.4f}"
+        say(f"{job.name}: {outcome} ({ended} of {of})")
         return True
 
     def _run(self, job: Job, watching: Callable[[Job, RunConfig], Any]) -> Result:
@@ -263,7 +292,7 @@ class Comparison:
         if (same := self._same_run(keys, job)) is not None:
             copied, result = same
             shutil.rmtree(folder, ignore_errors=True)
-            # Its result last, written by the caller: a copy cut short has not ended.
+            # The caller writes result.json last, so an incomplete copy has not ended.
             shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("result.json"))
             return replace(result, taken_from=str(copied))
         trainer = begin_or_resume(config, folder)
@@ -274,7 +303,7 @@ class Comparison:
         trainer.run(watch)
         rows = read_metrics(trainer.out)
         losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
-        # `Comparison` refuses a text of which nothing is held out.
+        # `Comparison` rejects a text without held-out tokens.
         assert trainer.valid_loss is not None
         result = Result(
             steps=trainer.step,
@@ -292,7 +321,11 @@ class Comparison:
         return result
 
     def _same_run(self, keys: list[str], job: Job) -> tuple[Path, Result] | None:
-        """Folder and result of a finished run of another comparison under `reuse` with the same config and tokens."""
+        """Find a finished run with the same config and tokens in another comparison in `reuse`.
+
+        Returns:
+            Its folder and result, None if there is none.
+        """
         if self._reuse is None:
             return None
         for path in sorted(self._reuse.glob("*/variants/*/*/result.json")):
@@ -307,7 +340,7 @@ class Comparison:
         return None
 
     def _count_steps(self, variant: Variant) -> int | None:
-        """Steps that fit into a budget of seconds, measured before any training; None for a budget of tokens."""
+        """Return the steps that fit into a budget of seconds, measured before training; None for a budget of tokens."""
         seconds = self.experiment.seconds
         if seconds is None:
             return None
@@ -315,7 +348,7 @@ class Comparison:
         if not path.exists():
             measured = self._measured(variant, steps=20)
             if isinstance(measured, StepFailure):
-                raise TimemixError(f"a step of variant {variant.name!r} failed: {measured.error}")
+                raise TimemixError(f"a training step of variant {variant.name!r} failed: {measured.error}")
             budget = Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
             write_text(path, json.dumps(to_json(budget)))
         return measured_before(path, Budget).steps
@@ -328,7 +361,7 @@ class Comparison:
         return measure_training(replace(config, model=model, train=train), steps=steps)
 
     def memory(self, variant: Variant) -> float | None:
-        """Peak memory in bytes of a training step of a variant, measured once; None where it could not be."""
+        """Return the peak memory of a training step of a variant in bytes, measured once; None if unavailable."""
         path = self.out / "variants" / variant.name / "memory.json"
         if not path.exists():
             measured = self._measured(variant, steps=1)
@@ -338,7 +371,12 @@ class Comparison:
         return measured_before(path, StepMemory).peak_memory
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
-        """What the first seed's model writes after each prompt."""
+        """Return a text by prompt, generated by the model of the first seed; empty if that run has no result.
+
+        Args:
+            variant: The variant.
+            tokens: Number of generated tokens.
+        """
         from timemix.generation.generate import generate
 
         job = self.seed_jobs(variant)[0]
@@ -355,16 +393,29 @@ class Comparison:
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
-    """A run's config on a prepared folder, as `new_run` resolves it: that decides what `data` says of the text."""
+    """Return a run's config with a prepared folder as source, resolved as by `new_run`.
+
+    Args:
+        config: Config of the run.
+        source: The prepared folder.
+        corpus: Its tokens.
+        device: PyTorch device.
+    """
     data = DataConfig(source=str(source), order=config.data.order)
     return resolved(replace(config, data=data, train=replace(config.train, device=device)), corpus)
 
 
 def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
-    """The run of a config in a folder: as its newest checkpoint left it, or from its start.
+    """Return a trainer for a run: at its newest checkpoint if the folder has the same config, otherwise at its start.
 
-    A folder without a config, as a process leaves it that is killed while making one, or with another one, is begun
-    anew. Device and place of the tokens are those of `config`. Raises TimemixError as `new_run` and `resume_run` do.
+    A folder with another config is replaced. So is a folder without a config, which a killed process may leave.
+
+    Args:
+        config: Config of the run. Only its device and the path of its tokens may differ from those in the folder.
+        folder: The run folder.
+
+    Raises:
+        TimemixError: The run cannot be created or resumed, as by `new_run` and `resume_run`.
     """
     path = folder / "config.toml"
     if path.exists():
@@ -378,17 +429,19 @@ def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
 
 
 def _call_name() -> str:
-    """A name that the processes of one call share: torchrun's, else one of its own."""
+    """Return a name that all processes of one call share: from torchrun, or a random one for a single process."""
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         return f"{run} {os.getppid()}"
     return uuid.uuid4().hex
 
 
 def _beginning(corpora: list[Corpus]) -> str:
-    """A prompt that every vocabulary has: the beginning of the first held-out text, cut where one lacks a character."""
+    """Return the beginning of the first held-out text, up to the first character that a vocabulary lacks."""
     first = corpora[0]
     text = first.tokenizer.decode(first.valid[:BEGINNING_TOKENS])
     for end in range(len(text), 0, -1):
         if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
             return text[:end]
-    raise InvalidValue("the held-out text begins with no prompt that every variant can read; give prompts")
+    raise InvalidValue(
+        "prompts is missing, and the held-out text begins with a character that a vocabulary lacks; give prompts"
+    )

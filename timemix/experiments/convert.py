@@ -1,4 +1,4 @@
-"""A trained model as a recurrent network: its run folder, losses by range of positions, a fine-tune to regain them."""
+"""Conversion of a trained model to a recurrent network: new run folder, losses by range of positions, fine-tuning."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,40 +32,43 @@ if TYPE_CHECKING:
 
 
 class Fitted(Protocol):
-    """A curve over lags and its fit, as the module that converts gives it."""
+    """A curve over lags and its fit, from the module that converts an architecture."""
 
     layer: int
     head: int
     error: float
+    """Relative error of the fit."""
     f: list[float]
+    """The curve by lag."""
     fit: list[float]
+    """The fit by lag."""
 
 
 Watching = Callable[[int, int], AbstractContextManager[Watch]]
-"""From first step and steps of a run to what gives its watch."""
+"""Called with the first step and the number of steps of a run; returns a context manager that yields its `watch`."""
 
 RANGES = ((0, 1), (1, 4), (4, 8), (8, 16))
 """Ranges of positions whose mean loss is reported, in units of ctx_len."""
 
 CONTEXTS = 4
-"""Length of the fine-tune's windows, in units of ctx_len."""
+"""Length of the windows in fine-tuning, in units of ctx_len."""
 
 MOST_TOKENS = 2**18
-"""Tokens of the held-out text that are measured, at most: its first."""
+"""Largest number of held-out tokens that the losses are measured on, from the beginning of the text."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is made of a run.
+    """Settings of a conversion.
 
     Args:
-        exponentials: K, their number for each curve.
-        out: New run folder.
-        taps: First lags that keep their exact values.
-        finetune: Optimizer steps afterwards, 0 for none.
-        lr: Learning rate of the fine-tune; it decays to 0.
-        data: Source of the text, None for that of the run.
-        device: Device of the fine-tune.
+        exponentials: Number K of exponentials per curve.
+        out: Run folder to create.
+        taps: Number of first lags that keep their exact values.
+        finetune: Number of optimizer steps of fine-tuning; 0: none.
+        lr: Initial learning rate of fine-tuning; it decays to 0.
+        data: Source of the text. Default: that of the run.
+        device: PyTorch device of fine-tuning.
     """
 
     exponentials: int
@@ -79,7 +82,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class CurveError:
-    """What the fit of a curve leaves, as `FittedCurve.error`."""
+    """Error of the fit of a curve, as `FittedCurve.error`."""
 
     layer: int
     head: int
@@ -88,17 +91,17 @@ class CurveError:
 
 @dataclass(frozen=True)
 class Converted:
-    """A conversion that was made, as convert.json holds it. Losses are in nats per token, by range of positions.
+    """Result of a conversion: the content of convert.json. Losses are in nats per token, by range of positions.
 
     Args:
-        run: Checkpoint that was converted.
-        exponentials: As in the conversion.
-        taps: As in the conversion.
+        run: Converted checkpoint.
+        exponentials: Number of exponentials per curve.
+        taps: Number of first lags that keep their exact values.
         out: New run folder.
-        fits: What the fit of each curve leaves.
-        original: Losses of the original.
-        before: Losses of the new model before the fine-tune.
-        after: Losses after the fine-tune, None without one.
+        fits: Error of the fit of each curve.
+        original: Losses of the original model.
+        before: Losses of the new model before fine-tuning.
+        after: Losses after fine-tuning, None without fine-tuning.
     """
 
     run: str
@@ -112,23 +115,38 @@ class Converted:
 
 
 def check_conversion(conversion: Conversion, model: ModelConfig) -> None:
-    """Raises InvalidValue for a model that cannot be converted so."""
+    """Check that a model can be converted with these settings.
+
+    Raises:
+        InvalidValue: It cannot.
+    """
     _recurrent_part(model).exponential_config(model, conversion.exponentials, conversion.taps)
 
 
 def _recurrent_part(model: ModelConfig) -> Any:
-    """Return the module that converts models of this architecture. Raises InvalidValue where there is none."""
+    """Return the module that converts models of this architecture; raise InvalidValue if there is none."""
     part = find_architecture(model.arch).recurrent
     if part is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.recurrent is not None)
-        raise InvalidValue(f"only {able} can take a constant state; this is a run of {model.arch}")
+        raise InvalidValue(f"a run of {model.arch} cannot get a constant state; use a run of {able}")
     return load_part(part)
 
 
 def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> Converted:
-    """Make the run folder of a conversion.
+    """Convert a trained model to a recurrent network, and fine-tune it in a new run folder.
 
-    `watching` shows the progress of the fine-tune. Raises InvalidValue for a run that cannot be converted.
+    Args:
+        conversion: Settings of the conversion.
+        loaded: The trained model.
+        watching: Returns a context manager that yields the `watch` of fine-tuning.
+
+    Returns:
+        Errors of the fits, and losses before and after.
+
+    Raises:
+        InvalidValue: The model cannot be converted.
+        AlreadyExists: `conversion.out` exists.
+        TimemixError: Fine-tuning failed, as by `Trainer.run`.
     """
     out = conversion.out
     recurrent = _recurrent_part(loaded.config.model)
@@ -154,7 +172,7 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
         _finetune(trainer, watching)
         made = replace(made, after=losses_by_range(trainer.model, tokens))
     else:
-        # Once more, with its loss, by which the best checkpoint is chosen.
+        # Saves the checkpoint again with its validation loss, which selects the best checkpoint.
         trainer.validate()
         trainer.save()
     write_text(out / "convert.json", json.dumps(to_json(made), indent=1))
@@ -162,9 +180,9 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
 
 
 def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
-    """Of the new run: the model, the text of the old one where no other is named, and the fine-tune's training."""
+    """Return the config of the new run: the converted model, the text, and the settings of fine-tuning."""
     config, own = converted.config, converted.folder.parent.parent / "data"
-    # What the run was made with lies there already.
+    # The tokens of the old run are already prepared there.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
     steps = conversion.finetune or 300
     train = replace(
@@ -195,9 +213,17 @@ def _finetune(trainer: Trainer, watching: Watching) -> None:
 
 
 def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[str, float]:
-    """Mean loss in nats per token at each of RANGES, as far as the text is long enough; an rwkv1 re-anchored.
+    """Return the mean loss in nats per token in each range of RANGES, as far as the text is long enough.
 
-    Over windows of 16 ctx_len, or of what the text gives.
+    The windows have 16 ctx_len tokens, or as many whole ctx_len as the text has. A model with bounded context re-reads
+    its newest half, as in generation.
+
+    Args:
+        model: The model.
+        tokens: Token ids, (tokens,).
+
+    Returns:
+        Losses by range, such as "1-4", in units of ctx_len.
     """
     ctx_len = model.config.ctx_len
     contexts = min(RANGES[-1][1], (len(tokens) - 1) // ctx_len)
@@ -208,7 +234,7 @@ def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[s
 
 
 def _draw(fits: Sequence[Fitted], out: Path, most: int = 8) -> None:
-    """A row per layer, a column per head: the curve and its fit. Of many layers or heads the first `most`."""
+    """Draw each curve and its fit: a row per layer, a column per head, at most `most` of each."""
     from matplotlib.figure import Figure
 
     layers, heads = (min(most, 1 + max(getattr(fit, name) for fit in fits)) for name in ("layer", "head"))
@@ -220,7 +246,7 @@ def _draw(fits: Sequence[Fitted], out: Path, most: int = 8) -> None:
         axes: Axes = grid[fit.layer][fit.head]
         axes.plot(fit.f, color="0.6", linewidth=1, label="f")
         axes.plot(fit.fit, color="#D55E00", linewidth=1.3, label="fit")
-        axes.set_title(f"layer {fit.layer}, head {fit.head}: {fit.error:.0%} left", fontsize=7)
+        axes.set_title(f"layer {fit.layer}, head {fit.head}: error {fit.error:.0%}", fontsize=7)
         axes.tick_params(labelsize=6)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:

@@ -1,4 +1,4 @@
-"""What makes two runs of comparisons the same, and two experiments different."""
+"""Identity of runs and experiments: keys of equal runs, and the fields in which two experiments differ."""
 
 import json
 from dataclasses import replace
@@ -14,13 +14,18 @@ from timemix.storage.settings import to_dict
 
 
 def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
-    """Identifies what a run computes: its config as written and its tokens, not where they lie or what runs it.
+    """Return hashes that identify the computation of a run: of its config and tokens, without paths and device.
 
-    The first is of this version; the second, where version 1 had the architecture, of that.
+    Args:
+        config: Config of the run.
+        corpus: Tokens of the run.
+
+    Returns:
+        The hash of this version, then that of version 1 if version 1 had the architecture.
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
-    # The tokens' hashes say what the other fields of `data` and the vocabulary do; later fields change no key.
+    # The hashes of the tokens cover all other fields of `data` and the vocabulary. Later fields change no key.
     plain = replace(
         config,
         model=replace(config.model, vocab_size=ModelConfig.vocab_size),
@@ -28,7 +33,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         train=replace(config.train, device=""),
     )
     form = to_dict(plain)
-    # Younger settings, where they leave a run as it was before there were such.
+    # Settings of later versions are omitted where they do not change the run.
     for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
     for name in ("hold_out", "keep_nul"):
@@ -40,7 +45,12 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
 
 
 def difference(theirs: Any, ours: dict[str, Any]) -> str:
-    """Names of the fields that decide a run and differ; empty where none does."""
+    """Return the names of the fields that determine a run and differ, as text; "" if none differs.
+
+    Args:
+        theirs: An experiment from experiment.json, which may be damaged.
+        ours: The other experiment.
+    """
 
     def runs(experiment: Any) -> dict[str, Any]:
         fields = {n: experiment[n] for n in ("tokens", "seconds", "seeds", "preset", "tune")}
@@ -51,11 +61,11 @@ def difference(theirs: Any, ours: dict[str, Any]) -> str:
     try:
         old, new = runs(theirs), runs(ours)
     except (KeyError, TypeError, AttributeError):
-        return "it is of another kind, or damaged"
+        return "its kind, unless experiment.json is damaged"
     return ", ".join(name for name in new if old[name] != new[name])
 
 
 def _without_source(base: Any) -> Any:
-    """What decides a run but the place of its text, which is known by its hash."""
+    """Return the fields without the paths of the text, which its hash identifies."""
     data = {k: v for k, v in base.get("data", {}).items() if k not in ("source", "valid")}
     return {k: v for k, v in base.items() if k != "data"} | ({"data": data} if data else {})

@@ -1,4 +1,4 @@
-"""The files that a finished comparison is read from: table.json, table.md, loss.png and report.html."""
+"""Report of a comparison: table.json, table.md, loss.png, position.png and report.html."""
 
 import json
 from pathlib import Path
@@ -23,10 +23,15 @@ from timemix.reporting.plots import mean_over_runs, plot_bands, plot_positions, 
 from timemix.storage.files import write_text
 
 MOST_POINTS = 400
+"""Number of points of a curve in report.html, about."""
 
 
 def write_report(comparison: Comparison) -> Table:
-    """Writes every file of the report and returns the table. Failed runs are named in it."""
+    """Write all files of the report to the folder of the comparison; return the table, which names failed runs.
+
+    Raises:
+        CannotWrite: A file cannot be written.
+    """
     out, table = comparison.out, build_table(comparison)
     write_text(out / "table.json", json.dumps(table.to_json(), indent=1) + "\n")
     write_text(out / "table.md", to_markdown(table))
@@ -45,14 +50,14 @@ def write_report(comparison: Comparison) -> Table:
 
 
 def _by_position(row: Row) -> list[float]:
-    """Mean over the seeds."""
+    """Return the loss by position, averaged over the seeds."""
     assert row.by_position is not None
     mean: list[float] = np.mean(list(row.by_position.values()), axis=0).tolist()
     return mean
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
-    """Run folders of each variant by its label, where one has ended well."""
+    """Return the folders of successful runs by label, for the variants that have such runs."""
     runs = {
         v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if comparison.good_result(j) is not None]
         for v in comparison.experiment.variants
@@ -61,18 +66,18 @@ def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
 
 
 def variant_colors(experiment: Experiment) -> dict[str, str]:
-    """A color for each label: the file's own, else one of those that the colour-blind can tell apart."""
+    """Return a color by label: from the experiment file, or from a colour-blind-safe palette."""
     spare = spare_colors(v.color for v in experiment.variants)
     return {v.heading: v.color or next(spare) for v in experiment.variants}
 
 
 def to_html(comparison: Comparison, table: Table) -> str:
-    """One page without any reference to the outside."""
+    """Return the report as one HTML page without external resources."""
     experiment, colors = comparison.experiment, variant_colors(comparison.experiment)
     curves, configs = [], {}
     for label, runs in finished_runs(comparison).items():
         x, mean, deviation = mean_over_runs(runs)
-        # From the end backwards, so that the last point stays.
+        # Points are selected backwards from the end, so that the last point is among them.
         kept = np.arange(len(mean) - 1, -1, -len(mean) // MOST_POINTS)[::-1]
         curve = {name: np.round(values[kept], 5).tolist() for name, values in x.items()}
         curve |= {"mean": np.round(mean[kept], 5).tolist(), "deviation": np.round(deviation[kept], 5).tolist()}

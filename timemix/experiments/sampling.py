@@ -1,7 +1,8 @@
-"""Sampling experiments: filters compared at like entropy, and a sweep over the factors of top-a.
+"""Sampling experiments: filters compared at equal entropy, and a sweep over the factors of top-a.
 
-A writer and a larger judge are trained on one text. Every setting continues the same pieces of held-out text; what
-it writes is measured by the judge's loss, by repetition and by variety, text by text, so that differences are paired.
+A writer and a larger judge are trained on one text. With every setting, the writer continues the same pieces of
+held-out text. Each generated text is measured by the judge's loss, by repetition and by variety. Differences between
+settings are paired by text.
 
 OUT/writer, judge (run folders), data, table.json, table.md, top-a.png
 """
@@ -49,19 +50,33 @@ from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 POSITIONS = 8192
+"""Largest number of held-out positions for the mean entropy."""
 
 
 def run_sampling(
     experiment: SamplingExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
 ) -> SamplingTable:
-    """Trains writer and judge, writes with every setting, and returns the table, also written to `out`.
+    """Train writer and judge, generate and measure texts with every setting, and write the table to a folder.
 
-    Goes on where it was: training from its checkpoints, settings from what measurements.json holds.
-    Raises InUse where `out` holds another experiment, or another process works in it.
+    A stopped experiment resumes: training from its checkpoints, settings from measurements.json.
+
+    Args:
+        experiment: The experiment.
+        out: Folder of the experiment.
+        say: Called with progress lines.
+        device: PyTorch device.
+
+    Returns:
+        The table.
+
+    Raises:
+        InUse: Another process works in `out`.
+        FileError: `out` has another experiment, or a file is damaged or cannot be written.
+        InvalidValue: The held-out text is too short.
     """
     with claimed(out / ".lock") as mine:
         if not mine:
-            raise InUse(f"another process is working in {out}")
+            raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
         corpus = _corpus(experiment, out)
         writer = _trained(experiment.config("writer"), corpus, out, "writer", device, say)
         judge = _trained(experiment.config("judge"), corpus, out, "judge", device, say)
@@ -86,7 +101,7 @@ def run_sampling(
 
 
 def _measured_before(path: Path) -> dict[str, Measured]:
-    """What measurements.json holds, without what is damaged: that is measured again."""
+    """Read measurements.json without damaged entries, which are measured again."""
     found = {}
     for label, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -106,7 +121,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
     elif (theirs := read_json(path)) != ours:
         same = theirs.get("experiment") == ours["experiment"]
         what = "this experiment on another text" if same else "another experiment"
-        raise FileError(f"{out} holds {what}; choose another folder")
+        raise FileError(f"{out} has {what}; choose another folder")
     if is_corpus(Path(config.source)):
         return open_corpus(Path(config.source))
     folder = out / "data"
@@ -116,7 +131,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
 def _trained(
     config: RunConfig, corpus: Corpus, out: Path, name: str, device: str, say: Callable[[str], None]
 ) -> LanguageModel:
-    """The model of a run in OUT/NAME, trained to its end; resumes one that was begun."""
+    """Train the run in OUT/NAME to its end, resuming it if it was started; return its model."""
     source = Path(config.data.source) if is_corpus(Path(config.data.source)) else out / "data"
     trainer = begin_or_resume(on_corpus(config, source, corpus, device), out / name)
     if trainer.step < trainer.config.train.steps:
@@ -127,16 +142,24 @@ def _trained(
 
 
 def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
-    """Pieces of held-out text, evenly spread."""
+    """Return evenly spread pieces of the held-out text, PROMPT_TOKENS tokens each."""
     last = len(corpus.valid) - PROMPT_TOKENS
     if last < count:
-        raise InvalidValue(f"the held-out text has {len(corpus.valid)} tokens; {count} prompts need more")
+        raise InvalidValue(
+            f"the held-out text has {len(corpus.valid)} tokens, too few for {count} prompts; use more text or fewer"
+            " samples"
+        )
     return [corpus.valid[s : s + PROMPT_TOKENS].tolist() for s in (last * i // count for i in range(count))]
 
 
 @torch.no_grad()
 def held_out_logits(model: LanguageModel, tokens: np.ndarray | Tokens) -> Tensor:
-    """The model's logits (positions, V) over the first held-out windows."""
+    """Return the logits of a model over the first held-out windows, (positions, V).
+
+    Args:
+        model: The model.
+        tokens: Held-out token ids, (tokens,).
+    """
     ctx_len = model.config.ctx_len
     rows = []
     for inputs, _ in validation_windows(tokens[: POSITIONS + 1], ctx_len, 64):
@@ -145,15 +168,25 @@ def held_out_logits(model: LanguageModel, tokens: np.ndarray | Tokens) -> Tensor
 
 
 def mean_entropy(sampler: Sampler, logits: Tensor) -> float:
-    """Mean entropy in nats of the distributions that a sampler draws from, over rows of logits."""
+    """Return the mean entropy in nats of the distributions that a sampler draws from.
+
+    Args:
+        sampler: The sampler.
+        logits: (positions, V).
+    """
     p = sampler.probabilities(logits)
     return float(-torch.special.xlogy(p, p).sum(-1).mean())
 
 
 def like_entropy(experiment: SamplingExperiment, logits: Tensor) -> list[Setting]:
-    """At each temperature top-a with the factors of 2021, and the other filters at the factor of like mean entropy.
+    """Return settings of equal mean entropy: at each temperature top-a with the factors of 2021, and other filters.
 
-    Plain sampling has no factor: its temperature is lowered instead. top-k comes as near as a whole number can.
+    The factor of each other filter is solved for the entropy of top-a. Sampling without a filter lowers its temperature
+    instead. top-k uses the whole number with the nearest entropy.
+
+    Args:
+        experiment: The experiment.
+        logits: Logits of the writer, (positions, V).
     """
     settings = []
     for t in experiment.temperatures:
@@ -179,7 +212,15 @@ def _min_p(temperature: float, x: float) -> Sampler:
 
 
 def _solve(make: Callable[[float], Sampler], low: float, high: float, target: float, logits: Tensor) -> Sampler:
-    """The sampler of a family whose mean entropy, which rises with x, is `target`, by bisection."""
+    """Return the sampler of a family with a given mean entropy, by bisection.
+
+    Args:
+        make: Returns the sampler for x; its entropy rises with x.
+        low: Smallest x.
+        high: Largest x.
+        target: Mean entropy in nats.
+        logits: (positions, V).
+    """
     for _ in range(25):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_entropy(make(middle), logits) < target else (low, middle)
@@ -187,7 +228,7 @@ def _solve(make: Callable[[float], Sampler], low: float, high: float, target: fl
 
 
 def _nearest_top_k(temperature: float, target: float, logits: Tensor) -> Sampler:
-    """The whole number of tokens kept whose mean entropy, which rises with it, comes nearest to `target`."""
+    """Return the top-k sampler with mean entropy nearest to `target`; the entropy rises with k."""
     low, high = 1, logits.shape[1]
     while high - low > 1:
         middle = (low + high) // 2
@@ -198,7 +239,7 @@ def _nearest_top_k(temperature: float, target: float, logits: Tensor) -> Sampler
 
 
 def sweep(experiment: SamplingExperiment) -> list[Setting]:
-    """Every pair of factors of top-a at temperature 1, and none."""
+    """Return settings at temperature 1: no filter, and top-a with every pair of factors."""
     pairs = [(a, p) for a in experiment.top_a for p in experiment.powers]
     settings = [
         Setting(f"top-a {a:g}, power {p:g}", 1.0, Sampler(top_a=a, top_a_power=p)) for a, p in pairs
@@ -207,10 +248,12 @@ def sweep(experiment: SamplingExperiment) -> list[Setting]:
 
 
 def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> TextFigures:
-    """Loss under the judge, repetition and variety of every text.
+    """Measure generated texts: loss under the judge, repetition and variety.
 
-    judge_loss: nats per token, given the prompt. repetition: share of the N_GRAM-grams of prompt and text that are not
-    the first of their kind. variety: distinct 4-grams of the text per 4-gram.
+    Args:
+        texts: Tokens of each generated text.
+        prompts: Tokens of each prompt.
+        judge: The judge.
     """
     return TextFigures(
         judge_loss=tuple(_judge_loss(texts, prompts, judge)),
@@ -220,7 +263,7 @@ def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: Langua
 
 
 def _distinct(tokens: list[int], n: int) -> float:
-    """Distinct n-grams per n-gram."""
+    """Return the share of distinct n-grams among all n-grams."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams)
 

@@ -1,4 +1,4 @@
-"""The table, page and picture of a sampling experiment."""
+"""Report of a sampling experiment: table, Markdown page and picture."""
 
 import math
 import statistics
@@ -21,37 +21,42 @@ TOP_A, POWER = 0.02, 2.0
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
 Each = Annotated[tuple[float, ...], Range(1)]
-"""A figure of each text, of one text at least."""
+"""A figure for each text; at least one text."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw tokens."""
+    """A way to sample tokens."""
 
     label: str
     temperature: float
+    """Temperature of the compared filters; that of `sampler` may be lower."""
     sampler: Sampler
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Of each text of a setting: loss under the judge, repetition and variety; see `measure_text`."""
+    """Figures of each text of a setting."""
 
     judge_loss: Each
+    """Loss under the judge given the prompt, in nats per token."""
     repetition: Each
+    """Share of the N_GRAM-grams of prompt and text that occurred earlier in them."""
     variety: Each
+    """Share of distinct 4-grams among the 4-grams of the text."""
 
 
 @dataclass(frozen=True)
 class Measured(TextFigures):
-    """What measurements.json holds of a setting."""
+    """Measurements of a setting, as in measurements.json."""
 
     entropy: float
+    """Mean entropy of the filtered distribution, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingRow:
-    """Means of a setting over its texts; differences: to top-a at the same temperature, paired by text."""
+    """Means of a setting over its texts."""
 
     label: str
     temperature: float
@@ -61,11 +66,12 @@ class SettingRow:
     repetition: float
     variety: float
     differences: dict[str, Difference | None] | None = field(default=None, metadata=OPTIONAL)
+    """Differences to top-a at the same temperature, paired by text."""
 
 
 @dataclass(frozen=True)
 class SamplingJudgement:
-    """A verdict, and the paired gain that it follows from."""
+    """A verdict and the paired gain behind it."""
 
     claim: str
     gain: Difference | None
@@ -74,7 +80,7 @@ class SamplingJudgement:
 
 @dataclass(frozen=True)
 class SamplingTable:
-    """Everything that a sampling experiment found: the content of table.json."""
+    """Results of a sampling experiment: the content of table.json."""
 
     title: str
     rows: list[SettingRow]
@@ -84,7 +90,13 @@ class SamplingTable:
 
 
 def build_table(experiment: SamplingExperiment, settings: list[Setting], found: dict[str, Measured]) -> SamplingTable:
-    """Means of every setting, at each temperature the paired differences to top-a, and verdicts at temperature 1."""
+    """Return means of all settings, paired differences to top-a at each temperature, and verdicts at temperature 1.
+
+    Args:
+        experiment: The experiment.
+        settings: All settings.
+        found: Measurements by label.
+    """
     rows = [_row(setting, found) for setting in settings]
     verdicts = []
     for row in rows:
@@ -92,7 +104,7 @@ def build_table(experiment: SamplingExperiment, settings: list[Setting], found: 
             rival = row.label.partition(" at ")[0]
             for metric, words in (("judge_loss", "more probable text"), ("repetition", "less repetition")):
                 gain = row.differences[metric]
-                claim = f"top-a writes {words} than {rival} at like entropy"
+                claim = f"top-a generates {words} than {rival} at equal entropy"
                 verdicts.append(SamplingJudgement(claim, gain, verdict_word(gain)))
     return SamplingTable(experiment.title, rows, verdicts, experiment.samples, experiment.tokens)
 
@@ -121,7 +133,7 @@ def _by_sample(values: Sequence[float]) -> dict[int, float]:
 
 
 def to_markdown(table: SamplingTable) -> str:
-    """The table as a person reads it."""
+    """Return the table as Markdown."""
     heading = ["setting", "entropy", "judge's loss", "repetition", "variety"]
     compared = [[*heading, "judge's loss - top-a's", "repetition - top-a's"]]
     swept = [heading]
@@ -143,10 +155,11 @@ def to_markdown(table: SamplingTable) -> str:
             swept.append(cells)
     parts = [
         f"# {table.title}",
-        f"{table.samples} texts of {table.tokens} tokens per setting, going on from the same held-out text."
-        " Entropy: mean over held-out positions of the filtered distribution, nats. Judge's loss: nats per token of the"
-        f" text under a larger model. Repetition: share of {N_GRAM}-grams seen before in the same text. Variety:"
-        " distinct 4-grams per 4-gram. Differences are paired by text, with their 95 % interval.",
+        f"{table.samples} texts of {table.tokens} tokens per setting, with the same pieces of held-out text as prompts."
+        " Entropy: entropy of the filtered distribution in nats, mean over held-out positions. Judge's loss: loss of"
+        f" the text under a larger model, in nats per token. Repetition: share of {N_GRAM}-grams that occurred earlier"
+        " in the same text. Variety: share of distinct 4-grams. Differences are paired by text, with their 95 %"
+        " interval.",
         markdown_table(compared),
         markdown_table(
             [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts],
@@ -161,7 +174,15 @@ def to_markdown(table: SamplingTable) -> str:
 def draw_table(
     experiment: SamplingExperiment, settings: list[Setting], table: SamplingTable, logits: Tensor, out: Path
 ) -> None:
-    """Kept mass against the largest probability, and the judge's loss against entropy."""
+    """Draw the kept probability mass against the largest probability, and the judge's loss against entropy.
+
+    Args:
+        experiment: The experiment.
+        settings: All settings.
+        table: The table.
+        logits: Logits of the writer, (positions, V).
+        out: Picture to write, .png or .svg.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 3.9), dpi=150, layout="constrained")
@@ -187,7 +208,7 @@ def draw_table(
     quality.plot([r.entropy for r in swept], [r.judge_loss for r in swept], "x", color="0.5", markersize=5,
                  label="sweep of top-a")  # fmt: skip
     mass.set_xlabel(f"largest probability (temperature {temperature:g})")
-    mass.set_ylabel("mass kept, mean")
+    mass.set_ylabel("mean kept probability mass")
     quality.set_xlabel("mean entropy of the filtered distribution (nats)")
     quality.set_ylabel("loss under the judge (nats per token)")
     for axes in (mass, quality):

@@ -1,4 +1,4 @@
-"""Experiment files: what is compared, on equal terms, and what would confirm a claim."""
+"""Experiment files: variants to compare on equal terms, and the claims to test."""
 
 import itertools
 import math
@@ -15,24 +15,31 @@ from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 TUNING_SEED = 0
-# Tokens of held-out text that the texts of a sampling experiment continue.
+"""Seed of all tuning runs."""
 PROMPT_TOKENS = 32
+"""Number of held-out tokens in a prompt of a sampling experiment."""
 MOST_VARIANTS = 1000
+"""Largest number of variants, and of verdicts, of an experiment."""
 MOST_TUNING_RUNS = 10_000
+"""Largest number of tuning runs of an experiment."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things compared: `set` holds the fields of a run's config in which it differs from the rest."""
+    """A variant of a comparison."""
 
     name: str
+    """Name of its folder."""
     set: dict[str, Any] = field(default_factory=dict)
+    """Fields of a run's config in which it differs from the other variants."""
     label: str = ""
+    """Name in tables and pictures. Default: `name`."""
     color: str = ""
+    """Color in pictures, as for matplotlib. Default: from a colour-blind-safe palette."""
 
     @property
     def heading(self) -> str:
-        """What tables and pictures call it."""
+        """Name in tables and pictures."""
         return self.label or self.name
 
 
@@ -41,12 +48,15 @@ class Verdict:
     """A claim that one variant reaches a lower held-out loss than another."""
 
     claim: str
+    """The claim in words."""
     better: str
+    """Name of the variant with the lower loss."""
     worse: str
+    """Name of the variant with the higher loss."""
     at_step: int | None = None
-    """After this step, which must be validated, rather than at the end."""
+    """Step at which losses are compared; must be validated. Default: the last step."""
     first_positions: int | None = None
-    """Over so many first positions of the window rather than all; needs `by_position`."""
+    """Number of first positions of the window to compare; needs `by_position`. Default: all."""
 
 
 @dataclass(frozen=True)
@@ -54,77 +64,101 @@ class SpeedVerdict:
     """A claim that one variant is faster than another, or needs less memory, at the longest context length."""
 
     claim: str
+    """The claim in words."""
     better: str
+    """Name of the faster or smaller variant."""
     worse: str
+    """Name of the slower or larger variant."""
     of: Literal["tokens_per_second", "memory"] = "tokens_per_second"
+    """Compared quantity."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file. Every variant is `preset`, then `base`, then its own `set`, then the best tuning point."""
+    """An experiment file that compares trained variants.
+
+    The config of a variant is that of `preset`, with the fields of `base`, of its own `set` and of its best tuning
+    point.
+    """
 
     title: str
     variants: tuple[Variant, ...]
     tokens: int | None = None
     """Training tokens of every run."""
     seconds: float | None = None
-    """Training time of every run instead: the steps that fit are measured once per variant."""
+    """Training time of every run in seconds, instead of `tokens`. The steps that fit are measured once per variant."""
     seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds of the runs of each variant."""
     preset: str = "cpu-small"
+    """Name of the preset."""
     base: dict[str, Any] = field(default_factory=dict)
+    """Fields of a run's config that all variants share."""
     tune: dict[str, Any] = field(default_factory=dict)
-    """Grid of config fields, `train.lr = [1e-3, 3e-3]`; tried with seed 0 on the last 5 % of the training text."""
+    """Grid of config fields, such as `train.lr = [1e-3, 3e-3]`.
+
+    Every point is trained with seed 0 and validated on the last 5 % of the training text.
+    """
     prompts: tuple[str, ...] = ()
+    """Prompts of the samples. Default: the beginning of the held-out text."""
     verdicts: tuple[Verdict, ...] = ()
+    """Claims to test."""
     by_position: bool = False
-    """Also measure the held-out loss at each position of the window."""
+    """Whether to measure the held-out loss at each position of the window."""
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
         if (self.tokens is None) == (self.seconds is None):
-            raise InvalidValue("give a budget: either tokens or seconds")
+            raise InvalidValue("the budget is missing or given twice; give either tokens or seconds")
         if not 0 < (self.tokens if self.tokens is not None else self.seconds or 0) < math.inf:
-            raise InvalidValue("the budget must be above 0, and finite")
+            budget = f"tokens is {self.tokens}" if self.tokens is not None else f"seconds is {self.seconds}"
+            raise InvalidValue(f"{budget}; it must be above 0 and finite")
         if not self.seeds:
-            raise InvalidValue("it has no seeds")
+            raise InvalidValue("seeds is empty; give at least one seed")
         if len(set(self.seeds)) < len(self.seeds):
-            raise InvalidValue(f"seeds {list(self.seeds)}: one stands twice")
+            raise InvalidValue(f"seeds is {list(self.seeds)}, with a repeated seed; give each seed once")
         if min(self.seeds) < 0 or (self.tune and TUNING_SEED in self.seeds):
-            raise InvalidValue(f"seeds {list(self.seeds)}: they start at 1, since tuning takes seed {TUNING_SEED}")
+            raise InvalidValue(
+                f"seeds is {list(self.seeds)}; all must be at least 1, since tuning uses seed {TUNING_SEED}"
+            )
         for key, values in _flat(self.tune).items():
             if not isinstance(values, list) or not values:
                 raise InvalidValue(f"tune.{key} is {values!r}; it must be a list of values")
             if key.startswith("data."):
-                raise InvalidValue(f"tune.{key}: the text is the same for all points of a grid")
+                raise InvalidValue(
+                    f"tune.{key} cannot be tuned, since all points of a grid have one text; leave tune.{key} out"
+                )
         runs = len(self.variants) * math.prod(map(len, _flat(self.tune).values()))
         if runs > MOST_TUNING_RUNS:
-            raise InvalidValue(f"tune asks for {runs} runs; at most {MOST_TUNING_RUNS} can be made")
+            raise InvalidValue(f"tune asks for {runs} runs, more than {MOST_TUNING_RUNS}; give fewer values")
         if "" in self.prompts:
-            raise InvalidValue("a prompt is empty; it needs at least one character")
+            raise InvalidValue("a prompt is empty; give at least one character")
         runs_of = {variant.name: self._check_runs(variant) for variant in self.variants}
         _check_different(runs_of)
         if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
-            raise InvalidValue("a verdict on the first positions needs by_position = true")
+            raise InvalidValue("a verdict has first_positions, but by_position is false; set by_position = true")
 
     def _check_runs(self, variant: Variant) -> list[RunConfig]:
-        """Runs of a variant with the first seed, one for each tuning point; raises InvalidValue if one cannot be."""
+        """Return the runs of a variant with the first seed, one per tuning point; raise InvalidValue if one is bad."""
         runs = [self.config(variant, point, self.seeds[0]) for point in self.points_of(variant).values()]
         train = runs[-1].train
         for verdict in self.verdicts:
             step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
             if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
-                raise InvalidValue(f"a verdict asks for step {step}, which is not validated")
+                raise InvalidValue(
+                    f"at_step={step} of a verdict is not a validated step; give a multiple of train.valid_every"
+                    f" ({train.valid_every}) within the run"
+                )
         return runs
 
     def tuning_points(self) -> list[dict[str, Any]]:
-        """Every combination of the tuning grid; one empty point where there is none."""
+        """Return every combination of the tuning grid; one empty point without a grid."""
         grid = _flat(self.tune)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def points_of(self, variant: Variant) -> dict[int, dict[str, Any]]:
-        """Return the points of the grid that differ for a variant, by their number in `tuning_points`.
+        """Return the distinct points of the grid for a variant, by their number in `tuning_points`.
 
-        A field of the model that the variant's architecture lacks, and another variant's has, is left out.
+        Fields of the model that the variant's architecture lacks are ignored if another variant has them.
         """
         left_out = [key for key in _flat(self.tune) if self._lacks(variant, key) and not self._all_lack(key)]
         first = {key: _flat(self.tune)[key][0] for key in left_out}
@@ -143,9 +177,16 @@ class Experiment:
         return all(self._lacks(variant, key) for variant in self.variants)
 
     def config(self, variant: Variant, point: dict[str, Any], seed: int, steps: int | None = None) -> RunConfig:
-        """The run of a variant at a tuning point. `steps` overrides the budget in tokens.
+        """Return the run config of a variant at a tuning point.
 
-        Raises TimemixError, naming the variant, for fields or values that no run takes.
+        Args:
+            variant: The variant.
+            point: Fields of the tuning point.
+            seed: Seed of the run.
+            steps: Number of steps. Default: from the budget in tokens.
+
+        Raises:
+            InvalidValue: A field or a value is not supported. The message names the variant.
         """
         config = variant_config(self.preset, self.base, variant, point)
         if steps is None:
@@ -157,68 +198,98 @@ class Experiment:
 
 @dataclass(frozen=True)
 class SamplingExperiment:
-    """Filters of a trained model's probabilities, compared at like entropy, and a sweep over the factors of top-a.
+    """An experiment file that compares filters of next-token probabilities at equal entropy, and factors of top-a.
 
-    `writer` and `judge` are fields of a run's config, trained first: the judge, a larger model, measures what the
-    writer writes.
+    Two models are trained first. The writer generates texts, and the judge, a larger model, measures their loss.
     """
 
     title: str
     writer: dict[str, Any]
+    """Fields of the config of the model that generates texts."""
     judge: dict[str, Any]
+    """Fields of the config of the model that measures the texts."""
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
+    """Temperatures at which the filters are compared."""
     top_a: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2)
+    """Factors of top-a in the sweep."""
     powers: tuple[float, ...] = (1.0, 2.0, 3.0)
+    """Powers of top-a in the sweep."""
     samples: int = 64
-    """Texts written per setting."""
+    """Number of generated texts per setting."""
     tokens: int = 256
-    """Tokens of each."""
+    """Number of tokens of each text."""
     preset: str = "cpu-small"
+    """Name of the preset."""
     base: dict[str, Any] = field(default_factory=dict)
+    """Fields of a run's config that both models share."""
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.tokens < 8 or not (self.temperatures and self.top_a and self.powers):
-            raise InvalidValue("give at least 2 samples of 8 tokens, and values of temperatures, top_a and powers")
+            raise InvalidValue(
+                f"samples is {self.samples} and tokens is {self.tokens}, or a list is empty; give at least 2 samples of"
+                " 8 tokens, and values of temperatures, top_a and powers"
+            )
         if not all(0 < t < math.inf for t in self.temperatures):
-            raise InvalidValue(f"temperatures {list(self.temperatures)} must be above 0")
+            raise InvalidValue(f"temperatures is {list(self.temperatures)}; all must be above 0 and finite")
         if not (all(0 < a <= 1 for a in self.top_a) and all(0 <= p < math.inf for p in self.powers)):
-            raise InvalidValue("top_a must lie above 0 and be at most 1, powers be 0 or more")
+            raise InvalidValue(
+                f"top_a is {list(self.top_a)} and powers is {list(self.powers)}; every top_a must be above 0 and at"
+                " most 1, and every power at least 0"
+            )
         self.config("writer")
         limit = self.config("judge").model.ctx_len
         if PROMPT_TOKENS + self.tokens > limit:
             length = f"{PROMPT_TOKENS} tokens of prompt and {self.tokens} of text"
-            raise InvalidValue(f"{length} are more than the judge's ctx_len {limit}")
+            raise InvalidValue(
+                f"{length} exceed the judge's ctx_len {limit}; give fewer tokens or a larger judge.model.ctx_len"
+            )
 
     def config(self, name: Literal["writer", "judge"]) -> RunConfig:
-        """Run config of writer or judge. Raises TimemixError for fields or values that no run takes."""
+        """Return the run config of writer or judge.
+
+        Raises:
+            InvalidValue: A field or a value is not supported.
+        """
         return variant_config(self.preset, self.base, Variant(name, getattr(self, name)), {})
 
 
 @dataclass(frozen=True)
 class SpeedExperiment:
-    """Speed and memory of a training step, each variant at each context length, the same tokens per step throughout."""
+    """An experiment file that compares speed and memory of a training step, at several context lengths."""
 
     title: str
     variants: tuple[Variant, ...]
     ctx_lens: tuple[int, ...]
+    """Context lengths in tokens; each divides `tokens`."""
     tokens: int
-    """Tokens of a step: the batch is tokens / ctx_len windows."""
+    """Number of tokens of a step at every context length: a batch has tokens / ctx_len windows."""
     rounds: int = 3
-    """Measurements of each, taken in turn; at least 2 give an interval."""
+    """Number of measurements of each variant and length, in turns; an interval needs at least 2."""
     preset: str = "cpu-small"
+    """Name of the preset."""
     base: dict[str, Any] = field(default_factory=dict)
+    """Fields of a run's config that all variants share."""
     vocab_size: int = 80
+    """Size of the vocabulary."""
     verdicts: tuple[SpeedVerdict, ...] = ()
+    """Claims to test."""
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
         if self.rounds < 1 or not self.ctx_lens or any(t < 1 or self.tokens % t for t in self.ctx_lens):
-            raise InvalidValue("ctx_lens must divide tokens, and rounds be at least 1")
+            raise InvalidValue(
+                f"ctx_lens is {list(self.ctx_lens)}, tokens is {self.tokens} and rounds is {self.rounds}; give at least"
+                " one ctx_len and one round, and only values of ctx_lens that divide tokens"
+            )
         for variant in self.variants:
             self.config(variant, self.ctx_lens[0])
 
     def config(self, variant: Variant, ctx_len: int) -> RunConfig:
-        """Run config of a variant at a context length. Raises TimemixError for fields or values that no run takes."""
+        """Return the run config of a variant at a context length.
+
+        Raises:
+            InvalidValue: A field or a value is not supported. The message names the variant.
+        """
         config = variant_config(self.preset, self.base, variant, {})
         model = replace(config.model, ctx_len=ctx_len, vocab_size=self.vocab_size)
         return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
@@ -228,22 +299,26 @@ def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | 
     names = [v.name for v in variants]
     if max(len(variants), len(verdicts)) > MOST_VARIANTS:
         raise InvalidValue(
-            f"it has {len(variants)} variants and {len(verdicts)} verdicts; at most {MOST_VARIANTS} of each"
+            f"the experiment has {len(variants)} variants and {len(verdicts)} verdicts; give at most {MOST_VARIANTS} of"
+            " each"
         )
     if not names:
-        raise InvalidValue("it has no variant; add [[variants]] with a name")
+        raise InvalidValue("the experiment has no variant; add [[variants]] with a name")
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise InvalidValue(f"two variants have the name {name!r}")
+            raise InvalidValue(f"two variants have the name {name!r}; give each its own name")
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
-            raise InvalidValue(f"variant name {name!r} cannot name a folder")
+            raise InvalidValue(f"variant name {name!r} cannot name a folder; use letters, digits and hyphens")
     labels = [v.heading for v in variants]
     for i, label in enumerate(labels):
         if label in labels[:i]:
-            raise InvalidValue(f"two variants have the label {label!r}")
+            raise InvalidValue(f"two variants have the label {label!r}; give each its own label")
     for variant in variants:
         if variant.color and not _is_color(variant.color):
-            raise InvalidValue(f"variant {variant.name!r}: {variant.color!r} is no color that matplotlib knows")
+            raise InvalidValue(
+                f"variant {variant.name!r}: {variant.color!r} is not a matplotlib color; give one such as red or"
+                " #D55E00"
+            )
     for verdict in verdicts:
         for name in (verdict.better, verdict.worse):
             if name not in names:
@@ -266,9 +341,16 @@ def _is_color(color: str) -> bool:
 
 
 def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
-    """A preset with the fields of `base`, of the variant and of a tuning point over it.
+    """Return the config of a preset with the fields of `base`, of a variant and of a tuning point replaced.
 
-    Raises InvalidValue, naming the variant, for fields or values that no run takes.
+    Args:
+        preset_name: Name of the preset.
+        base: Fields that all variants share.
+        variant: The variant.
+        point: Fields of the tuning point, with dotted names.
+
+    Raises:
+        InvalidValue: A field or a value is not supported. The message names the variant.
     """
     try:
         own: dict[str, Any] = {}
@@ -276,22 +358,25 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
             own = merged(own, flattened(layer))
         config = from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
         if config.train.seconds is not None or config.train.tokens is not None:
-            raise InvalidValue("train.seconds and train.tokens are for one run; give the experiment tokens or seconds")
+            raise InvalidValue(
+                "train.seconds and train.tokens cannot be set in an experiment; give its own tokens or seconds"
+            )
         return config
     except InvalidValue as error:
         raise InvalidValue(f"variant {variant.name!r}: {error}") from error
 
 
 def _architecture(fields: dict[str, Any]) -> str:
-    """Return the architecture that the fields of a run's config name, or the default one."""
+    """Return the architecture named in fields of a run's config, or the default one."""
     model = fields.get("model", {})
     return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
 
 
 def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables of both; where they meet, the value of `high`.
+    """Merge two nested dictionaries. Values of `high` take precedence.
 
-    Raises InvalidValue where one has a table and the other a value.
+    Raises:
+        InvalidValue: A name is a table in only one of them.
     """
     both = dict(low)
     for name, value in high.items():
@@ -303,7 +388,7 @@ def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """`{"train": {"lr": 1}}` as `{"train.lr": 1}`."""
+    """Return nested fields with dotted names: `{"train": {"lr": 1}}` becomes `{"train.lr": 1}`."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
@@ -311,7 +396,7 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _nested(point: dict[str, Any]) -> dict[str, Any]:
-    """`{"train.lr": 1}` as `{"train": {"lr": 1}}`."""
+    """Return fields with dotted names as nested ones: `{"train.lr": 1}` becomes `{"train": {"lr": 1}}`."""
     tree: dict[str, Any] = {}
     for path, value in point.items():
         for part in reversed(path.split(".")):
@@ -321,24 +406,37 @@ def _nested(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None) -> "AnyExperiment":
-    """The experiment on another text."""
+    """Return an experiment with another text.
+
+    Args:
+        experiment: The experiment.
+        source: Source of the text; None: unchanged.
+        valid: Source of the validation text; None: unchanged.
+    """
     data = {name: text for name, text in (("source", source), ("valid", valid)) if text is not None}
     return replace(experiment, base=merged(experiment.base, {"data": data})) if data else experiment
 
 
 def shipped() -> list[Path]:
-    """Experiment files that come with the package."""
+    """Return the paths of the experiment files in the package."""
     return sorted((Path(__file__).parent / "claims").glob("*.toml"))
 
 
 def find_experiment(name: str) -> Path:
-    """A file by its path, or one that comes with the package by its name. Raises MissingFile for neither."""
+    """Return the path of an experiment file.
+
+    Args:
+        name: Name of an experiment in the package, or the path of a file.
+
+    Raises:
+        MissingFile: The name is unknown and not a path.
+    """
     known = {path.stem: path for path in shipped()}
     if name in known:
         return known[name]
     if Path(name).suffix == ".toml" or Path(name).is_file():
         return Path(name)
-    raise MissingFile(f"there is no experiment {name!r}{nearest(name, known)}; or name a .toml file")
+    raise MissingFile(f"there is no experiment {name!r}{nearest(name, known)}; you can also name a .toml file")
 
 
 KINDS: dict[str, type] = {"training": Experiment, "speed": SpeedExperiment, "sampling": SamplingExperiment}
@@ -346,9 +444,14 @@ AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
 
 
 def read_experiment(path: Path) -> AnyExperiment:
-    """An experiment file; its `kind` is one of KINDS, training where it names none.
+    """Read an experiment file. Its field `kind` selects the class in KINDS; the default is "training".
 
-    Raises TimemixError, naming the file, for a missing file, no TOML, an unknown field, or unsupported values.
+    Args:
+        path: The TOML file.
+
+    Raises:
+        FileError: The file is missing, not TOML, or has an unknown field or an unsupported value. The message names the
+            file.
     """
     data = parse_toml(path)
     kind = data.pop("kind", "training")

@@ -1,6 +1,6 @@
-"""Speed experiments: a training step of each variant at each context length, in turn, each in a fresh process.
+"""Speed experiments: a training step of each variant at each context length, each in a new process.
 
-OUT/experiment.json, measurements.json (grows; what stands in it is not measured again), table.json, table.md, speed.png
+OUT/experiment.json, measurements.json (grows; its entries are not measured again), table.json, table.md, speed.png
 """
 
 import contextlib
@@ -26,41 +26,44 @@ from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 Measured = dict[str, StepSpeed | StepFailure]
-"""What measurements.json holds, by variant, context length and round."""
+"""Content of measurements.json; keys name variant, context length and round."""
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """What was measured of a variant: by context length a value per round, None where a step failed.
-
-    The slopes are the exponents of ctx_len in speed and memory, fitted over the upper half of the lengths.
-    """
+    """Measurements of a variant."""
 
     name: str
     label: str
     tokens_per_second: dict[int, list[float | None]]
+    """Speed by context length, one value per round; None if the step failed."""
     tokens_per_second_slope: float | None
+    """Exponent of ctx_len in the speed, fitted over the upper half of the lengths."""
     memory: dict[int, list[float | None]]
+    """Peak memory in bytes by context length, one value per round; None if the step failed."""
     memory_slope: float | None
+    """Exponent of ctx_len in the memory, fitted over the upper half of the lengths."""
 
     def values(self, of: str) -> dict[int, list[float | None]]:
-        """Of `tokens_per_second` or `memory`."""
+        """Return the field "tokens_per_second" or "memory"."""
         return self.memory if of == "memory" else self.tokens_per_second
 
 
 @dataclass(frozen=True)
 class SpeedJudgement:
-    """A verdict at one context length, and the ratio that it follows from."""
+    """A verdict at one context length, and the ratio behind it."""
 
     claim: str
     at: int
+    """Context length."""
     ratio: Difference | None
+    """Ratio of speeds or of memory, above 1 in favor of the claim."""
     verdict: str
 
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Everything that a speed experiment found: the content of table.json."""
+    """Results of a speed experiment: the content of table.json."""
 
     title: str
     tokens: int
@@ -69,15 +72,28 @@ class SpeedTable:
 
 
 def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None], device: str = "auto") -> SpeedTable:
-    """Measures what is not yet measured, writes the table and its picture, and returns the table.
+    """Run the missing measurements of an experiment, and write table and picture to a folder.
 
-    Variants take turns within a round, so that what else the machine does falls on all of them.
-    Raises InUse where `out` holds another experiment, or another process measures into it.
+    Variants take turns within a round, so that other load of the machine affects all of them.
+
+    Args:
+        experiment: The experiment.
+        out: Folder of the experiment.
+        say: Called with a line for each measurement.
+        device: PyTorch device.
+
+    Returns:
+        The table.
+
+    Raises:
+        InUse: Another process works in `out`.
+        FileError: `out` has another experiment, or a file is damaged or cannot be written.
+        Unavailable: The machine lacks the device.
     """
     choose_device(device)
     with claimed(out / ".lock") as mine:
         if not mine:
-            raise InUse(f"another process is measuring into {out}")
+            raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
         _check_folder(experiment, out)
         path = out / "measurements.json"
         found = _measured_before(path) if path.exists() else {}
@@ -91,7 +107,7 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
                     config = replace(config, train=replace(config.train, device=device))
                     found[key] = measure_training(config, steps=2)
                     say(f"{key}: " + _words(found[key]))
-                    # What failed for another reason than its size is measured again by the next call.
+                    # The next call repeats measurements that failed for another reason than memory.
                     kept = {
                         k: m for k, m in found.items() if not (isinstance(m, StepFailure) and m.error != OUT_OF_MEMORY)
                     }
@@ -113,11 +129,11 @@ def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
     theirs = read_json(path)
     differ = [n for n in ("variants", "ctx_lens", "tokens", "preset", "base", "vocab_size") if theirs.get(n) != ours[n]]
     if differ:
-        raise FileError(f"{out} holds another experiment (different: {', '.join(differ)}); choose another folder")
+        raise FileError(f"{out} has another experiment (different: {', '.join(differ)}); choose another folder")
 
 
 def _measured_before(path: Path) -> Measured:
-    """What measurements.json holds, without what is damaged: that is measured again."""
+    """Read measurements.json without damaged entries, which are measured again."""
     found: Measured = {}
     for key, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -138,10 +154,14 @@ def _mebibytes(count: float | None) -> str:
 
 
 def build_table(experiment: SpeedExperiment, found: Measured) -> SpeedTable:
-    """Medians over the rounds, slopes, and verdicts at the longest context length.
+    """Return measurements, slopes, and verdicts at the longest context length.
 
-    A slope is the exponent of ctx_len in the time of a step, or in its memory, fitted over the upper half of the
-    lengths: at a constant number of tokens per step 0 is linear in the text, 1 quadratic.
+    A slope is the exponent of ctx_len in the speed or the memory of a step. A step always has the same number of
+    tokens, so a slope of 0 means cost linear in the context length, and 1 (-1 for speed) means quadratic cost.
+
+    Args:
+        experiment: The experiment.
+        found: Measurements by variant, context length and round.
     """
     rows = {variant.name: _row(experiment, variant, found) for variant in experiment.variants}
     verdicts = [_judge(experiment, verdict, rows, found) for verdict in experiment.verdicts]
@@ -173,26 +193,27 @@ def _judge(
         return all(isinstance(m, StepFailure) and m.error == OUT_OF_MEMORY for m in rounds)
 
     better, worse = (_logarithms(rows[name].values(verdict.of)[longest]) for name in (verdict.better, verdict.worse))
-    # Less memory is better, more speed is.
+    # Lower memory is better, higher speed is better.
     difference = paired_difference(better, worse) if verdict.of == "memory" else paired_difference(worse, better)
     ratio: Difference | None = None
     if difference is not None:
         ratio = {k: None if v is None else math.exp(v) for k, v in difference.items()}
     word = verdict_word(difference)
     if better and out_of_memory(verdict.worse):
-        word = "holds: the other runs out of memory"
+        word = f"holds: {rows[verdict.worse].label} runs out of memory"
     elif worse and out_of_memory(verdict.better):
-        word = "does not hold: it runs out of memory"
+        word = f"does not hold: {rows[verdict.better].label} runs out of memory"
     return SpeedJudgement(verdict.claim, longest, ratio, word)
 
 
 def median(values: list[float | None]) -> float | None:
+    """Return the median of the values that are not None, None if there are none."""
     known = [v for v in values if v is not None]
     return statistics.median(known) if known else None
 
 
 def slope(points: dict[int, float]) -> float | None:
-    """Exponent of a power law through the upper half of the points, None for fewer than two."""
+    """Return the exponent of a power law fitted to the upper half of the points, None for fewer than two points."""
     upper = sorted(points.items())[len(points) // 2 - (len(points) == 2) :]
     if len(upper) < 2:
         return None
@@ -205,7 +226,7 @@ def _logarithms(values: list[float | None]) -> dict[int, float]:
 
 
 def to_markdown(table: SpeedTable) -> str:
-    """The table as a person reads it."""
+    """Return the table as Markdown."""
     lengths = list(table.variants[0].memory)
     parts = [
         f"# {table.title}",
@@ -229,6 +250,7 @@ def to_markdown(table: SpeedTable) -> str:
 
 
 def ratio_words(ratio: Difference | None, unit: str = "") -> str:
+    """Return a ratio with its interval as text, such as "1.52 (1.40 to 1.63)"; "-" without a ratio."""
     if ratio is None:
         return "-"
     spread = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"

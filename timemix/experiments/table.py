@@ -1,4 +1,4 @@
-"""What a comparison found: means, paired differences with their intervals, verdicts; as JSON and as Markdown."""
+"""Table of a comparison: means, paired differences with intervals, and verdicts, as JSON and as Markdown."""
 
 import statistics
 from dataclasses import dataclass, field, replace
@@ -14,34 +14,41 @@ from timemix.storage.json_files import OPTIONAL, to_json
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a comparison found of a variant; losses in nats per token and by seed, memory in bytes.
-
-    chosen: the tuning point that was taken. tuning: every tuning point with its `valid_loss`.
-    valid_at: by seed, the held-out losses by step. by_position: by seed, the loss at each position of the window.
-    failed: errors by seed. comparable: whether its losses are per the same tokens of the same text as the first row's.
-    difference: to the first row, paired by seed, with a 95 % t-interval.
-    """
+    """Results of a variant. Losses are in nats per token."""
 
     name: str
     label: str
     parameters: int | None = None
+    """Number of parameters."""
     chosen: dict[str, Any] | None = None
+    """Best tuning point."""
     tuning: list[dict[str, Any]] = field(default_factory=list)
+    """Every tuning point with its `valid_loss`."""
     train_losses: dict[int, float] = field(default_factory=dict)
+    """Training loss by seed."""
     valid_losses: dict[int, float] = field(default_factory=dict)
+    """Held-out loss by seed."""
     valid_at: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Held-out losses by step, for each seed."""
     tokens_per_second: float | None = None
+    """Median speed of the runs."""
     seconds: float = 0
+    """Training seconds of all runs together."""
     peak_memory: float | None = None
+    """Peak memory of a training step, in bytes."""
     failed: dict[int, str] = field(default_factory=dict)
+    """Error by seed."""
     comparable: bool = True
+    """Whether the tokenizer and the held-out text are those of the first row."""
     by_position: dict[int, tuple[float, ...]] | None = field(default=None, metadata=OPTIONAL)
+    """Held-out loss at each position of the window, for each seed."""
     difference: Difference | None = None
+    """Difference of the held-out loss to the first row, paired by seed, with a 95 % t-interval."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and the paired gain that it follows from."""
+    """A verdict and the paired gain behind it."""
 
     claim: str
     better: str
@@ -52,7 +59,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that a comparison found: the content of table.json."""
+    """Results of a comparison: the content of table.json."""
 
     title: str
     tokens: int | None
@@ -69,7 +76,7 @@ class Table:
 
 
 def build_table(comparison: Comparison) -> Table:
-    """Collect everything that a comparison found."""
+    """Return the results of a comparison so far."""
     experiment = comparison.experiment
     first, *others = [_row(comparison, variant) for variant in experiment.variants]
     rows = [first]
@@ -117,9 +124,15 @@ def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
 
 
 def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
-    """Whether `worse` has a higher held-out loss than `better`: holds, does not hold, undecided, or not run.
+    """Test the claim that `worse` has a higher held-out loss than `better`.
 
-    Losses per different tokens, or of different texts, are not compared.
+    The verdict is "holds", "does not hold", "undecided" or "not run". Losses with different tokenizers or on different
+    texts are not compared.
+
+    Args:
+        verdict: The claim.
+        better: Results of the variant with the lower loss.
+        worse: Results of the variant with the higher loss.
     """
     difference = None
     if better.comparable == worse.comparable:
@@ -128,7 +141,7 @@ def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
 
 
 def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
-    """Held-out losses by seed: at the end, at a verdict's step, or over its first positions of the window."""
+    """Return held-out losses by seed: at the end, at a verdict's step, or over its first positions of the window."""
     if verdict is not None and verdict.at_step is not None:
         step = str(verdict.at_step)
         return {seed: losses[step] for seed, losses in row.valid_at.items() if step in losses}
@@ -139,16 +152,17 @@ def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
 
 
 def summary(table: Table) -> str:
-    """Budget, seeds and units in one sentence."""
+    """Return budget, seeds and units in one sentence."""
     budget = f"{table.tokens:,} tokens" if table.tokens else f"{table.seconds:g} s of training"
     return (
-        f"{budget} per run, seeds {', '.join(map(str, table.seeds))}; losses in nats per token, mean ± standard"
-        " deviation over seeds; difference to the first row, paired by seed, with its 95 % interval."
+        f"{budget} per run, seeds {', '.join(map(str, table.seeds))}. Losses are in nats per token: mean ± standard"
+        " deviation over seeds. Differences of the held-out loss to the first row are paired by seed, with their 95 %"
+        " interval."
     )
 
 
 def result_rows(table: Table) -> list[list[str]]:
-    """The main table as text, its heading first."""
+    """Return the main table as text, with its heading."""
     rows = [["variant", "parameters", "chosen", "training loss", "held-out loss", "difference", "tokens/s", "memory"]]
     for row in table.variants:
         memory, speed = row.peak_memory, row.tokens_per_second
@@ -168,12 +182,12 @@ def result_rows(table: Table) -> list[list[str]]:
 
 
 def verdict_rows(table: Table) -> list[list[str]]:
-    """The verdicts as text, heading first."""
+    """Return the verdicts as text, with a heading."""
     return [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts]
 
 
 def tuning_rows(table: Table) -> list[list[str]]:
-    """The tuning grid as text, heading first, a star at each row's lowest loss; nothing where none was tuned."""
+    """Return the tuning grid as text, with a heading and a star at each row's lowest loss; empty without tuning."""
     tried = [
         {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row.tuning}
         for row in table.variants
@@ -192,12 +206,12 @@ def _tried(loss: float | None, best: float | None) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """The table as a person reads it."""
+    """Return the table as Markdown."""
     parts = [f"# {table.title}", summary(table), markdown_table(result_rows(table), words=(0, 2))]
     if table.verdicts:
         parts.append(markdown_table(verdict_rows(table), words=(0, 2)))
     if grid := tuning_rows(table):
-        parts += ["Tuning: loss on the last 5 % of the training text, seed 0; the starred point was taken."]
+        parts += ["Tuning: loss on the last 5 % of the training text, seed 0. The runs use the starred points."]
         parts.append(markdown_table(grid))
     if said := warnings(table):
         parts.append("\n".join(f"- {each}" for each in said))
@@ -205,27 +219,33 @@ def to_markdown(table: Table) -> str:
 
 
 def warnings(table: Table) -> list[str]:
-    """What keeps the comparison from being fair or whole: failures, unlike parameters, a best point at the edge."""
+    """Return sentences about limits of the comparison: failed runs, unequal sizes, and best points at a grid's edge."""
     said = []
     for row in table.variants:
         said += [f"{row.label}, seed {seed}, failed: {error}" for seed, error in row.failed.items()]
-    said += [f"{row.label} reads other text or tokens: not compared." for row in table.variants if not row.comparable]
+    said += [
+        f"{row.label} has another held-out text or tokenizer, so its losses are not compared."
+        for row in table.variants
+        if not row.comparable
+    ]
     counts = [row.parameters for row in table.variants if row.parameters]
     for row in table.variants:
         if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:
-            said.append(f"{row.label} has {row.parameters / counts[0] - 1:+.1%} parameters against the first.")
+            said.append(
+                f"{row.label} has {row.parameters / counts[0] - 1:+.1%} parameters relative to the first variant."
+            )
         chosen = row.chosen or {}
         tried = {k: [p[k] for p in row.tuning] for k in chosen if row.tuning}
         for name, values in tried.items():
             value = chosen[name]
             numbers = isinstance(value, int | float) and not isinstance(value, bool)
             if numbers and len(set(values)) > 2 and value in (min(values), max(values)):
-                said.append(f"{row.label} chose {name} {value:g} at the edge of its grid.")
+                said.append(f"The best {name} of {row.label}, {value:g}, is at the edge of its grid; widen the grid.")
     return said
 
 
 def point_words(point: dict[str, Any] | None) -> str:
-    """A tuning point in a few words, `lr 0.004, zero`."""
+    """Return a tuning point in a few words, such as "lr 0.004, zero"."""
     if point is None:
         return "-"
     names = {name: name.rpartition(".")[2] for name in point}

@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Markdown tables, and numbers in them."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,13 +6,19 @@ from typing import Any
 
 
 def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
-    """Rows as a Markdown table, the first its heading; columns of `words` to the left, of numbers to the right."""
+    """Return rows as a Markdown table.
+
+    Args:
+        rows: Cells of each row; the first row is the heading.
+        words: Numbers of the columns with words, which are aligned to the left. All others are aligned to the right.
+    """
     rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
 
 
 def mean_and_deviation(values: Sequence[float] | Any) -> str:
+    """Return mean and standard deviation as text, such as "1.2345 ± 0.0067"; "-" without values."""
     values = list(values)
     if not values:
         return "-"

@@ -1,4 +1,4 @@
-"""The loss curves of runs as one picture."""
+"""Pictures of loss curves."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,17 +26,17 @@ _X_AXES = {
     "steps": ("step", "training steps"),
     "seconds": ("seconds", "training time (seconds)"),
 }
-# Okabe and Ito (2008), told apart by the colour-blind; without its yellow, too pale on white.
+# The colour-blind-safe palette of Okabe and Ito (2008), without its yellow, which is too pale on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-# Points drawn per kind of line, over all runs: dense enough to show the noise, few enough for a small SVG.
+# Number of points per kind of line, over all runs: dense enough to show the noise, few enough for a small SVG.
 _MAX_POINTS = 1200
 _MAX_MARKERS = 16
 _DPI = 150
 _PALETTE = 128
 
 
-# Numbers beyond are not drawn: what is computed of them would overflow.
+# Larger numbers are not drawn: computations with them would overflow.
 _LARGEST_DRAWN = 1e30
 
 
@@ -48,14 +48,24 @@ def plot_loss(
     smoothing: float = 0.03,
     title: str | None = None,
 ) -> None:
-    """Draws training and validation loss of run folders, in nats per token, to `out` (.png or .svg).
+    """Draw training and validation loss of runs, in nats per token.
 
-    x: tokens, steps, or seconds of training. smoothing: standard deviation of the Gaussian that smooths the
-    training loss, as a share of its logged lines; 0 = none. The vertical axis fits what comes after the first
-    tenth of each run, for the first losses dwarf the rest. Last validation losses stand at the right edge.
+    The vertical axis fits the losses after the first tenth of each run: the first losses are much larger. The last
+    validation losses are printed at the right edge.
 
-    Raises InvalidValue for an unknown x or suffix, a smoothing outside 0 to 1, no run, a run without losses,
-    whatever `read_metrics` raises it for, and where `out` cannot be written.
+    Args:
+        runs: Run folders.
+        out: Picture to write, .png or .svg.
+        x: Horizontal axis: "tokens", "steps" or "seconds" of training.
+        smoothing: Standard deviation of the Gaussian that smooths the training loss, as a share of the logged lines,
+            from 0 (no smoothing) to 1.
+        title: Title of the picture.
+
+    Raises:
+        InvalidValue: `runs` is empty, or `x`, `smoothing` or the suffix of `out` is not supported.
+        MissingFile: A run does not exist or has no losses yet.
+        DamagedFile: A metrics.jsonl is damaged.
+        CannotWrite: `out` cannot be written.
     """
     _check(out, x, smoothing)
     if not runs:
@@ -82,13 +92,25 @@ def plot_bands(
     smoothing: float = 0.03,
     title: str | None = None,
 ) -> None:
-    """Draws the training loss of groups of like runs, seeds of one variant say, to `out` (.png or .svg).
+    """Draw the training loss of groups of runs, such as the seeds of each variant, in nats per token.
 
-    A line is the mean over a group's runs, its band one standard deviation to each side, both of smoothed losses;
-    held-out losses at the end, mean over the runs, stand at the right edge. `colors`: of groups by name, where not
-    the usual ones. Runs of one group must have logged the same steps.
+    A line is the mean of the smoothed losses of a group, its band one standard deviation to each side. The mean of the
+    last held-out losses is printed at the right edge.
 
-    Raises InvalidValue as `plot_loss` does, and for a group without runs.
+    Args:
+        groups: Run folders of each group, by name. The runs of a group must have logged the same steps.
+        out: Picture to write, .png or .svg.
+        colors: Colors of groups, by name. Default: a colour-blind-safe palette.
+        x: Horizontal axis: "tokens", "steps" or "seconds" of training.
+        smoothing: Standard deviation of the Gaussian that smooths the training loss, as a share of the logged lines,
+            from 0 (no smoothing) to 1.
+        title: Title of the picture.
+
+    Raises:
+        InvalidValue: There is no group, a group is empty, or `x`, `smoothing` or the suffix of `out` is not supported.
+        MissingFile: A run does not exist or has no losses yet.
+        DamagedFile: A metrics.jsonl is damaged.
+        CannotWrite: `out` cannot be written.
     """
     _check(out, x, smoothing)
     if not groups or not all(groups.values()):
@@ -104,7 +126,7 @@ def plot_bands(
         axes.fill_between(positions[x], mean - deviation, mean + deviation, color=chosen[i], alpha=0.2, linewidth=0)
         every = len(mean) // 8 + 1
         marks: dict[str, Any] = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5, "markeredgecolor": "white"}
-        # Shifted, so that markers of curves that lie together stay apart.
+        # Each curve starts its markers at another point, so that the markers of close curves do not overlap.
         start = (i + 1) * every // (len(bands) + 1)
         axes.plot(positions[x], mean, color=chosen[i], linewidth=1.3, markevery=(start, every), label=name, **marks)
     axes.set_ylabel("training loss (nats per token)")
@@ -116,10 +138,18 @@ def plot_bands(
 
 
 def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: Mapping[str, str]) -> None:
-    """Draws how much more each variant loses than the first at each position of the window, to `out` (.png or .svg).
+    """Draw the loss of each variant minus the loss of the first variant, at each position of the window.
 
-    losses: nats per token by position, by name; neighbours are averaged under a Gaussian of 1.5 positions.
-    Raises TimemixError where `out` cannot be written.
+    Differences are smoothed with a Gaussian of 1.5 positions.
+
+    Args:
+        losses: Losses in nats per token at each position, by name of the variant.
+        out: Picture to write, .png or .svg.
+        colors: Colors of all variants, by name.
+
+    Raises:
+        InvalidValue: The suffix of `out` is not supported.
+        CannotWrite: `out` cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -132,7 +162,7 @@ def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: 
         style: dict[str, Any] = {"marker": _MARKERS[i % len(_MARKERS)], "markevery": len(added) // 8 + 1}
         axes.plot(added, color=colors[name], linewidth=1.3, markersize=5, markeredgecolor="white", label=name, **style)
     axes.set_xlabel("position in the window")
-    axes.set_ylabel(f"loss added to that of\n{first} (nats per token)", parse_math=False)
+    axes.set_ylabel(f"loss minus loss of {first}\n(nats per token)", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.7)
     _legend(axes, fontsize=9)
@@ -142,15 +172,26 @@ def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: 
 def mean_over_runs(
     runs: Sequence[Path], smoothing: float = 0.03
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Tokens, steps and seconds (points,) by name, and mean and standard deviation of the smoothed training loss.
+    """Average the smoothed training losses of runs that logged the same steps, up to the end of the shortest run.
 
-    Over runs that logged the same steps, as far as all of them go; seconds are their mean.
-    Raises MissingFile as `plot_loss` does.
+    Args:
+        runs: Run folders.
+        smoothing: Standard deviation of the Gaussian that smooths each loss, as a share of the logged lines.
+
+    Returns:
+        Positions by name ("tokens", "steps", and "seconds" as a mean over runs), mean loss, and standard deviation of
+        the loss in nats per token, each (points,).
+
+    Raises:
+        MissingFile: A run does not exist or has no losses yet.
+        DamagedFile: A metrics.jsonl is damaged.
     """
     curves = {name: [_curve(run, key, smoothing).smoothed for run in runs] for name, (key, _) in _X_AXES.items()}
     points = min(c.shape[1] for c in curves["tokens"])
     if points == 0:
-        raise MissingFile(f"{runs[0] / 'metrics.jsonl'} holds no training losses yet")
+        raise MissingFile(
+            f"{runs[0] / 'metrics.jsonl'} has no training losses yet; plot again when the run has trained further"
+        )
     x = {name: np.mean([c[0, :points] for c in each], axis=0) for name, each in curves.items()}
     losses = np.stack([c[1, :points] for c in curves["tokens"]])
     deviation = losses.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(points)
@@ -158,13 +199,13 @@ def mean_over_runs(
 
 
 def spare_colors(taken: Iterable[str]) -> Iterator[str]:
-    """Colors without end that the colour-blind can tell apart, without those taken."""
+    """Return an endless sequence of colors from a colour-blind-safe palette, without the `taken` ones."""
     used = set(taken)
     return cycle([color for color in _COLORS if color not in used] or _COLORS)
 
 
 def _last_losses(runs: Sequence[Path]) -> float | None:
-    """Mean of the runs' last validation losses, None where one has none."""
+    """Return the mean of the last validation losses of runs, None if a run has no validation loss."""
     last = [_curve(run, "tokens", 0).valid for run in runs]
     return float(np.mean([v[1, -1] for v in last])) if all(v.size for v in last) else None
 
@@ -172,15 +213,15 @@ def _last_losses(runs: Sequence[Path]) -> float | None:
 def _check(out: Path, x: str, smoothing: float) -> None:
     check_picture_name(out)
     if x not in _X_AXES:
-        raise InvalidValue(f"x must be one of {', '.join(_X_AXES)}, not {x!r}")
+        raise InvalidValue(f"x is {x!r}; it must be one of {', '.join(_X_AXES)}")
     if not 0 <= smoothing <= 1:
-        raise InvalidValue(f"smoothing must be from 0 to 1, not {smoothing}")
+        raise InvalidValue(f"smoothing is {smoothing}; it must be from 0 to 1")
 
 
 def check_picture_name(out: Path) -> None:
-    """Raises InvalidValue for a file name whose suffix is not a picture's."""
+    """Raise InvalidValue for a picture whose suffix is neither .png nor .svg."""
     if out.suffix.lower() not in (".png", ".svg"):
-        raise InvalidValue(f"cannot tell the picture's format from {out}; end its name in .png or .svg")
+        raise InvalidValue(f"the picture {out} has an unsupported suffix {out.suffix!r}; use .png or .svg")
 
 
 def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str | None) -> "tuple[Figure, Axes]":
@@ -204,7 +245,16 @@ def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str 
 
 
 def save_picture(figure: "Figure", out: Path) -> None:
-    """Writes a figure as .png, of few colors to keep it small, or .svg. Raises TimemixError where it cannot."""
+    """Write a figure as .svg, or as .png with a small palette, which keeps the file small.
+
+    Args:
+        figure: The figure.
+        out: Picture to write, .png or .svg.
+
+    Raises:
+        InvalidValue: The suffix of `out` is not supported.
+        CannotWrite: `out` cannot be written.
+    """
     from PIL import Image
 
     check_picture_name(out)
@@ -218,7 +268,7 @@ def save_picture(figure: "Figure", out: Path) -> None:
 
 
 class _Curve(NamedTuple):
-    """One run; each array is (2, points): x and loss, points may be 0."""
+    """Losses of a run. Each array is (2, points), with x and loss; `points` may be 0."""
 
     train: np.ndarray
     smoothed: np.ndarray
@@ -234,23 +284,27 @@ def _curve(run: Path, key: str, smoothing: float) -> _Curve:
     rows = read_metrics(run)
     train, valid = _points(rows, key, "loss"), _points(rows, key, "valid_loss")
     if not train.size and not valid.size:
-        raise MissingFile(f"{run / 'metrics.jsonl'} holds no losses yet; plot again when the run has gone on")
+        raise MissingFile(f"{run / 'metrics.jsonl'} has no losses yet; plot again when the run has trained further")
     smoothed = np.stack([train[0], _gaussian(train[1], smoothing * train.shape[1])])
     return _Curve(train, smoothed, valid)
 
 
 def _points(rows: list[dict[str, Any]], key: str, loss: str) -> np.ndarray:
-    """(2, points): x and loss of the rows that hold both as finite numbers, x from 0."""
+    """Return x and loss, (2, points), of the rows that have both as finite numbers with x >= 0."""
     pairs: list[tuple[Any, Any]] = [(0 if row.get("step") == 0 else row.get(key), row.get(loss)) for row in rows]
     drawn = [pair for pair in pairs if all(is_number(n) and abs(n) <= _LARGEST_DRAWN for n in pair) and pair[0] >= 0]
     return np.array(drawn, dtype=float).reshape(-1, 2).T
 
 
 def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
-    """Mean of each value and its neighbours under a Gaussian; `deviation` counts values. The first stays as it is.
+    """Smooth values with a Gaussian; the first value stays unchanged.
 
-    A loss falls fastest at its beginning, where a mean over later values alone would start far too low. So the values
-    are continued to the left, turned about the first: as much above it as those to the right are below.
+    A loss falls fastest at its beginning, where a mean over later values alone would be far too low. The values are
+    therefore extended to the left by a point reflection about the first value: 2 values[0] - values[i].
+
+    Args:
+        values: (N,).
+        deviation: Standard deviation of the Gaussian, in numbers of values.
     """
     if deviation == 0 or not len(values):
         return values
@@ -260,13 +314,13 @@ def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
     # (N,) -> (left + N,)
     continued = np.concatenate([2 * values[0] - values[left:0:-1], values])
     own = slice(reach + left, reach + left + len(values))
-    # Near the ends only a part of the weights falls on values.
+    # Near the ends, only a part of the weights meets values: divide by the sum of that part.
     result: np.ndarray = _convolved(continued, weights)[own] / _convolved(np.ones_like(continued), weights)[own]
     return result
 
 
 def _convolved(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """np.convolve, for long rows in a time that does not grow with the product of both lengths."""
+    """Return np.convolve of two arrays, computed by FFT for long ones: in O(n log n), not in the product of lengths."""
     if len(values) < 20_000:
         return np.convolve(values, weights)
     size = len(values) + len(weights) - 1
@@ -291,7 +345,7 @@ def _limits(shown: Sequence[float]) -> tuple[float, float]:
 
 
 def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
-    """Lines and legend: one run by two colors, several by a color and a marker each."""
+    """Draw lines and legend: one run in two colors, several runs with a color and a marker each."""
     from matplotlib.lines import Line2D
 
     solid: dict[str, Any] = {"linewidth": 1.3}
@@ -318,18 +372,18 @@ def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
 
 
 def _legend(axes: "Axes", *entries: Any, **options: Any) -> None:
-    """A legend without a frame whose names are text, not mathematics: a run may be called a$b$c."""
+    """Draw a legend without a frame. Its names are plain text, not mathematics: a run may be named a$b$c."""
     for text in axes.legend(*entries, edgecolor="none", **options).get_texts():
         text.set_parse_math(False)
 
 
 def _thinned(points: np.ndarray, most: int) -> np.ndarray:
-    """Every n-th point from the newest backwards, so that the newest stays."""
+    """Return every n-th point, at most about `most`, counted back from the newest point."""
     return points[:, :: -(math.ceil(points.shape[1] / most) or 1)]
 
 
 def _label_ends(axes: "Axes", losses: list[float | None], colors: Iterable[str]) -> None:
-    """Last validation losses beside the right edge, moved up where they would overlap."""
+    """Print the last validation losses at the right edge, moved up where they would overlap."""
     low, high = axes.get_ylim()
     line = 0.045 * (high - low)
     y = -math.inf

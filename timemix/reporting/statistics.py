@@ -4,13 +4,20 @@ import math
 import statistics
 
 CONFIDENCE = 0.95
+"""Confidence level of all intervals."""
 Difference = dict[str, float | None]
+"""Mean of paired differences, and ends of its confidence interval: "mean", "low" and "high"."""
 
 
 def paired_difference(first: dict[int, float], other: dict[int, float]) -> Difference | None:
-    """Mean of `other` minus `first` over the seeds that both have, and its 95 % t-interval; None without a seed.
+    """Return the mean of `other` minus `first` over their common seeds, with its 95 % t-interval.
 
-    A single seed has no interval: low and high are None.
+    Args:
+        first: Values by seed.
+        other: Values by seed.
+
+    Returns:
+        Mean, low and high; low and high are None with a single seed. None without a common seed.
     """
     differences = [other[seed] - first[seed] for seed in first if seed in other]
     if not differences:
@@ -23,7 +30,12 @@ def paired_difference(first: dict[int, float], other: dict[int, float]) -> Diffe
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Quantile of Student's t for p in (0.5, 1), by bisection of its distribution function."""
+    """Return a quantile of Student's t distribution, by bisection of its distribution function.
+
+    Args:
+        p: Probability, above 0.5 and below 1.
+        degrees: Degrees of freedom, at least 1.
+    """
     low, high = 0.0, 1000.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -32,7 +44,11 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def _t_cdf(t: float, degrees: int) -> float:
-    """Distribution function of Student's t at t >= 0: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return the distribution function of Student's t at t >= 0.
+
+    Source:
+        Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
     angle = math.atan(t / math.sqrt(degrees))
     cosine = math.cos(angle) ** 2
     odd = degrees % 2
@@ -48,7 +64,11 @@ def _t_cdf(t: float, degrees: int) -> float:
 
 
 def verdict_word(gain: Difference | None) -> str:
-    """holds where the whole interval is above 0, does not hold where it is below, undecided between, else not run."""
+    """Return the verdict on a claim that a difference is positive.
+
+    The verdict is "holds" if the whole interval is above 0, "does not hold" if all of it is below 0, and "undecided" if
+    it contains 0 or does not exist. Without a difference it is "not run".
+    """
     if gain is None:
         return "not run"
     if gain["low"] is None or gain["high"] is None or gain["low"] <= 0 <= gain["high"]:
@@ -57,6 +77,7 @@ def verdict_word(gain: Difference | None) -> str:
 
 
 def interval(difference: Difference | None) -> str:
+    """Return a difference as text, such as "+0.0123 (+0.0045 to +0.0201)"; "-" without a difference."""
     if difference is None:
         return "-"
     if difference["low"] is None:

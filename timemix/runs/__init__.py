@@ -1,1 +1,1 @@
-"""Run folders: what a training leaves, and what everything else reads."""
+"""Run folders: configs, checkpoints and metrics, as training writes and all other parts read them."""

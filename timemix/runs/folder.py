@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder: which there are, the newest, the best."""
+"""Checkpoints of a run folder: all complete ones, the newest and the best."""
 
 import logging
 import math
@@ -17,40 +17,48 @@ logger = logging.getLogger("timemix")
 Found = TypeVar("Found")
 
 NEEDED = ("config.toml", "model.safetensors", "tokenizer.json", "training.json")
-"""Files of a whole checkpoint. Training makes it appear with all of them; a copy may have been cut off."""
+"""Files of a complete checkpoint. Training writes all of them atomically, but a copy may be incomplete."""
 
 
 def checkpoint_name(step: int) -> str:
+    """Return the folder name of a checkpoint, such as step-00000500."""
     return f"step-{step:08d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """training.json of a checkpoint: what resuming needs besides tensors.
-
-    losses_since_line: of the steps after the newest line of metrics.jsonl, nats per token.
-    usual_loss: mean, variance and number of losses, as `SpikeWatch.state`.
-    validations_without_gain: since the lowest validation loss.
-    data: sha256 of both splits and of the tokenizer.
-    """
+    """Content of training.json in a checkpoint: the state of a run besides its tensors."""
 
     step: Count
+    """Number of finished steps."""
     tokens: Count = 0
+    """Tokens trained on so far."""
     seconds: NotNegative
+    """Seconds of training so far, without validation and saving."""
     valid_loss: float | None
+    """Newest validation loss, in nats per token."""
     valid_step: Count | None
+    """Step of `valid_loss`."""
     losses_since_line: tuple[float, ...] = ()
+    """Losses of the steps after the newest line of metrics.jsonl, in nats per token."""
     usual_loss: tuple[float, NotNegative, NotNegative] = (0.0, 0.0, 0)
+    """Mean, variance and number of losses, as in `SpikeWatch.state`."""
     validations_without_gain: Count = 0
+    """Number of validations since the lowest validation loss."""
     data: dict[str, str] = field(default_factory=dict)
+    """Hashes (sha256) of both splits and of the tokenizer."""
 
 
 def read_progress(folder: Path) -> Progress:
-    """training.json of a checkpoint. Raises FileError when it is missing, damaged, or a value cannot be."""
+    """Read training.json of a checkpoint.
+
+    Raises:
+        FileError: The file is missing or damaged, or a value is out of its range.
+    """
     path = folder / "training.json"
     progress = read_record(path, Progress)
     if len(progress.losses_since_line) > progress.step:
-        raise DamagedFile(f"{path} is damaged: it holds more losses than steps")
+        raise DamagedFile(f"{path} is damaged: it has more losses than steps; restore it from a copy")
     return progress
 
 
@@ -63,25 +71,29 @@ def _lacking(checkpoint: Path) -> list[str]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoint folders of a run, oldest first."""
+    """Return the folders of the complete checkpoints of a run, oldest first."""
     while True:
         found = _folders(run)
         whole = [folder for folder in found if not _lacking(folder)]
-        # Training may have removed one since, after a newer one appeared.
+        # If training removed a checkpoint meanwhile, a newer one has appeared: list them again.
         if all(os.path.lexists(folder) for folder in found):
             return whole
 
 
 def warn_of_unfinished(run: Path) -> None:
-    """Log each checkpoint that is passed over because files are missing."""
+    """Warn of each checkpoint that is skipped because files are missing."""
     for folder in _folders(run):
         lacking = _lacking(folder)
         if lacking and os.path.lexists(folder):
-            logger.warning("%s lacks %s and is passed over; restore or remove it", folder, ", ".join(lacking))
+            logger.warning("%s lacks %s and is skipped; restore or remove it", folder, ", ".join(lacking))
 
 
 def newest(run: Path) -> Path:
-    """Newest whole checkpoint. Raises MissingFile when the run has none."""
+    """Return the newest complete checkpoint of a run.
+
+    Raises:
+        MissingFile: The run does not exist or has no complete checkpoint.
+    """
     found = checkpoints(run)
     if not found:
         raise MissingFile(_no_checkpoint(run))
@@ -89,9 +101,9 @@ def newest(run: Path) -> Path:
 
 
 def _validated(run: Path) -> list[tuple[float, Path]]:
-    """Validation loss and folder of the checkpoints that were validated at their own step.
+    """Return validation loss and folder of the checkpoints that were validated at their own step.
 
-    If the run's training removes one meanwhile, of those that are left.
+    Checkpoints that training removes meanwhile are left out.
     """
     found = []
     for folder in checkpoints(run):
@@ -107,17 +119,22 @@ def _validated(run: Path) -> list[tuple[float, Path]]:
 
 
 def best(run: Path) -> Path:
-    """Checkpoint of the lowest validation loss, the newest where none was validated at its own step."""
+    """Return the checkpoint of the lowest validation loss, or the newest if none was validated at its own step.
+
+    Raises:
+        MissingFile: The run does not exist or has no complete checkpoint.
+        FileError: A training.json is damaged.
+    """
     return min(_validated(run), default=(0.0, None))[1] or newest(run)
 
 
 def best_loss(run: Path) -> float:
-    """Lowest validation loss of a run's checkpoints in nats per token, infinite where none was validated."""
+    """Return the lowest validation loss of a run's checkpoints in nats per token, infinity if none was validated."""
     return min((loss for loss, _ in _validated(run)), default=math.inf)
 
 
 def prune(run: Path) -> None:
-    """Removes every checkpoint but the newest and the best."""
+    """Remove all checkpoints of a run but the newest and the best."""
     keep = {newest(run), best(run)}
     for folder in checkpoints(run):
         if folder not in keep:
@@ -125,13 +142,19 @@ def prune(run: Path) -> None:
 
 
 def find(run: str | Path, checkpoint: str | int = "best") -> Path:
-    """Folder of a checkpoint: of a run folder ("best", of the lowest validation loss, "newest", or a step), or itself.
+    """Return the folder of a checkpoint.
 
-    Raises MissingFile when there is none.
+    Args:
+        run: Run folder, or a checkpoint folder, which is returned itself.
+        checkpoint: "best" (lowest validation loss), "newest", or a step; for a run folder.
+
+    Raises:
+        MissingFile: The run or the checkpoint does not exist.
+        FileError: A training.json is damaged.
     """
     path = Path(run)
     if not path.is_dir():
-        raise MissingFile(f"there is no run folder {path}{_similar(path)}")
+        raise MissingFile(_no_run(path))
     if (path / "model.safetensors").exists():
         return path
     warn_of_unfinished(path)
@@ -147,9 +170,19 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
 
 
 def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path], Found]) -> Found:
-    """Find a checkpoint as `find` does and read it; if the run's training removes it meanwhile, its successor.
+    """Find a checkpoint and read it. If training removes it meanwhile, its successor is read.
 
-    Raises what `find` and `read` raise.
+    Args:
+        run: Run folder or checkpoint folder, as for `find`.
+        checkpoint: "best", "newest" or a step, as for `find`.
+        read: Called with the checkpoint folder.
+
+    Returns:
+        The result of `read`.
+
+    Raises:
+        MissingFile: The run or the checkpoint does not exist.
+        FileError: A file is damaged, or `read` raised this error.
     """
     while True:
         folder = find(run, checkpoint)
@@ -162,17 +195,18 @@ def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path
 
 def _no_checkpoint(run: Path) -> str:
     if not run.is_dir():
-        return f"there is no run folder {run}{_similar(run)}"
+        return _no_run(run)
     if not (run / "config.toml").exists():
-        return f"{run} is no run folder: it has no config.toml"
+        return f"{run} is not a run folder: it has no config.toml; name a folder that training has written"
     if unfinished := _folders(run):
-        return f"{run} has no whole checkpoint: {unfinished[-1].name} lacks {', '.join(_lacking(unfinished[-1]))}"
-    return f"{run} has no checkpoint yet"
+        lacking = ", ".join(_lacking(unfinished[-1]))
+        return f"{run} has no complete checkpoint: {unfinished[-1].name} lacks {lacking}; restore the missing files"
+    return f"{run} has no checkpoint yet; resume its training, or wait for the first checkpoint"
 
 
-def _similar(path: Path) -> str:
+def _no_run(path: Path) -> str:
+    """Return the message for a missing run folder, with up to eight runs of its parent folder."""
     parent = path.parent
-    if not parent.is_dir():
-        return ""
-    runs = sorted(p.name for p in parent.iterdir() if (p / "config.toml").exists())
-    return f"; {parent} has {', '.join(runs[:8])}" if runs else ""
+    runs = sorted(p.name for p in parent.iterdir() if (p / "config.toml").exists()) if parent.is_dir() else []
+    way = f"the runs in {parent} are {', '.join(runs[:8])}" if runs else "name a folder that training has written"
+    return f"there is no run folder {path}; {way}"

@@ -1,4 +1,4 @@
-"""The runs below a folder: what each is, how far it came, whether a process trains it. Imports no torch."""
+"""List of the runs below a folder, with state, progress and losses. Does not import torch."""
 
 import math
 import time
@@ -17,20 +17,20 @@ from timemix.storage.locks import is_held
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run of a list.
+    """Summary of a run.
 
     Args:
-        folder: Its folder.
-        state: running: a process trains it; complete: at its last step, or at an early stop; stopped: neither;
-            damaged: see `error`.
+        folder: Run folder.
+        state: "running": a process trains it. "complete": it reached its last step or an early stop. "stopped":
+            neither. "damaged": a file cannot be read, see `error`.
         arch: Architecture.
         parameters: Number of parameters, None before the first checkpoint.
-        step: Steps that were trained and logged.
-        steps: Steps of the whole run.
+        step: Number of finished steps, as far as metrics.jsonl or a checkpoint shows them.
+        steps: Number of steps of the whole run.
         loss: Newest training loss in nats per token.
         valid_loss: Newest validation loss in nats per token.
-        age: Seconds since it last wrote a line of metrics.jsonl.
-        error: What is wrong with a damaged run.
+        age: Seconds since the run last wrote to metrics.jsonl.
+        error: Message about a damaged run, else None.
     """
 
     folder: str
@@ -46,9 +46,16 @@ class RunSummary:
 
 
 def list_runs(folder: Path) -> list[RunSummary]:
-    """Return the runs at or below a folder, by name. Raises MissingFile where there is no such folder."""
+    """Return the runs at or below a folder, sorted by name.
+
+    Args:
+        folder: A run folder, or a folder with runs at any depth.
+
+    Raises:
+        MissingFile: The folder does not exist.
+    """
     if not folder.is_dir():
-        raise MissingFile(f"there is no folder {folder}; name the folder that holds your runs")
+        raise MissingFile(f"there is no folder {folder}; name the folder of your runs")
     return [_summary(run) for run in _run_folders(folder)]
 
 
@@ -61,7 +68,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     except PermissionError:
         return
     for each in inside:
-        # A link is followed to a run alone, so never in a circle.
+        # Links are followed only to a run, so the search cannot run in a circle.
         if not each.name.startswith(".") and each.is_dir() and (_is_run(each) or not each.is_symlink()):
             yield from _run_folders(each)
 
@@ -103,7 +110,11 @@ def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def stored_parameters(checkpoint: Path) -> int:
-    """Number of parameters in a checkpoint, by the header of its weights. Raises DamagedFile."""
+    """Return the number of parameters in a checkpoint, from the header of its weights.
+
+    Raises:
+        DamagedFile: The file is missing, damaged or not a safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = checkpoint / "model.safetensors"
@@ -111,4 +122,4 @@ def stored_parameters(checkpoint: Path) -> int:
         with safe_open(path, framework="numpy") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
+        raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}; restore it from a copy") from error

@@ -1,4 +1,4 @@
-"""Loading of trained models from run folders and checkpoints, and the check that the files fit together."""
+"""Loading of trained models from run folders and checkpoints, with checks that their files fit together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from timemix.tokenizers.make import load_tokenizer
 
 @dataclass(repr=False)
 class Loaded:
-    """Hold a trained model with its tokenizer and the config of its run.
+    """A trained model with its tokenizer and the config of its run.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
-        config: Config of its run.
-        folder: Checkpoint folder that it was loaded from.
+        tokenizer: The tokenizer of the model.
+        config: The config of the run.
+        folder: The checkpoint folder that the model was loaded from.
     """
 
     model: LanguageModel
@@ -38,44 +38,72 @@ class Loaded:
         return f"Loaded({self.config.model.arch}, {parameters:,} parameters, from {str(self.folder)!r})"
 
     def corpus(self) -> Corpus:
-        """Tokens of its run. Raises FileError as `open_run_corpus` does, and for others than it was trained on."""
+        """Open the tokens that the model was trained and validated on.
+
+        Raises:
+            MissingFile: The tokens do not exist.
+            DamagedFile: A file is damaged, or the tokens have changed since training.
+        """
         run = self.folder.parent.parent
         corpus = open_run_corpus(run, self.config.data.source)
         if corpus.tokenizer.hash != self.tokenizer.hash:
-            raise DamagedFile(f"the data of {run} were made with another tokenizer than the model in {self.folder}")
+            raise DamagedFile(
+                f"the data of {run} have another tokenizer than the model in {self.folder}; restore them from a copy"
+            )
         progress = self.folder / "training.json"
         known = read_progress(self.folder).data.get("valid") if progress.exists() else None
         if known not in (None, corpus.info.valid.sha256):
-            raise DamagedFile(f"the data of {run} changed after the training: they hold another held-out text")
+            raise DamagedFile(f"the held-out text of {run} has changed since training; restore its data from a copy")
         return corpus
 
 
 def check_weights(model: LanguageModel, folder: Path) -> None:
-    """Raises DamagedFile where the weights of a checkpoint do not fit the model, by names, shapes and types alone."""
+    """Check that the weights of a checkpoint fit a model, by names, shapes and types, without reading them.
+
+    Args:
+        model: The model, which may be on the "meta" device.
+        folder: The checkpoint.
+
+    Raises:
+        DamagedFile: The weights do not fit the model.
+    """
     path, ours = folder / "model.safetensors", model.state_dict()
     with open_tensors(path) as tensors:
         if other := sorted(set(tensors.keys()) ^ ours.keys()):
-            where = "missing from it" if other[0] in ours else "only in the file"
-            raise DamagedFile(f"{path} holds another architecture than its config.toml names: {other[0]} is {where}")
+            where = "missing in the file" if other[0] in ours else "only in the file"
+            raise DamagedFile(
+                f"{path} does not have the architecture of its config.toml: {other[0]} is {where};"
+                " restore both from one copy"
+            )
         for name, own in ours.items():
             if not fits_tensor(tensors, name, own.shape):
                 found = tensors.get_slice(name)
                 raise DamagedFile(
                     f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
-                    f" not {list(own.shape)}"
+                    f" not {list(own.shape)}; restore both from one copy"
                 )
 
 
 def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
-    """The model of a config without memory, which the weights of a checkpoint fit.
+    """Return the model of a config on the "meta" device, which takes no memory, and check that the weights fit it.
 
-    Raises DamagedFile where they do not, before work or memory of the size that the config names is taken.
+    A damaged config thus cannot cause work or memory use of any size.
+
+    Args:
+        config: Config of the model.
+        folder: The checkpoint.
+
+    Raises:
+        DamagedFile: The weights do not fit the model.
     """
     path = folder / "model.safetensors"
     with open_tensors(path) as tensors:
         layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
     if layers != config.layers:
-        raise DamagedFile(f"{path} does not fit its config.toml: it holds {layers} layers, not {config.layers}")
+        raise DamagedFile(
+            f"{path} does not fit its config.toml: it has {layers} layers, not {config.layers};"
+            " restore both from one copy"
+        )
     with torch.device("meta"):
         model = LanguageModel(config)
     check_weights(model, folder)
@@ -86,15 +114,15 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
     """Load a trained model with its tokenizer and config.
 
     Args:
-        run: Run folder, or one of its checkpoint folders.
-        checkpoint: "best" (lowest validation loss), "newest", or a step; of a run folder.
+        run: Run folder, or a checkpoint folder.
+        checkpoint: "best" (lowest validation loss), "newest", or a step. Ignored if `run` is a checkpoint folder.
         device: PyTorch device, such as "cpu" or "cuda:1".
 
     Returns:
-        The model in eval mode, the tokenizer, the config and the checkpoint folder.
+        The model in eval mode, with the tokenizer, the config and the checkpoint folder.
 
     Raises:
-        MissingFile: There is no such run or checkpoint.
+        MissingFile: The run or the checkpoint does not exist.
         DamagedFile: A file is damaged, or the files do not fit together.
         Unavailable: The machine does not have the device.
     """
@@ -107,19 +135,21 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:
         raise DamagedFile(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} entries,"
-            f" but the model was made for {config.model.vocab_size}: it is not this model's tokenizer"
+            f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens, not"
+            f" {config.model.vocab_size}; restore it from a copy"
         )
     progress = folder / "training.json"
     known = read_progress(folder).data.get("tokenizer") if progress.exists() else None
     if known not in (None, tokenizer.hash):
-        raise DamagedFile(f"{folder / 'tokenizer.json'} is damaged: it is not the tokenizer that was saved")
+        raise DamagedFile(
+            f"{folder / 'tokenizer.json'} is damaged: its content differs from its hash; restore it from a copy"
+        )
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
     path = folder / "model.safetensors"
     with open_tensors(path) as tensors:
         check_content(tensors, path)
-        # A copy: what the file gives may be the file itself, mapped into memory.
+        # Copies, since the tensors of the file may be the file itself, mapped into memory.
         weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

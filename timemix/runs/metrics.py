@@ -1,4 +1,4 @@
-"""What a run writes down about itself: metrics.jsonl, and wherever else its lines should go."""
+"""metrics.jsonl of a run: writing and reading."""
 
 import json
 import math
@@ -11,31 +11,37 @@ from timemix.storage.files import atomic_file, cannot_write, read_lines
 from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
+"""A line of metrics.jsonl: the step, and values by name."""
 
 
 class Metrics:
-    """metrics.jsonl of a run: a line of JSON for each logged step, in order, no step twice."""
+    """Writer of metrics.jsonl, with one JSON object per logged step, in the order of the steps.
+
+    Args:
+        path: The file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._unwritten: list[Line] = []
 
     def cut(self, step: int) -> None:
-        """Removes what comes after a step, and lines that are no such line."""
+        """Remove all lines after a step, and all lines that are not a JSON object with a step."""
         if not self.path.exists() or all(_step_of(line) <= step for line in read_lines(self.path)):
             return
         with atomic_file(self.path) as temporary, temporary.open("wb") as file:
             file.writelines(line for line in read_lines(self.path) if _step_of(line) <= step)
 
     def write(self, line: Line) -> None:
-        """Appends a line, after those that could not be written before.
+        """Append a line, after the lines that earlier calls could not write.
 
-        Raises CannotWrite, and keeps the line for the next call, when the disk is full.
+        Raises:
+            CannotWrite: The disk is full or not writable. The next call writes the line.
         """
         self._unwritten.append(line)
         raw = "".join(json.dumps(each) + "\n" for each in self._unwritten).encode()
         try:
-            # Unbuffered: what a full disk refuses must not be tried again on closing.
+            # Unbuffered, so that closing the file does not repeat a write that a full disk refused.
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 if file.write(raw) != len(raw):
@@ -47,7 +53,7 @@ class Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """Step of a whole line, infinite for anything else."""
+    """Return the step of a complete line, infinity for any other line."""
     try:
         step = json.loads(line.decode())["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -56,23 +62,30 @@ def _step_of(line: bytes) -> float:
 
 
 LARGEST_METRICS = 64 * 2**20
-"""Bytes of metrics.jsonl at most, a quarter of a million lines: what it holds takes up to 15 times as much memory."""
+"""Largest number of bytes of metrics.jsonl, about 250,000 lines; its content takes up to 15 times as much memory."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl, oldest first: step, tokens, seconds, loss and valid_loss (nats per
-    token), and whatever else was logged. A last line cut short by a kill is skipped.
+    """Read the lines of a run's metrics.jsonl, oldest first.
 
-    Raises FileError where the folder or the file is missing, or another line is not a JSON object.
+    Every line has a step. Most lines also have tokens, seconds, and loss or valid_loss in nats per token. An incomplete
+    last line, as a killed process leaves it, is skipped.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        MissingFile: The folder or the file does not exist.
+        DamagedFile: A line before the last one is not a JSON object.
     """
     if not run.is_dir():
-        raise MissingFile(f"there is no run folder {run}; name the folder of a run")
+        raise MissingFile(f"there is no run folder {run}; name a folder that training has written")
     path = run / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
     damaged: int | None = None
     for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
         if damaged is not None:
-            raise DamagedFile(f"line {damaged} of {path} is not a JSON object; remove or repair it")
+            raise DamagedFile(f"line {damaged} of {path} is not a JSON object; repair or remove the line")
         try:
             row = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Checkpoints, written atomically."""
+"""Atomic writes of checkpoints."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,18 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     progress: Progress,
 ) -> Path:
-    """Writes checkpoints/step-NNNNNNNN of a run folder and returns its path.
+    """Write the checkpoint RUN/checkpoints/step-NNNNNNNN atomically, and return its path.
 
-    `weights` and `training` as `gathered` gives them. Raises CannotWrite when the disk is full.
+    Args:
+        run: Run folder.
+        weights: Weights by name, on the CPU.
+        training: Tensors of the optimizer state by name, on the CPU, as `gathered` returns them.
+        config: Config of the run.
+        tokenizer: Tokenizer of the run.
+        progress: State of the run besides its tensors.
+
+    Raises:
+        CannotWrite: The disk is full or not writable.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
     with atomic_folder(folder) as temporary:

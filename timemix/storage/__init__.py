@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, tensors, checked JSON and TOML."""
+"""Storage: atomic file writes, locks, tensors, and checked JSON and TOML."""

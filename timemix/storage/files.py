@@ -1,4 +1,4 @@
-"""Reading files that may hold anything, and writing so that a reader sees the old content or the new, never half."""
+"""Safe reading of files with unknown content, and atomic writes: a reader sees old or new content, never a mix."""
 
 import contextlib
 import errno
@@ -11,11 +11,11 @@ from pathlib import Path
 from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
-"""Bytes of a JSON file at most: what one holds takes up to 30 times as much memory."""
+"""Largest number of bytes of a JSON file; its content takes up to 30 times as much memory."""
 
 
 def check_name(path: Path) -> None:
-    """Raises FileError for a name that is not UTF-8: neither config.toml nor JSON nor safetensors can hold it."""
+    """Raise FileError for a name that is not UTF-8: config.toml, JSON and safetensors do not support it."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -23,55 +23,84 @@ def check_name(path: Path) -> None:
 
 
 def check_regular(path: Path, largest: int | None = None, what: str = "") -> None:
-    """Raises FileError where a file is missing, a folder, pipe or device, or larger than `largest` bytes.
+    """Check that a path is a file that can be read to its end: reading a pipe or a device may never end.
 
-    A pipe would be waited for without end, a device read without end. `what`: words for the file, before its path.
+    Args:
+        path: The file.
+        largest: Largest allowed number of bytes. Default: any.
+        what: Words before the path in messages, such as "the tokenizer ".
+
+    Raises:
+        MissingFile: The file does not exist.
+        FileError: It is a folder, a pipe or a device, or cannot be reached.
+        DamagedFile: It has more than `largest` bytes.
     """
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
         kind = MissingFile if isinstance(error, FileNotFoundError) else FileError
-        raise kind(f"cannot read {what}{path}: {getattr(error, 'strerror', error)}") from error
+        raise kind(cannot_read(path, error, what)) from error
     if not stat.S_ISREG(found.st_mode):
-        raise FileError(f"cannot read {what}{path}: it is a folder, pipe or device, not a file")
+        raise FileError(f"cannot read {what}{path}: it is a folder, a pipe or a device; name a file")
     if largest is not None and found.st_size > largest:
-        raise DamagedFile(f"{path} has {found.st_size:,} bytes; such a file has at most {largest:,}: it is damaged")
+        raise DamagedFile(
+            f"{path} is damaged: it has {found.st_size:,} bytes, more than the {largest:,} of the largest such file;"
+            " restore it from a copy"
+        )
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
-    """Text of a UTF-8 file without byte order mark. Raises FileError as `check_regular` does, and for other bytes."""
+    """Read a UTF-8 file, without byte order mark.
+
+    Args:
+        path: The file.
+        largest: Largest allowed number of bytes.
+        what: Words before the path in messages, such as "the tokenizer ".
+
+    Raises:
+        FileError: The file is missing, not a regular file, too large or not UTF-8.
+    """
     check_regular(path, largest, what)
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
     except UnicodeDecodeError as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
+        raise DamagedFile(f"{path} is damaged: it is not UTF-8 ({error}); restore it from a copy") from error
 
 
 def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
-    """Lines of a file with their ends, in pieces where one is longer than a mebibyte.
+    """Read the lines of a file with their ends. A line longer than a mebibyte comes in several pieces.
 
-    Raises FileError as `check_regular` does.
+    Args:
+        path: The file.
+        largest: Largest allowed number of bytes. Default: any.
+
+    Raises:
+        FileError: The file is missing, not a regular file, too large or unreadable.
     """
     check_regular(path, largest)
     try:
         with path.open("rb") as file:
             yield from iter(lambda: file.readline(2**20), b"")
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from error
+        raise FileError(cannot_read(path, error)) from error
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`; when the block ends well, synced and renamed to it.
+    """Write a folder atomically: yield a temporary folder, which is renamed when the `with` block succeeds.
 
-    An older `folder` is replaced. Raises CannotWrite when the disk is full or the place cannot be written.
+    Args:
+        folder: The folder. An older one is replaced.
+
+    Raises:
+        CannotWrite: The disk is full or not writable.
     """
     temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     with explained(folder):
         try:
-            # A killed process may have left it.
+            # A killed process with the same number may have left such a folder.
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
@@ -90,23 +119,29 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that it is there whole or not at all, also when the process is killed on the way.
+    """Remove a folder atomically: it is renamed first, so that a killed process never leaves a part of it.
 
-    Raises CannotWrite where it may not.
+    Raises:
+        CannotWrite: The folder cannot be removed.
     """
     with explained(folder):
         shutil.rmtree(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:
-    """Renames a folder to a name that `remove_unfinished` knows."""
+    """Rename a folder to a name that `remove_unfinished` removes; return its new path."""
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     folder.rename(aside)
     return aside
 
 
 def appear(temporary: Path, folder: Path) -> None:
-    """Renames a folder whose files are synced to a new place."""
+    """Rename a folder whose files are synced, and sync the rename.
+
+    Args:
+        temporary: The folder.
+        folder: Its new path, which must not exist.
+    """
     _sync(temporary)
     temporary.rename(folder)
     _sync(folder.parent)
@@ -114,9 +149,13 @@ def appear(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, of the same suffix; when the block ends well, synced and renamed.
+    """Write a file atomically: yield a temporary path, which is renamed when the `with` block succeeds.
 
-    Raises CannotWrite when the disk is full or the place cannot be written.
+    Args:
+        path: The file. The temporary path has the same suffix.
+
+    Raises:
+        CannotWrite: The disk is full or not writable.
     """
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     with explained(path):
@@ -130,14 +169,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text as UTF-8, atomically."""
+    """Save a text to a UTF-8 file, atomically.
+
+    Raises:
+        CannotWrite: The disk is full or not writable.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Raises CannotWrite for a block that fails to write `path`."""
+    """Turn an OSError in the `with` block into CannotWrite, with a sentence about `path`."""
     try:
         yield
     except OSError as error:
@@ -145,17 +188,24 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what `atomic_folder` and `remove_folder` left of folders in `folder` when their process was killed."""
+    """Remove the temporary folders in `folder` that `atomic_folder` and `remove_folder` left in a killed process."""
     for name in (".*.partial-*", ".*.replaced-*"):
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
 
 
+def cannot_read(path: Path, error: OSError | ValueError, what: str = "") -> str:
+    """Return the message for a failed read; `what` are words before the path, such as "the tokenizer "."""
+    reason = getattr(error, "strerror", None) or error
+    ways = {errno.EACCES: "check its permissions", errno.EIO: "check the disk"}
+    return f"cannot read {what}{path}: {reason}; {ways.get(getattr(error, 'errno', None) or 0, 'check its path')}"
+
+
 def cannot_write(path: Path, error: OSError) -> str:
-    """Sentence for a failed write."""
+    """Return the message for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the device for {path}; free some, or choose another place"
-    return f"cannot write {path}: {error.strerror or error}"
+        return f"no space left on the device for {path}; free some space, or choose another place"
+    return f"cannot write {path}: {error.strerror or error}; check its permissions, or choose another place"
 
 
 def _sync(path: Path) -> None:
@@ -167,10 +217,14 @@ def _sync(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Has the system write an open file or folder to its disk, if the file system can. Raises OSError."""
+    """Make the system write an open file or folder to its disk, if the file system supports it.
+
+    Raises:
+        OSError: The write failed.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Many network and shared folders cannot sync a folder; what they hold is as safe as they make it.
+        # Many network and shared file systems do not support the sync of a folder.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise

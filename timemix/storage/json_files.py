@@ -1,4 +1,4 @@
-"""JSON files of any content: read, and checked against the dataclass that describes them."""
+"""JSON files with unknown content: read, and checked against a dataclass."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from timemix.storage.files import read_text
 Record = TypeVar("Record")
 
 OPTIONAL = {"optional": True}
-"""Metadata of a field that `to_json` leaves out where it is None."""
+"""Metadata of a field that `to_json` omits if it is None."""
 
 
 @dataclass(frozen=True)
@@ -36,51 +36,68 @@ class Misfit(ValueError):
 
 
 def parse_json(path: Path, what: str = "") -> Any:
-    """What a JSON file holds. Raises FileError when it is missing or damaged; `what` as for `check_regular`."""
+    """Return the content of a JSON file.
+
+    Args:
+        path: The file.
+        what: Words before the path in messages, such as "the tokenizer ".
+
+    Raises:
+        FileError: The file is missing or not JSON.
+    """
     text = read_text(path, what=what)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged: it is not whole JSON ({error}); restore it from a copy") from error
+        raise DamagedFile(f"{path} is damaged: it is not valid JSON ({error}); restore it from a copy") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FileError as `parse_json` does, and for another value."""
+    """Return the JSON object in a file.
+
+    Raises:
+        FileError: The file is missing, not JSON or not a JSON object.
+    """
     data = parse_json(path)
     if not isinstance(data, dict):
-        raise DamagedFile(f"{path} is damaged: it holds no JSON object")
+        raise DamagedFile(f"{path} is damaged: it is not a JSON object; restore it from a copy")
     return data
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a JSON object as a dataclass.
 
+    Args:
+        path: The file.
+        kind: The dataclass, as for `to_record`.
+
     Raises:
-        FileError: the file is missing, no JSON object, or a field has a wrong type or lies outside its range.
+        FileError: The file is missing, not a JSON object, or a field has a wrong type or is out of its range.
     """
     data = read_json(path)
     try:
         return to_record(data, kind)
     except Misfit as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from None
+        raise DamagedFile(f"{path} is damaged: {error}; restore it from a copy") from None
 
 
 def to_record(data: Any, kind: type[Record], place: str = "") -> Record:
-    """Check a JSON object by the types and ranges of a dataclass, and return it as one.
+    """Check a JSON object against the types and ranges of a dataclass, and return it as that dataclass.
 
-    Fields that the dataclass does not have are ignored, as newer versions may write them; fields with a default may be
-    missing, as older versions did not write them. JSON lists become tuples.
+    Fields that the dataclass does not have are ignored: newer versions may write them. Fields with a default may be
+    missing: older versions did not write them. JSON lists become tuples.
 
     Args:
-        data: a parsed JSON value.
-        kind: a dataclass of numbers, texts, lists, objects and other such dataclasses, or None, some with a `Range`.
-        place: prefix of the names in messages.
+        data: A parsed JSON value.
+        kind: A dataclass. Its fields are numbers, texts, lists, objects, other such dataclasses or None. Numbers and
+            lists may have a `Range`.
+        place: Prefix of the names in messages.
 
     Raises:
-        Misfit: a field is missing or does not fit.
+        Misfit: A field is missing or does not fit.
     """
     if not isinstance(data, dict):
-        raise Misfit(f"{place.rstrip('.') or 'it'} is no JSON object")
+        raise Misfit(f"{place.rstrip('.') or 'it'} is not a JSON object")
     hints = typing.get_type_hints(kind, include_extras=True)
     values = {}
     for field in dataclasses.fields(typing.cast(Any, kind)):
@@ -116,7 +133,7 @@ def _checked(place: str, value: Any, hint: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a finite number that a float can hold."""
+    """Return whether a value from a file is a finite number in the range of a float."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

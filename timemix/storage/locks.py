@@ -1,4 +1,4 @@
-"""Locks of files and folders, which end with their process."""
+"""Locks of files and folders. The system releases them when their process ends."""
 
 import contextlib
 import errno
@@ -14,21 +14,21 @@ from timemix.storage.files import explained, write_text
 from timemix.storage.json_files import read_json
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What a lock fails with on file systems without locks, such as some of clusters and networks."""
+"""Error numbers of file systems without locks, such as some cluster and network file systems."""
 
 
 class _Lock:
-    """An operating-system lock of a file, which ends with its process.
+    """A lock of a file by the operating system, which releases it when the process ends.
 
-    On a file system without locks: a file PATH.soft beside it that names the process. The next process on the same
-    machine removes it if that process has ended.
+    The fallback on a file system without locks is a file PATH.soft that names the process. The next process on the same
+    machine removes this file if the named process has ended.
     """
 
     def __init__(self, path: Path) -> None:
         import filelock
 
         self.soft = path.with_name(f"{path.name}.soft")
-        # The library's own fallback takes the file that an earlier lock left for a lock that is held.
+        # The fallback of the library would mistake the file of an earlier, released lock for a held lock.
         self._lock: filelock.BaseFileLock = filelock.FileLock(path, fallback_to_soft=False)
 
     @property
@@ -36,10 +36,14 @@ class _Lock:
         return self._lock.is_locked
 
     def acquire(self, *, blocking: bool) -> None:
-        """Takes the lock if no other process holds it, or waits for it. Raises OSError."""
+        """Take the lock if no other process holds it; `blocking` waits for it.
+
+        Raises:
+            OSError: The lock file cannot be written.
+        """
         import filelock
 
-        # Its Timeout is an OSError too, and no failure here.
+        # Timeout is an OSError, but here it only means that another process holds the lock.
         with contextlib.suppress(filelock.Timeout):
             try:
                 self._lock.acquire(blocking=blocking)
@@ -57,10 +61,16 @@ class _Lock:
 
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds the lock file `path` during the block and gives True; False where another process holds it.
+    """Hold a lock file during the `with` block; yield whether it was obtained.
 
-    `wait` until that process lets go, rather than give False.
-    The lock ends with its process, however that ends.
+    The system releases the lock when the process ends, even if it is killed.
+
+    Args:
+        path: The lock file.
+        wait: Whether to wait for a process that holds the lock, instead of yielding False.
+
+    Raises:
+        CannotWrite: The lock file cannot be written.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,35 +83,46 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class FolderLock:
-    """Says that one process works in a folder, and which. The lock ends with its process, however that ends.
+    """Lock of a folder, with a file that names the process that holds it.
 
-    `taken_over`: the process that held the folder before and ended without letting go, killed say; else None.
+    The system releases the lock when the process ends, even if it is killed.
+
+    Args:
+        folder: The folder.
+
+    Attributes:
+        taken_over: Description of the process that held the lock before and ended without releasing it, else None.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.taken_over: str | None = None
         self._lock = _Lock(folder / ".lock")
-        # Beside the lock file, whose content a process that tries to take the lock may empty.
+        # A second file, since a process that tries to take the lock may empty the lock file.
         self._holder = folder / ".lock.json"
 
     def take(self) -> None:
-        """Holds the folder. Raises InUse, naming the holder, where another process (or a lock) holds it."""
+        """Take the lock; do nothing if this object holds it already.
+
+        Raises:
+            InUse: Another process or another lock of this process holds it. The message names the process.
+            CannotWrite: The folder cannot be written.
+        """
         if self._lock.is_locked:
             return
         with explained(self.folder):
             self._lock.acquire(blocking=False)
             if not self._lock.is_locked:
                 dead = f"; if it has ended, remove {self._lock.soft}" if self._lock.soft.exists() else ""
-                raise InUse(f"{self.folder} is in use by {self._named()}; wait for its end, or stop it{dead}")
+                raise InUse(f"{self.folder} is in use by {self._named()}; wait until it ends, or stop it{dead}")
             self.taken_over = self._named() if self._holder.exists() else None
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            # Not into what lies there: a link or a pipe.
+            # An atomic write: it replaces a link or a pipe of this name instead of writing into it.
             write_text(self._holder, json.dumps(holder))
 
     def release(self) -> None:
-        """Lets go; nothing where it was not held."""
+        """Release the lock; do nothing if it is not held."""
         if self._lock.is_locked:
             self._holder.unlink(missing_ok=True)
             self._lock.release()
@@ -115,9 +136,10 @@ class FolderLock:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process holds a `FolderLock`, by what it wrote beside it; takes no lock, so none fails for it.
+    """Return whether a process holds the `FolderLock` of a folder.
 
-    A holder on another machine is taken for alive.
+    The answer comes from the file that names the process. No lock is taken, so no other process is disturbed. A process
+    on another machine counts as alive.
     """
     import psutil
 
@@ -126,7 +148,7 @@ def is_held(folder: Path) -> bool:
         if holder["host"] != socket.gethostname():
             return True
         since = time.mktime(time.strptime(holder["since"], "%Y-%m-%d %H:%M:%S"))
-        # Another process may have got the number since; it began later.
+        # A later process may have the same number.
         return bool(psutil.Process(holder["process"]).create_time() < since + 1)
     except (FileError, KeyError, TypeError, ValueError, OverflowError, psutil.Error):
         return False

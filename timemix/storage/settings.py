@@ -1,4 +1,4 @@
-"""Settings as dataclasses, nested dictionaries and TOML, checked on the way in."""
+"""Settings: conversion between dataclasses, nested dictionaries and TOML, with checks."""
 
 import dataclasses
 import sys
@@ -12,12 +12,25 @@ from timemix.errors import DamagedFile, InvalidValue, nearest
 from timemix.storage.files import read_text
 
 LARGEST_TOML = 256 * 2**10
+"""Largest number of bytes of a TOML file."""
 LARGEST_VOCABULARY = 2**24
+"""Largest number of tokens of a vocabulary."""
 MOST_DOTS = 200
-"""In a line of a TOML file: a dotted key takes the parser time and memory by the square of its parts."""
+"""Largest number of dots in a line of a TOML file: parsing a dotted key costs the square of its parts."""
 
 
 def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
+    """Check the value of a setting.
+
+    Args:
+        name: Dotted name of the setting, for the message.
+        value: Its value.
+        least: Smallest allowed value.
+        most: Largest allowed value.
+
+    Raises:
+        InvalidValue: The value is out of range.
+    """
     if not value >= least:
         raise InvalidValue(f"{name} is {value}; it must be at least {least}")
     if value > most:
@@ -25,14 +38,14 @@ def check_range(name: str, value: float, least: float, most: float = sys.float_i
 
 
 def nearest_divisors(value: int, total: int) -> str:
-    """Return the divisors of `total` on both sides of `value`, for an error sentence."""
+    """Return the divisors of `total` next below and above `value`, for an error message."""
     divisors = [d for d in range(1, total + 1) if total % d == 0]
     near = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
     return ", ".join(map(str, near))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionary of a config dataclass; fields that are None are left out."""
+    """Return a config dataclass as a nested dictionary, without fields that are None."""
     return dataclasses.asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
 
 
@@ -40,9 +53,15 @@ Config = TypeVar("Config")
 
 
 def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config:
-    """Config dataclass from a nested dictionary.
+    """Return a config dataclass with the values of a nested dictionary.
 
-    Raises InvalidValue for an unknown field (with the nearest right name) or a value of the wrong type.
+    Args:
+        cls: The dataclass.
+        data: Values of its fields.
+        path: Prefix of the names in messages.
+
+    Raises:
+        InvalidValue: A field is unknown or missing, or a value has a wrong type. The message names the nearest field.
     """
     types_of = typing.get_type_hints(cls)
     hints = {field.name: types_of[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}
@@ -55,7 +74,7 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
         values[name] = _checked(f"{path}{name}", value, hints[name])
     missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name not in values and _required(f)]
     if missing:
-        raise InvalidValue(f"{path + missing[0]} is missing")
+        raise InvalidValue(f"{path + missing[0]} is missing; give a value")
     return cls(**values)
 
 
@@ -90,16 +109,22 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def parse_toml(path: Path) -> dict[str, Any]:
-    """Contents of a TOML file. Raises FileError when it is missing, not TOML, or larger than `LARGEST_TOML`."""
+    """Return the content of a TOML file.
+
+    Raises:
+        FileError: The file is missing, not TOML, or larger than `LARGEST_TOML`.
+    """
     text = read_text(path, LARGEST_TOML)
     for number, line in enumerate(text.splitlines(), 1):
         if line.count(".") > MOST_DOTS:
-            raise DamagedFile(f"{path}: line {number} has {line.count('.')} dots; it may have {MOST_DOTS}: break it")
+            raise DamagedFile(
+                f"line {number} of {path} has {line.count('.')} dots, more than {MOST_DOTS}; split the line"
+            )
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}") from error
+        raise DamagedFile(f"{path} is damaged: it is not valid TOML ({error}); correct it") from error
 
 
 UNFIT = (ValueError, ArithmeticError, RecursionError)
-"""What `from_dict` raises for values of any kind: its own sentences, and numbers too large to show or to convert."""
+"""Errors that `from_dict` raises for values from a file; the last two are for numbers too large to print or convert."""

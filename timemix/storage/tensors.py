@@ -1,4 +1,4 @@
-"""Safetensors files, read and written with clear errors."""
+"""Safetensors files, with checksums and clear errors."""
 
 import contextlib
 import json
@@ -16,17 +16,26 @@ from timemix.errors import DamagedFile, MissingFile
 from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
-"""Bytes of the JSON at the beginning of a safetensors file at most: some 100,000 tensors."""
+"""Largest number of bytes of the JSON at the beginning of a safetensors file, enough for about 100,000 tensors."""
 
 
 CHECKSUM = "crc32"
-"""Key of the metadata under which a file holds the checksum of its tensors; those of earlier versions have none."""
+"""Metadata key of the checksum of a file's tensors; files of earlier versions have no checksum."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with a checksum of its tensors. Raises OSError."""
+    """Write a safetensors file with a checksum of its tensors.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        metadata: Texts by name, to which the checksum is added.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     whole = {name: x.contiguous() for name, x in tensors.items()}
-    # The library creates files that only their owner may read; what Python creates follows the umask.
+    # The library creates files that only their owner may read. Python's files follow the umask.
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -42,18 +51,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _sort_metadata(path: Path) -> None:
-    """Give the same tensors the same bytes: the library orders the metadata differently from call to call."""
+    """Sort the metadata of a file, so that equal tensors give bit-identical files: the library writes any order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
         file.seek(8)
-        # The same length: only the order changed.
+        # Only the order has changed, so the header keeps its length.
         file.write(json.dumps(metadata | header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
-    """CRC-32 of names and contents, by name: any one wrong byte changes it, at several gigabytes a second."""
+    """Return the CRC-32 of names and contents of tensors, in hexadecimal.
+
+    It detects every single wrong byte, at several gigabytes per second.
+
+    Args:
+        names: Names of the tensors, in any order.
+        tensor: Returns the tensor of a name.
+    """
     crc = 0
     for name in sorted(names):
         crc = zlib.crc32(name.encode(), crc)
@@ -62,40 +78,60 @@ def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
 
 
 def check_content(tensors: Any, path: Path) -> None:
-    """Raises DamagedFile where the content of an open file is not what was written, by its checksum if it has one."""
+    """Check the content of an open file against its checksum, if it has one.
+
+    Args:
+        tensors: The open file, as `open_tensors` yields it.
+        path: Its path, for the message.
+
+    Raises:
+        DamagedFile: The content has changed since the file was written.
+    """
     known = (tensors.metadata() or {}).get(CHECKSUM)
     if known is not None and known != _checksum(tensors.keys(), tensors.get_tensor):
-        raise DamagedFile(f"{path} is damaged: its content has another checksum than it was saved with; restore it")
+        raise DamagedFile(f"{path} is damaged: its content differs from its checksum; restore it from a copy")
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file whose tensors are read one by one.
+    """Open a safetensors file, whose tensors are then read one by one.
 
-    Raises FileError when it is missing, truncated or something else.
+    Args:
+        path: The file.
+
+    Raises:
+        FileError: The file is missing, truncated or not a safetensors file.
     """
     check_name(path)
     if not path.exists():
-        raise MissingFile(f"{path} is missing")
+        raise MissingFile(f"{path} is missing; restore it from a copy, or check the path")
     check_regular(path)
     try:
         with path.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
         if header > LARGEST_HEADER:
-            raise OSError(f"its header is said to have {header:,} bytes")
+            raise OSError(f"its header would have {header:,} bytes")
         try:
             opened = safe_open(path, framework="pt")
         except RuntimeError as error:
-            # torch maps the file into memory, and cannot where it has gone since.
+            # torch maps the file into memory, which fails if another process has removed it.
             raise OSError(str(error)) from error
         with opened as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
+        raise DamagedFile(
+            f"{path} is damaged or not a safetensors file: {error}; restore it, or name another file"
+        ) from error
 
 
 def fits_tensor(tensors: Any, name: str, shape: Sequence[int]) -> bool:
-    """Whether an open file has a tensor of this name and shape, of floating-point numbers; reads no content."""
+    """Return whether an open file has a floating-point tensor of a name and shape, without reading its content.
+
+    Args:
+        tensors: The open file, as `open_tensors` yields it.
+        name: Name of the tensor.
+        shape: Its shape.
+    """
     if name not in tensors.keys():  # noqa: SIM118
         return False
     found = tensors.get_slice(name)

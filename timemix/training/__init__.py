@@ -1,1 +1,1 @@
-"""Training: one loop for every architecture."""
+"""Training of all architectures by one loop."""

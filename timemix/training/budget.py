@@ -1,4 +1,4 @@
-"""The number of steps of a run whose length is set in seconds or in tokens."""
+"""Number of steps of a run whose length is given in seconds or in tokens."""
 
 import functools
 import shutil
@@ -17,16 +17,16 @@ from timemix.training.trainer import Trainer
 Say = Callable[[str], object]
 
 VALIDATED = 32_769
-"""Tokens of the held-out text at most that are timed."""
+"""Largest number of held-out tokens in the timed validation."""
 SHARE = 0.05
-"""Of the seconds of a run, at most those spent on timing its steps."""
+"""Largest share of a run's seconds that is spent on timing its steps."""
 LONGEST = 5.0
-"""Seconds of timed steps, after which their mean is known well enough."""
+"""Largest number of seconds spent on timing steps: the mean is then accurate enough."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that the parts of a run take: a step, a validation on the whole held-out text, a checkpoint, a sample."""
+    """Duration of each part of a run, in seconds; `validation` is for the whole held-out text."""
 
     step: float
     validation: float
@@ -34,39 +34,45 @@ class Pace:
     sample: float = 0.0
 
     def seconds_per_step(self, train: TrainConfig) -> float:
-        """Of a step with its share of validations, each of which may be followed by a checkpoint, and of the rest."""
+        """Return the mean seconds of a step, with its share of validations, checkpoints and samples.
+
+        Each validation counts with a checkpoint, which may follow it.
+        """
         validation = (self.validation + self.checkpoint) / train.valid_every
         sample = self.sample / train.sample_every if train.sample_every else 0.0
         return self.step + validation + self.checkpoint / train.save_every + sample
 
     def steps_within(self, seconds: float, train: TrainConfig) -> int:
-        """Steps that fit into `seconds`, beside the validations before and after all of them; at least 1."""
+        """Return the number of steps that fit into `seconds`, at least 1.
+
+        Two validations (before the first and after the last step) and one checkpoint are subtracted first.
+        """
         left = seconds - 2 * self.validation - self.checkpoint
         return min(max(1, int(left / self.seconds_per_step(train))), MOST_STEPS)
 
 
 def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: Say) -> RunConfig:
-    """Return the config with its seconds or tokens replaced by the steps that they allow.
+    """Return the config with its seconds or tokens replaced by the number of steps that they allow.
 
-    All processes call, and get the same number. For seconds, a model of the same config takes some steps, and is
-    dropped; the weights and random numbers of the run do not depend on it.
+    All processes must call this function, and all get the same number. For seconds, a second model of the same config
+    trains a few timed steps and is discarded. It changes neither the weights nor the random numbers of the run.
 
     Args:
-        config: Of the run, resolved for the corpus.
-        corpus: Its tokens.
-        out: Folder of the run, for a checkpoint that is timed and removed.
+        config: Config of the run, resolved for the corpus.
+        corpus: Tokens of the run.
+        out: Run folder. A timed checkpoint is saved there and removed.
         world: The processes of the run.
-        say: Called with a sentence about the result, in process 0.
+        say: Called in process 0 with a sentence that reports the result.
 
     Raises:
-        InvalidValue: The steps are more than a run may have.
+        InvalidValue: The tokens take more than `MOST_STEPS` steps.
         NotFinite: The loss of a timed step is not finite.
     """
     train = config.train
     if train.tokens is not None:
         steps = steps_of_tokens(config)
         each = train.batch_size * config.window
-        sentence = f"{read_count(train.tokens):,} tokens at {each:,} a step: {steps:,} steps"
+        sentence = f"{read_count(train.tokens):,} tokens at {each:,} per step: {steps:,} steps"
     elif train.seconds is not None:
         steps, sentence = _steps_of_seconds(config, train.seconds, corpus, out, world)
     else:
@@ -77,14 +83,18 @@ def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: 
 
 
 def steps_of_tokens(config: RunConfig) -> int:
-    """Steps that take in `train.tokens`, the last one perhaps more than is left of them."""
+    """Return the number of steps for `train.tokens` tokens, rounded up.
+
+    Raises:
+        InvalidValue: The number exceeds `MOST_STEPS`.
+    """
     assert config.train.tokens is not None
     each = config.train.batch_size * config.window
     steps = -(-read_count(config.train.tokens) // each)
     if steps > MOST_STEPS:
         raise InvalidValue(
-            f"train.tokens is {str(config.train.tokens)!r}: {steps:,} steps of {each:,} tokens; a run has at most"
-            f" {MOST_STEPS:,}"
+            f"train.tokens is {str(config.train.tokens)!r}, which takes {steps:,} steps of {each:,} tokens;"
+            f" a run has at most {MOST_STEPS:,} steps"
         )
     return steps
 
@@ -97,24 +107,24 @@ def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Pa
         while True:
             sized = replace(config, train=replace(config.train, steps=steps, seconds=None))
             trainer = Trainer(sized, scratch, corpus, world=world)
-            # Whether a run is compiled depends on its length: one that is long enough is timed again, compiled.
+            # Only long runs are compiled: if the run proves long enough, its steps are timed again, compiled.
             if compiled is not None and (compiled or not trainer.compiled):
                 break
             compiled = trainer.compiled
             pace = _pace(trainer, min(SHARE * seconds, LONGEST))
             left = seconds - (time.perf_counter() - began)
-            # The clocks of several processes differ; that of the first counts.
+            # The clocks of several processes differ: process 0 decides.
             (whole,) = world.sum(pace.steps_within(left, config.train) if world.first else 0)
             steps = int(whole)
     finally:
         if world.first:
             shutil.rmtree(scratch, ignore_errors=True)
     each = f"{pace.seconds_per_step(config.train):.3g}"
-    return steps, f"{seconds:g} s at {each} s a step, validation and checkpoints included: {steps:,} steps"
+    return steps, f"{seconds:g} s at {each} s per step, validation and checkpoints included: {steps:,} steps"
 
 
 def _pace(trainer: Trainer, seconds: float) -> Pace:
-    """Time the parts of a run; its steps for so many seconds, and at least three."""
+    """Time the parts of a run: steps for `seconds` seconds, at least three, then each other part once."""
     # The first step allocates and compiles.
     trainer.train_step()
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether torch.compile pays for a run, and the compiled form of a model."""
+"""torch.compile: the decision whether it saves time in a run, and the compiled model."""
 
 import os
 import shutil
@@ -10,29 +10,43 @@ from torch import nn
 from timemix.errors import InvalidValue
 
 COMPILE_FROM = 2e13
-"""Floating-point operations of a run from which compiling pays: some 100 s on two cores, where it takes 10 to 40 s."""
+"""Floating-point operations of a run from which compiling saves time on a CPU.
+
+Two cores need about 100 s for them, and compiling takes 10 to 40 s.
+"""
 
 COMPILE_FROM_ON_A_GPU = 3e15
-"""The same on a GPU: an H200 saves 25 ms in a step of 1.8e12 operations, and compiling takes 40 s."""
+"""Floating-point operations of a run from which compiling saves time on a GPU.
+
+On an H200, compiling takes 40 s and saves 25 ms in a step of 1.8e12 operations.
+"""
 
 
 def choose_compile(
     asked: str, flops: float, device: torch.device, processes: int = 1, *, fused: bool = False
 ) -> tuple[bool, str]:
-    """Whether to compile the model of a run of so many operations, and the reason. The same for the same run.
+    """Return whether to compile the model of a run, and the reason in words.
 
-    `fused`: `ops.common.fused` has the whole of it, and compiled code is no faster (benchmarks/RESULTS.md).
+    The decision depends on the arguments and the C++ compiler alone, so a resumed run decides as before.
 
-    Raises InvalidValue where it is asked for and cannot be done.
+    Args:
+        asked: `train.compile`: "auto", "on" or "off".
+        flops: Floating-point operations of the whole run.
+        device: Device of the model.
+        processes: Number of processes of the run.
+        fused: Whether `ops.common.fused` runs the whole model. Compiled code is no faster then (docs/performance.md).
+
+    Raises:
+        InvalidValue: `asked` is "on" and the model cannot be compiled.
     """
     hindrance = None
     if processes > 1:
-        hindrance = "it is for one process"
+        hindrance = "it supports one process only"
     elif device.type == "cpu" and cpp_compiler() is None:
-        hindrance = "no C++ compiler was found"
+        hindrance = "no C++ compiler is installed"
     if asked == "on":
         if hindrance:
-            raise InvalidValue(f"train.compile is 'on', but {hindrance}; leave it out")
+            raise InvalidValue(f"train.compile is 'on', but {hindrance}; leave train.compile out")
         return True, "asked for"
     if asked == "off":
         return False, "asked for"
@@ -41,21 +55,21 @@ def choose_compile(
     if fused:
         return False, "its own C code is as fast"
     if flops < (COMPILE_FROM_ON_A_GPU if device.type == "cuda" else COMPILE_FROM):
-        return False, "the run is too short to gain by it"
-    return True, "the run is long enough to gain by it"
+        return False, "the run is too short to save time by it"
+    return True, "the run is long enough to save time by it"
 
 
 def compiled_model(model: nn.Module, device: torch.device, accumulation: int = 1) -> nn.Module:
     """Return a model compiled for batches of one shape.
 
-    On a GPU forward and backward are CUDA graphs: at 17 M parameters the launches of kernels one by one take nearly
-    three times as long as the kernels. Gradients lie in the graphs' memory, which the next backward overwrites, so
-    accumulated ones need a form without graphs.
+    On a GPU, forward and backward become CUDA graphs. Without graphs, at 17 M parameters, launching the kernels takes
+    nearly three times as long as running them. Gradients lie in memory of the graphs, which the next backward
+    overwrites. Accumulated gradients therefore need compiled code without graphs.
 
     Args:
         model: The model; its parameters are shared.
-        device: The device that it is on.
-        accumulation: Pieces of a batch whose gradients add up.
+        device: Device of the model.
+        accumulation: Number of pieces of a batch whose gradients are summed.
 
     Returns:
         A module with the same parameters.
@@ -65,6 +79,6 @@ def compiled_model(model: nn.Module, device: torch.device, accumulation: int = 1
 
 
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would call, None where there is none."""
+    """Return the path of the C++ compiler that torch.compile calls, None if none is installed."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)

@@ -1,13 +1,13 @@
-"""Failures that a run survives, reported once instead of at each repetition."""
+"""Reports of repeated failures that do not end a run: one report each, not one per repetition."""
 
 from collections.abc import Callable
 
 
 class Failures:
-    """Reports one kind of failure that may repeat: when it begins, when its cause changes, and when it is over.
+    """Reporter of a failure that may repeat: warns when it begins, when its cause changes and when it ends.
 
     Args:
-        what: Whatever fails, as the subject of a sentence: "hook my_module:log".
+        what: Name of the failing part, as the subject of a sentence, such as "hook my_module:log".
         warn: Called with each sentence.
     """
 
@@ -17,22 +17,27 @@ class Failures:
         self._count = 0
 
     def failed(self, cause: str, sentence: str) -> None:
-        """Count a failure, and report it unless the one before had the same cause."""
+        """Count a failure, and report it unless the failure before had the same cause.
+
+        Args:
+            cause: Compared with the cause of the failure before.
+            sentence: The warning.
+        """
         self._count += 1
         if cause != self._cause:
             self._warn(sentence)
         self._cause = cause
 
     def worked(self) -> None:
-        """Report how many failures came before this success, if there were any."""
+        """Report the number of failures before this success, if there were any."""
         if self._count:
             self._warn(f"{self._what} works again after {_times(self._count)}")
         self._cause, self._count = None, 0
 
     def close(self) -> None:
-        """Report how often it failed until the end of the run."""
+        """Report the number of failures if the last call failed; for the end of a run."""
         if self._count > 1:
-            self._warn(f"{self._what} did not work again: {_times(self._count)}")
+            self._warn(f"{self._what} failed to the end of the run: {_times(self._count)}")
         self._cause, self._count = None, 0
 
 
@@ -41,7 +46,7 @@ def _times(count: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, its class where it has none or fails to give it."""
+    """Return the first line of an error's message, or the name of its class if it has no readable message."""
     try:
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     except Exception:

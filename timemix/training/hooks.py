@@ -1,4 +1,4 @@
-"""Where the lines of metrics.jsonl go besides: TensorBoard, or any function."""
+"""Hooks: functions that get each line of metrics.jsonl, such as a writer for TensorBoard."""
 
 import importlib
 import os
@@ -11,14 +11,21 @@ from timemix.runs.metrics import Line
 from timemix.training.failures import Failures, first_line
 
 Hook = Callable[[Line], object]
-"""Gets each line of metrics.jsonl when it is written. That is all a tracking service needs:
-`trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`."""
+"""A function that is called with each new line of metrics.jsonl, as a dictionary.
+
+A tracking service needs one line: `trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`.
+"""
 
 
 class Hooks:
-    """The hooks of a run. What one of them raises is a warning, and never reaches the training loop.
+    """The hooks of a run. An exception in a hook becomes a warning and never reaches the training loop.
 
-    `failure`: the sentence of the newest failure, None before the first.
+    Args:
+        hooks: The functions, called in this order.
+        warn: Called with each warning, a sentence.
+
+    Attributes:
+        failure: Sentence about the newest failure, None before the first.
     """
 
     def __init__(self, hooks: Sequence[Hook], warn: Callable[[str], None]) -> None:
@@ -33,12 +40,12 @@ class Hooks:
                 kind, message = type(error).__name__, first_line(error)
                 cause = kind if message == kind else f"{kind}: {message}"
                 self.failure = f"{what} fails at step {line['step']}: {cause}"
-                failures.failed(cause, f"{self.failure}; training continues, and calls it at each line")
+                failures.failed(cause, f"{self.failure}; training continues and calls the hook at each line")
             else:
                 failures.worked()
 
     def close(self) -> None:
-        """Report the hooks that failed to the end."""
+        """Report the hooks whose last call failed."""
         for _, _, failures in self._hooks:
             failures.close()
 
@@ -48,33 +55,42 @@ def _name(hook: Hook) -> str:
 
 
 def load_hook(name: str) -> Hook:
-    """The function that "module:function" names; the module may lie in the working folder.
+    """Import and return the function that "module:function" names.
 
-    Raises InvalidValue where there is none.
+    Args:
+        name: Module and function, such as "my_module:log". The module may lie in the working folder.
+
+    Raises:
+        InvalidValue: The module or the function does not exist, or is not callable.
     """
-    # An installed command has its own folder on the path, not the one that it is called in.
+    # sys.path of an installed command has the folder of the command, not the working folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, ValueError, AttributeError) as error:
-        raise InvalidValue(f"hook {name!r} cannot be used: {error}; name a function as module:function") from error
+        raise InvalidValue(f"hook {name!r} cannot be imported: {error}; name a function as module:function") from error
     if not callable(found):
-        raise InvalidValue(f"hook {name!r} is no function; name one as module:function")
+        raise InvalidValue(f"hook {name!r} is not a function; name a function as module:function")
     hook: Hook = found
     return hook
 
 
 def tensorboard(folder: Path, step: int) -> Hook:
-    """A hook that writes the numbers of each line for TensorBoard; what `folder` holds after `step` is dropped.
+    """Return a hook that writes the numbers of each line for TensorBoard.
 
-    Raises Unavailable where TensorBoard is not installed.
+    Args:
+        folder: Folder of the TensorBoard log.
+        step: Step that the run resumes from; later entries of an older log are dropped.
+
+    Raises:
+        Unavailable: TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise Unavailable("TensorBoard is not installed; pip install 'timemix[tensorboard]'") from error
+        raise Unavailable("TensorBoard is not installed; run: pip install 'timemix[tensorboard]'") from error
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(line: Line) -> None:

@@ -1,4 +1,4 @@
-"""Memory of a training step, estimated before it is run."""
+"""Estimate of the memory of a training step before the run starts."""
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import Unavailable
@@ -11,20 +11,28 @@ from timemix.runtime.machine import free_memory
 
 
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
-    """Bytes that a training step needs in each process, estimated.
+    """Return the estimated bytes that a training step needs in each process.
 
-    Within 45 % of the measured ones (docs/log/2026-11-23-memory-estimate.md).
+    The estimate was within 45 % where it was measured (docs/log/2026-11-23-memory-estimate.md). It is the sum of
 
-    Weights, gradients and two moments; what blocks keep for the backward pass, counted in numbers per token; logits and
-    their gradient; W or attention matrices per head: in every layer, or a strip once where W is never written out.
+    - weights, gradients and two moments per weight,
+    - values that the blocks save for the backward pass, counted per token,
+    - logits and their gradient,
+    - W or the attention matrices of every head: in every layer, or only one strip where the code never forms all of W.
+
+    Args:
+        model: The model.
+        train: Batch size, accumulation, recomputation and strategy.
+        precision: "float32", "bfloat16" or "float64".
+        processes: Number of processes that share a batch.
     """
     width = 8 if precision == "float64" else 4
     rows = max(1, train.batch_size // train.accumulation // processes)
     tokens = rows * train.contexts * model.ctx_len
-    # In bfloat16 the inputs and outputs of products are half as wide, the rest is not.
+    # In bfloat16 only the inputs and outputs of matrix products are half as wide.
     kept = 0.7 if precision == "bfloat16" else 1.0
     own = block_class(model).kept(model, rows)
-    # With recomputing, one block at a time is whole.
+    # With recomputation, only one block at a time has all its values in memory.
     blocks = {
         "none": model.layers * own.block,
         "cheap": model.layers * own.products + own.block,
@@ -36,7 +44,11 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
 
 
 def refuse_too_large(config: RunConfig, world: World) -> None:
-    """Raises Unavailable when the run would not fit the memory that is free now."""
+    """Check that the run fits the free memory.
+
+    Raises:
+        Unavailable: The estimate exceeds the free memory.
+    """
     device, _ = choose_device(config.train.device, world.local_rank)
     precision, _ = choose_precision(config.train.precision, device)
     needed = training_memory(config.model, config.train, precision, world.size)
@@ -45,7 +57,7 @@ def refuse_too_large(config: RunConfig, world: World) -> None:
     free = free_memory(device)
     if needed > free:
         raise Unavailable(
-            f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free;"
-            f" lower train.batch_size ({config.train.batch_size}), cut it with train.accumulation, or take"
-            " train.recompute cheap or all"
+            f"this run needs about {needed / 2**30:.1f} GiB of memory, but only {free / 2**30:.1f} GiB are free;"
+            f" lower train.batch_size ({config.train.batch_size}), raise train.accumulation, or set train.recompute to"
+            " 'cheap' or 'all'"
         )

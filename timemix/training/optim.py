@@ -1,4 +1,4 @@
-"""The optimizers, what it decays, and the learning rate over a run."""
+"""Optimizers, their weight decay, and the learning-rate schedule."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ from timemix.runtime.distributed import part_like, whole
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:
-    """Of each parameter by name, whether it is the weight of a linear layer inside a block."""
+    """Return for each parameter name whether it is the weight of a linear layer inside a block."""
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -27,15 +27,23 @@ def _is_matrix(model: nn.Module) -> dict[str, bool]:
 def build_optimizers(
     model: nn.Module, config: TrainConfig, precision: str = "float32", recipe: Recipe | None = None
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run: each parameter in one of them.
+    """Return the optimizers of a run. Each parameter belongs to exactly one of them.
 
-    AdamW (arXiv 1711.05101), in the framework's fused form, decays only the weights of linear layers inside blocks.
-    With `muon` these go to Muon, whose products run in `precision`, but in float64 for a model of that type.
-    `recipe`: what the architecture wants otherwise.
+    AdamW, in PyTorch's fused form, decays only the weights of linear layers inside blocks. With `config.optimizer`
+    "muon", Muon updates these weights, and AdamW updates all other parameters.
+
+    Args:
+        model: The model to train.
+        config: Optimizer, learning rate, weight decay, betas and epsilon.
+        precision: Type of Muon's matrix products. A float64 model always uses float64.
+        recipe: Exceptions of the architecture: learning-rate factors and additional weight decay.
+
+    Source:
+        AdamW: arXiv 1711.05101.
     """
     recipe = recipe or Recipe()
     matrices: list[nn.Parameter] = []
-    # By weight decay, multiple of the learning rate, and whether it is of the embedding.
+    # Keys: weight decay, factor of the learning rate, and whether the parameters belong to the embedding.
     others: dict[tuple[float, float, bool], list[nn.Parameter]] = {(0.0, 1.0, False): []}
     is_matrix = _is_matrix(model)
     for name, p in model.named_parameters():
@@ -60,9 +68,9 @@ def build_optimizers(
 
 
 class _Uncompiled(torch.optim.Optimizer):
-    """An optimizer that torch.compile never sees: without PyTorch's guards against it, which import the compiler.
+    """An optimizer without PyTorch's wrappers for torch.compile, which import the compiler.
 
-    That takes 2.5 s of processor time, half of what a run of one step takes.
+    The import takes 2.5 s of processor time, half the time of a run of one step. timemix never compiles optimizers.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -70,17 +78,31 @@ class _Uncompiled(torch.optim.Optimizer):
 
 
 class AdamW(_Uncompiled, torch.optim.AdamW):
-    """PyTorch's AdamW."""
+    """PyTorch's AdamW without its wrappers for torch.compile."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class Muon(_Uncompiled):
-    """Momentum, orthogonalized (https://kellerjordan.github.io/posts/muon/), for matrices only.
+    """Muon: momentum with orthogonalized updates, for matrices only.
 
-    Updates are scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate and weight decay serve both.
-    As torch.optim.Muon with `match_rms_adamw`, but for fewer rounds of `orthogonalized` and for products in float32:
-    on processors without bfloat16 instructions those of bfloat16 take thirty times as long.
+    For a weight of shape (rows, columns) with the Nesterov momentum M of its gradient:
+
+        W <- (1 - lr weight_decay) W - 0.2 sqrt(max(rows, columns)) lr orthogonalized(M)
+
+    The factor gives updates the size of AdamW's, so that both optimizers can use one learning rate and weight decay.
+    The result is that of torch.optim.Muon with `match_rms_adamw`, with two differences. `orthogonalized` needs fewer
+    rounds. Its products run in `precision`: without bfloat16 instructions, products in bfloat16 take thirty times as
+    long as in float32.
+
+    Args:
+        matrices: Parameters of shape (rows, columns).
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        precision: Type of the matrix products: "float32", "bfloat16" or "float64".
+
+    Source:
+        https://kellerjordan.github.io/posts/muon/; the factor of the updates: arXiv 2502.16982.
     """
 
     momentum = 0.95
@@ -91,7 +113,7 @@ class Muon(_Uncompiled):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Matrices of one shape are orthogonalized together."""
+        """Update the matrices. Those of equal shape are orthogonalized in one batch."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -108,7 +130,7 @@ class Muon(_Uncompiled):
         return loss
 
     def _next(self, matrix: nn.Parameter) -> Tensor:
-        """The direction (Nesterov) after the momentum has taken in the gradient."""
+        """Add the gradient to the momentum of a matrix, and return the Nesterov direction."""
         gradient, state = matrix.grad, self.state[matrix]
         assert gradient is not None
         if not state:
@@ -117,17 +139,25 @@ class Muon(_Uncompiled):
         return gradient.lerp(state["momentum_buffer"], self.momentum)
 
 
-# Of a x + b x^3 + c x^5: on [0.01, 1] the first has the least largest error, the next on what that leaves, and so on
-# (arXiv 2505.16932), but for 2 % in hand, since a singular value that rounding takes past 1 would be thrown far off.
+# Coefficients of three polynomials a x + b x^3 + c x^5 (arXiv 2505.16932). The first has the smallest maximal error on
+# [0.01, 1], and each next one on the range of values of the one before. The ranges have a margin of 2 %: rounding may
+# take a singular value past 1, where the polynomials diverge.
 _QUINTICS = ((7.9347, -22.2580, 15.8016), (3.5653, -2.5649, 0.4859), (2.6091, -1.8632, 0.4099))
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values moved to between 0.7 and 1.3.
+    """Return matrices with their singular values moved to between 0.7 and 1.3.
 
-    Of values below a hundredth of the Frobenius norm it makes at most 74 times that share. Three polynomials do
-    what the usual one does in five rounds.
+    Three different polynomials have the effect of five rounds of the usual one. Singular values below a hundredth of
+    the Frobenius norm end lower: at most at 74x their ratio to that norm.
+
+    Args:
+        matrices: Shape (n, rows, columns).
+
+    Source:
+        arXiv 2505.16932.
     """
+    # (n, rows, columns) -> (n, short side, long side), so that the Gram matrix is the small one
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in _QUINTICS:
@@ -138,15 +168,20 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Names of the tensors that an optimizer of `build_optimizers` keeps for each parameter."""
+    """Return the names of the tensors that an optimizer of `build_optimizers` stores for each parameter."""
     return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> float:
-    """Learning rate of a step, counted from 0.
+    """Return the learning rate of a step.
 
-    Rises linearly over the warm-up, from `warmup_floor` of it, to lr, then goes to lr_final by the schedule. Every step
-    has as many tokens as any other, so a share of the steps is a share of the tokens.
+    The rate rises linearly to `config.lr` over the warm-up, then follows the schedule to `config.lr_final`. All steps
+    have the same number of tokens, so a share of the steps is a share of the tokens.
+
+    Args:
+        config: Learning rates, schedule, warm-up and number of steps.
+        step: Number of the step, counted from 0.
+        warmup_floor: Share of `config.lr` at which the warm-up starts, from 0 to 1.
     """
     warmup = config.warmup * config.steps
     if step < warmup:
@@ -157,6 +192,6 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
     elif config.schedule == "linear":
         share = 1 - progress
     else:
-        # Warm-up and decay are shares of the same run; the decay takes what a long warm-up leaves.
+        # Warm-up and decay are shares of the same run: a long warm-up shortens the decay.
         share = min(1.0, (1 - step / config.steps) / max(min(config.decay, 1 - config.warmup), 1e-12))
     return config.lr_final + (config.lr - config.lr_final) * share

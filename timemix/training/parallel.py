@@ -1,4 +1,4 @@
-"""A model on several processes: replicated or sharded."""
+"""Training on several processes: the model is replicated or sharded."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,21 +14,25 @@ from timemix.runtime.distributed import World
 
 
 def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
-    """The module to call in training: its gradients are the mean over the processes.
+    """Return the module to call in training. Its gradients are the mean over the processes.
 
-    "replicate" (DistributedDataParallel) keeps the model whole in each of them; "shard" (fully_shard) cuts the
-    parameters of each block, in place, into a part for each process.
+    Args:
+        model: The model, the same in all processes. "shard" splits its parameters in place.
+        strategy: "replicate" (DistributedDataParallel) keeps a whole model in each process. "shard" (fully_shard)
+            splits the parameters of each block over the processes.
+        world: The processes of the run.
     """
     if world.size == 1:
         return model
     if strategy == "shard":
-        # Imported where needed: it takes more than a second, half of what torch does.
+        # Imported on use: the import takes more than a second, half as long as that of torch.
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))  # type: ignore[attr-defined]
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.
+        # Shards the parameters outside the blocks. Without the argument they would stay whole after a forward pass
+        # without a backward pass.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
     device = next(model.parameters()).device
@@ -38,28 +42,41 @@ def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def without_exchange(module: nn.Module) -> Iterator[None]:
-    """Gradients of the block stay in their process: those of all but the last piece of a batch."""
+    """Keep gradients in their process during the `with` block, for all pieces of a batch but the last."""
     with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
         yield
 
 
 def check_shares(train: TrainConfig, world: World) -> None:
-    """Raises InvalidValue where the processes cannot take equal parts of a batch."""
+    """Check that the batch divides evenly among the processes and their accumulated pieces.
+
+    Raises:
+        InvalidValue: It does not.
+    """
     if train.batch_size % (train.accumulation * world.size):
         raise InvalidValue(
-            f"train.batch_size={train.batch_size} cannot be cut into {world.size} equal parts for the processes,"
-            f" each in {train.accumulation} pieces; take a multiple of {train.accumulation * world.size}"
+            f"train.batch_size={train.batch_size} is not divisible by processes ({world.size}) x train.accumulation"
+            f" ({train.accumulation}); give a multiple of {train.accumulation * world.size}"
         )
 
 
 @contextlib.contextmanager
 def losses_reported(world: World, last_good: Callable[[], str]) -> Iterator[None]:
-    """Raise ProcessLost, with a sentence about the last checkpoint, where the block fails for want of a process."""
+    """Turn the error of a lost process in the `with` block into ProcessLost.
+
+    Args:
+        world: The processes of the run.
+        last_good: Returns a clause about the last good checkpoint, for the message.
+
+    Raises:
+        ProcessLost: Another process of the run has ended or does not answer.
+    """
     try:
         yield
     except RuntimeError as error:
         if not world.lost(error):
             raise
         raise ProcessLost(
-            f"a process of this run has ended or does not answer; {last_good()}; any number of processes can resume it"
+            f"a process of this run has ended or does not answer; {last_good()}; any number of processes can resume"
+            " the run"
         ) from error

@@ -1,4 +1,4 @@
-"""What a step reports to whoever watches."""
+"""Progress of a training run, as reported after each step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,22 +6,27 @@ from dataclasses import dataclass
 
 @dataclass
 class TrainingProgress:
-    """What a step reports to whoever watches: a progress bar, a log, a test."""
+    """Progress after a step, for a progress bar, a log or a test."""
 
     step: int
+    """Number of finished steps."""
     steps: int
+    """Number of steps of the whole run."""
     tokens: int
+    """Tokens trained on so far."""
     seconds: float
+    """Seconds of training so far, without validation and saving."""
     loss: float
-    """Nats per token, of this step."""
+    """Training loss of this step, in nats per token."""
     tokens_per_second: float
-    """Over the last steps, validation and saving left out."""
+    """Mean speed of the last steps, without validation and saving."""
     valid_loss: float | None
-    """The newest, nats per token."""
+    """Newest validation loss, in nats per token."""
     valid_step: int | None
-    """Step of valid_loss."""
+    """Step of `valid_loss`."""
     sample: str | None
-    """Text drawn at this step, where train.sample_every wants one."""
+    """Text generated at this step, None if `train.sample_every` asks for none."""
 
 
 Watch = Callable[[TrainingProgress], None]
+"""A function that is called with the progress after each step."""

@@ -1,4 +1,4 @@
-"""Samples of a model in training, appended to samples.txt of its run folder."""
+"""Samples from a model in training, appended to samples.txt in its run folder."""
 
 from timemix.errors import CannotWrite
 from timemix.generation.generate import generate
@@ -12,9 +12,9 @@ from timemix.training.saving import gathered
 
 
 def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageModel:
-    """Return a model that process 0 can call alone: the model itself, or a copy of one that is sharded.
+    """Return a model that process 0 can call alone: the model itself, or an unsharded copy of a sharded model.
 
-    All processes call.
+    All processes must call this function.
     """
     if world.size == 1 or strategy != "shard":
         return model
@@ -32,10 +32,13 @@ def write_sample(
 
     Args:
         loaded: The model, with the run folder as its folder.
-        step: Of the model, for the line above the text.
-        prompt: Default: a newline, or the first token of a vocabulary without one.
+        step: Step of the model, for the line above the text.
+        prompt: Start of the text. Default: a newline, or the first token of a vocabulary without a newline.
         sampler: Default: temperature 1, no filter.
         tokens: Number of generated tokens.
+
+    Raises:
+        CannotWrite: samples.txt cannot be written, and `train.full_disk` is "stop".
     """
     if prompt is None:
         prompt = default_prompt(loaded.tokenizer)
@@ -45,7 +48,7 @@ def write_sample(
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {step}\n{text}\n\n")
     except OSError as error:
-        # A run that continues on a full disk reports it once, for metrics.jsonl.
+        # A run with `train.full_disk` "continue" reports a full disk once, for metrics.jsonl.
         if loaded.config.train.full_disk == "stop":
             raise CannotWrite(cannot_write(path, error)) from error
     return text

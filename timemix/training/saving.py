@@ -1,4 +1,4 @@
-"""Weights and optimizer state between a training and its checkpoints."""
+"""Copies of weights and optimizer state from a trainer to a checkpoint and back."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +18,13 @@ from timemix.training.optim import state_names
 def gathered(
     model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer], world: World
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole tensors of the weights and of the optimizers' state, on the CPU, in process 0; all processes call.
+    """Return all weights and optimizer state as whole tensors.
 
-    So a checkpoint looks the same whatever number of processes made it, and any number can resume from it.
+    All processes must call this function. A checkpoint thus does not depend on the number of processes, and any number
+    of processes can resume from it.
+
+    Returns:
+        Weights by name, and state tensors by "KEY.NAME", on the CPU; in processes other than 0, both are empty.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     state = {
@@ -40,9 +44,18 @@ def gathered(
 
 
 def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> Progress:
-    """Puts weights and optimizer state of a checkpoint back; returns its training.json.
+    """Load weights and optimizer state of a checkpoint into a model and its optimizers.
 
-    Raises FileError when a file is missing, damaged or does not fit the model.
+    Args:
+        folder: The checkpoint.
+        model: The model to fill.
+        optimizers: Its optimizers, as `build_optimizers` returns them.
+
+    Returns:
+        The content of training.json.
+
+    Raises:
+        FileError: A file is missing, damaged or does not fit the model.
     """
     _fill_from(folder, model)
     path = folder / "training.safetensors"
@@ -50,7 +63,10 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
     if progress.step == 0:
         return progress
     if folder.name != checkpoint_name(progress.step):
-        raise DamagedFile(f"{folder / 'training.json'} is not that of {folder.name}: its step is {progress.step}")
+        raise DamagedFile(
+            f"{folder / 'training.json'} is of step {progress.step}, not of {folder.name};"
+            " remove the checkpoint to resume from the one before"
+        )
     names = {id(p): name for name, p in model.named_parameters()}
     with open_tensors(path) as tensors:
         check_content(tensors, path)
@@ -59,8 +75,11 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
                 for key in state_names(optimizer):
                     name, shape = f"{key}.{names[id(parameter)]}", () if key == "step" else parameter.shape
                     if not fits_tensor(tensors, name, shape):
-                        raise DamagedFile(f"{path} does not fit this run: {name} is missing or of another shape")
-                    # The fused optimizer takes no other types, and its step counts on the parameter's device only.
+                        raise DamagedFile(
+                            f"{path} does not fit this run: {name} is missing or has another shape;"
+                            " remove the checkpoint to resume from the one before"
+                        )
+                    # The fused optimizer requires these types, and its step count on the parameter's device.
                     tensor = tensors.get_tensor(name).to(torch.float32 if key == "step" else parameter.dtype)
                     optimizer.state[parameter][key] = (
                         tensor.to(parameter.device) if key == "step" else part_like(tensor, parameter)
@@ -70,7 +89,12 @@ def restore_training(folder: Path, model: LanguageModel, optimizers: Sequence[to
 
 @torch.no_grad()
 def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
-    """Puts the whole weights that `weight` gives by name into a model, which may be cut up over processes."""
+    """Copy whole weights into a model, which may be sharded over processes.
+
+    Args:
+        model: The model to fill.
+        weight: Returns the whole weight of a name.
+    """
     for name, own in model.state_dict().items():
         own.copy_(part_like(weight(name).to(own.dtype), own))
 

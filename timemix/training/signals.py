@@ -1,4 +1,4 @@
-"""Signals that stop a run after its step."""
+"""Signals that stop a run after its current step."""
 
 import signal
 from collections.abc import Iterator
@@ -9,22 +9,26 @@ from timemix.errors import ProcessLost
 
 # Windows has no SIGHUP.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Ctrl-C, a scheduler that ends a job, and a terminal or connection that closes."""
+"""Signals of Ctrl-C, of a scheduler that ends a job, and of a terminal or connection that closes."""
 
 
 @contextmanager
 def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
-    """Collects signals that stop a run in `received`, not to die of them; to `escalate`, a second one acts as usual.
+    """Collect stop signals in a list during the `with` block, so that they do not end the process.
 
-    A signal that the process ignores stays ignored, as `nohup` wants it. Under torchrun one Ctrl-C comes twice, from
-    the terminal and from torchrun, which ends by itself what does not end.
+    Signals that the process ignores stay ignored, which `nohup` relies on. Under torchrun one Ctrl-C arrives twice:
+    from the terminal and from torchrun. torchrun itself kills a process that does not end.
+
+    Args:
+        received: Emptied, then filled with the numbers of the signals.
+        escalate: Whether a second signal has its usual effect, such as KeyboardInterrupt.
     """
     received.clear()
     old: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        # A terminal that closes sends SIGHUP twice, itself and through its shell.
+        # A terminal that closes sends SIGHUP twice: once itself, once through its shell.
         if escalate and number != getattr(signal, "SIGHUP", None):
             for each, handler in old.items():
                 signal.signal(each, handler)
@@ -34,11 +38,11 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
             if signal.getsignal(each) is not signal.SIG_IGN:
                 old[each] = signal.signal(each, note)
     except ValueError:
-        pass  # Only the main thread may take signals; elsewhere they are not ours.
+        pass  # Only the main thread may set signal handlers; in other threads signals keep their effect.
     try:
         yield
     except ProcessLost:
-        # torchrun then ends the others too, with SIGTERM; this one has something to say first.
+        # torchrun ends all processes with SIGTERM then. Keeping the handlers lets this process report its error first.
         old.clear()
         raise
     finally:
@@ -48,7 +52,10 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """Raise SystemExit for a signal that would end the process at once, so that what was begun is tidied up."""
+    """Raise SystemExit for stop signals during the `with` block, so that `finally` clauses remove unfinished files.
+
+    Only signals are changed that would otherwise end the process at once.
+    """
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

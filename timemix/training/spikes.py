@@ -1,4 +1,4 @@
-"""Loss spikes, and the batches that they came from."""
+"""Detection of loss spikes, and files with the batches that caused them."""
 
 import json
 import math
@@ -11,9 +11,16 @@ from timemix.tokenizers.base import Tokenizer
 
 
 class SpikeWatch:
-    """Tells losses far above those before, by their exponential mean and deviation over about 100 steps.
+    """Detector of losses far above the preceding ones.
 
-    `state`: mean, variance and number of losses seen, to resume from.
+    A loss is a spike if it exceeds the exponential mean of the losses before, over about 100 steps, by more than
+    `deviations` standard deviations. The first 50 losses are never reported.
+
+    Args:
+        deviations: Threshold in standard deviations; 0: no loss is a spike.
+
+    Attributes:
+        state: Mean, variance and number of losses so far; set it to resume.
     """
 
     DECAY = 0.99
@@ -24,12 +31,12 @@ class SpikeWatch:
         self.state: tuple[float, float, float] = (0.0, 0.0, 0)
 
     def __call__(self, loss: float) -> str | None:
-        """A sentence's end that tells of a spike, None where this loss is none. A report needs 50 losses before it."""
+        """Add a loss in nats per token; return a clause that reports it if it is a spike, otherwise None."""
         mean, variance, seen = self.state
         deviation = math.sqrt(variance)
         highest = mean + self._deviations * deviation
         spike = self._deviations > 0 and seen >= self.WARM_UP and loss > highest
-        # A spike counts as the highest usual loss, so that a lasting rise is reported a few times, not for ever.
+        # A spike enters the mean as the highest usual loss, so that a lasting rise is reported only a few times.
         usual = highest if spike else loss
         weight = max(1 - self.DECAY, 1 / (seen + 1))
         self.state = (
@@ -43,7 +50,15 @@ class SpikeWatch:
 def write_bad_batch(
     path: Path, step: int, why: str, batch: tuple[np.ndarray, np.ndarray], tokenizer: Tokenizer
 ) -> None:
-    """Write the inputs and targets of a step, as tokens and as text, to a JSON file."""
+    """Write the batch of a step, as tokens and as text, to a JSON file.
+
+    Args:
+        path: The file.
+        step: Number of the step, counted from 1.
+        why: The reason, such as "the loss is not finite".
+        batch: Inputs and targets, each (B, T).
+        tokenizer: Tokenizer of the run.
+    """
     inputs, targets = batch
     windows = np.concatenate([inputs, targets[:, -1:]], 1)
     texts = [tokenizer.decode(row) for row in windows]

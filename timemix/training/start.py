@@ -1,4 +1,4 @@
-"""Runs: a new one from a config, an old one from its newest checkpoint."""
+"""Start of a run: a new run from a config, or an old run from its newest checkpoint."""
 
 import shutil
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from timemix.training.signals import signals_raised
 from timemix.training.trainer import Trainer
 
 FIXED = ("batch_size", "contexts", "seed", "optimizer")
-"""Settings of training that a resumed run keeps: its data order and its optimizer's state depend on them."""
+"""Settings that cannot change when a run is resumed: its data order and optimizer state depend on them."""
 
 
 def new_run(
@@ -38,20 +38,27 @@ def new_run(
     start: Loaded | None = None,
     progress: ShowProgress = True,
 ) -> Trainer:
-    """Create a run folder: prepare its tokens, count its steps and write config.toml; nothing is trained yet.
+    """Create a run folder: prepare the tokens, count the steps and write config.toml, without training yet.
 
-    Where `config.start` names a trained model, training starts from its weights, with its tokenizer. The config's
-    model must be that model, but for dropout and ctx_len, to which its tables are cut or extended (`Block.resized`).
+    If `config.start` names a trained model, training starts from its weights, with its tokenizer. `config.model` must
+    equal the config of that model, except for dropout and ctx_len. Its tables are cut or extended to ctx_len
+    (`Block.resized`).
 
     Args:
-        config: Of the run; seconds or tokens of `train` are replaced by the steps that they allow.
-        out: The folder, which must not exist.
+        config: Config of the run. `train.seconds` or `train.tokens` is replaced by the steps that they allow.
+        out: Run folder, which must not exist.
         world: The processes of the run.
-        start: A model made of that of `config.start`, to begin with instead.
-        progress: Shows how far the tokens are prepared, and the counted steps.
+        start: A model to start from in place of `config.start`, such as a converted one.
+        progress: Where to show the progress of the preparation and the number of steps; True: on standard error.
+
+    Returns:
+        A trainer at step 0, which holds the lock of the folder.
 
     Raises:
-        TimemixError: `out` exists, text or start are not supported, or the machine lacks the memory.
+        AlreadyExists: `out` exists.
+        InvalidValue: A setting, the text or the start is not supported.
+        Unavailable: The machine lacks the device or the memory.
+        TimemixError: Another cause, such as a damaged file or a full disk.
     """
     if start is None and config.start is not None:
         start = load(config.start)
@@ -82,7 +89,7 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     if start is not None:
         weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
         fill(trainer.model, weights.__getitem__)
-        # So that a run killed before its first checkpoint begins with them again.
+        # A run killed before its next checkpoint then starts from these weights again.
         trainer.save()
     return trainer
 
@@ -92,8 +99,8 @@ def _check_start(model: ModelConfig, start: Loaded) -> None:
     for name in sorted((ours.keys() | theirs.keys()) - {"ctx_len", "dropout", "vocab_size", "initial"}):
         if ours.get(name) != theirs.get(name):
             raise InvalidValue(
-                f"model.{name}={ours.get(name)!r} is not that of {start.folder}, {theirs.get(name)!r}; leave it out:"
-                " only ctx_len and dropout may differ"
+                f"model.{name}={ours.get(name)!r} differs from {theirs.get(name)!r} in {start.folder};"
+                f" leave model.{name} out: only ctx_len and dropout may differ"
             )
 
 
@@ -102,7 +109,7 @@ def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
-        raise AlreadyExists(f"{out} exists already; choose another folder, or resume it with resume_run") from error
+        raise AlreadyExists(f"{out} exists already; choose another folder, or resume the run in it") from error
     except OSError as error:
         raise CannotWrite(cannot_write(out, error)) from error
 
@@ -114,7 +121,10 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
-    """The config with what the tokens decide: vocabulary and tokenizer, and where a prepared folder lies."""
+    """Return the config with the fields that the tokens determine.
+
+    These are the vocabulary size, the tokenizer and, for a prepared folder, its absolute path.
+    """
     made = corpus.tokenizer
     data = replace(config.data, tokenizer=cast(TokenizerKind, made.kind), unknown=cast(Unknown, made.unknown))
     if is_corpus(Path(data.source)):
@@ -123,7 +133,7 @@ def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
 
 
 def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowProgress) -> Corpus:
-    """Tokens of a run: a prepared folder where it lies, else the text, prepared in the run folder."""
+    """Open the prepared folder that is the source of a run, or prepare its text in the run folder."""
     source = Path(config.data.source)
     tokenizer = None if start is None else start.tokenizer
     if not is_corpus(source):
@@ -132,31 +142,36 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
     for name in ("valid", "valid_fraction", "valid_tokens"):
         if getattr(config.data, name) != getattr(DataConfig, name):
             raise InvalidValue(
-                f"data.{name} cannot change what {source} holds out, which is prepared; leave it out, or name the text"
+                f"data.{name} has no effect on {source}, which is prepared; leave data.{name} out, or name the text"
+                " instead"
             )
     if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
         raise InvalidValue(
-            f"{source} was prepared with another vocabulary than that of {config.start}:"
-            f" {corpus.tokenizer.differences(tokenizer)}; name the text instead"
+            f"the vocabulary of {source} is not that of {config.start}: {corpus.tokenizer.differences(tokenizer)};"
+            " name the text instead of the prepared folder"
         )
     return corpus
 
 
 def resume_run(out: Path, world: World = ALONE, train: Mapping[str, Any] | None = None) -> Trainer:
-    """A run as its newest checkpoint left it, or at its start where it has none yet.
+    """Return a trainer at the newest checkpoint of a run, or at step 0 if the run has none.
 
-    Any number of processes can resume a run.
+    Any number of processes can resume a run, whatever number started it.
 
     Args:
         out: The run folder.
         world: The processes of the run.
-        train: Settings of training to change from here on, such as `{"steps": 300}`; config.toml then has them. The
-            learning rate follows the schedule that the new settings describe. None of `FIXED` can change.
+        train: Settings of training to change from here on, such as `{"steps": 300}`. They are saved in config.toml, and
+            the learning rate follows the schedule that they describe. The settings of `FIXED` cannot change.
+
+    Returns:
+        A trainer, which holds the lock of the folder.
 
     Raises:
         InUse: Another process works on the run.
-        FileError: Something in the folder is missing or damaged, or its data are not those that it began with.
-        InvalidValue: A setting cannot change.
+        FileError: A file of the run is missing or damaged, or its data have changed since the run started.
+        InvalidValue: A setting cannot change, or has an unsupported value.
+        Unavailable: The machine lacks the device or the memory.
     """
     lock = world.first_does(lambda: _take(out))
     try:
@@ -172,10 +187,13 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     config = _changed(old, train, out)
     corpus = open_run_corpus(out, config.data.source)
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
-        raise DamagedFile(f"the data of {out} have another vocabulary than its config.toml")
+        raise DamagedFile(
+            f"the data of {out} have {corpus.tokenizer.vocab_size} tokens in their vocabulary and its config.toml names"
+            f" {config.model.vocab_size}; restore both from one copy"
+        )
     saved = checkpoints(out)
     if saved:
-        # Before a model of the size that config.toml names is made.
+        # Checks the weights before a model of the size in a possibly damaged config.toml takes memory.
         empty_model(config.model, saved[-1])
     refuse_too_large(config, world)
     trainer = Trainer(config, out, corpus, lock, world)
@@ -183,7 +201,8 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
         trainer.restore(saved[-1])
     if trainer.step > config.train.steps:
         raise InvalidValue(
-            f"train.steps is {config.train.steps}, but {out} has had {trainer.step} steps; give a larger number"
+            f"train.steps={config.train.steps} is less than the {trainer.step} steps that {out} has finished;"
+            " give a larger number"
         )
     world.first_does(trainer.tidy)
     if config != old:
@@ -196,7 +215,8 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfi
     check_budget(train)
     if train.get("seconds") is not None:
         raise InvalidValue(
-            f"train.seconds={train['seconds']} is for a new run, whose steps it sets; to resume {out}, give train.steps"
+            f"train.seconds={train['seconds']} cannot be given to resume {out}: it sets the steps of a new run;"
+            " give train.steps"
         )
     tables = to_dict(config)
     config = from_dict(RunConfig, tables | {"train": tables["train"] | dict(train)})
@@ -205,14 +225,14 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfi
     for name in FIXED:
         if (wanted := getattr(config.train, name)) != (old := tables["train"][name]):
             raise InvalidValue(
-                f"train.{name}={wanted} cannot change when {out} is resumed: it has {old}; start a new run from its"
-                f" weights instead: timemix train --from {out} --out NEXT"
+                f"train.{name}={wanted} cannot change when {out} is resumed: the run has {old}; start a new run from"
+                f" its weights instead: timemix train --from {out} --out NEXT"
             )
     return config
 
 
 def _take(out: Path) -> FolderLock:
-    """Holds a run folder, free of what a killed process left half-written."""
+    """Take the lock of a run folder, and remove files that a killed process left unfinished."""
     if not (out / "config.toml").exists():
         newest(out)
     lock = FolderLock(out)

@@ -1,4 +1,4 @@
-"""Training with one call."""
+"""`train`: the training of a model in one call."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,40 +26,42 @@ def train(
     watch: Watch | None = None,
     hook: Hook | None = None,
 ) -> Loaded:
-    """Train a model, in one process.
+    """Train a model in one process, and return its best checkpoint.
 
-    `train("cpu-small", "runs/mine", data="text.txt", train={"steps": 500})` is the call of
+    `train("cpu-small", "runs/mine", data="text.txt", train={"steps": 500})` does the same as
     `timemix train cpu-small --data text.txt --out runs/mine --train.steps 500`.
 
     Args:
-        config: Name of a preset, or the config of the run; None with `resume`, whose run folder has one.
-        out: Run folder to create; with `resume` an existing one.
+        config: Name of a preset, or the config of the run. None with `resume`: the run folder has the config.
+        out: Run folder to create. With `resume`: an existing run folder.
         model: Settings of the model that replace those of the config, such as `{"layers": 2}`.
         data: Settings of the text, or the source alone: a file, folder, glob, prepared folder, or "builtin".
         train: Settings of the training, such as `{"steps": 500}`.
-        resume: Continue the run from its newest checkpoint, with those settings of `train` that are given, such as
-            `{"steps": 1000}` or `{"lr": 1e-3}`; all others stay.
+        resume: Whether to continue the run from its newest checkpoint. `train` may then change settings, such as
+            `{"steps": 1000}` or `{"lr": 1e-3}`.
         watch: Called with a `TrainingProgress` after each step.
         hook: Called with each line of metrics.jsonl, a dictionary.
 
     Returns:
-        The best checkpoint, loaded on the CPU, the model in eval mode.
+        The checkpoint of the lowest validation loss, loaded on the CPU, with the model in eval mode.
 
     Raises:
-        InvalidValue: A setting, or the text, is not supported.
-        FileError: `out` exists already (AlreadyExists), or does not with `resume` (MissingFile); a file is damaged, in
-            use or cannot be written.
+        InvalidValue: A setting or the text is not supported.
+        AlreadyExists: `out` exists (without `resume`).
+        MissingFile: `out` does not exist (with `resume`), or the text does not exist.
+        FileError: A file is damaged, in use or cannot be written.
         Unavailable: The machine lacks the device or the memory.
         NotFinite: The loss or a gradient is not finite.
-        HookFailed: The hook raised, and `train.hook_errors` is "stop"; the newest step is saved.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run; its newest step is saved.
+        HookFailed: The hook raised and `train.hook_errors` is "stop". The newest step is saved.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run. The newest step is saved.
     """
     out = Path(out)
     changes = {"model": model, "data": {"source": data} if isinstance(data, str) else data, "train": train}
     if resume:
         if config is not None or model or data:
             raise InvalidValue(
-                "a resumed run has its own settings; leave out config, model and data: only those of train can change"
+                "config, model and data cannot change when a run is resumed; give None as config, and only settings of"
+                " train"
             )
         trainer = resume_run(out, train=train)
     elif config is None:
@@ -75,7 +77,7 @@ def train(
 
 
 def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | None]) -> RunConfig:
-    """Return a config, or a preset, with other settings."""
+    """Return a config or the config of a preset with the given settings replaced."""
     for part, own in changes.items():
         if not isinstance(own, Mapping | None):
             raise InvalidValue(f"{part} is {own!r}; it must be a dictionary of settings")

@@ -1,4 +1,4 @@
-"""Training: one loop for every architecture, from token files to a run folder."""
+"""The training loop of all architectures, from token files to a run folder."""
 
 import logging
 import math
@@ -43,12 +43,37 @@ logger = logging.getLogger("timemix")
 
 
 class Trainer:
-    """A model in training, its optimizers and its place in the data, in each process of a `world`.
+    """A model in training with its optimizers, in each process of a run.
 
-    `step` counts finished optimizer steps. Batches and dropout are functions of (seed, step), so the step is the
-    position in the data and in the random numbers.
+    Batches and dropout are functions of (seed, step). The number of finished steps therefore is the position in the
+    data and in the random numbers. The processes take equal parts of each batch. Only process 0 writes metrics,
+    checkpoints and bad batches.
 
-    The processes take equal parts of each batch. Process 0 alone writes: metrics, checkpoints, what went wrong.
+    Use `new_run` or `resume_run` to create a trainer with its run folder.
+
+    Args:
+        config: Config of the run, with a number of steps.
+        out: Run folder.
+        corpus: Tokens of the run.
+        lock: Lock of the run folder. Default: a new one, which `run` takes.
+        world: The processes of the run.
+
+    Attributes:
+        model: The model, sharded with `train.strategy` "shard".
+        optimizers: Its optimizers.
+        step: Number of finished optimizer steps.
+        seconds: Seconds of training so far, without validation and saving.
+        valid_loss: Newest validation loss in nats per token, None before the first.
+        valid_step: Step of `valid_loss`.
+        best_loss: Lowest validation loss so far, in nats per token.
+        validations_without_gain: Number of validations since `best_loss`.
+        device: Device of the model; `device_reason` says why it was chosen.
+        precision: Precision of matrix products; `precision_reason` says why it was chosen.
+        compiled: Whether the training step is compiled; `compile_reason` says why.
+
+    Raises:
+        InvalidValue: The settings do not fit the corpus or the number of processes.
+        Unavailable: The machine lacks the device.
     """
 
     def __init__(
@@ -77,7 +102,7 @@ class Trainer:
             world.size,
             fused=self.model.block.runs_in_c(config.model, self.precision, self.device),
         )
-        # One shape of batch, so no code for any shape; validation calls the model as it is.
+        # Training batches have one shape, so one compiled form suffices. Validation calls the uncompiled model.
         self._training_model = self._parallel_model
         if self.compiled:
             self._training_model = compiled_model(self.model, self.device, train.accumulation)
@@ -91,7 +116,8 @@ class Trainer:
         self.validations_without_gain = 0
         if train.patience and len(corpus.valid) < 2:
             raise InvalidValue(
-                f"train.patience is {train.patience}, but no text is held out to validate on; set data.valid_fraction"
+                f"train.patience={train.patience} needs held-out text, and there is none; set data.valid_fraction or"
+                " data.valid"
             )
         self._losses: list[float] = []
         self._line_start = (0.0, 0)
@@ -105,34 +131,45 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
+        """Number of tokens in a batch, over all processes."""
         return self.config.train.batch_size * self.config.window
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far."""
+        """Number of tokens trained on so far."""
         return self.step * self.tokens_per_step
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the validation loss has not improved for as long as `train.patience` allows."""
+        """Whether the last `train.patience` validations brought no lower loss."""
         return 0 < self.config.train.patience <= self.validations_without_gain
 
     @property
     def is_complete(self) -> bool:
+        """Whether the run has finished its last step or stopped early."""
         return self.step >= self.config.train.steps or self.stopped_early
 
     @property
     def data_hashes(self) -> dict[str, str]:
-        """What identifies the training data: sha256 of both splits and of the tokenizer."""
+        """Hashes that identify the training data: sha256 of both splits and of the tokenizer."""
         info = self.corpus.info
         splits = {split: info.split(split).sha256 for split in ("train", "valid")}
         return splits | {"tokenizer": self.corpus.tokenizer.hash}
 
     def restore(self, folder: Path) -> None:
-        """Goes back to a checkpoint. Raises DamagedFile where it is damaged or of other data."""
+        """Load a checkpoint and continue from its step.
+
+        Args:
+            folder: A checkpoint of this run.
+
+        Raises:
+            FileError: A file is missing, damaged or does not fit the model, or the training data have changed.
+        """
         progress = restore_training(folder, self.model, self.optimizers)
         if progress.data != self.data_hashes:
-            raise DamagedFile(f"the data are not those that {self.out} was trained on: their hashes differ")
+            raise DamagedFile(
+                f"the data differ from those that {self.out} was trained on; restore them, or start a new run"
+            )
         self.step = progress.step
         self.seconds = progress.seconds
         self.valid_loss = progress.valid_loss
@@ -143,13 +180,21 @@ class Trainer:
         self.validations_without_gain = progress.validations_without_gain
 
     def tidy(self) -> None:
-        """Removes what comes after the newest checkpoint, and older ones that a killed process still wanted to."""
+        """Remove metrics after the current step, and checkpoints that a killed process did not remove in time."""
         self.metrics.cut(self.step if self.step else -1)
         if self.step:
             prune(self.out)
 
     def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets (B, T) given inputs (B, T)."""
+        """Return the training loss of a batch: mean cross-entropy in nats per token, plus terms of the architecture.
+
+        Args:
+            inputs: Tokens, (B, T) int64.
+            targets: The tokens one position later, (B, T) int64.
+
+        Raises:
+            Unavailable: `train.compile` is "on" and the model cannot be compiled.
+        """
         with autocast(self.precision, self.device):
             try:
                 logits, _ = self._training_model(inputs)
@@ -158,18 +203,22 @@ class Trainer:
                     raise Unavailable(
                         f"the model cannot be compiled: {first_line(error)}; leave train.compile out"
                     ) from error
-                self._warn(f"the model cannot be compiled ({first_line(error)}); training continues without")
+                self._warn(f"the model cannot be compiled ({first_line(error)}); training continues uncompiled")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits, _ = self._training_model(inputs)
         return self.model.block.training_loss(cross_entropy(logits, targets), logits)
 
     def train_step(self) -> tuple[float, float]:
-        """One optimizer step; returns its loss in nats per token, before the update, and the gradient norm.
+        """Run one optimizer step.
 
-        Raises NotFinite, with weights unchanged, when loss or gradient is not finite.
+        Returns:
+            The loss in nats per token before the update, and the gradient norm before clipping.
+
+        Raises:
+            NotFinite: The loss or a gradient is not finite. The weights are unchanged.
         """
         config = self.config.train
-        # LanguageModel.forward calls it too, but not from compiled code.
+        # LanguageModel.forward also calls it, but compiled code skips the call.
         share()
         lr = learning_rate(config, self.step, self.recipe.warmup_floor)
         for optimizer in self.optimizers:
@@ -187,7 +236,7 @@ class Trainer:
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
             local_loss += piece.item()
-        # In one exchange: each costs two processes on a small machine up to 2 ms.
+        # One exchange for all values: an exchange of two processes on a small machine takes up to 2 ms.
         loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -203,7 +252,7 @@ class Trainer:
         return loss, norm
 
     def _reasons_here(self) -> list[float]:
-        """For each signal that stops a run, then for its hooks, 1 where this process has that reason to stop."""
+        """Return a flag (0 or 1) for each reason of this process to stop: each of STOP_SIGNALS, then failed hooks."""
         hooks = self.config.train.hook_errors == "stop" and self._hooks.failure is not None
         return [float(number in self._received) for number in STOP_SIGNALS] + [float(hooks)]
 
@@ -224,9 +273,12 @@ class Trainer:
         return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
 
     def validate(self) -> float | None:
-        """Loss on the whole held-out text in nats per token, None where there is none.
+        """Return the loss on the whole held-out text in nats per token, None without held-out text.
 
-        Raises NotFinite when it is not finite.
+        All processes must call this method.
+
+        Raises:
+            NotFinite: The loss is not finite.
         """
         if len(self.corpus.valid) < 2:
             return None
@@ -237,15 +289,35 @@ class Trainer:
         return loss
 
     def sample(self, prompt: str | None = None, sampler: Sampler | None = None) -> str | None:
-        """Append a text that the model generates to samples.txt; return it, in process 0. All processes call."""
+        """Generate a text and append it to samples.txt.
+
+        All processes must call this method.
+
+        Args:
+            prompt: Start of the text. Default: a newline.
+            sampler: Default: temperature 1, no filter.
+
+        Returns:
+            The text with its prompt in process 0, None in the others.
+        """
         model = whole_model(self.model, self.config.train.strategy, self.world)
         loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
         return self.world.first_does(lambda: write_sample(loaded, self.step, prompt, sampler))
 
     def save(self, *, go_on: bool = False) -> Path | None:
-        """Writes a checkpoint and removes those that are neither newest nor best; returns it, in process 0.
+        """Save a checkpoint, and remove the checkpoints that are neither newest nor best.
 
-        When the disk is full the checkpoints before stay; raises CannotWrite then, or, to `go_on`, warns.
+        All processes must call this method. If saving fails, all earlier checkpoints stay.
+
+        Args:
+            go_on: Whether to warn and continue if the disk is full or not writable.
+
+        Returns:
+            The checkpoint in process 0, None in the others and if saving failed.
+
+        Raises:
+            CannotWrite: The disk is full or not writable, and `go_on` is False.
+            NotFinite: A weight is not finite.
         """
         weights, training = gathered(self.model, self.optimizers, self.world)
         progress = Progress(
@@ -279,17 +351,27 @@ class Trainer:
         return self.world.first_does(write)
 
     def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
-        """Trains to the last step, or to an early stop; returns the newest checkpoint.
+        """Train to the last step or to an early stop.
 
-        Writes metrics.jsonl and checkpoints; `watch` is called after each step, `hooks` with each line of
-        metrics.jsonl, all in process 0. `seconds` counts training steps alone, not validation or saving.
+        All processes must call this method. It writes metrics.jsonl and checkpoints.
 
-        On Ctrl-C, SIGTERM or SIGHUP saves and raises Interrupted. Raises NotFinite when the loss is not finite,
-        CannotWrite when the disk is full, HookFailed as `train.hook_errors` has it, TimemixError when another process
-        works on the run or one of this run's has gone.
+        Args:
+            watch: Called with the progress after each step, in process 0.
+            hooks: Called with each line of metrics.jsonl, in process 0.
+
+        Returns:
+            The newest checkpoint.
+
+        Raises:
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. The newest step is saved.
+            NotFinite: The loss, a gradient or a weight is not finite.
+            CannotWrite: The disk is full or not writable.
+            HookFailed: A hook raised and `train.hook_errors` is "stop". The newest step is saved.
+            InUse: Another process works on the run.
+            ProcessLost: Another process of this run has ended or does not answer.
         """
         self.world.first_does(self.lock.take)
-        # Where a hook stops the run, the error that ends it reports the hook.
+        # With `train.hook_errors` "stop" the error that ends the run names the hook: no warning is needed.
         self._hooks = Hooks(hooks, self._warn if self.config.train.hook_errors == "warn" else lambda sentence: None)
         try:
             with (
@@ -329,7 +411,12 @@ class Trainer:
                 self.save(go_on=config.full_disk == "continue" and not self.is_complete)
 
     def _measured(self, norm: float, peak: float) -> Line:
-        """The fields of a line about the steps since the one before; `peak` in operations per second."""
+        """Return the fields of a metrics line about the steps since the line before.
+
+        Args:
+            norm: Gradient norm of the last step.
+            peak: Peak speed of the device, in floating-point operations per second.
+        """
         seconds, step = self._line_start
         self._speed = (self.step - step) * self.tokens_per_step / (self.seconds - seconds)
         loss = float(np.mean(self._losses))
@@ -344,7 +431,7 @@ class Trainer:
         }
 
     def _is_improvement(self, valid_loss: float | None) -> bool:
-        """Whether a validation loss is the lowest so far, which it then becomes."""
+        """Record a validation loss, and return whether it is the lowest so far."""
         if valid_loss is None:
             return False
         if valid_loss >= self.best_loss:
@@ -354,7 +441,7 @@ class Trainer:
         return True
 
     def _show(self, watch: Watch, loss: float, speed: float) -> None:
-        """Draw a sample where one is due, and call `watch`."""
+        """Generate a sample if one is due, and call `watch`."""
         every = self.config.train.sample_every
         sample = self.sample() if every and self.step % every == 0 and not self.is_complete else None
         if self.world.first:
@@ -363,8 +450,8 @@ class Trainer:
             watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, sample))
 
     def _stop_if_asked(self) -> None:
-        """Save and raise for a signal, or for a hook that raised, where `train.hook_errors` is "stop"."""
-        # Several processes must agree: what came after their exchange waits for the next step.
+        """Save and raise if a stop signal arrived, or if a hook failed and `train.hook_errors` is "stop"."""
+        # Several processes must agree: reasons that arise after their exchange wait for the next step.
         reasons = self._reasons_here() if self.world.size == 1 else self._reasons_to_stop
         if not any(reasons):
             return
@@ -374,12 +461,12 @@ class Trainer:
             raise Interrupted(STOP_SIGNALS[first], saved)
 
         def fail() -> None:
-            raise HookFailed(f"{self._hooks.failure}; train.hook_errors is 'stop'; saved {saved}")
+            raise HookFailed(f"{self._hooks.failure}; training stopped, as train.hook_errors is 'stop'; saved {saved}")
 
         self.world.first_does(fail)
 
     def _write(self, line: Line) -> None:
-        """A line of metrics.jsonl, and for the hooks."""
+        """Write a line of metrics.jsonl, and call the hooks with it."""
         if not self.world.first:
             return
         try:
@@ -387,7 +474,7 @@ class Trainer:
         except CannotWrite as error:
             if self.config.train.full_disk == "stop":
                 raise
-            self._lines.failed(str(error), f"{error}; training continues, and writes its lines later")
+            self._lines.failed(str(error), f"{error}; training continues and writes the missing lines later")
         else:
             self._lines.worked()
         self._hooks(line)
