@@ -9,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers.runs import small_config, with_model
 from timemix.errors import Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
+from timemix.models.config import ModelConfig
+from timemix.models.registry import find_architecture, list_architectures
 from timemix.runtime.distributed import Elsewhere, World, joined
+from timemix.storage.tensors import write_tensors
+from timemix.training.parallel import new_model
+from timemix.training.saving import gathered
 from timemix.training.start import new_run, resume_run
 
 SETTINGS = {
@@ -59,7 +65,39 @@ def by_the_clock(folder: Path, strategy: str, world: World) -> None:
     trainer.lock.release()
 
 
+def save_initial_values(folder: Path, world: World) -> None:
+    """Save the initial values of sharded models of every architecture, and the memory that they took."""
+    for name in list_architectures():
+        for initial in ("zero", "original"):
+            made = initial_config(name, initial)
+            torch.manual_seed(7)
+            model, _ = new_model(made, "shard", world, torch.device("cpu"), torch.float32)
+            weights = gathered(model.state_dict(), world)
+            if world.first:
+                write_tensors(folder / f"initial-{name}-{initial}-{world.size}.safetensors", weights, {})
+
+
+def initial_config(name: str, initial: str) -> ModelConfig:
+    """Return the config of a model whose rows are not multiples of 2 or 4."""
+    fields = {"layers": 2, "channels": 30, "heads": 5, "ctx_len": 9, "vocab_size": 23, "initial": initial}
+    kind = find_architecture(name).config
+    return kind(arch=name, **{key: value for key, value in fields.items() if key in kind.__dataclass_fields__})
+
+
+def resume_and_save(folder: Path, strategy: str, world: World) -> None:
+    """Resume a copy of a run and save it at once."""
+    trainer = resume_run(folder / f"copied-{strategy}-{world.size}", world, {"strategy": strategy})
+    trainer.save()
+    trainer.lock.release()
+
+
 def main() -> None:
+    if sys.argv[2:] == ["exact"]:
+        with joined() as world:
+            for strategy in ("replicate", "shard"):
+                resume_and_save(Path(sys.argv[1]), strategy, world)
+            save_initial_values(Path(sys.argv[1]), world)
+        return
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     with joined() as world:
         world.first_does(lambda: None)

@@ -1,13 +1,19 @@
-"""Checkpoints, written atomically."""
+"""Checkpoints, written atomically: by process 0 alone, or one file per process."""
 
+import contextlib
 import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from timemix.config.run import RunConfig, to_toml
 from timemix.runs.folder import Progress, checkpoint_name
-from timemix.storage.files import atomic_folder
+from timemix.runtime.distributed import ALONE, World
+from timemix.storage.files import atomic_folder, unfinished_name
+from timemix.storage.index import shard_name, write_index
 from timemix.storage.json_files import to_json
 from timemix.storage.tensors import write_tensors
 from timemix.tokenizers.base import Tokenizer
@@ -15,21 +21,58 @@ from timemix.tokenizers.base import Tokenizer
 
 def save_checkpoint(
     run: Path,
-    weights: dict[str, Tensor],
-    training: dict[str, Tensor],
+    tensors: Mapping[str, dict[str, Tensor]],
     config: RunConfig,
     tokenizer: Tokenizer,
     progress: Progress,
+    world: World = ALONE,
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
 ) -> Path:
-    """Writes checkpoints/step-NNNNNNNN of a run folder and returns its path.
+    """Write checkpoints/step-NNNNNNNN of a run folder and return its path.
 
-    `weights` and `training` as `gathered` gives them. Raises CannotWrite when the disk is full.
+    Args:
+        run: Run folder.
+        tensors: Tensors of "model" and "training" by name: whole, or with `shapes` the rows of this process.
+        config: Config of the run.
+        tokenizer: Tokenizer of the run.
+        progress: Content of training.json.
+        world: The processes of the run; with `shapes` all of them call, otherwise process 0 alone.
+        shapes: Shapes of the whole tensors, where each process writes its rows.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        CannotWrite: The disk is full, or the folder cannot be written; in process 0.
+        Elsewhere: Process 0 raises CannotWrite; in the other processes.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
-    with atomic_folder(folder) as temporary:
-        write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
+
+    def write_rest(temporary: Path) -> None:
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
-        write_tensors(temporary / "training.safetensors", training, {})
         (temporary / "training.json").write_text(json.dumps(to_json(progress), indent=1), encoding="utf-8")
+
+    if shapes is None:
+        with atomic_folder(folder) as temporary:
+            for stem, named in tensors.items():
+                write_tensors(temporary / f"{stem}.safetensors", named, {"format": "pt"} if stem == "model" else {})
+            write_rest(temporary)
+        return folder
+    with contextlib.ExitStack() as stack:
+        made = world.first_does(lambda: stack.enter_context(atomic_folder(folder)))
+        # The others know all of its name but the process that created it.
+        (creator,) = world.sum(os.getpid() if made else 0)
+        temporary = made or unfinished_name(folder, int(creator))
+        for stem, named in tensors.items():
+            path = temporary / shard_name(stem, world.rank, world.size)
+            world.all_do(partial(write_tensors, path, named, {}))
+
+        def finish() -> None:
+            for stem, each in shapes.items():
+                write_index(temporary, stem, world.size, each)
+            write_rest(temporary)
+            stack.close()
+
+        world.first_does(finish)
     return folder

@@ -68,7 +68,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     An older `folder` is replaced. Raises CannotWrite when the disk is full or the place cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    temporary = unfinished_name(folder, os.getpid())
     with explained(folder):
         try:
             # A killed process may have left it.
@@ -87,6 +87,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unfinished_name(folder: Path, process: int) -> Path:
+    """Return the name that `atomic_folder` gives a folder until it is complete, in the process of this id."""
+    return folder.with_name(f".{folder.name}.partial-{process}")
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes of the JSON at the beginning of a safetensors file at most: some 100,000 tensors."""
-
 
 CHECKSUM = "crc32"
 """Key of the metadata under which a file holds the checksum of its tensors; those of earlier versions have none."""
@@ -92,11 +91,3 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def fits_tensor(tensors: Any, name: str, shape: Sequence[int]) -> bool:
-    """Whether an open file has a tensor of this name and shape, of floating-point numbers; reads no content."""
-    if name not in tensors.keys():  # noqa: SIM118
-        return False
-    found = tensors.get_slice(name)
-    return list(found.get_shape()) == list(shape) and found.get_dtype() in ("F32", "F64", "F16", "BF16")

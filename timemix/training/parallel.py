@@ -3,37 +3,63 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue, ProcessLost
-from timemix.models.language_model import LanguageModel
-from timemix.runtime.distributed import World
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel, model_parts
+from timemix.runtime.distributed import World, set_whole
 
 
-def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
-    """The module to call in training: its gradients are the mean over the processes.
+def new_model(
+    config: ModelConfig, strategy: str, world: World, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, nn.Module]:
+    """Create a model with initial values from torch's generator, the same for any strategy and number of processes.
 
-    "replicate" (DistributedDataParallel) keeps the model whole in each of them; "shard" (fully_shard) cuts the
-    parameters of each block, in place, into a part for each process.
+    Args:
+        config: Of the model.
+        strategy: "replicate" (DistributedDataParallel) keeps the whole model in each process. "shard" (fully_shard)
+            splits each parameter by rows over the processes; no process ever holds the whole model.
+        world: The processes; all call.
+        device: Of this process.
+        dtype: Of the parameters.
+
+    Returns:
+        The model, and the module to call in training, whose gradients are the mean over the processes.
     """
+    if world.size > 1 and strategy == "shard":
+        model = _sharded(config, world, device, dtype)
+        return model, model
+    model = LanguageModel(config).to(device, dtype)
     if world.size == 1:
-        return model
-    if strategy == "shard":
-        # Imported where needed: it takes more than a second, half of what torch does.
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))  # type: ignore[attr-defined]
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        # Also what is outside the blocks, which would stay whole after a forward pass that no backward follows.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        return model
-    device = next(model.parameters()).device
+        return model, model
     ids = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return model, DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Create a sharded model: its parts are created one by one, and each process copies its rows of them."""
+    # Imported where needed: it takes more than a second, half of what torch does.
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = LanguageModel(config).to(dtype)
+    mesh = dist.init_device_mesh(device.type, (world.size,))  # type: ignore[attr-defined]
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # Also the parameters outside the blocks, which would stay whole after a forward pass without a backward pass.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.to_empty(device=device)
+    # As LanguageModel does: first all modules with the values of their constructors, then those of the architecture.
+    for name, create in model_parts(config):
+        for end, values in create().named_parameters():
+            set_whole(model.get_parameter(f"{name}.{end}"), values)
+    model.block.set_initial_values(model)
+    return model
 
 
 @contextlib.contextmanager

@@ -17,14 +17,12 @@ from timemix.data.corpus import Corpus
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.generation.sampler import Sampler
-from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
-from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.distributed import ALONE, World, my_rows, whole
+from timemix.runtime.distributed import ALONE, Elsewhere, World, my_rows, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
@@ -32,10 +30,10 @@ from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
 from timemix.training.hooks import Hook, Hooks
 from timemix.training.optim import build_optimizers, learning_rate
-from timemix.training.parallel import check_shares, in_parallel, losses_reported, without_exchange
+from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import TrainingProgress, Watch
 from timemix.training.samples import whole_model, write_sample
-from timemix.training.saving import gathered, restore_training
+from timemix.training.saving import first_damaged, restore_training, tensors_to_save, write_checkpoint
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
 
@@ -64,11 +62,10 @@ class Trainer:
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
         )
         torch.manual_seed(train.seed)
-        self.model = LanguageModel(config.model)
-        self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
+        dtype = torch.float64 if self.precision == "float64" else torch.float32
+        self.model, self._parallel_model = new_model(config.model, train.strategy, world, self.device, dtype)
         self.model.recompute = train.recompute
         self.recipe = self.model.block.recipe(config.model)
-        self._parallel_model = in_parallel(self.model, train.strategy, world)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
         self.compiled, self.compile_reason = choose_compile(
             train.compile,
@@ -130,7 +127,7 @@ class Trainer:
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint. Raises DamagedFile where it is damaged or of other data."""
-        progress = restore_training(folder, self.model, self.optimizers)
+        progress = restore_training(folder, self.model, self.optimizers, self.world)
         if progress.data != self.data_hashes:
             raise DamagedFile(f"the data are not those that {self.out} was trained on: their hashes differ")
         self.step = progress.step
@@ -247,7 +244,7 @@ class Trainer:
 
         When the disk is full the checkpoints before stay; raises CannotWrite then, or, to `go_on`, warns.
         """
-        weights, training = gathered(self.model, self.optimizers, self.world)
+        weights, state = tensors_to_save(self.model, self.optimizers)
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
@@ -260,23 +257,27 @@ class Trainer:
             data=self.data_hashes,
         )
 
-        def write() -> Path | None:
-            if damaged := next((name for name, each in weights.items() if not torch.isfinite(each).all()), None):
-                raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
-            tokenizer = self.corpus.tokenizer
-            try:
-                saved = save_checkpoint(self.out, weights, training, self.config, tokenizer, progress)
-            except CannotWrite as error:
+        if damaged := first_damaged(weights, self.world):
+            # All processes know it; process 0 reports it.
+            self.world.first_does(lambda: self._refuse_to_save(damaged))
+        try:
+            tensors = {"model": weights, "training": state}
+            saved = write_checkpoint(self.out, tensors, self.config, self.corpus.tokenizer, progress, self.world)
+        except (CannotWrite, Elsewhere) as error:
+            if isinstance(error, CannotWrite):
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:
                     raise CannotWrite(sentence) from error
                 self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
-                return None
-            self._saves.worked()
-            prune(self.out)
-            return saved
+            if not go_on:
+                raise
+            return None
+        self._saves.worked()
+        self.world.first_does(lambda: prune(self.out))
+        return saved if self.world.first else None
 
-        return self.world.first_does(write)
+    def _refuse_to_save(self, damaged: str) -> None:
+        raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
 
     def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
         """Trains to the last step, or to an early stop; returns the newest checkpoint.
