@@ -1,5 +1,6 @@
 """Runs of two processes for tests/test_distributed.py: torchrun ... -m tests.helpers.process_group FOLDER NAME..."""
 
+import errno
 import json
 import os
 import signal
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from tests.helpers.runs import small_config, with_model
-from timemix.errors import Interrupted, TimemixError
+from timemix.errors import CannotWrite, Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
 from timemix.models.registry import find_architecture, list_architectures
+from timemix.runs import save
 from timemix.runtime.distributed import Elsewhere, World, joined
 from timemix.storage.tensors import write_tensors
 from timemix.training.parallel import new_model
@@ -91,12 +93,35 @@ def resume_and_save(folder: Path, strategy: str, world: World) -> None:
     trainer.lock.release()
 
 
+def save_on_a_full_disk(folder: Path, world: World) -> None:
+    """Save a sharded run while the disk of the last process is full, once to stop and once to train on."""
+
+    def write(path, tensors, metadata):
+        if world.rank == world.size - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_tensors(path, tensors, metadata)
+
+    trainer = new_run(config(folder, "plain", "shard"), folder / f"full-{world.size}", world)
+    trainer.save()
+    trainer.train_step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_tensors", write)
+        with pytest.raises(CannotWrite if world.first else Elsewhere, match="no space left" if world.first else None):
+            trainer.save()
+        assert trainer.save(go_on=True) is None
+    kept = world.first_does(lambda: [path.name for path in (trainer.out / "checkpoints").iterdir()])
+    assert kept in (["step-00000000"], None)
+    assert (trainer.save() is not None) == world.first
+    trainer.lock.release()
+
+
 def main() -> None:
     if sys.argv[2:] == ["exact"]:
         with joined() as world:
             for strategy in ("replicate", "shard"):
                 resume_and_save(Path(sys.argv[1]), strategy, world)
             save_initial_values(Path(sys.argv[1]), world)
+            save_on_a_full_disk(Path(sys.argv[1]), world)
         return
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     with joined() as world:

@@ -177,12 +177,19 @@ def test_a_sharded_checkpoint_is_a_file_per_process_and_an_index(folder):
 def exact(request, folder, tmp_path_factory):
     """Copies of a run that two processes saved in shards, resumed and saved at once; initial values."""
     here = tmp_path_factory.mktemp("exact")
+    prepare(here / "tokens", small_config(write_text_file(here)).data)
     for strategy in STRATEGIES:
         shutil.copytree(folder / "plain-shard-2", here / f"copied-{strategy}-{request.param}")
     group = torchrun("tests.helpers.process_group", here, "exact", processes=request.param)
     _, errors = group.communicate(timeout=300)
     assert group.returncode == 0, errors
     return here, request.param
+
+
+def test_a_full_disk_in_one_process_leaves_the_last_checkpoint(exact):
+    here, size = exact
+    checkpoints = (here / f"full-{size}" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoints) == ["step-00000001"]
 
 
 def stored(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -35,7 +35,8 @@ class StoredTensors:
         for _, file in files:
             for name in file.keys():  # noqa: SIM118
                 self._parts.setdefault(name, []).append(file.get_slice(name))
-        self.shapes = shapes or {name: part.get_shape() for name, (part, *_) in self._parts.items()}
+        own = {name: part.get_shape() for name, (part, *_) in self._parts.items()}
+        self.shapes = own if shapes is None else shapes
         for name in sorted(self._parts.keys() | self.shapes.keys()):
             if not self._make_up(self._parts.get(name, []), self.shapes.get(name)):
                 raise DamagedFile(f"{path} does not fit its files: their rows of {name} are not those of one tensor")
