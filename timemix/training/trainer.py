@@ -22,12 +22,13 @@ from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.distributed import ALONE, Elsewhere, World, my_rows, whole
+from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
 from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
+from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
 from timemix.training.optim import build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
@@ -61,6 +62,7 @@ class Trainer:
         self.batches = Batches(
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
         )
+        self._feed = Feed(self.batches, train.batch_size, world, self.device)
         torch.manual_seed(train.seed)
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         self.model, self._parallel_model = new_model(config.model, train.strategy, world, self.device, dtype)
@@ -175,18 +177,22 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         seeds = np.random.SeedSequence([config.seed, self.step, self.world.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        batch = self.batches(self.step, my_rows(config.batch_size, self.world))
-        inputs, targets = (torch.from_numpy(a).to(self.device) for a in batch)
-        local_loss = 0.0
-        pieces = list(zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True))
+        inputs, targets = (rows.chunk(config.accumulation) for rows in self._feed(self.step))
+        pieces = list(zip(inputs, targets, strict=True))
+        losses: list[Tensor] = []
         for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
-            local_loss += piece.item()
+            # A copy: the output of CUDA graphs is overwritten by the next piece.
+            losses.append(piece.detach().double())
+        clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        if self.device.type != "cpu":
+            self._feed.prepare(self.step + 1)
+        # The one point of a step at which the CPU waits for the device.
+        local_loss, norm = torch.stack([torch.stack(losses).sum(), whole(clipped).double()]).tolist()
         # In one exchange: each costs two processes on a small machine up to 2 ms.
         loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
