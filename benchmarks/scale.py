@@ -3,6 +3,7 @@
 python benchmarks/scale.py costs         memory and bytes of a step at 1, 2 and 4 processes, both strategies, against
                                          the formulas of docs/scale.md
 python benchmarks/scale.py throughput    two processes of one thread against one process of two, alternating
+python benchmarks/scale.py start         memory of a process while 1, 2 and 4 create a sharded model, save and load it
 python benchmarks/scale.py calculate     the same formulas for 1 B and 10 B parameters on many GPUs
 
 Run it with nothing else on the machine: the bytes are all that pass the loopback interface.
@@ -97,11 +98,80 @@ def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps
             print("RESULT " + json.dumps(report), flush=True)
 
 
+def start_worker(folder: Path, layers: int, channels: int, vocab_size: int) -> None:
+    """Create a sharded llama under torchrun, save and load it; print the growth of the fullest process in process 0."""
+    import torch
+
+    from timemix.config.run import RunConfig
+    from timemix.models.registry import model_config
+    from timemix.runs.folder import Progress
+    from timemix.runtime.distributed import joined, own_part
+    from timemix.tokenizers.character import ByteTokenizer
+    from timemix.training.parallel import new_model
+    from timemix.training.saving import restore_training, write_checkpoint
+
+    fields = {"layers": layers, "channels": channels, "heads": channels // 64, "vocab_size": vocab_size}
+    config = model_config("llama", ctx_len=256, ffn_ratio=3.5, **fields)
+    with joined() as world:
+        # What any sharded program takes: imports, connections, a small model.
+        tiny = model_config("llama", layers=1, channels=64, heads=1, vocab_size=16, ctx_len=16)
+        new_model(tiny, "shard", world, torch.device("cpu"), torch.float32)
+        grown = [memory_now()]
+        forget_peak()
+        torch.manual_seed(1)
+        model, _ = new_model(config, "shard", world, torch.device("cpu"), torch.float32)
+        grown.append(peak_memory())
+        forget_peak()
+        tokenizer = ByteTokenizer()
+        progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None)
+        tensors = {"model": model.state_dict(), "training": {}}
+        write_checkpoint(folder, tensors, RunConfig(model=config), tokenizer, progress, world)
+        grown.append(peak_memory())
+        forget_peak()
+        restore_training(folder / "checkpoints" / "step-00000000", model, [], world)
+        grown.append(peak_memory())
+        sizes = [4 * x.numel() for x in model.parameters()]
+        shard = 4 * sum(own_part(x).numel() for x in model.parameters())
+        values = [*(each - grown[0] for each in grown[1:]), shard]
+        table = [[value if rank == world.rank else 0.0 for value in values] for rank in range(world.size)]
+        flat = world.sum(*(value for row in table for value in row))
+        create, save, load, held = (max(flat[i :: len(values)]) for i in range(len(values)))
+        if world.first:
+            report = {"whole": sum(sizes), "largest": max(sizes), "held": held}
+            print("RESULT " + json.dumps(report | {"create": create, "save": save, "load": load}), flush=True)
+
+
+def memory_now() -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+
+def forget_peak() -> None:
+    """Have the kernel begin the peak of this process again at its memory of now."""
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def start(layers: int, channels: int, vocab_size: int) -> None:
+    print("| processes | parameters | whole, MiB | a shard | largest tensor | limit | create | save | load |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for n in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            got = launch_worker(n, 1, "start-worker", folder, layers, channels, vocab_size)
+        limit = got["held"] + 4 * got["largest"]
+        cells = (got["whole"], got["held"], got["largest"], limit, got["create"], got["save"], got["load"])
+        print(f"| {n} | {got['whole'] // 4:,} | " + " | ".join(f"{x / MIB:,.0f}" for x in cells) + " |", flush=True)
+
+
 def launch(folder: Path, processes: int, threads: int, *arguments: object) -> dict:
+    return launch_worker(processes, threads, "worker", str(folder), *arguments)
+
+
+def launch_worker(processes: int, threads: int, *arguments: object) -> dict:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [__file__, "worker", str(folder), *map(str, arguments)]
+    command += [__file__, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -166,12 +236,20 @@ def main() -> None:
         folder, name, strategy, batch_size, steps = sys.argv[2:]
         worker(Path(folder), name, strategy, int(batch_size), int(steps))
         return
+    if sys.argv[1:2] == ["start-worker"]:
+        folder, *sizes = sys.argv[2:]
+        start_worker(Path(folder), *map(int, sizes))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("costs", "throughput", "calculate"))
+    parser.add_argument("what", choices=("costs", "throughput", "start", "calculate"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, nargs=3, default=(16, 2048, 32768), metavar=("LAYERS", "CHANNELS", "VOCAB"))
     asked = parser.parse_args()
     if asked.what == "calculate":
         calculate()
+        return
+    if asked.what == "start":
+        start(*asked.size)
         return
     with tempfile.TemporaryDirectory() as folder:
         prepared(Path(folder))

@@ -1,5 +1,6 @@
 """Runs of two processes for tests/test_distributed.py: torchrun ... -m tests.helpers.process_group FOLDER NAME..."""
 
+import errno
 import json
 import os
 import signal
@@ -9,11 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers.runs import small_config, with_model
-from timemix.errors import Interrupted, TimemixError
+from timemix.errors import CannotWrite, Interrupted, TimemixError
 from timemix.evaluation.loss import loss_per_token
+from timemix.models.config import ModelConfig
+from timemix.models.registry import find_architecture, list_architectures
+from timemix.runs import save
 from timemix.runtime.distributed import Elsewhere, World, joined
+from timemix.storage.tensors import write_tensors
+from timemix.training.parallel import new_model
+from timemix.training.saving import gathered
 from timemix.training.start import new_run, resume_run
 
 SETTINGS = {
@@ -59,7 +67,62 @@ def by_the_clock(folder: Path, strategy: str, world: World) -> None:
     trainer.lock.release()
 
 
+def save_initial_values(folder: Path, world: World) -> None:
+    """Save the initial values of sharded models of every architecture, and the memory that they took."""
+    for name in list_architectures():
+        for initial in ("zero", "original"):
+            made = initial_config(name, initial)
+            torch.manual_seed(7)
+            model, _ = new_model(made, "shard", world, torch.device("cpu"), torch.float32)
+            weights = gathered(model.state_dict(), world)
+            if world.first:
+                write_tensors(folder / f"initial-{name}-{initial}-{world.size}.safetensors", weights, {})
+
+
+def initial_config(name: str, initial: str) -> ModelConfig:
+    """Return the config of a model whose rows are not multiples of 2 or 4."""
+    fields = {"layers": 2, "channels": 30, "heads": 5, "ctx_len": 9, "vocab_size": 23, "initial": initial}
+    kind = find_architecture(name).config
+    return kind(arch=name, **{key: value for key, value in fields.items() if key in kind.__dataclass_fields__})
+
+
+def resume_and_save(folder: Path, strategy: str, world: World) -> None:
+    """Resume a copy of a run and save it at once."""
+    trainer = resume_run(folder / f"copied-{strategy}-{world.size}", world, {"strategy": strategy})
+    trainer.save()
+    trainer.lock.release()
+
+
+def save_on_a_full_disk(folder: Path, world: World) -> None:
+    """Save a sharded run while the disk of the last process is full, once to stop and once to train on."""
+
+    def write(path, tensors, metadata):
+        if world.rank == world.size - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_tensors(path, tensors, metadata)
+
+    trainer = new_run(config(folder, "plain", "shard"), folder / f"full-{world.size}", world)
+    trainer.save()
+    trainer.train_step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save, "write_tensors", write)
+        with pytest.raises(CannotWrite if world.first else Elsewhere, match="no space left" if world.first else None):
+            trainer.save()
+        assert trainer.save(go_on=True) is None
+    kept = world.first_does(lambda: [path.name for path in (trainer.out / "checkpoints").iterdir()])
+    assert kept in (["step-00000000"], None)
+    assert (trainer.save() is not None) == world.first
+    trainer.lock.release()
+
+
 def main() -> None:
+    if sys.argv[2:] == ["exact"]:
+        with joined() as world:
+            for strategy in ("replicate", "shard"):
+                resume_and_save(Path(sys.argv[1]), strategy, world)
+            save_initial_values(Path(sys.argv[1]), world)
+            save_on_a_full_disk(Path(sys.argv[1]), world)
+        return
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     with joined() as world:
         world.first_does(lambda: None)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import timemix
-from tests.helpers.process_group import SETTINGS, config
+from tests.helpers.process_group import SETTINGS, config, initial_config
 from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
 from timemix.config.run import read_toml
@@ -26,18 +26,24 @@ from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
 from timemix.errors import Interrupted, InvalidValue
 from timemix.evaluation.loss import loss_per_token
+from timemix.models.language_model import LanguageModel
+from timemix.models.registry import list_architectures
 from timemix.runs import folder as run_folder
+from timemix.runs.listing import stored_parameters
 from timemix.runtime.distributed import World, my_rows
+from timemix.storage.sharded import open_stored
+from timemix.storage.tensors import open_tensors
 from timemix.training.start import new_run, resume_run
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
 STRATEGIES = ("replicate", "shard")
 
 
-def torchrun(*arguments, **options):
+def torchrun(*arguments, processes=2, **options):
     # Each launch has its own port, so that two launches do not connect to each other.
-    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", *map(str, arguments)]
+    launch = ["--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [*TORCHRUN, *launch, "-m", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -136,10 +142,81 @@ def test_every_process_knows_the_loss_of_the_whole_text(folder, strategy):
         assert json.loads((folder / f"losses-{strategy}-{rank}.json").read_text()) == pytest.approx(alone, rel=1e-6)
 
 
-def test_a_checkpoint_looks_the_same_whoever_wrote_it(folder):
-    runs = [folder / "plain", *(folder / f"plain-{s}-2" for s in STRATEGIES)]
+def test_a_replicated_checkpoint_looks_as_that_of_one_process(folder):
+    runs = folder / "plain", folder / "plain-replicate-2"
     listings = [sorted((p.name, p.stat().st_size) for p in run_folder.newest(r).glob("*.safetensors")) for r in runs]
-    assert listings[0] == listings[1] == listings[2]
+    assert listings[0] == listings[1]
+
+
+def test_a_sharded_checkpoint_is_a_file_per_process_and_an_index(folder):
+    checkpoint = run_folder.newest(folder / "plain-shard-2")
+    kinds = {"model": ("0-of-2", "1-of-2"), "training": ("0-of-2", "1-of-2")}
+    files = {f"{stem}-{part}.safetensors" for stem, parts in kinds.items() for part in parts}
+    indices = {"model.index.json", "training.index.json"}
+    assert {p.name for p in checkpoint.iterdir()} == files | indices | {
+        "config.toml",
+        "tokenizer.json",
+        "training.json",
+    }
+    sizes = [(checkpoint / f"model-{part}.safetensors").stat().st_size for part in kinds["model"]]
+    whole = (run_folder.newest(folder / "plain") / "model.safetensors").stat().st_size
+    assert max(sizes) < 0.65 * whole
+    assert stored_parameters(checkpoint) == stored_parameters(run_folder.newest(folder / "plain"))
+
+
+@pytest.fixture(scope="module", params=[2, slow(4)])
+def exact(request, folder, tmp_path_factory):
+    """Copies of a run that two processes saved in shards, resumed and saved at once; initial values."""
+    here = tmp_path_factory.mktemp("exact")
+    prepare(here / "tokens", small_config(write_text_file(here)).data)
+    for strategy in STRATEGIES:
+        shutil.copytree(folder / "plain-shard-2", here / f"copied-{strategy}-{request.param}")
+    group = torchrun("tests.helpers.process_group", here, "exact", processes=request.param)
+    _, errors = group.communicate(timeout=300)
+    assert group.returncode == 0, errors
+    return here, request.param
+
+
+def test_a_full_disk_in_one_process_leaves_the_last_checkpoint(exact):
+    here, size = exact
+    checkpoints = (here / f"full-{size}" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoints) == ["step-00000001"]
+
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for stem in ("model", "training"):
+        with open_stored(checkpoint, stem) as tensors:
+            tensors.check_content()
+            found |= {f"{stem}.{name}": tensors.tensor(name).clone() for name in tensors.shapes}
+    return found
+
+
+def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_any_number_of_processes_reads_shards_exactly(folder, exact, strategy):
+    here, size = exact
+    before = stored(run_folder.newest(folder / "plain-shard-2"))
+    assert_equal_bits(stored(run_folder.newest(here / f"copied-{strategy}-{size}")), before)
+    resume_run(here / f"copied-{strategy}-{size}").save()
+    assert (run_folder.newest(here / f"copied-{strategy}-{size}") / "model.safetensors").exists()
+    assert_equal_bits(stored(run_folder.newest(here / f"copied-{strategy}-{size}")), before)
+
+
+@pytest.mark.parametrize("initial", ["zero", "original"])
+@pytest.mark.parametrize("name", list_architectures())
+def test_sharded_initial_values_are_those_of_one_process(exact, name, initial):
+    here, size = exact
+    torch.manual_seed(7)
+    alone = LanguageModel(initial_config(name, initial)).state_dict()
+    with open_tensors(here / f"initial-{name}-{initial}-{size}.safetensors") as file:
+        assert_equal_bits({key: file.get_tensor(key) for key in file.keys()}, alone)  # noqa: SIM118
 
 
 @given(

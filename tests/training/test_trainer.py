@@ -398,3 +398,15 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert run_folder.newest(trainer.out).name == "step-00000008"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_step_waits_for_its_device_once(tmp_path, arch, monkeypatch):
+    trainer = small_trainer(tmp_path, arch, accumulation=2)
+    trainer.train_step()
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "numpy", "cpu"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, read=read: reads.append(name) or read(*a))
+    trainer.train_step()
+    assert reads == ["tolist"]

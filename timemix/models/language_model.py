@@ -1,8 +1,9 @@
 """The language model around every architecture: embedding, blocks, head, and the state between calls."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,18 @@ def block_class(config: ModelConfig) -> type[Block]:
     """
     result: type[Block] = load_part(find_architecture(config.arch).model)
     return result
+
+
+def model_parts(config: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Yield the modules with parameters of a model: their names, and functions that create them, in this order."""
+    block = block_class(config)
+    yield "embedding", lambda: Embedding(config.vocab_size, config.channels)
+    yield "input_norm", lambda: block.input_norm(config)
+    yield "blocks", nn.ModuleList
+    for layer in range(config.layers):
+        yield f"blocks.{layer}", partial(block, config, layer)
+    yield "norm", lambda: block.final_norm(config)
+    yield "head", lambda: Linear(config.channels, config.vocab_size, bias=False)
 
 
 @contextmanager
@@ -71,6 +84,12 @@ class LanguageModel(nn.Module):
         InvalidValue: The architecture is unknown, or `config` is of the class of another one.
     """
 
+    embedding: Embedding
+    input_norm: nn.Module
+    blocks: list[Block]
+    norm: nn.Module
+    head: Linear
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -81,11 +100,9 @@ class LanguageModel(nn.Module):
                 f" {self.architecture.config.__name__}"
             )
         self.block = block_class(config)
-        self.embedding = Embedding(config.vocab_size, config.channels)
-        self.input_norm = self.block.input_norm(config)
-        self.blocks = cast(list[Block], nn.ModuleList(self.block(config, layer) for layer in range(config.layers)))
-        self.norm = self.block.final_norm(config)
-        self.head = Linear(config.channels, config.vocab_size, bias=False)
+        for name, create in model_parts(config):
+            parent, _, own = name.rpartition(".")
+            self.get_submodule(parent).add_module(own, create())
         self.dropout = nn.Dropout(config.dropout)
         self.recompute: Recompute = "none"
         if self.device.type != "meta":

@@ -1,5 +1,6 @@
 """Checkpoints of a run folder: all complete ones, the newest and the best."""
 
+import contextlib
 import logging
 import math
 import os
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.storage.files import remove_folder
+from timemix.storage.index import index_path, read_index
 from timemix.storage.json_files import Count, NotNegative, read_record
 
 logger = logging.getLogger("timemix")
@@ -17,7 +19,10 @@ logger = logging.getLogger("timemix")
 Found = TypeVar("Found")
 
 NEEDED = ("config.toml", "model.safetensors", "tokenizer.json", "training.json")
-"""Files of a complete checkpoint. Training writes all of them atomically, but a copy may be incomplete."""
+"""Files of a complete checkpoint. Training writes all of them atomically, but a copy may be incomplete.
+
+A sharded checkpoint has an index, and the files that it names, instead of model.safetensors.
+"""
 
 
 def checkpoint_name(step: int) -> str:
@@ -67,7 +72,13 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _lacking(checkpoint: Path) -> list[str]:
-    return [name for name in NEEDED if not (checkpoint / name).exists()]
+    needed = list(NEEDED)
+    if index_path(checkpoint, "model").exists():
+        needed.remove("model.safetensors")
+        # A damaged index is reported by those who read it.
+        with contextlib.suppress(FileError):
+            needed += read_index(checkpoint, "model").files
+    return [name for name in needed if not (checkpoint / name).exists()]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -155,7 +166,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     path = Path(run)
     if not path.is_dir():
         raise MissingFile(_no_run(path))
-    if (path / "model.safetensors").exists():
+    if (path / "model.safetensors").exists() or index_path(path, "model").exists():
         return path
     warn_of_unfinished(path)
     if checkpoint == "best":

@@ -11,6 +11,7 @@ from timemix.config.run import read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
 from timemix.runs.metrics import read_metrics
+from timemix.storage.index import index_path, read_index
 from timemix.storage.json_files import is_number
 from timemix.storage.locks import is_held
 
@@ -110,11 +111,13 @@ def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def stored_parameters(checkpoint: Path) -> int:
-    """Return the number of parameters in a checkpoint, from the header of its weights.
+    """Return the number of parameters in a checkpoint, from the header of its weights or from their index.
 
     Raises:
-        DamagedFile: The file is missing, damaged or not a safetensors file.
+        FileError: The file is missing, damaged or not a safetensors file.
     """
+    if index_path(checkpoint, "model").exists():
+        return sum(map(math.prod, read_index(checkpoint, "model").shapes.values()))
     from safetensors import SafetensorError, safe_open
 
     path = checkpoint / "model.safetensors"

@@ -12,7 +12,7 @@ from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import read_checkpoint, read_progress
 from timemix.runtime.device import choose_device
-from timemix.storage.tensors import check_content, fits_tensor, open_tensors
+from timemix.storage.sharded import open_stored
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
 
@@ -67,20 +67,19 @@ def check_weights(model: LanguageModel, folder: Path) -> None:
     Raises:
         DamagedFile: The weights do not fit the model.
     """
-    path, ours = folder / "model.safetensors", model.state_dict()
-    with open_tensors(path) as tensors:
-        if other := sorted(set(tensors.keys()) ^ ours.keys()):
+    ours = model.state_dict()
+    with open_stored(folder, "model") as stored:
+        if other := sorted(stored.shapes.keys() ^ ours.keys()):
             where = "missing in the file" if other[0] in ours else "only in the file"
             raise DamagedFile(
-                f"{path} does not have the architecture of its config.toml: {other[0]} is {where};"
+                f"{stored.path} does not have the architecture of its config.toml: {other[0]} is {where};"
                 " restore both from one copy"
             )
         for name, own in ours.items():
-            if not fits_tensor(tensors, name, own.shape):
-                found = tensors.get_slice(name)
+            if not stored.fits(name, own.shape):
                 raise DamagedFile(
-                    f"{path} does not fit its config.toml: {name} is {found.get_dtype()} {found.get_shape()},"
-                    f" not {list(own.shape)}; restore both from one copy"
+                    f"{stored.path} does not fit its config.toml: {name} is {stored.dtype(name)}"
+                    f" {list(stored.shapes[name])}, not {list(own.shape)}; restore both from one copy"
                 )
 
 
@@ -96,12 +95,11 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
     Raises:
         DamagedFile: The weights do not fit the model.
     """
-    path = folder / "model.safetensors"
-    with open_tensors(path) as tensors:
-        layers = len({name.split(".")[1] for name in tensors.keys() if name.startswith("blocks.")})  # noqa: SIM118
+    with open_stored(folder, "model") as stored:
+        layers = len({name.split(".")[1] for name in stored.shapes if name.startswith("blocks.")})
     if layers != config.layers:
         raise DamagedFile(
-            f"{path} does not fit its config.toml: it has {layers} layers, not {config.layers};"
+            f"{stored.path} does not fit its config.toml: it has {layers} layers, not {config.layers};"
             " restore both from one copy"
         )
     with torch.device("meta"):
@@ -146,10 +144,9 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
         )
     dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
-    path = folder / "model.safetensors"
-    with open_tensors(path) as tensors:
-        check_content(tensors, path)
+    with open_stored(folder, "model") as stored:
+        stored.check_content()
         # Copies, since the tensors of the file may be the file itself, mapped into memory.
-        weights = {name: tensors.get_tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
+        weights = {name: stored.tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

@@ -1,13 +1,19 @@
-"""Atomic writes of checkpoints."""
+"""Atomic writes of checkpoints, by process 0 alone or in one file per process."""
 
+import contextlib
 import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from timemix.config.run import RunConfig, to_toml
 from timemix.runs.folder import Progress, checkpoint_name
-from timemix.storage.files import atomic_folder
+from timemix.runtime.distributed import ALONE, World
+from timemix.storage.files import atomic_folder, unfinished_name
+from timemix.storage.index import shard_name, write_index
 from timemix.storage.json_files import to_json
 from timemix.storage.tensors import write_tensors
 from timemix.tokenizers.base import Tokenizer
@@ -15,30 +21,56 @@ from timemix.tokenizers.base import Tokenizer
 
 def save_checkpoint(
     run: Path,
-    weights: dict[str, Tensor],
-    training: dict[str, Tensor],
+    tensors: Mapping[str, dict[str, Tensor]],
     config: RunConfig,
     tokenizer: Tokenizer,
     progress: Progress,
+    world: World = ALONE,
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
 ) -> Path:
     """Write the checkpoint RUN/checkpoints/step-NNNNNNNN atomically, and return its path.
 
     Args:
         run: Run folder.
-        weights: Weights by name, on the CPU.
-        training: Tensors of the optimizer state by name, on the CPU, as `gathered` returns them.
+        tensors: Tensors of "model" and of "training" by name, on the CPU: whole, or with `shapes` the rows of this
+            process.
         config: Config of the run.
         tokenizer: Tokenizer of the run.
         progress: State of the run besides its tensors.
+        world: The processes of the run. With `shapes` all of them must call, otherwise process 0 alone.
+        shapes: Shapes of the whole tensors, if each process writes its rows.
 
     Raises:
-        CannotWrite: The disk is full or not writable.
+        CannotWrite: In process 0: the disk is full or not writable.
+        Elsewhere: In the other processes, when process 0 raises CannotWrite.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
-    with atomic_folder(folder) as temporary:
-        write_tensors(temporary / "model.safetensors", weights, {"format": "pt"})
+
+    def write_rest(temporary: Path) -> None:
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
         tokenizer.save(temporary / "tokenizer.json")
-        write_tensors(temporary / "training.safetensors", training, {})
         (temporary / "training.json").write_text(json.dumps(to_json(progress), indent=1), encoding="utf-8")
+
+    if shapes is None:
+        with atomic_folder(folder) as temporary:
+            for stem, named in tensors.items():
+                write_tensors(temporary / f"{stem}.safetensors", named, {"format": "pt"} if stem == "model" else {})
+            write_rest(temporary)
+        return folder
+    with contextlib.ExitStack() as stack:
+        made = world.first_does(lambda: stack.enter_context(atomic_folder(folder)))
+        # The name of the temporary folder ends with the id of process 0.
+        (creator,) = world.sum(os.getpid() if made else 0)
+        temporary = made or unfinished_name(folder, int(creator))
+        for stem, named in tensors.items():
+            path = temporary / shard_name(stem, world.rank, world.size)
+            world.all_do(partial(write_tensors, path, named, {}))
+
+        def finish() -> None:
+            for stem, each in shapes.items():
+                write_index(temporary, stem, world.size, each)
+            write_rest(temporary)
+            stack.close()
+
+        world.first_does(finish)
     return folder

@@ -5,6 +5,7 @@ code.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -71,6 +72,29 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def all_do(self, action: Callable[[], None]) -> None:
+        """Run `action`, which may use the file system, in every process.
+
+        Args:
+            action: Of this process.
+
+        Raises:
+            OSError: In process 0, where the action of any process raises it.
+            Elsewhere: In the other processes then.
+        """
+        number = 0
+        try:
+            action()
+        except OSError as error:
+            number = error.errno or errno.EIO
+        largest = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._patient)
+        if largest.item():
+            if self.first:
+                raise OSError(int(largest), os.strerror(int(largest)))
+            raise Elsewhere
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:
         """Call a function in process 0 alone; the other processes wait until it ends, however long it takes.
@@ -187,6 +211,29 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
+
+
+@torch.no_grad()
+def set_whole(own: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor, known in every process, into one that may be cut up over the processes.
+
+    Args:
+        own: Any shape, type and device.
+        values: The same shape.
+    """
+    own.copy_(part_like(values.to(own.dtype), own))
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this process has; all of them where it is not cut up."""
+    return tensor.to_local() if _is_cut(tensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """Return the first row that this process has of a cut tensor, and the row after the last."""
+    rows, parts, rank = tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()  # type: ignore[attr-defined]
+    each = -(-rows // parts)
+    return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def _is_cut(tensor: Any) -> TypeGuard[Any]:

@@ -97,7 +97,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: The disk is full or not writable.
     """
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    temporary = unfinished_name(folder, os.getpid())
     with explained(folder):
         try:
             # A killed process with the same number may have left such a folder.
@@ -116,6 +116,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def unfinished_name(folder: Path, process: int) -> Path:
+    """Return the name that `atomic_folder` gives a folder until it is complete, in the process of this id."""
+    return folder.with_name(f".{folder.name}.partial-{process}")
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
 """Largest number of bytes of the JSON at the beginning of a safetensors file, enough for about 100,000 tensors."""
-
 
 CHECKSUM = "crc32"
 """Metadata key of the checksum of a file's tensors; files of earlier versions have no checksum."""
@@ -122,17 +121,3 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise DamagedFile(
             f"{path} is damaged or not a safetensors file: {error}; restore it, or name another file"
         ) from error
-
-
-def fits_tensor(tensors: Any, name: str, shape: Sequence[int]) -> bool:
-    """Return whether an open file has a floating-point tensor of a name and shape, without reading its content.
-
-    Args:
-        tensors: The open file, as `open_tensors` yields it.
-        name: Name of the tensor.
-        shape: Its shape.
-    """
-    if name not in tensors.keys():  # noqa: SIM118
-        return False
-    found = tensors.get_slice(name)
-    return list(found.get_shape()) == list(shape) and found.get_dtype() in ("F32", "F64", "F16", "BF16")

@@ -3,41 +3,64 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue, ProcessLost
-from timemix.models.language_model import LanguageModel
-from timemix.runtime.distributed import World
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel, model_parts
+from timemix.runtime.distributed import World, set_whole
 
 
-def in_parallel(model: LanguageModel, strategy: str, world: World) -> nn.Module:
-    """Return the module to call in training. Its gradients are the mean over the processes.
+def new_model(
+    config: ModelConfig, strategy: str, world: World, device: torch.device, dtype: torch.dtype
+) -> tuple[LanguageModel, nn.Module]:
+    """Create a model with initial values from torch's generator, equal for any strategy and number of processes.
 
     Args:
-        model: The model, the same in all processes. "shard" splits its parameters in place.
+        config: Config of the model.
         strategy: "replicate" (DistributedDataParallel) keeps a whole model in each process. "shard" (fully_shard)
-            splits the parameters of each block over the processes.
-        world: The processes of the run.
-    """
-    if world.size == 1:
-        return model
-    if strategy == "shard":
-        # Imported on use: the import takes more than a second, half as long as that of torch.
-        from torch.distributed.fsdp import fully_shard
+            splits each parameter by rows over the processes, and no process ever holds the whole model.
+        world: The processes of the run, which all must call.
+        device: Device of this process.
+        dtype: Type of the parameters.
 
-        mesh = dist.init_device_mesh(next(model.parameters()).device.type, (world.size,))  # type: ignore[attr-defined]
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        # Shards the parameters outside the blocks. Without the argument they would stay whole after a forward pass
-        # without a backward pass.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        return model
-    device = next(model.parameters()).device
+    Returns:
+        The model, and the module to call in training. Its gradients are the mean over the processes.
+    """
+    if world.size > 1 and strategy == "shard":
+        model = _sharded(config, world, device, dtype)
+        return model, model
+    model = LanguageModel(config).to(device, dtype)
+    if world.size == 1:
+        return model, model
     ids = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return model, DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """Create a sharded model: parts of it are created one after another, and each process copies its rows."""
+    # Imported on use: the import takes more than a second, half as long as that of torch.
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = LanguageModel(config).to(dtype)
+    mesh = dist.init_device_mesh(device.type, (world.size,))  # type: ignore[attr-defined]
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    # Shards the parameters outside the blocks. Without the argument they would stay whole after a forward pass
+    # without a backward pass.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.to_empty(device=device)
+    # The order of LanguageModel: first the values of the constructors, then those of the architecture.
+    for name, create in model_parts(config):
+        for end, values in create().named_parameters():
+            set_whole(model.get_parameter(f"{name}.{end}"), values)
+    model.block.set_initial_values(model)
+    return model
 
 
 @contextlib.contextmanager

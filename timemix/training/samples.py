@@ -18,7 +18,7 @@ def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageMo
     """
     if world.size == 1 or strategy != "shard":
         return model
-    weights, _ = gathered(model, [], world)
+    weights = gathered(model.state_dict(), world)
     whole = LanguageModel(model.config)
     if world.first:
         whole.load_state_dict(weights)

@@ -17,25 +17,24 @@ from timemix.data.corpus import Corpus
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.generation.sampler import Sampler
-from timemix.models.language_model import LanguageModel
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
-from timemix.runs.save import save_checkpoint
 from timemix.runtime.device import autocast, choose_device, choose_precision
-from timemix.runtime.distributed import ALONE, World, my_rows, whole
+from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
 from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
+from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
 from timemix.training.optim import build_optimizers, learning_rate
-from timemix.training.parallel import check_shares, in_parallel, losses_reported, without_exchange
+from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import TrainingProgress, Watch
 from timemix.training.samples import whole_model, write_sample
-from timemix.training.saving import gathered, restore_training
+from timemix.training.saving import first_damaged, restore_training, tensors_to_save, write_checkpoint
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
 
@@ -88,12 +87,12 @@ class Trainer:
         self.batches = Batches(
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
         )
+        self._feed = Feed(self.batches, train.batch_size, world, self.device)
         torch.manual_seed(train.seed)
-        self.model = LanguageModel(config.model)
-        self.model.to(self.device, torch.float64 if self.precision == "float64" else torch.float32)
+        dtype = torch.float64 if self.precision == "float64" else torch.float32
+        self.model, self._parallel_model = new_model(config.model, train.strategy, world, self.device, dtype)
         self.model.recompute = train.recompute
         self.recipe = self.model.block.recipe(config.model)
-        self._parallel_model = in_parallel(self.model, train.strategy, world)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
         self.compiled, self.compile_reason = choose_compile(
             train.compile,
@@ -165,7 +164,7 @@ class Trainer:
         Raises:
             FileError: A file is missing, damaged or does not fit the model, or the training data have changed.
         """
-        progress = restore_training(folder, self.model, self.optimizers)
+        progress = restore_training(folder, self.model, self.optimizers, self.world)
         if progress.data != self.data_hashes:
             raise DamagedFile(
                 f"the data differ from those that {self.out} was trained on; restore them, or start a new run"
@@ -227,18 +226,22 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         seeds = np.random.SeedSequence([config.seed, self.step, self.world.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-        batch = self.batches(self.step, my_rows(config.batch_size, self.world))
-        inputs, targets = (torch.from_numpy(a).to(self.device) for a in batch)
-        local_loss = 0.0
-        pieces = list(zip(inputs.chunk(config.accumulation), targets.chunk(config.accumulation), strict=True))
+        inputs, targets = (rows.chunk(config.accumulation) for rows in self._feed(self.step))
+        pieces = list(zip(inputs, targets, strict=True))
+        losses: list[Tensor] = []
         for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
-            local_loss += piece.item()
+            # A copy, because the next piece overwrites the output of a CUDA graph.
+            losses.append(piece.detach().double())
+        clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        if self.device.type != "cpu":
+            self._feed.prepare(self.step + 1)
+        # The only point of a step at which the CPU waits for the device.
+        local_loss, norm = torch.stack([torch.stack(losses).sum(), whole(clipped).double()]).tolist()
         # One exchange for all values: an exchange of two processes on a small machine takes up to 2 ms.
         loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
@@ -319,7 +322,7 @@ class Trainer:
             CannotWrite: The disk is full or not writable, and `go_on` is False.
             NotFinite: A weight is not finite.
         """
-        weights, training = gathered(self.model, self.optimizers, self.world)
+        weights, state = tensors_to_save(self.model, self.optimizers)
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
@@ -332,23 +335,27 @@ class Trainer:
             data=self.data_hashes,
         )
 
-        def write() -> Path | None:
-            if damaged := next((name for name, each in weights.items() if not torch.isfinite(each).all()), None):
-                raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
-            tokenizer = self.corpus.tokenizer
-            try:
-                saved = save_checkpoint(self.out, weights, training, self.config, tokenizer, progress)
-            except CannotWrite as error:
+        if damaged := first_damaged(weights, self.world):
+            # All processes know it; process 0 reports it.
+            self.world.first_does(lambda: self._refuse_to_save(damaged))
+        try:
+            tensors = {"model": weights, "training": state}
+            saved = write_checkpoint(self.out, tensors, self.config, self.corpus.tokenizer, progress, self.world)
+        except (CannotWrite, Elsewhere) as error:
+            if isinstance(error, CannotWrite):
                 sentence = f"step {self.step}: {error}; {self._last_good()}"
                 if not go_on:
                     raise CannotWrite(sentence) from error
                 self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
-                return None
-            self._saves.worked()
-            prune(self.out)
-            return saved
+            if not go_on:
+                raise
+            return None
+        self._saves.worked()
+        self.world.first_does(lambda: prune(self.out))
+        return saved if self.world.first else None
 
-        return self.world.first_does(write)
+    def _refuse_to_save(self, damaged: str) -> None:
+        raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
 
     def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
         """Train to the last step or to an early stop.

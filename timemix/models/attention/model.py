@@ -18,13 +18,14 @@ from timemix.models.config import ShiftedConfig
 from timemix.models.layers.activations import ACTIVATIONS
 from timemix.models.layers.block import Kept, Model, ShiftedBlock, Tensors
 from timemix.models.layers.channel_mix import ChannelMix
-from timemix.models.layers.initial import log_decay, orthogonal, scale_outputs, set_weights, table_like
+from timemix.models.layers.initial import log_decay, normal, orthogonal, scale_outputs, set_weights, table_like
 from timemix.models.layers.linear import Linear, joint_linear
 from timemix.models.layers.resize import with_ctx_len
 from timemix.models.layers.rotary import rotary
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
 from timemix.ops.common.history import append, lags, weights_at
+from timemix.runtime.distributed import set_whole
 
 
 class RotaryAttention(nn.Module):
@@ -187,14 +188,14 @@ class RotaryBlock(ShiftedBlock):
     def set_initial_values(cls, model: Model) -> None:
         config = model.config
         if config.initial == "original":
-            set_weights(model, lambda _, linear: nn.init.normal_(linear.weight, std=0.01))
+            set_weights(model, normal(0.01))
             return
         set_weights(model, orthogonal)
         for layer, block in enumerate(model.blocks):
             scale_outputs(block, layer, zero=True)
             if isinstance(block.mixer, ProAttention):
                 f = block.mixer.f
-                f.copy_(table_like(f, log_decay(config.heads, config.ctx_len)).exp())
+                set_whole(f, table_like(f, log_decay(config.heads, config.ctx_len)).exp())
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:

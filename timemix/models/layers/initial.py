@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from timemix.models.layers.block import Model
 from timemix.ops.common.causal import toeplitz
+from timemix.runtime.distributed import set_whole
 
 HEAD_GAIN = 0.4
 
@@ -40,11 +41,22 @@ def set_weights(model: Model, fill: Callable[[str, nn.Linear | nn.Embedding], ob
 def orthogonal(name: str, module: nn.Linear | nn.Embedding) -> None:
     """Fill a weight with an orthogonal matrix, with the gain of RWKV-LM 0.01 (above)."""
     out, into = module.weight.shape
+    weight = torch.empty(out, into)
     if isinstance(module, nn.Embedding):
         gain = HEAD_GAIN * math.sqrt(max(out, into))
     else:
         gain = math.sqrt(max(1, out / into)) * (HEAD_GAIN if name == "head" else 1)
-    nn.init.orthogonal_(module.weight, gain=gain)
+    nn.init.orthogonal_(weight, gain=gain)
+    set_whole(module.weight, weight)
+
+
+def normal(std: float) -> Callable[[str, nn.Linear | nn.Embedding], None]:
+    """Return a function for `set_weights` that draws a weight from normal(0, std)."""
+
+    def fill(name: str, module: nn.Linear | nn.Embedding) -> None:
+        set_whole(module.weight, nn.init.normal_(torch.empty(module.weight.shape), std=std))
+
+    return fill
 
 
 @torch.no_grad()

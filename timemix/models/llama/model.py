@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.models.layers.block import Block, Kept, Model, Tensors
-from timemix.models.layers.initial import set_weights
+from timemix.models.layers.initial import normal, set_weights
 from timemix.models.layers.linear import Linear, to_product_dtype
 from timemix.models.layers.rotary import rotary
 from timemix.models.llama.config import LlamaConfig
@@ -139,7 +139,7 @@ class LlamaBlock(Block):
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
         """Draw every weight from normal(0, initial_std); the weights of norms are one."""
-        set_weights(model, lambda _, module: nn.init.normal_(module.weight, std=model.config.initial_std))
+        set_weights(model, normal(model.config.initial_std))
 
     @classmethod
     def mixing_flops(cls, config: LlamaConfig) -> int:

@@ -12,6 +12,7 @@ from timemix.models.layers.initial import log_decay, orthogonal, scale_outputs, 
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.ops.rwkv1.curves import LEAST_RATE
+from timemix.runtime.distributed import set_whole
 
 
 @torch.no_grad()
@@ -34,11 +35,14 @@ def _set_tables(mixer: TimeMix, decay: Tensor, zero: bool) -> None:
     """Set the tables of rwkv1; decay is log f (H, ctx_len) of "zero"."""
     if mixer.config.denominator == "weighted":
         # W is exp(f + alpha + beta): these logarithms give the same W as with the plain denominator.
-        mixer.f.copy_(table_like(mixer.f, decay) if zero else torch.zeros_like(mixer.f))
+        if zero:
+            set_whole(mixer.f, table_like(mixer.f, decay))
+        else:
+            mixer.f.zero_()
         if mixer.alpha is not None:
             mixer.alpha.zero_()
     elif zero:
-        mixer.f.copy_(table_like(mixer.f, decay).exp())
+        set_whole(mixer.f, table_like(mixer.f, decay).exp())
 
 
 def _set_exponentials(mixer: ExpTimeMix, decay: Tensor | None) -> None:
@@ -50,9 +54,11 @@ def _set_exponentials(mixer: ExpTimeMix, decay: Tensor | None) -> None:
         mixer: The time-mix.
         decay: log f (H, ctx_len) of "zero"; None: the constant 1.
     """
-    _, K = mixer.rate.shape
+    H, K = mixer.rate.shape
     ctx_len = mixer.config.ctx_len
-    mixer.rate.copy_(torch.tensor([ctx_len ** (-j / max(1, K - 2)) for j in range(-1, K - 1)]))
-    mixer.rate[:, 0] = LEAST_RATE if decay is None or ctx_len == 1 else -decay[:, 1].clamp(max=-LEAST_RATE)
-    mixer.coefficients.zero_()
-    mixer.coefficients[:, 0] = 1
+    rate = torch.tensor([ctx_len ** (-j / max(1, K - 2)) for j in range(-1, K - 1)]).repeat(H, 1)
+    rate[:, 0] = LEAST_RATE if decay is None or ctx_len == 1 else -decay[:, 1].clamp(max=-LEAST_RATE)
+    set_whole(mixer.rate, rate)
+    coefficients = torch.zeros(H, K)
+    coefficients[:, 0] = 1
+    set_whole(mixer.coefficients, coefficients)

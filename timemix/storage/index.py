@@ -1,0 +1,59 @@
+"""The index of tensors that lie in one safetensors file per process.
+
+    model.safetensors                                        whole tensors, without an index
+    model-0-of-2.safetensors, model-1-of-2.safetensors       rows of each tensor, in the order of the files
+    model.index.json                                         the files, and the shapes of the whole tensors
+
+A tensor without dimensions is in the first file alone. The same holds for `training` in place of `model`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timemix.errors import DamagedFile
+from timemix.storage.json_files import read_record, to_json
+
+
+@dataclass(frozen=True)
+class Index:
+    """Describe the files that hold the tensors of one kind.
+
+    Args:
+        files: Names of the files, in the order of their rows.
+        shapes: Shape of each whole tensor, by name.
+    """
+
+    files: tuple[str, ...]
+    shapes: dict[str, Any]
+
+
+def shard_name(stem: str, rank: int, size: int) -> str:
+    """Return the name of the file of one process."""
+    return f"{stem}-{rank}-of-{size}.safetensors"
+
+
+def index_path(folder: Path, stem: str) -> Path:
+    """Return the path of the index of sharded tensors."""
+    return folder / f"{stem}.index.json"
+
+
+def write_index(folder: Path, stem: str, size: int, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write the index of `size` files. Raises OSError."""
+    files = tuple(shard_name(stem, rank, size) for rank in range(size))
+    index = Index(files, {name: list(shape) for name, shape in shapes.items()})
+    index_path(folder, stem).write_text(json.dumps(to_json(index), indent=1), encoding="utf-8")
+
+
+def read_index(folder: Path, stem: str) -> Index:
+    """Read the index of sharded tensors. Raises FileError when it is missing or damaged."""
+    path = index_path(folder, stem)
+    index = read_record(path, Index)
+    for name, shape in index.shapes.items():
+        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+            raise DamagedFile(f"{path} is damaged: the shape of {name} is {shape!r}")
+    if not index.files or any("/" in name for name in index.files):
+        raise DamagedFile(f"{path} is damaged: its files are {list(index.files)}")
+    return index
