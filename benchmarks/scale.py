@@ -1,7 +1,7 @@
 """What several processes cost and bring, on one machine: memory, traffic, throughput.
 
 python benchmarks/scale.py costs         memory and bytes of a step at 1, 2 and 4 processes, both strategies, against
-                                         the formulas of docs/scale.md
+                                         the formulas of docs/explanation/parallelism.md
 python benchmarks/scale.py throughput    two processes of one thread against one process of two, alternating
 python benchmarks/scale.py calculate     the same formulas for 1 B and 10 B parameters on many GPUs
 
@@ -145,7 +145,7 @@ def throughput(folder: Path, rounds: int) -> None:
 
 
 def calculate() -> None:
-    """A calculation, not a measurement; what it assumes stands in docs/scale.md."""
+    """A calculation, not a measurement; what it assumes stands in docs/explanation/parallelism.md."""
     flops, tokens = 0.4 * 990e12, 16 * 1024
     print("| parameters | GPUs | replicate: GB | ms of traffic | shard: GB | ms of traffic | ms of computing |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -19,7 +19,7 @@ SHELL = ("sh", "console")
 RUN = "runs/mine"
 
 TEXT = "".join(
-    f"It was the {word} winter of the year. The cat sat on mat {i % 7}, and no one knew why!\n"
+    f"It was the {word} winter of the year. The quick brown fox jumps over {i % 7} lazy dogs!\n"
     for i, word in enumerate(["first", "second", "longest", "coldest"] * 30)
 )
 OTHER = "The dog ran to the hut on the hill, and it was so.\n" * 60
@@ -45,12 +45,13 @@ def run_python(path: Path, **names: Any) -> dict[str, Any]:
 
 
 def commands(path: Path) -> list[str]:
-    """Return the commands of a page's blocks, and those of `timemix` in its sentences and tables."""
+    """Return the commands of a page's blocks, and those of its sentences and tables that name more than a verb."""
     page = path.read_text(encoding="utf-8")
     found = [line for language in SHELL for text in blocks(path, language) for line in _lines(text, language)]
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.DOTALL | re.MULTILINE)
     inline = [" ".join(text.split()) for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
-    found += [text for text in inline if re.match(r"(timemix|torchrun) [^|]", text) and "..." not in text]
+    is_command = re.compile(r"(timemix|torchrun) (?!VERB)\S+ \S")
+    found += [text for text in inline if is_command.match(text) and "..." not in text]
     return list(dict.fromkeys(found))
 
 
