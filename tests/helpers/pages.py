@@ -22,7 +22,7 @@ TEXT = "".join(
     f"It was the {word} winter of the year. The quick brown fox jumps over {i % 7} lazy dogs!\n"
     for i, word in enumerate(["first", "second", "longest", "coldest"] * 30)
 )
-OTHER = "The dog ran to the hut on the hill, and it was so.\n" * 60
+OTHER = "The dog ran to the hut on the hill and it was so!\n" * 60
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -150,7 +150,7 @@ def _parse_only() -> Iterator[None]:
 
 
 def write_texts(folder: Path) -> None:
-    """Write the texts that the pages name: my.txt, other.txt, valid.txt, and a folder of two files."""
+    """Create the texts that the pages name: my.txt, other.txt, valid.txt, and a folder of two files."""
     (folder / "text").mkdir()
     for name in ("my.txt", "text/a.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")
