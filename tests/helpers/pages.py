@@ -45,10 +45,13 @@ def run_python(path: Path, **names: Any) -> dict[str, Any]:
 
 
 def commands(path: Path) -> list[str]:
-    """Return the commands of a page's blocks, and those of its sentences and tables that name more than a verb."""
+    """Return the commands of a page: of its blocks, and those of sentences and tables that name more than a verb."""
     page = path.read_text(encoding="utf-8")
     found = [line for language in SHELL for text in blocks(path, language) for line in _lines(text, language)]
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.DOTALL | re.MULTILINE)
+    found += [
+        line.strip() for line in prose.replace("\\\n", " ").splitlines() if re.match(r" {4}(timemix|torchrun) ", line)
+    ]
     inline = [" ".join(text.split()) for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
     is_command = re.compile(r"(timemix|torchrun) (?!VERB)\S+ \S")
     found += [text for text in inline if is_command.match(text) and "..." not in text]
