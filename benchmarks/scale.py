@@ -1,12 +1,13 @@
-"""What several processes cost and bring, on one machine: memory, traffic, throughput.
+"""Measure several processes on one machine: memory, traffic, throughput.
 
-python benchmarks/scale.py costs         memory and bytes of a step at 1, 2 and 4 processes, both strategies, against
-                                         the formulas of docs/scale.md
-python benchmarks/scale.py throughput    two processes of one thread against one process of two, alternating
-python benchmarks/scale.py start         memory of a process while 1, 2 and 4 create a sharded model, save and load it
+python benchmarks/scale.py costs         memory and traffic of a step with 1, 2 and 4 processes and both strategies,
+                                         beside the formulas of docs/explanation/parallelism.md
+python benchmarks/scale.py throughput    two processes with one thread each against one process with two threads,
+                                         alternating
+python benchmarks/scale.py start         memory of 1, 2 and 4 processes that create, save and load a sharded model
 python benchmarks/scale.py calculate     the same formulas for 1 B and 10 B parameters on many GPUs
 
-Run it with nothing else on the machine: the bytes are all that pass the loopback interface.
+The traffic is that of the loopback interface, so run nothing else on the machine.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def prepared(folder: Path) -> Path:
 
 
 def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps: int) -> None:
-    """Trains under torchrun, or alone, and prints in process 0 what every process measured."""
+    """Train some steps, under torchrun or alone; print in process 0 the largest measurements of all processes."""
     import torch
     import torch.distributed as dist
 
@@ -183,7 +184,7 @@ def launch_worker(processes: int, threads: int, *arguments: object) -> dict:
 def costs(folder: Path) -> None:
     print("| strategy | processes | held, MiB | 16 P or 16 P / n | peak, MiB | sent, MiB a step | formula |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    # Sharding gathers the weights twice and scatters the gradient once; gloo scatters by a whole all-reduce.
+    # Sharding gathers the weights twice and scatters the gradient once; gloo scatters with an all-reduce.
     for strategy, exchanges in (("replicate", 2), ("shard", 4)):
         for n in (1, 2, 4):
             got = launch(folder, n, 1, "seed", strategy, 4, 3)
@@ -215,7 +216,7 @@ def throughput(folder: Path, rounds: int) -> None:
 
 
 def calculate() -> None:
-    """A calculation, not a measurement; what it assumes stands in docs/scale.md."""
+    """Print calculated costs of larger models. docs/explanation/parallelism.md lists the assumptions."""
     flops, tokens = 0.4 * 990e12, 16 * 1024
     print("| parameters | GPUs | replicate: GB | ms of traffic | shard: GB | ms of traffic | ms of computing |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
