@@ -25,10 +25,10 @@ class Architecture:
         model: "module:class" of its block, a `models.layers.block.Block`.
         year: Of its publication.
         colour: Of its curves in pictures.
-        summary: What it is, in one line.
-        decode: "module:class" of its compiled decode step, None where the model's own forward decodes.
-        weights: Module that names its weights as published, None where none are.
-        recurrent: "module" that turns a trained model into one with a constant state, None where there is none.
+        summary: One line of description, shown by the help.
+        decode: "module:class" of its compiled decode step. None if the forward pass of the model decodes.
+        weights: Module that maps its weights to their published names. None if none are published.
+        recurrent: Module that converts a trained model to one with a constant state. None if there is none.
         bounded: Whether its context ends at ctx_len.
     """
 
@@ -53,7 +53,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.rwkv1.model:Rwkv1Block",
             2021,
             "red",
-            "RWKV of 2021: time-mix with learned tables over time, channel-mix, token-shift",
+            "RWKV of 2021: time-mix with learned curves over time, channel-mix, token-shift",
             decode="timemix.models.rwkv1.decode:CompiledStep",
             weights="timemix.models.rwkv1.weights",
             recurrent="timemix.models.rwkv1.to_exponential",
@@ -64,7 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.rwkv1.model:Rwkv1ExpBlock",
             2021,
             "orange",
-            "the same, its tables sums of exponentials: a recurrent network",
+            "rwkv1 with each curve a sum of exponentials: a recurrent network with constant state",
             decode="timemix.models.rwkv1.decode:CompiledStep",
             bounded=False,
         ),
@@ -74,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:RotaryBlock",
             2021,
             "gray",
-            "attention with rotary positions, GeGLU",
+            "multi-head attention with rotary positions, GeGLU",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -83,7 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:RotaryBlock",
             2021,
             "green",
-            "the same with token-shift",
+            "mha_rotary with token-shift",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -92,7 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:ProBlock",
             2021,
             "black",
-            "attention times W, talking heads, token-shift, channel-mix",
+            "multi-head attention times W, talking heads, rotary positions, token-shift, channel-mix",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -101,7 +101,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.llama.model:LlamaBlock",
             2023,
             "blue",
-            "attention with rotary positions, grouped heads, SwiGLU, RMSNorm",
+            "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
             weights="timemix.models.llama.weights",
         ),
     )
