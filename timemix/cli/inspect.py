@@ -58,7 +58,7 @@ def inspect(arguments: list[str]) -> int:
 
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
         raise DamagedFile(
-            f"{parsed.run} has no checkpoint, so timemix cannot show its weights; its losses are shown by:"
+            f"{parsed.run} has no checkpoint, so there are no weights to show; draw its losses with:"
             f" timemix plot {parsed.run}"
         )
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))

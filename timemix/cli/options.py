@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -91,7 +92,10 @@ def parse(
         InvalidValue: An option is unknown, missing or has a wrong value, or a preset comes after an option.
     """
     wants_help = bool({"-h", "--help"} & set(arguments))
-    help_, refusal = Captured(), io.StringIO()
+    refusal = io.StringIO()
+    # A refusal is read by `sentence`, which expects a plain box of Unicode.
+    is_terminal, encoding = (sys.stdout.isatty(), sys.stdout.encoding) if wants_help else (False, "utf-8")
+    help_ = Captured(is_terminal=is_terminal, encoding=encoding)
     try:
         with (
             contextlib.redirect_stdout(help_),

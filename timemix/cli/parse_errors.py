@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from timemix.cli.flags import Option
-from timemix.cli.terminal import without_colors
 from timemix.errors import nearest
 
 _KINDS = {
@@ -20,7 +20,7 @@ def sentence(printed: str, verb: str, options: Sequence[Option]) -> str:
     """Return one sentence for what tyro printed.
 
     Args:
-        printed: The box that tyro printed, at a width that wraps no line.
+        printed: The box that tyro printed, without colours, at a width that wraps no line.
         verb: The verb, such as "train" or "bench op".
         options: All options of the verb.
     """
@@ -48,7 +48,7 @@ def sentence(printed: str, verb: str, options: Sequence[Option]) -> str:
 def _sections(printed: str) -> list[list[str]]:
     """Return the lines of a box, cut at its rules."""
     sections: list[list[str]] = [[]]
-    for line in without_colors(printed).splitlines():
+    for line in printed.splitlines():
         text = line.strip("│ ")
         if text.startswith("──"):
             sections.append([])
@@ -84,5 +84,7 @@ def _unknown(word: str, options: Sequence[Option], see: str) -> str:
         return f"unexpected argument {word!r}; {see}"
     name = word.partition("=")[0]
     flags = [flag for option in options if not option.is_positional for flag in option.names]
-    hint = nearest(name.replace("_", "-"), flags)
-    return f"unknown option {name!r}{hint if hint.startswith('; did') else f'; {see}'}"
+    plain = name.replace("_", "-").lstrip("-")
+    # The part after the dot first: --lr for --train.lr.
+    close = [flag for flag in flags if flag.endswith(f".{plain}")] or get_close_matches(f"--{plain}", flags, n=1)
+    return f"unknown option {name!r}; " + (f"did you mean {close[0]!r}?" if close else see)

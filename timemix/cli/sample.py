@@ -149,9 +149,7 @@ def sample(arguments: list[str]) -> int:
 def _check_prompt(arguments: list[str]) -> None:
     for flag, value in itertools.pairwise(arguments):
         if flag in ("--prompt", "--stop") and value.startswith("-"):
-            raise InvalidValue(
-                f"{flag} needs a text before {value!r}; for a text that begins with '-', write {flag}={value}"
-            )
+            raise InvalidValue(f"{flag} needs a text; a text that begins with '-' is given as {flag}={value}")
 
 
 def _check(parsed: SampleArguments) -> None:

@@ -115,11 +115,16 @@ def readable_help(columns: int | None = None) -> Iterator[None]:
 
 
 class Captured(io.StringIO):
-    """A buffer that looks like stdout to tyro, which chooses colours and the characters of boxes by its stream."""
+    """A buffer in place of stdout, by whose properties tyro chooses colours and the characters of boxes.
 
-    def __init__(self) -> None:
+    Args:
+        is_terminal: Whether tyro uses colours.
+        encoding: Encoding that tyro sees. Boxes have lines of Unicode for "utf-8", of ASCII for others.
+    """
+
+    def __init__(self, *, is_terminal: bool, encoding: str) -> None:
         super().__init__()
-        self._is_terminal, self._encoding = sys.stdout.isatty(), sys.stdout.encoding
+        self._is_terminal, self._encoding = is_terminal, encoding
 
     def isatty(self) -> bool:
         return self._is_terminal
