@@ -233,11 +233,11 @@ def test_a_closed_pipe_is_quiet(trained):
         (["train", "--data", "my.txt", "--out", "r", "--model.layers", "0"], "must be at least 1"),
         (
             ["train", "--data", "my.txt", "--out", "r", "--model.layer", "3"],
-            "unknown option '--model.layer'; did you mean '--model.layers'?",
+            "did you mean '--model.layers'?",
         ),
         (
             ["train", "--data", "my.txt", "--out", "r", "--train.steps", "many"],
-            "--train.steps is 'many'; it must be a whole number",
+            "is 'many'; it must be a whole",
         ),
         (["train", "--data", "my.txt", "--out", "r", "--train.batch-size", "99999999"], "GiB are free"),
         (["train", "--data", "my.txt", "--out", "r", "--train.device", "gpu9"], "gpu9"),
@@ -270,7 +270,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["compare", "heads", "--reuse", "nowhere", "--data", "long.txt"], "there is no folder nowhere"),
         (
             ["compare", "long-context", "--seeds", "3"],
-            "long-context trains no variants; leave out --seeds and --tokens",
+            "trains no variants; leave out --seeds and --tokens",
         ),
         (["inspect", "nothing"], "there is no run folder nothing"),
         (["inspect", "folder"], "is no run folder"),

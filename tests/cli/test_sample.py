@@ -104,7 +104,7 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
         (["--load-state", "run/checkpoints/step-00000030/model.safetensors"], "holds no state that timemix wrote"),
         (
             ["--save-state", "a", "--count", "2"],
-            "--count is 2, but --save-state saves the state of one text; leave one of them out",
+            "--count is 2, but --save-state saves the state of one text",
         ),
         (["--save-state", "text.txt/a"], "cannot write text.txt/a"),
         (["--prompt", "the Ω"], "Ω"),

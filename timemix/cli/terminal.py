@@ -138,7 +138,7 @@ def wrapped(text: str) -> str:
     """Return the help of tyro with its long lines wrapped: tyro prints each paragraph of a description on one line."""
     width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
     lines = [
-        textwrap.fill(line, width, break_on_hyphens=False) if len(without_colors(line)) > width else line
+        textwrap.fill(line, width, break_on_hyphens=False) if len(without_colors(line)) > width else line.rstrip()
         for line in text.splitlines()
     ]
     # tyro prints two blank lines before a list.
