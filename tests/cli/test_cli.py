@@ -375,13 +375,13 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--temperature", "-1", "temperature must be 0 or more"),
-        ("--top-k", "-1", "top_k must be a whole number, 0 or more, not -1\n"),
-        ("--top-p", "0", "top_p"),
+        ("--temperature", "-1", "--temperature must be 0 or more"),
+        ("--top-k", "-1", "--top-k must be a whole number, 0 or more, not -1\n"),
+        ("--top-p", "0", "--top-p must be above 0"),
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),
         ("--checkpoint", "77", "it has best, newest"),
-        ("--seed", "-1", "seed"),
+        ("--seed", "-1", "--seed must be"),
         ("--count", "0", "--count is 0; it must be at least 1"),
     ],
 )
@@ -450,3 +450,21 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["info"])
     assert capsys.readouterr().err == f"timemix: {sentence or error}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("sample runs/mine --top-p 2", "--top-p must be above 0 and at most 1, not 2.0"),
+        ("sample runs/mine --seed -1", "--seed must be a whole number from 0 to 2^64 - 1, not -1"),
+        ("eval runs/mine --stride 0", "--stride is 0; it must be at least 1 token"),
+        ("plot runs/mine --smoothing 3", "--smoothing must be from 0 to 1, not 3.0"),
+        ("bench op --heads 3", "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),
+        ("bench op --ctx-lens 8 0", "--ctx-lens is [8, 0]; it must be one or more numbers, each at least 1"),
+        ("bench op --batch-size 0", "--batch-size is 0; it must be at least 1"),
+        ("demo --seconds 0", "--seconds is 0.0; it must be above 0 and finite"),
+        ("demo --steps 0", "--steps is 0; it must be at least 1"),
+    ],
+)
+def test_errors_of_the_library_name_the_options_of_the_verb(use, arguments, sentence):
+    assert use(*arguments.split()) == (2, "", f"timemix: {sentence}\n")

@@ -150,7 +150,7 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
 
 
 def test_windows_of_several_contexts(tmp_path):
-    """Trained, stopped and resumed, they end with the same bytes; an architecture with an end is refused."""
+    """A stopped and resumed run is bit-identical to a whole run. An architecture whose context ends is refused."""
     config = small_config(write_text_file(tmp_path), "rwkv1_exp", contexts=3, batch_size=2, save_every=4)
     config = with_model(config, exponentials=4, taps=2)
     whole = new_run(config, tmp_path / "whole")
@@ -177,7 +177,7 @@ def test_windows_of_several_contexts(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("ctx_len", [5, 6])
 def test_losses_past_the_context(ctx_len):
-    """rwkv1 reads its newest half again, as often as its context ends; rwkv1_exp goes on."""
+    """rwkv1 restarts from its newest half whenever its context ends; rwkv1_exp continues."""
     text = np.random.default_rng(0).integers(0, 11, 41).astype(np.uint8)
     small = SMALL | {"ctx_len": ctx_len}
     old = varied(model_config("rwkv1", **small))

@@ -106,7 +106,7 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
             ["--save-state", "a", "--count", "2"],
             "--count is 2, but --save-state saves the state of one text",
         ),
-        (["--save-state", "text.txt/a"], "cannot write text.txt/a"),
+        (["--save-state", "run/config.toml/a"], "cannot write run/config.toml/a"),
         (["--prompt", "the Ω"], "Ω"),
         (["--log-probabilities"], "--log-probabilities needs --json; add --json"),
         (["--prompt", "-Hello"], "a text that begins with '-' is given as --prompt=-Hello"),

@@ -12,6 +12,7 @@ from timemix.errors import InvalidValue, nearest
 from timemix.models.config import ModelConfig
 from timemix.storage.files import write_text
 from timemix.storage.json_files import to_json
+from timemix.storage.settings import check_range, nearest_divisors
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,17 @@ class BenchOpArguments:
     """New folder for bench.json and bench.md. Default: output on stdout only."""
     json: bool = False
     """Output as one JSON object on stdout."""
+
+    def __post_init__(self) -> None:
+        if not self.ctx_lens or min(self.ctx_lens) < 1:
+            raise InvalidValue(f"--ctx-lens is {list(self.ctx_lens)}; it must be one or more numbers, each at least 1")
+        for name in ("batch_size", "heads", "channels"):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        if self.channels % self.heads:
+            raise InvalidValue(
+                f"--heads {self.heads} does not divide --channels {self.channels};"
+                f" nearest divisors: {nearest_divisors(self.heads, self.channels)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import io
 import operator
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from timemix.cli.bench import VERBS as BENCH_VERBS
-from timemix.cli.flags import view
+from timemix.cli.flags import options_class, view
 from timemix.cli.main import VERBS
 from timemix.cli.options import Choice, option_types, parse
 
@@ -72,13 +71,6 @@ def _verb(name: str) -> Any:
             tyro.conf.subcommand(name),
         ]
     return Annotated[_view(name), tyro.conf.subcommand(name)]
-
-
-def options_class(module: str, verb: str = "") -> type[Any]:
-    """Return the dataclass of the options of a verb, such as `BenchOpArguments` for "bench" and "op"."""
-    name = f"{module.capitalize()}{verb.capitalize()}Arguments"
-    kind: type[Any] = getattr(importlib.import_module(f"timemix.cli.{module}"), name)
-    return kind
 
 
 def _view(module: str, verb: str = "") -> type[Any]:

@@ -111,9 +111,9 @@ def _say(row: "Converted", first: bool) -> None:
     name = f"{row.exponentials} exponentials" + (f", {row.taps} taps" if row.taps else "")
     if first:
         ranges = "".join(f"{r:>9}" for r in row.original)
-        print(f"{'nats per token at positions, in ctx_len':<44}{ranges}")
+        print(f"{'nats per token by position / ctx_len':<44}{ranges}")
         print(_line("original, restarted from its newest half", row.original))
-    print(_line(name, row.before), f"  {error:.1%} of the curves not fitted; {row.out}")
+    print(_line(name, row.before), f"  fit error {error:.1%} of the curves; {row.out}")
     if row.after is not None:
         print(_line(f"{name}, fine-tuned", row.after))
 

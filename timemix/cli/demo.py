@@ -44,13 +44,15 @@ def demo(arguments: list[str]) -> int:
     from timemix.training.start import new_run
 
     keep_freed_memory()
-    train = preset("demo").train
-    if parsed.steps is None:
-        train = replace(train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
-    elif parsed.seconds is not None:
+    if parsed.steps is not None and parsed.seconds is not None:
         raise InvalidValue(f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give one")
-    else:
-        train = replace(train, steps=parsed.steps)
+    try:
+        if parsed.steps is None:
+            train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
+        else:
+            train = replace(preset("demo").train, steps=parsed.steps)
+    except InvalidValue as error:
+        raise InvalidValue(str(error).replace("train.", "--")) from error
     out = parsed.out
     print("Training a small RWKV on the Python language reference.")
     trainer = new_run(replace(preset("demo"), train=train), out)

@@ -95,6 +95,13 @@ class Option:
         return [self.name, *aliases, *negative]
 
 
+def options_class(module: str, verb: str = "") -> type[Any]:
+    """Return the dataclass of the options of a verb, such as `BenchOpArguments` for "bench" and "op"."""
+    name = f"{module.capitalize()}{verb.capitalize()}Arguments"
+    kind: type[Any] = getattr(importlib.import_module(f"timemix.cli.{module}"), name)
+    return kind
+
+
 def options_of(kind: type[Any], default: Any = None) -> Iterator[Option]:
     """Yield the options of a verb in the order of its fields.
 

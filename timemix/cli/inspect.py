@@ -83,10 +83,10 @@ def inspect(arguments: list[str]) -> int:
 
 def _print_projections(report: "Inspection") -> None:
     print(
-        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens."
-        " Columns: share is the part of the shifted channels in |weight| x deviation of the input, now; start is the"
-        " same at the start of training; added is the rise of the loss in nats per token if this projection alone does"
-        " not see the shifted channels.\n"
+        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens\n\n"
+        "share  part of the shifted channels in |weight| x deviation of the input\n"
+        "start  the same share at the start of training\n"
+        "added  rise of the loss, in nats per token, if this projection alone does not see the shifted channels\n"
     )
     print("layer  part   projection      mean  deviation  share  start    added")
     for row in report.projections:

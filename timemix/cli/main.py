@@ -63,13 +63,14 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit: 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
     prepare_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = _run(sys.argv[1:] if arguments is None else arguments)
+        status = _run(arguments)
         # A full disk is reported here: at exit, Python would print its own message.
         sys.stdout.flush()
         sys.exit(status)
     except TimemixError as error:
-        _report(_with_flags(error))
+        _report(_with_flags(error, arguments))
         sys.exit(2)
     except KeyboardInterrupt:
         _report("interrupted")
@@ -111,9 +112,11 @@ def _report(sentence: str) -> None:
         print(f"timemix: {sentence}", file=sys.stderr, flush=True)
 
 
-def _with_flags(error: TimemixError) -> str:
-    """Return the sentence of an error with flags in place of settings: `--train.batch-size` for `train.batch_size`.
+def _with_flags(error: TimemixError, arguments: list[str]) -> str:
+    """Return the sentence of an error with flags in place of names.
 
+    Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. Arguments of the library that are
+    options of the verb begin the sentence, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
     Quoted values do not change. The sentence about a file does not change either: there, the dotted name is a field
     of the file.
     """
@@ -128,9 +131,29 @@ def _with_flags(error: TimemixError) -> str:
         "data": [DataConfig],
         "train": [TrainConfig],
     }
+    plain = _plain_options(arguments)
     known = {f"{part}.{field.name}" for part, each in kinds.items() for kind in each for field in fields(kind)}
 
     def flag(match: re.Match[str]) -> str:
-        return f"--{match[0].replace('_', '-')}" if match[0] in known else match[0]
+        return f"--{match[0].replace('_', '-')}" if match[0] in known or match[0] in plain else match[0]
 
-    return re.sub(r"""'[^']*'|"[^"]*"|(?<![\w./-])(?:model|data|train)\.\w+(?![\w/-]|\.\w)""", flag, str(error))
+    quoted = "'[^']*'" + '|"[^"]*"'
+    setting = r"(?<![\w./-])(?:model|data|train)\.\w+(?![\w/-]|\.\w)"
+    argument = r"^\w+(?= (?:is|must) |=)|(?<![\w./-])\w+(?==)"
+    return re.sub(f"{quoted}|{setting}|{argument}", flag, str(error))
+
+
+def _plain_options(arguments: list[str]) -> set[str]:
+    """Return the options of the verb that are no settings, by their names in the library: `top_p` for `--top-p`."""
+    from timemix.cli.flags import options_class, options_of
+
+    verb, inner = arguments[0], "".join(arguments[1:2])
+    if verb not in VERBS:
+        return set()
+    if verb == "bench":
+        from timemix.cli.bench import VERBS as BENCH_VERBS
+
+        if inner not in BENCH_VERBS:
+            return set()
+    options = options_of(options_class(verb, inner if verb == "bench" else ""))
+    return {option.path[-1] for option in options if "." not in option.flag and not option.is_positional}
