@@ -139,9 +139,9 @@ def _names(group):
 
 def test_the_ten_options_that_people_use_first_are_the_first_group(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    began = time.perf_counter()
+    began = time.process_time()
     _, out, _ = run_command(capsys, "train", "--help")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     # Without a terminal, the boxes are lines of ASCII.
     titles = re.findall(r"^ (\S.*)\n -{5,}$", out, re.MULTILINE)
     assert titles == [
