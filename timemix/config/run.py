@@ -62,7 +62,7 @@ def read_count(tokens: int | str) -> int:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimization, its schedule, and what is reported and saved when."""
+    """Optimization, schedule, length, saving and reporting, devices."""
 
     steps: int = 2000
     """Length of the run in optimizer steps, from 1 to 99999999; or give --train.seconds or --train.tokens."""
@@ -158,7 +158,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines a run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=lambda: model_config(DEFAULT_ARCHITECTURE))
     data: DataConfig = field(default_factory=DataConfig)
@@ -182,7 +182,7 @@ class RunConfig:
 
     @property
     def window(self) -> int:
-        """Tokens of a training window."""
+        """Number of tokens in a training window."""
         return self.train.contexts * self.model.ctx_len
 
 

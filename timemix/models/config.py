@@ -1,4 +1,4 @@
-"""Settings that every model has; each architecture derives its own from them. Imports no torch."""
+"""Settings of every model. Each architecture derives its own class from them. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -11,13 +11,13 @@ Recompute = Literal["none", "cheap", "all"]
 Activation = Literal["gelu", "mish", "relu2", "silu"]
 
 MOST_FRACTIONS = 1000
-# Far above what this program supports; what a damaged file asks for is refused before it is tried.
+# Far above any size that trains. Larger values, as in a damaged file, are refused before memory is allocated.
 _LARGEST = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture and size: what every model has."""
+    """Architecture and size: the settings of every model."""
 
     arch: str = ""
     """Architecture; each has model options of its own."""
@@ -43,7 +43,7 @@ class ModelConfig:
             raise InvalidValue(f"model.dropout={self.dropout} is not in [0, 1)")
 
     def size_words(self) -> str:
-        """Return the size as a person reads it."""
+        """Return the size in words."""
         return f"{self.layers} layers, {self.channels} channels, ctx_len {self.ctx_len}, vocabulary {self.vocab_size}"
 
     def tiny(self) -> Self:
@@ -52,7 +52,7 @@ class ModelConfig:
 
 
 def check_heads(heads: int, channels: int) -> None:
-    """Raises InvalidValue for a number of heads that does not divide the channels."""
+    """Raise InvalidValue for a number of heads that does not divide the channels."""
     if channels % heads:
         raise InvalidValue(
             f"model.heads={heads} does not divide model.channels={channels};"
@@ -61,14 +61,14 @@ def check_heads(heads: int, channels: int) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises InvalidValue for a number that is not above 0 and finite."""
+    """Raise InvalidValue for a number that is not above 0 and finite."""
     if not 0 < value < float("inf"):
         raise InvalidValue(f"model.{name} is {value}; it must be above 0, and finite")
 
 
 @dataclass(frozen=True)
 class HeadsConfig(ModelConfig):
-    """What models with heads of equal size share."""
+    """Settings of models with heads of equal size."""
 
     heads: int = 4
     """Number of heads, at least 1; divides --model.channels."""
@@ -87,7 +87,7 @@ class HeadsConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ShiftedConfig(HeadsConfig):
-    """What the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
+    """Settings of the models of 2021: heads, a gated feed-forward sublayer, token-shift, initial values."""
 
     ffn_ratio: float = 3.0
     """Hidden size of the feed-forward sublayer, as a multiple of --model.channels, above 0, at most 1000."""

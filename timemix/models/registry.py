@@ -23,8 +23,8 @@ class Architecture:
         name: Value of the setting `model.arch`.
         config: Class of its settings, derived from `ModelConfig`.
         model: "module:class" of its block, a `models.layers.block.Block`.
-        year: Of its publication.
-        colour: Of its curves in pictures.
+        year: Year of its publication.
+        colour: Colour of its curves in pictures.
         summary: One line of description, shown by the help.
         decode: "module:class" of its compiled decode step. None if the forward pass of the model decodes.
         weights: Module that maps its weights to their published names. None if none are published.
@@ -151,7 +151,7 @@ def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
 
 
 def load_part(reference: str) -> Any:
-    """Import what "module:name", or "module", refers to."""
+    """Import an object by "module:name", or a module by "module"."""
     module, _, name = reference.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
