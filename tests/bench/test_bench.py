@@ -149,8 +149,8 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
     [
         (["what"], "unknown verb 'bench what'; known: op, train, sample"),
         (["simple"], "unknown verb 'bench simple'; did you mean 'sample'?"),
-        (["op", "--heads", "3"], "heads=3 does not divide channels=512"),
-        (["op", "--ctx-lens", "0"], "a size is below 1"),
+        (["op", "--heads", "3"], "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),
+        (["op", "--ctx-lens", "0"], "--ctx-lens is [0]; it must be one or more numbers, each at least 1"),
         (["op", "--seconds", "0"], "--seconds is 0.0"),
         (["train", "--model.arch", "mha_pro"], "leave model.arch, model.weights"),
         (["train", "huge"], "unknown preset 'huge'"),
@@ -216,5 +216,5 @@ def test_the_bytes_of_the_floor():
 
 
 def test_sizes_that_cannot_be_written_are_refused():
-    with pytest.raises(InvalidValue, match=r"--batches \[0\]: each must be at least 1"):
+    with pytest.raises(InvalidValue, match=r"--batches is \[0\]; it must be one or more numbers, each at least 1"):
         verb(["sample", "--batches", "0"])

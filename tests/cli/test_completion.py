@@ -7,6 +7,7 @@ import pytest
 
 from timemix.cli.bench import VERBS as BENCH_VERBS
 from timemix.cli.main import VERBS, main
+from timemix.models.registry import ARCHITECTURES
 
 # The words typed so far, and completions that there must be.
 TYPED = {
@@ -18,6 +19,9 @@ TYPED = {
     ("train", "--train.lr"): {"--train.lr", "--train.lr-final"},
     ("train", "--model.he"): {"--model.heads"},
     ("train", "--res"): {"--resume"},
+    ("train", "--model.arch", ""): set(ARCHITECTURES),
+    ("train", "cpu-small", "--model.arch", "mha_r"): {"mha_rotary"},
+    ("info", "seed", "--model.arch", "l"): {"llama"},
     ("bench", ""): set(BENCH_VERBS),
     ("bench", "op", "--sec"): {"--seconds"},
     ("plot", "my-r"): {"my-run"},

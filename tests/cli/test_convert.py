@@ -150,7 +150,7 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
 
 
 def test_windows_of_several_contexts(tmp_path):
-    """Trained, stopped and resumed, runs end bit-identical; an architecture with bounded context is refused."""
+    """A stopped and resumed run is bit-identical to a whole run. An architecture whose context ends is refused."""
     config = small_config(write_text_file(tmp_path), "rwkv1_exp", contexts=3, batch_size=2, save_every=4)
     config = with_model(config, exponentials=4, taps=2)
     whole = new_run(config, tmp_path / "whole")

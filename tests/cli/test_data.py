@@ -67,7 +67,7 @@ def test_eval_of_a_mostly_unknown_text_says_what_the_losses_are_over(call):
     text = "漢字漢字漢字" + "the cat"
     _, out, _ = call("eval", "run", "--data", "-", piped=text)
     assert "7 tokens, 13 characters, 25 bytes of standard input" in out
-    assert "6 unknown characters left out, since the vocabulary has no <unk>: the losses are over the other 6" in out
+    assert "6 unknown characters skipped, because the vocabulary has no <unk>; the losses cover the other 6" in out
     assert "characters (6 bytes), 46.2% of the text" in out
     report = json.loads(call("eval", "run", "--data", "-", "--json", piped=text)[1])
     assert (report["predicted_characters"], report["predicted_bytes"]) == (6, 6)

@@ -15,6 +15,7 @@ from timemix.cli.options import parse
 from timemix.cli.plot import PlotArguments
 from timemix.cli.train import train_options
 from timemix.config.presets import DEFAULT_PRESET, preset
+from timemix.errors import InvalidValue
 from timemix.models.registry import ARCHITECTURES
 
 # Verb, its options, and the arguments that it cannot do without.
@@ -46,10 +47,9 @@ def test_the_word_none_is_a_value_like_any_other(verb, kind, needed, name):
     assert str(getattr(parse(kind, [*needed, *given], verb), name)) == "None"
 
 
-def test_the_word_none_is_no_number(capsys):
-    with pytest.raises(SystemExit):
+def test_the_word_none_is_no_number():
+    with pytest.raises(InvalidValue, match="--stride is 'None'; it must be a whole number"):
         parse(EvalArguments, ["RUN", "--stride", "None"], "eval")
-    assert "'None'" in capsys.readouterr().err
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Lists:
     pair: tuple[float, float] = (0.5, 1.5)
     """A pair."""
     few: tuple[float, ...] | None = None
-    """A list or none."""
+    """A list or none. Default: the numbers."""
 
 
 def test_lists_are_read_as_tuples():
@@ -81,7 +81,7 @@ def test_help_shows_lists_and_absent_values_in_plain_words(capsys):
         "--numbers INT ... Numbers. (default: 1 2)",
         "--paths PATH ... Paths. (default: none)",
         "--pair FLOAT FLOAT A pair. (default: 0.5 1.5)",
-        "--few FLOAT ... A list or none. (default: unset)",
+        "--few FLOAT ... A list or none. (default: the numbers)",
     ):
         assert shown in lines
 
@@ -105,6 +105,6 @@ def test_an_absent_option_keeps_the_settings_of_every_architecture():
 def test_the_help_of_compare_names_the_settings_of_all_variants(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert "below [base] changes a setting of all variants: model.channels = 256" in out
     assert "set.model.channels = 64" in out

@@ -102,11 +102,14 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
         (["--load-state", "text.txt"], "text.txt is damaged or not a safetensors file"),
         (["--load-state", "run"], "run"),
         (["--load-state", "run/checkpoints/step-00000030/model.safetensors"], "is no session file of timemix"),
-        (["--save-state", "a", "--count", "2"], "--save-state takes the state of one text; leave --count 2 out"),
-        (["--save-state", "text.txt/a"], "cannot write text.txt/a"),
+        (
+            ["--save-state", "a", "--count", "2"],
+            "--count is 2, but --save-state saves the state of one text",
+        ),
+        (["--save-state", "run/config.toml/a"], "cannot write run/config.toml/a"),
         (["--prompt", "the Ω"], "Ω"),
-        (["--log-probabilities"], "--log-probabilities is part of the JSON object; add --json"),
-        (["--prompt", "-Hello"], "a text that begins with '-' is --prompt=-Hello"),
+        (["--log-probabilities"], "--log-probabilities needs --json; add --json"),
+        (["--prompt", "-Hello"], "a text that begins with '-' is given as --prompt=-Hello"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -202,4 +205,4 @@ def test_without_a_compiler_it_says_so_and_writes_the_same(sample, monkeypatch):
         native.library.cache_clear()
     assert (status, out) == (0, expected)
     reason = "no C compiler was found: CC is '/nonexistent/cc'"
-    assert err == f"timemix: the model's own forward generates the tokens: {reason}\n"
+    assert err == f"timemix: generation uses PyTorch, not the compiled step: {reason}\n"

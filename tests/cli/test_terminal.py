@@ -99,10 +99,9 @@ def test_a_reader_that_leaves_ends_the_help_quietly(folder):
     assert result.stderr == b""
 
 
-@pytest.mark.parametrize("arguments", [("plot", "--help"), ("plot", "--nothing", "1")])
-def test_no_color_is_honoured(arguments):
-    assert "\x1b[" in on_terminal(arguments)
-    assert "\x1b" not in on_terminal(arguments, NO_COLOR="1")
+def test_no_color_is_honoured():
+    assert "\x1b[" in on_terminal(("plot", "--help"))
+    assert "\x1b" not in on_terminal(("plot", "--help"), NO_COLOR="1")
 
 
 def test_an_error_that_goes_to_a_file_has_no_escape_sequences(monkeypatch, capsys):
@@ -110,9 +109,7 @@ def test_an_error_that_goes_to_a_file_has_no_escape_sequences(monkeypatch, capsy
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with pytest.raises(SystemExit):
         main(["plot", "--nothing", "1"])
-    error = capsys.readouterr().err
-    assert "--nothing" in error
-    assert "\x1b" not in error
+    assert capsys.readouterr().err == "timemix: unknown option '--nothing'; did you mean '--smoothing'?\n"
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 20, 39, 60])

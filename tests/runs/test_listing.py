@@ -180,7 +180,7 @@ def test_the_verb_reports_a_folder_without_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit):
         main(["runs", "empty"])
-    assert capsys.readouterr().out == "empty holds no run; train one with: timemix train --out empty/NAME\n"
+    assert capsys.readouterr().out == "there is no run in empty; train one with: timemix train --out empty/NAME\n"
     with pytest.raises(SystemExit) as end:
         main(["runs"])
     assert end.value.code == 2

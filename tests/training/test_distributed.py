@@ -312,5 +312,5 @@ def test_ctrl_c_saves_once_and_an_error_is_printed_once(tmp_path):
     again = torchrun(*command)
     _, errors = again.communicate(timeout=60)
     assert again.returncode != 0
-    assert len(re.findall(r"^timemix: .*run exists already; choose another --out", errors, re.MULTILINE)) == 1, errors
+    assert len(re.findall(r"^timemix: .*run exists already; choose another folder", errors, re.MULTILINE)) == 1, errors
     assert "Traceback" not in errors.split("ChildFailedError")[0].split("torch/distributed")[0]

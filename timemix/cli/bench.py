@@ -1,4 +1,4 @@
-"""The verb bench: the op, a training step or generation, timed beside other ways."""
+"""The verb bench: time the op, a training step or generation against other implementations."""
 
 import json
 import math
@@ -12,83 +12,106 @@ from timemix.errors import InvalidValue, nearest
 from timemix.models.config import ModelConfig
 from timemix.storage.files import write_text
 from timemix.storage.json_files import to_json
+from timemix.storage.settings import check_range, nearest_divisors
 
 
 @dataclass(frozen=True)
 class BenchOpArguments:
-    """Time the op alone, forward and backward, in each backend, beside a naive implementation and fused attention."""
+    """Time the op wkv1 alone, forward and backward, in each backend, against a naive version and fused attention.
+
+    Examples:
+        timemix bench op
+        timemix bench op --ctx-lens 256 1024 --heads 4 --channels 256 --seconds 0.5
+    """
 
     ctx_lens: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Sequence lengths in tokens."""
+    """Sequence lengths in tokens, each at least 1."""
     batch_size: int = 2
-    """Sequences in a batch."""
+    """Sequences in a batch, at least 1."""
     heads: int = 8
-    """Number of heads; divides channels."""
+    """Number of heads, at least 1; divides --channels."""
     channels: int = 512
-    """Width of the model."""
+    """Width of the model, at least 1."""
     seconds: float = 2.0
-    """Seconds for each implementation at each length; at least three rounds."""
+    """Seconds for each implementation at each length, above 0; each has at least three rounds."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     out: Path | None = None
-    """New folder for bench.json and bench.md."""
+    """New folder for bench.json and bench.md. Default: output on stdout only."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
+
+    def __post_init__(self) -> None:
+        if not self.ctx_lens or min(self.ctx_lens) < 1:
+            raise InvalidValue(f"--ctx-lens is {list(self.ctx_lens)}; it must be one or more numbers, each at least 1")
+        for name in ("batch_size", "heads", "channels"):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        if self.channels % self.heads:
+            raise InvalidValue(
+                f"--heads {self.heads} does not divide --channels {self.channels};"
+                f" nearest divisors: {nearest_divisors(self.heads, self.channels)}"
+            )
 
 
 @dataclass(frozen=True)
 class BenchTrainArguments:
-    """Time a training step on random tokens, beside a naive implementation and attention.
+    """Time a training step on random tokens, against a naive implementation and attention.
 
-    timemix bench train seed
+    Examples:
+        timemix bench train seed
+        timemix bench train cpu-small --model.ctx-len 256 --seconds 5 --out bench/train
     """
 
     preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seconds: float = 10.0
-    """Seconds for each implementation; at least three rounds."""
+    """Seconds for each implementation, above 0; each has at least three rounds."""
     out: Path | None = None
-    """New folder for bench.json and bench.md."""
+    """New folder for bench.json and bench.md. Default: output on stdout only."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
 class BenchSampleArguments:
-    """Time generation with random weights, beside recomputation, a Llama and the memory bandwidth.
+    """Time generation with random weights, against recomputation, a Llama and the memory bandwidth.
 
-    timemix bench sample seed
+    Examples:
+        timemix bench sample seed
+        timemix bench sample cpu-small --batches 1 8 --out bench/sample
     """
 
     preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Batch sizes."""
+    """Batch sizes, each at least 1."""
     seconds: float = 2.0
-    """Seconds for each implementation; at least three rounds."""
+    """Seconds for each implementation, above 0; each has at least three rounds."""
     out: Path | None = None
-    """New folder for bench.json, bench.md and batches.png."""
+    """New folder for bench.json, bench.md and batches.png. Default: output on stdout only."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
-            raise InvalidValue(f"--batches {list(self.batches)}: each must be at least 1")
+            raise InvalidValue(f"--batches is {list(self.batches)}; it must be one or more numbers, each at least 1")
 
 
 VERBS = {
-    "op": "speed of the op alone, forward and backward",
-    "train": "speed of a training step",
-    "sample": "speed of generation",
+    "op": "time the op wkv1 alone, forward and backward",
+    "train": "time a training step",
+    "sample": "time generation",
 }
 
 
 def usage() -> str:
     verbs = "\n".join(f"  {verb:<9}{text}" for verb, text in VERBS.items())
     return (
-        f"usage: timemix bench VERB [options]\n\n{verbs}\n\n"
-        "Each is timed beside other implementations. timemix bench VERB --help lists the options of a verb."
+        f"usage: timemix bench VERB [options]\n\n"
+        f"Time a part of timemix against other implementations.\n\n{verbs}\n\n"
+        "examples:\n  timemix bench train seed\n  timemix bench sample seed\n\n"
+        "timemix bench VERB --help lists the options of a verb."
     )
 
 
@@ -97,7 +120,7 @@ def _parse(verb: str, arguments: list[str]) -> BenchOpArguments | BenchTrainArgu
         return parse(BenchOpArguments, arguments, "bench op")
     choice = first_parse(arguments)
     config = choice.preset_config()
-    # Not the vocabulary of a text: that of characters.
+    # The vocabulary of a small text in characters.
     model = replace(config.model, vocab_size=65)
     if verb == "sample":
         return parse(BenchSampleArguments, arguments, "bench sample", BenchSampleArguments(model=model), choice)
@@ -114,7 +137,7 @@ def bench(arguments: list[str]) -> int:
         raise InvalidValue(f"unknown verb {f'bench {verb}'!r}{nearest(verb, VERBS)}")
     asked = _parse(verb, arguments[1:])
     if not 0 < asked.seconds < math.inf:
-        raise InvalidValue(f"--seconds is {asked.seconds}; it must be above 0, and finite")
+        raise InvalidValue(f"--seconds is {asked.seconds}; it must be above 0 and finite")
     from timemix.bench.op import bench_op
     from timemix.bench.race import to_markdown
     from timemix.bench.train import bench_train

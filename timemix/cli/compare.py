@@ -1,4 +1,4 @@
-"""The verb compare: train variants side by side."""
+"""The verb compare: train variants on equal terms and report which learns better."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -42,41 +42,42 @@ GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "
 class CompareArguments:
     """Train variants on the same batches, each at its best learning rate, and report which learns better.
 
-    - timemix compare EXPERIMENT: a file (.toml), or the name of an experiment of timemix
-    - timemix compare --arch rwkv1 mha_rotary --data FILE --out DIR: architectures
+    The variants are architectures (--arch), or those of an experiment file. In the file, a line below [base] changes a
+    setting of all variants: model.channels = 256. A line below the name of a variant changes a setting of that variant:
+    set.model.channels = 64. docs/howto/experiment-files.md lists all fields.
 
-    In an experiment file, a line below [base] changes a setting of all variants: model.channels = 256.
-    A line below the name of a variant changes its own: set.model.channels = 64.
-    docs/howto/experiment-files.md lists all fields.
+    The same command resumes an unfinished comparison. torchrun distributes the runs over processes.
 
-    The same command resumes an unfinished comparison. torchrun spreads the runs over processes:
-    torchrun --nproc-per-node 2 -m timemix compare ...
+    Examples:
+        timemix compare --arch rwkv1 mha_rotary --data my.txt --out runs/compared
+        timemix compare heads --data my.txt --seeds 5
+        torchrun --nproc-per-node 2 -m timemix compare shift.toml --data my.txt --out runs/shift
     """
 
-    experiment: tyro.conf.Positional[str | None] = None
-    """Experiment file, or the name of an experiment of timemix."""
+    experiment: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[EXPERIMENT]")] = None
+    """Experiment file (.toml), or the name of an experiment of timemix. Default: the architectures of --arch."""
     arch: tuple[str, ...] = ()
-    """Architectures, instead of an experiment file."""
+    """Names of architectures, one or more, instead of an experiment file."""
     out: Path | None = None
-    """Folder of the comparison. Default: runs/ and the name of the experiment."""
+    """Folder of the comparison, new or to resume. Default: runs/NAME, with the name of the experiment."""
     data: str | None = None
-    """Training text, as in `train --data`. Default: that of the file, otherwise `builtin`."""
+    """Training text, a source as in timemix train --data. Default: text of the experiment, otherwise `builtin`."""
     valid: str | None = None
-    """Validation text. Default: that of the file, otherwise the end of the training text."""
+    """Validation text, a source like --data. Default: text of the experiment, otherwise part of the training text."""
     seeds: int | None = None
-    """Number of seeds, counted from 1. Default: those of the file, otherwise 3."""
+    """Number of seeds, at least 1, counted from 1. Default: seeds of the experiment, otherwise 3."""
     tokens: int | None = None
-    """Training tokens of each run. Default: those of the file, otherwise 1.5 million."""
+    """Training tokens of each run, at least 1. Default: tokens of the experiment, otherwise 1500000."""
     size: str = "cpu-small"
-    """Preset that gives the size of the architectures of --arch. Another size: an experiment file with [base]."""
+    """Preset that gives the size and training of the architectures of --arch."""
     tune: bool = True
-    """With --arch: choice of the learning rate and the initial values of each by 6 runs with seed 0."""
+    """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
     reuse: Path | None = None
-    """Folder that holds other comparisons. Their finished runs with the same settings and tokens are copied."""
+    """Folder of other comparisons, whose finished runs with equal settings and text are copied. Default: no folder."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available, one GPU per process under torchrun."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available (with torchrun, one GPU a process), otherwise cpu."""
     json: bool = False
-    """The table as one JSON object on stdout."""
+    """Table as one JSON object on stdout."""
 
 
 @lasting_output()
@@ -104,7 +105,7 @@ def compare(arguments: list[str]) -> int:
             written = sampling_study.run_sampling(experiment, out, _say, device)
             found, words = to_json(written), sampling_report.to_markdown(written)
     except Interrupted as stop:
-        _say(f"timemix: stopped; the same command resumes {out}")
+        _say(f"timemix: stopped; the same command resumes the comparison in {out}")
         return 128 + stop.number
     print(json.dumps(found) if parsed.json else words, end="\n" if parsed.json else "")
     _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
@@ -119,7 +120,7 @@ def _say(line: str) -> None:
 
 
 def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | None, first: bool) -> "Table | None":
-    """Runs what is left of a comparison; the first process then writes its report and gets the table."""
+    """Run the unfinished runs of a comparison. The first process then writes the report and returns its table."""
     from timemix.experiments.compare import Comparison
     from timemix.experiments.report import write_report
 
@@ -129,12 +130,12 @@ def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | Non
 
 
 def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
-    """Name and experiment that the options describe. Raises InvalidValue for none, for both, or for bad values."""
+    """Return name and experiment from the options. Raise InvalidValue for none, for both, or for bad values."""
     if (parsed.experiment is None) == (not parsed.arch):
         known = ", ".join(path.stem for path in shipped())
-        raise InvalidValue(f"name an experiment file, one of {known}, or architectures with --arch")
+        raise InvalidValue(f"name either an experiment (a .toml file, or one of {known}) or architectures with --arch")
     if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
-        raise InvalidValue("--size and --no-tune go with --arch; an experiment file says these itself")
+        raise InvalidValue("--size and --no-tune need --arch; an experiment file has fields for both")
     if parsed.experiment is not None:
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)
@@ -149,13 +150,13 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
     if parsed.tokens is not None:
         changes |= {"tokens": parsed.tokens, "seconds": None}
     if changes and not isinstance(experiment, Experiment):
-        raise InvalidValue(f"{name} trains no variants: --seeds and --tokens say nothing to it")
+        raise InvalidValue(f"the experiment {name} trains no variants; leave out --seeds and --tokens")
     return name, replace(experiment, **changes)
 
 
 def _of_architectures(parsed: CompareArguments) -> Experiment:
     colours = {arch: find_architecture(arch).colour for arch in parsed.arch}
-    # The held-out text is read at the beginning and at the end: often would cost more than 2 % of the time.
+    # Validation only at the start and at the end: more validations would cost more than 2 % of the time.
     steps = preset(parsed.size).train.steps
     return Experiment(
         title=" against ".join(parsed.arch),
@@ -168,7 +169,7 @@ def _of_architectures(parsed: CompareArguments) -> Experiment:
 
 
 def _own_device(device: str) -> str:
-    """`auto` under torchrun: the GPU of this process's local rank, where there is one."""
+    """Return the device. For `auto` under torchrun this is the GPU of the local rank, or the CPU without a GPU."""
     local_rank = os.environ.get("LOCAL_RANK")
     if device != "auto" or local_rank is None:
         return device
@@ -179,7 +180,7 @@ def _own_device(device: str) -> str:
 
 @contextlib.contextmanager
 def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
-    """A bar for the run on a terminal, nothing elsewhere."""
+    """Show a progress bar for the run on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda progress: None
         return

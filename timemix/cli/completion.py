@@ -1,38 +1,40 @@
-"""The verb completion: a script with which a shell completes verbs, options and their values."""
+"""The verb completion: print a script with which a shell completes verbs, options and their values."""
 
 import contextlib
 import functools
-import importlib
 import io
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, make_dataclass
-from pathlib import Path
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from timemix.cli.bench import VERBS as BENCH_VERBS
+from timemix.cli.flags import options_class, view
 from timemix.cli.main import VERBS
 from timemix.cli.options import Choice, option_types, parse
-from timemix.cli.train import TrainArguments
 
 
 @dataclass(frozen=True)
 class CompletionArguments:
     """Print a script with which a shell completes verbs, options and their values.
 
-    - bash: eval "$(timemix completion bash)", in ~/.bashrc
-    - zsh: timemix completion zsh > FOLDER/_timemix, where FOLDER is in $fpath
-    - fish: timemix completion fish > ~/.config/fish/completions/timemix.fish
+    - bash: add the line  eval "$(timemix completion bash)"  to ~/.bashrc
+    - zsh: save the script as _timemix in a folder of $fpath
+    - fish: save the script as ~/.config/fish/completions/timemix.fish
+
+    Examples:
+        timemix completion bash > ~/.timemix-completion.bash
+        timemix completion fish > ~/.config/fish/completions/timemix.fish
     """
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
-    """Shell."""
+    """Shell that runs the script."""
 
 
 _FILES_IN_BASH = """
-# Where neither an option nor a value fits, a file does.
+# If neither an option nor a value fits, complete a file name.
 _timemix() {
   _tyro_timemix
   [ -n "${COMPREPLY[*]}" ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
@@ -61,22 +63,20 @@ def _one_of(kinds: Iterable[Any]) -> Any:
 
 
 def _verb(name: str) -> Any:
-    """Return a verb as a subcommand of tyro: the dataclass of its options, under its name."""
-    if name == "train":
-        resumable = make_dataclass(
-            "TrainArguments", [("resume", Path | None, None)], bases=(TrainArguments,), frozen=True
-        )
-        model = Choice().preset_config().model
-        return Annotated[resumable, tyro.conf.subcommand(name, default=resumable(out=tyro.MISSING, model=model))]
+    """Return a verb as a subcommand of tyro: the view of its options, under its name."""
     if name == "bench":
-        kinds = _one_of(Annotated[_options(name, verb), tyro.conf.subcommand(verb)] for verb in BENCH_VERBS)
+        kinds = _one_of(Annotated[_view(name, verb), tyro.conf.subcommand(verb)] for verb in BENCH_VERBS)
         return Annotated[
             make_dataclass("BenchArguments", [("verb", Annotated[kinds, tyro.conf.arg(name="")])]),
             tyro.conf.subcommand(name),
         ]
-    return Annotated[_options(name), tyro.conf.subcommand(name)]
+    return Annotated[_view(name), tyro.conf.subcommand(name)]
 
 
-def _options(module: str, verb: str = "") -> Any:
-    name = f"{module.capitalize()}{verb.capitalize()}Arguments"
-    return getattr(importlib.import_module(f"timemix.cli.{module}"), name)
+def _view(module: str, verb: str = "") -> type[Any]:
+    kind = options_class(module, verb)
+    has_model = "model" in kind.__dataclass_fields__
+    required = {f.name: tyro.MISSING for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    # The options of the default architecture, for a verb whose model options depend on it.
+    default = kind(**required, model=Choice().preset_config().model) if has_model else None
+    return view(kind, default)

@@ -1,4 +1,4 @@
-"""The verb convert: a trained model as a recurrent network, what that costs in loss, a fine-tune to regain it."""
+"""The verb convert: convert a trained model to a recurrent network, measure its loss, fine-tune it."""
 
 import json
 import math
@@ -9,9 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-import tyro
-
-from timemix.cli.options import parse
+from timemix.cli.options import RunFolder, parse
 from timemix.cli.terminal import lasting_output
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
@@ -25,30 +23,33 @@ _FLAGS = {"exponentials": "--constant-state", "taps": "--taps"}
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """Turn a trained model into a recurrent network: constant time and memory per token, no end of the context.
+    """Convert a trained model to a recurrent network: constant time and memory per token, no limit of the context.
 
-    Each time curve f becomes a sum of K decaying exponentials. The new run folder is an ordinary one: sample, eval,
-    inspect and train --from read it. fit.png shows the fits, convert.json holds the losses.
+    Each time curve f becomes a sum of K decaying exponentials. The result is a run folder, which the verbs sample,
+    eval and inspect and the option train --from accept. Its fit.png shows the fits, its convert.json has the losses.
+
+    Examples:
+        timemix convert runs/mine --constant-state 8 --out runs/recurrent
+        timemix convert runs/mine --constant-state 4 8 16 --finetune 300 --out runs/recurrent
     """
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
+    run: RunFolder
     constant_state: tuple[int, ...]
-    """K, the number of exponentials per curve. Several numbers: one run folder for each, inside --out."""
+    """Number K of exponentials per curve, at least 1; several numbers give one run folder each, inside --out."""
     out: Path
     """New folder for the run."""
     taps: int = 0
-    """Number of first lags that keep their exact values, beside the exponentials."""
+    """Number of first lags that keep their exact values, at least 0."""
     finetune: int = 0
-    """Optimizer steps afterwards, on windows of 4 ctx_len. 0: no fine-tune."""
+    """Optimizer steps of a fine-tune on windows of 4 ctx_len, at least 0 (0: no fine-tune)."""
     lr: float = 5e-4
-    """Learning rate of --finetune; it decays to 0."""
+    """Learning rate of --finetune, above 0; it decays to 0."""
     data: str | None = None
-    """Text of the measurement and the fine-tune, as in `train --data`. Default: text of the run."""
+    """Text for the measured losses and --finetune, a source as in timemix train --data. Default: text of the run."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
     def __post_init__(self) -> None:
         if self.finetune < 0:
@@ -77,7 +78,7 @@ def convert(arguments: list[str]) -> int:
         )
         for each in parsed.constant_state
     ]
-    # What is wrong with the last is found before the first begins.
+    # All are checked before the first one starts.
     for conversion in conversions:
         try:
             check_conversion(conversion, loaded.config.model)
@@ -110,9 +111,9 @@ def _say(row: "Converted", first: bool) -> None:
     name = f"{row.exponentials} exponentials" + (f", {row.taps} taps" if row.taps else "")
     if first:
         ranges = "".join(f"{r:>9}" for r in row.original)
-        print(f"{'nats per token at positions, in ctx_len':<44}{ranges}")
-        print(_line("original, reading its newest half again", row.original))
-    print(_line(name, row.before), f"  {error:.1%} of the curves not fitted; {row.out}")
+        print(f"{'nats per token by position / ctx_len':<44}{ranges}")
+        print(_line("original, restarted from its newest half", row.original))
+    print(_line(name, row.before), f"  fit error {error:.1%} of the curves; {row.out}")
     if row.after is not None:
         print(_line(f"{name}, fine-tuned", row.after))
 

@@ -16,21 +16,25 @@ from timemix.storage.json_files import to_json
 
 @dataclass(frozen=True)
 class DataArguments:
-    """Describe a text: timemix data FILE. With --out, write its tokens for `train --data` instead.
+    """Describe a text, or save its tokens to a folder for timemix train --data (with --out).
 
     A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `-` (standard input),
-    `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. Of a folder or a glob,
-    binary files, links to other files of it, compressed copies beside a file, and folders that timemix wrote are
-    skipped; a warning names them.
+    `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. In a folder or a glob,
+    timemix skips binary files, links to other files of it, compressed copies beside a file, and folders that timemix
+    has created. A warning names the skipped files.
+
+    Examples:
+        timemix data my.txt
+        timemix data my.txt --data.tokenizer subword --data.vocab-size 300 --out tokens/mine
     """
 
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[SOURCE]")] = None
-    """Text. Default: --data.source."""
+    """Source of the text. Default: the value of --data.source."""
     out: Path | None = None
-    """New folder for the tokens."""
+    """New folder for the tokens. Default: a description on stdout, no folder."""
     data: DataConfig = field(default_factory=DataConfig)
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
 
 def data(arguments: list[str]) -> int:
@@ -42,7 +46,7 @@ def data(arguments: list[str]) -> int:
         report = to_json(describe(config, progress=True))
     else:
         report = to_json(prepare(parsed.out, config, progress=True).info) | {"folder": str(parsed.out)}
-    # With --out the result is the folder, not what is printed.
+    # With --out the result is the folder: a full or closed stdout is no error.
     with nullcontext() if parsed.out is None else lasting_output():
         if parsed.json:
             print(json.dumps(report))
@@ -52,7 +56,7 @@ def data(arguments: list[str]) -> int:
 
 
 def _in_short(info: dict[str, Any]) -> dict[str, Any]:
-    """What a person wants to know of a prepared folder: no hashes, and numbers in place of lists."""
+    """Return the summary of a prepared folder: no hashes, and counts in place of lists."""
     splits = {
         split: {name: value for name, value in info[split].items() if isinstance(value, int)}
         for split in ("train", "valid")

@@ -1,4 +1,4 @@
-"""The verb demo: train on the built-in text, sample, plot."""
+"""The verb demo: train a small model on the built-in text, sample, plot."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +21,19 @@ TOP_A = 0.02
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Train a small model on the built-in text for about two minutes, with samples and a loss curve."""
+    """Train a small model on the built-in text for about two minutes, with samples and a loss curve.
+
+    Examples:
+        timemix demo
+        timemix demo --seconds 30 --out runs/short
+    """
 
     out: Path = Path("runs/demo")
     """New folder for the run."""
     seconds: float | None = None
-    """Wall time of the training. Default: 100, unless --steps is given."""
+    """Length of the training in seconds, above 0. Default: 100, unless --steps is given."""
     steps: int | None = None
-    """Optimizer steps instead."""
+    """Length of the training in optimizer steps, at least 1. Default: length from --seconds."""
 
 
 @lasting_output()
@@ -39,13 +44,15 @@ def demo(arguments: list[str]) -> int:
     from timemix.training.start import new_run
 
     keep_freed_memory()
-    train = preset("demo").train
-    if parsed.steps is None:
-        train = replace(train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
-    elif parsed.seconds is not None:
+    if parsed.steps is not None and parsed.seconds is not None:
         raise InvalidValue(f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give one")
-    else:
-        train = replace(train, steps=parsed.steps)
+    try:
+        if parsed.steps is None:
+            train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
+        else:
+            train = replace(preset("demo").train, steps=parsed.steps)
+    except InvalidValue as error:
+        raise InvalidValue(str(error).replace("train.", "--")) from error
     out = parsed.out
     print("Training a small RWKV on the Python language reference.")
     trainer = new_run(replace(preset("demo"), train=train), out)
@@ -56,12 +63,12 @@ def demo(arguments: list[str]) -> int:
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
-            print(f"\nHalf way, it writes:\n\n{sample()}\n")
+            print(f"\nSample at half of the training:\n\n{sample()}\n")
 
-    print(f"Before training it writes:\n\n{sample()}\n")
+    print(f"Sample before training:\n\n{sample()}\n")
     status = run_trainer(trainer, during)
     if status == 0:
-        print(f"\nNow it writes:\n\n{sample()}\n")
+        print(f"\nSample after training:\n\n{sample()}\n")
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
             f"  timemix sample {out} --prompt 'The ' --tokens 500 --top-a {TOP_A}\n"

@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from timemix.cli.options import parse
+from timemix.cli.options import RunFolder, parse
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
@@ -17,28 +16,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Loss of a trained model on a text: nats per token, bits per character, bits per byte."""
+    """Measure the loss of a trained model on a text: nats per token, bits per character, bits per byte.
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
+    Examples:
+        timemix eval runs/mine
+        timemix eval runs/mine --data other.txt --json
+    """
+
+    run: RunFolder
     data: str | None = None
-    """Text: a file, folder, glob, `-` (standard input), `builtin`, or a download. Default: held-out text of the run."""
+    """Text: file, folder, glob, `-` (standard input), `builtin`, or a download. Default: held-out text of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
-    """Encoding of the text files."""
+    """Encoding of the text files, by its Python name."""
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
-    """NUL characters as text, rather than the sign of a binary file."""
+    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
     stride: int | None = None
-    """Tokens between the starts of windows; smaller ones give each token more context. Default: no overlap."""
+    """Tokens between the starts of windows, at least 1; a smaller stride gives more context. Default: ctx_len."""
     checkpoint: str = "best"
-    """Checkpoint: best, newest, or a step."""
+    """Checkpoint: best, newest, or the number of its step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the matrix products."""
+    """Precision of the matrix products; `auto` is bfloat16 if the processor supports it, otherwise float32."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Format to which the weights are rounded, as in `timemix sample --weights`."""
+    """Number format of the weights, as in timemix sample --weights."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
 
 def eval(arguments: list[str]) -> int:
@@ -72,16 +75,16 @@ def eval(arguments: list[str]) -> int:
         f" of {name}, {loaded.folder}"
     )
     if result.unknown:
-        what = "words" if loaded.tokenizer.kind == "word" else "characters"
-        print(f"{result.unknown:,} unknown {what} {_unknown_fate(loaded, result)}")
+        units = "words" if loaded.tokenizer.kind == "word" else "characters"
+        print(f"{result.unknown:,} unknown {units} {_treatment_of_unknown(loaded, result)}")
     return 0
 
 
-def _unknown_fate(loaded: "Loaded", result: "Evaluation") -> str:
+def _treatment_of_unknown(loaded: "Loaded", result: "Evaluation") -> str:
     if loaded.tokenizer.unknown != "error":
         return {"unk": "read as <unk>", "byte": "read as their bytes"}[loaded.tokenizer.unknown]
     share = result.predicted_characters / result.characters
     return (
-        f"left out, since the vocabulary has no <unk>: the losses are over the other {result.predicted_characters:,}"
+        f"skipped, because the vocabulary has no <unk>; the losses cover the other {result.predicted_characters:,}"
         f" characters ({result.predicted_bytes:,} bytes), {share:.1%} of the text"
     )

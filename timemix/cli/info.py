@@ -1,4 +1,4 @@
-"""The verb info: this machine, and the size of a model before it is built."""
+"""The verb info: show this machine, and the size of a model before training."""
 
 import json
 import platform
@@ -13,16 +13,18 @@ from timemix.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class InfoArguments:
-    """Versions, devices and backends; with a preset or an option of the model, its parameters, FLOPs and memory.
+    """Show versions and devices; with a preset or an option, also parameters, FLOPs and memory of that model.
 
-    timemix info seed
+    Examples:
+        timemix info
+        timemix info seed --model.arch llama --model.layers 12
     """
 
     preset: PresetName = None
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
 
 def info(arguments: list[str]) -> int:
@@ -40,7 +42,7 @@ def info(arguments: list[str]) -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, and what `auto` takes for device and precision, with the reason."""
+    """Return the versions, and the device and precision that `auto` chooses, with the reasons."""
     import torch
 
     from timemix.runtime.device import choose_device, choose_precision
@@ -58,7 +60,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Parameters by part and of every architecture at this size, FLOPs per token, memory of training."""
+    """Return parameters by part and by architecture at this size, FLOPs per token, and memory of training."""
     from timemix.models.language_model import block_class
     from timemix.models.registry import like_size_of, list_architectures
     from timemix.models.size import count_parameters, flops_per_token

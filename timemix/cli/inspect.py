@@ -1,4 +1,4 @@
-"""The verb inspect: a look inside a trained model."""
+"""The verb inspect: show the curves, projections and token-shift of a trained model."""
 
 import json
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from timemix.cli.options import parse
+from timemix.cli.options import RunFolder, parse
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import to_json
 
@@ -17,26 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Look inside a trained model: tables over time, outputs of the projections, their use of token-shift."""
+    """Show the curves over time, the outputs of the projections and the use of token-shift of a trained model.
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
+    Examples:
+        timemix inspect runs/mine
+        timemix inspect runs/mine --tokens 4096 --out pictures --json
+    """
+
+    run: RunFolder
     out: Path | None = None
     """Folder for the pictures. Default: inspect/ in the run folder."""
     data: str | None = None
-    """Text, as in `eval --data`. Default: held-out text of the run."""
+    """Text, a source as in timemix eval --data. Default: held-out text of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
-    """Encoding of the text files."""
+    """Encoding of the text files, by its Python name."""
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
-    """NUL characters as text, rather than the sign of a binary file."""
+    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
     tokens: int = 16384
-    """Largest number of tokens that are read."""
+    """Largest number of tokens of the text that are used, at least 2."""
     checkpoint: str = "best"
-    """Checkpoint: best, newest, or a step."""
+    """Checkpoint: best, newest, or the number of its step."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
     def __post_init__(self) -> None:
         if self.tokens < 2:
@@ -54,7 +58,7 @@ def inspect(arguments: list[str]) -> int:
 
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
         raise DamagedFile(
-            f"{parsed.run} has no weights, so neither tables nor projections can be shown; its losses can:"
+            f"{parsed.run} has no checkpoint, so there are no weights to show; draw its losses with:"
             f" timemix plot {parsed.run}"
         )
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
@@ -71,19 +75,20 @@ def inspect(arguments: list[str]) -> int:
         print(json.dumps(to_json(report)))
         return 0
     _print_projections(report)
-    for what, reason in report.not_shown.items():
-        print(f"not shown: {what}: {reason}")
+    for part, reason in report.not_shown.items():
+        print(f"not shown: {part}: {reason}")
     print("\n".join(str(picture) for picture in pictures))
     return 0
 
 
 def _print_projections(report: "Inspection") -> None:
     print(
-        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens."
-        " Share: of the shifted channels in |weight| x deviation of the input, now and at the start of training."
-        " Added: nats per token when this projection alone does not see them.\n"
+        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens\n\n"
+        "share  part of the shifted channels in |weight| x deviation of the input\n"
+        "start  the same share at the start of training\n"
+        "added  rise of the loss, in nats per token, if this projection alone does not see the shifted channels\n"
     )
-    print("layer  half   projection      mean  deviation  share  start    added")
+    print("layer  part   projection      mean  deviation  share  start    added")
     for row in report.projections:
         share, start = (("-" if x is None else f"{x:.2f}") for x in (row.share, row.share_at_start))
         added = f"{row.loss_without_shifted - report.loss:+.4f}" if row.loss_without_shifted is not None else "-"

@@ -1,8 +1,7 @@
-"""What the verbs of the command line share: the first parse, options as dataclasses, printing of a report."""
+"""Shared by the verbs of the command line: the first parse, options as dataclasses, printing of a report."""
 
 import argparse
 import contextlib
-import inspect
 import io
 import sys
 import types
@@ -20,7 +19,9 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from timemix.cli.terminal import readable_help, without_colors
+from timemix.cli.flags import built, description, examples, options_of, view
+from timemix.cli.parse_errors import sentence
+from timemix.cli.terminal import WIDE, Captured, readable_help, wrapped
 from timemix.config.presets import DEFAULT_PRESET, PRESETS, preset
 from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
@@ -34,11 +35,15 @@ PresetName = Annotated[
     tyro.conf.Positional,
     tyro.conf.arg(
         metavar="[PRESET]",
-        help=f"Preset, before all options: {', '.join(PRESETS)}.",
-        help_behavior_hint=f"(default: {DEFAULT_PRESET})",
+        help=f"Preset, written before all options: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}.",
     ),
 ]
 """Type of the option `preset`."""
+
+RunFolder = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="Run folder, or one of its checkpoints.")
+]
+"""Type of the option `run`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Choice:
 
 
 def first_parse(arguments: Sequence[str]) -> Choice:
-    """Read the deciding options and ignore all others; what is wrong with any of them is left to `parse`."""
+    """Read the options that decide the class and the defaults of all others. `parse` reports errors in any of them."""
     named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, name in (("--config", "config"), ("--from", "from_"), ("--resume", "resume")):
@@ -74,43 +79,58 @@ def parse(
     default: Arguments | None = None,
     choice: Choice | None = None,
 ) -> Arguments:
-    """Options of a verb as a dataclass; tyro prints help and what is wrong with them, and exits.
+    """Return the options of a verb; print the help and exit where the arguments ask for it.
 
-    `choice`: of the first parse, for a dataclass with a field `preset`. Raises InvalidValue for a value that a
-    setting refuses, and for a preset that stands where the first parse did not see it.
+    Args:
+        kind: Dataclass of the options. Its docstring is the description, and ends with a section `Examples:`.
+        arguments: The arguments after the verb.
+        verb: The verb, such as "train" or "bench op".
+        default: Instance that gives the defaults. Default: those of the class.
+        choice: Result of the first parse, for a dataclass with a field `preset`.
+
+    Raises:
+        InvalidValue: An option is unknown, missing or has a wrong value, or a preset comes after an option.
     """
-    words = inspect.cleandoc(kind.__doc__ or "")
-    if choice is not None:
-        known = "\n".join(f"- {each.name} ({each.year}): {each.summary}" for each in ARCHITECTURES.values())
-        words += f"\n\nArchitectures of --model.arch, on which the options of the model depend:\n\n{known}"
-    printed = io.StringIO()
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    refusal = io.StringIO()
+    # A refusal is read by `sentence`, which expects a plain box of Unicode.
+    is_terminal, encoding = (sys.stdout.isatty(), sys.stdout.encoding) if wants_help else (False, "utf-8")
+    help_ = Captured(is_terminal=is_terminal, encoding=encoding)
     try:
-        with contextlib.redirect_stderr(printed), readable_help():
+        with (
+            contextlib.redirect_stdout(help_),
+            contextlib.redirect_stderr(refusal),
+            readable_help(None if wants_help else WIDE),
+        ):
             parsed = tyro.cli(
-                kind,
+                view(kind, default),
                 prog=f"timemix {verb}",
-                description=words,
+                description=description(kind),
                 args=list(arguments),
-                default=default,
-                config=(tyro.conf.AvoidSubcommands,),
                 registry=option_types(),
             )
     except SystemExit as stop:
-        # tyro prints the ValueErrors of a dataclass in a form of its own.
-        cause: BaseException | None = stop
-        while cause is not None and not isinstance(cause, InvalidValue):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
-        said = printed.getvalue()
-        sys.stderr.write(said if sys.stderr.isatty() else without_colors(said))
-        raise
-    assert parsed is not None
-    if choice is not None and (late := vars(parsed)["preset"]) != choice.preset:
+        if not stop.code:
+            print(wrapped(help_.getvalue()).rstrip("\n"))
+            print(_end_of_help(kind, has_architectures=choice is not None))
+            raise
+        raise InvalidValue(sentence(refusal.getvalue(), verb, list(options_of(kind, default)))) from None
+    asked = built(kind, default, parsed)
+    if choice is not None and (late := vars(asked)["preset"]) != choice.preset:
         raise InvalidValue(
             f"unexpected argument {late!r}; a preset comes before all options: timemix {verb} PRESET ..."
         )
-    return parsed
+    return typing.cast(Arguments, asked)
+
+
+def _end_of_help(kind: type[Any], *, has_architectures: bool) -> str:
+    """Return the examples of a verb, after the list of the architectures where the options depend on them."""
+    words = "\nexamples:\n" + "\n".join(f"  {each}" for each in examples(kind))
+    if not has_architectures:
+        return words
+    width = max(map(len, ARCHITECTURES))
+    known = (f"  {each.name:<{width}}  {each.summary} ({each.year})" for each in ARCHITECTURES.values())
+    return "\narchitectures (--model.arch), each with model options of its own:\n" + "\n".join(known) + "\n" + words
 
 
 def option_types() -> ConstructorRegistry:
@@ -135,6 +155,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsupp
         return spec
     return replace(
         spec,
+        metavar="COUNT" if kinds[:2] == (int, str) else spec.metavar,
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["unset"] if value is None else spec.str_from_instance(value),
     )
@@ -159,10 +180,9 @@ def _any_number_of(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
 
 @dataclass(frozen=True)
 class DataOptions(DataConfig):
-    """Text, its split, and how it becomes tokens."""
+    """Settings of the text, its split and its tokens, with --data as a short form of --data.source."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = DataConfig.source
-    """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""
 
     @classmethod
     def of(cls, config: DataConfig) -> "DataOptions":

@@ -1,8 +1,8 @@
-"""The verb plot: loss curves of runs."""
+"""The verb plot: draw the loss curves of runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,18 +12,23 @@ from timemix.errors import InvalidValue
 
 @dataclass(frozen=True)
 class PlotArguments:
-    """Draw the loss curves of runs."""
+    """Draw the loss curves of runs.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
+    Examples:
+        timemix plot runs/mine
+        timemix plot runs/mine runs/next --out loss.png --x seconds
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
+    """Run folders, one or more."""
     out: Path | None = None
     """PNG or SVG file. Default: loss.png in the first run."""
     x: Literal["tokens", "steps", "seconds"] = "tokens"
     """Horizontal axis."""
     smoothing: float = 0.03
-    """Width of the Gaussian over the training loss, as a share of its points; 0: no smoothing."""
+    """Width of the Gaussian over the training loss, as a share of its points, from 0 to 1 (0: no smoothing)."""
     title: str | None = None
-    """Title of the picture."""
+    """Title of the picture. Default: no title."""
 
 
 def plot(arguments: list[str]) -> int:
@@ -31,7 +36,7 @@ def plot(arguments: list[str]) -> int:
     from timemix.reporting.plots import plot_loss
 
     if not parsed.runs:
-        raise InvalidValue("name at least one run folder: timemix plot runs/NAME")
+        raise InvalidValue("missing RUN (run folders, one or more); see timemix plot --help")
     out = parsed.out or parsed.runs[0] / "loss.png"
     plot_loss(list(parsed.runs), out, x=parsed.x, smoothing=parsed.smoothing, title=parsed.title)
     print(out)

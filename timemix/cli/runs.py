@@ -1,4 +1,4 @@
-"""The verb runs: a list of the runs below a folder."""
+"""The verb runs: list the runs below a folder."""
 
 import json
 from dataclasses import dataclass
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 class RunsArguments:
     """List the runs at or below a folder: state, size, steps, newest losses in nats per token.
 
-    The state is running, complete, stopped (continue it: timemix train --resume RUN) or damaged. The age is the time
-    since the newest line of metrics.jsonl.
+    The state is running, complete, stopped (resume it with timemix train --resume RUN) or damaged. The age is the
+    time since the newest line of metrics.jsonl.
+
+    Examples:
+        timemix runs
+        timemix runs runs/compared --json
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[FOLDER]")] = Path("runs")
-    """Folder that holds runs, at any depth, or a run folder."""
+    """Folder with runs at any depth, or a run folder."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
 
 
 def runs(arguments: list[str]) -> int:
@@ -39,7 +43,7 @@ def runs(arguments: list[str]) -> int:
     elif found:
         _print_table(found, parsed.folder)
     else:
-        print(f"{parsed.folder} holds no run; train one with: timemix train --out {parsed.folder / 'NAME'}")
+        print(f"there is no run in {parsed.folder}; train one with: timemix train --out {parsed.folder / 'NAME'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The verb sample: text from a trained model."""
+"""The verb sample: generate text with a trained model."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from timemix.cli.options import parse
+from timemix.cli.options import RunFolder, parse
 from timemix.cli.terminal import escaped
 from timemix.errors import InvalidValue
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled."""
+    """Length, number and randomness of the texts."""
 
     tokens: int = 300
-    """Number of generated tokens."""
+    """Number of generated tokens, at least 1."""
     count: int = 1
-    """Number of samples, generated in one batch."""
+    """Number of texts, at least 1, generated in one batch."""
     seed: int = 0
-    """Random seed; the same seed gives the same text."""
+    """Random seed, from 0 to 2^64 - 1; the same seed gives the same text."""
     temperature: float = 1.0
-    """Divisor of the logits; 0: always the most probable token."""
+    """Divisor of the logits, at least 0 (0: always the most probable token)."""
     top_k: int = 0
-    """Number of most probable tokens that are kept; 0: off."""
+    """Number of most probable tokens that can be sampled, at least 0 (0: off)."""
     top_p: float = 1.0
-    """Total probability of the most probable tokens that are kept; 1: off."""
+    """Total probability of the most probable tokens that can be sampled, above 0, at most 1 (1: off)."""
     min_p: float = 0.0
-    """Least probability of a kept token, as a share of the largest; 0: off."""
+    """Smallest probability of a sampled token, as a share of the largest probability, from 0 to 1 (0: off)."""
     top_a: float = 0.0
-    """Factor of the threshold top_a * p_max ^ top_a_power, below which tokens are removed; 0: off."""
+    """Factor A, from 0 to 1; tokens below A * p_max ^ P are removed, with P from --top-a-power (0: off)."""
     top_a_power: float = 2.0
-    """Exponent of the threshold of --top-a."""
+    """Exponent P of the threshold of --top-a, at least 0."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens that are in the context; 1: off."""
+    """Penalty on tokens that occur in the context, above 0 (1: off)."""
     context: Literal["reanchor", "exact"] = "reanchor"
-    """Past ctx_len: restart from the newest half (constant cost), or recompute the whole window for each token."""
+    """Past ctx_len: `reanchor` restarts from the newest half (constant cost), `exact` recomputes all for each token."""
     stop: tuple[str, ...] = ()
-    """Stop strings. A sample ends before the first of them."""
+    """Stop strings; a text ends before the first of them."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
@@ -60,26 +60,30 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleArguments:
-    """Generate text with a trained model."""
+    """Generate text with a trained model.
 
-    run: tyro.conf.Positional[Path]
-    """Run folder, or one of its checkpoints."""
+    Examples:
+        timemix sample runs/mine --prompt "It was" --tokens 200 --temperature 0.9 --top-a 0.02
+        timemix sample runs/mine --prompt "It was" --count 3 --weights int8
+    """
+
+    run: RunFolder
     prompt: str | None = None
     """Prompt. Default: empty with --load-state, otherwise a newline, or the first token of a vocabulary without it."""
     checkpoint: str = "best"
-    """Checkpoint: best, newest, or a step."""
+    """Checkpoint: best, newest, or the number of its step."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Format to which the weights are rounded; fewer bytes are faster."""
+    """Number format of the weights; fewer bytes are faster and less exact."""
     load_state: Path | None = None
-    """File of a saved state, from which generation resumes."""
+    """State file from --save-state, with which generation resumes. Default: no state."""
     save_state: Path | None = None
-    """File for the state on exit (also on Ctrl-C). Resume with --load-state."""
+    """File for the state on exit (also on Ctrl-C); resume with --load-state. Default: the state is not saved."""
     log_probabilities: bool = False
-    """With --json: log-probability of each token in nats, at temperature 1 and before any filter."""
+    """With --json: log-probability of each token in nats, at temperature 1 without filters."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     json: bool = False
-    """One JSON object on stdout instead of text."""
+    """Output as one JSON object on stdout."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
 
 
@@ -106,7 +110,7 @@ def sample(arguments: list[str]) -> int:
     _note_long_prompt(len(ids), loaded)
     engine = Engine(loaded.model, tokenizer, slots=settings.count, weights=parsed.weights)
     if not engine.advance.compiled:
-        print(f"timemix: the model's own forward generates the tokens: {engine.advance.reason}", file=sys.stderr)
+        print(f"timemix: generation uses PyTorch, not the compiled step: {engine.advance.reason}", file=sys.stderr)
     engine.add(
         Request(
             ids,
@@ -145,15 +149,15 @@ def sample(arguments: list[str]) -> int:
 def _check_prompt(arguments: list[str]) -> None:
     for flag, value in itertools.pairwise(arguments):
         if flag in ("--prompt", "--stop") and value.startswith("-"):
-            raise InvalidValue(f"{flag} has no text before {value!r}; a text that begins with '-' is {flag}={value}")
+            raise InvalidValue(f"{flag} needs a text; a text that begins with '-' is given as {flag}={value}")
 
 
 def _check(parsed: SampleArguments) -> None:
     count = parsed.sampling.count
     if parsed.save_state is not None and count > 1:
-        raise InvalidValue(f"--save-state takes the state of one text; leave --count {count} out")
+        raise InvalidValue(f"--count is {count}, but --save-state saves the state of one text; leave one of them out")
     if parsed.log_probabilities and not parsed.json:
-        raise InvalidValue("--log-probabilities is part of the JSON object; add --json")
+        raise InvalidValue("--log-probabilities needs --json; add --json")
 
 
 @contextmanager
@@ -168,9 +172,15 @@ def _interrupts_noted() -> Iterator[list[int]]:
 
 
 def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "list[Session]") -> Iterator["Event"]:
-    """Print the texts of an engine, one as it comes, several when all have ended; yield their events.
+    """Print the texts of an engine and yield their events.
 
-    The session of a text that has ended goes into the list before its end is printed.
+    One text is printed token by token, several texts when all have ended.
+
+    Args:
+        engine: The engine, with one request.
+        prompt: The prompt of the request.
+        parsed: The options of the verb.
+        sessions: Receives the session of a text that has ended, before its end is printed.
     """
     from timemix.generation.generate import events_of
 
@@ -189,7 +199,7 @@ def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "
         if streaming:
             sys.stdout.write(form(event.text))
             sys.stdout.flush()
-        # Last: a stop here loses nothing of what the state holds.
+        # After the text is printed: if the caller stops here, the saved state matches the printed text.
         yield event
     if parsed.json:
         asked = {"log_probabilities": scores} if parsed.log_probabilities else {}
@@ -205,6 +215,6 @@ def _note_long_prompt(tokens: int, loaded: "Loaded") -> None:
     limit = loaded.model.max_position
     if limit is not None and tokens > limit:
         print(
-            f"timemix: the prompt has {tokens} tokens, the context {limit}: the model sees the last {limit}",
+            f"timemix: the prompt has {tokens} tokens, but ctx_len is {limit}; the model sees the last {limit} tokens",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""The terminal of the command line: streams that take any text and outlive their reader, help that fits the width."""
+"""The terminal of the command line: safe streams, and help that fits the width."""
 
 import contextlib
 import io
@@ -6,16 +6,20 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 LEAST_COLUMNS = 40
-"""Below this width tyro's help has no room for words; at 4 columns or less it never ends."""
+"""Below this width tyro's help has no room for words. At 4 columns or less it never ends."""
+
+WIDE = 10_000
+"""A width in columns that wraps no line."""
 
 
 def prepare_streams() -> None:
-    """Make printing safe whatever the streams are.
+    """Make printing safe on streams of every kind.
 
     A character outside the encoding is printed as its escape, such as `\\u03a9`. A closed stream discards its text.
     """
@@ -27,7 +31,7 @@ def prepare_streams() -> None:
 
 
 def _open_closed_streams() -> None:
-    # The lowest free numbers: a file that is opened later must not become the stdout of C code.
+    # Occupy the numbers 0 to 2: otherwise a file that is opened later becomes the stdout of C code.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -37,7 +41,7 @@ def _open_closed_streams() -> None:
 
 
 class LastingStream:
-    """A text stream that outlives its reader: what a full disk, a closed pipe or terminal refuses is dropped."""
+    """A text stream that discards its text after a full disk, a closed pipe or a closed terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -59,7 +63,7 @@ class LastingStream:
             self._discard()
 
     def _discard(self) -> None:
-        """Send what the stream still holds, and all that follows, nowhere."""
+        """Discard the buffered text and all later text."""
         with contextlib.suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -68,7 +72,7 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let the block outlive stdout and stderr: what they refuse is dropped. For programs whose result is a folder."""
+    """Let the block continue after a write error on stdout or stderr. For verbs whose result is a folder."""
     streams = LastingStream(sys.stdout), LastingStream(sys.stderr)
     with (
         contextlib.redirect_stdout(cast(TextIO, streams[0])),
@@ -82,17 +86,20 @@ def lasting_output() -> Iterator[None]:
 
 
 def escaped(text: str) -> str:
-    """Return a text with its control characters escaped, which a terminal would obey."""
+    """Return a text with its control characters escaped: a terminal would execute them."""
     return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 @contextlib.contextmanager
-def readable_help() -> Iterator[None]:
-    """Have tyro print at `LEAST_COLUMNS` or more, and without colours if NO_COLOR is set.
+def readable_help(columns: int | None = None) -> Iterator[None]:
+    """Set the width at which tyro prints, and turn its colours off if NO_COLOR is set.
 
-    tyro asks the environment; it is restored at the end.
+    tyro reads the environment. The block restores it at its end.
+
+    Args:
+        columns: The width. Default: that of the terminal, at least `LEAST_COLUMNS`.
     """
-    wanted = {"COLUMNS": str(max(LEAST_COLUMNS, shutil.get_terminal_size().columns))}
+    wanted = {"COLUMNS": str(columns or max(LEAST_COLUMNS, shutil.get_terminal_size().columns))}
     if os.environ.get("NO_COLOR"):
         wanted["TERM"] = "dumb"
     before = {name: os.environ.get(name) for name in wanted}
@@ -107,12 +114,43 @@ def readable_help() -> Iterator[None]:
                 os.environ[name] = value
 
 
+class Captured(io.StringIO):
+    """A buffer in place of stdout, by whose properties tyro chooses colours and the characters of boxes.
+
+    Args:
+        is_terminal: Whether tyro uses colours.
+        encoding: Encoding that tyro sees. Boxes have lines of Unicode for "utf-8", of ASCII for others.
+    """
+
+    def __init__(self, *, is_terminal: bool, encoding: str) -> None:
+        super().__init__()
+        self._is_terminal, self._encoding = is_terminal, encoding
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+
+def wrapped(text: str) -> str:
+    """Return the help of tyro with its long lines wrapped: tyro prints each paragraph of a description on one line."""
+    width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
+    lines = [
+        textwrap.fill(line, width, break_on_hyphens=False) if len(without_colors(line)) > width else line.rstrip()
+        for line in text.splitlines()
+    ]
+    # tyro prints two blank lines before a list.
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
 def without_colors(text: str) -> str:
     """Return a text without the escape sequences of colours and weights."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def discard_output() -> None:
-    """Point stdout at nothing, so that the flush at exit cannot fail again."""
+    """Connect stdout to the null device, so that the flush at exit cannot fail again."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
@@ -25,38 +25,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reporting:
-    """What is reported while the model trains, and where."""
+    """Reports during the training."""
 
     quiet: bool = False
-    """Only warnings and errors on stderr."""
+    """Only warnings and errors on stderr; no progress."""
 
     tensorboard: bool = False
-    """TensorBoard events in the run folder's tensorboard/."""
+    """Events for TensorBoard in the folder tensorboard/ of the run folder."""
     hook: str | None = None
-    """Function, as module:function, called with each line as a dictionary; for tracking services."""
+    """Function module:function, called with each line of metrics.jsonl as a dictionary. Default: no function."""
 
 
 @dataclass(frozen=True)
 class TrainArguments:
-    """Train a model, fine-tune one, or resume a run.
+    """Train a model on a text, fine-tune a trained model (--from), or resume a run (--resume).
 
-    - timemix train [PRESET] --data FILE --out RUN: a new run from a preset; --data is short for --data.source
-    - timemix train [PRESET] --config FILE --out RUN: from a file of settings, which win over those of the preset
-    - timemix train --from RUN --data FILE --out NEXT: from the weights, tokenizer and settings of a run
-    - timemix train --resume RUN [--train.steps N ...]: a run from its newest checkpoint; with more steps or other
-      settings of training if you name them (timemix train --resume RUN --help)
+    Settings come from the preset, from the file of --config, or from the run of --from. Options override them. The
+    length of the run is one of --train.steps, --train.seconds and --train.tokens.
 
-    All other options win over preset, file and run. Give the length of the run as one of --train.steps,
-    --train.seconds and --train.tokens.
+    Examples:
+        timemix train cpu-small --data my.txt --out runs/mine
+        timemix train --resume runs/mine
+        timemix train --from runs/mine --data other.txt --out runs/next --train.steps 200
+        timemix train --config runs/mine/config.toml --out runs/again --train.seed 2
     """
+
+    most_used: ClassVar = (
+        "data.source",
+        "out",
+        "resume",
+        "from",
+        "model.arch",
+        "model.layers",
+        "model.ctx-len",
+        "train.steps",
+        "train.seconds",
+        "train.lr",
+    )
 
     out: Path
     """New folder for the run."""
     preset: PresetName = None
     config: Path | None = None
-    """File of settings: config.toml of a run folder, or your own with some fields; the preset gives the others."""
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Run folder, or one of its checkpoints, whose weights, tokenizer and settings training starts from."""
+    """TOML file of settings, such as config.toml of a run folder; some fields suffice. Default: only the preset."""
+    resume: Path | None = None
+    """Run folder to resume from its newest checkpoint (see timemix train --resume RUN --help). Default: a new run."""
+    from_: Path | None = None
+    """Run folder, or checkpoint, that gives first weights, tokenizer and settings. Default: random weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -65,39 +80,42 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class ResumeArguments:
-    """Resume a run from its newest checkpoint, with its own settings and those that you name here.
+    """Resume a run from its newest checkpoint, with its own settings; options of training override them.
 
-    - timemix train --resume RUN: to the end of a run that was stopped
-    - timemix train --resume RUN --train.steps 4000: to more steps, also of a complete run
-    - timemix train --resume RUN --train.lr 1e-3: with a smaller learning rate, after a loss that is not finite
+    The learning rate follows the schedule of the new settings: at step S it is the rate that a run with these settings
+    has at step S. The model, the text, --train.batch-size, --train.contexts, --train.seed and --train.optimizer cannot
+    change. To change them, start a new run from the weights of this run: timemix train --from RUN --out NEXT.
 
-    The learning rate follows the schedule of the new settings: at step S it is what a run with these settings has at
-    step S. The model, the text and --train.batch-size, --train.contexts, --train.seed and --train.optimizer cannot
-    change; for that, start a new run from the weights of this one: timemix train --from RUN --out NEXT.
+    Examples:
+        timemix train --resume runs/mine
+        timemix train --resume runs/mine --train.steps 4000
+        timemix train --resume runs/mine --train.lr 1e-3
     """
 
+    most_used: ClassVar = ("resume", "train.steps", "train.seconds", "train.lr")
+
     resume: Path
-    """Run folder."""
+    """Run folder to resume."""
     train: TrainConfig = field(default_factory=TrainConfig)
     reporting: tyro.conf.OmitArgPrefixes[Reporting] = field(default_factory=Reporting)
 
 
 def _check_choice(choice: Choice) -> None:
-    """Raises InvalidValue for options that exclude one another."""
+    """Raise InvalidValue for options that exclude one another."""
     named = {"--config": choice.config, "--from": choice.from_, "--resume": choice.resume}
     given = [f"{flag} {path}" for flag, path in named.items() if path is not None]
     if len(given) > 1:
-        raise InvalidValue(f"{' and '.join(given)} exclude one another: each brings the settings of the run; name one")
+        raise InvalidValue(f"{' and '.join(given)} exclude one another: each gives the settings of the run; give one")
     if choice.preset is not None and given and choice.config is None:
-        raise InvalidValue(f"{given[0]} brings its own settings: leave out the preset {choice.preset!r}")
+        raise InvalidValue(f"{given[0]} has its own settings; leave out the preset {choice.preset!r}")
 
 
 def _defaults(choice: Choice) -> RunConfig:
-    """Return the settings that the other options change."""
+    """Return the settings that the options of the command override."""
     if choice.config is not None:
         config = config_from_file(choice.config, choice.preset or DEFAULT_PRESET, choice.arch)
         if config.start is not None and not Path(config.start).exists():
-            raise DamagedFile(f"{choice.config}: start is {config.start!r}, which does not exist; remove that line")
+            raise DamagedFile(f"{choice.config}: start is {config.start!r}, which does not exist; change or remove it")
         return config
     if choice.from_ is None:
         return choice.preset_config()
@@ -108,7 +126,7 @@ def _defaults(choice: Choice) -> RunConfig:
     )
     # Standard input cannot be read again, but its tokens can.
     source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
-    # The text may be another one; where it lies, and what is held out of it, are not.
+    # The new run can have another text: of the old settings of data, only source and order apply to it.
     data = DataConfig(source=source, order=config.data.order)
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
 
@@ -118,13 +136,17 @@ def _check_resumable(arguments: list[str], run: Path) -> None:
     for flag in (word.partition("=")[0] for word in arguments):
         if flag in ("--out", "--data") or flag.startswith(("--model.", "--data.")):
             raise InvalidValue(
-                f"{flag} cannot change when {run} is resumed; start a new run from its weights instead:"
+                f"{flag} cannot change in the resumed run {run}; start a new run from its weights with:"
                 f" timemix train --from {run} --out NEXT"
             )
 
 
 def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
-    """Return the settings under those options that set the length of the run, of which there may be one."""
+    """Return the settings, without their own length of the run if an option sets it.
+
+    Raises:
+        InvalidValue: Two options set the length.
+    """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in BUDGETS:
         options.add_argument(f"--train.{name}", dest=name, nargs="?")
@@ -134,7 +156,7 @@ def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
-    """Options of the verb, each from the flag, else from the file, run or preset that the first parse finds."""
+    """Return the options of the verb; defaults come from the file, run or preset that the first parse finds."""
     choice = first_parse(arguments)
     _check_choice(choice)
     if choice.resume is not None:
@@ -162,7 +184,7 @@ def _config_of(run: Path) -> RunConfig:
 
 
 def train(arguments: list[str]) -> int:
-    # Options first: under torchrun, what is wrong with them needs no other process.
+    # Options first: under torchrun, each process finds an error in them without the other processes.
     asked = train_options(arguments)
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
@@ -174,7 +196,7 @@ def train(arguments: list[str]) -> int:
         except Elsewhere:
             return 2
         except TimemixError:
-            # What is wrong in one process is most often wrong in all.
+            # An error in one process is most often an error in all: one of them reports it.
             if world.says_first():
                 raise
             return 2
@@ -212,12 +234,12 @@ def _begun(asked: TrainArguments, world: "World") -> "Trainer":
     try:
         return new_run(config, out, world, progress=not asked.reporting.quiet)
     except AlreadyExists as error:
-        way = f", or resume it with --resume {out}" if (out / "config.toml").exists() else ""
-        raise AlreadyExists(f"{out} exists already; choose another --out{way}") from error
+        way = f", or resume the run with: timemix train --resume {out}" if (out / "config.toml").exists() else ""
+        raise AlreadyExists(f"--out {out} exists already; choose another folder{way}") from error
 
 
 def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
-    """Return the trainer of a run to resume, and print what it resumes with, or that the run is complete."""
+    """Return the trainer of a run to resume. Print its changed settings, or that the run is complete."""
     from timemix.cli.training import stopped_early
     from timemix.training.start import resume_run
 
@@ -228,21 +250,21 @@ def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
     if not world.first:
         return trainer
     if trainer.lock.taken_over:
-        print(f"{trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
+        print(f"timemix: {trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
     if trainer.stopped_early:
         print(stopped_early(trainer))
     elif trainer.is_complete:
         print(
-            f"{out} is complete: {trainer.step} steps; continue it with:"
+            f"{out} is complete: {trainer.step} steps; train it longer with:"
             f" timemix train --resume {out} --train.steps {2 * trainer.step}"
         )
     elif not asked.reporting.quiet:
-        print(f"resuming {out} after step {trainer.step}{_words(trainer, before, changes)}", file=sys.stderr)
+        print(f"resuming {out} after step {trainer.step}{_changes(trainer, before, changes)}", file=sys.stderr)
     return trainer
 
 
-def _words(trainer: "Trainer", before: dict[str, Any], changes: dict[str, Any]) -> str:
-    """Return the end of a sentence: the settings that change, and the learning rate that follows from them."""
+def _changes(trainer: "Trainer", before: dict[str, Any], changes: dict[str, Any]) -> str:
+    """Return the end of a sentence: the changed settings, and the learning rate that follows from them."""
     if not changes:
         return ""
     from timemix.training.optim import learning_rate

@@ -1,4 +1,4 @@
-"""What train and demo share: introduction, progress, loss curve and the sentences that name the way on."""
+"""Shared by the verbs train and demo: introduction, progress, loss curve, and errors with the command that resumes."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ def run_trainer(
     try:
         with (
             watching(trainer.step, trainer.config.train.steps, quiet=not speaks) as watch,
-            way_on_named(trainer),
+            resume_command_added(trainer),
         ):
 
             def both(progress: "TrainingProgress") -> None:
@@ -48,25 +48,27 @@ def run_trainer(
 
 
 @contextmanager
-def way_on_named(trainer: "Trainer") -> "Iterator[None]":
-    """Add the command that continues the run to an error that ends it."""
+def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
+    """Add the command that resumes the run to an error that ends it."""
     resume = f"timemix train --resume {trainer.out}"
     try:
         yield
     except (CannotWrite, ProcessLost, HookFailed) as error:
         raise type(error)(f"{error}; resume with: {resume}") from error
     except NotFinite as error:
-        raise NotFinite(f"{error}: {_way_past(trainer)} --train.lr {trainer.config.train.lr / 10:.2g}") from error
+        raise NotFinite(
+            f"{error}: {_way_past_divergence(trainer)} --train.lr {trainer.config.train.lr / 10:.2g}"
+        ) from error
 
 
-def _way_past(trainer: "Trainer") -> str:
-    """Return the command that gets past a loss that is not finite, without its learning rate."""
+def _way_past_divergence(trainer: "Trainer") -> str:
+    """Return the command that trains past a loss that is not finite, without its learning rate."""
     from timemix.runs.folder import checkpoint_name, checkpoints
 
     kept = checkpoints(trainer.out)
     if not kept or kept[-1].name != checkpoint_name(trainer.step):
         return f"timemix train --resume {trainer.out}"
-    # The loss right after a checkpoint is that of its weights, whatever the rate.
+    # The loss right after a checkpoint does not depend on the learning rate: restart one checkpoint earlier.
     start = f"--from {kept[-2]}" if kept[:-1] else f"--config {trainer.out / 'config.toml'}"
     return f"timemix train {start} --out NEXT"
 
@@ -83,11 +85,11 @@ def _conclude(trainer: "Trainer") -> None:
 
 
 def stopped_early(trainer: "Trainer") -> str:
-    """Return the sentence about a run that its validation loss has ended."""
+    """Return the sentence about a run that early stopping has ended."""
     train = trainer.config.train
     return (
-        f"{trainer.out} stopped early, at step {trainer.step} of {train.steps}: no lower validation loss in"
-        f" {trainer.validations_without_gain} validations; continue it with:"
+        f"{trainer.out} stopped early at step {trainer.step} of {train.steps}, after"
+        f" {trainer.validations_without_gain} validations without a lower loss; continue with:"
         f" timemix train --resume {trainer.out} --train.patience 0"
     )
 

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live bar on a terminal, plain lines elsewhere."""
+"""The progress of a training run: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -16,12 +16,18 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 
 WIDTH_OF_BAR = 20
-"""Columns that a bar needs beside its numbers to be worth them."""
+"""Smallest useful width of the bar beside its numbers, in columns."""
 
 
 @contextlib.contextmanager
 def watching(first_step: int, steps: int, *, quiet: bool = False) -> "Iterator[Watch]":
-    """Gives the function that `Trainer.run` calls after each step."""
+    """Yield the function that `Trainer.run` calls after each step.
+
+    Args:
+        first_step: Steps that are already done.
+        steps: Steps of the whole run.
+        quiet: Whether to show nothing.
+    """
     if quiet:
         yield lambda progress: None
     elif sys.stderr.isatty():
@@ -70,7 +76,7 @@ def _bar(first_step: int, steps: int) -> "Iterator[Watch]":
 
 
 def progress_line(progress: "TrainingProgress", width: int | None = None) -> str:
-    """Return one line of numbers; where `width` columns are too few, without the least important ones and labels."""
+    """Return one line of numbers, without the least important numbers and labels if it exceeds `width` columns."""
     step, loss = f"{progress.step}/{progress.steps}", f"{progress.loss:.3f}"
     valid = "-" if progress.valid_loss is None else f"{progress.valid_loss:.3f} at {progress.valid_step}"
     left = _minutes(_seconds_left(progress))
@@ -88,7 +94,7 @@ def progress_line(progress: "TrainingProgress", width: int | None = None) -> str
 
 
 def sample_words(progress: "TrainingProgress") -> str:
-    """Return the sample of a step under a line that names the step."""
+    """Return the sample of a step below a line with the number of the step."""
     return f"--- step {progress.step}\n{escaped(progress.sample or '')}\n"
 
 

@@ -73,69 +73,69 @@ class TrainConfig:
     """Settings of training: optimization, schedule, validation, checkpoints and samples."""
 
     steps: int = 2000
-    """Optimizer steps; or give --train.seconds or --train.tokens."""
+    """Length of the run in optimizer steps, from 1 to 99999999; or give --train.seconds or --train.tokens."""
     seconds: float | None = None
-    """Wall time of the run in seconds. The steps that fit are counted, printed and saved as steps before training."""
+    """Length of the run in seconds, above 0, converted to steps at the start. Default: length from --train.steps."""
     tokens: int | str | None = None
-    """Training tokens of the run, such as 20M, 1.5B or 20000, rounded up to whole steps."""
+    """Length of the run in tokens, such as 20M or 1.5B, rounded up to steps. Default: length from --train.steps."""
     batch_size: int = 12
-    """Windows of ctx_len tokens per step, summed over the accumulated pieces."""
+    """Windows per optimizer step, at least 1, over all pieces of --train.accumulation."""
     contexts: int = 1
-    """Length of a window in units of ctx_len; above 1 only for an architecture whose context has no end."""
+    """Length of a training window in units of --model.ctx-len, at least 1; 1 if the context ends at --model.ctx-len."""
     accumulation: int = 1
-    """Gradient accumulation: pieces of a batch, to save memory; divides batch_size."""
+    """Number of pieces in which a batch is computed, to save memory; divides --train.batch-size."""
     lr: float = 3e-3
-    """Largest learning rate."""
+    """Largest learning rate, at least 0."""
     lr_final: float = 1e-4
-    """Learning rate at the end."""
+    """Learning rate at the end of the run, at least 0."""
     embedding_lr: float = 1.0
-    """Learning rate of the embedding, as a multiple of lr."""
+    """Learning rate of the embedding as a multiple of --train.lr, at least 0."""
     schedule: Schedule = "cosine"
-    """Learning-rate schedule from lr to lr_final; `constant` decays only over the last share --train.decay."""
+    """Schedule from --train.lr to --train.lr-final; `constant` decays only over the last share, --train.decay."""
     warmup: float = 0.0
-    """Share of the run over which the learning rate rises from 0."""
+    """Share of the run over which the learning rate rises from 0, from 0 to 1."""
     decay: float = 0.2
-    """Share of the run over which the schedule `constant` decays linearly."""
+    """Last share of the run, over which --train.schedule constant decays linearly, from 0 to 1."""
     optimizer: OptimizerName = "adamw"
-    """Optimizer: adamw, or muon for the matrices inside blocks and AdamW for all other parameters."""
+    """Optimizer: `adamw`, or `muon` for the matrices inside blocks and AdamW for all other parameters."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moment, each from 0 up to but not including 1."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, at least 0."""
     weight_decay: float = 0.0
-    """Weight decay of the linear weights inside blocks; other parameters have none."""
+    """Weight decay of the linear weights inside blocks, at least 0; other parameters have none."""
     clip: float = 1.0
-    """Gradient clipping: largest norm; 0: no clipping."""
+    """Largest norm of the gradient, which is scaled down to it, at least 0 (0: no clipping)."""
     precision: Precision = "auto"
-    """Precision of the matrix products; auto: bfloat16 if the processor supports it, otherwise float32."""
+    """Precision of the matrix products; `auto` is bfloat16 if the processor supports it, otherwise float32."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda, cuda:1 ...; auto: cuda if available."""
+    """PyTorch device: cpu, cuda, cuda:1 ...; `auto` is cuda if available, otherwise cpu."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the training step; auto: if it is supported and saves time over the run."""
+    """torch.compile of the training step; `auto` compiles if that is supported and saves time over the run."""
     recompute: Recompute = "none"
-    """Activation recomputation in the backward pass: nothing, all but matrix products, or whole blocks."""
+    """Activations recomputed to save memory: `none`, `cheap` (all but matrix products), or `all` (whole blocks)."""
     strategy: Strategy = "replicate"
-    """Under torchrun: replicate keeps the whole model in each process, shard splits it over the processes."""
+    """Use of several processes (torchrun): a whole model in each (`replicate`), or a part in each (`shard`)."""
     seed: int = 1
-    """Random seed of initial values, batches and dropout."""
+    """Random seed of initial values, batches and dropout, from 0 to 2^64 - 1."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl, at least 1."""
     valid_every: int = 250
-    """Steps between validations on the whole held-out text."""
+    """Steps between validations on the whole held-out text, at least 1."""
     save_every: int = 500
-    """Steps between checkpoints; the newest and the best are kept."""
+    """Steps between checkpoints, at least 1; the newest and the best remain."""
     sample_every: int = 0
-    """Steps between samples, printed and appended to samples.txt; 0: a sample at the end only."""
+    """Steps between samples, printed and appended to samples.txt (0: one sample, at the end of the run)."""
     patience: int = 0
-    """Early stopping: validations without a lower loss after which training ends; 0: no early stopping."""
+    """Number of validations without a lower loss after which training stops early (0: no early stopping)."""
     full_disk: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written: stop, or train on and retry at the next checkpoint."""
+    """If a checkpoint cannot be written: `stop`, or `continue` and try again at the next checkpoint."""
     spike: float = 6.0
-    """Threshold of a reported loss spike, in standard deviations above the preceding losses; 0: no report."""
+    """Size of a reported loss spike, in standard deviations above the preceding losses, at least 0 (0: no report)."""
     save_bad_batches: bool = False
-    """Batches of a loss that spikes or is not finite, saved to bad-batches/ in the run folder."""
+    """Batches whose loss spikes or is not finite, saved to bad-batches/ in the run folder."""
     hook_errors: Literal["warn", "stop"] = "warn"
-    """If a hook raises: warn and train on, or save a checkpoint and stop."""
+    """If the function of --hook raises: `warn` and train on, or save a checkpoint and `stop`."""
 
     def __post_init__(self) -> None:
         check_range("train.steps", self.steps, 1, MOST_STEPS)
@@ -172,7 +172,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None
-    """Run, or checkpoint, whose weights and tokenizer it begins with."""
+    """Run folder, or one of its checkpoints, that gives the first weights and the tokenizer."""
 
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:

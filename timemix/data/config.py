@@ -16,27 +16,27 @@ class DataConfig:
     """Text, split and tokenizer."""
 
     source: str = "builtin"
-    """A file, folder, glob, prepared folder, `-` (standard input), `builtin`, or a download (`timemix data --help`)."""
+    """Text: file, folder, glob, prepared folder, `-` (stdin), `builtin`, or a download (see timemix data --help)."""
     valid: str | None = None
-    """Source of the validation text. Default: a share of the training source."""
+    """Validation text, a source like --data.source. Default: --data.valid-fraction of the training text."""
     valid_fraction: float = 0.1
-    """Share of the source held out for validation without --data.valid."""
+    """Share of the training text that is held out without --data.valid, from 0 up to but not including 1."""
     hold_out: HoldOut = "each"
-    """Place of the held-out share: the end of each file, or the end of the whole source."""
+    """Place of the held-out share: `each` is the end of each file, `end` is the end of the whole text."""
     encoding: str = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: bool = False
-    """NUL characters as text. Default: a file with a NUL is binary, skipped in a folder and refused by itself."""
+    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
     tokenizer: TokenizerKind = "character"
     """Unit of the tokens."""
     vocab_size: int = 4096
-    """Largest vocabulary of a subword or word tokenizer, in tokens."""
+    """Largest vocabulary in tokens, from 1 to 16777216, for --data.tokenizer subword or word."""
     unknown: Unknown = "error"
-    """Handling of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
+    """Treatment of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None
-    """Largest number of held-out tokens, in 20 evenly spread pieces. Default: all."""
+    """Largest number of held-out tokens, at least 1, in 20 evenly spaced pieces. Default: all."""
     order: Literal["random", "epoch"] = "random"
-    """Order of the batches: windows at random positions, or each window once per epoch."""
+    """Order of the training windows: at random positions, or each window once per epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:

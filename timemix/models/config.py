@@ -20,17 +20,17 @@ class ModelConfig:
     """The settings that every model has: architecture and size."""
 
     arch: str = ""
-    """Architecture, on which the other options of the model depend."""
+    """Architecture; each has model options of its own."""
     vocab_size: int = 256
-    """Vocabulary size; training sets it from the tokenizer."""
+    """Vocabulary size in tokens, from 1 to 16777216; training sets it from the tokenizer."""
     ctx_len: int = 64
-    """Context length in tokens."""
+    """Context length in tokens, from 1 to 1048576."""
     layers: int = 4
-    """Number of blocks."""
+    """Number of blocks, from 1 to 1000."""
     channels: int = 128
-    """Width of the model."""
+    """Width of the model, from 1 to 65536."""
     dropout: float = 0.0
-    """Dropout of the embedding and of the output of each sublayer of a block."""
+    """Dropout of the embedding and of the output of each sublayer, from 0 up to but not including 1."""
 
     version_1: ClassVar[dict[str, tuple[str, tuple[str, ...]]] | None] = None
     """For architectures of format version 1: the class names of `mixer` and `ffn` there, and their fields in order."""
@@ -95,7 +95,7 @@ class HeadsConfig(ModelConfig):
     """The settings of a model with heads of equal size."""
 
     heads: int = 4
-    """Number of heads; divides channels."""
+    """Number of heads, at least 1; divides --model.channels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,13 +115,13 @@ class ShiftedConfig(HeadsConfig):
     """The settings that the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
 
     ffn_ratio: float = 3.0
-    """Hidden size of the feed-forward sublayer, as a multiple of channels."""
+    """Hidden size of the feed-forward sublayer, as a multiple of --model.channels, above 0, at most 1000."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
+    """Fractions of the channels that come from 1, 2, 3 ... tokens back, each from 0 to 1, in sum at most 1."""
     token_shift_top: tuple[float, ...] | None = None
-    """token_shift of the last layer; layers between are interpolated. Default: token_shift."""
+    """Last layer's --model.token-shift; the layers before it are interpolated. Default: equal in all layers."""
     initial: Initial = "zero"
-    """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
+    """Initial values: `original` (2021), or `zero` (late 2021), where every block starts as the identity."""
     activation: Activation = "gelu"
     """Activation of the feed-forward sublayer."""
 

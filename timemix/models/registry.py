@@ -54,7 +54,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.rwkv1.model:Rwkv1Block",
             2021,
             "red",
-            "RWKV of 2021: time-mix with learned tables over time, channel-mix, token-shift",
+            "RWKV of 2021: time-mix with learned curves over time, channel-mix, token-shift",
             decode="timemix.models.rwkv1.decode:CompiledStep",
             weights="timemix.models.rwkv1.weights",
             recurrent="timemix.models.rwkv1.to_exponential",
@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.rwkv1.model:Rwkv1ExpBlock",
             2021,
             "orange",
-            "the same, its tables sums of exponentials: a recurrent network",
+            "rwkv1 with each curve a sum of exponentials: a recurrent network with constant state",
             decode="timemix.models.rwkv1.decode:CompiledStep",
             bounded=False,
         ),
@@ -75,7 +75,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:RotaryBlock",
             2021,
             "gray",
-            "attention with rotary positions, GeGLU",
+            "multi-head attention with rotary positions, GeGLU",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:RotaryBlock",
             2021,
             "green",
-            "the same with token-shift",
+            "mha_rotary with token-shift",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -93,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.attention.model:ProBlock",
             2021,
             "black",
-            "attention times W, talking heads, token-shift, channel-mix",
+            "multi-head attention times W, talking heads, rotary positions, token-shift, channel-mix",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -102,7 +102,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.llama.model:LlamaBlock",
             2023,
             "blue",
-            "attention with rotary positions, grouped heads, SwiGLU, RMSNorm",
+            "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
             weights="timemix.models.llama.weights",
         ),
     )

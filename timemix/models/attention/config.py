@@ -11,13 +11,10 @@ class RotaryConfig(ShiftedConfig):
     """Architecture and size of `mha_rotary`: rotary attention with GeGLU."""
 
     arch: str = "mha_rotary"
-    """Architecture, on which the other options of the model depend."""
     token_shift: tuple[float, ...] = ()
-    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
     initial: Initial = "original"
-    """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
     rotary_base: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies, above 0."""
 
     version_1: ClassVar = {"mixer": ("AttentionConfig", ("rotary_base",)), "ffn": ("GegluConfig", ("activation",))}
 
@@ -31,9 +28,7 @@ class RotaryShiftConfig(RotaryConfig):
     """Architecture and size of `mha_shift`: `mha_rotary` with token-shift."""
 
     arch: str = "mha_shift"
-    """Architecture, on which the other options of the model depend."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels that come from 1, 2, 3 ... tokens back."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +36,15 @@ class ProConfig(ShiftedConfig):
     """Architecture and size of `mha_pro`: attention times W, talking heads, token-shift, channel-mix."""
 
     arch: str = "mha_pro"
-    """Architecture, on which the other options of the model depend."""
     initial: Initial = "original"
-    """Initial values: `original` (2021) or `zero` (late 2021: every block starts as the identity)."""
     alpha: bool = True
-    """Learned alpha_h(u), weight of a source position."""
+    """Learned weight alpha_h(u) of each source position u."""
     beta: bool = True
-    """Learned beta_h(t), weight of a target position."""
+    """Learned weight beta_h(t) of each target position t."""
     gamma: bool = True
-    """Learned gamma(t), output weight of a position."""
+    """Learned weight gamma(t) of the output at each position t."""
     rotary_base: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies, above 0."""
 
     version_1: ClassVar = {
         "mixer": ("ProAttentionConfig", ("alpha", "beta", "gamma", "rotary_base")),

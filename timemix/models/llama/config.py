@@ -12,19 +12,18 @@ class LlamaConfig(HeadsConfig):
     """Architecture and size of `llama`."""
 
     arch: str = "llama"
-    """Architecture; the options below depend on it."""
     heads: int = 4
-    """Number of query heads; divides channels."""
+    """Number of query heads, at least 1; divides --model.channels."""
     kv_heads: int = 0
-    """Number of key and value heads; divides heads. 0: as many as heads."""
+    """Number of key and value heads; divides --model.heads. 0: as many as --model.heads."""
     ffn_ratio: float = 8 / 3
-    """Hidden size of the feed-forward sublayer, as a multiple of channels; rounded to a multiple of 8."""
+    """Hidden size of the feed-forward sublayer as a multiple of --model.channels, above 0, at most 1000."""
     rotary_base: float = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies, above 0."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Constant in RMSNorm, added to the mean square, above 0."""
     initial_std: float = 0.02
-    """Standard deviation of the initial weights."""
+    """Standard deviation of the initial weights, above 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

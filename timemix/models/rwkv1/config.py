@@ -13,19 +13,18 @@ class Rwkv1Config(ShiftedConfig):
     """Architecture and size of `rwkv1`."""
 
     arch: str = "rwkv1"
-    """Architecture, on which the other options of the model depend."""
     alpha: bool = True
-    """Learned alpha_h(u), weight of a source position."""
+    """Learned weight alpha_h(u) of each source position u."""
     beta: bool = True
-    """Learned beta_h(t), weight of a target position."""
+    """Learned weight beta_h(t) of each target position t."""
     gamma: bool = True
-    """Learned gamma(t), output weight of a position."""
+    """Learned weight gamma(t) of the output at each position t."""
     weights: Literal["decomposed", "free"] = "decomposed"
-    """Form of W: decomposed, f_h(t-u) alpha_h(u) beta_h(t); or free, a parameter W_h[t,u] per pair, as in AFT."""
+    """Form of W: `decomposed` is f_h(t-u) alpha_h(u) beta_h(t); `free` is a parameter W_h[t,u] per pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
-    """Denominator: plain, the running sum of exp(k); or weighted by W = exp(f + alpha + beta), as in AFT."""
+    """Denominator: `plain` sums exp(k); `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
-    """Backend of wkv; auto: the fastest for the context length."""
+    """Backend of wkv; `auto` is the fastest for the context length."""
 
     version_1: ClassVar = {
         "mixer": ("TimeMixConfig", ("alpha", "beta", "gamma", "weights", "denominator", "backend")),
@@ -45,17 +44,16 @@ class Rwkv1ExpConfig(ShiftedConfig):
     """Architecture and size of `rwkv1_exp`."""
 
     arch: str = "rwkv1_exp"
-    """Architecture, on which the other options of the model depend."""
     exponentials: int = 8
-    """K, number of decaying exponentials whose sum is f_h(lag); the state has K numerators per channel."""
+    """Number K of decaying exponentials in each curve f_h(lag), from 1 to --model.ctx-len."""
     taps: int = 0
-    """M, number of first lags at which f_h has a parameter of its own besides."""
+    """Number of first lags at which f_h has an additional parameter, from 0 to --model.ctx-len."""
     alpha: bool = True
-    """Learned alpha_h(u), weight of a source position."""
+    """Learned weight alpha_h(u) of each source position u."""
     beta: bool = True
-    """Learned beta_h(t), weight of a target position."""
+    """Learned weight beta_h(t) of each target position t."""
     gamma: bool = True
-    """Learned gamma(t), output weight of a position."""
+    """Learned weight gamma(t) of the output at each position t."""
 
     version_1: ClassVar = {
         "mixer": ("ExpTimeMixConfig", ("exponentials", "taps", "alpha", "beta", "gamma")),

@@ -1,0 +1,209 @@
+"""The help of every verb: examples that work, help texts, groups, and sentences for options that are wrong."""
+
+import re
+import shlex
+import time
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import run_command
+from tests.helpers.runs import small_trainer
+from timemix.cli import bench, main, options
+from timemix.cli.bench import VERBS as BENCH_VERBS
+from timemix.cli.flags import _TRAIN_GROUPS, MOST_USED, examples, options_class, options_of, view
+from timemix.cli.main import EXAMPLES, GROUPS, VERBS
+from timemix.cli.options import Choice
+from timemix.cli.train import ResumeArguments, TrainArguments
+from timemix.config.run import TrainConfig
+from timemix.models.registry import ARCHITECTURES
+
+KINDS = {verb: options_class(verb) for verb in VERBS if verb != "bench"}
+KINDS |= {f"bench {verb}": options_class("bench", verb) for verb in BENCH_VERBS}
+KINDS["train --resume"] = ResumeArguments
+
+
+def all_options():
+    """Options of every verb, and of every architecture."""
+    for verb, kind in KINDS.items():
+        yield from ((verb, option) for option in options_of(kind))
+    for arch, each in ARCHITECTURES.items():
+        yield from ((arch, option) for option in options_of(each.config))
+
+
+class Parsed(Exception):
+    """The options of a verb are right."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the run `runs/mine` and the text `my.txt`."""
+    monkeypatch.chdir(tmp_path)
+    small_trainer(tmp_path).run()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename("runs/mine")
+    return tmp_path
+
+
+@pytest.fixture
+def only_parse(monkeypatch):
+    """Have every verb end after its options."""
+
+    def parse(*arguments):
+        options_of_verb(*arguments)
+        raise Parsed
+
+    options_of_verb = options.parse
+    for verb in VERBS:
+        module = __import__(f"timemix.cli.{verb}", fromlist=["parse"])
+        monkeypatch.setattr(module, "parse", parse)
+
+
+def words_of(example):
+    """Arguments of an example after `timemix`, without what belongs to the shell or to torchrun."""
+    words = shlex.split(example.partition(" > ")[0])
+    return words[words.index("timemix") + 1 :]
+
+
+@pytest.mark.parametrize("verb", KINDS)
+def test_every_verb_ends_its_help_with_examples_that_parse(verb, folder, only_parse):
+    found = examples(KINDS[verb])
+    assert len(found) >= 2
+    for example in found:
+        arguments = words_of(example)
+        assert arguments[: len(verb.split())] == verb.split()
+        with pytest.raises(Parsed):
+            main.main(arguments)
+
+
+def test_the_examples_of_the_lists_of_verbs_parse(folder, only_parse):
+    for example in (*EXAMPLES, *re.findall(r"^  (timemix .*)$", bench.usage(), re.MULTILINE)):
+        with pytest.raises(Parsed):
+            main.main(words_of(example))
+
+
+def test_the_help_prints_the_examples_at_its_end(capsys):
+    call = partial(run_command, capsys)
+    for verb, kind in KINDS.items():
+        if verb != "train --resume":
+            status, out, err = call(*verb.split(), "--help")
+            assert (status, err) == (0, "")
+            assert out.endswith("\nexamples:\n" + "".join(f"  {each}\n" for each in examples(kind)))
+
+
+def test_the_list_of_verbs_is_grouped_and_names_the_documentation(capsys):
+    _, out, _ = run_command(capsys)
+    assert list(GROUPS) == ["start", "train", "use", "compare", "tools"]
+    assert [line for line in out.splitlines() if line.endswith(":")] == [
+        *(f"{title}:" for title in GROUPS),
+        "examples:",
+    ]
+    assert "docs/index.md" in out.splitlines()[-1]
+
+
+def test_every_option_has_a_help_text():
+    for verb, option in all_options():
+        assert option.help.endswith("."), (verb, option.name)
+        assert option.help[0].isupper() or option.help.startswith("torch.compile"), (verb, option.name)
+
+
+def test_an_option_without_a_value_says_what_happens():
+    for verb, option in all_options():
+        if option.default is None:
+            assert "Default: " in option.help, (verb, option.name)
+
+
+def test_a_help_text_names_only_options_that_exist():
+    known = {name for _, option in all_options() for name in option.names}
+    known |= {
+        f"--model.{field.name.replace('_', '-')}" for each in ARCHITECTURES.values() for field in fields(each.config)
+    }
+    for verb, option in all_options():
+        assert set(re.findall(r"--[a-z][\w.-]*\w", option.help)) <= known | {"--help"}, (verb, option.name)
+
+
+def test_the_groups_of_train_hold_each_option_once():
+    model = Choice().preset_config().model
+    default = TrainArguments(out=Path("r"), model=model)
+    groups = view(TrainArguments, default).__dataclass_fields__
+    names = [name for key, each in groups.items() for name in ([key] if key[:6] != "group_" else _names(each))]
+    assert sorted(names) == sorted("__".join(option.path) for option in options_of(TrainArguments, default))
+    assert {name for each in _TRAIN_GROUPS.values() for name in each} <= {field.name for field in fields(TrainConfig)}
+
+
+def _names(group):
+    return list(group.type.__origin__.__dataclass_fields__)
+
+
+def test_the_ten_options_that_people_use_first_are_the_first_group(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    began = time.process_time()
+    _, out, _ = run_command(capsys, "train", "--help")
+    assert time.process_time() - began < 1
+    # Without a terminal, the boxes are lines of ASCII.
+    titles = re.findall(r"^ (\S.*)\n -{5,}$", out, re.MULTILINE)
+    assert titles == [
+        "positional arguments",
+        "options",
+        f"{MOST_USED} options",
+        "model options",
+        "data options",
+        "optimization options",
+        "schedule and length options",
+        "saving and reporting options",
+        "devices and processes options",
+    ]
+    first = out.partition(MOST_USED)[2].partition("\n model options\n")[0]
+    assert re.findall(r"^  (--[a-z][\w.-]+)", first, re.MULTILINE) == [
+        "--data",
+        "--out",
+        "--resume",
+        "--from",
+        "--model.arch",
+        "--model.layers",
+        "--model.ctx-len",
+        "--train.steps",
+        "--train.seconds",
+        "--train.lr",
+    ]
+
+
+def test_the_help_fits_the_width(capsys, monkeypatch):
+    for columns in (60, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        for verb in ("train", "data", "compare", "convert"):
+            out = run_command(capsys, verb, "--help")[1].partition("\narchitectures ")[0].partition("\nexamples:")[0]
+            assert max(map(len, out.splitlines())) <= columns
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("train --out r --lr 1", "unknown option '--lr'; did you mean '--train.lr'?"),
+        ("train --out r --ctx-len 1", "unknown option '--ctx-len'; did you mean '--model.ctx-len'?"),
+        ("train --out r --model.alph=3", "unknown option '--model.alph'; did you mean '--model.alpha'?"),
+        ("train --ou r", "unknown option '--ou'; did you mean '--out'?"),
+        ("eval r -x", "unknown option '-x'; see timemix eval --help"),
+        ("train --out", "--out needs a value; see timemix train --help"),
+        ("train --data --out r", "--data needs a value; see timemix train --help"),
+        ("train --out r --train.betas 1", "--train.betas needs 2 values; see timemix train --help"),
+        ("train --out r --train.betas 1 x", "--train.betas is '1 x'; it must be two numbers"),
+        ("train --out r --train.lr 1,5", "--train.lr is '1,5'; it must be a number"),
+        ("eval r --weights int9", "--weights is 'int9'; did you mean 'int8'?"),
+        ("eval r --precision half", "--precision is 'half'; known: auto, float32, bfloat16"),
+        ("completion csh", "SHELL is 'csh'; did you mean 'zsh'?"),
+        ("convert r --out s --constant-state 1.5", "--constant-state is '1.5'; it must be one or more whole numbers"),
+        ("sample", "missing RUN (run folder); see timemix sample --help"),
+        (
+            "convert r",
+            "missing --constant-state (number K of exponentials per curve) and --out (new folder for the run);"
+            " see timemix convert --help",
+        ),
+        ("data a b", "unexpected argument 'b'; see timemix data --help"),
+    ],
+)
+def test_wrong_options_are_one_sentence(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run_command(capsys, *arguments.split()) == (2, "", f"timemix: {sentence}\n")
