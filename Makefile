@@ -25,6 +25,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/words.py
 
 # The site, in site/: pages, reference, search. It needs no network, to build or to read.
 docs: .venv/installed-docs

@@ -53,7 +53,8 @@ def files() -> list[Path]:
 def passages(path: Path) -> Iterator[Passage]:
     """Yield what a person reads in a file."""
     name = path.relative_to(ROOT).as_posix()
-    for line, text in READERS[path.suffix](path.read_text(encoding="utf-8")):
+    read = _comments if name.startswith("tests/") and path.suffix == ".py" else READERS[path.suffix]
+    for line, text in read(path.read_text(encoding="utf-8")):
         plain = " ".join(re.sub(r"``?[^`]+``?", "`x`", text).split())
         if plain:
             yield Passage(name, line, plain)
@@ -85,7 +86,7 @@ def _markdown(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _python(source: str) -> Iterator[tuple[int, str]]:
-    """Yield docstrings and other strings of three words or more by paragraph, and comments."""
+    """Yield all strings of three words or more by paragraph, docstrings among them, and comments."""
     tree = ast.parse(source)
     inside: set[int] = set()
     for node in ast.walk(tree):
@@ -95,6 +96,19 @@ def _python(source: str) -> Iterator[tuple[int, str]]:
             yield from _strings(node.lineno, "".join(parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
             yield from _strings(node.lineno, node.value)
+    yield from _comment_blocks(source)
+
+
+def _comments(source: str) -> Iterator[tuple[int, str]]:
+    """Yield docstrings by paragraph, and comments; other strings of a test are its data."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield from _strings(getattr(node, "lineno", 1), ast.get_docstring(node) or "")
+    yield from _comment_blocks(source)
+
+
+def _comment_blocks(source: str) -> Iterator[tuple[int, str]]:
+    """Yield comments, those of adjacent lines together."""
     run: list[tokenize.TokenInfo] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not re.match(r"#( noqa| type:|!)", token.string):

@@ -387,7 +387,7 @@ def test_prompt_characters_outside_the_vocabulary_are_named(use):
         ("--tokens", "0", "at least 1"),
         ("--prompt", "", "empty"),
         ("--checkpoint", "77", "it has best, newest"),
-        ("--seed", "-1", "--seed must be"),
+        ("--seed", "-1", "--seed is -1; it must be"),
         ("--count", "0", "--count is 0; it must be at least 1"),
     ],
 )
@@ -461,10 +461,10 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("sample runs/mine --top-p 2", "--top-p must be above 0 and at most 1, not 2.0"),
-        ("sample runs/mine --seed -1", "--seed must be a whole number from 0 to 2^64 - 1, not -1"),
+        ("sample runs/mine --top-p 2", "--top-p is 2.0; it must be above 0 and at most 1"),
+        ("sample runs/mine --seed -1", "--seed is -1; it must be a whole number from 0 to 2^64 - 1"),
         ("eval runs/mine --stride 0", "--stride is 0; it must be at least 1 token"),
-        ("plot runs/mine --smoothing 3", "--smoothing must be from 0 to 1, not 3.0"),
+        ("plot runs/mine --smoothing 3", "--smoothing is 3.0; it must be from 0 to 1"),
         ("bench op --heads 3", "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),
         ("bench op --ctx-lens 8 0", "--ctx-lens is [8, 0]; it must be one or more numbers, each at least 1"),
         ("bench op --batch-size 0", "--batch-size is 0; it must be at least 1"),
