@@ -21,7 +21,16 @@ from timemix.tokenizers.base import StreamDecoder, Tokenizer
 
 NAMES = {
     *("Architecture", "Engine", "Request", "Sampler", "Session", "build_model", "errors", "evaluate", "generate"),
-    *("list_architectures", "load", "load_session", "save_session", "stream", "train", "__version__"),
+    *(
+        "list_architectures",
+        "load",
+        "load_session",
+        "register_architecture",
+        "save_session",
+        "stream",
+        "train",
+        "__version__",
+    ),
 }
 OBJECTS = sorted(NAMES - {"errors", "__version__"})
 RAISE_NOTHING = ("Architecture", "Session", "list_architectures")

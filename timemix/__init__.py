@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from timemix.generation.sampler import Sampler
     from timemix.generation.session import Session, load_session, save_session
     from timemix.models.language_model import build_model
-    from timemix.models.registry import Architecture, list_architectures
+    from timemix.models.registry import Architecture, list_architectures, register_architecture
     from timemix.runs.load import load
     from timemix.training.train import train
 
@@ -38,6 +38,7 @@ _MODULES = {
     "list_architectures": "timemix.models.registry",
     "load": "timemix.runs.load",
     "load_session": "timemix.generation.session",
+    "register_architecture": "timemix.models.registry",
     "save_session": "timemix.generation.session",
     "stream": "timemix.generation.generate",
     "train": "timemix.training.train",
@@ -58,6 +59,7 @@ __all__ = [
     "list_architectures",
     "load",
     "load_session",
+    "register_architecture",
     "save_session",
     "stream",
     "train",

@@ -49,6 +49,7 @@ API = {
             "timemix.build_model",
             "timemix.list_architectures",
             "timemix.Architecture",
+            "timemix.register_architecture",
             "timemix.models.language_model.LanguageModel",
             "timemix.models.state.State",
         ),

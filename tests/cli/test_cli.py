@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import run_command
+from tests.helpers.pages import blocks
 from tests.helpers.runs import TEXT
 from timemix.bench.measure import StepSpeed
 from timemix.cli.main import main
 from timemix.errors import FileError, InvalidValue, NotFinite
-from timemix.experiments.spec import read_experiment
 
 ROOT = Path(__file__).parents[2]
 VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "runs", "data", "bench", "info")
@@ -398,13 +398,9 @@ def test_wrong_sampling_values(use, option, value, words):
     assert "Traceback" not in err
 
 
-def readme_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
 @pytest.mark.slow
 def test_the_readme_as_it_stands(tmp_path):
-    """Every command and every piece of Python of the README, the training shortened."""
+    """Every command and every block of Python of the README runs; the training is shorter."""
     (tmp_path / "my.txt").write_text(TEXT + "It was so.\n" * 40)
     result = run("demo", "--steps", "20", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -412,25 +408,19 @@ def test_the_readme_as_it_stands(tmp_path):
     next_commands = re.findall(r"^  timemix (.*)$", result.stdout, re.MULTILINE)
     assert len(next_commands) == 3
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    (commands,) = readme_blocks("sh")
+    (commands,) = blocks(ROOT / "README.md", "sh")
     lines = commands.splitlines() + [f"timemix {c}" for c in next_commands[:2]]
     assert len(lines) > 6
     for line in lines:
         if line.startswith("timemix train cpu-small"):
             line = line.partition("#")[0] + " ".join(QUICK)
-        if line.startswith("timemix bench train"):
-            line = line.partition("#")[0] + "--model.channels 16 --train.batch-size 2 --train.compile off --seconds 0.1"
-        if line.startswith("timemix bench sample"):
-            line = line.partition("#")[0] + "--model.channels 16 --model.ctx-len 64 --batches 1 --seconds 0.05"
         if line.startswith("timemix compare"):
             line = line.partition("#")[0] + "--tokens 3072 --seeds 2 --no-tune"
         done = subprocess.run(
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-    (tmp_path / "shift.toml").write_text(readme_blocks("toml")[0])
-    assert len(read_experiment(tmp_path / "shift.toml").variants) == 2
-    for block in readme_blocks("python"):
+    for block in blocks(ROOT / "README.md", "python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stderr}"
 

@@ -112,6 +112,29 @@ ARCHITECTURES: dict[str, Architecture] = {
 DEFAULT_ARCHITECTURE = "rwkv1"
 
 
+def register_architecture(entry: Architecture) -> None:
+    """Register an architecture of your own, so that it can be trained, loaded, sampled and compared by its name.
+
+    The registration lasts as long as the process. Register it before you load one of its runs. Its settings derive from
+    `timemix.models.config.ModelConfig`, its block from `timemix.models.layers.block.Block`; CONTRIBUTING.md explains
+    both. Registering the same entry twice has no effect.
+
+    Args:
+        entry: The architecture. The class that `entry.model` names is imported when a model is built. For a class of
+            the calling module, write `f"{__name__}:MyBlock"`.
+
+    Raises:
+        InvalidValue: The name is empty, not an identifier, or that of another architecture; or `entry.config` is not
+            derived from `ModelConfig`.
+    """
+    if not (isinstance(entry, Architecture) and isinstance(entry.name, str) and entry.name.isidentifier()):
+        raise InvalidValue(f"{entry!r} is no architecture; pass an Architecture whose name is an identifier")
+    if not (isinstance(entry.config, type) and issubclass(entry.config, ModelConfig)):
+        raise InvalidValue(f"config of architecture {entry.name!r} is {entry.config!r}; derive it from ModelConfig")
+    if ARCHITECTURES.setdefault(entry.name, entry) != entry:
+        raise InvalidValue(f"architecture {entry.name!r} exists already; choose another name")
+
+
 def list_architectures(*, bounded: bool | None = None) -> list[str]:
     """Return the names of the architectures.
 

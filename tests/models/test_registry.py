@@ -1,0 +1,55 @@
+"""Architectures registered from outside the package."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+import timemix
+from timemix.errors import InvalidValue
+from timemix.models.attention.config import RotaryConfig
+from timemix.models.registry import ARCHITECTURES, find_architecture, register_architecture
+
+
+@dataclass(frozen=True)
+class OwnConfig(RotaryConfig):
+    arch: str = "own"
+
+
+OWN = timemix.Architecture("own", OwnConfig, "timemix.models.attention.model:RotaryBlock", 2026, "purple", "attention")
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    """Undo each registration."""
+    monkeypatch.delitem(ARCHITECTURES, "own", raising=False)
+
+
+def test_a_registered_architecture_is_known_by_its_name():
+    register_architecture(OWN)
+    assert timemix.list_architectures()[-1] == "own"
+    model = timemix.build_model("own", layers=1, channels=16, heads=2, ctx_len=8)
+    assert model.architecture is OWN
+    assert isinstance(model.config, OwnConfig)
+
+
+def test_registering_the_same_entry_twice_has_no_effect():
+    register_architecture(OWN)
+    register_architecture(replace(OWN))
+    assert find_architecture("own") is OWN
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(InvalidValue, match="architecture 'rwkv1' exists already; choose another name"):
+        register_architecture(replace(OWN, name="rwkv1"))
+    assert ARCHITECTURES["rwkv1"].config is not OwnConfig
+
+
+@pytest.mark.parametrize("entry", ["own", None, replace(OWN, name=""), replace(OWN, name="../own")])
+def test_an_entry_without_a_usable_name_is_refused(entry):
+    with pytest.raises(InvalidValue, match="whose name is an identifier"):
+        register_architecture(entry)
+
+
+def test_settings_of_another_kind_are_refused():
+    with pytest.raises(InvalidValue, match="derive it from ModelConfig"):
+        register_architecture(replace(OWN, config=dict))
