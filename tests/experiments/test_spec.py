@@ -66,7 +66,7 @@ def test_variants_that_differ_in_their_text_alone_are_compared(tmp_path):
 
 def test_the_page_on_experiment_files_is_right(tmp_path):
     page = (Path(__file__).parents[2] / "docs/howto/experiment-files.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    example, *_ = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     experiment = read(tmp_path, example)
     configs = [experiment.config(variant, {}, 1) for variant in experiment.variants]
     assert [c.model.channels for c in configs] == [96, 96]

@@ -135,11 +135,11 @@ class TestGoingOnFromARun:
     def test_another_vocabulary_is_refused_and_its_characters_named(self, run, tmp_path):
         (tmp_path / "new.txt").write_text(TEXT.replace("d", "ö"))
         prepare(tmp_path / "tokens", DataConfig(source=str(tmp_path / "new.txt")))
-        with pytest.raises(InvalidValue, match=r"tokens was prepared with another vocabulary .*'ö' .*, .*'d' "):
+        with pytest.raises(InvalidValue, match=r"the vocabulary of .*tokens is not that of .*'ö' .*, .*'d' "):
             new_run(self.config(run, tmp_path / "tokens"), tmp_path / "next")
 
     def test_another_model_is_refused(self, run, tmp_path):
-        with pytest.raises(InvalidValue, match=r"model.channels=32 is not that of .*step-\d+, 16; leave it out"):
+        with pytest.raises(InvalidValue, match=r"model.channels=32 differs from 16 in .*step-\d+; leave model.channels out"):
             new_run(self.config(run, tmp_path / "text.txt", channels=32), tmp_path / "next")
         assert not (tmp_path / "next").exists()
 
