@@ -139,7 +139,8 @@ class TestGoingOnFromARun:
             new_run(self.config(run, tmp_path / "tokens"), tmp_path / "next")
 
     def test_another_model_is_refused(self, run, tmp_path):
-        with pytest.raises(InvalidValue, match=r"model.channels=32 differs from 16 in .*step-\d+; leave model.channels out"):
+        words = r"model.channels=32 differs from 16 in .*step-\d+; leave model.channels out"
+        with pytest.raises(InvalidValue, match=words):
             new_run(self.config(run, tmp_path / "text.txt", channels=32), tmp_path / "next")
         assert not (tmp_path / "next").exists()
 
