@@ -133,6 +133,7 @@ API = {
             "timemix.ops.rwkv1.exp_state",
             "timemix.ops.rwkv1.ExpState",
             "timemix.ops.rwkv1.Curves",
+            "timemix.ops.rwkv7.wkv7",
         ),
     ),
     "errors": ApiPage("Errors", "Catch the exceptions of timemix", ()),

@@ -1,0 +1,194 @@
+"""wkv7: the loop against the formula, the chunks against the loop in outputs, states and all gradients, hard values."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tests.helpers.tiers import examples, slow
+from timemix.ops.rwkv7 import BACKENDS, choose_backend, wkv7
+
+NAMES = ("r", "w", "k", "v", "a", "b", "state")
+BOUND = -0.6065306597
+"""Lowest log-decay of RWKV-7: -exp(-1/2)."""
+
+
+def inputs(B, T, H, N, dtype=torch.float64, *, decay=None, direction=None, rate=None, key=None):
+    """Draw the arguments of a layer of RWKV-7; a keyword replaces the random value."""
+    r, k, v, kk, rates = (torch.randn(B, T, H, N, dtype=torch.float64) for _ in range(5))
+    kk = F.normalize(kk if direction is None else kk * 1e-3 + direction, dim=-1)
+    rates = torch.sigmoid(rates) if rate is None else torch.full_like(rates, rate)
+    w = BOUND * torch.sigmoid(3 * torch.randn(B, T, H, N, dtype=torch.float64))
+    w = w if decay is None else torch.full_like(w, decay)
+    k = k if key is None else torch.full_like(k, key)
+    state = torch.randn(B, H, N, N, dtype=torch.float64)
+    return [x.to(dtype).requires_grad_() for x in (r, w, k, v, -kk, kk * rates, state)]
+
+
+def results(arguments, backend, **options):
+    """Return y, the last state and the gradients of all arguments, in float64."""
+    arguments = [x.detach().clone().requires_grad_() for x in arguments]
+    y, end = wkv7(*arguments, backend=backend, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (y, end)]
+    ((y * weights[0]).sum() + (end * weights[1]).sum()).backward()
+    return dict(zip(("y", "end", *NAMES), [y.detach(), end.detach(), *(x.grad for x in arguments)], strict=True))
+
+
+def error(got, expected):
+    """Return the largest difference relative to the largest expected value."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30))
+
+
+def formula(r, w, k, v, a, b, state):
+    """Return y and the state by the matrix form S (diag(e^w) + a b^T) + v k^T of one row and head, in numpy."""
+    S, y = state, []
+    for t in range(len(r)):
+        S = S @ (np.diag(np.exp(w[t])) + np.outer(a[t], b[t])) + np.outer(v[t], k[t])
+        y.append(S @ r[t])
+    return np.stack(y), S
+
+
+def test_the_loop_is_the_formula():
+    arguments = inputs(2, 7, 3, 4)
+    y, end = wkv7(*arguments, backend="reference")
+    for row in range(2):
+        for head in range(3):
+            parts = [x.detach().numpy()[row, :, head] for x in arguments[:6]]
+            expected_y, expected_end = formula(*parts, arguments[6].detach().numpy()[row, head])
+            np.testing.assert_allclose(y[row, :, head].detach(), expected_y, atol=1e-13)
+            np.testing.assert_allclose(end[row, head].detach(), expected_end, atol=1e-13)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 65, slow(513)])
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_chunks_equal_the_loop(T, resets, lengths):
+    torch.manual_seed(T)
+    arguments = inputs(2, T, 2, 8)
+    options = {
+        "resets": torch.rand(2, T) < 0.1 if resets else None,
+        "lengths": torch.tensor([T, max(1, T // 2)]) if lengths else None,
+    }
+    chunked, loop = (results(arguments, backend, **options) for backend in ("chunked", "reference"))
+    for name, value in loop.items():
+        assert error(chunked[name], value) < 1e-12, name
+
+
+HARD = {
+    "decays at the bound": {"decay": BOUND},
+    "decays near 1": {"decay": -1e-6},
+    "directions all alike": {"direction": 1.0, "rate": 0.999, "decay": -1e-4},
+    "rates near 0": {"rate": 1e-6},
+    "rates near 1": {"rate": 1 - 1e-6},
+    "keys of zero": {"key": 0.0},
+}
+
+
+@pytest.mark.parametrize("T", [65, slow(513)])
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_values_in_float32(kind, T):
+    torch.manual_seed(3)
+    arguments = inputs(1, T, 2, 64, **HARD[kind])
+    expected = results(arguments, "reference")
+    got = results([x.float() for x in arguments], "chunked")
+    for name, value in expected.items():
+        # The gradient of w is a difference of sums over all later tokens.
+        limit = 2e-6 if name in ("y", "end") else 1e-4 if name == "w" else 1e-5
+        assert error(got[name], value) < limit, name
+
+
+def test_strong_decays_stay_finite():
+    arguments = inputs(1, 130, 1, 8, decay=-2.5)
+    expected = results(arguments, "reference")
+    for name, value in results([x.float() for x in arguments], "chunked").items():
+        assert error(value, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(cut=st.integers(1, 19), data=st.data())
+@examples(40)
+def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    arguments = inputs(2, 20, 1, 3)
+    resets = torch.rand(2, 20) < 0.1
+    y, end = wkv7(*arguments, resets=resets, backend=backend)
+    parts, state = [], arguments[6]
+    for part in (slice(0, cut), slice(cut, 20)):
+        piece, state = wkv7(*(x[:, part] for x in arguments[:6]), state, resets=resets[:, part], backend=backend)
+        parts.append(piece)
+    torch.testing.assert_close(torch.cat(parts, 1), y, atol=1e-12, rtol=0)
+    torch.testing.assert_close(state, end, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_changes_nothing_and_gets_no_gradient(backend):
+    arguments = inputs(2, 9, 1, 4)
+    broken = [x.detach().clone() for x in arguments]
+    for x in broken[:6]:
+        x[1, 5:] = torch.nan
+    lengths = torch.tensor([9, 5])
+    clean = results(arguments, backend, lengths=lengths)
+    for name, value in results(broken, backend, lengths=lengths).items():
+        assert torch.equal(value.nan_to_num(7), clean[name]), name
+    assert not clean["y"][1, 5:].any()
+
+
+def test_a_reset_forgets_all_earlier_tokens():
+    arguments = inputs(1, 80, 1, 4)
+    resets = torch.zeros(1, 80, dtype=torch.bool)
+    resets[0, 37] = True
+    y, end = wkv7(*arguments, resets=resets)
+    later, later_end = wkv7(*(x[:, 37:] for x in arguments[:6]), torch.zeros_like(arguments[6]))
+    torch.testing.assert_close(y[:, 37:], later, atol=1e-12, rtol=0)
+    torch.testing.assert_close(end, later_end, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_is_the_numerical_one(backend):
+    arguments = inputs(1, 6, 1, 2)
+    assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend=backend), arguments)
+
+
+def test_a_state_is_returned_on_request_and_never_changed():
+    *arguments, state = inputs(1, 5, 1, 2)
+    assert wkv7(*arguments)[1] is None
+    before = state.detach().clone()
+    for backend in BACKENDS:
+        with torch.no_grad():
+            wkv7(*arguments, state, backend=backend)
+        assert torch.equal(state, before)
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    arguments = [x.detach().bfloat16() for x in inputs(1, 70, 1, 8)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, end = wkv7(*arguments)
+    expected, _ = wkv7(*(x.double() for x in arguments))
+    assert (y.dtype, end.dtype) == (torch.bfloat16, torch.float32)
+    assert error(y, expected) < 2**-8
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("k", (1, 5, 1, 3), r"k has shape \(1, 5, 1, 3\); .* it must be \(1, 5, 1, 2\)"),
+        ("state", (1, 1, 2, 3), r"state has shape .* it must be \(1, 1, 2, 2\)"),
+        ("lengths", (2,), r"lengths has shape .* it must be \(1,\)"),
+        ("resets", (1, 4), r"resets has shape .* it must be \(1, 5\)"),
+        ("r", (1, 0, 1, 2), r"r has shape .* it must be \(batch, time >= 1, heads, head size\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(name, shape, words):
+    arguments = dict(zip(NAMES, inputs(1, 5, 1, 2), strict=True)) | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=words):
+        wkv7(**arguments)
+
+
+def test_the_choice_of_the_backend():
+    assert choose_backend("auto", 1)[0] == "reference"
+    assert choose_backend("auto", 100)[0] == "chunked"
+    with pytest.raises(ValueError, match="backend='fast' is not supported; choose auto, reference, chunked"):
+        choose_backend("fast", 1)

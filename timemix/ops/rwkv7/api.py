@@ -1,0 +1,122 @@
+"""The public op of the time-mix of RWKV-7, and the choice of its backend."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from timemix.ops.rwkv7.chunked import chunked_wkv7
+from timemix.ops.rwkv7.reference import reference_wkv7
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv7, "chunked": chunked_wkv7}
+"""The backends of wkv7 by name: the recurrence in a loop, and matrix products in chunks."""
+
+FEW_TOKENS = 4
+"""Number of tokens up to which "auto" runs the loop."""
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the recurrence of RWKV-7, whose state is a matrix per head.
+
+    Per head, with the state S of size (values, keys) and column vectors r, w, k, v, a, b of token t:
+
+        S[t] = S[t-1] (diag(exp(w)) + a b^T) + v k^T            y[t] = S[t] r
+
+    RWKV-7 passes a = -kk and b = kk * (its in-context learning rate), with kk of length 1, and w >= -exp(-1/2).
+
+    Args:
+        r: Receptances (B, T, H, N), T >= 1.
+        w: Log-decays (B, T, H, N), at most 0. With the backend "chunked" at least -2.5, where exponents stay in range.
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        a: Vectors with which the old state is read (B, T, H, N).
+        b: Vectors along which the read values are added (B, T, H, N).
+        state: S before these tokens (B, H, N, N): values, keys. It is not changed; its gradient is computed. None:
+            zeros.
+        lengths: Number of tokens of each row that count (B,), 1 to T; y is zero after them. None: all T.
+        resets: Whether S is zero before a token (B, T) bool, as at the start of a document; None: never.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Returns:
+        y (B, T, H, N) in v's dtype, and the state after the tokens that count, None if `state` is None. Sums and
+        states are float64 for float64 inputs, otherwise float32.
+
+    Raises:
+        ValueError: Shapes do not fit, or the backend is unknown.
+
+    Source:
+        RWKV-7 "Goose", arXiv 2503.14456.
+    """
+    _check(r, w, k, v, a, b, state, lengths, resets)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    B, T, H, N = r.shape
+    inputs = [x.to(dtype) for x in (r, w, k, v, a, b)]
+    if lengths is not None:
+        # Tokens of zeros do not change the state, and their y is zero.
+        counts = torch.arange(T, device=r.device) < lengths[:, None]
+        inputs = [x.where(counts[:, :, None, None], 0) for x in inputs]
+        resets = None if resets is None else resets & counts
+    start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    with torch.autocast(r.device.type, enabled=False):
+        y, end = BACKENDS[choose_backend(backend, T)[0]](*inputs, start, resets)
+    return y.to(v.dtype), None if state is None else end
+
+
+def choose_backend(backend: str, tokens: int) -> tuple[str, str]:
+    """Choose the backend of wkv7.
+
+    Args:
+        backend: "auto" or a name in `BACKENDS`.
+        tokens: T, number of tokens.
+
+    Returns:
+        The name of the backend, and the reason.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if backend == "auto":
+        if tokens <= FEW_TOKENS:
+            return "reference", f"a loop over at most {FEW_TOKENS} tokens"
+        return "chunked", "matrix products in place of a loop over tokens"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
+    return backend, "asked for"
+
+
+def _check(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Check the shapes of the arguments of `wkv7`."""
+    if r.ndim != 4 or r.shape[1] == 0:
+        raise ValueError(f"r has shape {tuple(r.shape)}; it must be (batch, time >= 1, heads, head size)")
+    B, T, H, N = r.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        **{name: (x, (B, T, H, N)) for name, x in {"w": w, "k": k, "v": v, "a": a, "b": b}.items()},
+        "state": (state, (B, H, N, N)),
+        "lengths": (lengths, (B,)),
+        "resets": (resets, (B, T)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with r of shape {tuple(r.shape)} it must be {shape}")

@@ -1,0 +1,234 @@
+"""wkv7 in chunks of n tokens: matrix products in place of a loop over tokens.
+
+One head, one chunk. Rows of R, W, K, V, A, B are tokens; S is the state (values, keys) at the start of the chunk. With
+
+    G = cumsum(W)        E = G - W        g: the last row of G
+
+the decay from the start of the chunk to just after token t is e^G[t], and to just before token t it is e^E[t]. All
+effects of tokens on later tokens of the chunk are entries of four n x n matrices:
+
+    X  = strict_lower((A e^E) (B e^-G)^T)        Ak = strict_lower((A e^E) (K e^-G)^T)
+    Rb = lower((R e^G) (B e^-G)^T)               Rk = lower((R e^G) (K e^-G)^T)         lower: with the diagonal
+
+    U = (I - X)^-1 (Ak V + (A e^E) S^T)          row t: what token t reads from the state with a
+    Y = (R e^G) S^T + Rk V + Rb U
+    S' = S diag(e^g) + V^T (K e^(g-G)) + U^T (B e^(g-G))
+
+U is linear in S: U = P + Q S^T. Hence S' = S M + C, where M and C do not depend on S. They are computed for all chunks
+at once, and the loop over chunks has one product of N x N matrices per chunk.
+
+e^-G can be large. All exponents are therefore centred at the middle of the chunk: they are at most n / 2 times the
+largest -W, which is 19 for n = 64 and W >= -0.6065, the bound of RWKV-7. Entries above the diagonal can be larger.
+They are removed by selection, because 0 times infinity is not 0.
+
+A reset divides a chunk into segments. Entries of the four matrices between segments are zero. Only the first segment
+reads S, and only the last one adds to S'.
+
+Shapes: G chunks of all rows and heads together, n tokens of a chunk, N head size. R, W, K, V, A, B: (G, n, N).
+
+Source: WY form of the delta rule, arXiv 2406.06484; RWKV-7, arXiv 2503.14456.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CHUNK = 64
+"""n, number of tokens in a chunk."""
+
+
+def chunked_wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute wkv7 in chunks. The backward pass stores the inputs, and the states between chunks.
+
+    Args:
+        r: Receptances (B, T, H, N).
+        w: Log-decays (B, T, H, N), at most 0.
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        a: Vectors with which the old state is read (B, T, H, N).
+        b: Vectors along which the read values are added (B, T, H, N).
+        state: S before these tokens (B, H, N, N): values, keys.
+        resets: Whether S is zero before a token (B, T); None: never.
+
+    Returns:
+        y (B, T, H, N), and the state after these tokens.
+    """
+    T = r.shape[1]
+    n = min(CHUNK, T)
+    inputs = [_padded(x, -T % n) for x in (r, w, k, v, a, b)]
+    if resets is not None:
+        resets = F.pad(resets, (0, -T % n))
+    apply: Any = _Chunked.apply
+    y, end = apply(*inputs, state, resets, n)
+    return y[:, :T], end
+
+
+def _padded(x: Tensor, padding: int) -> Tensor:
+    # Tokens of zeros do not change the state: their decay is e^0.
+    return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
+
+
+def _to_chunks(x: Tensor, n: int) -> Tensor:
+    # (B, T, H, N) -> (B, chunks, n, H, N) -> (B, H, chunks, n, N) -> (G, n, N)
+    chunks: Tensor = x.unflatten(1, (-1, n)).permute(0, 3, 1, 2, 4).flatten(0, 2)
+    return chunks
+
+
+def _from_chunks(x: Tensor, B: int, H: int) -> Tensor:
+    # (G, n, N) -> (B, H, chunks, n, N) -> (B, chunks, n, H, N) -> (B, T, H, N)
+    tokens: Tensor = x.unflatten(0, (B, H, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return tokens
+
+
+def _by_chunk(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    # (G, N, N) -> (B, H, N, N) for each chunk of a row
+    chunks: tuple[Tensor, ...] = x.unflatten(0, (like.shape[0], like.shape[1], -1)).unbind(2)
+    return chunks
+
+
+class _Chunks:
+    """The factors and matrices of all chunks that the forward and the backward pass share.
+
+    Args:
+        inputs: r, w, k, v, a, b (B, T, H, N), T a multiple of n.
+        resets: (B, T), or None.
+        n: Number of tokens in a chunk.
+    """
+
+    def __init__(self, inputs: list[Tensor], resets: Tensor | None, n: int) -> None:
+        self.R, W, self.K, self.V, self.A, self.B = (_to_chunks(x, n) for x in inputs)
+        G = W.cumsum(1)
+        E, g, m = G - W, G[:, -1:], G[:, n // 2, None]
+        # Decays within the chunk, centred: to after a token, to before it, and their inverse.
+        self.to_after, self.to_before, self.inverse = (G - m).exp(), (E - m).exp(), (m - G).exp()
+        # Decays from the start of the chunk, and to its end.
+        self.start_after, self.start_before, self.to_end = G.exp(), E.exp(), (g - G).exp()
+        self.decay = g[:, 0].exp()
+        lower = torch.ones(1, n, n, dtype=torch.bool, device=G.device).tril()
+        if resets is not None:
+            # Number of the segment of each token: (B, T) -> (B, chunks, n) -> (B, H, chunks, n) -> (G, n)
+            segment = resets.unflatten(1, (-1, n)).long().cumsum(2)
+            segment = segment[:, None].expand(-1, inputs[0].shape[2], -1, -1).flatten(0, 2)
+            lower = lower & (segment[:, :, None] == segment[:, None, :])
+            first, last = segment == 0, segment == segment[:, -1:]
+            self.start_after = self.start_after.where(first[..., None], 0)
+            self.start_before = self.start_before.where(first[..., None], 0)
+            self.to_end = self.to_end.where(last[..., None], 0)
+            self.decay = self.decay.where(first[:, -1:], 0)
+        self.lower, self.strict = lower, lower.tril(-1)
+        self.R_in, self.A_in = self.R * self.to_after, self.A * self.to_before
+        self.K_out, self.B_out = self.K * self.inverse, self.B * self.inverse
+        self.R_start, self.A_start = self.R * self.start_after, self.A * self.start_before
+        self.K_end, self.B_end = self.K * self.to_end, self.B * self.to_end
+        # (G, n, N) (G, N, n) -> (G, n, n)
+        self.X = (self.A_in @ self.B_out.mT).where(self.strict, 0)
+        self.Ak = (self.A_in @ self.K_out.mT).where(self.strict, 0)
+        self.Rb = (self.R_in @ self.B_out.mT).where(self.lower, 0)
+        self.Rk = (self.R_in @ self.K_out.mT).where(self.lower, 0)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Solve (I - X) Z = right by forward substitution."""
+        found: Tensor = torch.linalg.solve_triangular(-self.X, right, upper=False, unitriangular=True)
+        return found
+
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """Solve (I - X)^T Z = right by backward substitution."""
+        found: Tensor = torch.linalg.solve_triangular(-self.X.mT, right, upper=True, unitriangular=True)
+        return found
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        resets: Tensor | None,
+        n: int,
+    ) -> tuple[Tensor, Tensor]:
+        c = _Chunks([r, w, k, v, a, b], resets, n)
+        P, Q = c.solve(c.Ak @ c.V), c.solve(c.A_start)
+        M = torch.diag_embed(c.decay) + Q.mT @ c.B_end
+        C = c.V.mT @ c.K_end + P.mT @ c.B_end
+        states = [state]
+        for M_i, C_i in zip(_by_chunk(M, state), _by_chunk(C, state), strict=True):
+            states.append(states[-1] @ M_i + C_i)
+        # The state at the start of each chunk: (B, H, chunks, N, N) -> (G, N, N)
+        S = torch.stack(states[:-1], 2).flatten(0, 2)
+        Y = c.R_start @ S.mT + c.Rk @ c.V + c.Rb @ (P + Q @ S.mT)
+        ctx.save_for_backward(r, w, k, v, a, b, S, states[-1], resets)
+        ctx.n = n
+        return _from_chunks(Y, *state.shape[:2]), states[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, S, end, resets = ctx.saved_tensors
+        c = _Chunks(inputs, resets, ctx.n)
+        dY = _to_chunks(dy, ctx.n)
+        # Z is the gradient of the right side of the equation for U. Like U, it is linear in a state:
+        # Z = (I - X)^-T (Rb^T dY + B_end dS'^T) = O + L dS'^T
+        O, L = c.solve_transposed(c.Rb.mT @ dY), c.solve_transposed(c.B_end)  # noqa: E741
+        # The recurrence of the gradients of states: dS = dS' M^T + D
+        M = torch.diag_embed(c.decay) + c.A_start.mT @ L
+        D = dY.mT @ c.R_start + O.mT @ c.A_start
+        d_states = [d_end]
+        for M_i, D_i in zip(_by_chunk(M, end)[::-1], _by_chunk(D, end)[::-1], strict=True):
+            d_states.append(d_states[-1] @ M_i.mT + D_i)
+        # The gradient of the state after each chunk
+        dS = torch.stack(d_states[-2::-1], 2).flatten(0, 2)
+        U = c.solve(c.Ak @ c.V + c.A_start @ S.mT)
+        Z = O + L @ dS.mT
+        # S' of each chunk: the S of the next chunk, at the end the last state.
+        after = torch.stack([*_by_chunk(S, end)[1:], end], 2).flatten(0, 2)
+        gradients = _gradients(c, S, after, dY, dS, U, Z)
+        return *(_from_chunks(x, *end.shape[:2]) for x in gradients), d_states[-1], None, None
+
+
+def _gradients(
+    c: _Chunks, S: Tensor, after: Tensor, dY: Tensor, dS: Tensor, U: Tensor, Z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of R, W, K, V, A, B, (G, n, N) each.
+
+    Args:
+        c: The chunks.
+        S: State at the start of each chunk (G, N, N).
+        after: State after each chunk (G, N, N).
+        dY: Gradient of Y (G, n, N).
+        dS: Gradient of the state after each chunk (G, N, N).
+        U: What each token reads with a (G, n, N).
+        Z: Gradient of the right side of the equation for U (G, n, N).
+    """
+    dRk = (dY @ c.V.mT).where(c.lower, 0)
+    dRb = (dY @ U.mT).where(c.lower, 0)
+    dX = (Z @ U.mT).where(c.strict, 0)
+    dAk = (Z @ c.V.mT).where(c.strict, 0)
+    dR = c.to_after * (dRb @ c.B_out + dRk @ c.K_out) + c.start_after * (dY @ S)
+    dA = c.to_before * (dX @ c.B_out + dAk @ c.K_out) + c.start_before * (Z @ S)
+    dB = c.inverse * (dX.mT @ c.A_in + dRb.mT @ c.R_in) + c.to_end * (U @ dS)
+    dK = c.inverse * (dAk.mT @ c.A_in + dRk.mT @ c.R_in) + c.to_end * (c.V @ dS)
+    dV = c.Rk.mT @ dY + c.K_end @ dS.mT + c.Ak.mT @ Z
+    # R has the factor e^G everywhere, K and B have e^-G, A has e^E, and all terms of S' have e^g.
+    dG = c.R * dR - c.K * dK - c.B * dB
+    dG[:, -1] += (after * dS).sum(1)
+    dE = c.A * dA
+    # W[t] is a term of G[s] for s >= t, and of E[s] for s > t.
+    dW = (dG + dE).flip(1).cumsum(1).flip(1) - dE
+    return dR, dW, dK, dV, dA, dB
