@@ -5,21 +5,26 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.runs import small_config, with_model
-from timemix.errors import CannotWrite, Interrupted, TimemixError
+from timemix.errors import CannotWrite, Interrupted, TimemixError, Unavailable
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
 from timemix.models.registry import find_architecture, list_architectures
 from timemix.runs import save
-from timemix.runtime.distributed import Elsewhere, World, joined
+from timemix.runtime.distributed import PATIENCE, Elsewhere, World, joined
+from timemix.storage.sharded import StoredTensors
 from timemix.storage.tensors import write_tensors
+from timemix.training import samples, start
 from timemix.training.parallel import new_model
 from timemix.training.saving import gathered
 from timemix.training.start import new_run, resume_run
@@ -93,13 +98,54 @@ def resume_and_save(folder: Path, strategy: str, world: World) -> None:
     trainer.lock.release()
 
 
+def check_longer_than_an_exchange_waits(folder: Path, world: World) -> None:
+    """Resume a run while process 0 reads for longer than an exchange may take, and refuse one in a process."""
+    check = StoredTensors.check_content
+
+    def slowly(self, rank=0, size=1):
+        time.sleep(4.0 if world.first else 0.0)
+        check(self, rank, size)
+
+    def refuse(config, world):
+        if not world.first:
+            raise Unavailable("only process 1 has too little memory")
+
+    set_timeout = dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=2), dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoredTensors, "check_content", slowly)
+        resume_run(folder / f"copied-shard-{world.size}", world).lock.release()
+    set_timeout(PATIENCE, dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "refuse_too_large", refuse)
+        for begin in (
+            lambda: new_run(config(folder, "plain", "shard"), folder / f"refused-{world.size}", world),
+            lambda: resume_run(folder / f"copied-shard-{world.size}", world),
+        ):
+            with pytest.raises(Elsewhere if world.first else Unavailable):
+                begin()
+
+
+def sample_without_copies(folder: Path, world: World) -> None:
+    """Draw a sample of a sharded model, of which only process 0 may create a copy, in the type of its weights."""
+    made = config(folder, "float64", "shard")
+    trainer = new_run(made, folder / f"sampled-{world.size}", world)
+    copy = samples.whole_model(trainer.model, "shard", world)
+    assert (copy is trainer.model) != world.first
+    if world.first:
+        assert copy.head.weight.dtype == torch.float64
+    trainer.save()
+    trainer.sample()
+    trainer.lock.release()
+
+
 def save_on_a_full_disk(folder: Path, world: World) -> None:
     """Save a sharded run while the disk of the last process is full, once to stop and once to train on."""
 
     def write(path, tensors, metadata):
         if world.rank == world.size - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_tensors(path, tensors, metadata)
+        return write_tensors(path, tensors, metadata)
 
     trainer = new_run(config(folder, "plain", "shard"), folder / f"full-{world.size}", world)
     trainer.save()
@@ -120,6 +166,8 @@ def main() -> None:
         with joined() as world:
             for strategy in ("replicate", "shard"):
                 resume_and_save(Path(sys.argv[1]), strategy, world)
+            check_longer_than_an_exchange_waits(Path(sys.argv[1]), world)
+            sample_without_copies(Path(sys.argv[1]), world)
             save_initial_values(Path(sys.argv[1]), world)
             save_on_a_full_disk(Path(sys.argv[1]), world)
         return

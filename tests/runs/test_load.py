@@ -15,6 +15,7 @@ from timemix.cli import train
 from timemix.errors import DamagedFile, MissingFile
 from timemix.runs import folder as run_folder
 from timemix.runs import load as loading
+from timemix.storage.locks import is_held
 from timemix.training.start import resume_run
 
 
@@ -142,6 +143,12 @@ def test_a_run_with_only_incomplete_checkpoints_is_refused(run):
     (run_folder.newest(run) / "model.safetensors").unlink()
     with pytest.raises(MissingFile, match="has no complete checkpoint: step-00000004 lacks model.safetensors"):
         timemix.load(run)
+    # A run that begins again would remove the metrics, and replace the checkpoint when it reaches its step.
+    metrics = (run / "metrics.jsonl").read_text()
+    with pytest.raises(MissingFile, match=r"lacks model.safetensors; restore the missing files, or remove .*points"):
+        resume_run(run)
+    assert (run / "metrics.jsonl").read_text() == metrics
+    assert not is_held(run)
 
 
 def flip(path: Path) -> None:

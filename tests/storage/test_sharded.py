@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.storage.index import index_path, shard_name, write_index
 from timemix.storage.sharded import open_stored
-from timemix.storage.tensors import write_tensors
+from timemix.storage.tensors import open_tensors, write_tensors
 
 WHOLE = {"matrix": torch.arange(21.0).reshape(7, 3), "vector": torch.arange(5.0), "step": torch.tensor(4.0)}
 
@@ -18,7 +18,7 @@ WHOLE = {"matrix": torch.arange(21.0).reshape(7, 3), "vector": torch.arange(5.0)
 def write_shards(folder, cuts):
     """Write WHOLE with the rows of each tensor cut at the same shares."""
     bounds = [0, *sorted(cuts), 12]
-    size = len(bounds) - 1
+    size, checksums = len(bounds) - 1, []
     for rank in range(size):
         rows = {}
         for name, tensor in WHOLE.items():
@@ -27,8 +27,8 @@ def write_shards(folder, cuts):
                 rows[name] = tensor[low:high]
             elif rank == 0:
                 rows[name] = tensor
-        write_tensors(folder / shard_name("model", rank, size), rows, {})
-    write_index(folder, "model", size, {name: tensor.shape for name, tensor in WHOLE.items()})
+        checksums.append(write_tensors(folder / shard_name("model", rank, size), rows, {}))
+    write_index(folder, "model", checksums, {name: tensor.shape for name, tensor in WHOLE.items()})
     return size
 
 
@@ -64,6 +64,33 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_a_shard_of_another_checkpoint_is_refused(tmp_path):
     size = write_shards(tmp_path, [6])
+    write_tensors(tmp_path / shard_name("model", 1, size), {"matrix": torch.ones(9, 3), "vector": torch.ones(3)}, {})
+    with pytest.raises(DamagedFile, match=r"model-1-of-2.safetensors is not the file that model.index.json describes"):
+        open_stored(tmp_path, "model").__enter__()
+
+
+def test_shards_of_another_step_or_rank_are_refused_though_their_shapes_fit(tmp_path):
+    size = write_shards(tmp_path, [6])
+    first, second = (tmp_path / shard_name("model", rank, size) for rank in range(size))
+    with open_tensors(second) as file:
+        rows = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118
+    write_tensors(second, rows, {})
+    with pytest.raises(DamagedFile, match=r"model-1-of-2.safetensors is not the file that"):
+        open_stored(tmp_path, "model").__enter__()
+    write_shards(tmp_path, [6])
+    content = first.read_bytes(), second.read_bytes()
+    for path, other in zip((second, first), content, strict=True):
+        path.write_bytes(other)
+    with pytest.raises(DamagedFile, match=r"model-0-of-2.safetensors is not the file that"):
+        open_stored(tmp_path, "model").__enter__()
+
+
+def test_an_index_without_checksums_is_read_and_its_shapes_are_checked(tmp_path):
+    size = write_shards(tmp_path, [6])
+    index = json.loads(index_path(tmp_path, "model").read_text())
+    index_path(tmp_path, "model").write_text(json.dumps(index | {"checksums": []}))
+    with open_stored(tmp_path, "model") as stored:
+        assert torch.equal(stored.tensor("matrix"), WHOLE["matrix"])
     write_tensors(tmp_path / shard_name("model", 1, size), {"matrix": torch.ones(9, 3), "vector": torch.ones(3)}, {})
     with pytest.raises(DamagedFile, match=r"model.index.json does not fit its files: .*matrix"):
         open_stored(tmp_path, "model").__enter__()

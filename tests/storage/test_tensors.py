@@ -1,5 +1,6 @@
 """Tensor files: round trip, detection of a single wrong bit, and the usual file permissions."""
 
+import errno
 import os
 import stat
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from timemix.errors import DamagedFile
+from timemix.storage import tensors
 from timemix.storage.tensors import check_content, open_tensors, write_tensors
 
 TENSORS = {
@@ -96,3 +99,14 @@ def test_the_mode_follows_the_umask(tmp_path, umask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_the_number_of_a_failed_write_is_kept(tmp_path, monkeypatch, number):
+    def fail(*args):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr(tensors, "save_file", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
+        write_tensors(tmp_path / "t", TENSORS, {})
+    assert error.value.errno == number

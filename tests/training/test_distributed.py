@@ -1,5 +1,6 @@
 """Several processes train the same model as one process: losses, weights, each token once, and a common end."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,15 +22,17 @@ import timemix
 from tests.helpers.process_group import SETTINGS, config, initial_config
 from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
+from timemix.cli import train as cli
 from timemix.config.run import read_toml
 from timemix.data.batches import Batches
 from timemix.data.prepare import prepare
-from timemix.errors import Interrupted, InvalidValue
+from timemix.errors import Interrupted, InvalidValue, MissingFile, ProcessLost
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import list_architectures
 from timemix.runs import folder as run_folder
 from timemix.runs.listing import stored_parameters
+from timemix.runtime import distributed
 from timemix.runtime.distributed import World, my_rows
 from timemix.storage.sharded import open_stored
 from timemix.storage.tensors import open_tensors
@@ -164,6 +167,27 @@ def test_a_sharded_checkpoint_is_a_file_per_process_and_an_index(folder):
     assert stored_parameters(checkpoint) == stored_parameters(run_folder.newest(folder / "plain"))
 
 
+def test_a_missing_index_is_named(folder, tmp_path):
+    run = shutil.copytree(folder / "plain-shard-2", tmp_path / "run")
+    checkpoint = run_folder.newest(run)
+    (checkpoint / "model.index.json").unlink()
+    for path in (run, checkpoint):
+        with pytest.raises(MissingFile, match="lacks model.index.json; restore"):
+            timemix.load(path)
+
+
+def test_every_reader_takes_the_whole_file_of_a_checkpoint_in_both_forms(folder, tmp_path):
+    run = shutil.copytree(folder / "plain-shard-2", tmp_path / "run")
+    checkpoint = run_folder.newest(run)
+    shutil.copy(run_folder.newest(folder / "plain") / "model.safetensors", checkpoint)
+    (checkpoint / "model-1-of-2.safetensors").unlink()
+    (checkpoint / "model.index.json").write_text("{}")
+    assert run_folder.newest(run) == checkpoint
+    weights, whole = (timemix.load(path).model.state_dict() for path in (checkpoint, folder / "plain"))
+    assert_equal_bits(weights, whole)
+    assert stored_parameters(checkpoint) == stored_parameters(run_folder.newest(folder / "plain"))
+
+
 @pytest.fixture(scope="module", params=[2, slow(4)])
 def exact(request, folder, tmp_path_factory):
     """Copies of a run that two processes saved in shards, resumed and saved at once; initial values."""
@@ -181,6 +205,18 @@ def test_a_full_disk_in_one_process_leaves_the_last_checkpoint(exact):
     here, size = exact
     checkpoints = (here / f"full-{size}" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoints) == ["step-00000001"]
+
+
+def test_only_process_0_copies_a_sharded_model_for_a_sample(exact):
+    here, size = exact
+    # process_group.sample_without_copies
+    assert (here / f"sampled-{size}" / "samples.txt").read_text().startswith("--- step 0")
+
+
+def test_a_process_may_check_for_long_and_all_end_where_one_refuses(exact):
+    here, size = exact
+    # process_group.check_longer_than_an_exchange_waits
+    assert not (here / f"refused-{size}").exists()
 
 
 def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -295,6 +331,16 @@ def test_a_process_that_dies_ends_the_run_with_one_sentence(tmp_path, rank):
     assert before >= 20
     trainer.train_step()
     assert trainer.step == before + 1
+
+
+def test_a_process_lost_before_or_after_the_training_is_one_sentence(tmp_path, monkeypatch):
+    def lose(*arguments):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(distributed, "joined", lambda: contextlib.nullcontext(World(0, 2)))
+    monkeypatch.setattr(cli, "_train", lose)
+    with pytest.raises(ProcessLost, match="has ended or does not answer; no checkpoint was saved yet;"):
+        cli.train(["--out", str(tmp_path / "run")])
 
 
 @pytest.mark.slow

@@ -186,13 +186,18 @@ def _config_of(run: Path) -> RunConfig:
 def train(arguments: list[str]) -> int:
     # Options first: under torchrun, each process finds an error in them without the other processes.
     asked = train_options(arguments)
+    from timemix.runs.folder import last_good
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
+    from timemix.training.parallel import losses_reported
 
     hook = None if asked.reporting.hook is None else load_hook(asked.reporting.hook)
     with lasting_output(), joined() as world:
         try:
-            return _train(asked, hook, world)
+            # Processes can also be lost before the training and after it.
+            run = asked.resume if isinstance(asked, ResumeArguments) else asked.out
+            with losses_reported(world, lambda: last_good(run)):
+                return _train(asked, hook, world)
         except Elsewhere:
             return 2
         except TimemixError:

@@ -71,10 +71,15 @@ def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-" + 8 * "[0-9]"))
 
 
+def _shards(checkpoint: Path) -> list[Path]:
+    return list(checkpoint.glob("model-*-of-*.safetensors"))
+
+
 def _lacking(checkpoint: Path) -> list[str]:
     needed = list(NEEDED)
-    if index_path(checkpoint, "model").exists():
-        needed.remove("model.safetensors")
+    index = index_path(checkpoint, "model")
+    if not (checkpoint / "model.safetensors").exists() and (index.exists() or _shards(checkpoint)):
+        needed[needed.index("model.safetensors")] = index.name
         # A damaged index is reported by those who read it.
         with contextlib.suppress(FileError):
             needed += read_index(checkpoint, "model").files
@@ -91,12 +96,28 @@ def checkpoints(run: Path) -> list[Path]:
             return whole
 
 
+def last_good(run: Path) -> str:
+    """Return a clause about the newest complete checkpoint of a run, for messages."""
+    kept = checkpoints(run)
+    return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
+
+
 def warn_of_unfinished(run: Path) -> None:
     """Warn of each checkpoint that is skipped because files are missing."""
     for folder in _folders(run):
         lacking = _lacking(folder)
         if lacking and os.path.lexists(folder):
             logger.warning("%s lacks %s and is skipped; restore or remove it", folder, ", ".join(lacking))
+
+
+def check_resumable(run: Path) -> None:
+    """Check that not all checkpoints of a run lack files: a resumed run would begin at step 0 and replace them.
+
+    Raises:
+        MissingFile: They do.
+    """
+    if _folders(run) and not checkpoints(run):
+        raise MissingFile(f"{_no_checkpoint(run)}, or remove {run / 'checkpoints'} to begin at step 0")
 
 
 def newest(run: Path) -> Path:
@@ -207,6 +228,8 @@ def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path
 def _no_checkpoint(run: Path) -> str:
     if not run.is_dir():
         return _no_run(run)
+    if (run / "training.json").exists():
+        return f"{run} is a checkpoint that lacks {', '.join(_lacking(run))}; restore the missing files"
     if not (run / "config.toml").exists():
         return f"{run} is not a run folder: it has no config.toml; name a folder that training has written"
     if unfinished := _folders(run):

@@ -116,7 +116,7 @@ def stored_parameters(checkpoint: Path) -> int:
     Raises:
         FileError: The file is missing, damaged or not a safetensors file.
     """
-    if index_path(checkpoint, "model").exists():
+    if index_path(checkpoint, "model").exists() and not (checkpoint / "model.safetensors").exists():
         return sum(map(math.prod, read_index(checkpoint, "model").shapes.values()))
     from safetensors import SafetensorError, safe_open
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -62,13 +61,19 @@ def save_checkpoint(
         # The name of the temporary folder ends with the id of process 0.
         (creator,) = world.sum(os.getpid() if made else 0)
         temporary = made or unfinished_name(folder, int(creator))
+        checksums = {}
         for stem, named in tensors.items():
-            path = temporary / shard_name(stem, world.rank, world.size)
-            world.all_do(partial(write_tensors, path, named, {}))
+            path, own = temporary / shard_name(stem, world.rank, world.size), [0] * world.size
+
+            def write(path: Path = path, named: dict[str, Tensor] = named, own: list[int] = own) -> None:
+                own[world.rank] = int(write_tensors(path, named, {}), 16)
+
+            world.all_do(write)
+            checksums[stem] = [f"{int(each):08x}" for each in world.sum(*own)]
 
         def finish() -> None:
             for stem, each in shapes.items():
-                write_index(temporary, stem, world.size, each)
+                write_index(temporary, stem, checksums[stem], each)
             write_rest(temporary)
             stack.close()
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from timemix.errors import Unavailable
+from timemix.errors import TimemixError, Unavailable
 
 Result = TypeVar("Result")
 
@@ -94,6 +94,29 @@ class World:
         if largest.item():
             if self.first:
                 raise OSError(int(largest), os.strerror(int(largest)))
+            raise Elsewhere
+
+    def all_check(self, check: Callable[[], object]) -> None:
+        """Run `check` in every process; the others wait until it ends, however long it takes.
+
+        Args:
+            check: Of this process.
+
+        Raises:
+            TimemixError: In the processes whose check raises it.
+            Elsewhere: In the other processes then.
+        """
+        found = None
+        try:
+            check()
+        except TimemixError as error:
+            found = error
+        failed = torch.tensor(float(found is not None))
+        if self.size > 1:
+            dist.all_reduce(failed, group=self._patient)
+        if found is not None:
+            raise found
+        if failed.item():
             raise Elsewhere
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:

@@ -2,7 +2,8 @@
 
     model.safetensors                                        whole tensors, without an index
     model-0-of-2.safetensors, model-1-of-2.safetensors       rows of each tensor, in the order of the files
-    model.index.json                                         the files, and the shapes of the whole tensors
+    model.index.json                                         the files with their checksums, and the shapes of the whole
+                                                             tensors
 
 A tensor without dimensions is in the first file alone. The same holds for `training` in place of `model`.
 """
@@ -24,10 +25,12 @@ class Index:
     Args:
         files: Names of the files, in the order of their rows.
         shapes: Shape of each whole tensor, by name.
+        checksums: Checksum of each file, which tells it from that of another step or rank; () in older indices.
     """
 
     files: tuple[str, ...]
     shapes: dict[str, Any]
+    checksums: tuple[str, ...] = ()
 
 
 def shard_name(stem: str, rank: int, size: int) -> str:
@@ -40,10 +43,10 @@ def index_path(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.index.json"
 
 
-def write_index(folder: Path, stem: str, size: int, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Write the index of `size` files. Raises OSError."""
-    files = tuple(shard_name(stem, rank, size) for rank in range(size))
-    index = Index(files, {name: list(shape) for name, shape in shapes.items()})
+def write_index(folder: Path, stem: str, checksums: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write the index of the files with these checksums, in the order of the ranks. Raises OSError."""
+    files = tuple(shard_name(stem, rank, len(checksums)) for rank in range(len(checksums)))
+    index = Index(files, {name: list(shape) for name, shape in shapes.items()}, tuple(checksums))
     index_path(folder, stem).write_text(json.dumps(to_json(index), indent=1), encoding="utf-8")
 
 
@@ -56,4 +59,6 @@ def read_index(folder: Path, stem: str) -> Index:
             raise DamagedFile(f"{path} is damaged: the shape of {name} is {shape!r}")
     if not index.files or any("/" in name for name in index.files):
         raise DamagedFile(f"{path} is damaged: its files are {list(index.files)}")
+    if len(index.checksums) not in (0, len(index.files)):
+        raise DamagedFile(f"{path} is damaged: it has {len(index.checksums)} checksums of {len(index.files)} files")
     return index

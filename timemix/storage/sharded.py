@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timemix.errors import DamagedFile
 from timemix.storage.index import index_path, read_index
-from timemix.storage.tensors import check_content, open_tensors
+from timemix.storage.tensors import CHECKSUM, check_content, open_tensors
 
 FLOATS = ("F32", "F64", "F16", "BF16")
 """Types of tensors of floating-point numbers, as the header of a safetensors file names them."""
@@ -105,4 +105,10 @@ def open_stored(folder: Path, stem: str) -> Iterator[StoredTensors]:
             return
         index = read_index(folder, stem)
         files = [(folder / name, stack.enter_context(open_tensors(folder / name))) for name in index.files]
+        for (own, file), checksum in zip(files, index.checksums, strict=False):
+            if (file.metadata() or {}).get(CHECKSUM) != checksum:
+                raise DamagedFile(
+                    f"{own} is not the file that {index_path(folder, stem).name} describes: its checksum differs;"
+                    " restore both from one copy"
+                )
         yield StoredTensors(index_path(folder, stem), files, index.shapes)

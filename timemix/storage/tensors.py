@@ -1,7 +1,10 @@
 """Safetensors files, with checksums and clear errors."""
 
 import contextlib
+import errno
 import json
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,13 +25,16 @@ CHECKSUM = "crc32"
 """Metadata key of the checksum of a file's tensors; files of earlier versions have no checksum."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """Write a safetensors file with a checksum of its tensors.
 
     Args:
         path: The file.
         tensors: Tensors by name.
         metadata: Texts by name, to which the checksum is added.
+
+    Returns:
+        The checksum.
 
     Raises:
         OSError: The file cannot be written.
@@ -37,16 +43,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     # The library creates files that only their owner may read. Python's files follow the umask.
     path.touch()
     mode = path.stat().st_mode
+    checksum = _checksum(whole, whole.__getitem__)
     try:
-        save_file(whole, path, metadata | {CHECKSUM: _checksum(whole, whole.__getitem__)})
+        save_file(whole, path, metadata | {CHECKSUM: checksum})
     except SafetensorError as error:
-        # The library hides the errno of a full disk in its text.
-        if "os error 28" in str(error):
-            raise OSError(28, "No space left on device") from error
-        raise OSError(5, str(error)) from error
+        # The library hides the errno, such as that of a full disk or of a quota, in its text.
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise OSError(errno.EIO, str(error)) from error
     _sort_metadata(path)
     if path.stat().st_mode != mode:
         path.chmod(mode)
+    return checksum
 
 
 def _sort_metadata(path: Path) -> None:

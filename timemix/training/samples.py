@@ -1,5 +1,7 @@
 """Samples from a model in training, appended to samples.txt in its run folder."""
 
+import torch
+
 from timemix.errors import CannotWrite
 from timemix.generation.generate import generate
 from timemix.generation.prompts import default_prompt
@@ -14,14 +16,16 @@ from timemix.training.saving import gathered
 def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageModel:
     """Return a model that process 0 can call alone: the model itself, or an unsharded copy of a sharded model.
 
-    All processes must call this function.
+    All processes must call this function. The others get the model itself: they hold no copy.
     """
     if world.size == 1 or strategy != "shard":
         return model
     weights = gathered(model.state_dict(), world)
-    whole = LanguageModel(model.config)
-    if world.first:
-        whole.load_state_dict(weights)
+    if not world.first:
+        return model
+    with torch.device("meta"):
+        whole = LanguageModel(model.config)
+    whole.load_state_dict(weights, assign=True)
     return whole
 
 

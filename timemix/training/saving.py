@@ -1,6 +1,7 @@
 """Copies of weights and optimizer state from a trainer to a checkpoint and back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import Progress, checkpoint_name, read_progress
 from timemix.runs.load import check_weights
 from timemix.runs.save import save_checkpoint
-from timemix.runtime.distributed import ALONE, Elsewhere, World, own_part, own_rows, set_whole, whole
+from timemix.runtime.distributed import ALONE, World, own_part, own_rows, set_whole, whole
 from timemix.storage.sharded import StoredTensors, open_stored
 from timemix.tokenizers.base import Tokenizer
 from timemix.training.optim import state_names
@@ -110,7 +111,8 @@ def restore_training(
     """
     check_weights(model, folder)
     with open_stored(folder, "model") as stored:
-        _check_content(stored, world)
+        # Each file in one process.
+        world.all_check(partial(stored.check_content, world.rank, world.size))
         for name, own in model.state_dict().items():
             _read_own_rows(own, stored, name)
     progress = read_progress(folder)
@@ -123,7 +125,8 @@ def restore_training(
         )
     names = {id(p): name for name, p in model.named_parameters()}
     with open_stored(folder, "training") as stored:
-        _check_content(stored, world)
+        # Each file in one process.
+        world.all_check(partial(stored.check_content, world.rank, world.size))
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 for key in state_names(optimizer):
@@ -141,25 +144,6 @@ def restore_training(
                         _read_own_rows(value, stored, name)
                     optimizer.state[parameter][key] = value
     return progress
-
-
-def _check_content(stored: StoredTensors, world: World) -> None:
-    """Check the content of the files of a checkpoint, each file in one process.
-
-    Raises:
-        DamagedFile: In a process that found a damaged file.
-        Elsewhere: In the other processes.
-    """
-    error = None
-    try:
-        stored.check_content(world.rank, world.size)
-    except DamagedFile as damaged:
-        error = damaged
-    (failed,) = world.sum(float(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise Elsewhere
 
 
 @torch.no_grad()

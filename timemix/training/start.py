@@ -12,7 +12,7 @@ from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.models.config import ModelConfig
-from timemix.runs.folder import checkpoints, newest, warn_of_unfinished
+from timemix.runs.folder import check_resumable, checkpoints, newest, warn_of_unfinished
 from timemix.runs.load import Loaded, empty_model, load
 from timemix.runtime.distributed import ALONE, World
 from timemix.runtime.progress import ShowProgress, show
@@ -65,7 +65,8 @@ def new_run(
     if start is not None:
         _check_start(config.model, start)
     check_shares(config.train, world)
-    refuse_too_large(config, world)
+    # Free memory differs between the processes, so one of them may refuse alone.
+    world.all_check(lambda: refuse_too_large(config, world))
     world.first_does(lambda: _make_folder(out))
     try:
         with signals_raised():
@@ -195,7 +196,8 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     if saved:
         # Checks the weights before a model of the size in a possibly damaged config.toml takes memory.
         empty_model(config.model, saved[-1])
-    refuse_too_large(config, world)
+    # Free memory differs between the processes, so one of them may refuse alone.
+    world.all_check(lambda: refuse_too_large(config, world))
     trainer = Trainer(config, out, corpus, lock, world)
     if saved:
         trainer.restore(saved[-1])
@@ -237,6 +239,11 @@ def _take(out: Path) -> FolderLock:
         newest(out)
     lock = FolderLock(out)
     lock.take()
-    remove_unfinished(out / "checkpoints")
+    try:
+        remove_unfinished(out / "checkpoints")
+        check_resumable(out)
+    except BaseException:
+        lock.release()
+        raise
     warn_of_unfinished(out)
     return lock

@@ -18,7 +18,7 @@ from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, In
 from timemix.evaluation.loss import cross_entropy, loss_per_token
 from timemix.generation.sampler import Sampler
 from timemix.models.size import flops_per_token
-from timemix.runs.folder import Progress, best_loss, checkpoints, newest, prune
+from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runtime.device import autocast, choose_device, choose_precision
@@ -272,8 +272,7 @@ class Trainer:
         return f"the {what} is not finite at step {step}; {self._last_good()}"
 
     def _last_good(self) -> str:
-        kept = checkpoints(self.out)
-        return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
+        return last_good(self.out)
 
     def validate(self) -> float | None:
         """Return the loss on the whole held-out text in nats per token, None without held-out text.
