@@ -19,7 +19,7 @@ logger = logging.getLogger("timemix")
 Found = TypeVar("Found")
 
 NEEDED = ("config.toml", "model.safetensors", "tokenizer.json", "training.json")
-"""Files of a complete checkpoint. Training writes all of them atomically, but a copy may be incomplete.
+"""Files of a complete checkpoint. Training writes all files atomically, but a copied checkpoint may be incomplete.
 
 Instead of model.safetensors, a sharded checkpoint has an index and the files that the index names.
 """
@@ -181,7 +181,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
 
 
 def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path], Found]) -> Found:
-    """Find a checkpoint and read it. If training removes the checkpoint during the call, read its successor.
+    """Find a checkpoint and read it. If training removes the checkpoint during the call, read a newer checkpoint.
 
     Args:
         run: Run folder or checkpoint folder, as for `find`.

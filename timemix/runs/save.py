@@ -41,8 +41,8 @@ def save_checkpoint(
         shapes: Shapes of the whole tensors if each process writes its rows; None if process 0 writes whole tensors.
 
     Raises:
-        CannotWrite: The disk is full or not writable (raised in process 0).
-        Elsewhere: Process 0 raises CannotWrite (raised in all other processes).
+        CannotWrite: The disk is full or not writable. Only process 0 raises this error.
+        Elsewhere: Process 0 raises CannotWrite. All other processes raise this error.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
 

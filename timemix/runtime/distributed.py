@@ -25,7 +25,7 @@ _LONG = timedelta(days=7)
 
 
 class Elsewhere(Exception):
-    """Error in this process when another process of the run has failed. Only the other process prints a message."""
+    """Error in this process when another process of the run has failed. Only the failed process prints a message."""
 
 
 class World:
@@ -79,8 +79,8 @@ class World:
             action: Function that this process calls.
 
         Raises:
-            OSError: The action of any process raises an OSError (raised in process 0).
-            Elsewhere: The action of any process raises an OSError (raised in all other processes).
+            OSError: The action of any process fails with an OSError. Only process 0 raises this error.
+            Elsewhere: The action of any process fails with an OSError. All other processes raise this error.
         """
         number = 0
         try:
@@ -105,8 +105,8 @@ class World:
             The result of the function in process 0, None in the other processes.
 
         Raises:
-            Elsewhere: The function fails in process 0 (raised in all other processes). Process 0 raises the exception
-                of the function.
+            Elsewhere: The function fails in process 0. All other processes raise this error, and process 0 raises the
+                exception of the function.
         """
         failed = torch.full((1,), float(self.first))
         try:
@@ -168,8 +168,8 @@ def joined() -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        # The timeout is long because process 0 may work alone for a long time. If process 0 ends, any group fails at
-        # once.
+        # The timeout is long because process 0 may work alone for a long time. If process 0 ends, any process group
+        # fails at once.
         patient = dist.new_group(backend="gloo", timeout=_LONG)
     except (RuntimeError, ValueError) as error:
         raise Unavailable(

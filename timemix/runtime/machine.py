@@ -17,9 +17,9 @@ from torch import Tensor
 def keep_freed_memory() -> None:
     """Reuse the memory of freed tensors in this process, instead of returning the memory to the system at once.
 
-    Without this setting, every large tensor gets new pages, and each new page costs a page fault. A training step of
-    `seed` size has 94,000 page faults, which take a quarter of the step's time. Training programs call this function.
-    The setting lasts until the process ends, and has an effect only on Linux with glibc.
+    Without this setting, every large tensor gets new pages, and each new page costs a page fault. A training step of a
+    model of `seed` size then has 94,000 page faults, which take a quarter of the step's time. Training programs call
+    this function. The setting lasts until the process ends, and has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

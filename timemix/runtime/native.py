@@ -26,8 +26,8 @@ from timemix.runtime.cache import cache_folder
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder in which the compiler searches for included C files."""
 
-# The C library declares vectorized mathematical functions only with the flag -ffast-math. The linker must not get this
-# flag, because the processor would then round denormal numbers to zero in the whole process.
+# The C library declares vectorized mathematical functions only with the flag -ffast-math. The linker must not get
+# -ffast-math, because the processor would then round denormal numbers to zero in the whole process.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC")
 THREADS = "-fopenmp"
 
@@ -43,7 +43,7 @@ def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
         *flags: Compiler flags for this file, in addition to the flags for all files.
 
     Returns:
-        The library and the compiler. If the file cannot be compiled or loaded, None and the reason for the failure.
+        The library and the compiler, or None and the reason why the file cannot be compiled or loaded.
     """
     compiler = c_compiler()
     if compiler is None:
@@ -93,7 +93,7 @@ def _short_hash(content: bytes) -> str:
 
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """Load a library from the cache, and remove damaged ones."""
+    """Load a library from the cache, and remove damaged libraries of this name."""
     for path in folder.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_short_hash(path.read_bytes())}":
             return ctypes.CDLL(str(path))

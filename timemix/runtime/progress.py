@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 ShowProgress = Callable[[str], None] | bool
-"""True shows a bar or lines on stderr, and False shows nothing. A function is called with each line of text instead."""
+"""Destination of progress: True for a bar or lines on stderr, False for none, or a function that receives each line."""
 
 Advance = Callable[[int], object]
 """A function that the caller calls with the number of bytes read so far."""
@@ -25,7 +25,7 @@ def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
     """Show the progress of reading a text after QUIET_SECONDS.
 
     Args:
-        progress: Where to show the progress.
+        progress: Destination of the progress.
         what: Short description of the text that is read.
         total: Size of the text in bytes.
 
@@ -51,7 +51,7 @@ def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> It
     """Show the progress of reading a text.
 
     Args:
-        progress: Where to show the progress.
+        progress: Destination of the progress.
         what: Short description of the text that is read.
         have: Number of bytes that have been read already.
         total: Size of the text in bytes; None if unknown.

@@ -50,8 +50,8 @@ class Load:
         """Measure the load, at most once in `INTERVAL`, and let waiting threads sleep if processors are scarce.
 
         Returns:
-            Number of threads for code whose results do not depend on the number of threads. At least 1 and at most
-            PyTorch's number of threads; fewer if other processes occupy processors.
+            Number of threads for code whose results do not depend on the number of threads. This number is at least 1,
+            and is lower than PyTorch's number of threads if other processes occupy processors.
         """
         threads = torch.get_num_threads()
         if threads == 1 or not self._may_choose:

@@ -4,7 +4,8 @@
     model-0-of-2.safetensors, model-1-of-2.safetensors       rows of each tensor, in the order of the files
     model.index.json                                         the files, and the shapes of the whole tensors
 
-A tensor without dimensions is in the first file alone. Optimizer states have the name `training` instead of `model`.
+A tensor without dimensions is in the first file alone. The names of the files of the optimizer state begin with
+`training` instead of `model`.
 """
 
 import json

@@ -20,7 +20,7 @@ OPTIONAL = {"optional": True}
 
 @dataclass(frozen=True)
 class Range:
-    """Least and largest allowed value of a number, or length of a list."""
+    """Least and largest allowed value of a number, or least and largest allowed length of a list."""
 
     least: float
     most: float = sys.float_info.max
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read a JSON object as a dataclass.
+    """Read a JSON object from a file, and convert the object to a dataclass.
 
     Args:
         path: The file.

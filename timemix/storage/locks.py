@@ -139,8 +139,8 @@ class FolderLock:
 def is_held(folder: Path) -> bool:
     """Return whether a process holds the `FolderLock` of a folder.
 
-    The function reads the file that names the process. It takes no lock, so it does not disturb other processes. A
-    process on another machine is assumed to be running.
+    The function reads the file that names the process. The function takes no lock, so other processes are not
+    disturbed. A process on another machine is assumed to be running.
     """
     import psutil
 

@@ -21,7 +21,7 @@ class StoredTensors:
 
     Args:
         path: Path of the only file or of the index, for messages.
-        files: Path and opened safetensors file of each file, in the order of the rows that the files hold.
+        files: Pairs of path and opened safetensors file, in the order of the rows that the files hold.
         shapes: Shapes of the whole tensors by name; None to use the shapes in the only file.
 
     Raises:
@@ -39,7 +39,7 @@ class StoredTensors:
         self.shapes = own if shapes is None else shapes
         for name in sorted(self._parts.keys() | self.shapes.keys()):
             if not self._make_up(self._parts.get(name, []), self.shapes.get(name)):
-                raise DamagedFile(f"{path} does not fit its files: their rows of {name} are not those of one tensor")
+                raise DamagedFile(f"{path} does not fit its files: the rows of {name} in the files are not one tensor")
 
     @staticmethod
     def _make_up(parts: list[Any], shape: list[int] | None) -> bool:

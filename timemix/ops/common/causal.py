@@ -7,10 +7,11 @@
 The running sum is separate for each channel. Each head has a curve f, which depends on the lag t - u. The convolution
 is computed in blocks of L = 256 outputs. The outputs at positions a to a+L-1 are the product of an (L, a+L) strip of W
 with x[0], ..., x[a+L-1]. As W depends on the lag alone, all strips are parts of one (L, T) matrix, so memory grows
-linearly with time.
+linearly with T.
 
 Both sums are accurate for terms of any finite size. Terms from the future of an output are left out of the sum or
-multiplied by an exact zero, so they add no rounding error to the output. For gradients, past and future are exchanged.
+multiplied by an exact zero, so they add no rounding error to the output. In gradients, terms from the past are left out
+or multiplied by an exact zero.
 """
 
 from typing import Any
@@ -110,9 +111,9 @@ running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
     """Create matrices from curves: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
 
-    With rows = columns, the result is W for a whole text. With fewer rows, the result is the last rows of W. The zeros
-    for future positions are padding, so their gradient is dropped. That gradient can be infinite, and multiplying an
-    infinite gradient by zero would give NaN.
+    With rows = columns, the result is W for a whole text. With fewer rows than columns, the result is the last rows of
+    W. The zeros for future positions are padding, so their gradient is dropped. The gradient of padding can be
+    infinite, and multiplying an infinite gradient by zero would give NaN.
 
     Args:
         f: Curves (H, ctx_len) by lag; f is 0 at lags from ctx_len on.

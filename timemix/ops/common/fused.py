@@ -12,8 +12,8 @@ Each kernel makes one pass over memory:
 The file fused.c lists the C files, which contain the backward formulas. The kernels also add the biases of linear maps,
 which saves a pass over memory.
 
-The kernels support matrix products in float32 and bfloat16 on the CPU. They require a C compiler, and are not used in
-code that torch.compile compiles. In all other cases, the modules that call these functions use PyTorch instead.
+The kernels support matrix products in float32 and bfloat16 on the CPU. The kernels require a C compiler, and are not
+used in code that torch.compile compiles. If the kernels cannot be used, the calling modules use PyTorch instead.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ _left_out = False
 
 
 def serves(x: Tensor) -> bool:
-    """Return whether to use these kernels in a model.
+    """Return whether to use the C kernels of this module in a model.
 
     Args:
         x: Input of a sublayer (..., C).
@@ -98,7 +98,7 @@ def available() -> bool:
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Disable these kernels in a `with` block, for hooks on single linear maps or to measure PyTorch alone."""
+    """Disable the C kernels in a `with` block, for hooks on single linear maps or to measure PyTorch alone."""
     global _left_out
     before, _left_out = _left_out, True
     try:
@@ -238,7 +238,7 @@ def _numbers(x: Tensor) -> Tensor:
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """Compile and load fused.c. Return the library and the compiler, or None and the reason for the failure."""
-    # The flag preserves NaN, because a NaN shows that a run diverged.
+    # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
     return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={_PARTS}")
 
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 class Operator:
     """A function that is a custom PyTorch operator in compiled code and for selective recomputation, else plain Python.
 
-    On the first call of a custom operator, PyTorch imports its compiler. The import takes longer than generating a
-    short text. In eager code, a `torch.autograd.Function` therefore provides the gradients.
+    On the first call of a custom operator, PyTorch imports its compiler. Importing the compiler takes longer than
+    generating a short text. In eager code, a `torch.autograd.Function` therefore provides the gradients.
 
     Args:
         name: Name of the operator, "timemix::NAME".

@@ -50,7 +50,7 @@ def block_length(T: int) -> int:
 def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
     """Convolve x with one curve per head: y[t] = sum_{u<=t} f(t-u) x[u].
 
-    Memory grows linearly with time, except for the spectra (2, L + 1, n, n) of the curve of one head.
+    Memory grows linearly with T, except for the spectra (2, L + 1, n, n) of the curve of one head.
 
     Args:
         x: Sources (B, T, H, N).
@@ -107,8 +107,8 @@ def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tu
             # The transpose of the lower triangular G sums over later blocks: conj(G)^T (2, L + 1, n, n) by (n, B N)
             back = _complex_product(_filter_spectra(wide[h], E, n).mT, dspectra, first=-1)
             dsource.addmm_(A.t(), back.view(len(A), -1))
-            # (2, L + 1, n, B N) by (2, L + 1, B N, n) gives pairs of blocks (2, L + 1, n, n). These are then summed for
-            # each distance d = 1 to n - 1.
+            # (2, L + 1, n, B N) by (2, L + 1, B N, n) gives pairs of blocks (2, L + 1, n, n). The pairs are then summed
+            # for each distance d = 1 to n - 1.
             pairs = _complex_product(dspectra, spectra.mT, second=-1)
             by_distance = diagonal_sums(pairs.flatten(0, 1))[:, n:]
             # (n - 1, 2 (L+1)) -> (n - 1, 2 L), for the lags from d L - L to d L + L - 1. The last L lags of a distance
@@ -149,7 +149,7 @@ def _transforms(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
     E[w, lag] = exp(-i pi w lag / L) at the frequencies w = 0 to L of period 2 L, real parts before imaginary parts.
     A is E at the lags from 0 to L - 1, multiplied by sqrt(share(w)). A^T (G (A x)) is then the circular convolution of
-    period 2 L at the L positions of a block. The wrap-around of this convolution does not reach these positions.
+    period 2 L at the L positions of a block. The circular convolution does not wrap around to these L positions.
     """
     frequency = torch.arange(L + 1, dtype=torch.float64, device=device)[:, None]
     lag = torch.arange(1 - L, L, dtype=torch.float64, device=device)

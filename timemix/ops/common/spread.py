@@ -1,4 +1,4 @@
-"""Broadcasts of parameters, and embeddings, whose gradients PyTorch's own kernels sum, even in compiled code.
+"""Broadcasts and embeddings whose gradients are summed by PyTorch's own kernels, even in compiled code.
 
     y[..., c] = x[c];   dx[c] = sum of dy[..., c]
 

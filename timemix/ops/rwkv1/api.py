@@ -108,7 +108,7 @@ def choose_backend(
     """
     if backend == "auto":
         if free:
-            return "dense", "a free W is a matrix"
+            return "dense", "each pair of positions has its own weight"
         if positions <= DENSE_UP_TO:
             return "dense", f"fastest up to {DENSE_UP_TO} positions"
         if positions <= blocked_up_to(dtype):

@@ -43,7 +43,7 @@ def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
         phi_2i(lag + d)   = c phi_2i(lag)   - s phi_2i+1(lag)        c = exp(-rate d) cos(angle d)
         phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag)          s = exp(-rate d) sin(angle d), 0 for a real slot
 
-    A state S moves by d lags by turn^d(S) = c S + s partners(S), with the function `partners`.
+    With the function `partners`, a state S that is moved by d lags is turn^d(S) = c S + s partners(S).
 
     Args:
         curves: Parameters of the curves.

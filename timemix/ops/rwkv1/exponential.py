@@ -24,8 +24,8 @@ There are three implementations:
 - In all other cases, `_chunk` computes chunks of 128 positions.
 - For tests, `_reference` computes the recurrence in loops.
 
-The shapes are k, v (B, T, H, N), alpha, beta (H, ctx_len), and those of the curves in `curves.py`. There are K slots
-and M taps.
+The shapes are k, v (B, T, H, N) and alpha, beta (H, ctx_len). `Curves` lists the shapes of the parameters of curves.
+Each head has K slots and M taps.
 """
 
 from typing import NamedTuple
@@ -52,8 +52,8 @@ class ExpState(NamedTuple):
         numerators: S (B, H, K, N).
         denominators: D (B, H, N).
         position: Number of earlier tokens of each row (B,).
-        taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, which rho multiplies as it multiplies S; None
-            without taps.
+        taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho at each token past ctx_len;
+            None without taps.
     """
 
     numerators: Tensor
@@ -171,8 +171,8 @@ def _reference(
 ) -> tuple[Tensor, ExpState]:
     """Compute the recurrence in loops over rows, positions and slots.
 
-    alpha and beta are (H, ctx_len + 1). Their last entry applies to all positions from ctx_len on. The other arguments
-    are those of `wkv1_exp`.
+    alpha and beta are (H, ctx_len + 1), and their last entry applies to all positions from ctx_len on. The other
+    arguments are those of `wkv1_exp`.
     """
     B, T, H, _ = k.shape
     K, dtype = curves.rate.shape[1], past.numerators.dtype
@@ -243,10 +243,10 @@ def _chunk(
         wkv[i]       = beta(i) numerator[i] / total[i]
         after the chunk:  S = turn^L(S) + sum_j phi(L-1-j) x[j],   D = total[L-1]
 
-    Numerator and total may have a common factor, which cancels. So instead of multiplying the past by rho at each step,
-    each source (x or e^k) is multiplied by rho^-n. Here n is the number of steps past ctx_len, from the start of the
-    chunk up to the source. At the end of the chunk, the state is multiplied by rho^n. Unlike in `wkv1_exp`, entries of
-    `lengths` may be 0.
+    Numerator and total may have a common factor, which cancels. So the past is not multiplied by rho at each step.
+    Instead, each source (x or e^k) is multiplied by rho^-n. Here n is the number of steps past ctx_len, from the start
+    of the chunk up to the source. At the end of the chunk, the state is multiplied by rho^n. Unlike in `wkv1_exp`,
+    entries of `lengths` may be 0.
     """
     L = k.shape[1]
     dtype, position = past.numerators.dtype, past.position

@@ -47,7 +47,7 @@ def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
 
 
 def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by spectra at position 0, else in blocks of time, because rows may then be at different positions."""
+    """Mix by spectra if all rows start at position 0, else in blocks of time."""
     return spectral_convolution(x, f) if position is None else _by_blocks(f, x, position, T)
 
 
@@ -97,8 +97,8 @@ def parallel_wkv1(
         counted = torch.arange(T, device=k.device) < lengths[:, None]
         # Padding must add nothing to the running sum.
         exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    # The terms of a weighted denominator are alpha exp(k), and those of the numerator are alpha exp(k) v. Both are
-    # (B, T, H, N).
+    # The terms of a weighted denominator are alpha exp(k), and the terms of the numerator are alpha exp(k) v. All terms
+    # are (B, T, H, N).
     source = times_table(exp_k, alpha, position)
     # The casts are explicit because arithmetic on mixed dtypes is slow on the CPU.
     product = source * v.to(source.dtype)
