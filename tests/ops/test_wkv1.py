@@ -368,7 +368,7 @@ def test_auto_gives_its_reason():
     assert choose_backend("auto", 1025) == ("spectral", "fastest past 1024 positions")
     assert choose_backend("auto", 1025, torch.bfloat16) == ("blocked", "fastest from 256 to 2048 positions")
     assert choose_backend("auto", 1025, weighted=True)[0] == "blocked"
-    assert choose_backend("auto", 10**6, free=True) == ("dense", "a free W is a matrix")
+    assert choose_backend("auto", 10**6, free=True) == ("dense", "each pair of positions has its own weight")
 
 
 @pytest.mark.parametrize(("form", "least"), [("blocked", 257), ("spectral", 1025)])

@@ -1,5 +1,5 @@
-"""The tensor functions of the models, without parameters of their own; `ops.rwkv1` and `ops.rwkv7` export the public ones.
+"""Tensor functions of the models. `ops.rwkv1` and `ops.rwkv7` export the public functions.
 
-Shapes everywhere: B batch, T time (tokens of this call), U past and present (positions 0 ... U-1), C channels, H heads,
-N head size (C = H * N), V vocabulary.
+The functions have no trainable parameters. The letters in shapes are: B batch size, T tokens of this call, U past and
+present positions (0 to U-1), C channels, H heads, N head size (C = H * N), V vocabulary size.
 """

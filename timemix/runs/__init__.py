@@ -1,1 +1,1 @@
-"""Run folders: configs, checkpoints and metrics, as training writes and all other parts read them."""
+"""Run folders with the configs, checkpoints and metrics that training writes and all other parts read."""

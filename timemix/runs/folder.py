@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder: all complete ones, the newest and the best."""
+"""Functions that find, read and remove the checkpoints of a run folder."""
 
 import contextlib
 import logging
@@ -19,9 +19,9 @@ logger = logging.getLogger("timemix")
 Found = TypeVar("Found")
 
 NEEDED = ("config.toml", "model.safetensors", "tokenizer.json", "training.json")
-"""Files of a complete checkpoint. Training writes all of them atomically, but a copy may be incomplete.
+"""Files of a complete checkpoint. Training writes all files atomically, but a copied checkpoint may be incomplete.
 
-A sharded checkpoint has an index, and the files that it names, instead of model.safetensors.
+Instead of model.safetensors, a sharded checkpoint has an index and the files that the index names.
 """
 
 
@@ -32,33 +32,33 @@ def checkpoint_name(step: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Content of training.json in a checkpoint: the state of a run besides its tensors."""
+    """The state of a run without its tensors, as training.json of a checkpoint stores it."""
 
     step: Count
     """Number of finished steps."""
     tokens: Count = 0
-    """Tokens trained on so far."""
+    """Number of training tokens so far."""
     seconds: NotNegative
-    """Seconds of training so far, without validation and saving."""
+    """Training time so far in seconds, without validation and saving."""
     valid_loss: float | None
     """Newest validation loss, in nats per token."""
     valid_step: Count | None
     """Step of `valid_loss`."""
     losses_since_line: tuple[float, ...] = ()
-    """Losses of the steps after the newest line of metrics.jsonl, in nats per token."""
+    """Training losses of the steps after the newest line of metrics.jsonl, in nats per token."""
     usual_loss: tuple[float, NotNegative, NotNegative] = (0.0, 0.0, 0)
-    """Mean, variance and number of losses, as in `SpikeWatch.state`."""
+    """Mean of the losses, variance of the losses, and number of losses, as in `SpikeWatch.state`."""
     validations_without_gain: Count = 0
     """Number of validations since the lowest validation loss."""
     data: dict[str, str] = field(default_factory=dict)
-    """Hashes (sha256) of both splits and of the tokenizer."""
+    """Hashes (sha256) of the training split, the validation split and the tokenizer."""
 
 
 def read_progress(folder: Path) -> Progress:
     """Read training.json of a checkpoint.
 
     Raises:
-        FileError: The file is missing or damaged, or a value is out of its range.
+        FileError: The file is missing or damaged, or a value in the file is out of range.
     """
     path = folder / "training.json"
     progress = read_record(path, Progress)
@@ -80,7 +80,7 @@ def _lacking(checkpoint: Path) -> list[str]:
     index = index_path(checkpoint, "model")
     if not (checkpoint / "model.safetensors").exists() and (index.exists() or _shards(checkpoint)):
         needed[needed.index("model.safetensors")] = index.name
-        # A damaged index is reported by those who read it.
+        # Functions that load the checkpoint report a damaged index.
         with contextlib.suppress(FileError):
             needed += read_index(checkpoint, "model").files
     return [name for name in needed if not (checkpoint / name).exists()]
@@ -91,7 +91,7 @@ def checkpoints(run: Path) -> list[Path]:
     while True:
         found = _folders(run)
         whole = [folder for folder in found if not _lacking(folder)]
-        # If training removed a checkpoint meanwhile, a newer one has appeared: list them again.
+        # If training removed a checkpoint during the loop, a newer checkpoint exists, so the loop repeats.
         if all(os.path.lexists(folder) for folder in found):
             return whole
 
@@ -103,7 +103,7 @@ def last_good(run: Path) -> str:
 
 
 def warn_of_unfinished(run: Path) -> None:
-    """Warn of each checkpoint that is skipped because files are missing."""
+    """Warn of each checkpoint that is skipped because some of its files are missing."""
     for folder in _folders(run):
         lacking = _lacking(folder)
         if lacking and os.path.lexists(folder):
@@ -133,9 +133,9 @@ def newest(run: Path) -> Path:
 
 
 def _validated(run: Path) -> list[tuple[float, Path]]:
-    """Return validation loss and folder of the checkpoints that were validated at their own step.
+    """Return the validation loss and folder of each checkpoint that was saved at the step of a validation.
 
-    Checkpoints that training removes meanwhile are left out.
+    Checkpoints that training removes during the call are left out.
     """
     found = []
     for folder in checkpoints(run):
@@ -151,22 +151,22 @@ def _validated(run: Path) -> list[tuple[float, Path]]:
 
 
 def best(run: Path) -> Path:
-    """Return the checkpoint of the lowest validation loss, or the newest if none was validated at its own step.
+    """Return the checkpoint with the lowest validation loss, or the newest checkpoint if no checkpoint was validated.
 
     Raises:
         MissingFile: The run does not exist or has no complete checkpoint.
-        FileError: A training.json is damaged.
+        FileError: The training.json of a checkpoint is damaged.
     """
     return min(_validated(run), default=(0.0, None))[1] or newest(run)
 
 
 def best_loss(run: Path) -> float:
-    """Return the lowest validation loss of a run's checkpoints in nats per token, infinity if none was validated."""
+    """Return the lowest validation loss of the checkpoints in nats per token; infinity if no checkpoint has one."""
     return min((loss for loss, _ in _validated(run)), default=math.inf)
 
 
 def prune(run: Path) -> None:
-    """Remove all checkpoints of a run but the newest and the best."""
+    """Remove all checkpoints of a run except the newest and the best."""
     keep = {newest(run), best(run)}
     for folder in checkpoints(run):
         if folder not in keep:
@@ -177,12 +177,12 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     """Return the folder of a checkpoint.
 
     Args:
-        run: Run folder, or a checkpoint folder, which is returned itself.
-        checkpoint: "best" (lowest validation loss), "newest", or a step; for a run folder.
+        run: Run folder, or a checkpoint folder, which `find` returns unchanged.
+        checkpoint: "best" (lowest validation loss), "newest", or a step. Ignored if `run` is a checkpoint folder.
 
     Raises:
         MissingFile: The run or the checkpoint does not exist.
-        FileError: A training.json is damaged.
+        FileError: The training.json of a checkpoint is damaged.
     """
     path = Path(run)
     if not path.is_dir():
@@ -202,19 +202,19 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
 
 
 def read_checkpoint(run: str | Path, checkpoint: str | int, read: Callable[[Path], Found]) -> Found:
-    """Find a checkpoint and read it. If training removes it meanwhile, its successor is read.
+    """Find a checkpoint and read it. If training removes the checkpoint during the call, read a newer checkpoint.
 
     Args:
         run: Run folder or checkpoint folder, as for `find`.
         checkpoint: "best", "newest" or a step, as for `find`.
-        read: Called with the checkpoint folder.
+        read: Function that reads the checkpoint; its argument is the checkpoint folder.
 
     Returns:
         The result of `read`.
 
     Raises:
         MissingFile: The run or the checkpoint does not exist.
-        FileError: A file is damaged, or `read` raised this error.
+        FileError: A file is damaged, or `read` raises a FileError.
     """
     while True:
         folder = find(run, checkpoint)

@@ -1,4 +1,4 @@
-"""List of the runs below a folder, with state, progress and losses. Does not import torch."""
+"""List of the runs below a folder, with state, progress and losses. This module does not import torch."""
 
 import math
 import time
@@ -22,16 +22,16 @@ class RunSummary:
 
     Args:
         folder: Run folder.
-        state: "running": a process trains it. "complete": it reached its last step or an early stop. "stopped":
-            neither. "damaged": a file cannot be read, see `error`.
+        state: "running" if a process trains the run, "complete" after the last step or an early stop, "damaged" if a
+            file cannot be read (see `error`), else "stopped".
         arch: Architecture.
-        parameters: Number of parameters, None before the first checkpoint.
-        step: Number of finished steps, as far as metrics.jsonl or a checkpoint shows them.
+        parameters: Number of parameters; None before the first checkpoint.
+        step: Number of finished steps that metrics.jsonl or a checkpoint records.
         steps: Number of steps of the whole run.
         loss: Newest training loss in nats per token.
         valid_loss: Newest validation loss in nats per token.
         age: Seconds since the run last wrote to metrics.jsonl.
-        error: Message about a damaged run, else None.
+        error: Error message if the run is damaged, else None.
     """
 
     folder: str
@@ -69,7 +69,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     except PermissionError:
         return
     for each in inside:
-        # Links are followed only to a run, so the search cannot run in a circle.
+        # The search follows a link only if it points to a run, so the search cannot loop forever.
         if not each.name.startswith(".") and each.is_dir() and (_is_run(each) or not each.is_symlink()):
             yield from _run_folders(each)
 
@@ -111,7 +111,7 @@ def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def stored_parameters(checkpoint: Path) -> int:
-    """Return the number of parameters in a checkpoint, from the header of its weights or from their index.
+    """Return the number of parameters in a checkpoint, from the header or the index of its weights.
 
     Raises:
         FileError: The file is missing, damaged or not a safetensors file.

@@ -1,4 +1,4 @@
-"""Loading of trained models from run folders and checkpoints, with checks that their files fit together."""
+"""Loading of trained models from run folders and checkpoints, with checks that the files belong together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ class Loaded:
         model: The model.
         tokenizer: The tokenizer of the model.
         config: The config of the run.
-        folder: The checkpoint folder that the model was loaded from.
+        folder: The checkpoint folder from which the model was loaded.
     """
 
     model: LanguageModel
@@ -38,7 +38,7 @@ class Loaded:
         return f"Loaded({self.config.model.arch}, {parameters:,} parameters, from {str(self.folder)!r})"
 
     def corpus(self) -> Corpus:
-        """Open the tokens that the model was trained and validated on.
+        """Open the tokens on which the model was trained and validated.
 
         Raises:
             MissingFile: The tokens do not exist.
@@ -58,14 +58,16 @@ class Loaded:
 
 
 def check_weights(model: LanguageModel, folder: Path) -> None:
-    """Check that the weights of a checkpoint fit a model, by names, shapes and types, without reading them.
+    """Check that the weights of a checkpoint have the names, shapes and types that a model needs.
+
+    The check reads no weights.
 
     Args:
         model: The model, which may be on the "meta" device.
         folder: The checkpoint.
 
     Raises:
-        DamagedFile: The weights do not fit the model.
+        DamagedFile: The names, shapes or types of the weights do not match the model.
     """
     ours = model.state_dict()
     with open_stored(folder, "model") as stored:
@@ -84,16 +86,16 @@ def check_weights(model: LanguageModel, folder: Path) -> None:
 
 
 def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
-    """Return the model of a config on the "meta" device, which takes no memory, and check that the weights fit it.
+    """Return the model of a config on the "meta" device, and check that the weights fit the model.
 
-    A damaged config thus cannot cause work or memory use of any size.
+    On the "meta" device, tensors take no memory. So a damaged config cannot cause a large allocation.
 
     Args:
         config: Config of the model.
         folder: The checkpoint.
 
     Raises:
-        DamagedFile: The weights do not fit the model.
+        DamagedFile: The names, shapes or types of the weights do not match the model.
     """
     with open_stored(folder, "model") as stored:
         layers = len({name.split(".")[1] for name in stored.shapes if name.startswith("blocks.")})
@@ -121,8 +123,8 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
 
     Raises:
         MissingFile: The run or the checkpoint does not exist.
-        DamagedFile: A file is damaged, or the files do not fit together.
-        Unavailable: The machine does not have the device.
+        DamagedFile: A file is damaged, or the files do not belong together.
+        Unavailable: The device does not exist on this machine.
     """
     where, _ = choose_device(device)
     return read_checkpoint(run, checkpoint, lambda folder: _loaded(folder, where))
@@ -146,7 +148,7 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
     model = empty_model(config.model, folder)
     with open_stored(folder, "model") as stored:
         stored.check_content()
-        # Copies, since the tensors of the file may be the file itself, mapped into memory.
+        # Tensors are copied because those of the file may be mapped memory, which changes with the file.
         weights = {name: stored.tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

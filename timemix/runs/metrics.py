@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: writing and reading."""
+"""Writing and reading of the file metrics.jsonl of a run."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from timemix.storage.files import atomic_file, cannot_write, read_lines
 from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
-"""A line of metrics.jsonl: the step, and values by name."""
+"""A line of metrics.jsonl, with the step and other values by name."""
 
 
 class Metrics:
-    """Writer of metrics.jsonl, with one JSON object per logged step, in the order of the steps.
+    """Writer of metrics.jsonl, with one JSON object for each logged step, in the order of the steps.
 
     Args:
         path: The file.
@@ -33,15 +33,15 @@ class Metrics:
             file.writelines(line for line in read_lines(self.path) if _step_of(line) <= step)
 
     def write(self, line: Line) -> None:
-        """Append a line, after the lines that earlier calls could not write.
+        """Append the lines that earlier calls could not write, and then this line.
 
         Raises:
-            CannotWrite: The disk is full or not writable. The next call writes the line.
+            CannotWrite: The disk is full or not writable. The next call of `write` tries to append the line again.
         """
         self._unwritten.append(line)
         raw = "".join(json.dumps(each) + "\n" for each in self._unwritten).encode()
         try:
-            # Unbuffered, so that closing the file does not repeat a write that a full disk refused.
+            # Without a buffer, closing the file does not repeat a write that failed on a full disk.
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 if file.write(raw) != len(raw):
@@ -53,7 +53,7 @@ class Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a complete line, infinity for any other line."""
+    """Return the step of a complete line, or infinity if the line is incomplete or has no step."""
     try:
         step = json.loads(line.decode())["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -62,21 +62,21 @@ def _step_of(line: bytes) -> float:
 
 
 LARGEST_METRICS = 64 * 2**20
-"""Largest number of bytes of metrics.jsonl, about 250,000 lines; its content takes up to 15 times as much memory."""
+"""Maximum size of metrics.jsonl in bytes, about 250,000 lines. The parsed lines take up to 15 times as much memory."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl, oldest first.
+    """Read the lines of metrics.jsonl of a run, oldest first.
 
-    Every line has a step. Most lines also have tokens, seconds, and loss or valid_loss in nats per token. An incomplete
-    last line, as a killed process leaves it, is skipped.
+    Every line has a step. Most lines also have tokens, seconds, and loss or valid_loss in nats per token. If a killed
+    process left an incomplete last line, `read_metrics` skips this line.
 
     Args:
         run: Run folder.
 
     Raises:
         MissingFile: The folder or the file does not exist.
-        DamagedFile: A line before the last one is not a JSON object.
+        DamagedFile: A line before the last line is not a JSON object.
     """
     if not run.is_dir():
         raise MissingFile(f"there is no run folder {run}; name a folder that training has written")

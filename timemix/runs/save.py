@@ -1,4 +1,4 @@
-"""Atomic writes of checkpoints, by process 0 alone or in one file per process."""
+"""Atomic writes of checkpoints, in one file by process 0 alone or in one file per process."""
 
 import contextlib
 import json
@@ -31,17 +31,17 @@ def save_checkpoint(
 
     Args:
         run: Run folder.
-        tensors: Tensors of "model" and of "training" by name, on the CPU: whole, or with `shapes` the rows of this
-            process.
+        tensors: Tensors of "model" and of "training" by name, on the CPU. With `shapes`, each tensor contains the rows
+            of this process; else, the tensors are whole.
         config: Config of the run.
         tokenizer: Tokenizer of the run.
-        progress: State of the run besides its tensors.
-        world: The processes of the run. With `shapes` all of them must call, otherwise process 0 alone.
-        shapes: Shapes of the whole tensors, if each process writes its rows.
+        progress: State of the run without its tensors.
+        world: The processes of the run. With `shapes`, all processes must call this function; else, process 0 alone.
+        shapes: Shapes of the whole tensors if each process writes its rows; None if process 0 writes whole tensors.
 
     Raises:
-        CannotWrite: In process 0: the disk is full or not writable.
-        Elsewhere: In the other processes, when process 0 raises CannotWrite.
+        CannotWrite: The disk is full or not writable. Only process 0 raises this error.
+        Elsewhere: Process 0 raises CannotWrite. All other processes raise this error.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
 

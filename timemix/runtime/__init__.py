@@ -1,1 +1,1 @@
-"""The machine: device, memory, processes, threads, compiled C code."""
+"""Access to the machine: device, memory, processes, threads and compiled C code."""

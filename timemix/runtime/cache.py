@@ -1,4 +1,4 @@
-"""The user's cache folder: downloads and compiled C code."""
+"""The cache folder of the user, which holds downloads and compiled C code."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from timemix.errors import Unavailable
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache, which may not exist yet.
+    """Return the cache folder of timemix, which may not exist yet.
 
     Returns:
-        The folder: that of the operating system, or below XDG_CACHE_HOME.
+        A folder in XDG_CACHE_HOME if this variable is set, else in the cache folder of the operating system.
 
     Raises:
         Unavailable: The user has no home folder.

@@ -1,4 +1,4 @@
-"""The device and the precision of a run, and how "auto" chooses them."""
+"""The choice of the device and of the precision of a run."""
 
 import contextlib
 
@@ -11,18 +11,18 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
     """Choose the precision of matrix products.
 
     Args:
-        precision: Name of a precision, or "auto": bfloat16 if the device has instructions for it, else float32.
-        device: Device of the products.
+        precision: Name of a precision, or "auto" for bfloat16 on a device with bfloat16 instructions, else float32.
+        device: Device of the matrix products.
 
     Returns:
-        The precision, and the reason.
+        The precision, and the reason for the choice.
     """
     if precision != "auto":
         return precision, "asked for"
     if device.type == "cuda":
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Older PyTorch versions report no capabilities. Without native instructions bfloat16 is slower than float32.
+        # Older PyTorch versions report no capabilities. Without bfloat16 instructions, bfloat16 is slower than float32.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         has_it = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     if has_it:
@@ -34,14 +34,14 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """Choose the device of a process.
 
     Args:
-        device: Name of a PyTorch device, or "auto": a CUDA device if there is one, else the CPU.
-        local_rank: Index of the CUDA device for "auto": rank of the process on its machine.
+        device: Name of a PyTorch device, or "auto" for a CUDA device if the machine has one, else the CPU.
+        local_rank: Rank of the process on its machine, which is the index of the CUDA device for "auto".
 
     Returns:
-        The device, and the reason.
+        The device, and the reason for the choice.
 
     Raises:
-        Unavailable: PyTorch does not know the device, or this machine does not have it.
+        Unavailable: The device does not exist in PyTorch or on this machine.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -60,12 +60,12 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
             f"device {device!r} cannot be used: this PyTorch was built without {found.type}; use auto or cpu"
         ) from error
     except (RuntimeError, AssertionError, ImportError) as error:
-        # PyTorch's message lists every backend after its first sentence.
+        # PyTorch's message lists every backend after the first sentence.
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise Unavailable(f"device {device!r} cannot be used: {reason}; use auto or cpu") from error
     return found, "asked for"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which matrix products run in bfloat16 if `precision` is "bfloat16", else unchanged."""
+    """Return a context that runs matrix products in bfloat16 if `precision` is "bfloat16", else changes nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,7 +1,6 @@
-"""The processes that train one model together: `torchrun` starts them, torch.distributed connects them.
+"""The processes that train one model together, which `torchrun` starts and torch.distributed connects.
 
-Each process has a `World` with its rank. A program that runs without torchrun has a world of size 1 and runs the same
-code.
+Each process has a `World` with its rank. Without torchrun, a program runs the same code with a world of size 1.
 """
 
 import contextlib
@@ -20,25 +19,25 @@ from timemix.errors import TimemixError, Unavailable
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(seconds=60)
-"""How long a process waits for another one in a collective operation before it counts as lost."""
+"""Time for which a process waits for another process in a collective operation before it stops with an error."""
 
 _LONG = timedelta(days=7)
 
 
 class Elsewhere(Exception):
-    """Another process of the run failed and reports the error; this process ends without a message."""
+    """Error in this process when another process of the run has failed. Only the failed process prints a message."""
 
 
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, with the rank of this process.
 
     Args:
         rank: Rank of this process, 0 to size - 1; only rank 0 writes files and prints.
         size: Number of processes.
-        local_rank: Rank of this process among those of its machine, 0 to local_size - 1.
+        local_rank: Rank of this process among the processes of its machine, 0 to local_size - 1.
         local_size: Number of processes on this machine.
         store: Key-value store that the processes share; None in a world of size 1.
-        patient: Process group with a long timeout, for work of process 0 alone; None in a world of size 1.
+        patient: Process group with a long timeout, which waits while process 0 works alone; None in a world of size 1.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is process 0."""
+        """True if this process is process 0."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
@@ -65,7 +64,7 @@ class World:
             *values: The values of this process.
 
         Returns:
-            The sums, equal in all processes.
+            The sums, which are equal in all processes.
         """
         if self.size == 1:
             return list(values)
@@ -77,11 +76,11 @@ class World:
         """Run `action`, which may use the file system, in every process.
 
         Args:
-            action: Of this process.
+            action: Function that this process calls.
 
         Raises:
-            OSError: In process 0, where the action of any process raises it.
-            Elsewhere: In the other processes then.
+            OSError: The action of any process fails with an OSError. Only process 0 raises this error.
+            Elsewhere: The action of any process fails with an OSError. All other processes raise this error.
         """
         number = 0
         try:
@@ -120,16 +119,17 @@ class World:
             raise Elsewhere
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:
-        """Call a function in process 0 alone; the other processes wait until it ends, however long it takes.
+        """Call a function in process 0 alone. The other processes wait until the function returns.
 
         Args:
             action: The function.
 
         Returns:
-            Its result in process 0, None in the other processes.
+            The result of the function in process 0, None in the other processes.
 
         Raises:
-            Elsewhere: The function raised, in the other processes; process 0 raises the exception itself.
+            Elsewhere: The function fails in process 0. All other processes raise this error, and process 0 raises the
+                exception of the function.
         """
         failed = torch.full((1,), float(self.first))
         try:
@@ -143,17 +143,18 @@ class World:
         return result
 
     def says_first(self) -> bool:
-        """Return whether this process is the first of the run to call this, so that only one prints a message.
+        """Return whether this process is the first to call this method, so that only one process prints a message.
 
         Returns:
-            True in one process; also if the store is gone.
+            True in the first process that calls this method, and in every process if the process of the store has
+            ended.
         """
         if self._store is None:
             return True
         try:
             result: bool = self._store.add("timemix/said", 1) == 1
             return result
-        except RuntimeError:  # The process that ran the store has ended.
+        except RuntimeError:  # The process of the store has ended.
             return True
 
     def lost(self, error: RuntimeError) -> bool:
@@ -174,10 +175,10 @@ ALONE = World()
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """Join the processes that torchrun started, for a `with` block; without torchrun the world is ALONE.
+    """Join the processes that torchrun started, for a `with` block.
 
     Yields:
-        The world.
+        The world of these processes, or ALONE without torchrun.
 
     Raises:
         Unavailable: The other processes cannot be reached.
@@ -190,7 +191,8 @@ def joined() -> Iterator[World]:
     try:
         store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        # Work of process 0 alone may take long, hence the long timeout. If process 0 ends, any group fails at once.
+        # The timeout is long because process 0 may work alone for a long time. If process 0 ends, any process group
+        # fails at once.
         patient = dist.new_group(backend="gloo", timeout=_LONG)
     except (RuntimeError, ValueError) as error:
         raise Unavailable(
@@ -201,32 +203,32 @@ def joined() -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, local_size, store, patient)
     finally:
-        # This waits for no other process: a failed one must not delay the end.
+        # This call does not wait for other processes, so a failed process does not delay the end of this process.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is sharded over the processes; all of them must call this.
+    """Gather a tensor that is sharded over the processes. All processes must call this function.
 
     Args:
-        tensor: A sharded tensor (DTensor), or a plain one.
+        tensor: A sharded tensor (DTensor), or a plain tensor.
 
     Returns:
-        The whole tensor; a plain one unchanged.
+        The whole tensor, or a plain tensor unchanged.
     """
     return tensor.full_tensor() if _is_cut(tensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a tensor as another one is sharded.
+    """Shard a tensor in the same way as another tensor.
 
     Args:
         tensor: The whole tensor, equal in every process.
-        like: A sharded tensor (DTensor), or a plain one.
+        like: A sharded tensor (DTensor), or a plain tensor.
 
     Returns:
-        The tensor on the device of `like`, sharded as `like` is.
+        The tensor on the device of `like`, sharded in the same way as `like`.
     """
     tensor = tensor.to(like.device)
     if _is_cut(like):
@@ -238,33 +240,33 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_whole(own: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor, known in every process, into one that may be cut up over the processes.
+    """Copy a whole tensor into a tensor that may be sharded over the processes.
 
     Args:
-        own: Any shape, type and device.
-        values: The same shape.
+        own: The tensor to overwrite, of any shape, dtype and device; plain or sharded.
+        values: The whole tensor, of the same shape as `own`, equal in every process.
     """
     own.copy_(part_like(values.to(own.dtype), own))
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that this process has; all of them where it is not cut up."""
+    """Return the rows of a sharded tensor that this process has, or a plain tensor unchanged."""
     return tensor.to_local() if _is_cut(tensor) else tensor
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """Return the first row that this process has of a cut tensor, and the row after the last."""
+    """Return the range of rows of a sharded tensor that this process has: its first row, and the row after its last."""
     rows, parts, rank = tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()  # type: ignore[attr-defined]
     each = -(-rows // parts)
     return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def _is_cut(tensor: Any) -> TypeGuard[Any]:
-    """Return whether a tensor is a DTensor, which is sharded."""
+    """Return whether a tensor is sharded, which means that it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def my_rows(rows: int, world: World) -> slice:
-    """Return the rows of a batch that this process computes: part `world.rank` of `world.size` equal parts."""
+    """Return the slice of the rows of a batch that this process computes. All processes have equal numbers of rows."""
     each = rows // world.size
     return slice(world.rank * each, (world.rank + 1) * each)

@@ -1,4 +1,4 @@
-"""Properties of this machine: speed of matrix products and memory, sizes of memory and caches, processor name."""
+"""Properties of this machine: speed of matrix products, memory bandwidth, memory and cache sizes, processor name."""
 
 import contextlib
 import ctypes
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def keep_freed_memory() -> None:
-    """Keep memory that tensors free within this process, instead of returning it to the system at once.
+    """Reuse the memory of freed tensors in this process, instead of returning the memory to the system at once.
 
-    Otherwise every large tensor gets fresh pages, and each page costs a page fault: 94,000 for each training step of
-    `seed` size, a quarter of its time. For programs that train; the setting lasts as long as the process. It has an
-    effect on Linux with glibc only.
+    Without this setting, every large tensor gets new pages, and each new page costs a page fault. A training step of a
+    model of `seed` size then has 94,000 page faults, which take a quarter of the step's time. Training programs call
+    this function. The setting lasts until the process ends, and has an effect only on Linux with glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that are free on a device."""
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -37,7 +37,7 @@ def free_memory(device: torch.device) -> int:
 
 @functools.cache
 def matrix_product_peak(precision: str, device: torch.device) -> float:
-    """Measure the speed of square matrix products, in about 0.1 s, once in a process.
+    """Measure the speed of square matrix products in about 0.1 s. The result is cached in the process.
 
     Args:
         precision: Name of a dtype: "float32", "bfloat16" or "float64".
@@ -47,13 +47,13 @@ def matrix_product_peak(precision: str, device: torch.device) -> float:
         Floating-point operations per second.
     """
     size = 8192 if device.type == "cuda" else 1024
-    # Random numbers: products of ones or zeros use less power, so a GPU computes them faster than real data.
+    # The matrices are random. With ones or zeros, a GPU uses less power and is faster than with real data.
     a, b = torch.rand(2, size, size, dtype=getattr(torch, precision), device=device).unbind()
     return 2 * size**3 / _fastest(lambda: a @ b, device)
 
 
 def _fastest(call: Callable[[], object], device: torch.device, seconds: float = 0.1) -> float:
-    """Return the seconds of the fastest, least disturbed call among those that fit into `seconds`."""
+    """Call a function repeatedly for `seconds`, and return the time of the fastest call in seconds."""
     fastest, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -66,7 +66,9 @@ def _fastest(call: Callable[[], object], device: torch.device, seconds: float = 
 
 @functools.cache
 def memory_bandwidth(device: torch.device) -> float:
-    """Measure the memory bandwidth in about 0.1 s, once in a process, by a sum over more numbers than the caches hold.
+    """Measure the memory bandwidth in about 0.1 s, by summing more numbers than the caches hold.
+
+    The result is cached in the process.
 
     Args:
         device: The device.
@@ -79,20 +81,20 @@ def memory_bandwidth(device: torch.device) -> float:
 
 
 def resident_memory() -> int:
-    """Return the bytes of this process that are resident in memory."""
+    """Return the resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def address_space() -> int:
-    """Return the bytes of address space that this process has reserved, which RLIMIT_AS limits."""
+    """Return the size of the address space of this process in bytes, which RLIMIT_AS limits."""
     return psutil.Process().memory_info().vms
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory of this process in bytes: allocated on a GPU, else resident; None if unavailable.
+    """Return the peak memory of this process in bytes, allocated on a GPU or resident on a CPU; None if unavailable.
 
-    On Linux it is VmHWM, which psutil does not report. ru_maxrss is used on macOS only: on Linux it begins with the
-    memory of the parent process.
+    On Linux, the peak is VmHWM, which psutil does not report. On macOS, the peak is ru_maxrss. On Linux, ru_maxrss is
+    wrong, because it starts at the memory of the parent process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -104,12 +106,12 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def processor_name() -> str:
-    """Return the model name of the processor, which psutil does not report, and `platform` not on Linux."""
+    """Return the model name of the processor from /proc/cpuinfo, or from `platform` if that file is unavailable."""
     return next(iter(_fields("/proc/cpuinfo", "model name")), platform.processor() or platform.machine())
 
 
 def _fields(path: str, name: str) -> list[str]:
-    """Return the values of all lines `name: value` in a file of the kernel; an empty list without such a file."""
+    """Return the values of all lines `name: value` in a file of the kernel; an empty list if the file is missing."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -118,8 +120,8 @@ def _fields(path: str, name: str) -> list[str]:
 
 
 def largest_cache() -> int | None:
-    """Return the bytes of the largest cache of a processor; None if unavailable."""
-    # psutil reports no caches.
+    """Return the size of the largest cache of a processor in bytes; None if unavailable."""
+    # psutil does not report cache sizes.
     units = {"K": 2**10, "M": 2**20}
     try:
         sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]

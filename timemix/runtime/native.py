@@ -1,11 +1,11 @@
-"""C code of the package, compiled for this processor on first use and cached.
+"""Compiling of the C code of the package for this processor, on first use, with a cache.
 
 The file name of a cached library ends in two hashes:
 
-- The first covers all that the library depends on: the compiler and its version, the flags, the processor, the source,
-  and every file that the source includes by `#include "..."`, directly or not. Such a file is searched for beside the
-  file that includes it, then from the folder of the package: `#include "ops/common/panels.h"`.
-- The second covers the library itself: loading a damaged library can end the process.
+- The first hash covers all inputs of the library: the compiler and its version, the flags, the processor, the source,
+  and every file that the source includes by `#include "..."`, directly or indirectly. timemix searches for an included
+  file next to the including file, then in the folder of the package, as for `#include "ops/common/panels.h"`.
+- The second hash covers the library itself, because loading a damaged library can end the process.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ from timemix.errors import Unavailable
 from timemix.runtime.cache import cache_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
-"""The folder from which C files are included."""
+"""The folder in which the compiler searches for included C files."""
 
-# The C library declares vector forms of mathematical functions only under -ffast-math. That flag must not be used when
-# linking: it would make the processor round denormal numbers to zero in the whole process.
+# The C library declares vectorized mathematical functions only with the flag -ffast-math. The linker must not get
+# -ffast-math, because the processor would then round denormal numbers to zero in the whole process.
 COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC")
 THREADS = "-fopenmp"
 
@@ -40,10 +40,10 @@ def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
 
     Args:
         source: The C file.
-        *flags: Compiler flags, added to those of all files.
+        *flags: Compiler flags for this file, in addition to the flags for all files.
 
     Returns:
-        The library, or None if it cannot be compiled or loaded; and the compiler, or the reason of the failure.
+        The library and the compiler, or None and the reason why the file cannot be compiled or loaded.
     """
     compiler = c_compiler()
     if compiler is None:
@@ -58,11 +58,11 @@ def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
 
 
 def c_compiler() -> list[str] | None:
-    """Find the system's C compiler.
+    """Find the C compiler of the system.
 
     Returns:
-        The command in the environment variable CC, else cc, gcc or clang; None if there is no compiler, or CC has an
-        open quote.
+        The command in the environment variable CC, else cc, gcc or clang. None if there is no compiler, or if a quote
+        in CC is not closed.
     """
     try:
         asked = shlex.split(os.environ.get("CC", ""))
@@ -73,7 +73,7 @@ def c_compiler() -> list[str] | None:
 
 
 def _load_or_compile(compiler: list[str], source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """Load a C file's library from the cache, or compile it into the cache."""
+    """Load the library of a C file from the cache, or compile the file into the cache and load the library."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     parts = "\0".join((*compiler, version, *COMPILE, *flags, THREADS, _processor())).encode()
     for content in _sources(source).values():
@@ -83,7 +83,7 @@ def _load_or_compile(compiler: list[str], source: Path, flags: tuple[str, ...]) 
         folder = cache_folder()
         return _cached(folder, name) or _compile_into(folder, name, compiler, source, flags)
     except (OSError, Unavailable, subprocess.CalledProcessError):
-        # The cache is missing, read-only, full, or allows no execution: compile for this process alone.
+        # The cache is missing, read-only, full, or allows no execution, so the file is compiled for this process alone.
         with tempfile.TemporaryDirectory(prefix="timemix-") as work:
             return ctypes.CDLL(str(_compile(compiler, source, flags, Path(work) / f"{name}.so")))
 
@@ -93,7 +93,7 @@ def _short_hash(content: bytes) -> str:
 
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """Load a library from the cache, and remove damaged ones."""
+    """Load a library from the cache, and remove damaged libraries of this name."""
     for path in folder.glob(f"{name}-*.so"):
         if path.stem == f"{name}-{_short_hash(path.read_bytes())}":
             return ctypes.CDLL(str(path))
@@ -106,7 +106,7 @@ def _compile_into(folder: Path, name: str, compiler: list[str], source: Path, fl
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         compiled = _compile(compiler, source, flags, Path(work) / f"{name}.so")
-        # The file gets its final name when complete: another process may load it at any time.
+        # The file gets its final name only when complete, because another process may load the file at any time.
         return ctypes.CDLL(str(compiled.replace(folder / f"{name}-{_short_hash(compiled.read_bytes())}.so")))
 
 
@@ -121,13 +121,13 @@ def _sources(source: Path) -> dict[Path, bytes]:
         found[path] = path.read_bytes()
         for name in reversed(_INCLUDE.findall(found[path])):
             candidates = (folder / os.fsdecode(name) for folder in (path.parent, PACKAGE))
-            # A file that does not exist is left to the compiler, which reports it.
+            # If an included file does not exist, the compiler reports the error.
             pending += [each.resolve() for each in candidates if each.is_file()][:1]
     return found
 
 
 def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path) -> Path:
-    """Compile and link a C file to a shared library at `to`."""
+    """Compile a C file and link a shared library at the path `to`."""
 
     def run(*arguments: str) -> None:
         subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True, timeout=120)
@@ -137,7 +137,7 @@ def _compile(compiler: list[str], source: Path, flags: tuple[str, ...], to: Path
         run(*COMPILE, *flags, THREADS, *include, "-c", str(source), "-o", part)
         run("-shared", THREADS, part, "-lm", "-o", str(to))
     except subprocess.CalledProcessError:
-        # The compiler may lack OpenMP: compile for one thread.
+        # The compiler may lack OpenMP, so the file is compiled again, for one thread.
         run(*COMPILE, *flags, *include, "-c", str(source), "-o", part)
         run("-shared", part, "-lm", "-o", str(to))
     return to
@@ -149,7 +149,7 @@ def _error_line(error: subprocess.SubprocessError) -> str:
 
 
 def _processor() -> str:
-    """Describe the processor, on which -march=native depends."""
+    """Describe the processor, because the result of -march=native depends on the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))

@@ -1,4 +1,4 @@
-"""A parallel `map` in worker processes."""
+"""A parallel `map` in worker processes, and calls that Ctrl-C can interrupt."""
 
 import collections
 import contextlib
@@ -16,13 +16,13 @@ import psutil
 MOST_PROCESSES = 16
 
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-"""A `map` whose results come in order, and which takes the next item only when it is needed."""
+"""A `map` that yields results in the order of the items, and takes the next item only when needed."""
 
 
 def cores() -> int:
     """Return the number of processors that this process may use."""
     if sys.platform == "darwin":
-        # macOS binds no process to processors.
+        # macOS does not restrict a process to some processors.
         return psutil.cpu_count() or 1
     return len(psutil.Process().cpu_affinity())
 
@@ -33,13 +33,13 @@ Result = TypeVar("Result")
 def interruptible(work: Callable[[], Result]) -> Result:
     """Call a function that ignores Ctrl-C, such as compiled code, so that Ctrl-C ends the wait for its result.
 
-    The function runs in a thread. After Ctrl-C the thread runs until the function returns or the process ends.
+    The function runs in a thread. After Ctrl-C, the thread runs until the function returns or the process ends.
 
     Args:
         work: The function.
 
     Returns:
-        Its result.
+        The result of the function.
     """
     done: Future[Result] = Future()
 
@@ -57,16 +57,17 @@ def interruptible(work: Callable[[], Result]) -> Result:
 def in_processes(count: int, begin: Callable[..., object], *arguments: object) -> Iterator[Each]:
     """Provide a `map` that runs in new worker processes, for a `with` block.
 
-    At most 2 `count` items are submitted at a time. The workers ignore Ctrl-C, which this process handles, and end with
-    this process however it ends. They are spawned, so a script that calls this needs `if __name__ == "__main__"`.
+    At most 2 * `count` items are submitted at a time. The workers ignore Ctrl-C, because this process handles Ctrl-C.
+    The workers end when this process ends, even if this process is killed. The workers are spawned, so a script that
+    calls this function needs `if __name__ == "__main__"`.
 
     Args:
-        count: Number of processes.
-        begin: Function that each process calls first.
+        count: Number of worker processes.
+        begin: Function that each worker process calls first.
         *arguments: Arguments of `begin`.
 
     Yields:
-        The `map`, which raises BrokenProcessPool if a worker dies.
+        The `map`, which raises BrokenProcessPool if a worker process dies.
     """
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(count, spawn, initializer=_begin, initargs=(begin, arguments))
@@ -89,7 +90,7 @@ def in_processes(count: int, begin: Callable[..., object], *arguments: object) -
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Block Ctrl-C; processes that start meanwhile ignore it for their whole life."""
+    """Block Ctrl-C in a `with` block. Processes that start in the block ignore Ctrl-C until they end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -98,13 +99,13 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _begin(begin: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    """Start a worker process: end it with its parent, and call `begin`."""
+    """Call `begin` in a new worker process, and make the worker end when its parent ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(*arguments)
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the parent process, then end this one."""
+    """Wait for the end of the parent process, then end this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

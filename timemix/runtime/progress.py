@@ -1,4 +1,4 @@
-"""Progress of reading: a bar on a terminal, otherwise a line from time to time."""
+"""Display of reading progress, as a bar on a terminal, otherwise as a line from time to time."""
 
 import contextlib
 import sys
@@ -6,31 +6,31 @@ import time
 from collections.abc import Callable, Iterator
 
 ShowProgress = Callable[[str], None] | bool
-"""True: a bar, or lines, on stderr. A function: it is called with a line of text from time to time. False: nothing."""
+"""Destination of progress: True for a bar or lines on stderr, False for none, or a function that receives each line."""
 
 Advance = Callable[[int], object]
-"""A function to call with the number of bytes done so far."""
+"""A function that the caller calls with the number of bytes read so far."""
 
 
 QUIET_SECONDS = 1.0
-"""Seconds of reading before progress is shown."""
+"""Number of seconds of reading before progress is shown."""
 
 
 def untold(done: int) -> None:
-    """Show nothing."""
+    """Do nothing with the number of bytes read so far."""
 
 
 @contextlib.contextmanager
 def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
-    """Show the progress of reading a text once it takes longer than QUIET_SECONDS.
+    """Show the progress of reading a text after QUIET_SECONDS.
 
     Args:
-        progress: Where to show it.
-        what: What is read, in a few words.
-        total: Size in bytes.
+        progress: Destination of the progress.
+        what: Short description of the text that is read.
+        total: Size of the text in bytes.
 
     Yields:
-        A function to call with the number of bytes done so far.
+        A function that the caller calls with the number of bytes read so far.
     """
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -48,16 +48,16 @@ def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> Iterator[Advance]:
-    """Show the progress of reading.
+    """Show the progress of reading a text.
 
     Args:
-        progress: Where to show it.
-        what: What is read, in a few words.
-        have: Number of bytes done already.
-        total: Size in bytes; None if unknown.
+        progress: Destination of the progress.
+        what: Short description of the text that is read.
+        have: Number of bytes that have been read already.
+        total: Size of the text in bytes; None if unknown.
 
     Yields:
-        A function to call with the number of bytes done so far.
+        A function that the caller calls with the number of bytes read so far.
     """
     if progress is False:
         yield untold
@@ -76,7 +76,7 @@ def meter(progress: ShowProgress, what: str, have: int, total: int | None) -> It
 
 
 def show(progress: ShowProgress, line: str) -> None:
-    """Show a line of text: on stderr, by a function, or not at all, as `progress` specifies."""
+    """Print a line of text to stderr, pass it to a function, or do nothing, as `progress` specifies."""
     if progress is True:
         _print(line)
     elif progress is not False:
@@ -84,14 +84,14 @@ def show(progress: ShowProgress, line: str) -> None:
 
 
 def _print(line: str) -> None:
-    # A closed stderr is None in Python, and printing to one without a reader fails. Neither stops the reading.
+    # In Python, a closed stderr is None. Printing to a stderr without a reader fails. Reading continues in both cases.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
 
 def _lines(write: Callable[[str], None], what: str, total: int | None) -> Advance:
-    """Write a line at the start, then one for each tenth of the file, or for each 10 MB if its size is unknown."""
+    """Write a line at the start and after each tenth of the text, or after each 10 MB if the size is unknown."""
     step = max(1, (total or 100_000_000) // 10)
     of = f" of {total / 1e6:.1f}" if total else ""
     newest = -1

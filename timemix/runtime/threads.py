@@ -1,14 +1,14 @@
 """OpenMP threads that leave processors to other processes.
 
-OpenMP threads wait for one another many times in a training step. They wait by spinning, which is fast on an idle
-machine. If another process computes too, spinning is slow: a spinning thread occupies the processor that the thread it
-waits for needs. Two threads then train 3 to 60 times slower than one.
+OpenMP threads wait for one another many times in a training step. By default, waiting threads spin, which is fast on an
+idle machine. If another process also computes, spinning is slow, because a spinning thread occupies a processor that
+working threads need. Two threads then train 3 to 60 times slower than one thread.
 
-GNU's OpenMP library, which PyTorch uses on Linux, lets waiting threads sleep when it manages more threads than there
-are processors. So while other processes need the processors, this module keeps a team of idle OpenMP threads. PyTorch's
-number of threads stays the same, and so do the bits of its results.
+GNU's OpenMP library, which PyTorch uses on Linux, lets waiting threads sleep if it manages more threads than there are
+processors. So while other processes need the processors, this module keeps a team of idle OpenMP threads. PyTorch's
+number of threads stays the same, so its results stay bit-identical.
 
-If the user sets OMP_WAIT_POLICY or GOMP_SPINCOUNT, that setting decides how threads wait, and this module does nothing.
+If OMP_WAIT_POLICY or GOMP_SPINCOUNT is set, that variable controls how threads wait, and this module does nothing.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ import torch
 from timemix.runtime.processes import cores
 
 INTERVAL = 0.25
-"""Seconds between two measurements of the load."""
+"""Minimum time between two measurements of the load, in seconds."""
 
 TOLERANCE = 0.25
-"""Processors that other processes may use before threads sleep. An idle system uses less."""
+"""Number of processors that other processes may use before threads sleep. An idle system uses fewer processors."""
 
 
 class Load:
-    """The load by other processes, and how OpenMP threads wait under it.
+    """The load by other processes, which decides whether waiting OpenMP threads spin or sleep.
 
     Args:
         processors: Number of processors that this process may use.
@@ -39,7 +39,7 @@ class Load:
 
     def __init__(self, processors: int) -> None:
         self.processors = processors
-        # The OpenMP library reads the environment once, when it is loaded.
+        # The OpenMP library reads the environment only once, when the library is loaded.
         self._may_choose = sys.platform == "linux" and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
         self._free = float(processors)
         self._lock = threading.Lock()
@@ -47,11 +47,11 @@ class Load:
         self._team: _IdleTeam | None = None
 
     def share(self) -> int:
-        """Adapt to the load, at most once in `INTERVAL`: threads spin while there are enough processors, else sleep.
+        """Measure the load, at most once in `INTERVAL`, and let waiting threads sleep if processors are scarce.
 
         Returns:
-            Number of threads for code whose results do not depend on it, at least 1: PyTorch's number, or fewer if
-            other processes leave fewer processors free.
+            Number of threads for code whose results do not depend on the number of threads. This number is at least 1,
+            and is lower than PyTorch's number of threads if other processes occupy processors.
         """
         threads = torch.get_num_threads()
         if threads == 1 or not self._may_choose:
@@ -65,7 +65,7 @@ class Load:
         return max(1, min(threads, round(self._free)))
 
     def _measure(self) -> None:
-        """Compute how many processors were free or worked for this process since the last measurement."""
+        """Compute the mean number of processors that were free or used by this process since the last measurement."""
         now = _counters()
         self._free = (now[1] - self._before[1]) / (now[0] - self._before[0])
         self._before = now
@@ -79,9 +79,9 @@ class Load:
 
 
 class _IdleTeam:
-    """A team of OpenMP threads without work, in each OpenMP library of this process, until `end`.
+    """A team of idle OpenMP threads, in each OpenMP library of this process, until a call of `end`.
 
-    The library assigns a team to the thread that starts it, and drops it when that thread ends.
+    The library assigns a team to the thread that starts the team, and removes the team when that thread ends.
     """
 
     def __init__(self, threads: int) -> None:
@@ -93,19 +93,19 @@ class _IdleTeam:
         self._ended.set()
 
     def _hold(self) -> None:
-        """Start a team in each OpenMP library that is loaded, and wait for `end`."""
-        # Not by psutil, which also reads the size of each mapped file and takes 25 times longer.
+        """Start a team in each loaded OpenMP library, and wait for a call of `end`."""
+        # psutil would take 25 times longer, because it also reads the size of each mapped file.
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         for path in {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}:
             library = ctypes.CDLL(path)
-            # The call that a compiler emits for `#pragma omp parallel num_threads(threads)` around this function.
+            # A compiler emits the call below for `#pragma omp parallel num_threads(threads)`.
             without_effect = ctypes.cast(library.omp_get_level, ctypes.c_void_p)
             library.GOMP_parallel(without_effect, None, ctypes.c_uint(self._threads), ctypes.c_uint(0))
         self._ended.wait()
 
 
 def _counters() -> tuple[float, float]:
-    """Return the wall time, and the time in which this process's processors were idle or worked for it, in seconds."""
+    """Return the wall time, and the time in which processors were idle or used by this process, in seconds."""
     times = psutil.cpu_times(percpu=True)
     own = psutil.Process().cpu_affinity() if sys.platform == "linux" else range(len(times))
     idle = sum(times[i].idle + getattr(times[i], "iowait", 0.0) for i in own if i < len(times))

@@ -1,1 +1,1 @@
-"""Storage: atomic file writes, locks, tensors, and checked JSON and TOML."""
+"""Atomic file writes, locks, tensor files, and checked reading of JSON and TOML."""

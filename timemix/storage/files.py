@@ -1,4 +1,4 @@
-"""Safe reading of files with unknown content, and atomic writes: a reader sees old or new content, never a mix."""
+"""Safe reading of files with unknown content, and atomic writes, whose readers see either old or new content."""
 
 import contextlib
 import errno
@@ -11,11 +11,11 @@ from pathlib import Path
 from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
-"""Largest number of bytes of a JSON file; its content takes up to 30 times as much memory."""
+"""Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory."""
 
 
 def check_name(path: Path) -> None:
-    """Raise FileError for a name that is not UTF-8: config.toml, JSON and safetensors do not support it."""
+    """Raise FileError if a path is not UTF-8, because config.toml, JSON and safetensors do not support such paths."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -23,17 +23,17 @@ def check_name(path: Path) -> None:
 
 
 def check_regular(path: Path, largest: int | None = None, what: str = "") -> None:
-    """Check that a path is a file that can be read to its end: reading a pipe or a device may never end.
+    """Check that a path is a regular file, because reading a pipe or a device may never end.
 
     Args:
         path: The file.
-        largest: Largest allowed number of bytes. Default: any.
+        largest: Maximum size of the file in bytes; None for any size.
         what: Words before the path in messages, such as "the tokenizer ".
 
     Raises:
         MissingFile: The file does not exist.
-        FileError: It is a folder, a pipe or a device, or cannot be reached.
-        DamagedFile: It has more than `largest` bytes.
+        FileError: The path is a folder, a pipe or a device, or cannot be accessed.
+        DamagedFile: The file has more than `largest` bytes.
     """
     try:
         found = path.stat()
@@ -44,17 +44,17 @@ def check_regular(path: Path, largest: int | None = None, what: str = "") -> Non
         raise FileError(f"cannot read {what}{path}: it is a folder, a pipe or a device; name a file")
     if largest is not None and found.st_size > largest:
         raise DamagedFile(
-            f"{path} is damaged: it has {found.st_size:,} bytes, more than the {largest:,} of the largest such file;"
+            f"{path} is damaged: it has {found.st_size:,} bytes, more than the maximum of {largest:,} bytes;"
             " restore it from a copy"
         )
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
-    """Read a UTF-8 file, without byte order mark.
+    """Read a UTF-8 file. A byte order mark is removed.
 
     Args:
         path: The file.
-        largest: Largest allowed number of bytes.
+        largest: Maximum size of the file in bytes.
         what: Words before the path in messages, such as "the tokenizer ".
 
     Raises:
@@ -70,11 +70,11 @@ def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
 
 
 def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
-    """Read the lines of a file with their ends. A line longer than a mebibyte comes in several pieces.
+    """Read the lines of a file with their line ends. A line longer than 1 MiB is yielded in several pieces.
 
     Args:
         path: The file.
-        largest: Largest allowed number of bytes. Default: any.
+        largest: Maximum size of the file in bytes; None for any size.
 
     Raises:
         FileError: The file is missing, not a regular file, too large or unreadable.
@@ -89,10 +89,10 @@ def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder atomically: yield a temporary folder, which is renamed when the `with` block succeeds.
+    """Write a folder atomically. Yield a temporary folder, which is renamed when the `with` block succeeds.
 
     Args:
-        folder: The folder. An older one is replaced.
+        folder: The folder. If the folder exists, it is replaced.
 
     Raises:
         CannotWrite: The disk is full or not writable.
@@ -100,7 +100,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary = unfinished_name(folder, os.getpid())
     with explained(folder):
         try:
-            # A killed process with the same number may have left such a folder.
+            # A killed process with the same process id may have left a temporary folder.
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
@@ -119,12 +119,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def unfinished_name(folder: Path, process: int) -> Path:
-    """Return the name that `atomic_folder` gives a folder until it is complete, in the process of this id."""
+    """Return the path of the temporary folder that `atomic_folder` writes in the process with the given id."""
     return folder.with_name(f".{folder.name}.partial-{process}")
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder atomically: it is renamed first, so that a killed process never leaves a part of it.
+    """Remove a folder atomically. The folder is renamed first, so a killed process never leaves part of the folder.
 
     Raises:
         CannotWrite: The folder cannot be removed.
@@ -134,18 +134,18 @@ def remove_folder(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a folder to a name that `remove_unfinished` removes; return its new path."""
+    """Rename a folder so that `remove_unfinished` removes it, and return the new path."""
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     folder.rename(aside)
     return aside
 
 
 def appear(temporary: Path, folder: Path) -> None:
-    """Rename a folder whose files are synced, and sync the rename.
+    """Rename a folder and sync the rename to disk. The files in the folder must be synced already.
 
     Args:
         temporary: The folder.
-        folder: Its new path, which must not exist.
+        folder: New path of the folder, which must not exist.
     """
     _sync(temporary)
     temporary.rename(folder)
@@ -154,7 +154,7 @@ def appear(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path, which is renamed when the `with` block succeeds.
+    """Write a file atomically. Yield a temporary path, which is renamed when the `with` block succeeds.
 
     Args:
         path: The file. The temporary path has the same suffix.
@@ -174,7 +174,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Save a text to a UTF-8 file, atomically.
+    """Save a text in a UTF-8 file, with an atomic write.
 
     Raises:
         CannotWrite: The disk is full or not writable.
@@ -185,7 +185,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an OSError in the `with` block into CannotWrite, with a sentence about `path`."""
+    """Replace an OSError in the `with` block by CannotWrite, with a message about `path`."""
     try:
         yield
     except OSError as error:
@@ -193,14 +193,14 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary folders in `folder` that `atomic_folder` and `remove_folder` left in a killed process."""
+    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`."""
     for name in (".*.partial-*", ".*.replaced-*"):
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def cannot_read(path: Path, error: OSError | ValueError, what: str = "") -> str:
-    """Return the message for a failed read; `what` are words before the path, such as "the tokenizer "."""
+    """Return the message for a failed read. `what` contains words before the path, such as "the tokenizer "."""
     reason = getattr(error, "strerror", None) or error
     ways = {errno.EACCES: "check its permissions", errno.EIO: "check the disk"}
     return f"cannot read {what}{path}: {reason}; {ways.get(getattr(error, 'errno', None) or 0, 'check its path')}"
@@ -222,7 +222,7 @@ def _sync(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Make the system write an open file or folder to its disk, if the file system supports it.
+    """Make the system write an open file or folder to disk, if the file system supports the call.
 
     Raises:
         OSError: The write failed.

@@ -1,11 +1,12 @@
-"""The index of tensors that lie in one safetensors file per process.
+"""The index of tensors that are stored in one safetensors file per process.
 
     model.safetensors                                        whole tensors, without an index
     model-0-of-2.safetensors, model-1-of-2.safetensors       rows of each tensor, in the order of the files
     model.index.json                                         the files with their checksums, and the shapes of the whole
                                                              tensors
 
-A tensor without dimensions is in the first file alone. The same holds for `training` in place of `model`.
+A tensor without dimensions is in the first file alone. The names of the files of the optimizer state begin with
+`training` instead of `model`.
 """
 
 import json
@@ -20,10 +21,10 @@ from timemix.storage.json_files import read_record, to_json
 
 @dataclass(frozen=True)
 class Index:
-    """Describe the files that hold the tensors of one kind.
+    """The content of an index: the files that hold the tensors, and the shapes of the tensors.
 
     Args:
-        files: Names of the files, in the order of their rows.
+        files: Names of the files, in the order of the rows that they hold.
         shapes: Shape of each whole tensor, by name.
         checksums: Checksum of each file, which tells it from that of another step or rank; () in older indices.
     """
@@ -34,7 +35,7 @@ class Index:
 
 
 def shard_name(stem: str, rank: int, size: int) -> str:
-    """Return the name of the file of one process."""
+    """Return the name of the file in which one process stores its rows."""
     return f"{stem}-{rank}-of-{size}.safetensors"
 
 
@@ -51,7 +52,7 @@ def write_index(folder: Path, stem: str, checksums: Sequence[str], shapes: Mappi
 
 
 def read_index(folder: Path, stem: str) -> Index:
-    """Read the index of sharded tensors. Raises FileError when it is missing or damaged."""
+    """Read the index of sharded tensors. Raises FileError if the index is missing or damaged."""
     path = index_path(folder, stem)
     index = read_record(path, Index)
     for name, shape in index.shapes.items():

@@ -1,4 +1,4 @@
-"""JSON files with unknown content: read, and checked against a dataclass."""
+"""Reading of JSON files with unknown content, with checks against a dataclass."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ OPTIONAL = {"optional": True}
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, or of the length of a list, both included."""
+    """Least and largest allowed value of a number, or least and largest allowed length of a list."""
 
     least: float
     most: float = sys.float_info.max
@@ -32,7 +32,7 @@ Positive = Annotated[float, Range(sys.float_info.min)]
 
 
 class Misfit(ValueError):
-    """A value that does not fit its field: `FIELD is VALUE`."""
+    """Error for a value of a wrong type or range, with the message `FIELD is VALUE`."""
 
 
 def parse_json(path: Path, what: str = "") -> Any:
@@ -65,14 +65,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """Read a JSON object as a dataclass.
+    """Read a JSON object from a file, and convert the object to a dataclass.
 
     Args:
         path: The file.
         kind: The dataclass, as for `to_record`.
 
     Raises:
-        FileError: The file is missing, not a JSON object, or a field has a wrong type or is out of its range.
+        FileError: The file is missing or not a JSON object, or a field is missing, has a wrong type or is out of range.
     """
     data = read_json(path)
     try:
@@ -82,19 +82,19 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
 
 def to_record(data: Any, kind: type[Record], place: str = "") -> Record:
-    """Check a JSON object against the types and ranges of a dataclass, and return it as that dataclass.
+    """Check a JSON object against the types and ranges of a dataclass, and convert the object to that dataclass.
 
-    Fields that the dataclass does not have are ignored: newer versions may write them. Fields with a default may be
-    missing: older versions did not write them. JSON lists become tuples.
+    Unknown fields are ignored, because newer versions of timemix may write more fields. Fields with a default may be
+    missing, because older versions of timemix did not write these fields. JSON lists are converted to tuples.
 
     Args:
         data: A parsed JSON value.
-        kind: A dataclass. Its fields are numbers, texts, lists, objects, other such dataclasses or None. Numbers and
-            lists may have a `Range`.
-        place: Prefix of the names in messages.
+        kind: A dataclass whose fields are numbers, texts, lists, objects, dataclasses or None. Fields that are numbers
+            or lists may have a `Range`.
+        place: Prefix of field names in messages.
 
     Raises:
-        Misfit: A field is missing or does not fit.
+        Misfit: A field is missing, has a wrong type or is out of range.
     """
     if not isinstance(data, dict):
         raise Misfit(f"{place.rstrip('.') or 'it'} is not a JSON object")
@@ -138,7 +138,7 @@ def is_number(value: Any) -> bool:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass, without its `OPTIONAL` fields that are None."""
+    """Convert a dataclass to a JSON object, without fields that are `OPTIONAL` and None."""
     fields = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
     return {f.name: _plain(value) for f, value in fields if value is not None or not f.metadata.get("optional")}
 

@@ -1,4 +1,4 @@
-"""Locks of files and folders. The system releases them when their process ends."""
+"""Locks of files and folders, which the system releases when the process that holds them ends."""
 
 import contextlib
 import errno
@@ -14,21 +14,21 @@ from timemix.storage.files import explained, write_text
 from timemix.storage.json_files import read_json
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Error numbers of file systems without locks, such as some cluster and network file systems."""
+"""Numbers of errors on file systems without locks, such as some cluster and network file systems."""
 
 
 class _Lock:
-    """A lock of a file by the operating system, which releases it when the process ends.
+    """A lock of a file by the operating system, which releases the lock when the process ends.
 
-    The fallback on a file system without locks is a file PATH.soft that names the process. The next process on the same
-    machine removes this file if the named process has ended.
+    On a file system without locks, the fallback is a file PATH.soft that names the process. The next process on the
+    same machine removes PATH.soft if the named process has ended.
     """
 
     def __init__(self, path: Path) -> None:
         import filelock
 
         self.soft = path.with_name(f"{path.name}.soft")
-        # The fallback of the library would mistake the file of an earlier, released lock for a held lock.
+        # The library's own fallback is disabled, because it would treat the file of a released lock as a held lock.
         self._lock: filelock.BaseFileLock = filelock.FileLock(path, fallback_to_soft=False)
 
     @property
@@ -36,14 +36,14 @@ class _Lock:
         return self._lock.is_locked
 
     def acquire(self, *, blocking: bool) -> None:
-        """Take the lock if no other process holds it; `blocking` waits for it.
+        """Take the lock if no other process holds the lock. With `blocking`, wait until the lock is free.
 
         Raises:
             OSError: The lock file cannot be written.
         """
         import filelock
 
-        # Timeout is an OSError, but here it only means that another process holds the lock.
+        # Timeout is an OSError, but here Timeout only means that another process holds the lock.
         with contextlib.suppress(filelock.Timeout):
             try:
                 self._lock.acquire(blocking=blocking)
@@ -61,13 +61,13 @@ class _Lock:
 
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock file during the `with` block; yield whether it was obtained.
+    """Hold a lock during the `with` block. Yield True if the lock was obtained, else False.
 
-    The system releases the lock when the process ends, even if it is killed.
+    The system releases the lock when the process ends, even if the process is killed.
 
     Args:
         path: The lock file.
-        wait: Whether to wait for a process that holds the lock, instead of yielding False.
+        wait: Whether to wait until other processes release the lock, instead of yielding False.
 
     Raises:
         CannotWrite: The lock file cannot be written.
@@ -83,29 +83,30 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 class FolderLock:
-    """Lock of a folder, with a file that names the process that holds it.
+    """Lock of a folder, with a file that names the process that holds the lock.
 
-    The system releases the lock when the process ends, even if it is killed.
+    The system releases the lock when the process ends, even if the process is killed.
 
     Args:
         folder: The folder.
 
     Attributes:
-        taken_over: Description of the process that held the lock before and ended without releasing it, else None.
+        taken_over: Description of the previous process if it ended without releasing the lock, else None.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.taken_over: str | None = None
         self._lock = _Lock(folder / ".lock")
-        # A second file, since a process that tries to take the lock may empty the lock file.
+        # The name of the process is in a second file, because another process that tries to take the lock may empty the
+        # lock file.
         self._holder = folder / ".lock.json"
 
     def take(self) -> None:
-        """Take the lock; do nothing if this object holds it already.
+        """Take the lock. Do nothing if this object holds the lock already.
 
         Raises:
-            InUse: Another process or another lock of this process holds it. The message names the process.
+            InUse: Another process, or another object in this process, holds the lock. The message names the process.
             CannotWrite: The folder cannot be written.
         """
         if self._lock.is_locked:
@@ -118,11 +119,11 @@ class FolderLock:
             self.taken_over = self._named() if self._holder.exists() else None
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            # An atomic write: it replaces a link or a pipe of this name instead of writing into it.
+            # An atomic write replaces a link or a pipe of this name, instead of writing into the link or pipe.
             write_text(self._holder, json.dumps(holder))
 
     def release(self) -> None:
-        """Release the lock; do nothing if it is not held."""
+        """Release the lock. Do nothing if this object does not hold the lock."""
         if self._lock.is_locked:
             self._holder.unlink(missing_ok=True)
             self._lock.release()
@@ -138,8 +139,8 @@ class FolderLock:
 def is_held(folder: Path) -> bool:
     """Return whether a process holds the `FolderLock` of a folder.
 
-    The answer comes from the file that names the process. No lock is taken, so no other process is disturbed. A process
-    on another machine counts as alive.
+    The function reads the file that names the process. The function takes no lock, so other processes are not
+    disturbed. A process on another machine is assumed to be running.
     """
     import psutil
 
@@ -148,7 +149,7 @@ def is_held(folder: Path) -> bool:
         if holder["host"] != socket.gethostname():
             return True
         since = time.mktime(time.strptime(holder["since"], "%Y-%m-%d %H:%M:%S"))
-        # A later process may have the same number.
+        # A later process may have the same process id.
         return bool(psutil.Process(holder["process"]).create_time() < since + 1)
     except (FileError, KeyError, TypeError, ValueError, OverflowError, psutil.Error):
         return False

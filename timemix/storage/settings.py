@@ -1,4 +1,4 @@
-"""Settings: conversion between dataclasses, nested dictionaries and TOML, with checks."""
+"""Conversion of settings between dataclasses, nested dictionaries and TOML, with checks."""
 
 import dataclasses
 import sys
@@ -12,20 +12,20 @@ from timemix.errors import DamagedFile, InvalidValue, nearest
 from timemix.storage.files import read_text
 
 LARGEST_TOML = 256 * 2**10
-"""Largest number of bytes of a TOML file."""
+"""Maximum size of a TOML file in bytes."""
 LARGEST_VOCABULARY = 2**24
-"""Largest number of tokens of a vocabulary."""
+"""Maximum number of tokens in a vocabulary."""
 MOST_DOTS = 200
-"""Largest number of dots in a line of a TOML file: parsing a dotted key costs the square of its parts."""
+"""Maximum number of dots in a line of a TOML file; parsing a dotted key with n parts takes O(n^2) time."""
 
 
 def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:
-    """Check the value of a setting.
+    """Check that the value of a setting is in a range.
 
     Args:
         name: Dotted name of the setting, for the message.
-        value: Its value.
-        least: Smallest allowed value.
+        value: Value of the setting.
+        least: Least allowed value.
         most: Largest allowed value.
 
     Raises:
@@ -38,14 +38,14 @@ def check_range(name: str, value: float, least: float, most: float = sys.float_i
 
 
 def nearest_divisors(value: int, total: int) -> str:
-    """Return the divisors of `total` next below and above `value`, for an error message."""
+    """Return the nearest divisors of `total` below and above `value`, for an error message."""
     divisors = [d for d in range(1, total + 1) if total % d == 0]
     near = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
     return ", ".join(map(str, near))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config dataclass as a nested dictionary, without fields that are None."""
+    """Convert a config dataclass to a nested dictionary, without fields that are None."""
     return dataclasses.asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
 
 
@@ -53,12 +53,12 @@ Config = TypeVar("Config")
 
 
 def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config:
-    """Return a config dataclass with the values of a nested dictionary.
+    """Create a config dataclass from the values of a nested dictionary.
 
     Args:
         cls: The dataclass.
-        data: Values of its fields.
-        path: Prefix of the names in messages.
+        data: Values of the fields, by name.
+        path: Prefix of field names in messages.
 
     Raises:
         InvalidValue: A field is unknown or missing, or a value has a wrong type. The message names the nearest field.
@@ -127,4 +127,4 @@ def parse_toml(path: Path) -> dict[str, Any]:
 
 
 UNFIT = (ValueError, ArithmeticError, RecursionError)
-"""Errors that `from_dict` raises for values from a file; the last two are for numbers too large to print or convert."""
+"""Errors that `from_dict` raises for bad values from a file, such as ArithmeticError for a number that is too large."""

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, in one safetensors file or in one file per process with an index (`storage.index`)."""
+"""Reading of the tensors of a checkpoint, from one safetensors file or from one file per process with an index."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +13,19 @@ from timemix.storage.index import index_path, read_index
 from timemix.storage.tensors import CHECKSUM, check_content, open_tensors
 
 FLOATS = ("F32", "F64", "F16", "BF16")
-"""Types of tensors of floating-point numbers, as the header of a safetensors file names them."""
+"""Names of floating-point types in the header of a safetensors file."""
 
 
 class StoredTensors:
-    """Read tensors of a checkpoint, whole or by rows, from one file or several.
+    """The tensors of a checkpoint in one or several files, which can be read whole or by rows.
 
     Args:
-        path: The one file, or the index; for messages.
-        files: Path and opened safetensors file, in the order of their rows.
-        shapes: Shapes of the whole tensors by name; None for those of the one file.
+        path: Path of the only file or of the index, for messages.
+        files: Pairs of path and opened safetensors file, in the order of the rows that the files hold.
+        shapes: Shapes of the whole tensors by name; None to use the shapes in the only file.
 
     Raises:
-        DamagedFile: The rows in the files do not make up the shapes.
+        DamagedFile: The rows in the files do not match the shapes of the whole tensors.
     """
 
     def __init__(self, path: Path, files: Sequence[tuple[Path, Any]], shapes: Mapping[str, Any] | None = None) -> None:
@@ -39,28 +39,28 @@ class StoredTensors:
         self.shapes = own if shapes is None else shapes
         for name in sorted(self._parts.keys() | self.shapes.keys()):
             if not self._make_up(self._parts.get(name, []), self.shapes.get(name)):
-                raise DamagedFile(f"{path} does not fit its files: their rows of {name} are not those of one tensor")
+                raise DamagedFile(f"{path} does not fit its files: the rows of {name} in the files are not one tensor")
 
     @staticmethod
     def _make_up(parts: list[Any], shape: list[int] | None) -> bool:
-        """Whether the rows of a tensor in the files are all rows of a whole tensor of this shape."""
+        """Return whether the rows of a tensor in all files together have the shape of the whole tensor."""
         if shape is None or not shape:
             return shape == [] and len(parts) == 1 and parts[0].get_shape() == []
         rows = [part.get_shape()[:1] for part in parts]
         return sum(map(sum, rows)) == shape[0] and all(part.get_shape()[1:] == shape[1:] for part in parts)
 
     def dtype(self, name: str) -> str:
-        """Return the type of a tensor as its file names it, such as "F32"."""
+        """Return the type of a tensor as named in the safetensors file, such as "F32"."""
         return str(self._parts[name][0].get_dtype())
 
     def fits(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether there is a tensor of this name and shape, of floating-point numbers; reads no content."""
+        """Return whether a floating-point tensor of this name and shape exists, without reading its content."""
         if name not in self._parts:
             return False
         return list(self.shapes[name]) == list(shape) and all(p.get_dtype() in FLOATS for p in self._parts[name])
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Read the rows from `begin` up to but not including `end` of a tensor with at least one dimension."""
+        """Read the rows `begin` to `end` - 1 of a tensor with at least one dimension."""
         found, first = [], 0
         for part in self._parts[name]:
             count = part.get_shape()[0]
@@ -78,10 +78,10 @@ class StoredTensors:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check_content(self, rank: int = 0, size: int = 1) -> None:
-        """Check the checksums of every `size`-th file, from file `rank` on.
+        """Check the checksums of the files `rank`, `rank` + `size`, `rank` + 2 * `size` and so on.
 
         Raises:
-            DamagedFile: The content of a file has another checksum than it was saved with.
+            DamagedFile: The content of a file does not match the checksum in the file.
         """
         for path, file in self._files[rank::size]:
             check_content(file, path)
@@ -89,14 +89,14 @@ class StoredTensors:
 
 @contextlib.contextmanager
 def open_stored(folder: Path, stem: str) -> Iterator[StoredTensors]:
-    """Open the tensors of a checkpoint, which are read one by one.
+    """Open the tensors of a checkpoint, which are then read one by one.
 
     Args:
         folder: Checkpoint folder.
         stem: "model" or "training".
 
     Raises:
-        FileError: A file is missing, truncated or something else, or the files do not fit together.
+        FileError: A file is missing, truncated or not a safetensors file, or the files do not belong together.
     """
     path = folder / f"{stem}.safetensors"
     with contextlib.ExitStack() as stack:

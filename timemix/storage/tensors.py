@@ -19,10 +19,10 @@ from timemix.errors import DamagedFile, MissingFile
 from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
-"""Largest number of bytes of the JSON at the beginning of a safetensors file, enough for about 100,000 tensors."""
+"""Maximum size in bytes of the JSON header of a safetensors file, enough for about 100,000 tensors."""
 
 CHECKSUM = "crc32"
-"""Metadata key of the checksum of a file's tensors; files of earlier versions have no checksum."""
+"""Metadata key of the checksum of the tensors in a file. Earlier versions of timemix wrote files without a checksum."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -31,7 +31,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Args:
         path: The file.
         tensors: Tensors by name.
-        metadata: Texts by name, to which the checksum is added.
+        metadata: Metadata of the file by name, to which `write_tensors` adds the checksum.
 
     Returns:
         The checksum.
@@ -40,14 +40,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OSError: The file cannot be written.
     """
     whole = {name: x.contiguous() for name, x in tensors.items()}
-    # The library creates files that only their owner may read. Python's files follow the umask.
+    # The library creates files that only the owner may read. Files that Python creates follow the umask.
     path.touch()
     mode = path.stat().st_mode
     checksum = _checksum(whole, whole.__getitem__)
     try:
         save_file(whole, path, metadata | {CHECKSUM: checksum})
     except SafetensorError as error:
-        # The library hides the errno, such as that of a full disk or of a quota, in its text.
+        # The error of the library has the errno, such as that of a full disk, only in its message.
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(errno.EIO, str(error)) from error
@@ -58,24 +58,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a file, so that equal tensors give bit-identical files: the library writes any order."""
+    """Sort the metadata of a file so that equal tensors give bit-identical files; the library writes any order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
         file.seek(8)
-        # Only the order has changed, so the header keeps its length.
+        # Only the order of the metadata changes, so the header keeps its length.
         file.write(json.dumps(metadata | header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
-    """Return the CRC-32 of names and contents of tensors, in hexadecimal.
+    """Return the CRC-32 of the names and contents of tensors, in hexadecimal.
 
-    It detects every single wrong byte, at several gigabytes per second.
+    CRC-32 detects every change of a single byte, at several gigabytes per second.
 
     Args:
         names: Names of the tensors, in any order.
-        tensor: Returns the tensor of a name.
+        tensor: Function that returns the tensor of a name.
     """
     crc = 0
     for name in sorted(names):
@@ -85,11 +85,11 @@ def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
 
 
 def check_content(tensors: Any, path: Path) -> None:
-    """Check the content of an open file against its checksum, if it has one.
+    """Check the content of an open file against its checksum, if the file has a checksum.
 
     Args:
-        tensors: The open file, as `open_tensors` yields it.
-        path: Its path, for the message.
+        tensors: The open file that `open_tensors` yields.
+        path: Path of the file, for the message.
 
     Raises:
         DamagedFile: The content has changed since the file was written.

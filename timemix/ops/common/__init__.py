@@ -1,1 +1,1 @@
-"""Ops that several architectures share: convolutions, histories, C kernels of training and of decode steps."""
+"""Ops that several architectures share: convolutions, histories, and C kernels for training and decode steps."""

@@ -1,12 +1,11 @@
 /* Activations of the channel-mix.
 
-    gelu(x)  = x Phi(x), Phi the distribution function of the normal distribution
+    gelu(x)  = x Phi(x), where Phi is the cumulative distribution function of the normal distribution
     mish(x)  = x tanh(ln(1 + exp(x)))
     relu2(x) = max(x, 0)^2
     silu(x)  = x sigmoid(x)
 
-   Each has two forms, as in exp.h: activate() for the training kernels, with the derivative, and multiply_activated()
-   for the decode steps. */
+   The training kernels use activate(), which also computes the derivative. Decode steps use multiply_activated(). */
 
 #ifndef TIMEMIX_ACTIVATIONS_H
 #define TIMEMIX_ACTIVATIONS_H
@@ -16,13 +15,13 @@
 #include "ops/common/exp.h"
 #include "ops/common/types.h"
 
-/* In the order of ACTIVATION_KINDS in fused.py. */
+/* The activations, in the order of ACTIVATION_KINDS in fused.py. */
 enum activation { GELU, MISH, RELU2, SILU };
 
 /* Phi(x) = (1 + erf(x / sqrt(2))) / 2, and the density exp(-x^2 / 2) / sqrt(2 pi).
 
-   With z = |x| / sqrt(2), s = 1 / (1 + 0.3275911 z): 1 - erf(z) = exp(-z^2) (a1 s + ... + a5 s^5), within 1.5e-7
-   (Abramowitz and Stegun 7.1.26). Both results share one exponential. */
+   With z = |x| / sqrt(2) and s = 1 / (1 + 0.3275911 z), 1 - erf(z) = exp(-z^2) (a1 s + ... + a5 s^5), with an error
+   below 1.5e-7 (Abramowitz and Stegun 7.1.26). Both results use the same exponential. */
 INLINE float normal_distribution(float x, float *density) {
     const float z = fabsf(x) * 0.70710678f, s = 1 / (1 + 0.3275911f * z), e = exp_series(-z * z);
     const float high = 1.421413741f + s * (-1.453152027f + s * 1.061405429f);
@@ -41,8 +40,9 @@ INLINE float activate(enum activation kind, float x, float *slope) {
         return x * below;
     }
     if (kind == MISH) {
-        /* With e = exp(x), n = e (e + 2), d = n + 2: mish = x n / d, mish' = n / d + 4 x e (1 + e) / d^2, by one
-           exponential and one division. For x > 20, mish(x) = x in float32; the clamp keeps e^2 in range. */
+        /* With e = exp(x), n = e (e + 2) and d = n + 2: mish = x n / d and mish' = n / d + 4 x e (1 + e) / d^2. Both
+           formulas together take one exponential and one division. For x > 20, mish(x) = x in float32, so x is clamped
+           to keep e^2 in range. */
         const float e = exp_series(x > 20 ? 20 : x), n = e * (e + 2), inverse = 1 / (n + 2);
         *slope = (n + 4 * x * e * (1 + e) * inverse) * inverse;
         return x * n * inverse;
@@ -58,13 +58,13 @@ INLINE float activate(enum activation kind, float x, float *slope) {
     return x * s;
 }
 
-/* mish(x) for the decode steps, by the formula in activate(). */
+/* mish(x) for the decode steps, by the formula in activate() */
 INLINE float mish(float x) {
     const float e = expf(fminf(x, 20)), n = e * (e + 2);
     return x * n / (n + 2);
 }
 
-/* y[i] = act(key[i]) value[i], i < n. Each kind has its own loop, so that each loop is vectorized. */
+/* y[i] = act(key[i]) value[i] for i < n. Each activation has its own loop, so that the compiler vectorizes the loop. */
 LOCAL void multiply_activated(const float *key, const float *value, int64_t n, int64_t kind, float *y) {
     switch (kind) {
     case GELU:

@@ -1,16 +1,17 @@
-"""Sums over the past.
+"""Sums over past positions.
 
     running sum:         y[t] = sum_{u<=t} x[u]
     Toeplitz matrix:     W[t, u] = f(t-u), 0 for u > t
     causal convolution:  y[t] = sum_{u<=t} f(t-u) x[u]
 
-The running sum is per channel; f is a curve by lag, one per head. The convolution is computed in blocks of L = 256
-outputs: the block of positions a ... a+L-1 is one product of an (L, a+L) strip of W with x[0 ... a+L-1]. As W depends
-on the lag alone, all strips are parts of one (L, T) matrix, so memory grows linearly with time.
+The running sum is separate for each channel. Each head has a curve f, which depends on the lag t - u. The convolution
+is computed in blocks of L = 256 outputs. The outputs at positions a to a+L-1 are the product of an (L, a+L) strip of W
+with x[0], ..., x[a+L-1]. As W depends on the lag alone, all strips are parts of one (L, T) matrix, so memory grows
+linearly with T.
 
-Both sums are accurate for terms of any finite size. A term in the future of an output is never added to it, or is
-multiplied by an exact zero, so an output rounds relative to its own terms alone. Gradients likewise, with past and
-future exchanged.
+Both sums are accurate for terms of any finite size. Terms from the future of an output are left out of the sum or
+multiplied by an exact zero, so they add no rounding error to the output. In gradients, terms from the past are left out
+or multiplied by an exact zero.
 """
 
 from typing import Any
@@ -23,25 +24,25 @@ from timemix.ops.common import fused
 from timemix.ops.common.operators import operator
 
 BLOCK = 256
-"""L, positions of a block of the convolution."""
+"""L, the number of positions in a block of the convolution."""
 
 _SUM_BLOCK = 16
-"""Positions of a block of the running sum."""
+"""Number of positions in a block of the running sum."""
 
 _SUM_SMALL = 2**18
-"""Elements below which `torch.cumsum` is faster than the calls that replace it."""
+"""Number of elements below which `torch.cumsum` is faster than a sum in blocks."""
 
 
 @operator("timemix::running_sum")
 def running_sum(x: Tensor, reverse: bool) -> Tensor:
     """Sum over time: y[t] = sum_{u<=t} x[u].
 
-    The sum is computed in blocks, by additions of whole rows of channels. `torch.cumsum` runs along time, one channel
-    after another, with strided access to memory, which is slow.
+    The sum is computed in blocks of positions, by additions of whole rows of channels. `torch.cumsum` is slower: it
+    sums one channel after another, with strided memory access.
 
     Args:
         x: Terms (B, T, C).
-        reverse: Whether to sum over u >= t instead.
+        reverse: Whether to sum over u >= t instead of u <= t.
 
     Returns:
         y (B, T, C), in x's dtype.
@@ -56,8 +57,8 @@ def running_sum(x: Tensor, reverse: bool) -> Tensor:
 def _sum_in_place(y: Tensor, reverse: bool) -> None:
     """Replace y (B, T, C), contiguous along C, by its running sum.
 
-    Each block is summed by itself, all blocks at once. Then each block gets the running sum of the totals of the blocks
-    before it, which is computed by recursion.
+    First, the running sum within each block is computed for all blocks at once. A recursive call then computes the
+    running sum of the block totals. Finally, the total of all earlier blocks is added to each block.
     """
     T = y.shape[1]
     blocks = T // _SUM_BLOCK
@@ -66,7 +67,7 @@ def _sum_in_place(y: Tensor, reverse: bool) -> None:
         for t in order:
             y[:, t] += y[:, t + 1 if reverse else t - 1]
         return
-    # (B, T, C) -> (B, blocks, _SUM_BLOCK, C), and the positions left over
+    # (B, T, C) -> (B, blocks, _SUM_BLOCK, C), and the remaining positions
     even = y[:, : blocks * _SUM_BLOCK].unflatten(1, (blocks, _SUM_BLOCK))
     rest = y[:, blocks * _SUM_BLOCK :]
     # totals: (B, blocks - 1, C)
@@ -108,15 +109,16 @@ running_sum.register_autograd(_running_sum_backward, setup_context=_running_sum_
 
 @operator("timemix::toeplitz")
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """Write curves out as matrices: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
+    """Create matrices from curves: W[i, j] = f(columns - rows + i - j), 0 for a negative lag.
 
-    With rows = columns this is W of a whole text, with fewer rows it is the last rows of W. The zeros of the future are
-    padding. So the gradient of these entries, which can be infinite, is dropped and not multiplied by zero.
+    With rows = columns, the result is W for a whole text. With fewer rows than columns, the result is the last rows of
+    W. The zeros for future positions are padding, so their gradient is dropped. The gradient of padding can be
+    infinite, and multiplying an infinite gradient by zero would give NaN.
 
     Args:
-        f: Curves (H, ctx_len) by lag, taken as 0 past ctx_len.
+        f: Curves (H, ctx_len) by lag; f is 0 at lags from ctx_len on.
         rows: Number of rows, at most `columns`.
-        columns: Number of positions of the past and present.
+        columns: Number of past and present positions.
 
     Returns:
         W (H, rows, columns).
@@ -132,7 +134,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
 def _upside_down(windows: Tensor) -> Tensor:
     """Reverse the rows of windows (H, rows, columns)."""
     rows = windows.shape[1]
-    # By index: `flip` would return a tensor with the strides of the view, whose rows are not contiguous.
+    # Indexing returns contiguous rows; `flip` would keep the strides of the view, whose rows are not contiguous.
     return windows[:, torch.arange(rows - 1, -1, -1, device=windows.device)]
 
 
@@ -143,7 +145,7 @@ def _(f: Tensor, rows: int, columns: int) -> Tensor:
 
 @operator("timemix::toeplitz_backward")
 def _toeplitz_backward(gradient: Tensor, ctx_len: int) -> Tensor:
-    """Compute df(lag) = sum of dW[i, j] over the diagonal of that lag: (H, rows, columns) -> (H, ctx_len)."""
+    """Compute df(lag), the sum of dW[i, j] over the diagonal of each lag: (H, rows, columns) -> (H, ctx_len)."""
     by_lag = diagonal_sums(gradient)[:, gradient.shape[1] - 1 :]
     return of_length(by_lag, ctx_len).to(gradient.dtype)
 
@@ -165,7 +167,7 @@ toeplitz.register_autograd(_toeplitz_gradient, setup_context=_toeplitz_setup)
 
 
 def diagonal_sums(pairs: Tensor) -> Tensor:
-    """Sum over diagonals: sums[d] = sum of pairs[i, j] over i - j = d, for d = 1 - columns ... rows - 1.
+    """Sum over diagonals: sums[d] = sum of pairs[i, j] over i - j = d, for d from 1 - columns to rows - 1.
 
     Args:
         pairs: Matrices (H, rows, columns).
@@ -176,7 +178,7 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
     _, rows, columns = pairs.shape
     if fused.serves_lags(pairs, rows):
         return fused.diagonal_sums(pairs)
-    # Each row is padded to rows + columns entries, and the matrix is then read as rows of one entry less. So each row
+    # Each row is padded to rows + columns entries. The matrix is then viewed as rows with one entry less. So each row
     # moves one column further right than the row above, and diagonals become columns: (H, rows, rows + columns - 1)
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
     return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))
@@ -187,7 +189,7 @@ def of_length(f: Tensor, ctx_len: int) -> Tensor:
 
     Args:
         f: Curves (H, lags) by lag.
-        ctx_len: Number of lags wanted.
+        ctx_len: Number of lags of the result.
 
     Returns:
         A new tensor (H, ctx_len).
@@ -196,23 +198,23 @@ def of_length(f: Tensor, ctx_len: int) -> Tensor:
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to sum products of x.
+    """Return the dtype for sums of products of x.
 
     Args:
         x: The tensor.
 
     Returns:
-        float64 for float64, else float32.
+        float64 if x is float64, else float32.
     """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @operator("timemix::causal_convolution")
 def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
-    """Convolve with one curve per head: y[t] = sum_{u<=t} f(t-u) x[u], at the last positions.
+    """Convolve x with one curve per head, at the last positions: y[t] = sum_{u<=t} f(t-u) x[u].
 
-    Products run in x's dtype with float32 accumulation: one for each block of L outputs, (L, U) by (U, B N) with
-    U = L, 2 L, ... T.
+    Matrix products run in x's dtype with float32 accumulation. Each block of L outputs takes one product, of shapes
+    (L, U) and (U, B N), where U = L, 2 L, ..., T.
 
     Args:
         x: Sources (B, T, H, N).
@@ -224,7 +226,7 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
     """
     B, T, H, N = x.shape
     L, width = _block(T)
-    # The last L rows of W for `width` positions: (H, L, width). The strip of an earlier block is its right part.
+    # The last L rows of W for `width` positions: (H, L, width). Earlier blocks use the right part of this strip.
     strip = toeplitz(f.to(x.dtype), L, width)
     # (B, T, H, N) -> (H, T, B N)
     rows = x.permute(2, 1, 0, 3).reshape(H, T, B * N)
@@ -233,7 +235,8 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
         b = min(a + L, T)
         # Column `start` of the strip belongs to source 0: entry [i, start] is f(a + i).
         start = width - L - a
-        # A copy, at a tenth of the cost of a product: batched products of strided matrices run at half the speed.
+        # The strip is copied, because batched products of strided matrices run at half the speed. The copy costs a
+        # tenth of the product.
         # (H, b - a, b) by (H, b, B N) -> (H, b - a, B N)
         parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
     y = torch.cat(parts, 1)[:, -last:].contiguous()
@@ -242,13 +245,13 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
 
 
 def _block(T: int) -> tuple[int, int]:
-    """Return L, the positions of a block, and the positions of all blocks, which is T rounded up to a multiple of L."""
+    """Return the number of positions in a block, L, and in all blocks, which is T rounded up to a multiple of L."""
     L = min(BLOCK, T)
     return L, -(-T // L) * L
 
 
 def _future_strip(f: Tensor, L: int, width: int) -> Tensor:
-    """Return the first L columns of W, transposed: (H, L, width) with f(j - i) at [i, j], 0 for j < i."""
+    """Return the transpose of the first L columns of W: (H, L, width) with f(j - i) at [i, j], 0 for j < i."""
     f = F.pad(f, (L - 1, max(0, width - f.shape[1])))[:, : width + L - 1]
     return _upside_down(f.unfold(-1, width, 1))
 
@@ -264,19 +267,19 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
     """Compute the gradients of x and f from dy (B, last, H, N).
 
     dx[u]   = sum_{t>=u} f(t-u) dy[t]
-    df(lag) = sum_t dy[t] . x[t-lag]        over batch and channels of the head
+    df(lag) = sum_t dy[t] . x[t-lag]        summed over the batch and the channels of the head
     """
     B, T, H, N = x.shape
     L, width = _block(T)
     # (B, last, H, N) -> (H, T, B N), zeros before the last positions
     dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
-    # For each block of L sources from a: (H, L, T - a) by (H, T - a, B N) -> (H, L, B N)
+    # For each block of L sources that starts at a: (H, L, T - a) by (H, T - a, B N) -> (H, L, B N)
     parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
     dx = torch.cat(parts, 1).view(H, T, B, N).permute(2, 1, 0, 3)
 
-    # All pairs of blocks at a distance of d blocks have the same L x L lags. So one product covers all of them, and its
-    # diagonals are the lags d L - L + 1 ... d L + L - 1.
+    # All pairs of blocks at a distance of d blocks have the same L x L lags. So one product covers all these pairs, and
+    # the diagonals of the product are the lags from d L - L + 1 to d L + L - 1.
     blocks = width // L
 
     def rows_by_block(a: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-/* The kernels of ops/common/fused.py: all of a training step between its matrix products, forward and backward, each in
-   one pass over memory. Each file holds one family of kernels; they are compiled as one unit.
+/* The kernels of ops/common/fused.py, which compute the operations between the matrix products of a training step,
+   forward and backward. Each kernel makes one pass over memory. The included files are compiled as one unit.
 
-   There are B sequences of T positions; a row is one position of one sequence. Inputs and outputs of matrix products
-   have `type` float32 or bfloat16, all other numbers are float32. A sum over rows is computed for each of PARTS parts
-   (set by fused.py) or for each sequence, and the caller adds these up. So its bits do not depend on the number of
-   threads. */
+   There are B sequences of T positions. A row is one position of one sequence. Inputs and outputs of matrix products
+   have the `type` float32 or bfloat16. All other numbers are float32. A sum over rows is computed for each of PARTS
+   parts (set by fused.py) or for each sequence, and the caller adds these partial sums. So the sum is bit-identical for
+   any number of threads. */
 
 #include "ops/common/norm_shift.c"
 #include "ops/rwkv1/time_mix.c"

@@ -1,4 +1,6 @@
-"""C kernels for a training step between its matrix products, forward and backward: each is one pass over memory.
+"""C kernels for the operations between the matrix products of a training step, forward and backward.
+
+Each kernel makes one pass over memory:
 
     norm_shift:  y[t, c] = z[t - d(c), c],  z = LayerNorm(x)
     weigh:       source = alpha exp(k) v,   total[t] = sum_{u<=t} exp(k[u]),   gate = sigmoid(r)
@@ -7,11 +9,11 @@
     scaled:      y = (x + bias) by
     toeplitz, diagonal_sums:  as in ops.common.causal
 
-The backward formulas are in the C files, which fused.c lists. The kernels add the biases of linear maps too, since they
-read the data anyway.
+The file fused.c lists the C files, which contain the backward formulas. The kernels also add the biases of linear maps,
+which saves a pass over memory.
 
-Supported: products in float32 and bfloat16 on the CPU, with a C compiler, outside of code that torch.compile compiles.
-The modules that call these functions have a fallback in PyTorch for everything else.
+The kernels support matrix products in float32 and bfloat16 on the CPU. The kernels require a C compiler, and are not
+used in code that torch.compile compiles. If the kernels cannot be used, the calling modules use PyTorch instead.
 """
 
 import ctypes
@@ -32,25 +34,27 @@ ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
 """Names of the activations, in the order of `enum activation` (ops/common/activations.h)."""
 
 _TYPES = (torch.float32, torch.bfloat16)
-"""Dtypes of products, in the order of `enum type` (ops/common/types.h)."""
+"""Dtypes of matrix products, in the order of `enum type` (ops/common/types.h)."""
 
 _PARTS = 16
-"""Number of parts in which C code sums over rows; it is fixed, so the bits do not depend on the number of threads."""
+"""Number of parts in which C code sums over rows; a fixed number, so any number of threads gives bit-identical sums."""
 
 ENOUGH_ROWS = 64
-"""Number of rows from which the kernels are faster without gradients too, although each call concatenates weights."""
+"""Least number of rows at which the kernels are faster than PyTorch without gradients.
+
+Each call of the kernels concatenates weights, which takes longer than the kernels save with fewer rows."""
 
 _left_out = False
 
 
 def serves(x: Tensor) -> bool:
-    """Return whether to use these kernels in a model.
+    """Return whether to use the C kernels of this module in a model.
 
     Args:
         x: Input of a sublayer (..., C).
 
     Returns:
-        False if unsupported, or slower than PyTorch.
+        False if the kernels do not support the tensor or are slower than PyTorch.
     """
     return (
         (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
@@ -67,13 +71,13 @@ def serves_lags(x: Tensor, rows: int) -> bool:
         rows: Number of rows of a matrix.
 
     Returns:
-        False if unsupported, or slower than PyTorch.
+        False if the kernels do not support the tensor or are slower than PyTorch.
     """
     return rows >= ENOUGH_ROWS and _takes(x)
 
 
 def _takes(x: Tensor) -> bool:
-    """Return whether the kernels support the dtype and device of x, here and now."""
+    """Return whether the kernels are enabled and available, and support the dtype and device of x."""
     return (
         x.dtype in _TYPES
         and x.device.type == "cpu"
@@ -87,14 +91,14 @@ def available() -> bool:
     """Return whether the C code can be compiled and loaded.
 
     Returns:
-        False without a C compiler, or after a failure.
+        False if there is no C compiler, or compiling or loading failed.
     """
     return _library()[0] is not None
 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Disable these kernels in a `with` block: for hooks on single linear maps, or to measure PyTorch alone."""
+    """Disable the C kernels in a `with` block, for hooks on single linear maps or to measure PyTorch alone."""
     global _left_out
     before, _left_out = _left_out, True
     try:
@@ -110,11 +114,11 @@ def norm_shift(
 
     Args:
         x: Rows (B, T, C), float32.
-        weight: Weight of the norm (C,).
-        bias: Bias of the norm (C,).
-        eps: Number that is added to the variance.
-        edges: Channels edges[d - 1] to edges[d] come from d positions back, with zeros before the first position. The
-            channels from the last edge on are not shifted.
+        weight: Weight of LayerNorm (C,).
+        bias: Bias of LayerNorm (C,).
+        eps: Number that LayerNorm adds to the variance.
+        edges: Channels edges[d - 1] to edges[d] are shifted by d positions, with zeros before the first position.
+            Channels from the last edge on are not shifted.
         dtype: Dtype of the result, float32 or bfloat16.
 
     Returns:
@@ -129,13 +133,13 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
 
     Args:
         kvr: k, v and r side by side, without bias (B, T, 3 C).
-        bias: Their biases (3 C,).
+        bias: Biases of k, v and r (3 C,).
         alpha: Weight of each source position (H, ctx_len); None for 1.
         heads: H.
 
     Returns:
-        source = alpha exp(k) v (H, T, B, N), in the layout of the products that sum it; total, the running sum of
-        exp(k) (B, T, H, N), in float32; gate = sigmoid(r) (B, T, H, N).
+        A tuple (source, total, gate) of source = alpha exp(k) v (H, T, B, N), total = running sum of exp(k)
+        (B, T, H, N) in float32, and gate = sigmoid(r) (B, T, H, N).
     """
     result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(  # type: ignore[no-untyped-call]
         kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads
@@ -164,7 +168,7 @@ def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Te
 
     Args:
         kvr: k (F), v (F) and r (C) side by side, without bias (..., 2 F + C).
-        bias: Their biases (2 F + C,).
+        bias: Biases of k, v and r (2 F + C,).
         channels: C.
         activation: A name in `ACTIVATION_KINDS`.
 
@@ -176,12 +180,12 @@ def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Te
 
 
 def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
-    """Add a bias and multiply by a factor: (x + bias) by.
+    """Add a bias to x, then multiply by a factor: y = (x + bias) * by.
 
     Args:
-        x: Rows (..., C); (B, T, C) if there is one factor for each position.
+        x: Rows (..., C); (B, T, C) if `by` has one factor for each position.
         bias: Bias (C,).
-        by: Factors of the shape of x, or one for each position (ctx_len,), ctx_len >= T.
+        by: Factors in the shape of x, or one factor for each position (ctx_len,), ctx_len >= T.
 
     Returns:
         y, in the shape and dtype of x.
@@ -196,7 +200,7 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
 
 
 def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
-    """Write curves out as matrices, as `causal.toeplitz` does, without gradients.
+    """Create matrices from curves, as `causal.toeplitz` does, without gradients.
 
     Args:
         f: Curves (H, ctx_len) by lag.
@@ -227,19 +231,19 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """Convert to contiguous float32, the format of parameters in the C code."""
+    """Convert x to contiguous float32, the format of parameters in the C code."""
     return x.float().contiguous()
 
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    """Compile and load fused.c: the library, or None; and the compiler, or the reason of the failure."""
-    # NaN must stay NaN: it shows that a run diverged.
+    """Compile and load fused.c. Return the library and the compiler, or None and the reason for the failure."""
+    # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
     return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={_PARTS}")
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> Any:
-    """Call a C function for products in the dtype of `like`; tensors are passed by address, and None as NULL."""
+    """Call a C function for the dtype of `like`. Tensors are passed by address, and None as NULL."""
     code, _ = _library()
     assert code is not None
     first = (_TYPES.index(like.dtype), torch.get_num_threads())
@@ -339,7 +343,7 @@ class _Divide(torch.autograd.Function):
 
 
 def _sizes(gate: Tensor, table: Tensor | None) -> _Sizes:
-    """Return the sizes that the C code needs, from gate (B, T, H, N), and alpha or beta."""
+    """Return the sizes of gate (B, T, H, N) and the address of alpha or beta, in a C structure."""
     return _Sizes(*gate.shape, *((0, None) if table is None else (table.shape[1], table.data_ptr())))
 
 
@@ -406,11 +410,11 @@ class _Scaled(torch.autograd.Function):
 
 
 def _rows(x: Tensor, by: Tensor) -> Iterator[ctypes.c_int64]:
-    """Return B, T and C; with a factor of the shape of x, whose positions do not matter, B T, 1 and C."""
+    """Return B, T and C if `by` has one factor for each position, else B T, 1 and C."""
     sizes = x.shape if by.ndim == 1 else (x.shape[:-1].numel(), 1, x.shape[-1])
     return map(ctypes.c_int64, sizes)
 
 
 def _gate_and_gamma(x: Tensor, by: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return (None, x) if `by` is a gamma (ctx_len,), (x, None) if it is a gate."""
+    """Return (None, x) if `by` is a gamma (ctx_len,), or (x, None) if `by` is a gate."""
     return (None, x) if by.ndim == 1 else (x, None)

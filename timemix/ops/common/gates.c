@@ -1,6 +1,6 @@
 /* Gates of the channel-mix, between its matrix products, forward and backward.
 
-   A row of kvr holds k (F,), v (F,) and r (C,) side by side, without their biases, which are added here:
+   A row of kvr holds k (F,), v (F,) and r (C,) side by side, without their biases. The kernels add the biases:
 
     hidden = act(k) v,   gate = sigmoid(r)
 
@@ -12,7 +12,7 @@
 #include "ops/common/exp.h"
 #include "ops/common/types.h"
 
-/* rows = B T; F: hidden size; C: channels; activation: an `enum activation`. */
+/* rows is B T, F is the hidden size, C is the number of channels, and activation is an `enum activation`. */
 typedef struct {
     int64_t rows, F, C, activation;
 } ffn;
@@ -32,7 +32,7 @@ INLINE void gates(enum type type, enum activation kind, const ffn *f, int64_t ro
     for (int64_t c = 0; c < C; c++) store(type, g, c, sigmoid_series(load(type, r, c) + rbias[c]));
 }
 
-/* One row: dhidden (F,), dgate (C,) -> dkvr (2 F + C,); adds to dbias (2 F + C,). act(k) is recomputed, not stored. */
+/* One row: dhidden (F,), dgate (C,) -> dkvr (2 F + C,). The row is added to dbias (2 F + C,). act(k) is recomputed. */
 INLINE void gates_back(enum type type, enum activation kind, const ffn *f, int64_t row, const void *kvr,
                        const float *bias, const void *gate, const void *dhidden, const void *dgate, void *dkvr,
                        float *dbias) {
@@ -58,7 +58,7 @@ INLINE void gates_back(enum type type, enum activation kind, const ffn *f, int64
     }
 }
 
-/* Calls a function with the activation as a constant, so that its loops have no branch. */
+/* Calls a function with the activation as a constant, so that the loops of the function have no branch. */
 #define OF_KIND(function, type, kind, ...)                       \
     switch (kind) {                                              \
     case GELU: function(type, GELU, __VA_ARGS__); break;         \
@@ -77,7 +77,8 @@ void timemix_gates(int64_t type, int64_t threads, const ffn *f, const void *kvr,
     }
 }
 
-/* dkvr (rows, 2 F + C); dbias (PARTS, 2 F + C): sums over parts of the rows, the same for any number of threads. */
+/* Computes dkvr (rows, 2 F + C), and in dbias (PARTS, 2 F + C) sums over parts of the rows. The parts are the same for
+   any number of threads. */
 void timemix_gates_back(int64_t type, int64_t threads, const ffn *f, const void *kvr, const float *bias,
                         const void *gate, const void *dhidden, const void *dgate, void *dkvr, float *dbias) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -1,10 +1,9 @@
-"""The history of a layer, one entry for each past position, and tables looked up by lag.
+"""The history of a layer, with one entry for each past position, and lookups of tables by lag.
 
     append:      history[b, :, position[b] + i] = new[b, :, i]
     weights_at:  W[b, h, i, u] = f_h(position[b] + i - u), 0 in the future
 
-Rows of a batch may be at different positions. So every function takes `position` (B,), the number of tokens that each
-row has seen.
+Rows of a batch may be at different positions. `position` (B,) is the number of earlier tokens of each row.
 """
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 
 def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
-    """Store new entries at each row's position, in place unless gradients are recorded.
+    """Store new entries at the position of each row, in place if gradients are disabled.
 
     Args:
         history: Entries of each position (B, H, ctx_len, N).
         new: New entries (B, H, T, N).
         position: Number of earlier tokens of each row (B,).
-        lengths: Number of entries of `new` that count (B,), 1 to T; None: all T.
+        lengths: Number of valid entries of `new` in each row (B,), 1 to T; None if all T are valid.
 
     Returns:
         The history (B, H, ctx_len, N).
@@ -30,55 +29,55 @@ def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | Non
     new = new.to(history.dtype)
     if lengths is None:
         rows = torch.arange(len(position), device=new.device)[:, None]
-        # Indexed by (B, T) around a slice of heads: (B, T, H, N)
+        # Indices of shape (B, T) on both sides of a slice of heads give (B, T, H, N).
         history[rows, :, position[:, None] + time] = new.transpose(1, 2)
     else:
-        # The pairs (row, step) that count, one after another: (pairs, H, N)
+        # The valid pairs (row, step), one after another: (pairs, H, N)
         row, step = (time < lengths[:, None]).nonzero(as_tuple=True)
         history[row, :, position[row] + step] = new.transpose(1, 2)[row, step]
     return history
 
 
 def lags(position: Tensor, T: int, U: int) -> Tensor:
-    """Return the lag t - u of every position u from each row's next T positions t.
+    """Return the lags t - u between the next T positions t of each row and all positions u.
 
     Args:
         position: Number of earlier tokens of each row (B,).
-        T: Number of targets.
-        U: Number of sources.
+        T: Number of target positions t.
+        U: Number of source positions u.
 
     Returns:
-        Lags (B, T, U), negative in the future.
+        Lags (B, T, U), negative if u is in the future of t.
     """
     target = position[:, None] + torch.arange(T, device=position.device)
     return target[:, :, None] - torch.arange(U, device=position.device)
 
 
 def weights_at(f: Tensor, lag: Tensor) -> Tensor:
-    """Look up f by lag.
+    """Look up the weights f at given lags.
 
     Args:
         f: Weights (H, ctx_len) by lag.
-        lag: Lags (B, T, U), negative in the future.
+        lag: Lags (B, T, U), negative if u is in the future of t.
 
     Returns:
-        Weights (B, H, T, U), 0 in the future.
+        Weights (B, H, T, U), 0 if u is in the future of t.
     """
-    # The clamp has an upper bound too: padding may be past the end of the table. (H, B, T, U) -> (B, H, T, U)
+    # The clamp needs an upper bound because padding may be past the end of the table. (H, B, T, U) -> (B, H, T, U)
     return torch.where(lag >= 0, f[:, lag.clamp(0, f.shape[1] - 1)], 0).transpose(0, 1)
 
 
 def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
-    """Look up f by pair of positions.
+    """Look up the weights f of pairs of positions.
 
     Args:
-        f: Weights (H, ctx_len, ctx_len) by target and source.
+        f: Weights (H, ctx_len, ctx_len) by target position t and source position u.
         position: Number of earlier tokens of each row (B,).
-        T: Number of targets.
-        U: Number of sources.
+        T: Number of target positions t.
+        U: Number of source positions u.
 
     Returns:
-        Weights (B, H, T, U), 0 in the future.
+        Weights (B, H, T, U), 0 if u is in the future of t.
     """
     target = (position[:, None] + torch.arange(T, device=position.device)).clamp(max=f.shape[1] - 1)
     # (H, B, T, U) -> (B, H, T, U)
@@ -86,11 +85,11 @@ def pairs_at(f: Tensor, position: Tensor, T: int, U: int) -> Tensor:
 
 
 def extended(table: Tensor, length: int) -> Tensor:
-    """Extend a table by the mean of its last quarter.
+    """Extend a table to a given length, with the mean of its last quarter.
 
     Args:
         table: Table (..., ctx_len).
-        length: Number of entries wanted.
+        length: Number of entries of the result.
 
     Returns:
         Table (..., length), or the given table if `length` is at most ctx_len.

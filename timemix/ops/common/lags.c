@@ -1,16 +1,16 @@
-/* From a curve by lag to a matrix of pairs of positions, and back.
+/* Conversion of a curve by lag to a matrix of pairs of positions, and the gradient of this conversion.
 
     toeplitz:        W[h, i, j] = f_h(columns - rows + i - j), 0 for a negative lag
     diagonal sums:   sums[h, d] = sum over i - j = d of pairs[h, i, j]
 
-   The second is the gradient of the first. */
+   The diagonal sums of the gradient of W are the gradient of f. */
 
 #include "ops/common/types.h"
 
-/* matrices (H, rows, columns) from f (H, lags), rows <= columns; f is 0 past its end.
+/* matrices (H, rows, columns) from f (H, lags), where rows <= columns, and f is 0 at larger lags.
 
-   Row i is f reversed, up to lag 0 in column `last`. On the left are zeros for lags past the end of f, on the right
-   zeros for the future. */
+   Row i is f reversed, with lag 0 in column `last`. To the left of f are zeros for larger lags. To the right of f are
+   zeros for future positions. */
 void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, int64_t lags,
                       const void *f, void *matrices) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -20,7 +20,7 @@ void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, in
         const void *of_head = (const char *)f + row / rows * lags * size;
         char *y = (char *)matrices + row * columns * size;
         memset(y, 0, first * size);
-        /* Copied without conversion, so that the bits stay the same. */
+        /* The numbers are copied without conversion, so that they stay bit-identical. */
         if (type == FLOAT32)
             for (int64_t j = first; j < end; j++) ((float *)y)[j] = ((const float *)of_head)[last - j];
         else
@@ -29,9 +29,9 @@ void timemix_toeplitz(int64_t type, int64_t threads, int64_t H, int64_t rows, in
     }
 }
 
-/* sums (H, rows + columns - 1) over the diagonals i - j = 1 - columns ... rows - 1 of pairs (H, rows, columns).
+/* sums (H, rows + columns - 1) over the diagonals i - j = 1 - columns, ..., rows - 1 of pairs (H, rows, columns).
 
-   Each thread computes whole heads: the rows of a head are added to the same sums, in a fixed order. */
+   Each thread computes whole heads. The rows of a head are added in a fixed order. */
 void timemix_diagonal_sums(int64_t type, int64_t threads, int64_t H, int64_t rows, int64_t columns, const void *pairs,
                            float *sums) {
     memset(sums, 0, H * (rows + columns - 1) * sizeof(float));

@@ -1,4 +1,4 @@
-/* LayerNorm of one row, for the decode steps. The form for training is in norm_shift.c. */
+/* LayerNorm of one row, for the decode steps. The kernel for training is in norm_shift.c. */
 
 #ifndef TIMEMIX_NORM_H
 #define TIMEMIX_NORM_H

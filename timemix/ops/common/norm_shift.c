@@ -4,8 +4,8 @@
     z[t, c]    = unit[t, c] weight[c] + bias[c]
     y[t, c]    = z[t - d(c), c],   0 for t < d(c)
 
-   d(c) is the shift distance of a channel. Backward, with dz[t, c] = dy[t + d(c), c] (0 past the last position) and
-   g = dz weight:
+   d(c) is the shift distance of channel c. The backward formulas use dz[t, c] = dy[t + d(c), c] (0 past the last
+   position) and g = dz weight:
 
     dweight[c] = sum_t dz unit,   dbias[c] = sum_t dz
     dx[t, c]   = r (g - mean_c(g) - unit mean_c(g unit)) */
@@ -14,15 +14,15 @@
 
 #include "ops/common/types.h"
 
-/* Token-shift: d(c) = g + 1 for channels edge[g] to edge[g + 1], 0 from edge[groups] on. */
+/* Token-shift: d(c) is g + 1 for edge[g] <= c < edge[g + 1], and 0 for c >= edge[groups]. */
 typedef struct {
     int64_t groups;
     const int64_t *edge; /* (groups + 1,) */
     int64_t B, T, C;
 } shift;
 
-/* One row, b T + t: reads x[b, t, :], writes y[b, t + d(c), c]. It writes to later rows, and does not read earlier
-   ones, because it has the mean and variance of this row alone. */
+/* One row b T + t: reads x[b, t, :] and writes y[b, t + d(c), c]. The function writes to later rows instead of reading
+   earlier rows, because the function knows the mean and variance of this row alone. */
 INLINE void norm_shift(enum type type, const shift *s, int64_t row, const float *x, const float *weight,
                        const float *bias, float epsilon, void *y, float *mean, float *scale) {
     const int64_t C = s->C, t = row % s->T;
@@ -46,8 +46,8 @@ INLINE void norm_shift(enum type type, const shift *s, int64_t row, const float 
     }
 }
 
-/* y (B, T, C) of `type` from x (B, T, C) float32; weight and bias (C,). mean and scale = r (B, T) are results for the
-   backward pass. */
+/* y (B, T, C) of `type` from x (B, T, C) float32, weight (C,) and bias (C,). The results mean (B, T) and
+   scale = r (B, T) are for the backward pass. */
 void timemix_norm_shift(int64_t type, int64_t threads, const shift *s, const float *x, const float *weight,
                         const float *bias, float epsilon, void *y, float *mean, float *scale) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -57,12 +57,13 @@ void timemix_norm_shift(int64_t type, int64_t threads, const shift *s, const flo
     }
 }
 
-/* One row; adds to dweight and dbias (C,). m = mean[row], r = scale[row]; g and unit (C,) are scratch. */
+/* One row, with m = mean[row] and r = scale[row]. The row is added to dweight (C,) and dbias (C,). g (C,) and unit (C,)
+   are temporary. */
 INLINE void norm_shift_back(enum type type, const shift *s, int64_t row, const float *x, const float *weight, float m,
                             float r, const void *dy, float *dx, float *dweight, float *dbias, float *g, float *unit) {
     const int64_t C = s->C;
     float sum = 0, product = 0;
-    /* g = dz: the gradient of each channel, from d(c) positions later. */
+    /* g = dz, which is the gradient of y at d(c) positions later. */
     for (int64_t n = 0; n <= s->groups; n++) {
         const int64_t first = s->edge[n], end = n < s->groups ? s->edge[n + 1] : C, d = n < s->groups ? n + 1 : 0;
         if (row % s->T + d < s->T) {
@@ -84,8 +85,8 @@ INLINE void norm_shift_back(enum type type, const shift *s, int64_t row, const f
     for (int64_t c = 0; c < C; c++) dx[row * C + c] = r * (g[c] - (sum + unit[c] * product) / C);
 }
 
-/* dx (B, T, C) from dy (B, T, C). dweight, dbias (PARTS, C): sums over parts of the rows. The parts are the same for
-   any number of threads, and so are the bits of the result. */
+/* dx (B, T, C) from dy (B, T, C). dweight (PARTS, C) and dbias (PARTS, C) are sums over parts of the rows. The parts
+   are the same for any number of threads, so the sums are bit-identical. */
 void timemix_norm_shift_back(int64_t type, int64_t threads, const shift *s, const float *x, const float *weight,
                              const float *mean, const float *scale, const void *dy, float *dx, float *dweight,
                              float *dbias) {

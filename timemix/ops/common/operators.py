@@ -1,4 +1,4 @@
-"""Functions of tensors that are opaque to torch.compile, without the cost of a custom operator in eager code."""
+"""Tensor functions that are opaque to torch.compile, without the cost of a custom operator in eager code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 class Operator:
     """A function that is a custom PyTorch operator in compiled code and for selective recomputation, else plain Python.
 
-    On the first call of a custom operator PyTorch imports its compiler, which takes longer than to generate a short
-    text. So in eager code a `torch.autograd.Function` provides the gradients instead.
+    On the first call of a custom operator, PyTorch imports its compiler. Importing the compiler takes longer than
+    generating a short text. In eager code, a `torch.autograd.Function` therefore provides the gradients.
 
     Args:
         name: Name of the operator, "timemix::NAME".
@@ -27,11 +27,11 @@ class Operator:
         self.__doc__ = function.__doc__
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """Register the gradients of all arguments, as for `torch.library.custom_op`.
+        """Register the function that computes the gradients, as for `torch.library.custom_op`.
 
         Args:
-            backward: Function from (ctx, gradient of the result) to the gradients of the arguments.
-            setup_context: Function of (ctx, inputs, output) that saves in ctx what `backward` needs.
+            backward: Function that maps (ctx, gradient of the result) to the gradients of the arguments.
+            setup_context: Function of (ctx, inputs, output) that saves values for `backward` in ctx.
         """
         self.custom.register_autograd(backward, setup_context=setup_context)
         parts = {"forward": self.function, "setup_context": setup_context, "backward": backward}
@@ -46,7 +46,7 @@ class Operator:
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a dispatch mode, as of selective recomputation, or a tensor subclass observes each operator."""
+    """Return whether a tensor subclass or a dispatch mode, such as selective recomputation, observes operators."""
     if _get_current_dispatch_mode() is not None:
         return True
     return any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in arguments)

@@ -2,14 +2,14 @@
 
     y[r, o] = scale[o] sum_i x[r, i] weight[o, i] + bias[o]
 
-   x, y, scale and bias are float32; weight is float32, bfloat16 or int8. Only int8 has a scale.
+   x, y, scale and bias are float32. weight is float32, bfloat16 or int8. Only int8 weights have a scale.
 
    Layout: weight (outputs, inputs) -> (panels, inputs, PANEL). A panel has, for each input, the weights of PANEL
-   outputs side by side. So a product reads one contiguous stream, and needs no sum across the lanes of a vector. The
-   last panel is filled up with zeros.
+   outputs side by side. So a product reads contiguous memory, and needs no sum over the elements of a vector. The last
+   panel is padded with zeros.
 
    Each output is one chain of multiply-adds over the inputs in ascending order, for any number of rows and threads. So
-   a row is bit-identical alone and among others. */
+   the outputs of a row are bit-identical for any other rows of the batch. */
 
 #ifndef TIMEMIX_PANELS_H
 #define TIMEMIX_PANELS_H
@@ -17,19 +17,20 @@
 #include "ops/common/types.h"
 #include "ops/common/vectors.h"
 
-/* Four vectors of outputs: their chains are independent, so that even for one row they hide the latency of
-   multiply-add. */
+/* Number of vectors of outputs in a panel. The sums of the vectors are independent, which hides the latency of
+   multiply-add even for one row. */
 #define VECTORS 4
 #define PANEL (VECTORS * WIDTH)
 
-/* Rows at a time: the sums of a panel, ROWS * VECTORS, fit into the registers, 32 with AVX-512 and 16 otherwise. */
+/* Number of rows in a block. The ROWS * VECTORS sums of a panel fit into the vector registers. There are 32 vector
+   registers with AVX-512 and 16 otherwise. */
 #if defined(__AVX512F__)
 #define ROWS 6
 #else
 #define ROWS 3
 #endif
 
-/* Distance of prefetching in bytes, from the weights in use. */
+/* Distance in bytes from the weights in use to the weights that are prefetched. */
 #ifndef AHEAD
 #define AHEAD 8192
 #endif
@@ -43,8 +44,8 @@ typedef struct {
 
 /* y[r, first + o] = scale sum_i x[r, i] weight[first + o, i] + bias, for r < rows and o < count <= PANEL.
 
-   x (rows, inputs), y (rows, outputs); `first` is a multiple of PANEL. `rows`, up to ROWS, is a constant, so that all
-   sums stay in registers. Each weight is loaded once for all rows. */
+   x is (rows, inputs), y is (rows, outputs), and `first` is a multiple of PANEL. `rows` is a constant of at most ROWS,
+   so that all sums stay in registers. Each weight is loaded once for all rows. */
 INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            const int rows) {
     const int64_t inputs = l->inputs, at = first * inputs;
@@ -69,7 +70,7 @@ INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const
     }
 }
 
-/* The same for a variable number of rows, 1 to ROWS. */
+/* multiply_panel for a variable number of rows, 1 to ROWS. */
 INLINE void multiply_block(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            int64_t rows) {
     switch (rows) {
@@ -84,10 +85,10 @@ INLINE void multiply_block(const linear *l, int64_t first, enum type type, const
     }
 }
 
-/* y (rows, outputs) = x (rows, inputs) weight^T + bias; `type` is that of the weights.
+/* y (rows, outputs) = x (rows, inputs) weight^T + bias, where `type` is the type of the weights.
 
-   For use inside a parallel region: the threads share the pairs of a panel and a block of rows. There is no barrier at
-   the end, so that several maps can follow one another; the caller adds it. */
+   The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows.
+   There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
 LOCAL void multiply(const linear *l, int64_t type, const float *x, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp for collapse(2) schedule(static) nowait

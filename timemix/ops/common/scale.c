@@ -8,7 +8,7 @@
 
 #include "ops/common/types.h"
 
-/* One row (C,): by is gate, or *gamma if gate is NULL. */
+/* One row (C,). The factor is gate, or *gamma if gate is NULL. */
 INLINE void scale(enum type type, int64_t row, int64_t C, const void *x, const float *bias, const void *gate,
                   const float *gamma, void *y) {
     if (gate) {
@@ -32,7 +32,8 @@ void timemix_scale(int64_t type, int64_t threads, int64_t B, int64_t T, int64_t 
     }
 }
 
-/* One row: dx (C,), and dgate (C,) or, if gate is NULL, the row's part of dgamma as the result; adds to dbias (C,). */
+/* One row: computes dx (C,) and dgate (C,), and adds the row to dbias (C,). If gate is NULL, the function computes no
+   dgate, and returns the part of the row in dgamma. */
 INLINE float scale_back(enum type type, int64_t row, int64_t C, const void *x, const float *bias, const void *gate,
                         const float *gamma, const void *dy, void *dx, float *dbias, void *dgate) {
     float sum = 0;
@@ -56,8 +57,8 @@ INLINE float scale_back(enum type type, int64_t row, int64_t C, const void *x, c
     return sum;
 }
 
-/* dx (B, T, C), and either dgate (B, T, C) or dgamma (B, T), which the caller sums over B; the other pointer is NULL.
-   dbias (PARTS, C): sums over parts of the rows, the same parts for any number of threads. */
+/* Computes dx (B, T, C), and dgate (B, T, C) if dgate is not NULL, else dgamma (B, T), which the caller sums over B.
+   dbias (PARTS, C) are sums over parts of the rows. The parts are the same for any number of threads. */
 void timemix_scale_back(int64_t type, int64_t threads, int64_t B, int64_t T, int64_t C, const void *x,
                         const float *bias, const void *gate, const float *gamma, const void *dy, void *dx, float *dbias,
                         void *dgate, float *dgamma) {

@@ -1,9 +1,9 @@
-"""Broadcast parameters and embeddings whose gradients PyTorch's own kernels sum, in a compiled step too.
+"""Broadcasts and embeddings whose gradients are summed by PyTorch's own kernels, even in compiled code.
 
     y[..., c] = x[c];   dx[c] = sum of dy[..., c]
 
-torch.compile would fuse that sum into its loops, where it runs column by column, at a tenth of the memory bandwidth.
-For an embedding, it would add rows in the order in which threads arrive, which differs from run to run.
+torch.compile would fuse the sum dx into a loop that runs column by column, at a tenth of the memory bandwidth. For an
+embedding, torch.compile would add rows in the order in which threads arrive, which differs from run to run.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @torch.library.custom_op("timemix::sum_to", mutates_args=())
 def _sum_to(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum x over the dimensions in which `shape`, with the same number of dimensions, has 1."""
+    """Sum x over the dimensions that have size 1 in `shape`. `shape` has as many dimensions as x."""
     return x.sum_to_size(shape) if x.shape != tuple(shape) else x.clone()
 
 
@@ -26,7 +26,7 @@ def _(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class _Broadcast(torch.autograd.Function):
-    """Tensor.expand, with the sum of the gradient in an operator that the compiler does not fuse."""
+    """Tensor.expand, whose gradient is summed in an operator that the compiler does not fuse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -43,10 +43,10 @@ def broadcast_parameter(x: Tensor, like: Tensor) -> Tensor:
 
     Args:
         x: The parameter, with at most as many dimensions as `like`.
-        like: The tensor that x is added to or multiplied with.
+        like: The tensor to which x is added or by which x is multiplied.
 
     Returns:
-        x in the dtype of `like`: in compiled code with its shape, else with its number of dimensions.
+        x in the dtype of `like`. In compiled code x has the shape of `like`, else the number of dimensions of `like`.
     """
     x = x.to(like.dtype)
     x = x.view((1,) * (like.ndim - x.ndim) + x.shape)
@@ -55,7 +55,7 @@ def broadcast_parameter(x: Tensor, like: Tensor) -> Tensor:
 
 @torch.library.custom_op("timemix::embedding", mutates_args=())
 def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Look up rows of an embedding.
+    """Look up the rows of an embedding for token ids.
 
     Args:
         weight: Weight (V, C).

@@ -1,4 +1,4 @@
-/* Number formats of stored values. Arithmetic is always in float32: load() widens, store() rounds. */
+/* Number formats of stored values. Arithmetic is always in float32: load() converts to float32, and store() rounds. */
 
 #ifndef TIMEMIX_TYPES_H
 #define TIMEMIX_TYPES_H
@@ -6,9 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Forced inlining: callers pass `type` as a constant, so each inner loop is compiled for one format. */
+/* Inlining is forced. As callers pass `type` as a constant, each inner loop is then compiled for one format. */
 #define INLINE static inline __attribute__((always_inline))
-/* For a function of a header that not every file calls. */
+/* LOCAL marks a function of a header that some including files do not call. */
 #define LOCAL static __attribute__((unused))
 
 /* Only weights can be INT8 (panels.h). */
@@ -26,24 +26,25 @@ INLINE float load(enum type type, const void *x, int64_t i) {
     return (number){.bits = (uint32_t)((const uint16_t *)x)[i] << 16}.value;
 }
 
-/* x[i] = value, rounded to nearest, ties to even. */
+/* x[i] = value, rounded to the nearest number of the format, with ties to even. */
 INLINE void store(enum type type, void *x, int64_t i, float value) {
     if (type == FLOAT32) {
         ((float *)x)[i] = value;
         return;
     }
     const uint32_t bits = (number){.value = value}.bits;
-    /* Adding 0x7fff, and 1 if the lowest bit of the upper half is 1, carries into the upper half exactly if the number
-       must be rounded up. A NaN could overflow into infinity, so the quiet NaN is stored for it. */
+    /* To round to even, 0x7fff is added, and 1 more if the lowest bit of the upper half is 1. The sum carries into the
+       upper half exactly if the number must be rounded up. A NaN could overflow, so the quiet NaN 0x7fc0 is stored. */
     ((uint16_t *)x)[i] = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* &x[i], for reading (from) and for writing (into). */
+/* The address &x[i], for reading with from() and for writing with into(). */
 INLINE const void *from(enum type type, const void *x, int64_t i) { return (const char *)x + i * BYTES(type); }
 
 INLINE void *into(enum type type, void *x, int64_t i) { return (char *)x + i * BYTES(type); }
 
-/* Prefetches x[i] ... x[i + n - 1], for loops backwards in time, whose addresses some processors do not predict. */
+/* Prefetches x[i] to x[i + n - 1]. Loops backwards in time need prefetching, because some processors do not predict the
+   addresses of such loops. */
 INLINE void prefetch(enum type type, const void *x, int64_t i, int64_t n) {
     const char *line = from(type, x, i), *end = from(type, x, i + n);
     for (; line < end; line += 64) __builtin_prefetch(line);

@@ -21,9 +21,10 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
-/* weights[at] ... weights[at + WIDTH - 1] as float32.
+/* weights[at] to weights[at + WIDTH - 1] as float32.
 
-   By intrinsics if available: for __builtin_convertvector, compilers emit two conversions, each of half a register. */
+   Intrinsics are used if available. For __builtin_convertvector, compilers emit two conversions, each of half a
+   register. */
 INLINE vec load_vector(const void *weights, int64_t at, enum type type) {
     if (type == FLOAT32) {
         vec x;

@@ -1,4 +1,4 @@
-"""The time-mix of the 2021 RWKV: `wkv1` with tables over lags, and `wkv1_exp` with sums of exponentials."""
+"""The time-mix of RWKV from 2021: `wkv1` with a table of weights by lag, and `wkv1_exp` with sums of exponentials."""
 
 from timemix.ops.rwkv1.api import BACKENDS, choose_backend, wkv1
 from timemix.ops.rwkv1.curves import Curves

@@ -1,26 +1,26 @@
-"""wkv1: the time-mix of the 2021 RWKV (RWKV-LM 0.01, doi 10.5281/zenodo.5196577).
+"""wkv1: the time-mix of RWKV from 2021 (RWKV-LM 0.01, doi 10.5281/zenodo.5196577).
 
     wkv[t] = sum_{u<=t} W[t,u] exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u])        per channel
     W[t,u] = f_h(t-u) alpha_h(u) beta_h(t)                                    per head h
 
-With `denominator="weighted"`, W is in the denominator too, as in AFT (arXiv 2105.14103), and it is positive:
-W[t,u] = exp(f_h(t-u) + alpha_h(u) + beta_h(t)). Then beta cancels.
+With `denominator="weighted"`, the terms of the denominator are also multiplied by W, as in AFT (arXiv 2105.14103). W is
+then positive: W[t,u] = exp(f_h(t-u) + alpha_h(u) + beta_h(t)). As beta is in numerator and denominator, beta cancels.
 
-With f of shape (H, ctx_len, ctx_len), the entry f_h[t,u] replaces f_h(t-u): each pair of positions has a free weight,
-as in AFT-full.
+If f has the shape (H, ctx_len, ctx_len), the entry f_h[t,u] replaces f_h(t-u). Each pair of positions then has its own
+weight, as in AFT-full.
 
-Every parallel form (`parallel_wkv1`) computes
+Every parallel backend (`parallel_wkv1`) computes
 
     source[u]    = alpha(u) exp(k[u]) v[u]
     numerator[t] = sum_{u<=t} f(t-u) source[u]        the mix
     total[t]     = sum_{u<=t} exp(k[u])               a running sum
     wkv[t]       = beta(t) numerator[t] / total[t]
 
-and they differ in the mix alone: `dense` multiplies by the whole matrix W, `blocked` by strips of W
-(`ops.common.causal`), and `spectral` multiplies spectra of blocks (`ops.common.spectral`).
+The parallel backends differ in the mix alone. `dense` multiplies by the whole matrix W, and `blocked` multiplies by
+strips of W (`ops.common.causal`). `spectral` multiplies spectra of blocks (`ops.common.spectral`).
 
-Shapes: k, v (B, T, H, N); f, alpha, beta (H, ctx_len), f indexed by lag; or f (H, ctx_len, ctx_len) indexed by (t, u).
-U: positions of past and present, 0 ... U-1.
+The shapes are k, v (B, T, H, N), alpha, beta (H, ctx_len), and f (H, ctx_len) by lag or (H, ctx_len, ctx_len) by pair
+(t, u). U is the number of past and present positions, which are 0 to U-1.
 """
 
 from collections.abc import Callable
@@ -47,41 +47,41 @@ def wkv1(
     denominator: Denominator = "plain",
     backend: str = "auto",
 ) -> tuple[Tensor, Wkv1State | None]:
-    """Compute the weighted average of the past of each channel.
+    """Compute a weighted average of past and present values, for each channel.
 
         wkv[t] = sum_{u<=t} W[t,u] exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u]),   W[t,u] = f(t-u) alpha(u) beta(t)
 
-    k is clamped to [-60, 30]. exp, sums and the division are in at least float32, outside autocast. Products
+    k is clamped to [-60, 30]. exp, sums and the division run in at least float32, even under autocast. Products
     W * (exp(k) v) run in v's dtype with float32 accumulation.
 
     Args:
         k: Keys (B, T, H, N) in float32, bfloat16 or float64.
         v: Values (B, T, H, N).
-        f: Weights by lag (H, ctx_len); or by pair (H, ctx_len, ctx_len), of which [:, t, u] counts for u <= t.
-        alpha: Weight of each source position (H, ctx_len); None for 1. Its logarithm with a weighted denominator.
-        beta: Weight of each target position (H, ctx_len), or its logarithm, as alpha.
-        state: State before these tokens; None at position 0. It is consumed: without gradients its tensors are
-            overwritten.
-        lengths: Number of tokens of each row that count (B,), 1 to T; y is meaningless after them. None: all T.
+        f: Weights by lag (H, ctx_len), or weights by pair (H, ctx_len, ctx_len), whose entries with u > t are ignored.
+        alpha: Weight of each source position (H, ctx_len), or its logarithm with a weighted denominator; None for 1.
+        beta: Weight of each target position (H, ctx_len), or its logarithm with a weighted denominator; None for 1.
+        state: State before these tokens; None at position 0. If gradients are disabled, `wkv1` overwrites the tensors
+            of the state.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid. y is meaningless at padding.
         denominator: "plain", or "weighted" by W = exp(f + alpha + beta).
         backend: "auto" or a name in `BACKENDS`.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after these tokens, None if `state` is None.
+        y (B, T, H, N) in v's dtype, and the state after these tokens (None if `state` is None).
 
     Raises:
-        ValueError: Shapes do not fit, a position is past ctx_len, or the backend does not support the arguments.
-        TypeError: k or v is float16, whose range exp(k) exceeds.
+        ValueError: Shapes do not match, a position is past ctx_len, or the backend does not support the arguments.
+        TypeError: k or v is float16, but exp(k) exceeds the range of float16.
 
     Source:
-        RWKV-LM 0.01, doi 10.5281/zenodo.5196577. Weighted denominator: AFT, arXiv 2105.14103.
+        RWKV-LM 0.01, doi 10.5281/zenodo.5196577. The weighted denominator is from AFT, arXiv 2105.14103.
     """
     _check(k, v, f, alpha, beta, state, lengths)
     positions = k.shape[1] if state is None else int(state.position.max()) + k.shape[1]
     name, _ = choose_backend(backend, positions, v.dtype, free=f.ndim == 3, weighted=denominator == "weighted")
     with torch.autocast(k.device.type, enabled=False):
         if denominator == "weighted":
-            # The tables are logarithms; beta cancels.
+            # f, alpha and beta are logarithms. beta cancels.
             f = f.exp()
             alpha = None if alpha is None else alpha.exp()
             beta = None
@@ -97,24 +97,24 @@ def choose_backend(
         backend: "auto" or a name in `BACKENDS`.
         positions: U, number of past and present positions.
         dtype: Dtype of v.
-        free: Whether f has a weight for each pair of positions.
+        free: Whether f has its own weight for each pair of positions.
         weighted: Whether the denominator is weighted.
 
     Returns:
-        The name of the backend, and the reason.
+        The name of the backend, and the reason for the choice.
 
     Raises:
-        ValueError: The name is unknown, or the backend does not support the arguments.
+        ValueError: The backend is unknown or does not support the arguments.
     """
     if backend == "auto":
         if free:
-            return "dense", "a free W is a matrix"
+            return "dense", "each pair of positions has its own weight"
         if positions <= DENSE_UP_TO:
             return "dense", f"fastest up to {DENSE_UP_TO} positions"
         if positions <= blocked_up_to(dtype):
             return "blocked", f"fastest from {DENSE_UP_TO} to {blocked_up_to(dtype)} positions"
         if weighted:
-            return "blocked", "its rounding is relative to each term, as a weighted denominator needs"
+            return "blocked", "a weighted denominator needs rounding relative to each term"
         return "spectral", f"fastest past {blocked_up_to(dtype)} positions"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
@@ -133,13 +133,13 @@ def gated_wkv1(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute sigmoid(r) * wkv1(k, v, ...) by the C kernels of `ops.common.fused`, from position 0.
+    """Compute sigmoid(r) * wkv1(k, v, ...) from position 0, with the C kernels of `ops.common.fused`.
 
-    The denominator is plain.
+    The denominator is plain, not weighted.
 
     Args:
         kvr: k, v and r side by side, without bias (B, T, 3 C), in float32 or bfloat16.
-        bias: Their biases (3 C,).
+        bias: Biases of k, v and r (3 C,).
         f: Weights by lag or by pair, as in `wkv1`.
         alpha: Weight of each source position (H, ctx_len); None for 1.
         beta: Weight of each target position (H, ctx_len); None for 1.
@@ -150,12 +150,12 @@ def gated_wkv1(
         y (B, T, C), in kvr's dtype.
 
     Raises:
-        ValueError: Shapes do not fit, T is above ctx_len, or the backend does not support the arguments.
+        ValueError: Shapes do not match, T is above ctx_len, or the backend does not support the arguments.
     """
     k, v, _ = (part.unflatten(2, (heads, -1)) for part in kvr.chunk(3, dim=2))
     _check(k, v, f, alpha, beta, None, None)
     name, _ = choose_backend(backend, kvr.shape[1], kvr.dtype, free=f.ndim == 3)
-    # source (H, T, B, N), the layout that the products of the mix read; total and gate (B, T, H, N)
+    # source has the layout of the matrix products, (H, T, B, N). total and gate are (B, T, H, N).
     source, total, gate = weigh(kvr, bias, alpha, heads)
     with torch.autocast(kvr.device.type, enabled=False):
         # (H, T, B, N) -> (B, T, H, N), a view
@@ -167,17 +167,17 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Wkv1State | None]]] = {
     "reference": reference_wkv1,
     **{name: partial(parallel_wkv1, mix) for name, mix in MIXES.items()},
 }
-"""The backends of wkv1 by name: the formula in loops, and the parallel forms."""
+"""The backends of wkv1 by name: "reference" computes the formula in loops, the others compute all positions at once."""
 
 DENSE_UP_TO = 256
-"""Positions up to which the dense form is the fastest, measured (docs/performance.md)."""
+"""Number of positions up to which the backend "dense" is the fastest, as measured in docs/performance.md."""
 
 
 def blocked_up_to(dtype: torch.dtype) -> int:
-    """Return the number of positions up to which the blocked form is the fastest, measured (docs/performance.md).
+    """Return the number of positions up to which "blocked" is faster than "spectral" (docs/performance.md).
 
     Args:
-        dtype: Dtype of v, in which products of blocks run. Products of spectra run in at least float32.
+        dtype: Dtype of v and of the products in "blocked". Products of spectra run in at least float32.
 
     Returns:
         A number of positions.
@@ -196,10 +196,11 @@ def _check(
 ) -> None:
     """Check the arguments of `wkv1`."""
     if k.dtype == torch.float16 or v.dtype == torch.float16:
-        raise TypeError("k or v is float16, whose range exp(k) exceeds; use bfloat16 or float32")
+        raise TypeError("k or v is float16, but exp(k) exceeds the range of float16; use bfloat16 or float32")
     if k.ndim != 4 or k.shape != v.shape or k.shape[1] == 0:
         raise ValueError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be (batch, time >= 1, heads, head size)"
+            f"k has shape {tuple(k.shape)} and v has shape {tuple(v.shape)};"
+            " both must be (batch, time >= 1, heads, head size)"
         )
     if f.ndim == 3 and f.shape[1] != f.shape[2]:
         raise ValueError(f"f has shape {tuple(f.shape)}; it must be (heads, ctx_len) or (heads, ctx_len, ctx_len)")
@@ -213,4 +214,4 @@ def _check(
     if state is not None:
         end = int((state.position + (k.shape[1] if lengths is None else lengths)).max())
     if end > f.shape[-1]:
-        raise ValueError(f"{end} tokens are more than ctx_len {f.shape[-1]}, where the tables end; pass fewer")
+        raise ValueError(f"{end} tokens are more than ctx_len {f.shape[-1]}, where the tables end; pass fewer tokens")

@@ -1,4 +1,4 @@
-"""Curves over lags that are sums of K decaying exponentials: real ones, or rotating pairs.
+"""Curves over lags that are sums of K decaying exponentials. Each exponential is real or belongs to a rotating pair.
 
 f(lag) = sum_j c_j phi_j(lag)
 phi_j(lag) = exp(-rate_j lag)                                  a real slot
@@ -13,19 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEAST_RATE, MOST_FORGET = 1e-4, 0.3
-"""Bounds to which rate and forget are clamped when used. So every exponential decays, and the largest term of a chunk,
-exp(K_MAX + MOST_FORGET * CHUNK), is in the range of float32."""
+"""Lower bound to which rate is clamped, and upper bound to which forget is clamped.
+
+With these bounds, every exponential decays, and the largest term of a chunk, exp(K_MAX + MOST_FORGET * CHUNK), is in
+the range of float32."""
 
 
 class Curves(NamedTuple):
     """Parameters of the curves.
 
     Args:
-        rate: Decay per token (H, K); in a pair the rate of slot 2i+1 is unused.
-        angle: Rotation per token in radians (H, K // 2); exactly 0 for two real slots.
+        rate: Decay per token (H, K); in a rotating pair, the rate of slot 2i+1 is unused.
+        angle: Rotation per token in radians (H, K // 2); exactly 0 if slots 2i and 2i+1 are real.
         coefficients: Weights of the slots (H, K).
-        forget: -log rho (H,), which applies past ctx_len.
-        taps: Values added to f at the first M lags (H, M); None: none.
+        forget: -log rho (H,), where rho is the decay per token past ctx_len.
+        taps: Values added to f at the first M lags (H, M); None if nothing is added.
     """
 
     rate: Tensor
@@ -36,24 +38,24 @@ class Curves(NamedTuple):
 
 
 def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors that move slots d lags further into the past.
+    """Return the factors c and s that move slots d lags further into the past.
 
         phi_2i(lag + d)   = c phi_2i(lag)   - s phi_2i+1(lag)        c = exp(-rate d) cos(angle d)
         phi_2i+1(lag + d) = c phi_2i+1(lag) + s phi_2i(lag)          s = exp(-rate d) sin(angle d), 0 for a real slot
 
-    With `partners`: turn^d(S) = c S + s partners(S).
+    With the function `partners`, a state S that is moved by d lags is turn^d(S) = c S + s partners(S).
 
     Args:
         curves: Parameters of the curves.
         lags: d, of any shape.
 
     Returns:
-        c and s, each (H, K, *lags), in float64: in float32 angle * d would lose digits.
+        c and s, each (H, K, *lags), in float64, because angle * d would lose digits in float32.
     """
     K = curves.rate.shape[1]
     paired, angle = _paired(curves)
     rate = curves.rate.double().clamp(min=LEAST_RATE)
-    # Both slots of a pair have the rate of the first.
+    # Both slots of a pair use the rate of the first slot.
     first = torch.arange(K, device=rate.device) // 2 * 2
     rate = torch.where(paired, rate[:, first], rate)
     shape = (*rate.shape, *[1] * lags.ndim)
@@ -64,7 +66,7 @@ def turned(curves: Curves, lags: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _paired(curves: Curves) -> tuple[Tensor, Tensor]:
-    """Return which slots (H, K) belong to a pair, and the angle of each slot, without gradient where it is 0."""
+    """Return a mask of the slots in a pair (H, K), and the angle of each slot, without a gradient for angles of 0."""
     K = curves.rate.shape[1]
     angle = F.pad(curves.angle.double().repeat_interleave(2, 1), (0, K % 2))
     paired = angle != 0
@@ -72,7 +74,7 @@ def _paired(curves: Curves) -> tuple[Tensor, Tensor]:
 
 
 def basis(curves: Curves, lags: Tensor) -> Tensor:
-    """Evaluate the exponentials.
+    """Evaluate the exponentials phi_j of the curves at given lags.
 
     Args:
         curves: Parameters of the curves.
@@ -88,7 +90,7 @@ def basis(curves: Curves, lags: Tensor) -> Tensor:
 
 
 def curve(curves: Curves, length: int) -> Tensor:
-    """Evaluate the curves.
+    """Evaluate the curves f at the lags from 0 to length - 1.
 
     Args:
         curves: Parameters of the curves.
@@ -116,12 +118,12 @@ def unfading(curves: Curves, ctx_len: int) -> Tensor:
     Returns:
         f (H, ctx_len) by lag.
     """
-    # The term 0 * forget gives `forget` a gradient of 0: without a gradient it would have no optimizer state.
+    # The term 0 * forget gives `forget` a gradient of 0. Without a gradient, `forget` would have no optimizer state.
     return curve(curves, ctx_len) + 0 * curves.forget[:, None]
 
 
 def initial_forget(ctx_len: int) -> float:
-    """Return the initial forget, -log(1 - 1 / ctx_len) within its bounds: the past then weighs as ctx_len tokens.
+    """Return -log(1 - 1 / ctx_len) clamped to [0, MOST_FORGET], for which the past weighs as much as ctx_len tokens.
 
     Args:
         ctx_len: Context length in tokens, at least 1.
@@ -133,13 +135,13 @@ def initial_forget(ctx_len: int) -> float:
 
 
 def fading(forget: Tensor) -> Tensor:
-    """Return -log rho: forget within its bounds.
+    """Return -log rho, which is `forget` clamped to [0, MOST_FORGET].
 
     Args:
         forget: Parameter (H,).
 
     Returns:
-        -log rho (H,), 0 to MOST_FORGET.
+        -log rho (H,), from 0 to MOST_FORGET.
     """
     return forget.clamp(0, MOST_FORGET)
 

@@ -1,30 +1,31 @@
-"""wkv1 whose curves f_h(lag) are sums of K decaying exponentials: a recurrent network.
+"""wkv1 as a recurrent network, with curves f_h(lag) that are sums of K decaying exponentials.
 
     f_h(lag) = sum_j coefficients_hj phi_hj(lag)  (+ taps_h(lag) at the first M lags)
 
-Slots 2i and 2i+1 of a head are one of two kinds:
+Slots 2i and 2i+1 of a head are either two real exponentials or a rotating pair:
 
     angle_i = 0:  two real exponentials, phi(lag) = exp(-rate lag), each with its own rate
-    else:         a pair with the rate of the first, exp(-rate lag) cos(angle_i lag) and exp(-rate lag) sin(angle_i lag)
+    else:         a pair, exp(-rate lag) cos(angle_i lag) and exp(-rate lag) sin(angle_i lag), with the rate of slot 2i
 
-If K is odd, the last slot is real. Per head, channel and slot, with t the position, and rho_h = exp(-forget_h) if
-t >= ctx_len, else 1:
+If K is odd, the last slot is real. The recurrence below holds for each head, channel and slot. t is the position, and
+rho_h is exp(-forget_h) if t >= ctx_len, else 1. The function turn maps phi_j(lag) to phi_j(lag + 1):
 
-    S_j[t] = rho turn(S)_j[t-1] + phi_j(0) alpha(t) e^k[t] v[t]        turn: phi_j(lag) becomes phi_j(lag + 1)
+    S_j[t] = rho turn(S)_j[t-1] + phi_j(0) alpha(t) e^k[t] v[t]
     D[t]   = rho D[t-1] + e^k[t]
     wkv[t] = beta(t) sum_j coefficients_j S_j[t] / D[t]
 
-Within ctx_len this is wkv1. Past ctx_len, the denominator of wkv1 would grow without bound, and new tokens would count
-for less and less. So rho multiplies numerator and denominator there. alpha and beta are constant there: the mean of
-their last quarter.
+Within ctx_len, the recurrence computes wkv1. Past ctx_len, the denominator of wkv1 would grow without bound, and new
+tokens would have less and less weight. So past ctx_len, rho multiplies numerator and denominator. Past ctx_len, alpha
+and beta are constant, and equal to the mean of their last quarter.
 
-There are three forms:
+There are three implementations:
 
-- `wkv1` with that f, without a state and within ctx_len, as in training.
-- Chunks of 128 positions (`_chunk`), otherwise.
-- The recurrence in loops (`_reference`), for tests.
+- Without a state and within ctx_len, as in training, `wkv1` computes y from the curves f.
+- In all other cases, `_chunk` computes chunks of 128 positions.
+- For tests, `_reference` computes the recurrence in loops.
 
-Shapes: k, v (B, T, H, N); alpha, beta (H, ctx_len); curves as in `curves.py`. K slots, M taps.
+The shapes are k, v (B, T, H, N) and alpha, beta (H, ctx_len). `Curves` lists the shapes of the parameters of curves.
+Each head has K slots and M taps.
 """
 
 from typing import NamedTuple
@@ -41,17 +42,18 @@ from timemix.ops.rwkv1.parallel import times_table
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, compute_dtype
 
 CHUNK = 128
-"""Positions of a chunk; each chunk starts from the state after the previous one."""
+"""Number of positions in a chunk; each chunk starts from the state after the previous chunk."""
 
 
 class ExpState(NamedTuple):
-    """State of wkv1_exp, of the same size at every position; at least float32.
+    """State of wkv1_exp, in at least float32. The size of the state is the same at every position.
 
     Args:
         numerators: S (B, H, K, N).
         denominators: D (B, H, N).
         position: Number of earlier tokens of each row (B,).
-        taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho as S is; None without taps.
+        taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho at each token past ctx_len;
+            None without taps.
     """
 
     numerators: Tensor
@@ -75,14 +77,14 @@ def exp_state(
     Args:
         batch: B, number of rows.
         heads: H, number of heads.
-        head_size: N, channels of a head.
+        head_size: N, number of channels of a head.
         exponentials: K, number of slots.
         taps: M, number of taps, at least 0.
         dtype: Dtype of the sums, float32 or float64.
         device: Device of the tensors.
 
     Returns:
-        Zeros, at position 0.
+        A state of zeros, at position 0.
     """
 
     def zeros(*shape: int) -> Tensor:
@@ -104,14 +106,14 @@ def wkv1_exp(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ExpState | None]:
-    """Compute wkv1 with curves f that are sums of exponentials, at any position.
+    """Compute wkv1 at any position, with curves f that are sums of exponentials.
 
         wkv[t] = sum_{u<=t} f(t-u) alpha(u) beta(t) exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u])        within ctx_len
 
-    Past ctx_len, numerator and denominator are multiplied by rho = exp(-forget) at each token (see the module).
+    Past ctx_len, numerator and denominator are multiplied by rho = exp(-forget) at each token.
 
-    k is clamped to [-60, 30]. exp, sums, the division and the state are in at least float32, outside autocast. Products
-    within a chunk run in v's dtype with float32 accumulation.
+    k is clamped to [-60, 30]. exp, sums, the division and the state are in at least float32, even under autocast.
+    Products within a chunk run in v's dtype with float32 accumulation.
 
     Args:
         k: Keys (B, T, H, N) in float32, bfloat16 or float64.
@@ -120,19 +122,19 @@ def wkv1_exp(
         alpha: Weight of each source position (H, ctx_len); None for 1.
         beta: Weight of each target position (H, ctx_len); None for 1.
         ctx_len: Position from which rho applies.
-        state: State before these tokens; None at position 0. It is consumed.
-        lengths: Number of tokens of each row that count (B,), 1 to T; y is meaningless after them. None: all T.
-        backend: "auto", or "reference", the recurrence in loops.
+        state: State before these tokens, which must not be used again after the call; None at position 0.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid. y is meaningless at padding.
+        backend: "auto", or "reference" for the recurrence in loops.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after these tokens, None if `state` is None.
+        y (B, T, H, N) in v's dtype, and the state after these tokens (None if `state` is None).
 
     Raises:
-        ValueError: Shapes do not fit, or the backend is unknown.
-        TypeError: k or v is float16, whose range exp(k) exceeds.
+        ValueError: Shapes do not match, or the backend is unknown.
+        TypeError: k or v is float16, but exp(k) exceeds the range of float16.
 
     Source:
-        Within ctx_len: RWKV-LM 0.01, doi 10.5281/zenodo.5196577.
+        RWKV-LM 0.01, doi 10.5281/zenodo.5196577, for positions within ctx_len.
     """
     _check(k, v, curves, alpha, beta, ctx_len, backend)
     B, T, H, N = k.shape
@@ -169,8 +171,8 @@ def _reference(
 ) -> tuple[Tensor, ExpState]:
     """Compute the recurrence in loops over rows, positions and slots.
 
-    alpha and beta are (H, ctx_len + 1), with the last entry for all later positions. The other arguments are those of
-    `wkv1_exp`.
+    alpha and beta are (H, ctx_len + 1), and their last entry applies to all positions from ctx_len on. The other
+    arguments are those of `wkv1_exp`.
     """
     B, T, H, _ = k.shape
     K, dtype = curves.rate.shape[1], past.numerators.dtype
@@ -197,7 +199,7 @@ def _reference(
                 for i in range(K // 2):
                     angle = curves.angle[h, i]
                     if angle != 0:
-                        # turn: a rotation by the angle, times the decay.
+                        # turn(S) is a rotation by the angle, multiplied by the decay.
                         cosine, sine = (-rate[h, 2 * i]).exp() * fade[h] * S[h, 2 * i : 2 * i + 2]
                         slots[2 * i] = angle.cos() * cosine - angle.sin() * sine + x[h]
                         slots[2 * i + 1] = angle.sin() * cosine + angle.cos() * sine
@@ -234,16 +236,17 @@ def _chunk(
 ) -> tuple[Tensor, ExpState]:
     """Compute at most CHUNK positions at once.
 
-    With i the position within the chunk, x = alpha e^k v, and S, D the state before it:
+    In the formulas, i is the position within the chunk, x = alpha e^k v, and S and D are the state before the chunk:
 
         numerator[i] = sum_{j<=i} f(i-j) x[j]  +  sum_j coefficients_j turn^(i+1)(S)_j  (+ taps of the past)
         total[i]     = D + sum_{j<=i} e^k[j]
         wkv[i]       = beta(i) numerator[i] / total[i]
         after the chunk:  S = turn^L(S) + sum_j phi(L-1-j) x[j],   D = total[L-1]
 
-    A common factor of numerator and total cancels. So rho is not applied to the past at each step. Instead each source,
-    x or e^k, is multiplied by rho^-n, where n is the number of steps past ctx_len from the start of the chunk up to the
-    source. At the end the state is multiplied by rho^n. Entries of `lengths` may be 0 here.
+    Numerator and total may have a common factor, which cancels. So the past is not multiplied by rho at each step.
+    Instead, each source (x or e^k) is multiplied by rho^-n. Here n is the number of steps past ctx_len, from the start
+    of the chunk up to the source. At the end of the chunk, the state is multiplied by rho^n. Unlike in `wkv1_exp`,
+    entries of `lengths` may be 0.
     """
     L = k.shape[1]
     dtype, position = past.numerators.dtype, past.position
@@ -253,7 +256,7 @@ def _chunk(
         exp_k = torch.where((steps < lengths[:, None])[:, :, None, None], exp_k, 0)
 
     def fadings(seen: Tensor) -> Tensor:
-        """Return how many of the first `seen` (B, ...) steps of this chunk are past ctx_len: n above."""
+        """Return n, the number of steps past ctx_len among the first `seen` (B, ...) steps of this chunk."""
         before = position.view(-1, *[1] * (seen.ndim - 1))
         return (before + seen - ctx_len).clamp(min=0) - (before - ctx_len).clamp(min=0)
 
@@ -261,19 +264,19 @@ def _chunk(
     # rho^-n: (B, L, H)
     growth = (fadings(steps[None] + 1)[:, :, None] * forget).exp()
     weights = exp_k * growth[..., None]
-    # Explicit casts: arithmetic on mixed dtypes is slow on the CPU. (B, L, H, N)
+    # The casts are explicit because arithmetic on mixed dtypes is slow on the CPU. (B, L, H, N)
     source = times_table(weights, alpha, position) * v.to(dtype)
 
     numerator = causal_convolution(source.to(v.dtype), f[:, :L], L).to(dtype)
-    # The contribution of the state: c . turn^d(S) = (turn^d transposed)(c) . S, so only the coefficients are turned,
-    # for d = 1 ... L: (H, L, K) by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
+    # The contribution of the state is c . turn^d(S) = (turn^d transposed)(c) . S for d = 1 to L. So turn^d transposed
+    # is applied to the coefficients alone: (H, L, K) by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
     cosines, sines = turned(curves, steps + 1)
     c = curves.coefficients.double()[:, :, None]
     reading = (c * cosines - partners(c, 1) * sines).to(dtype)
     numerator = numerator + (reading.transpose(1, 2) @ past.numerators).transpose(1, 2)
     if curves.taps is not None and past.taps is not None:
         M = curves.taps.shape[1]
-        # At step i, past value m (oldest first) has the lag i + M - m: (H, L, M) by (B, H, M, N) -> (B, H, L, N)
+        # At step i, the past value m (oldest first) has the lag i + M - m: (H, L, M) by (B, H, M, N) -> (B, H, L, N)
         lags = steps[:, None] + M - torch.arange(M, device=k.device)
         taps = F.pad(curves.taps, (0, L))[:, lags].to(dtype)
         numerator = numerator + (taps @ past.taps).transpose(1, 2)
@@ -281,13 +284,14 @@ def _chunk(
     total = past.denominators[:, None] + running_sum(weights.flatten(2), False).view(weights.shape)
     y = times_table(numerator / total, beta, position).to(v.dtype)
 
-    # The state after `seen` tokens of each row: (1,) or (B,), so that `rows` below is 1 or B
+    # The state after `seen` tokens of each row. `seen` is (1,) or (B,), so the dimension `rows` below is 1 or B.
     seen = torch.full_like(position[:1], L) if lengths is None else lengths
     # rho^n: (B, H, 1)
     shrink = (-fadings(seen.expand(len(position)))[:, None] * forget).exp()[:, :, None]
     # (H, K, rows) -> (rows, H, K, 1)
     cosines, sines = (x.to(dtype).permute(2, 0, 1)[..., None] for x in turned(curves, seen))
-    # phi at the lag of each source: (H, K, rows, L) -> (rows, H, K, L). Padding is 0 in `source`, so its lag is free.
+    # phi at the lag of each source: (H, K, rows, L) -> (rows, H, K, L). `source` is 0 at padding, so phi can have any
+    # value there.
     phi = basis(curves, (seen[:, None] - 1 - steps).clamp(min=0)).to(dtype).permute(2, 0, 1, 3)
     # (rows, H, K, L) by (B, H, L, N) -> (B, H, K, N)
     added = phi @ source.transpose(1, 2)
@@ -299,7 +303,7 @@ def _chunk(
 
 def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
     """Return the newest M values (B, H, M, N) of each row after `seen` (B,) or (1,) of the sources (B, L, H, N)."""
-    # (B, H, M + L, N): each row needs the M entries that end after its `seen` new ones.
+    # (B, H, M + L, N): each row needs the last M entries up to its `seen` new entries.
     history = torch.cat([taps, source.transpose(1, 2)], 2)
     newest = seen[:, None] + torch.arange(taps.shape[2], device=taps.device)
     rows = torch.arange(len(taps), device=taps.device)[:, None]
@@ -311,10 +315,11 @@ def _check(
 ) -> None:
     """Check the arguments of `wkv1_exp`."""
     if k.dtype == torch.float16 or v.dtype == torch.float16:
-        raise TypeError("k or v is float16, whose range exp(k) exceeds; use bfloat16 or float32")
+        raise TypeError("k or v is float16, but exp(k) exceeds the range of float16; use bfloat16 or float32")
     if k.ndim != 4 or k.shape != v.shape or k.shape[1] == 0:
         raise ValueError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; both must be (batch, time >= 1, heads, head size)"
+            f"k has shape {tuple(k.shape)} and v has shape {tuple(v.shape)};"
+            " both must be (batch, time >= 1, heads, head size)"
         )
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend={backend!r} is not supported; choose auto or reference")

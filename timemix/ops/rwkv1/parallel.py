@@ -1,4 +1,4 @@
-"""wkv1 at all positions at once: the sums over the past are products with W, as a matrix, in blocks, or by spectra.
+"""wkv1 at all positions at once. Sums over the past are products with W, computed whole, in blocks or by spectra.
 
 source[u]    = alpha(u) exp(k[u]) v[u]
 numerator[t] = sum_{u<=t} f(t-u) source[u]
@@ -18,10 +18,10 @@ from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, Denominator, Wkv1State, compute_dtype
 
 Mix = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
-"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at each row's next T positions t: (B, T, H, N), in x's dtype.
+"""mix(f, x, position, T) = sum_{u<=t} f(t-u) x[u] at the next T positions t of each row: (B, T, H, N), in x's dtype.
 
-f is (H, ctx_len) by lag or (H, ctx_len, ctx_len) by pair. x (B, U, H, N) are the sources at positions 0 ... U-1.
-position (B,) is the number of earlier tokens of each row; None if it is 0 and U = T."""
+f is (H, ctx_len) by lag or (H, ctx_len, ctx_len) by pair. x (B, U, H, N) contains the sources at positions 0 to U-1.
+position (B,) is the number of earlier tokens of each row. If no row has earlier tokens, position is None and U = T."""
 
 
 def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
@@ -31,7 +31,7 @@ def _times_matrix(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tens
         W = toeplitz(f, T, T) if f.ndim == 2 else f[:, :T, :T].tril()
         return torch.einsum("htu,buhn->bthn", W.to(x.dtype), x)
     U = x.shape[1]
-    # (B, H, T, U): rows of the batch may be at different positions.
+    # W is (B, H, T, U), because rows of the batch may be at different positions.
     W = weights_at(f, lags(position, T, U)) if f.ndim == 2 else pairs_at(f, position, T, U)
     return torch.einsum("bhtu,buhn->bthn", W.to(x.dtype), x)
 
@@ -47,12 +47,12 @@ def _by_blocks(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
 
 
 def _by_spectra(f: Tensor, x: Tensor, position: Tensor | None, T: int) -> Tensor:
-    """Mix by a convolution by spectra; from a state, whose rows may be at different positions, in blocks of time."""
+    """Mix by spectra if all rows start at position 0, else in blocks of time."""
     return spectral_convolution(x, f) if position is None else _by_blocks(f, x, position, T)
 
 
 def _aligned(x: Tensor, ends: Tensor) -> Tensor:
-    """Move each row of x (B, U, H, N) so that position ends[b] - 1 comes last, with zeros before position 0."""
+    """Shift each row b of x (B, U, H, N) so that position ends[b] - 1 is last, with zeros before position 0."""
     U = x.shape[1]
     source = torch.arange(U, device=x.device) + (ends - U)[:, None]
     inside = (source >= 0) & (source < U)
@@ -71,23 +71,23 @@ def parallel_wkv1(
     lengths: Tensor | None,
     denominator: Denominator,
 ) -> tuple[Tensor, Wkv1State | None]:
-    """Compute wkv1 at all positions at once, see the formulas of this module.
+    """Compute wkv1 at all positions at once, by the formulas at the top of this module.
 
-    From a state, the new sources are appended to the history, and the mix covers the whole history.
+    With a state, the new sources are appended to the history, and the mix sums over the whole history.
 
     Args:
-        mix: How the numerator is summed, one of `MIXES`.
+        mix: Function that sums the numerator, one of `MIXES`.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
         f: Weights by lag (H, ctx_len) or by pair (H, ctx_len, ctx_len).
         alpha: Weight of each source position (H, ctx_len); None for 1.
         beta: Weight of each target position (H, ctx_len); None for 1.
         state: State before these tokens; None at position 0.
-        lengths: Number of tokens of each row that count (B,), 1 to T; None: all T.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid.
         denominator: "plain" or "weighted".
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the next state, None if `state` is None.
+        y (B, T, H, N) in v's dtype, and the next state (None if `state` is None).
     """
     T = k.shape[1]
     exp_k = k.to(compute_dtype(v) if state is None else state.numerators.dtype).clamp(K_MIN, K_MAX).exp()
@@ -95,11 +95,12 @@ def parallel_wkv1(
     position = None if state is None else state.position
     if lengths is not None:
         counted = torch.arange(T, device=k.device) < lengths[:, None]
-        # Padding must not count in the running sum.
+        # Padding must add nothing to the running sum.
         exp_k = torch.where(counted[:, :, None, None], exp_k, 0)
-    # alpha exp(k): the terms of a weighted denominator. Times v: the terms of the numerator. Both are (B, T, H, N).
+    # The terms of a weighted denominator are alpha exp(k), and the terms of the numerator are alpha exp(k) v. All terms
+    # are (B, T, H, N).
     source = times_table(exp_k, alpha, position)
-    # Explicit casts: arithmetic on mixed dtypes is slow on the CPU.
+    # The casts are explicit because arithmetic on mixed dtypes is slow on the CPU.
     product = source * v.to(source.dtype)
     # (B, T, H, N) -> (B, T, H N) -> (B, T, H, N)
     sums = running_sum(exp_k.flatten(2), False).view(exp_k.shape) if denominator == "plain" else None
@@ -127,11 +128,11 @@ def parallel_wkv1(
 
 
 def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Tensor:
-    """Multiply each row by a table's entry at its position.
+    """Multiply each row by the entry of a table at the position of the row.
 
     Args:
         x: Rows (B, T, H, N).
-        table: alpha or beta (H, ctx_len), whose last entry holds for all later positions; None for 1.
+        table: alpha or beta (H, ctx_len), whose last entry applies to all later positions; None for 1.
         position: Number of earlier tokens of each row (B,); None for 0.
 
     Returns:
@@ -149,4 +150,4 @@ def times_table(x: Tensor, table: Tensor | None, position: Tensor | None) -> Ten
 
 
 MIXES: dict[str, Mix] = {"dense": _times_matrix, "blocked": _by_blocks, "spectral": _by_spectra}
-"""The parallel forms, by name."""
+"""The functions that sum the numerator, by the name of the backend."""

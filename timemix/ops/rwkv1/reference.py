@@ -1,4 +1,4 @@
-"""The naive implementation of wkv1 in loops, to which all other forms are compared.
+"""The naive implementation of wkv1 in loops, to which tests compare all other implementations.
 
 wkv[t] = sum_{u<=t} W[t,u] exp(k[u]) v[u]  /  sum_{u<=t} exp(k[u])
 """
@@ -19,7 +19,7 @@ def reference_wkv1(
     lengths: Tensor | None,
     denominator: Denominator,
 ) -> tuple[Tensor, Wkv1State | None]:
-    """Compute the formula in loops over rows, positions and terms.
+    """Compute the formula of wkv1 in loops over rows, positions and terms.
 
     Args:
         k: Keys (B, T, H, N).
@@ -28,11 +28,11 @@ def reference_wkv1(
         alpha: Weight of each source position (H, ctx_len); None for 1.
         beta: Weight of each target position (H, ctx_len); None for 1.
         state: State before these tokens; None at position 0.
-        lengths: Number of tokens of each row that count (B,), 1 to T; None: all T.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid.
         denominator: "plain" or "weighted".
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the next state, None if `state` is None.
+        y (B, T, H, N) in v's dtype, and the next state (None if `state` is None).
     """
     B, T, H, N = k.shape
     dtype = compute_dtype(v)
@@ -45,7 +45,7 @@ def reference_wkv1(
     for b in range(B):
         start = int(past.position[b])
         length = T if lengths is None else int(lengths[b])
-        # alpha exp(k) v of each position so far, (H, N) each
+        # alpha exp(k) v of each past position: a list of (H, N)
         numerator = [past.numerators[b, :, u] for u in range(start)]
         if denominator == "plain":
             total = past.denominators[b]
@@ -55,7 +55,7 @@ def reference_wkv1(
         for t in range(start, start + length):
             exp_k = k[b, t - start].to(dtype).clamp(K_MIN, K_MAX).exp()
             numerator.append(alpha[:, t, None] * exp_k * v[b, t - start])
-            # f_h(t - u) for u = 0 ... t, (H, 1) each
+            # f_h(t - u) for u = 0 to t: a list of (H, 1)
             f_t = [f[:, t - u, None] if f.ndim == 2 else f[:, t, u, None] for u in range(t + 1)]
             weighted_sum = torch.stack([f_t[u] * numerator[u] for u in range(t + 1)]).sum(0)
             if denominator == "plain":
@@ -67,7 +67,7 @@ def reference_wkv1(
         y_row += [torch.zeros_like(k[b, 0])] * (T - length)
         y.append(torch.stack(y_row).to(v.dtype))
         end = start + length
-        # U of (H, N) -> (H, ctx_len, N)
+        # U tensors (H, N) -> (H, ctx_len, N)
         numerators.append(torch.cat([torch.stack(numerator, 1), past.numerators[b, :, end:]], dim=1))
         if denominator == "weighted":
             total = torch.cat([torch.stack(weights, 1), past.denominators[b, :, end:]], dim=1)

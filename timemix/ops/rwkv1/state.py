@@ -1,4 +1,4 @@
-"""The state of wkv1, and the range and precision in which it computes."""
+"""The state of wkv1, and the range and precision of its computations."""
 
 from typing import Literal, NamedTuple
 
@@ -15,9 +15,9 @@ class Wkv1State(NamedTuple):
     """State of wkv1, in at least float32.
 
     Args:
-        numerators: alpha exp(k) v of every past position, zeros after them (B, H, ctx_len, N).
-        denominators: Sum of exp(k) so far (B, H, N); with a weighted denominator, alpha exp(k) of every past position
-            (B, H, ctx_len, N).
+        numerators: alpha exp(k) v of every past position (B, H, ctx_len, N); zeros at later positions.
+        denominators: Sum of exp(k) over the past (B, H, N). With a weighted denominator: alpha exp(k) of every past
+            position (B, H, ctx_len, N).
         position: Number of earlier tokens of each row (B,).
     """
 
@@ -41,14 +41,14 @@ def wkv1_state(
     Args:
         batch: B, number of rows.
         heads: H, number of heads.
-        head_size: N, channels of a head.
-        ctx_len: Largest number of positions.
+        head_size: N, number of channels of a head.
+        ctx_len: Maximum number of positions.
         denominator: "plain" or "weighted".
         dtype: Dtype of the sums, float32 or float64.
         device: Device of the tensors.
 
     Returns:
-        Zeros, at position 0.
+        A state of zeros, at position 0.
     """
     history = torch.zeros(batch, heads, ctx_len, head_size, dtype=dtype, device=device)
     sums = torch.zeros(batch, heads, head_size, dtype=dtype, device=device)
@@ -60,12 +60,12 @@ def wkv1_state(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of exp, sums and states.
+    """Return the dtype of exp, sums and states in wkv1.
 
     Args:
         x: The values v.
 
     Returns:
-        float64 for float64, else float32.
+        float64 if x is float64, else float32.
     """
     return torch.float64 if x.dtype == torch.float64 else torch.float32

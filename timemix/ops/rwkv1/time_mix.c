@@ -1,8 +1,8 @@
-/* The time-mix of 2021 around its sum over the past, forward and backward.
+/* The time-mix of RWKV from 2021, except for the weighted sum over the past, forward and backward.
 
     y[t] = sigmoid(r[t]) beta(t) ( sum_{u<=t} f(t-u) alpha(u) exp(k[u]) v[u] ) / ( sum_{u<=t} exp(k[u]) )
 
-   in three steps, per channel; alpha, beta and f per head:
+   alpha, beta and f belong to a head, all other values to a channel. There are three steps:
 
     weigh:   source[t] = alpha(t) exp(k[t]) v[t],   total[t] = sum_{u<=t} exp(k[u]),   gate[t] = sigmoid(r[t])
     mix:     numerator[t] = sum_{u<=t} f(t-u) source[u], by the matrix products of ops/rwkv1/parallel.py
@@ -10,14 +10,14 @@
 
    k is clamped to [-60, 30]. total is always float32.
 
-   Layouts: k, v, r side by side in kvr (B, T, 3, H, N); source and numerator (H, T, B, N), as the matrix products read
-   them; total, gate and y (B, T, H, N). */
+   k, v and r are side by side in kvr (B, T, 3, H, N). source and numerator have the layout of the matrix products,
+   (H, T, B, N). total, gate and y are (B, T, H, N). */
 
 #include "ops/common/exp.h"
 #include "ops/common/types.h"
 
-/* A running sum is split into spans of this many positions. Each span is summed from 0, and added to the sum of the
-   spans before it: adding small terms to a small sum gives a smaller rounding error. */
+/* Number of positions in a span of a running sum. Each span is summed from 0 and added to the sum of the earlier spans.
+   Adding small terms to a small sum gives a smaller rounding error. */
 #define SPAN 64
 
 typedef struct {
@@ -31,20 +31,20 @@ INLINE float entry(const sizes *m, int64_t h, int64_t t) { return m->table ? m->
 /* exp(k), with k clamped to [-60, 30]. */
 INLINE float exp_key(float k) { return exp_series(k < -60 ? -60 : k > 30 ? 30 : k); }
 
-/* A task of one thread: heads first ... end - 1 of sequence b, at all positions. It computes all its heads at one
+/* A task of one thread: heads first to end - 1 of sequence b, at all positions. A task computes all its heads at one
    position before the next position, so that memory is read in order. */
 typedef struct {
     int64_t b, first, end;
 } task;
 
-/* Tasks for each sequence: 1 if there are at least as many sequences as threads, else as many groups of heads as
-   needed. */
+/* Number of tasks for each sequence: 1 if there are at least as many sequences as threads, else as many groups of heads
+   as the threads need. */
 static int64_t tasks_per_sequence(const sizes *m, int64_t threads) {
     const int64_t wanted = m->B < threads ? threads / (m->B ? m->B : 1) : 1;
     return wanted < m->H ? wanted : m->H;
 }
 
-/* Task i of B * each, with `each` tasks for each sequence. */
+/* Task i of B * each tasks, where each sequence has `each` tasks. */
 static task task_of(const sizes *m, int64_t each, int64_t i) {
     const int64_t part = i % each;
     return (task){i / each, m->H * part / each, m->H * (part + 1) / each};
@@ -54,7 +54,7 @@ static task task_of(const sizes *m, int64_t each, int64_t i) {
 INLINE void weigh(enum type type, const sizes *m, task w, const void *kvr, const float *bias, void *source,
                   float *total, void *gate) {
     const int64_t b = w.b, T = m->T, N = m->N, C = m->H * N;
-    /* The running sum is before + sum: all complete spans, and the current span. */
+    /* The running sum is before + sum, where before sums all complete spans, and sum is for the current span. */
     float before[C], sum[C];
     memset(before, 0, sizeof before);
     memset(sum, 0, sizeof sum);
@@ -97,12 +97,12 @@ void timemix_weigh(int64_t type, int64_t threads, const sizes *m, const void *kv
     }
 }
 
-/* One task. With e = exp(k), and x = dsource:
+/* One task. The formulas use e = exp(k) and x = dsource:
 
     dk[t] = e (x alpha v + sum_{u>=t} dtotal[u]), 0 where k is clamped;   dv = x alpha e;   dr = dgate gate (1 - gate)
     dalpha(t) = sum_n x e v
 
-   The loop runs backwards in time, for the sum over u >= t. */
+   The loop runs backwards in time because of the sum over u >= t. */
 INLINE void weigh_back(enum type type, const sizes *m, task w, const void *kvr, const float *bias, const void *gate,
                        const void *dsource, const float *dtotal, const void *dgate, void *dkvr, float *dbias,
                        float *dalpha) {
@@ -124,7 +124,7 @@ INLINE void weigh_back(enum type type, const sizes *m, task w, const void *kvr, 
             const void *k = from(type, kvr, in), *v = from(type, k, C);
             const void *ds = from(type, dsource, ((h * T + t) * m->B + b) * N);
             void *dk = into(type, dkvr, in), *dv = into(type, dk, C), *dr = into(type, dv, C);
-            /* All that position t - 2 reads and writes. */
+            /* Prefetch all inputs and outputs of position t - 2. */
             if (t > 1) {
                 prefetch(type, k, -6 * C, N);
                 prefetch(type, v, -6 * C, N);
@@ -172,16 +172,16 @@ void timemix_weigh_back(int64_t type, int64_t threads, const sizes *m, const voi
     }
 }
 
-/* The i-th row b T + t in order of processing. Each thread processes the sequences of its tasks in weigh, whose results
-   are still in its cache. It processes all of them at one position before the next position, which is the order of the
-   numerator (H, T, B, N) in memory. */
+/* The i-th row b T + t in the order of processing. Each thread processes the sequences of its tasks in weigh, because
+   their results are still in the thread's cache. A thread processes all its sequences at one position before the next
+   position, which is the order of the numerator (H, T, B, N) in memory. */
 INLINE int64_t row_of(const sizes *m, int64_t threads, int64_t i) {
     const int64_t each = (m->B + threads - 1) / threads, first = i / (each * m->T) * each;
     const int64_t count = m->B - first < each ? m->B - first : each, rest = i - first * m->T;
     return (first + rest % count) * m->T + rest / count;
 }
 
-/* One row, one head. */
+/* One row and one head. */
 INLINE void divide(enum type type, const sizes *m, int64_t row, int64_t h, const void *numerator, const float *total,
                    const void *gate, void *y) {
     const int64_t b = row / m->T, t = row % m->T, N = m->N, at = (row * m->H + h) * N;
@@ -204,7 +204,7 @@ void timemix_divide(int64_t type, int64_t threads, const sizes *m, const void *n
         }
 }
 
-/* One row, one head. With average = numerator / total:
+/* One row and one head. The formulas use average = numerator / total:
 
     dgate = dy beta average;   dnumerator = dy gate beta / total;   dtotal = -dy gate beta average / total
     dbeta(t) = sum_n dy gate average */

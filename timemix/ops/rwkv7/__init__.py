@@ -1,4 +1,4 @@
-"""The time-mix of RWKV-7: `wkv7`, a matrix-valued state with a generalized delta rule."""
+"""The time-mix of RWKV-7: `wkv7`, a recurrence of matrix-valued states with a generalized delta rule."""
 
 from timemix.ops.rwkv7.api import BACKENDS, choose_backend, wkv7
 

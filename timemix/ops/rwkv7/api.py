@@ -9,10 +9,10 @@ from timemix.ops.rwkv7.chunked import chunked_wkv7
 from timemix.ops.rwkv7.reference import reference_wkv7
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv7, "chunked": chunked_wkv7}
-"""The backends of wkv7 by name: the recurrence in a loop, and matrix products in chunks."""
+"""The backends of wkv7 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks."""
 
 FEW_TOKENS = 4
-"""Number of tokens up to which "auto" runs the loop."""
+"""Number of tokens up to which the backend "auto" loops over tokens."""
 
 
 def wkv7(
@@ -28,33 +28,34 @@ def wkv7(
     resets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the recurrence of RWKV-7, whose state is a matrix per head.
+    """Compute the recurrence of RWKV-7, whose state is one matrix per head.
 
-    Per head, with the state S of size (values, keys) and column vectors r, w, k, v, a, b of token t:
+    Each head has a state S of size (values, keys). In the formulas, r, w, k, v, a, b are column vectors of token t:
 
         S[t] = S[t-1] (diag(exp(w)) + a b^T) + v k^T            y[t] = S[t] r
 
-    RWKV-7 passes a = -kk and b = kk * (its in-context learning rate), with kk of length 1, and w >= -exp(-1/2).
+    RWKV-7 passes a = -kk and b = kk * (in-context learning rate), where kk has length 1, and w >= -exp(-1/2).
 
     Args:
         r: Receptances (B, T, H, N), T >= 1.
-        w: Log-decays (B, T, H, N), at most 0. With the backend "chunked" at least -2.5, where exponents stay in range.
+        w: Log-decays (B, T, H, N), at most 0. The backend "chunked" needs at least -2.5, so that exponentials stay in
+            range.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
-        a: Vectors with which the old state is read (B, T, H, N).
-        b: Vectors along which the read values are added (B, T, H, N).
-        state: S before these tokens (B, H, N, N): values, keys. It is not changed; its gradient is computed. None:
-            zeros.
-        lengths: Number of tokens of each row that count (B,), 1 to T; y is zero after them. None: all T.
-        resets: Whether S is zero before a token (B, T) bool, as at the start of a document; None: never.
+        a: Vectors that read the previous state by the product S a (B, T, H, N).
+        b: Vectors along which S a is added to the state (B, T, H, N).
+        state: State S before these tokens, of shape (B, H, values N, keys N); None for zeros. `wkv7` does not change
+            the state, and computes its gradient.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid. y is zero at padding.
+        resets: Whether to set S to zero before each token (B, T) bool, as at the start of a document; None for never.
         backend: "auto" or a name in `BACKENDS`.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after the tokens that count, None if `state` is None. Sums and
-        states are float64 for float64 inputs, otherwise float32.
+        y (B, T, H, N) in v's dtype, and the state after the valid tokens (None if `state` is None). Sums and states
+        are float64 for float64 inputs, otherwise float32.
 
     Raises:
-        ValueError: Shapes do not fit, or the backend is unknown.
+        ValueError: Shapes do not match, or the backend is unknown.
 
     Source:
         RWKV-7 "Goose", arXiv 2503.14456.
@@ -64,7 +65,7 @@ def wkv7(
     B, T, H, N = r.shape
     inputs = [x.to(dtype) for x in (r, w, k, v, a, b)]
     if lengths is not None:
-        # Tokens of zeros do not change the state, and their y is zero.
+        # Tokens whose inputs are zeros do not change the state, and their y is zero.
         counts = torch.arange(T, device=r.device) < lengths[:, None]
         inputs = [x.where(counts[:, :, None, None], 0) for x in inputs]
         resets = None if resets is None else resets & counts
@@ -82,10 +83,10 @@ def choose_backend(backend: str, tokens: int) -> tuple[str, str]:
         tokens: T, number of tokens.
 
     Returns:
-        The name of the backend, and the reason.
+        The name of the backend, and the reason for the choice.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The backend is unknown.
     """
     if backend == "auto":
         if tokens <= FEW_TOKENS:

@@ -1,32 +1,34 @@
-"""wkv7 in chunks of n tokens: matrix products in place of a loop over tokens.
+"""wkv7 in chunks of n tokens, with matrix products instead of a loop over tokens.
 
-One head, one chunk. Rows of R, W, K, V, A, B are tokens; S is the state (values, keys) at the start of the chunk. With
+The formulas are for one head and one chunk. Each row of R, W, K, V, A, B is a token. S is the state (values, keys) at
+the start of the chunk.
 
     G = cumsum(W)        E = G - W        g: the last row of G
 
-the decay from the start of the chunk to just after token t is e^G[t], and to just before token t it is e^E[t]. All
-effects of tokens on later tokens of the chunk are entries of four n x n matrices:
+The decay from the start of the chunk is e^E[t] just before token t, and e^G[t] just after token t. The effects of all
+tokens on later tokens of the chunk are the entries of four n x n matrices:
 
     X  = strict_lower((A e^E) (B e^-G)^T)        Ak = strict_lower((A e^E) (K e^-G)^T)
     Rb = lower((R e^G) (B e^-G)^T)               Rk = lower((R e^G) (K e^-G)^T)         lower: with the diagonal
 
-    U = (I - X)^-1 (Ak V + (A e^E) S^T)          row t: what token t reads from the state with a
+    U = (I - X)^-1 (Ak V + (A e^E) S^T)          row t: the product of a of token t and the state before token t
     Y = (R e^G) S^T + Rk V + Rb U
     S' = S diag(e^g) + V^T (K e^(g-G)) + U^T (B e^(g-G))
 
-U is linear in S: U = P + Q S^T. Hence S' = S M + C, where M and C do not depend on S. They are computed for all chunks
-at once, and the loop over chunks has one product of N x N matrices per chunk.
+U is linear in S: U = P + Q S^T. Hence S' = S M + C, where M and C do not depend on S. M and C are computed for all
+chunks at once. The loop over chunks then has one product of N x N matrices per chunk.
 
-e^-G can be large. All exponents are therefore centred at the middle of the chunk: they are at most n / 2 times the
-largest -W, which is 19 for n = 64 and W >= -0.6065, the bound of RWKV-7. Entries above the diagonal can be larger.
-They are removed by selection, because 0 times infinity is not 0.
+e^-G can be large. All exponents are therefore centred at the middle of the chunk, and are at most max(-W) n / 2. For
+n = 64 and W >= -0.6065, the bound of RWKV-7, exponents are at most 19. Entries above the diagonal of the four matrices
+can be larger. Masks set the entries above the diagonal to zero, because 0 times infinity is not 0.
 
-A reset divides a chunk into segments. Entries of the four matrices between segments are zero. Only the first segment
-reads S, and only the last one adds to S'.
+A reset divides a chunk into segments. Entries of the four matrices for two tokens of different segments are zero. Only
+the first segment reads S, and only the last segment adds to S'.
 
-Shapes: G chunks of all rows and heads together, n tokens of a chunk, N head size. R, W, K, V, A, B: (G, n, N).
+In shapes, G is the number of chunks of all rows and heads together, n is the number of tokens in a chunk, and N is the
+head size. R, W, K, V, A, B are (G, n, N).
 
-Source: WY form of the delta rule, arXiv 2406.06484; RWKV-7, arXiv 2503.14456.
+Sources: the WY form of the delta rule, arXiv 2406.06484, and RWKV-7, arXiv 2503.14456.
 """
 
 from typing import Any
@@ -37,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK = 64
-"""n, number of tokens in a chunk."""
+"""n, the number of tokens in a chunk."""
 
 
 def chunked_wkv7(
@@ -50,17 +52,17 @@ def chunked_wkv7(
     state: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute wkv7 in chunks. The backward pass stores the inputs, and the states between chunks.
+    """Compute wkv7 in chunks. Inputs and the states between chunks are stored for the backward pass.
 
     Args:
         r: Receptances (B, T, H, N).
         w: Log-decays (B, T, H, N), at most 0.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
-        a: Vectors with which the old state is read (B, T, H, N).
-        b: Vectors along which the read values are added (B, T, H, N).
-        state: S before these tokens (B, H, N, N): values, keys.
-        resets: Whether S is zero before a token (B, T); None: never.
+        a: Vectors that read the previous state by the product S a (B, T, H, N).
+        b: Vectors along which S a is added to the state (B, T, H, N).
+        state: State S before these tokens, of shape (B, H, values N, keys N).
+        resets: Whether to set S to zero before each token (B, T); None for never.
 
     Returns:
         y (B, T, H, N), and the state after these tokens.
@@ -76,7 +78,7 @@ def chunked_wkv7(
 
 
 def _padded(x: Tensor, padding: int) -> Tensor:
-    # Tokens of zeros do not change the state: their decay is e^0.
+    # Tokens whose inputs are zeros do not change the state, because their decay is e^0.
     return F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
 
 
@@ -99,10 +101,10 @@ def _by_chunk(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Chunks:
-    """The factors and matrices of all chunks that the forward and the backward pass share.
+    """The factors and matrices of all chunks, which the forward and backward passes share.
 
     Args:
-        inputs: r, w, k, v, a, b (B, T, H, N), T a multiple of n.
+        inputs: r, w, k, v, a, b (B, T, H, N), where T is a multiple of n.
         resets: (B, T), or None.
         n: Number of tokens in a chunk.
     """
@@ -111,9 +113,9 @@ class _Chunks:
         self.R, W, self.K, self.V, self.A, self.B = (_to_chunks(x, n) for x in inputs)
         G = W.cumsum(1)
         E, g, m = G - W, G[:, -1:], G[:, n // 2, None]
-        # Decays within the chunk, centred: to after a token, to before it, and their inverse.
+        # Decays from the middle of the chunk to just after a token and just before a token, and inverse decays
         self.to_after, self.to_before, self.inverse = (G - m).exp(), (E - m).exp(), (m - G).exp()
-        # Decays from the start of the chunk, and to its end.
+        # Decays from the start of the chunk, and to the end of the chunk
         self.start_after, self.start_before, self.to_end = G.exp(), E.exp(), (g - G).exp()
         self.decay = g[:, 0].exp()
         lower = torch.ones(1, n, n, dtype=torch.bool, device=G.device).tril()
@@ -183,7 +185,7 @@ class _Chunked(torch.autograd.Function):
         *inputs, S, end, resets = ctx.saved_tensors
         c = _Chunks(inputs, resets, ctx.n)
         dY = _to_chunks(dy, ctx.n)
-        # Z is the gradient of the right side of the equation for U. Like U, it is linear in a state:
+        # Z is the gradient of the right side of (I - X) U = Ak V + (A e^E) S^T. Like U, Z is linear in a state:
         # Z = (I - X)^-T (Rb^T dY + B_end dS'^T) = O + L dS'^T
         O, L = c.solve_transposed(c.Rb.mT @ dY), c.solve_transposed(c.B_end)  # noqa: E741
         # The recurrence of the gradients of states: dS = dS' M^T + D
@@ -196,7 +198,7 @@ class _Chunked(torch.autograd.Function):
         dS = torch.stack(d_states[-2::-1], 2).flatten(0, 2)
         U = c.solve(c.Ak @ c.V + c.A_start @ S.mT)
         Z = O + L @ dS.mT
-        # S' of each chunk: the S of the next chunk, at the end the last state.
+        # S' of each chunk is S of the next chunk. S' of the last chunk is the final state.
         after = torch.stack([*_by_chunk(S, end)[1:], end], 2).flatten(0, 2)
         gradients = _gradients(c, S, after, dY, dS, U, Z)
         return *(_from_chunks(x, *end.shape[:2]) for x in gradients), d_states[-1], None, None
@@ -205,7 +207,7 @@ class _Chunked(torch.autograd.Function):
 def _gradients(
     c: _Chunks, S: Tensor, after: Tensor, dY: Tensor, dS: Tensor, U: Tensor, Z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of R, W, K, V, A, B, (G, n, N) each.
+    """Return the gradients of R, W, K, V, A, B, each of shape (G, n, N).
 
     Args:
         c: The chunks.
@@ -213,8 +215,8 @@ def _gradients(
         after: State after each chunk (G, N, N).
         dY: Gradient of Y (G, n, N).
         dS: Gradient of the state after each chunk (G, N, N).
-        U: What each token reads with a (G, n, N).
-        Z: Gradient of the right side of the equation for U (G, n, N).
+        U: Product of a of each token and the state before the token (G, n, N).
+        Z: Gradient of the right side of (I - X) U = Ak V + (A e^E) S^T (G, n, N).
     """
     dRk = (dY @ c.V.mT).where(c.lower, 0)
     dRb = (dY @ U.mT).where(c.lower, 0)
@@ -225,10 +227,11 @@ def _gradients(
     dB = c.inverse * (dX.mT @ c.A_in + dRb.mT @ c.R_in) + c.to_end * (U @ dS)
     dK = c.inverse * (dAk.mT @ c.A_in + dRk.mT @ c.R_in) + c.to_end * (c.V @ dS)
     dV = c.Rk.mT @ dY + c.K_end @ dS.mT + c.Ak.mT @ Z
-    # R has the factor e^G everywhere, K and B have e^-G, A has e^E, and all terms of S' have e^g.
+    # In all formulas, R has the factor e^G, K and B have the factor e^-G, and A has the factor e^E. All terms of S'
+    # have the factor e^g.
     dG = c.R * dR - c.K * dK - c.B * dB
     dG[:, -1] += (after * dS).sum(1)
     dE = c.A * dA
-    # W[t] is a term of G[s] for s >= t, and of E[s] for s > t.
+    # W[t] is a term of G[s] for s >= t, and a term of E[s] for s > t.
     dW = (dG + dE).flip(1).cumsum(1).flip(1) - dE
     return dR, dW, dK, dV, dA, dB

@@ -1,6 +1,6 @@
-"""The recurrence of wkv7 in a loop, to which all other forms are compared.
+"""The recurrence of wkv7 in a loop over tokens, to which tests compare the other implementation.
 
-Per head, with the state S of size (values, keys), for each token t:
+Each head has a state S of size (values, keys). For each token:
 
     S = S (diag(exp(w)) + a b^T) + v k^T            y = S r
 
@@ -28,10 +28,10 @@ def reference_wkv7(
         w: Log-decays (B, T, H, N), at most 0.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
-        a: Vectors that the state is read with before it is updated (B, T, H, N).
-        b: Vectors along which the result is added to the state (B, T, H, N).
-        state: S before these tokens (B, H, N, N): values, keys.
-        resets: Whether S is zero before a token (B, T); None: never.
+        a: Vectors that read the previous state by the product S a (B, T, H, N).
+        b: Vectors along which S a is added to the state (B, T, H, N).
+        state: State S before these tokens, of shape (B, H, values N, keys N).
+        resets: Whether to set S to zero before each token (B, T); None for never.
 
     Returns:
         y (B, T, H, N), and the state after these tokens.
