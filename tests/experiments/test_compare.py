@@ -352,7 +352,7 @@ def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     finish(comparison)
     assert all(comparison.result(j).steps == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
     write_report(comparison)
-    assert "1.5 s of training per run" in (tmp_path / "out" / "table.md").read_text()
+    assert "Each variant is trained for 1.5 s, once with each seed" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.slow
