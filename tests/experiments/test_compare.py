@@ -184,7 +184,7 @@ def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     table = write_report(comparison).to_json()
     assert table["variants"][0]["failed"].keys() == {1}
     assert table["variants"][1]["valid_losses"].keys() == {1}
-    assert "fails, seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
+    assert "Variant 'fails', seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
     assert [line.split(":")[0] for line in finish(Comparison(experiment, tmp_path / "out"))] == ["fails seed 1"]
 
 
