@@ -82,7 +82,7 @@ def weights_rows(out: Path) -> list[list[str]]:
     found = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
 
     def mean(arch: str, projection: str, what: str, layers: slice = slice(None)) -> dict[int, float]:
-        """Return a mean over layers by seed: the weight share of shifted channels, or the loss added at zero."""
+        """Return the mean over layers by seed: the share of shifted channels, or the loss added without these."""
         values = {}
         for seed, report in found[arch].items():
             rows = [r for r in report["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]

@@ -2,8 +2,8 @@
 
     python benchmarks/compare_overhead.py TEXT [--tokens 500000]
 
-The script compares two architectures at cpu-small size, with one seed and no tuning. From this comparison it calculates
-the overhead of comparisons with 1, 3 and 9 runs per variant, and prints the results.
+The script compares two architectures at cpu-small size, with one seed and no tuning. From this comparison, the script
+calculates the overhead of comparisons with 1, 3 and 9 runs per variant.
 """
 
 import argparse

@@ -6,7 +6,7 @@ python benchmarks/gpu.py --stage b             training steps and the op, beside
 python benchmarks/gpu.py --stage d             generation
 
 Run stage a first: if its tests fail, no speed figure is valid. After every part, a stage writes STAGE.json in the
-folder --out. A stopped stage resumes, because it skips the parts in this file. `--toy` runs the same code with tiny
+folder --out. A stopped stage resumes after the finished parts in STAGE.json. `--toy` runs the same code with tiny
 models on the CPU.
 
 Predictions for an H100 or H200 (790 TFLOP/s in bfloat16; 3.3 or 4.8 TB/s):

@@ -305,7 +305,7 @@ def test_damaged_files_of_its_folder_are_named(done, tmp_path):
     with pytest.raises(DamagedFile, match=r"seed-2/result.json is damaged; remove it to run mha seed 2 again"):
         finish(Comparison(comparison.experiment, out))
     (out / "experiment.json").write_text("{}")
-    with pytest.raises(FileError, match="has another experiment .*its kind, unless experiment.json is damaged"):
+    with pytest.raises(FileError, match="has another experiment .*the kind of experiment, unless .* is damaged"):
         Comparison(comparison.experiment, out)
 
 

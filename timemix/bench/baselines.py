@@ -17,7 +17,7 @@ from timemix.ops.rwkv1.api import BACKENDS, wkv1
 from timemix.ops.rwkv1.state import K_MAX, K_MIN
 
 PLAIN = "plain float32"
-"""Name of the naive implementation. Other implementations must agree with its values. Ratios are relative to it."""
+"""Name of the naive implementation, to which the values and the speed of all other implementations are compared."""
 
 LIBRARY = "transformers Llama"
 """Name of the Llama of `transformers`, which has about as many parameters as the timed model."""

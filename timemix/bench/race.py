@@ -1,8 +1,8 @@
 """Compare the speed of several contenders in one run, and measure the limits of the machine.
 
 A contender is an implementation of an op, of a training step or of generation. If the values of a contender differ from
-those of the naive implementation, its figures are withheld. The contenders alternate, so that other load on the machine
-affects all contenders.
+the values of the naive implementation, the figures of this contender are withheld. The contenders alternate, so that
+other load on the machine affects all contenders.
 """
 
 import os
@@ -48,7 +48,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Figures of a contender, or the reason to withhold its figures."""
+    """Figures of a contender, or the reason to withhold these figures."""
 
     name: str
     withheld: str | None = field(default=None, metadata=OPTIONAL)

@@ -57,7 +57,7 @@ class Comparison:
     Args:
         experiment: The experiment.
         out: Folder of the comparison. A new folder is created, and an unfinished comparison is resumed.
-        reuse: Folder of other comparisons. Runs with equal config and tokens are copied from there, not trained.
+        reuse: Folder of other comparisons. Runs with equal config and tokens are copied, not trained again.
         device: PyTorch device.
 
     Attributes:
@@ -251,7 +251,7 @@ class Comparison:
         return job.tuning or not self.experiment.by_position or result.by_position is not None
 
     def _keys(self, job: Job) -> list[str]:
-        """Return the keys that identify the run of a job: the key of this version, then those of earlier versions."""
+        """Return the keys of this version and of earlier versions that identify the run of a job."""
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Fitted(Protocol):
-    """A curve over lags and the fit of this curve, as the module that converts an architecture returns them."""
+    """A curve over lags with its fit, returned by the module that converts an architecture."""
 
     layer: int
     head: int

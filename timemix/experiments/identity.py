@@ -61,7 +61,7 @@ def difference(theirs: Any, ours: dict[str, Any]) -> str:
     try:
         old, new = runs(theirs), runs(ours)
     except (KeyError, TypeError, AttributeError):
-        return "its kind, unless experiment.json is damaged"
+        return "the kind of experiment, unless experiment.json is damaged"
     return ", ".join(name for name in new if old[name] != new[name])
 
 

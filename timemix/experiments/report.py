@@ -57,7 +57,7 @@ def _by_position(row: Row) -> list[float]:
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
-    """Return the folders of the successful runs of each variant by its label, without variants that have none."""
+    """Return the folders of successful runs by label of the variant, without variants that have no successful run."""
     runs = {
         v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if comparison.good_result(j) is not None]
         for v in comparison.experiment.variants

@@ -66,7 +66,7 @@ class SettingRow:
     repetition: float
     variety: float
     differences: dict[str, Difference | None] | None = field(default=None, metadata=OPTIONAL)
-    """Measurements of this setting minus those of top-a at this temperature, paired by text. None for top-a."""
+    """Measurements of this setting minus measurements of top-a at this temperature, paired by text. None for top-a."""
 
 
 @dataclass(frozen=True)

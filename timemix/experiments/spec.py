@@ -138,7 +138,7 @@ class Experiment:
             raise InvalidValue("a verdict has first_positions, but by_position is false; set by_position = true")
 
     def _check_runs(self, variant: Variant) -> list[RunConfig]:
-        """Return the configs of a variant with the first seed, one per tuning point; check at_step too."""
+        """Return the configs of a variant with the first seed, one per tuning point; check the steps of verdicts."""
         runs = [self.config(variant, point, self.seeds[0]) for point in self.points_of(variant).values()]
         train = runs[-1].train
         for verdict in self.verdicts:

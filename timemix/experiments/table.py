@@ -192,7 +192,7 @@ def tuning_rows(table: Table) -> list[list[str]]:
         {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row.tuning}
         for row in table.variants
     ]
-    # Variants of architectures with different fields have different points.
+    # Architectures with different fields have different tuning points.
     points = list(dict.fromkeys(point for losses in tried for point in losses))
     rows = [["variant", *points]] if points else []
     for row, losses in zip(table.variants if points else [], tried, strict=False):
