@@ -1,12 +1,12 @@
-"""Compare the speed of training and generation with the original 2021 code, in turn in one process.
+"""Compare the speed of training and generation with the original code of 2021, alternating in one process.
 
     git clone --branch 0.01 https://github.com/BlinkDL/RWKV-LM original
     python benchmarks/against_original.py original --json out.json
 
-The original runs as published, in float32: its model, its optimizer and its clipping. For generation it recomputes a
-window of ctx_len for every character. timemix runs as in `timemix train` and `timemix sample`. Before the timing, both
-get the same weights, and their logits must agree to 1e-4. Peak memory is the growth of a fresh process during three
-training steps. The step of timemix is not compiled there.
+The original code runs as published, in float32, with its own model, optimizer and clipping. To generate a character,
+the original code recomputes a window of ctx_len tokens. timemix runs as in `timemix train` and `timemix sample`. Before
+the timing, both programs get the same weights, and their logits must agree to 1e-4. Peak memory is the growth of a
+fresh process during three training steps, uncompiled in both programs.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def build(module, sizes: dict) -> tuple[torch.nn.Module, LanguageModel]:
 
 
 def alternate(a, b, rounds: int, warmup: int = 2) -> tuple[list[float], list[float]]:
-    """Time two calls in turn. Return the seconds of each call of `a`, and of each call of `b`."""
+    """Time two functions in alternation. Return the seconds of each call of `a`, and of each call of `b`."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds + warmup):
         for call, kept in zip((a, b), times, strict=True):
@@ -87,7 +87,7 @@ def alternate(a, b, rounds: int, warmup: int = 2) -> tuple[list[float], list[flo
 
 
 def summary(unit_count: int, original: list[float], ours: list[float]) -> dict:
-    """Return units per second of both, and the median, smallest and largest of the ratios of paired calls."""
+    """Return the median speeds of both programs, and the median, minimum and maximum ratio of paired calls."""
     ratios = sorted(a / b for a, b in zip(original, ours, strict=True))
     return {
         "original_per_second": unit_count / statistics.median(original),
@@ -131,9 +131,9 @@ def steps(module, sizes: dict, compiled: bool) -> tuple[Callable[[], None], Call
 
 
 def training(module, sizes: dict, rounds: int) -> dict:
-    """Time a training step of both."""
+    """Time a training step of both programs."""
     precision, reason = choose_precision("auto", CPU)
-    # As `auto` decides for a long run. A run with the steps of the preset `cpu-small` alone would be too short.
+    # Compile if `auto` would compile a long run. A run of the preset `cpu-small` itself is too short for compiling.
     config = model_config("rwkv1")
     fused = block_class(config).runs_in_c(config, precision, CPU)
     compiled, compile_reason = choose_compile("auto", math.inf, CPU, fused=fused)
@@ -148,7 +148,7 @@ def training(module, sizes: dict, rounds: int) -> dict:
 
 
 def time_mix(module, sizes: dict, rounds: int) -> dict:
-    """Time forward and backward of the time-mix without its four linear maps: token-shift, the op, gate and gamma."""
+    """Time forward and backward pass of the time-mix without its linear maps: token-shift, the op, gate and gamma."""
     original, ours = build(module, sizes)
     theirs, mixer, shift = original.blocks[0].attn, ours.blocks[0].mixer, TokenShift(ours.config, 0)
     for name in ("key", "value", "receptance", "output"):
@@ -194,7 +194,7 @@ def print_peak(module, whose: str) -> None:
 
 
 def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
-    """Time the generation of `tokens` tokens after a prompt of 32."""
+    """Time the generation of `tokens` tokens after a prompt of 32 tokens."""
     original, ours = build(module, sizes)
     ours.eval()
     utils = importlib.import_module("src.utils")
@@ -224,9 +224,9 @@ def sampling(module, sizes: dict, tokens: int, rounds: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path, help="clone of RWKV-LM at tag 0.01")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of training steps; default: 15")
-    parser.add_argument("--peak-of", choices=["original", "ours"], help="print the peak memory of one, in bytes")
+    parser.add_argument("--peak-of", choices=["original", "ours"], help="print the peak memory of a program, bytes")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.original))
     module = importlib.import_module("src.model")

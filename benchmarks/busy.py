@@ -1,10 +1,10 @@
-"""Measure the speed beside another busy process: python benchmarks/busy.py [POLICY ...] [--rounds 5] [--seconds 3]
+"""Measure the speed of timemix beside a busy process: python benchmarks/busy.py [POLICY ...] [--rounds 5] [--seconds 3]
 
-The work is training steps and generated tokens of a cpu-small model, on an idle machine and beside one process that
-computes all the time. It runs with one thread, and with one thread per processor. A POLICY sets an environment
-variable, such as GOMP_SPINCOUNT=0. The policy `timemix` sets none, so timemix decides how threads wait.
-GOMP_SPINCOUNT=300000 is the default of the OpenMP library. Each figure comes from a fresh process. Cases take turns, in
-reverse order in every second round. The machine should be idle; the script prints the load average at the start.
+The script times training steps and generation of a cpu-small model, on an idle machine and beside one process that
+computes all the time. Each task runs with one thread, and with one thread per processor. A POLICY sets an environment
+variable, such as GOMP_SPINCOUNT=0. The policy `timemix` sets no variable, so timemix decides how threads wait.
+GOMP_SPINCOUNT=300000 is the default of the OpenMP library. Each figure comes from a fresh process. The cases alternate,
+in reverse order in every second round. The machine should be idle. The script prints the load average at the start.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WORK = ("train", "sample")
 
 
 def worker(work: str, seconds: float) -> None:
-    """Work for `seconds` after a warm-up of a fifth of that time, and print the tokens per second."""
+    """Run a task for a fifth of `seconds` to warm up, then for `seconds`, and print the tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
         step, tokens = training(Path(folder)) if work == "train" else sampling()
         for duration in (seconds / 5, seconds):
@@ -61,13 +61,13 @@ def sampling() -> tuple[Callable[[], object], int]:
     return engine.step, 1
 
 
-# This process ends with the process that started it, even if that one is killed.
+# The busy process ends when its parent process ends, even if the parent is killed.
 COMPUTE = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**5))"
 
 
 @contextlib.contextmanager
 def beside(busy: int) -> Iterator[None]:
-    """Let `busy` other processes compute during a block."""
+    """Run `busy` computing processes during a `with` block."""
     others = [subprocess.Popen([sys.executable, "-c", COMPUTE]) for _ in range(busy)]
     try:
         yield
@@ -78,7 +78,7 @@ def beside(busy: int) -> Iterator[None]:
 
 
 def measure(work: str, threads: int, policy: str, busy: int, seconds: float) -> float:
-    """Return the tokens per second of a fresh process, beside `busy` other processes."""
+    """Return the tokens per second of a task in a fresh process, beside `busy` computing processes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment["OMP_NUM_THREADS"] = str(threads)
     if "=" in policy:
@@ -93,8 +93,8 @@ def measure(work: str, threads: int, policy: str, busy: int, seconds: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policies", nargs="*", default=["timemix", "GOMP_SPINCOUNT=300000"], help="how threads wait")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each case; default: 5")
-    parser.add_argument("--seconds", type=float, default=3.0, help="seconds of a measurement; default: 3")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each case; default: 5")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of a measurement in seconds; default: 3")
     parser.add_argument("--worker", choices=WORK, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

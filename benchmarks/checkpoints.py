@@ -1,8 +1,8 @@
 """Measure the cost of checkpoints: python benchmarks/checkpoints.py [FOLDER]
 
-Prints the median time of a training step, and of saving a checkpoint that is synced to the disk of FOLDER (default: the
-current folder). With the default intervals, a run saves every 500 steps, and after each validation (every 250 steps)
-that gives the lowest loss so far. So it saves at most twice in 500 steps.
+The script prints the median time of a training step, and of saving a checkpoint that is synced to the disk of FOLDER
+(default: the current folder). With the default intervals, a run saves every 500 steps, and after each validation (every
+250 steps) that gives the lowest loss so far. A run therefore saves at most twice in 500 steps.
 """
 
 import sys
@@ -22,7 +22,7 @@ from timemix.training.trainer import Trainer
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Return the seconds of a call."""
+    """Return the duration of a call in seconds."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -43,14 +43,14 @@ def main() -> None:
             size = sum(p.stat().st_size for p in newest(trainer.out).iterdir())
             share = saves * save / (default.save_every * step)
             print(
-                f"{name}: {size / 2**20:.1f} MiB in {save * 1e3:.0f} ms, a training step {step * 1e3:.0f} ms:"
-                f" at most {share:.2%} of the training time"
+                f"{name}: saving {size / 2**20:.1f} MiB takes {save * 1e3:.0f} ms, a training step takes"
+                f" {step * 1e3:.0f} ms, so saving takes at most {share:.2%} of the training time"
             )
 
 
 def timed_save(trainer: Trainer) -> float:
-    """Return the seconds of a save, with the removal of the previous checkpoint."""
-    # Another step each time: the checkpoint of an older step is removed.
+    """Return the seconds of saving a checkpoint and removing the previous checkpoint."""
+    # Each save needs a new step number, because timemix removes the checkpoint of an older step.
     trainer.step += 1
     return timed(trainer.save)
 

@@ -1,10 +1,10 @@
-"""Run every experiment that comes with timemix, and write tables, verdicts and pictures into docs/claims.md.
+"""Run all experiments that come with timemix, and write tables, verdicts and pictures into docs/claims.md.
 
     python benchmarks/claims.py --data FOLDER [--out runs/claims] [--only heads top-a ...] [--write-only]
 
-FOLDER contains pgbooks_small_train.txt.xz, pgbooks_valid.txt, zh_novels_train.txt.xz and zh_novels_valid.txt. If the
-script is stopped, the same command resumes it. Training experiments run in two processes of one thread each, which is
-faster on two cores than one process with two threads. Speed is measured in one process while nothing else runs.
+FOLDER contains pgbooks_small_train.txt.xz, pgbooks_valid.txt, zh_novels_train.txt.xz and zh_novels_valid.txt. The same
+command resumes a stopped script. Training experiments run in two processes of one thread each, which is faster on two
+cores than one process with two threads. The speed experiment runs in one process, while nothing else runs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from timemix.reporting.markdown import markdown_table
 from timemix.reporting.statistics import interval, paired_difference, verdict_word
 
 ROOT = Path(__file__).parent.parent
-# In the order of the page. The speed experiment comes last but one, when no training runs.
+# The order of the page. The speed experiment is second to last, when no training experiment runs.
 NAMES = (
     "architectures",
     "activation",
@@ -36,13 +36,13 @@ NAMES = (
     "long-context",
     "top-a",
 )
-# The short table shows every verdict of these experiments, and the first verdict of each other one.
+# The short table shows every verdict of these experiments, and the first verdict of each other experiment.
 WHOLE = ("architectures", "long-context")
 INSPECTED = ("rwkv1", "mha_shift", "mha_pro")
 
 
 def run(name: str, data: Path, out: Path) -> None:
-    """Run one experiment, into OUT/NAME.
+    """Run one experiment in the folder OUT/NAME.
 
     Args:
         name: Name of the experiment.
@@ -65,7 +65,7 @@ def run(name: str, data: Path, out: Path) -> None:
 
 
 def inspect(out: Path) -> None:
-    """Measure how the trained models use token-shift, for each architecture and seed, into OUT/inspect.json."""
+    """Measure the use of token-shift in the trained models of each architecture and seed; write OUT/inspect.json."""
     found: dict[str, dict[str, dict]] = {}
     seeds = read_experiment(find_experiment("architectures")).seeds
     for arch in INSPECTED:
@@ -78,11 +78,11 @@ def inspect(out: Path) -> None:
 
 
 def weights_rows(out: Path) -> list[list[str]]:
-    """Return the table of claims about trained weights: differences, paired by seed, with their verdicts."""
+    """Return the rows of the table of claims about trained weights, with paired differences and verdicts."""
     found = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
 
     def mean(arch: str, projection: str, what: str, layers: slice = slice(None)) -> dict[int, float]:
-        """Return by seed the mean over layers of a projection's share, or of the loss that its shifted inputs save."""
+        """Return the mean over layers by seed: the share of shifted channels, or the loss added without these."""
         values = {}
         for seed, report in found[arch].items():
             rows = [r for r in report["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]
@@ -93,11 +93,12 @@ def weights_rows(out: Path) -> list[list[str]]:
     rows = [["claim", "difference", "verdict"]]
     for arch, low in (("mha_shift", "query"), ("mha_pro", "query"), ("rwkv1", "receptance")):
         letter = low[0].upper()
-        for what, words in (("share", "their share"), ("added", "the loss without them")):
+        for what, words in (("share", "weight share of"), ("added", "loss added without")):
             gain = paired_difference(mean(arch, low, what), mean(arch, "value", what))
             rows.append(
                 [
-                    f"{arch}: V uses the shifted channels more than {letter}, by {words}",
+                    f"in {arch}, V uses the shifted channels more than {letter}, measured by the {words} these"
+                    " channels",
                     interval(gain),
                     verdict_word(gain),
                 ]
@@ -106,7 +107,8 @@ def weights_rows(out: Path) -> list[list[str]]:
         gain = paired_difference(mean(arch, "value", "share", slice(-1, None)), mean(arch, "value", "share", slice(1)))
         rows.append(
             [
-                f"{arch}: V uses the shifted channels less in the last layer than in the first, by their share",
+                f"in {arch}, V uses the shifted channels less in the last layer than in the first layer, measured by"
+                " the weight share of these channels",
                 interval(gain),
                 verdict_word(gain),
             ]
@@ -115,14 +117,14 @@ def weights_rows(out: Path) -> list[list[str]]:
 
 
 def verdict_rows(name: str, out: Path) -> list[list[str]]:
-    """Return claim, gain and verdict of each claim of an experiment, as text."""
+    """Return the rows of the claims of an experiment as text: claim, gain and verdict."""
     table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
     return [[v["claim"], ratio_words(v["ratio"], "x") if "ratio" in v else interval(v["gain"]), v["verdict"]]
             for v in table["verdicts"]]  # fmt: skip
 
 
 def blocks(out: Path) -> dict[str, str]:
-    """Return the generated parts of docs/claims.md by name; NAME is between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Return the generated parts of docs/claims.md by name. A part is between `<!-- NAME -->` and `<!-- /NAME -->`."""
     found, summary, short = {}, [["claim", "better by", "verdict", "experiment"]], [["claim", "verdict"]]
     for name in NAMES:
         if not (out / name / "table.json").exists():
@@ -151,16 +153,17 @@ def blocks(out: Path) -> dict[str, str]:
 
 
 def cost(name: str, out: Path) -> str:
-    """Return a sentence on the number of runs of an experiment and their training time."""
+    """Return a sentence on the number and the total training time of the runs of an experiment."""
     results = [json.loads(p.read_text(encoding="utf-8")) for p in (out / name / "variants").glob("*/*/result.json")]
     trained = [r for r in results if "seconds" in r]
     if not results:
-        return "Measured by `python benchmarks/claims.py`."
-    return f"{len(trained)} runs, {sum(r['seconds'] for r in trained) / 60:.0f} minutes of one core."
+        return "The command `python benchmarks/claims.py` runs this measurement."
+    minutes = sum(r["seconds"] for r in trained) / 60
+    return f"The experiment took {len(trained)} training runs and {minutes:.0f} minutes of one core."
 
 
 def write(out: Path) -> None:
-    """Replace the generated parts of docs/claims.md by those of the recorded tables in `out`."""
+    """Replace the generated parts of docs/claims.md by new parts from the tables in the folder `out`."""
     path = ROOT / "docs" / "claims.md"
     text = path.read_text(encoding="utf-8")
     for name, block in blocks(out).items():
@@ -174,7 +177,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of the experiments")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="experiments to run; default: all")
-    parser.add_argument("--write-only", action="store_true", help="write docs/claims.md from recorded tables alone")
+    parser.add_argument("--write-only", action="store_true", help="write docs/claims.md from existing tables only")
     options = parser.parse_args()
     if not options.write_only:
         for name in options.only:

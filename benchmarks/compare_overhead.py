@@ -2,8 +2,8 @@
 
     python benchmarks/compare_overhead.py TEXT [--tokens 500000]
 
-Compares two architectures at cpu-small size, with one seed and no tuning. Then prints the overhead of comparisons with
-1, 3 and 9 runs per variant, calculated from this one.
+The script compares two architectures at cpu-small size, with one seed and no tuning. From this comparison, the script
+calculates the overhead of comparisons with 1, 3 and 9 runs per variant.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from timemix.training.trainer import Trainer
 
 @contextlib.contextmanager
 def unwatched(job, config):
-    """Watch the progress of a run without showing it."""
+    """Ignore the progress of a run."""
     yield lambda progress: None
 
 

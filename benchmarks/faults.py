@@ -1,9 +1,9 @@
-"""Seed faults into copies of the package, one at a time, and check that tests catch each of them.
+"""Seed faults into copies of the package, one fault at a time, and check that the tests catch each fault.
 
 python benchmarks/faults.py [NAME ...] [--tests-only] [--no-tests-first]
 
-faults.toml lists the faults. A fault replaces the text `old`, which occurs once in `file`, by `new`. Then the selection
-`tests` must fail.
+faults.toml lists the faults. A fault replaces the text `old`, which occurs once in `file`, by `new`. With the fault,
+the tests of the selection `tests` must fail.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FAULTS = Path(__file__).with_suffix(".toml")
 LIMIT = 600
-"""Time limit in seconds for the tests of one fault."""
+"""Time limit for the tests of one fault, in seconds."""
 
 # Exit statuses of pytest.
 PASSED, FAILED = 0, 1
@@ -30,8 +30,8 @@ PASSED, FAILED = 0, 1
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to seed; default: all")
-    parser.add_argument("--tests-only", action="store_true", help="run the tests without faults only; they must pass")
-    parser.add_argument("--no-tests-first", action="store_true", help="do not run the tests without faults first")
+    parser.add_argument("--tests-only", action="store_true", help="only run the tests without faults, which must pass")
+    parser.add_argument("--no-tests-first", action="store_true", help="skip the run of the tests without faults")
     asked = parser.parse_args()
     faults = tomllib.loads(FAULTS.read_text(encoding="utf-8"))["faults"]
     known = {fault["name"]: fault for fault in faults}
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _applies(fault: dict[str, str]) -> bool:
-    """Return whether `old` of a fault occurs exactly once in its file; print the fault if not."""
+    """Return whether the text `old` of a fault occurs exactly once in its file; print the fault otherwise."""
     path = ROOT / fault["file"]
     found = path.read_text(encoding="utf-8").count(fault["old"]) if path.is_file() else 0
     if found != 1:
@@ -59,12 +59,12 @@ def _applies(fault: dict[str, str]) -> bool:
 
 
 def _by_file(selections: Iterable[str]) -> list[str]:
-    """Join the selections of tests in one file: `FILE -k A` and `FILE -k B` become `FILE -k "(A) or (B)"`."""
+    """Join test selections of one file: `FILE -k A` and `FILE -k B` become `FILE -k "(A) or (B)"`."""
     expressions: dict[str, set[str]] = {}
     for selection in selections:
         target, *options = shlex.split(selection)
         expressions.setdefault(target, set()).add(options[1] if options[:1] == ["-k"] else "")
-    # A selection without an expression takes all tests of the file.
+    # A selection without a `-k` expression selects all tests of the file.
     return [
         target if "" in each else shlex.join([target, "-k", " or ".join(f"({e})" for e in sorted(each))])
         for target, each in expressions.items()
@@ -72,7 +72,7 @@ def _by_file(selections: Iterable[str]) -> list[str]:
 
 
 def _passes(tests: str) -> bool:
-    """Return whether a selection of tests passes without a fault."""
+    """Return whether a selection of tests passes in a copy without a fault."""
     with tempfile.TemporaryDirectory() as folder:
         status, seconds, last = _run(_copied(Path(folder)), tests)
     word = "passes" if status == PASSED else "FAILS WITHOUT A FAULT"
@@ -81,7 +81,7 @@ def _passes(tests: str) -> bool:
 
 
 def _is_caught(fault: dict[str, str]) -> bool:
-    """Return whether the tests of a fault fail with it."""
+    """Return whether the tests of a fault fail in a copy with this fault."""
     if not _applies(fault):
         return False
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +89,7 @@ def _is_caught(fault: dict[str, str]) -> bool:
         path = copy / fault["file"]
         path.write_text(path.read_text(encoding="utf-8").replace(fault["old"], fault["new"]), encoding="utf-8")
         status, seconds, last = _run(copy, fault["tests"])
-    # A test module that cannot be imported does not count as caught. A crash of the process (a negative status) does.
+    # A crash of the process (a negative status) counts as caught. A failed import of a test module does not count.
     caught = status == FAILED or status < 0
     word = "caught" if caught else "NOT CAUGHT"
     print(f"{word}  {fault['name']} ({fault['module']}, {seconds:.0f} s, {last})", flush=True)
@@ -97,7 +97,7 @@ def _is_caught(fault: dict[str, str]) -> bool:
 
 
 def _copied(folder: Path) -> Path:
-    """Copy the files of the checkout that git tracks, with their changes, into a folder."""
+    """Copy all files that git tracks, with uncommitted changes, into a folder."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -107,7 +107,7 @@ def _copied(folder: Path) -> Path:
 
 
 def _run(copy: Path, tests: str) -> tuple[int, float, str]:
-    """Run pytest. Return its exit status, its seconds, and the test that failed or the last line of its output."""
+    """Run pytest. Return the exit status, the time in seconds, and the failed test or the last line of the output."""
     command = [
         sys.executable,
         "-m",
@@ -134,7 +134,7 @@ def _run(copy: Path, tests: str) -> tuple[int, float, str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        # A test that never ends counts as failed.
+        # A test that exceeds the time limit counts as failed.
         return FAILED, time.monotonic() - start, "exceeded the time limit"
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

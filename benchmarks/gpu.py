@@ -1,17 +1,17 @@
-"""Run all tests and measurements of a GPU, one stage per command, each under 9 minutes.
+"""Run all tests and measurements on a GPU, one stage per command, in less than 9 minutes per stage.
 
-python benchmarks/gpu.py --stage a             tests of a device
+python benchmarks/gpu.py --stage a             tests that compare the GPU with the CPU
 python benchmarks/gpu.py --stage c --data DIR  the published experiment: loss curves of four architectures
 python benchmarks/gpu.py --stage b             training steps and the op, beside attention and a Llama
 python benchmarks/gpu.py --stage d             generation
 
-Parity comes first: while stage a fails, no speed figure is valid. After every part, a stage writes STAGE.json in the
-folder --out. It skips parts that the file already contains, so a stopped stage resumes. `--toy` runs the same code at a
-tiny size on the CPU.
+Run stage a first: if its tests fail, no speed figure is valid. After every part, a stage writes STAGE.json in the
+folder --out. A stopped stage resumes after the finished parts in STAGE.json. `--toy` runs the same code with tiny
+models on the CPU.
 
 Predictions for an H100 or H200 (790 TFLOP/s in bfloat16; 3.3 or 4.8 TB/s):
 
-a  60 s. The models are tiny: start-up and compiling take all of the time.
+a  60 s. The models are tiny, so start-up and compiling take all of the time.
 b  360 s: 60 s of compiling for each of three lengths, 120 s of compiling for the large size, 15 s for each race.
    17 M parameters, 16,384 tokens: 6 N D = 1.8 TFLOP = 2.2 ms; about 10 GB of memory traffic = 2 to 3 ms. Memory
    limits products with 512 channels to 25 % of the peak.
@@ -38,18 +38,18 @@ COLORS = {"rwkv1": "red", "mha_rotary": "gray", "mha_shift": "green", "mha_pro":
 """Colours of the published figure."""
 ARCHITECTURES = tuple(COLORS)
 PUBLISHED = {"rwkv1": 1.00, "mha_rotary": 1.05, "mha_shift": 1.01, "mha_pro": 0.993}
-"""Final smoothed training losses of the published figure, on simplebooks-92."""
+"""Final smoothed training losses in the published figure, for the text simplebooks-92."""
 
 
 class Record:
-    """The JSON file of a stage: the machine, and the results of finished parts."""
+    """The JSON file of a stage, with the machine and the results of finished parts."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path = path
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(device)}
 
     def part(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return the result of a part; run the part first if the file has no result."""
+        """Return the result of a part, and run the part first if the file has no result."""
         if name not in self.content:
             print(f"{name} ...", flush=True)
             start = time.perf_counter()
@@ -62,7 +62,7 @@ class Record:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return the device, the versions and the date."""
+    """Return the name of the device, the versions of the software and the date."""
     import torch
 
     from timemix._version import __version__
@@ -81,7 +81,7 @@ def run_tests(record: Record, device: str) -> None:
     """Run the tests marked `cuda`."""
 
     def tests() -> dict[str, Any]:
-        # -p no:benchmark: that plugin warns if xdist is installed, and the tests treat warnings as errors.
+        # -p no:benchmark: the plugin benchmark warns if xdist is installed, and the tests treat warnings as errors.
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda"]
         log = record.path.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def train_published(record: Record, device: str, data: Path, work: Path, toy: bo
         start = time.perf_counter()
         loaded = train(config, out, data=str(work / "tokens"), train=changes, resume=False)
         rows = read_metrics(out)
-        # The loss of a single step is noisy: means of 100 steps.
+        # The loss of a single step is noisy, so the record has means of 100 steps.
         losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
         speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
         return {
@@ -176,13 +176,13 @@ def draw_published(record: Record, out: Path) -> None:
 
 
 def thinned(points: list[tuple[int, float]], every: int) -> list[tuple[int, float]]:
-    """Return the means of each `every` points, at the last step of each."""
+    """Return the mean of every group of `every` points, at the last step of the group."""
     groups = [points[i : i + every] for i in range(0, len(points), every)]
     return [(group[-1][0], round(sum(loss for _, loss in group) / len(group), 5)) for group in groups]
 
 
 def race_training(record: Record, device: str, toy: bool) -> None:
-    """Time training steps of the published size by length, a large size, and the op alone."""
+    """Time training steps of the published size at each length, training steps of a large model, and the op alone."""
     from timemix.bench.op import bench_op
     from timemix.bench.train import bench_train
     from timemix.config.presets import preset
@@ -229,7 +229,7 @@ def race_training(record: Record, device: str, toy: bool) -> None:
 
 
 def generate_by_batch(record: Record, device: str, toy: bool) -> None:
-    """Time generation through the engine by the number of active requests."""
+    """Time the generation of the engine for each number of active requests."""
     import torch
 
     from timemix.config.presets import preset
@@ -265,8 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the JSON files")
     parser.add_argument("--data", type=Path, help="folder with train.txt and valid.txt, for stage c")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of stage c")
-    parser.add_argument("--draw", type=Path, help="picture to draw of the loss curves of stage c")
-    parser.add_argument("--toy", action="store_true", help="a tiny size, on the CPU")
+    parser.add_argument("--draw", type=Path, help="path of a picture with the loss curves of stage c")
+    parser.add_argument("--toy", action="store_true", help="use tiny models on the CPU")
     asked = parser.parse_args(arguments)
     device = "cpu" if asked.toy else "cuda"
     for stage in asked.stage or "acbd":

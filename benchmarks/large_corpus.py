@@ -1,10 +1,10 @@
-"""Measure time and resident memory of preparing a large synthetic text; then kill a preparation half way and resume it.
+"""Measure time and memory of preparing a large text; then kill another preparation half way, and resume it.
 
     python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword] [--keep]
 
-The text (random words with some non-ASCII letters, in lines and sentences) and the prepared folders are written to
-FOLDER, and deleted at the end. Memory is Linux's VmHWM of the main process and of each other process. The sum over all
-processes is sampled ten times per second. Shared pages count once for each process.
+The script writes a synthetic text (random words with some non-ASCII letters, in lines and sentences) and the prepared
+folders to FOLDER, and deletes them at the end. The memory of a process is the value VmHWM of Linux. The script sums
+the current memory of all processes ten times per second. Pages that processes share count once for each process.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def words(generator: np.random.Generator, count: int = 30_000) -> np.ndarray:
-    """Return distinct words, each with the space or punctuation after it, in UTF-8."""
+    """Return distinct words in UTF-8, each followed by a space or punctuation."""
     letters = np.array(list("etaoinshrdlcumwfgypbvkjxqzéüñßжя鱼"))
     odds = 1 / (np.arange(len(letters)) + 2.0)
     made = {"".join(generator.choice(letters, n, p=odds / odds.sum())) for n in generator.integers(1, 11, count)}
@@ -40,7 +40,7 @@ def words(generator: np.random.Generator, count: int = 30_000) -> np.ndarray:
 
 
 def write_text(path: Path, size: int) -> None:
-    """Write at least `size` bytes of words that follow Zipf's law, a few megabytes at a time."""
+    """Write at least `size` bytes of text in pieces of a few megabytes. Word frequencies follow Zipf's law."""
     generator = np.random.default_rng(0)
     vocabulary = words(generator)
     generator.shuffle(vocabulary)
@@ -107,10 +107,10 @@ def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> t
         text: The text.
         out: Prepared folder.
         kind: Tokenizer, a key of SETTINGS.
-        kill_at: Share of the text, 0 to 1, after which the process is killed; None: it runs to its end.
+        kill_at: Share of the text, 0 to 1, after which the process is killed; None: do not kill the process.
 
     Returns:
-        Seconds, memory, and whether the process ran to its end.
+        Time in seconds, memory, and whether the process finished.
     """
     command = [sys.executable, "-m", "timemix", "data", str(text), "--out", str(out), *SETTINGS[kind]]
     began = time.perf_counter()
@@ -129,7 +129,7 @@ def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> t
 
 
 def share_done(out: Path, size: int) -> float:
-    """Return the share of a text of `size` characters in the finished token files of an unfinished preparation."""
+    """Return the share of a text of `size` characters that an unfinished preparation has already processed."""
     try:
         state = json.loads((out.parent / f".{out.name}.unfinished" / "unfinished.json").read_text())
     except OSError:

@@ -1,13 +1,13 @@
-"""Measure several processes on one machine: memory, traffic, throughput.
+"""Measure the memory, the network traffic and the throughput of several processes on one machine.
 
 python benchmarks/scale.py costs         memory and traffic of a step with 1, 2 and 4 processes and both strategies,
                                          beside the formulas of docs/explanation/parallelism.md
-python benchmarks/scale.py throughput    two processes with one thread each against one process with two threads,
-                                         alternating
+python benchmarks/scale.py throughput    speed of two processes with one thread each, and of one process with two
+                                         threads, in alternation
 python benchmarks/scale.py start         memory of 1, 2 and 4 processes that create, save and load a sharded model
-python benchmarks/scale.py calculate     the same formulas for 1 B and 10 B parameters on many GPUs
+python benchmarks/scale.py calculate     results of the formulas for 1 B and 10 B parameters on many GPUs
 
-The traffic is that of the loopback interface, so run nothing else on the machine.
+The script counts all traffic of the loopback interface, so run nothing else on the machine.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def prepared(folder: Path) -> Path:
 
 
 def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps: int) -> None:
-    """Train some steps, under torchrun or alone; print in process 0 the largest measurements of all processes."""
+    """Train some steps, under torchrun or alone. Process 0 prints the largest measurements of all processes."""
     import torch
     import torch.distributed as dist
 
@@ -100,7 +100,7 @@ def worker(folder: Path, preset_name: str, strategy: str, batch_size: int, steps
 
 
 def start_worker(folder: Path, layers: int, channels: int, vocab_size: int) -> None:
-    """Create a sharded llama under torchrun, save and load it; print the growth of the fullest process in process 0."""
+    """Create, save and load a sharded llama. Process 0 prints the largest memory growth of all processes."""
     import torch
 
     from timemix.config.run import RunConfig
@@ -114,7 +114,7 @@ def start_worker(folder: Path, layers: int, channels: int, vocab_size: int) -> N
     fields = {"layers": layers, "channels": channels, "heads": channels // 64, "vocab_size": vocab_size}
     config = model_config("llama", ctx_len=256, ffn_ratio=3.5, **fields)
     with joined() as world:
-        # What any sharded program takes: imports, connections, a small model.
+        # Any sharded program needs this memory: imports, connections, a small model.
         tiny = model_config("llama", layers=1, channels=64, heads=1, vocab_size=16, ctx_len=16)
         new_model(tiny, "shard", world, torch.device("cpu"), torch.float32)
         grown = [memory_now()]
@@ -148,7 +148,7 @@ def memory_now() -> int:
 
 
 def forget_peak() -> None:
-    """Have the kernel begin the peak of this process again at its memory of now."""
+    """Reset the peak memory of this process to its current memory."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
 
@@ -184,7 +184,7 @@ def launch_worker(processes: int, threads: int, *arguments: object) -> dict:
 def costs(folder: Path) -> None:
     print("| strategy | processes | held, MiB | 16 P or 16 P / n | peak, MiB | sent, MiB a step | formula |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    # Sharding gathers the weights twice and scatters the gradient once; gloo scatters with an all-reduce.
+    # Sharding gathers the weights twice and scatters the gradient once. gloo scatters with an all-reduce.
     for strategy, exchanges in (("replicate", 2), ("shard", 4)):
         for n in (1, 2, 4):
             got = launch(folder, n, 1, "seed", strategy, 4, 3)
@@ -216,7 +216,7 @@ def throughput(folder: Path, rounds: int) -> None:
 
 
 def calculate() -> None:
-    """Print calculated costs of larger models. docs/explanation/parallelism.md lists the assumptions."""
+    """Print the calculated costs of larger models. docs/explanation/parallelism.md lists the assumptions."""
     flops, tokens = 0.4 * 990e12, 16 * 1024
     print("| parameters | GPUs | replicate: GB | ms of traffic | shard: GB | ms of traffic | ms of computing |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -23,8 +23,8 @@ SHORTER = {
 STABLE = re.compile(
     r"(files|characters|bytes|distinct characters|held out|tokenizer|vocab size|train \w+|valid \w+) {2,}.*|rwkv1, .*"
     r"|resuming .*|step \d+/\d+ .*|validation loss .*|the run is in .*|[\d.]+ nats per token, .*|[\d,]+ tokens, .*"
-    r"|# rwkv1 against .*|[\d,]+ tokens per run, .*|\| variant \| parameters .*|nats per token at .*|original, .*"
-    r"|\d+ exponentials .*"
+    r"|# rwkv1 against .*|Each variant is trained on [\d,]+ tokens, .*|\| variant \| parameters .*"
+    r"|nats per token at .*|original, .*|\d+ exponentials .*"
 )
 EXACT = re.compile(r"\d+ bytes")
 

@@ -184,7 +184,7 @@ def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     table = write_report(comparison).to_json()
     assert table["variants"][0]["failed"].keys() == {1}
     assert table["variants"][1]["valid_losses"].keys() == {1}
-    assert "fails, seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
+    assert "Variant 'fails', seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
     assert [line.split(":")[0] for line in finish(Comparison(experiment, tmp_path / "out"))] == ["fails seed 1"]
 
 
@@ -305,7 +305,7 @@ def test_damaged_files_of_its_folder_are_named(done, tmp_path):
     with pytest.raises(DamagedFile, match=r"seed-2/result.json is damaged; remove it to run mha seed 2 again"):
         finish(Comparison(comparison.experiment, out))
     (out / "experiment.json").write_text("{}")
-    with pytest.raises(FileError, match="has another experiment .*its kind, unless experiment.json is damaged"):
+    with pytest.raises(FileError, match="has another experiment .*the kind of experiment, unless .* is damaged"):
         Comparison(comparison.experiment, out)
 
 
@@ -352,7 +352,7 @@ def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     finish(comparison)
     assert all(comparison.result(j).steps == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
     write_report(comparison)
-    assert "1.5 s of training per run" in (tmp_path / "out" / "table.md").read_text()
+    assert "Each variant is trained for 1.5 s, once with each seed" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.slow

@@ -160,7 +160,7 @@ def test_tables_samples_and_configs_are_there(page, comparison):
     cells = [c.text for c in find(page, "#table td")]
     assert f"{table['variants'][0]['parameters']:,}" in cells
     assert "</script><b>attention & more" in cells
-    assert any(note.text.startswith("fails, seed 1, failed") for note in find(page, "#notes li"))
+    assert any(note.text.startswith("Variant 'fails', seed 1, failed") for note in find(page, "#notes li"))
     assert [p.text for p in find(page, ".samples b")] == ["the <i>"] * 2 + ["cat"] * 2
     (config, *_) = find(page, "#configs details")
     assert not config.find_element("css selector", "pre").is_displayed()

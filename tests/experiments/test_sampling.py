@@ -123,7 +123,7 @@ def test_a_killed_beginning_is_begun_again(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tokens": 64}, "32 tokens of prompt and 64 of text exceed the judge's ctx_len 64"),
+        ({"tokens": 64}, "32 tokens of prompt and 64 of text exceed the judge model's ctx_len 64"),
         ({"temperatures": (0.0,)}, "must be above 0"),
         ({"top_a": (2.0,)}, "every top_a must be above 0 and at most 1"),
         ({"samples": 1}, "at least 2 samples"),

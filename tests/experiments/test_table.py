@@ -103,8 +103,8 @@ def test_limits_of_the_comparison_are_reported():
     rows = [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]
     said = warnings(Table("t", 1, None, [1], rows, []))
     assert said == [
-        "c, seed 3, failed: no",
-        "c has another held-out text or tokenizer, so its losses are not compared.",
-        "b has +2.0% parameters relative to the first variant.",
-        "The best train.lr of b, 0.004, is at the edge of its grid; widen the grid.",
+        "Variant 'c', seed 3, failed: no",
+        "Variant 'c' has another held-out text or tokenizer, so its losses are not compared.",
+        "Variant 'b' has +2.0% parameters relative to the first variant.",
+        "The best train.lr of variant 'b', 0.004, is at the edge of the grid; widen the grid.",
     ]

@@ -1,1 +1,1 @@
-"""Benchmarks: speed of the op, of a training step and of generation, beside baselines in the same run."""
+"""Benchmarks of the op, of a training step and of generation, each beside baselines in the same run."""

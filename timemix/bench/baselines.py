@@ -1,4 +1,4 @@
-"""Baselines: the naive wkv1, fused attention, and the Llama of transformers."""
+"""Baselines of the benchmarks: the naive wkv1, fused attention, and the Llama of `transformers`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ from timemix.ops.rwkv1.api import BACKENDS, wkv1
 from timemix.ops.rwkv1.state import K_MAX, K_MIN
 
 PLAIN = "plain float32"
-"""Name of the naive implementation. Every other path must agree with its values and is compared with its speed."""
+"""Name of the naive implementation, to which the values and the speed of all other implementations are compared."""
 
 LIBRARY = "transformers Llama"
-"""Name of the model of another library, with about as many parameters."""
+"""Name of the Llama of `transformers`, which has about as many parameters as the timed model."""
 WITHOUT_LIBRARY = "transformers is not installed: its Llama is skipped"
 
 OP, FORMS = wkv1, ("dense", "blocked", "spectral")
@@ -29,9 +29,9 @@ OP, FORMS = wkv1, ("dense", "blocked", "spectral")
 def plain_wkv1(
     k: Tensor, v: Tensor, f: Tensor, alpha: Tensor, beta: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, None]:
-    """Compute wkv1 by the naive implementation of its 2021 formula: W as a matrix, one einsum, one running sum.
+    """Compute wkv1 by a naive implementation of the 2021 formula: a matrix W, one einsum and one running sum.
 
-    For a head and a channel:
+    For each head and channel:
 
         W[t, u] = f[t - u] alpha[u] beta[t] for u <= t, else 0
         y[t] = sum over u of W[t, u] exp(k[u]) v[u] / sum over u <= t of exp(k[u])
@@ -44,7 +44,7 @@ def plain_wkv1(
         beta: Factors by target position, (H, T).
 
     Returns:
-        y, (B, T, H, N), and None in place of a state.
+        Output y, (B, T, H, N), and None instead of a state.
     """
     T = k.shape[1]
     # (T, T): target position minus source position
@@ -55,11 +55,11 @@ def plain_wkv1(
 
 
 def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Contender:
-    """Return PyTorch's fused causal attention, forward and backward, as a path of a benchmark.
+    """Return forward and backward pass of PyTorch's fused causal attention, as a contender of a benchmark.
 
     Args:
-        shape: (B, T, H, N).
-        dtype: Type of queries, keys and values.
+        shape: Shape of queries, keys and values, (B, T, H, N).
+        dtype: Data type of queries, keys and values.
         device: Device of the tensors.
     """
     B, T, H, N = shape
@@ -72,7 +72,7 @@ def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
 
 
 def naive_config(model: ModelConfig) -> Rwkv1Config:
-    """Return the config of the same model with the naive op.
+    """Return the config of a model with the op replaced by the naive implementation.
 
     Raises:
         InvalidValue: The model is not an rwkv1 with tables f, alpha and beta.
@@ -83,7 +83,7 @@ def naive_config(model: ModelConfig) -> Rwkv1Config:
             " leave model.arch, model.weights, model.alpha and model.beta out"
         )
     config = replace(model)
-    # Set past the checks of the config, which reject this backend in runs.
+    # Bypass the checks of the config, which reject this backend.
     object.__setattr__(config, "backend", PLAIN)
     return config
 
@@ -99,16 +99,16 @@ def naive_backend() -> Iterator[None]:
 
 
 def rotary_like(model: ModelConfig) -> ModelConfig:
-    """Return the config of a rotary-attention model of the same size."""
+    """Return the config of a rotary-attention model that has the size of `model`."""
     return like_size_of(model, "mha_rotary")
 
 
 def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
-    """Return a Llama-style model of `transformers` with about as many parameters, None if it is not installed.
+    """Return a Llama of `transformers` with about as many parameters as `model`, None if `transformers` is missing.
 
     Args:
         model: Config of the model to match.
-        device: Device of the result.
+        device: Device of the Llama.
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
@@ -116,8 +116,8 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         return None
     assert isinstance(model, ShiftedConfig)
     C = model.channels
-    # Matrix elements per layer in units of C^2: time-mix 4 and channel-mix 1 + 3 r, here attention 4 and three matrices
-    # of `hidden` x C.
+    # Matrix elements per layer in units of C^2: rwkv1 has 4 in the time-mix and 1 + 3 r in the channel-mix. Llama has 4
+    # in attention, and three matrices of `hidden` x C.
     hidden = int((model.ffn_ratio + 1 / 3) * C) // 8 * 8
     config = LlamaConfig(
         vocab_size=model.vocab_size,

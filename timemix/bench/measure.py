@@ -1,4 +1,4 @@
-"""Speed and peak memory of a training step. Each size is measured in a new process, so that no other memory counts."""
+"""Measure the speed and the peak memory of a training step in a new process, so that no other memory counts."""
 
 import json
 import math
@@ -19,22 +19,22 @@ from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
 OUT_OF_MEMORY = "out of memory"
-# Words in the messages of torch on a GPU, of torch on a CPU, and of Python.
+# Texts in the error messages of torch on a GPU, of torch on a CPU, and of Python when memory runs out.
 _WANT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """Speed and memory of a measured training step."""
+    """Measured speed and memory of a training step."""
 
     step_seconds: NotNegative
-    """Seconds of the fastest step."""
+    """Duration of the fastest step, in seconds."""
     tokens_per_second: Positive
-    """Speed of the fastest step."""
+    """Speed of the fastest step, in tokens per second."""
     peak_memory: Positive | None
-    """Peak bytes minus the bytes before the model is built, None if unavailable.
+    """Peak memory minus the memory before the model is built, in bytes, None if unavailable.
 
-    On a CPU this is resident memory, on a GPU allocated memory.
+    The measurement counts resident memory on a CPU, and allocated memory on a GPU.
     """
 
 
@@ -43,18 +43,18 @@ class StepFailure:
     """Reason why a training step could not be measured."""
 
     error: str
-    """`OUT_OF_MEMORY`, or the last line of the error output."""
+    """The text `OUT_OF_MEMORY`, or the last line of the error output."""
 
 
 def measure_training(config: RunConfig, steps: int = 3) -> StepSpeed | StepFailure:
     """Measure training steps on random tokens, in a new process.
 
     Args:
-        config: Model, batch size, accumulation, precision and device.
+        config: Config of the run: model, batch size, accumulation, precision and device.
         steps: Number of timed steps, after one step that is not timed.
 
     Returns:
-        The fastest step, or a StepFailure if a step fails, for example because memory runs out.
+        Speed and memory of the fastest step, or a StepFailure if a step fails, for example because memory runs out.
     """
     asked = {"config": to_dict(config), "steps": steps, "threads": torch.get_num_threads()}
     command = [sys.executable, "-m", "timemix.bench.measure"]
@@ -73,7 +73,7 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
     precision, _ = choose_precision(train.precision, device)
     keep_freed_memory()
     on_gpu = device.type == "cuda"
-    # A small step first loads code, whose memory must not count.
+    # Run a small step first: the memory of loaded code must not count.
     small = config.model.tiny()
     _step(
         small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision
@@ -89,7 +89,7 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
     for step in range(steps + 1):
         start = time.perf_counter()
         _step(model, optimizers, rows, train.accumulation, precision)
-        # The first step also allocates.
+        # The first step is not timed, because it allocates memory.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
     peak = peak_memory(device)
@@ -119,7 +119,7 @@ def _step(
 
 
 def _limit_memory(device: torch.device) -> None:
-    """Limit the memory of this process, so that it raises an error before the system kills arbitrary processes."""
+    """Limit the memory of this process, so that the process fails before the system kills other processes."""
     import resource
 
     limit = address_space() + int(0.9 * free_memory(device))

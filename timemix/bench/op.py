@@ -1,4 +1,4 @@
-"""`timemix bench op`: wkv1 alone, forward and backward, beside the naive implementation and attention."""
+"""Time forward and backward pass of wkv1 for `timemix bench op`, beside the naive implementation and attention."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -16,18 +16,18 @@ from timemix.runtime.machine import keep_freed_memory
 def bench_op(
     *, ctx_lens: Sequence[int], batch_size: int, heads: int, channels: int, seconds: float, device: str, say: Say
 ) -> Report:
-    """Time forward and backward of wkv1 alone, beside the naive implementation and fused attention of the same size.
+    """Time forward and backward pass of wkv1, beside the naive implementation and fused attention of equal size.
 
-    Each form of wkv1 runs in float32, and in bfloat16 if the device supports it.
+    Each form of wkv1 (dense, blocked, spectral) runs in float32, and in bfloat16 if the device supports bfloat16.
 
     Args:
         ctx_lens: Context lengths to time, in tokens.
         batch_size: Number of sequences.
-        heads: Number of heads; divides `channels`.
-        channels: Number of channels over all heads.
-        seconds: Mean seconds to spend on each path, at each context length.
+        heads: Number of heads, a divisor of `channels`.
+        channels: Total number of channels of all heads.
+        seconds: Mean time to spend on each contender at each context length, in seconds.
         device: PyTorch device.
-        say: Called with progress lines.
+        say: Function that prints a progress line.
 
     Raises:
         InvalidValue: A size is below 1, or `heads` does not divide `channels`.
@@ -61,7 +61,7 @@ def bench_op(
                 contender.fault = contender.fault or too_large(heads * T * T, where)
         say(f"ctx_len {T}")
         results.append(Heat(ctx_len=T, paths=race(contenders, seconds, where, say)))
-    work = f"wkv1 alone, forward and backward: batch {batch_size}, {heads} heads, {channels} channels"
+    work = f"wkv1 alone, forward and backward pass: batch {batch_size}, {heads} heads, {channels} channels"
     return Report(work, machine_now(where), results)
 
 
@@ -81,7 +81,7 @@ def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor]
             for n, a in cut.items()
         }
 
-    # An odd length, so that the last block of every form is incomplete.
+    # The length 701 is odd, so that the last block of every form is incomplete.
     short = min(x["k"].shape[1], 701)
     try:
         ours = run(leaves(short, dtype))

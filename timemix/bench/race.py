@@ -1,7 +1,8 @@
-"""Comparison of speed in one run: an op or a training step, beside baselines and the limits of the machine.
+"""Compare the speed of several contenders in one run, and measure the limits of the machine.
 
-Each path must first agree with the values of the naive implementation; otherwise its figures are withheld. The paths
-take turns, so that other load of the machine affects all of them.
+A contender is an implementation of an op, of a training step or of generation. If the values of a contender differ from
+the values of the naive implementation, the figures of this contender are withheld. The contenders alternate, so that
+other load on the machine affects all contenders.
 """
 
 import os
@@ -25,20 +26,20 @@ Say = Callable[[str], None]
 
 @dataclass
 class Contender:
-    """A path of a benchmark."""
+    """One implementation to time in a benchmark."""
 
     name: str
     call: Callable[[], object]
-    """The timed function."""
+    """Function to time."""
     tokens: int
     """Number of tokens that a call processes."""
     fault: str | None = None
-    """Reason to withhold the figures, None if there is none."""
+    """Reason to withhold the figures of this contender, None without such a reason."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and range, over the rounds, of the speed relative to the first path."""
+    """Median and range over the rounds of a relative speed: the speed divided by the speed of the first contender."""
 
     median: float
     low: float
@@ -47,40 +48,40 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Figures of a path, or the reason why they are withheld."""
+    """Figures of a contender, or the reason to withhold these figures."""
 
     name: str
     withheld: str | None = field(default=None, metadata=OPTIONAL)
-    """Reason why the figures are withheld, None if they are not."""
+    """Reason to withhold the figures, None if the figures are valid."""
     seconds: float | None = field(default=None, metadata=OPTIONAL)
-    """Median seconds of a call over the rounds."""
+    """Median duration of a call over the rounds, in seconds."""
     rounds: int | None = field(default=None, metadata=OPTIONAL)
     tokens_per_second: float | None = field(default=None, metadata=OPTIONAL)
     ratio: Ratio | None = field(default=None, metadata=OPTIONAL)
-    """Speed relative to the first path."""
+    """Speed relative to the first contender."""
     share_of_floor: float | None = field(default=None, metadata=OPTIONAL)
-    """Time to read its bytes from memory, divided by the measured time."""
+    """Time to read all weights and the state from memory, divided by the measured time of a step."""
     state_bytes: int | None = field(default=None, metadata=OPTIONAL)
-    """Bytes of the state of a text."""
+    """Size of the state of one text, in bytes."""
     peak_memory: int | None = field(default=None, metadata=OPTIONAL)
-    """Peak bytes of the process so far."""
+    """Peak memory of the process up to this measurement, in bytes."""
     call_memory: int | None = field(default=None, metadata=OPTIONAL)
-    """Peak bytes that a call allocates on a GPU, without those allocated before it."""
+    """Peak memory that a call allocates on a GPU, without memory allocated earlier, in bytes."""
     share_of_peak: float | None = field(default=None, metadata=OPTIONAL)
-    """Share of the peak speed of matrix products, with 6 N D operations."""
+    """Speed of a training step as a share of the peak speed of matrix products, counting 6 N D operations."""
     parameters: int | None = field(default=None, metadata=OPTIONAL)
     """Number of parameters."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine and the versions behind the figures, and the limits of the machine, measured in the same run."""
+    """Names of the machine and the software versions, and the limits of the machine, measured in the same run."""
 
     processor: str
     threads: int
     date: str
     timemix: str
-    """Version of timemix, with its commit if known."""
+    """Version of timemix, with the git commit if known."""
     torch: str
     python: str
     float32_peak: float
@@ -97,7 +98,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:
-    """Paths that were timed in turns."""
+    """Results of contenders that were timed in alternation."""
 
     ctx_len: int | None = field(default=None, metadata=OPTIONAL)
     title: str | None = field(default=None, metadata=OPTIONAL)
@@ -107,7 +108,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Report:
-    """Content of bench.json."""
+    """Results of a benchmark, and content of bench.json."""
 
     work: str
     machine: Machine
@@ -115,10 +116,10 @@ class Report:
 
 
 def too_large(matrix: int, device: torch.device) -> str | None:
-    """Return a message if three float32 matrices and their gradients do not fit the free memory, else None.
+    """Return a message if three float32 matrices and their gradients exceed the free memory, otherwise None.
 
     Args:
-        matrix: Number of elements of a matrix.
+        matrix: Number of elements of one matrix.
         device: Device of the matrices.
     """
     free, needed = free_memory(device), 24 * matrix
@@ -128,16 +129,16 @@ def too_large(matrix: int, device: torch.device) -> str | None:
 
 
 def race(contenders: list[Contender], seconds: float, device: torch.device, say: Say) -> list[Path]:
-    """Time all paths in turns.
+    """Time all contenders in alternation.
 
     Args:
-        contenders: The paths. Those with a fault are not timed. Ratios are relative to the first path.
-        seconds: Mean seconds to spend on each path; at least three rounds are timed.
-        device: Device of the paths.
-        say: Called with progress lines.
+        contenders: The contenders. A contender with a fault is not timed. Ratios are relative to the first contender.
+        seconds: Mean time to spend on each contender, in seconds. At least three rounds are timed.
+        device: Device of the contenders.
+        say: Function that prints a progress line.
 
     Returns:
-        The figures of each path, in order.
+        The figures of each contender, in the order of `contenders`.
     """
     times: dict[str, list[float]] = {c.name: [] for c in contenders if c.fault is None}
     running = [c for c in contenders if c.fault is None]
@@ -145,7 +146,8 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
     for contender in list(running):
         say(f"warming up {contender.name}")
         try:
-            # Two calls, since the first one allocates or compiles. One call for a slow path that is not compiled.
+            # Warm up with two calls, since the first call allocates or compiles. A slow contender that is not compiled
+            # gets one call.
             for _ in range(2):
                 before, start = _start_of_memory(device), time.perf_counter()
                 contender.call()
@@ -197,7 +199,7 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
 
 
 def _start_of_memory(device: torch.device) -> int:
-    """Return the bytes allocated on a GPU, and restart the count of the peak."""
+    """Return the allocated bytes of a GPU, and reset its peak memory."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -205,7 +207,7 @@ def _start_of_memory(device: torch.device) -> int:
 
 
 def machine_now(device: torch.device) -> Machine:
-    """Return machine and versions, and measure the limits of the machine."""
+    """Return the names of machine and versions, and measure the limits of the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
         processor=name,
@@ -221,7 +223,7 @@ def machine_now(device: torch.device) -> Machine:
 
 
 def _commit() -> str:
-    """Return the commit of the package in parentheses, "" if it does not lie in a git work tree."""
+    """Return the git commit of the package in parentheses, or "" outside a git work tree."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     try:
         done = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True)
@@ -231,11 +233,11 @@ def _commit() -> str:
 
 
 _MORE = {
-    "share_of_peak": "share of peak, 6 N D",
+    "share_of_peak": "share of the peak by 6 N D",
     "share_of_floor": "share of the floor",
-    "state_bytes": "state, bytes",
-    "peak_memory": "peak memory of the process so far, bytes",
-    "call_memory": "memory of a call, bytes",
+    "state_bytes": "size of the state, bytes",
+    "peak_memory": "peak memory of the process up to this row, bytes",
+    "call_memory": "peak memory of a call, bytes",
 }
 
 
@@ -244,9 +246,9 @@ def to_markdown(report: Report) -> str:
     machine = report.machine
     parts = [
         f"{report.work}. {machine.processor}, {machine.threads} threads, torch {machine.torch},"
-        f" timemix {machine.timemix}, {machine.date}. Measured in the same run: matrix products"
-        f" {machine.float32_peak / 1e9:.0f} GFLOP/s in float32, {machine.bfloat16_peak / 1e9:.0f} GFLOP/s in bfloat16;"
-        f" memory bandwidth {machine.bandwidth / 1e9:.0f} GB/s."
+        f" timemix {machine.timemix}, {machine.date}. In the same run, matrix products reach"
+        f" {machine.float32_peak / 1e9:.0f} GFLOP/s in float32 and {machine.bfloat16_peak / 1e9:.0f} GFLOP/s in"
+        f" bfloat16, and the memory bandwidth is {machine.bandwidth / 1e9:.0f} GB/s."
     ]
     for result in report.results:
         more = {key: head for key, head in _MORE.items() if any(getattr(row, key) is not None for row in result.paths)}

@@ -1,7 +1,7 @@
-"""`timemix bench sample`: generated tokens per second, beside recomputing, a Llama with its cache, and the floor.
+"""Time generation for `timemix bench sample`, beside recomputing, a Llama with a cache, and the physical floor.
 
-The floor of a step is the time to read its weights and state from memory, at the bandwidth measured in the same run.
-Weights that fit the processor's cache can be faster than the floor.
+The floor of a step is the time to read its weights and its state from memory, at the bandwidth measured in the same
+run. A step can be faster than the floor if the weights fit in the cache of the processor.
 """
 
 import copy
@@ -30,23 +30,23 @@ from timemix.runtime.machine import largest_cache, peak_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
-"""Number of consecutive tokens that a path generates in each turn."""
+"""Number of consecutive tokens that a contender generates in each call."""
 
 Steps = dict[Weights, tuple[Step, LanguageModel]]
-"""For each kind of weights, a step and the model whose logits it must give."""
+"""For each format of the weights, a step and the model whose logits the step must reproduce."""
 
 POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> Report:
-    """Time the generation of a model with random weights: alone, in batches, by position, and to the first token.
+    """Time generation with random weights: one text, batches of texts, late positions, and the first token of a prompt.
 
     Args:
         model: Config of the model.
-        batches: Numbers of texts that are generated together.
-        seconds: Mean seconds to spend on each path.
-        say: Called with progress lines.
+        batches: Batch sizes: numbers of texts that are generated together.
+        seconds: Mean time to spend on each contender, in seconds.
+        say: Function that prints a progress line.
 
     Raises:
         InvalidValue: The context is too short for the timed tokens.
@@ -83,7 +83,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
 
 @torch.no_grad()
 def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat:
-    """Time one text on each path, with its context half full."""
+    """Time the generation of one text by each contender, from the middle of the context."""
     position = _middle(model)
     tokens = torch.randint(model.config.vocab_size, (1, model.config.ctx_len))
 
@@ -101,7 +101,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
     memory = torch.ones(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
-    # The bandwidth is measured in turns with the steps, since other load of the machine changes it.
+    # The bandwidth is measured in alternation with the steps, since other load on the machine changes the bandwidth.
     assert reading.seconds is not None
     bandwidth = 4 * memory.numel() / reading.seconds
     paths = []
@@ -116,7 +116,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
 
 
 def _steps(model: LanguageModel) -> Steps:
-    """Return the generation step for each kind of weights, or the model's forward alone if no step is compiled."""
+    """Return the compiled step for each format of the weights, or the model's own forward if no step is compiled."""
     step = build_step(model)
     if not step.compiled:
         return {"float32": (step, model)}
@@ -126,15 +126,15 @@ def _steps(model: LanguageModel) -> Steps:
 def _stepping(
     name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel
 ) -> Contender:
-    """Return a path of STEPS steps from a position, with a fault if its first logits differ from the expected ones.
+    """Return a contender of STEPS steps from a position, with a fault if the first logits differ from `expected`.
 
     Args:
-        name: Name of the path.
-        step: The step.
-        model: Model of the state.
+        name: Name of the contender.
+        step: The generation step.
+        model: Model that creates the state.
         rows: Number of texts.
         position: First position.
-        expected: Model with the expected logits.
+        expected: Model that computes the expected logits.
     """
     state = _standing(model, rows, position)
     places, tokens = torch.arange(rows), torch.randint(model.config.vocab_size, (rows,))
@@ -144,7 +144,8 @@ def _stepping(
     worst = float((found - theirs).abs().max() / theirs.abs().max())
     fault = None if worst <= 1e-4 else f"parity failed: logit error {worst:.1e} of the largest logit"
 
-    # Sums over the past are computed once per block of positions. Setting a row back would recompute them.
+    # Sums over the past are computed once per block of positions. If a row returned to an earlier position, the step
+    # would recompute these sums.
     drifts = step.compiled and model.max_position is not None
     limit = model.max_position or 2**62
 
@@ -159,7 +160,7 @@ def _stepping(
 
 
 def _standing(model: LanguageModel, rows: int, position: int) -> State:
-    """Return a state with random content, of `rows` texts that have read `position` tokens."""
+    """Return a state with random content for `rows` texts, as after `position` tokens of each text."""
     state = model.init_state(rows)
     for layer in state.layers:
         for name, x in layer.items():
@@ -169,7 +170,7 @@ def _standing(model: LanguageModel, rows: int, position: int) -> State:
 
 
 def _library_models(model: LanguageModel, position: int, say: Say) -> list[Contender]:
-    """Return paths of a Llama of `transformers` of the same size with `position` cached tokens, [] if not installed."""
+    """Return contenders of a Llama with `position` cached tokens, or [] if `transformers` is not installed."""
     library = library_like(model.config, torch.device("cpu"))
     if library is None:
         say(WITHOUT_LIBRARY)
@@ -200,7 +201,7 @@ def _library_step(library: nn.Module, weights: str, position: int) -> Contender:
 
 
 def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contender:
-    """Return a compiled step with the fixed-size cache of the library; each token attends to all of this cache."""
+    """Return a compiled step of the Llama with a fixed-size cache. Each token attends to the whole cache."""
     from transformers import StaticCache
 
     cache, token = StaticCache(config=library.config, max_cache_len=ctx_len), torch.zeros(1, 1, dtype=torch.int64)
@@ -212,11 +213,11 @@ def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contend
         for _ in range(STEPS):
             compiled(token, past_key_values=cache, use_cache=True)
 
-    return Contender(f"the same, compiled {weights}", call, STEPS)
+    return Contender(f"{LIBRARY} with its fixed-size cache, compiled {weights}", call, STEPS)
 
 
 def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seconds: float, say: Say) -> Heat:
-    """Time several texts together, with each kind of weights."""
+    """Time the generation of several texts together, with each format of the weights."""
     position = _middle(model)
     contenders = [
         _stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
@@ -224,11 +225,11 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
         for rows in batches
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
-    return Heat(title=f"texts in a batch, position {position}", paths=_per_token(rows))
+    return Heat(title=f"batches of texts, position {position}", paths=_per_token(rows))
 
 
 def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """Time a token at each of POSITIONS, with the mean cost of re-reading a bounded context."""
+    """Time a token at each position of POSITIONS, including the mean cost of re-reading a bounded context."""
     limit = model.max_position
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
@@ -248,18 +249,18 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
                 seconds_here = row.seconds + again * STEPS
                 row = replace(row, seconds=seconds_here, tokens_per_second=STEPS / seconds_here)
             contender.call()
-            # The peak only grows, so a later position that needs more memory shows in it.
+            # The peak memory of a process never falls. A position that needs more memory raises the peak.
             peak = peak_memory(torch.device("cpu"))
             row = replace(row, state_bytes=model.init_state(1).nbytes, peak_memory=peak)
         paths.append(row)
-    title = "a token at each position"
+    title = "time of a token at each position"
     if limit is not None:
         title += f", re-reading {kept} tokens every {limit - cast(int, kept)}"
     return Heat(title=title, paths=_per_token(paths))
 
 
 def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """Time from a prompt to its first token, beside the forward pass of training."""
+    """Time the computation of the first token after a prompt, beside the forward pass of training."""
     ctx_len = model.config.ctx_len
     rows = torch.randint(model.config.vocab_size, (16, ctx_len))
 
@@ -285,7 +286,7 @@ def _reading(name: str, model: LanguageModel, length: int, step: Step) -> Conten
 
 
 def _per_token(rows: list[Path]) -> list[Path]:
-    """Return rows with `seconds` per token of each text instead of per turn."""
+    """Return rows in which `seconds` is the time per token of each text, not the time per call."""
     return [
         row
         if row.seconds is None
@@ -299,14 +300,14 @@ def _middle(model: LanguageModel) -> int:
 
 
 def _weight_bytes(model: LanguageModel, weights: str) -> int:
-    """Return the bytes of weights that a step reads: all but the embedding."""
+    """Return the size in bytes of the weights that a step reads: all weights but the embedding."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
     return linear * _BYTES[weights] + rest * 4
 
 
 def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
-    """Return the bytes of a text's state that a step reads at a position."""
+    """Return the size in bytes of the part of a text's state that a step reads at a position."""
     state = model.init_state(1)
     ends = model.max_position is not None
     total = 0
@@ -319,11 +320,11 @@ def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:
 
 
 def draw_batches(report: Report, path: pathlib.Path) -> None:
-    """Draw tokens per second against the number of texts in a batch.
+    """Plot the tokens per second of a batch against the number of texts in the batch.
 
     Args:
         report: Report of `bench_sample`.
-        path: Picture to write, .png or .svg.
+        path: Path of the picture, .png or .svg.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
@@ -343,8 +344,8 @@ def draw_batches(report: Report, path: pathlib.Path) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("texts in a batch")
-    axes.set_ylabel("tokens/s of the batch")
+    axes.set_xlabel("number of texts in a batch")
+    axes.set_ylabel("tokens/s of all texts of the batch")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     save_picture(figure, path)

@@ -1,4 +1,4 @@
-"""`timemix bench train`: a training step beside the naive implementation and other models."""
+"""Time a training step for `timemix bench train`, beside the naive implementation and other models."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -33,17 +33,18 @@ WITHOUT_C = "by torch's operators"
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
     """Time a training step on random tokens, beside other implementations of the same size.
 
-    The model runs as in `timemix train`, without its C code, and compiled if requested or if that is faster. The other
-    paths are the naive implementation in float32, rotary attention, and the Llama of `transformers` if it is installed.
+    The model runs as in `timemix train`, then without its C code. If `compile` is "on", or "auto" expects a speedup,
+    the model also runs compiled. The other contenders are the naive implementation in float32, rotary attention, and
+    the Llama of `transformers` if `transformers` is installed.
 
     Args:
         model: An rwkv1 with tables f, alpha and beta.
-        train: Batch size, accumulation, precision, device and optimizer.
-        seconds: Mean seconds to spend on each path.
-        say: Called with progress lines.
+        train: Training settings: batch size, accumulation, precision, device and optimizer.
+        seconds: Mean time to spend on each contender, in seconds.
+        say: Function that prints a progress line.
 
     Raises:
-        InvalidValue: The model has another architecture or no tables.
+        InvalidValue: The model is not an rwkv1, or lacks one of the tables f, alpha and beta.
         Unavailable: The machine lacks the device.
     """
     naive = naive_config(model)
@@ -104,12 +105,12 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
 
 def _c_or_not(path: str) -> AbstractContextManager[None]:
-    """Return the context of a path: without C code for the naive implementation and for paths named WITHOUT_C."""
+    """Return a context that disables the C code for the naive implementation and for names that end with WITHOUT_C."""
     return fused.left_out() if path == PLAIN or path.endswith(WITHOUT_C) else nullcontext()
 
 
 def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
-    """Return why logits differ from those of the naive implementation, None where they agree."""
+    """Return a message if logits differ from the logits of the naive implementation, otherwise None."""
     worst = float((logits - expected).abs().max() / expected.abs().max())
     if worst <= (0.03 if precision == "bfloat16" else 1e-4):
         return None
@@ -126,7 +127,7 @@ def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:
 def _step(
     name: str, called: nn.Module, owner: nn.Module, tokens: Tensor, precision: str, train: TrainConfig
 ) -> Contender:
-    """Return a training step as a path: as in the trainer, with clipping and optimizer."""
+    """Return a training step as a contender. The step clips gradients and runs the optimizer, as in the trainer."""
     optimizers = build_optimizers(owner, train, precision)
 
     def call() -> None:

@@ -1,1 +1,1 @@
-"""Comparisons: variants on equal terms, and the claims that they test."""
+"""Comparisons of variants on equal terms, and tests of claims about these variants."""

@@ -1,11 +1,13 @@
-"""Comparisons: variants trained on the same batches, each at its best learning rate, and their results.
+"""Compare variants that train on the same batches, each variant at its best point of the tuning grid.
+
+The folder OUT of a comparison has these files:
 
 OUT/experiment.json       the experiment and the hash of its text
-OUT/data/N, N-tuning      tokens; for tuning, the end of the training text is held out
-OUT/variants/NAME/        tuning-N and seed-N: run folders, each with a result.json when it has ended
+OUT/data/N, N-tuning      the tokens; the folder for tuning holds out the end of the training text
+OUT/variants/NAME/        the run folders tuning-N and seed-N; a finished run has a result.json
 OUT/table.json, table.md, loss.png, report.html
 
-Lock files assign the runs to processes. Any number of processes may run one comparison, and any of them may be killed.
+Lock files assign the runs to processes. Any number of processes may work on one comparison, and may be killed.
 """
 
 import itertools
@@ -54,15 +56,15 @@ class Comparison:
 
     Args:
         experiment: The experiment.
-        out: Folder of the comparison. It is created, or continued if it has the same experiment.
-        reuse: Folder of other comparisons, whose equal runs are copied instead of trained.
+        out: Folder of the comparison. A new folder is created, and an unfinished comparison is resumed.
+        reuse: Folder of other comparisons. Runs with equal config and tokens are copied, not trained again.
         device: PyTorch device.
 
     Attributes:
-        prompts: Prompts of the samples: those of the experiment, or the beginning of the held-out text.
+        prompts: Prompts of the samples. Default: the beginning of the held-out text.
 
     Raises:
-        FileError: The folder has other content or another experiment, or the text has changed since it was created.
+        FileError: `out` has other content or another experiment, or the text has changed since `out` was created.
         InvalidValue: The text is too short, or a vocabulary lacks a character of a prompt.
         MissingFile: The text or `reuse` does not exist.
         Unavailable: The machine lacks the device.
@@ -104,7 +106,7 @@ class Comparison:
         return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
 
     def _data_config(self, variant: Variant) -> DataConfig:
-        """Return the settings that determine the tokens of a variant; the order of its batches is not among them."""
+        """Return the settings that determine the tokens of a variant. The order of batches is left at "random"."""
         config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
         return replace(config.data, order="random")
 
@@ -118,7 +120,7 @@ class Comparison:
             write_text(path, json.dumps(ours, indent=1))
             return
         theirs = read_json(path)
-        # Titles, labels and verdicts may change later. Settings of the runs may not.
+        # Titles, labels and verdicts may change later. Settings of the runs may not change.
         if other := difference(theirs.get("experiment"), ours["experiment"]):
             raise FileError(f"{self.out} has another experiment (different: {other}); choose another folder")
         if theirs.get("texts") != texts:
@@ -127,7 +129,7 @@ class Comparison:
             )
 
     def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
-        """Return prepared folder and tokens for the seeds (key False), and for tuning (key True) if there is a grid."""
+        """Return prepared folder and tokens: key False for the seeds, key True for tuning if there is a tuning grid."""
         source = Path(config.source)
         if is_corpus(source):
             whole, corpus = source.resolve(), open_corpus(source)
@@ -143,11 +145,11 @@ class Comparison:
         return found
 
     def corpus(self, variant: Variant, tuning: bool = False) -> Corpus:
-        """Return the tokens of a variant, for its seeds or for tuning."""
+        """Return the tokens of a variant, for its tuning runs or for its runs with seeds."""
         return self._corpora[self._data_config(variant)][tuning][1]
 
     def same_text(self, variant: Variant) -> bool:
-        """Return whether a variant has the tokenizer and the held-out text of the first variant."""
+        """Return whether a variant has the same tokenizer and held-out text as the first variant."""
         a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
         return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
 
@@ -164,20 +166,20 @@ class Comparison:
         return on_corpus(config, source, corpus, self.device)
 
     def point(self, job: Job) -> dict[str, Any]:
-        """Return the tuning point of a job; empty if every tuning run failed."""
+        """Return the tuning point of a job, or an empty point if every tuning run failed."""
         return self._points[job.variant.name][job.number] if job.tuning else self.best_point(job.variant) or {}
 
     def tuning_jobs(self, variant: Variant) -> list[Job]:
-        """Return the tuning jobs of a variant: one per tuning point, none if there is a single point."""
+        """Return the tuning jobs of a variant, one per tuning point, or no job for a single point."""
         points = self._points[variant.name]
         return [Job(variant, number, True) for number in points] if len(points) > 1 else []
 
     def seed_jobs(self, variant: Variant) -> list[Job]:
-        """Return the jobs of a variant at its best tuning point, one per seed."""
+        """Return the jobs of a variant at the best tuning point, one job per seed."""
         return [Job(variant, seed, False) for seed in self.experiment.seeds]
 
     def result(self, job: Job) -> Result | Failure | None:
-        """Return the result or the failure of a job, None if it has not ended.
+        """Return the result or the failure of a job, None for an unfinished job.
 
         Raises:
             DamagedFile: result.json is damaged.
@@ -191,12 +193,12 @@ class Comparison:
             raise DamagedFile(f"{path} is damaged; remove it to run {job.name} again") from None
 
     def good_result(self, job: Job) -> Result | None:
-        """Return the result of a job, None if it failed or has not ended."""
+        """Return the result of a job, None for a failed or an unfinished job."""
         result = self.result(job)
         return result if isinstance(result, Result) else None
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
-        """Return the tuning point of the lowest held-out loss, None if tuning is incomplete or every run failed."""
+        """Return the tuning point with the lowest held-out loss, None for unfinished tuning or if every run failed."""
         jobs = self.tuning_jobs(variant)
         if not jobs:
             return self._points[variant.name][0]
@@ -207,17 +209,17 @@ class Comparison:
         return self.point(jobs[int(np.argmin(losses))]) if min(losses) < math.inf else None
 
     def run(self, watching: Callable[[Job, RunConfig], Any], say: Say) -> None:
-        """Run jobs until all have ended, in this process or in others.
+        """Run jobs until this process and other processes have finished all jobs.
 
-        A failed run is recorded in its result.json. The next call tries it again, unless its loss diverged, which would
-        happen again.
+        The result.json of a failed run records the error. The next call repeats a failed run unless the loss diverged,
+        because the loss would diverge again.
 
         Args:
-            watching: Called with job and config; returns a context manager that yields the `watch` of the run.
-            say: Called with a line for each job that has ended.
+            watching: Function of job and config. Returns a context manager that yields the `watch` of the run.
+            say: Function that prints a line; called for each finished job.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM arrived. The next call resumes the run.
+            Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
         """
         jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
         jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]
@@ -229,7 +231,7 @@ class Comparison:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))
 
     def _ended(self, job: Job) -> bool:
-        """Return whether a job has ended: with a result of its config, by divergence, or by a failure in this call."""
+        """Return whether a job is finished: a result of its config, a diverged loss, or a failure in this call."""
         if self.folder(job) not in self._known_to_have_ended:
             result = self.result(job)
             if result is None:
@@ -237,7 +239,7 @@ class Comparison:
             if isinstance(result, Failure):
                 ended = bool(result.diverged) or result.call == self._call
             else:
-                # A tuning run that failed and later succeeded may have changed the best point.
+                # If a failed tuning run has succeeded later, the best point may have changed.
                 ended = job.tuning or (result.key in self._keys(job) and self._whole(result, job))
             if not ended:
                 return False
@@ -245,15 +247,15 @@ class Comparison:
         return True
 
     def _whole(self, result: Result, job: Job) -> bool:
-        """Return whether a result has all measurements of the experiment."""
+        """Return whether a result has all measurements that the experiment needs."""
         return job.tuning or not self.experiment.by_position or result.by_position is not None
 
     def _keys(self, job: Job) -> list[str]:
-        """Return the keys that identify the run of a job, in this version and in earlier ones."""
+        """Return the keys of this version and of earlier versions that identify the run of a job."""
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
-        """Run a job unless another process runs it or it has ended; return whether it ran."""
+        """Run a job, unless the job is finished or runs in another process; return whether the job ran here."""
         folder = self.folder(job)
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):
@@ -272,7 +274,7 @@ class Comparison:
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             else:
-                # The samples of an earlier model are outdated.
+                # Samples of the earlier model are outdated after a new run.
                 folder.with_name("samples.json").unlink(missing_ok=True)
         ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
         if isinstance(result, Failure):
@@ -292,7 +294,7 @@ class Comparison:
         if (same := self._same_run(keys, job)) is not None:
             copied, result = same
             shutil.rmtree(folder, ignore_errors=True)
-            # The caller writes result.json last, so an incomplete copy has not ended.
+            # The caller writes result.json last, so an incomplete copy counts as unfinished.
             shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("result.json"))
             return replace(result, taken_from=str(copied))
         trainer = begin_or_resume(config, folder)
@@ -324,7 +326,7 @@ class Comparison:
         """Find a finished run with the same config and tokens in another comparison in `reuse`.
 
         Returns:
-            Its folder and result, None if there is none.
+            Folder and result of the run, None if no run matches.
         """
         if self._reuse is None:
             return None
@@ -340,7 +342,7 @@ class Comparison:
         return None
 
     def _count_steps(self, variant: Variant) -> int | None:
-        """Return the steps that fit into a budget of seconds, measured before training; None for a budget of tokens."""
+        """Return the number of steps that fit into a budget of seconds, None for a budget of tokens."""
         seconds = self.experiment.seconds
         if seconds is None:
             return None
@@ -361,7 +363,7 @@ class Comparison:
         return measure_training(replace(config, model=model, train=train), steps=steps)
 
     def memory(self, variant: Variant) -> float | None:
-        """Return the peak memory of a training step of a variant in bytes, measured once; None if unavailable."""
+        """Measure the peak memory of a training step of a variant once; return bytes, None if unavailable."""
         path = self.out / "variants" / variant.name / "memory.json"
         if not path.exists():
             measured = self._measured(variant, steps=1)
@@ -371,7 +373,7 @@ class Comparison:
         return measured_before(path, StepMemory).peak_memory
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
-        """Return a text by prompt, generated by the model of the first seed; empty if that run has no result.
+        """Return a generated text by prompt, from the model of the first seed; empty if the run has no result.
 
         Args:
             variant: The variant.
@@ -393,12 +395,12 @@ class Comparison:
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
-    """Return a run's config with a prepared folder as source, resolved as by `new_run`.
+    """Return a run's config with a prepared folder as data source, and with all values that `new_run` would set.
 
     Args:
         config: Config of the run.
         source: The prepared folder.
-        corpus: Its tokens.
+        corpus: Tokens of the prepared folder.
         device: PyTorch device.
     """
     data = DataConfig(source=str(source), order=config.data.order)
@@ -406,16 +408,16 @@ def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> R
 
 
 def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
-    """Return a trainer for a run: at its newest checkpoint if the folder has the same config, otherwise at its start.
+    """Return a trainer that resumes a run at the newest checkpoint if the configs are equal, or starts a new run.
 
-    A folder with another config is replaced. So is a folder without a config, which a killed process may leave.
+    A folder with another config is replaced. A folder without a config, left by a killed process, is replaced too.
 
     Args:
-        config: Config of the run. Only its device and the path of its tokens may differ from those in the folder.
+        config: Config of the run. An equal config has the same settings; device and path of the tokens may differ.
         folder: The run folder.
 
     Raises:
-        TimemixError: The run cannot be created or resumed, as by `new_run` and `resume_run`.
+        TimemixError: The run cannot be created or resumed, for a reason that `new_run` or `resume_run` lists.
     """
     path = folder / "config.toml"
     if path.exists():
@@ -429,7 +431,7 @@ def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
 
 
 def _call_name() -> str:
-    """Return a name that all processes of one call share: from torchrun, or a random one for a single process."""
+    """Return a name that all processes of a call share: the run id of torchrun, or a random name without torchrun."""
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         return f"{run} {os.getppid()}"
     return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Conversion of a trained model to a recurrent network: new run folder, losses by range of positions, fine-tuning."""
+"""Convert a trained model to a recurrent network in a new run folder, measure the losses, and fine-tune the model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 
 
 class Fitted(Protocol):
-    """A curve over lags and its fit, from the module that converts an architecture."""
+    """A curve over lags with its fit, returned by the module that converts an architecture."""
 
     layer: int
     head: int
     error: float
     """Relative error of the fit."""
     f: list[float]
-    """The curve by lag."""
+    """Values of the curve by lag."""
     fit: list[float]
-    """The fit by lag."""
+    """Values of the fit by lag."""
 
 
 Watching = Callable[[int, int], AbstractContextManager[Watch]]
-"""Called with the first step and the number of steps of a run; returns a context manager that yields its `watch`."""
+"""Function of the first step and the number of steps of a run; returns a context manager that yields a `watch`."""
 
 RANGES = ((0, 1), (1, 4), (4, 8), (8, 16))
-"""Ranges of positions whose mean loss is reported, in units of ctx_len."""
+"""Ranges of positions, in units of ctx_len. A conversion reports the mean loss of each range."""
 
 CONTEXTS = 4
-"""Length of the windows in fine-tuning, in units of ctx_len."""
+"""Length of a fine-tuning window, in units of ctx_len."""
 
 MOST_TOKENS = 2**18
-"""Largest number of held-out tokens that the losses are measured on, from the beginning of the text."""
+"""Largest number of held-out tokens that the loss measurement uses, from the beginning of the text."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ class Conversion:
     Args:
         exponentials: Number K of exponentials per curve.
         out: Run folder to create.
-        taps: Number of first lags that keep their exact values.
-        finetune: Number of optimizer steps of fine-tuning; 0: none.
-        lr: Initial learning rate of fine-tuning; it decays to 0.
-        data: Source of the text. Default: that of the run.
+        taps: Number of first lags at which the curve keeps its exact values.
+        finetune: Number of optimizer steps of fine-tuning; 0: no fine-tuning.
+        lr: Initial learning rate of fine-tuning. The learning rate decays to 0.
+        data: Source of the text. Default: the source of the run.
         device: PyTorch device of fine-tuning.
     """
 
@@ -82,7 +82,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class CurveError:
-    """Error of the fit of a curve, as `FittedCurve.error`."""
+    """Relative error of the fit of one curve."""
 
     layer: int
     head: int
@@ -91,17 +91,17 @@ class CurveError:
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion: the content of convert.json. Losses are in nats per token, by range of positions.
+    """Result of a conversion, and content of convert.json. Losses are in nats per token, by range of positions.
 
     Args:
-        run: Converted checkpoint.
+        run: Folder of the original checkpoint.
         exponentials: Number of exponentials per curve.
-        taps: Number of first lags that keep their exact values.
+        taps: Number of first lags at which the curve keeps its exact values.
         out: New run folder.
-        fits: Error of the fit of each curve.
+        fits: Errors of the fits, one for each curve.
         original: Losses of the original model.
         before: Losses of the new model before fine-tuning.
-        after: Losses after fine-tuning, None without fine-tuning.
+        after: Losses of the new model after fine-tuning, None without fine-tuning.
     """
 
     run: str
@@ -118,13 +118,13 @@ def check_conversion(conversion: Conversion, model: ModelConfig) -> None:
     """Check that a model can be converted with these settings.
 
     Raises:
-        InvalidValue: It cannot.
+        InvalidValue: The model cannot be converted with these settings.
     """
     _recurrent_part(model).exponential_config(model, conversion.exponentials, conversion.taps)
 
 
 def _recurrent_part(model: ModelConfig) -> Any:
-    """Return the module that converts models of this architecture; raise InvalidValue if there is none."""
+    """Return the module that converts models of this architecture; raise InvalidValue if no module does."""
     part = find_architecture(model.arch).recurrent
     if part is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.recurrent is not None)
@@ -138,15 +138,15 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
     Args:
         conversion: Settings of the conversion.
         loaded: The trained model.
-        watching: Returns a context manager that yields the `watch` of fine-tuning.
+        watching: Function that returns a context manager. The manager yields the `watch` of fine-tuning.
 
     Returns:
-        Errors of the fits, and losses before and after.
+        Errors of the fits, and losses before and after the conversion.
 
     Raises:
         InvalidValue: The model cannot be converted.
-        AlreadyExists: `conversion.out` exists.
-        TimemixError: Fine-tuning failed, as by `Trainer.run`.
+        AlreadyExists: The folder `conversion.out` already exists.
+        TimemixError: Fine-tuning fails for a reason that `Trainer.run` lists.
     """
     out = conversion.out
     recurrent = _recurrent_part(loaded.config.model)
@@ -172,7 +172,7 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
         _finetune(trainer, watching)
         made = replace(made, after=losses_by_range(trainer.model, tokens))
     else:
-        # Saves the checkpoint again with its validation loss, which selects the best checkpoint.
+        # Save the checkpoint again with a validation loss: this loss selects the best checkpoint.
         trainer.validate()
         trainer.save()
     write_text(out / "convert.json", json.dumps(to_json(made), indent=1))
@@ -182,7 +182,7 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
 def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
     """Return the config of the new run: the converted model, the text, and the settings of fine-tuning."""
     config, own = converted.config, converted.folder.parent.parent / "data"
-    # The tokens of the old run are already prepared there.
+    # The folder of the old run already has prepared tokens.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
     steps = conversion.finetune or 300
     train = replace(
@@ -213,10 +213,10 @@ def _finetune(trainer: Trainer, watching: Watching) -> None:
 
 
 def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[str, float]:
-    """Return the mean loss in nats per token in each range of RANGES, as far as the text is long enough.
+    """Return the mean loss in nats per token for each range of RANGES that the text is long enough for.
 
-    The windows have 16 ctx_len tokens, or as many whole ctx_len as the text has. A model with bounded context re-reads
-    its newest half, as in generation.
+    A window has 16 ctx_len tokens. In a shorter text, a window has the largest multiple of ctx_len that fits. A model
+    with bounded context re-reads the newest half of its context when the context is full, as in generation.
 
     Args:
         model: The model.
@@ -234,7 +234,7 @@ def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[s
 
 
 def _draw(fits: Sequence[Fitted], out: Path, most: int = 8) -> None:
-    """Draw each curve and its fit: a row per layer, a column per head, at most `most` of each."""
+    """Draw each curve and its fit in a grid of layers by heads, with at most `most` layers and `most` heads."""
     from matplotlib.figure import Figure
 
     layers, heads = (min(most, 1 + max(getattr(fit, name) for fit in fits)) for name in ("layer", "head"))

@@ -1,4 +1,4 @@
-"""Identity of runs and experiments: keys of equal runs, and the fields in which two experiments differ."""
+"""Keys that identify equal runs, and the names of the fields in which two experiments differ."""
 
 import json
 from dataclasses import replace
@@ -14,18 +14,18 @@ from timemix.storage.settings import to_dict
 
 
 def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
-    """Return hashes that identify the computation of a run: of its config and tokens, without paths and device.
+    """Return hashes of the config and the tokens of a run, without paths and device, which identify equal runs.
 
     Args:
         config: Config of the run.
         corpus: Tokens of the run.
 
     Returns:
-        The hash of this version, then that of version 1 if version 1 had the architecture.
+        The hash of this version, then the hash of version 1 if version 1 had the architecture.
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
-    # The hashes of the tokens cover all other fields of `data` and the vocabulary. Later fields change no key.
+    # The token hashes cover all other fields of `data` and the vocabulary, so later fields of `data` change no key.
     plain = replace(
         config,
         model=replace(config.model, vocab_size=ModelConfig.vocab_size),
@@ -33,7 +33,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         train=replace(config.train, device=""),
     )
     form = to_dict(plain)
-    # Settings of later versions are omitted where they do not change the run.
+    # Omit settings of later versions whose values do not change the run.
     for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
     for name in ("hold_out", "keep_nul"):
@@ -45,7 +45,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
 
 
 def difference(theirs: Any, ours: dict[str, Any]) -> str:
-    """Return the names of the fields that determine a run and differ, as text; "" if none differs.
+    """Return the names of differing fields as text, "" for none. Only fields that determine the runs are compared.
 
     Args:
         theirs: An experiment from experiment.json, which may be damaged.
@@ -61,11 +61,11 @@ def difference(theirs: Any, ours: dict[str, Any]) -> str:
     try:
         old, new = runs(theirs), runs(ours)
     except (KeyError, TypeError, AttributeError):
-        return "its kind, unless experiment.json is damaged"
+        return "the kind of experiment, unless experiment.json is damaged"
     return ", ".join(name for name in new if old[name] != new[name])
 
 
 def _without_source(base: Any) -> Any:
-    """Return the fields without the paths of the text, which its hash identifies."""
+    """Return the fields without the paths of the text, because a hash identifies the text."""
     data = {k: v for k, v in base.get("data", {}).items() if k not in ("source", "valid")}
     return {k: v for k, v in base.items() if k != "data"} | ({"data": data} if data else {})

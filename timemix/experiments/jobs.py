@@ -1,4 +1,4 @@
-"""Jobs of a comparison, one run each, and the files with their results and measurements."""
+"""The jobs of a comparison, one run per job, and the JSON files with the results of these jobs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +14,26 @@ class Result:
     """Content of result.json after a successful job. Losses are in nats per token."""
 
     steps: Count
-    """Number of trained steps."""
+    """Number of training steps."""
     tokens: Count
-    """Number of trained tokens."""
+    """Number of training tokens."""
     seconds: float
-    """Seconds of training, without validation and saving."""
+    """Training time in seconds, without validation and saving."""
     tokens_per_second: float
     parameters: Count
     """Number of parameters."""
     train_loss: float
-    """Mean of the last tenth of the logged training losses."""
+    """Mean training loss over the last tenth of the logged losses."""
     valid_loss: float
     """Last held-out loss."""
     valid_at: dict[str, float]
     """Held-out loss by step."""
     by_position: tuple[float, ...] | None = field(default=None, metadata=OPTIONAL)
-    """Held-out loss by position in the window, if the experiment asks for it."""
+    """Held-out loss by position in the window, None unless the experiment sets `by_position`."""
     key: str | None = field(default=None, metadata=OPTIONAL)
     """Hash that identifies the run."""
     taken_from: str | None = field(default=None, metadata=OPTIONAL)
-    """Run folder of another comparison that the run was copied from."""
+    """Original run folder of a run that was copied from another comparison, None for a trained run."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +41,25 @@ class Failure:
     """Content of result.json after a failed job."""
 
     error: str
-    """Message of the error."""
+    """Error message."""
     diverged: bool | None = field(default=None, metadata=OPTIONAL)
-    """Whether the loss diverged, so that the job would fail again."""
+    """Whether the loss diverged. Such a job is not repeated, because the loss would diverge again."""
     call: str | None = field(default=None, metadata=OPTIONAL)
     """Name of the call of `timemix compare` that ran the job."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Content of budget.json: the steps that fit into a budget of seconds."""
+    """Content of budget.json: the number of steps that fit into a budget of seconds."""
 
     steps: Annotated[int, Range(1, 2**63 - 1)]
     step_seconds: float | None = None
-    """Measured seconds of a step."""
+    """Measured time of a step, in seconds."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The used field of memory.json."""
+    """The only field of memory.json that a comparison reads."""
 
     peak_memory: float | None = None
     """Peak memory of a training step, in bytes."""
@@ -67,13 +67,13 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of a comparison."""
+    """One training run of a comparison."""
 
     variant: Variant
     number: int
-    """Number of the tuning point, or the seed."""
+    """Number of the tuning point in a tuning run, otherwise the seed."""
     tuning: bool
-    """Whether it is a tuning run."""
+    """Whether the job is a tuning run."""
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ def measured_before(path: Path, kind: type[Measured]) -> Measured:
 
     Args:
         path: JSON file of the measurement.
-        kind: The dataclass.
+        kind: Dataclass of the result.
 
     Raises:
         FileError: The file is missing or damaged.

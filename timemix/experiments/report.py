@@ -1,4 +1,4 @@
-"""Report of a comparison: table.json, table.md, loss.png, position.png and report.html."""
+"""Write the report of a comparison: table.json, table.md, loss.png, position.png and report.html."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ from timemix.reporting.plots import mean_over_runs, plot_bands, plot_positions, 
 from timemix.storage.files import write_text
 
 MOST_POINTS = 400
-"""Number of points of a curve in report.html, about."""
+"""Approximate number of points of a curve in report.html."""
 
 
 def write_report(comparison: Comparison) -> Table:
-    """Write all files of the report to the folder of the comparison; return the table, which names failed runs.
+    """Write all files of the report to the folder of the comparison. Return the table, which also lists failed runs.
 
     Raises:
         CannotWrite: A file cannot be written.
@@ -50,14 +50,14 @@ def write_report(comparison: Comparison) -> Table:
 
 
 def _by_position(row: Row) -> list[float]:
-    """Return the loss by position, averaged over the seeds."""
+    """Return the mean loss over the seeds at each position."""
     assert row.by_position is not None
     mean: list[float] = np.mean(list(row.by_position.values()), axis=0).tolist()
     return mean
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
-    """Return the folders of successful runs by label, for the variants that have such runs."""
+    """Return the folders of successful runs by label of the variant, without variants that have no successful run."""
     runs = {
         v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if comparison.good_result(j) is not None]
         for v in comparison.experiment.variants
@@ -66,7 +66,7 @@ def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
 
 
 def variant_colors(experiment: Experiment) -> dict[str, str]:
-    """Return a color by label: from the experiment file, or from a colour-blind-safe palette."""
+    """Return the color of each variant by its label: from the experiment file, or from a colour-blind-safe palette."""
     spare = spare_colors(v.color for v in experiment.variants)
     return {v.heading: v.color or next(spare) for v in experiment.variants}
 
@@ -77,7 +77,7 @@ def to_html(comparison: Comparison, table: Table) -> str:
     curves, configs = [], {}
     for label, runs in finished_runs(comparison).items():
         x, mean, deviation = mean_over_runs(runs)
-        # Points are selected backwards from the end, so that the last point is among them.
+        # Select points backwards from the end, so that the selection contains the last point.
         kept = np.arange(len(mean) - 1, -1, -len(mean) // MOST_POINTS)[::-1]
         curve = {name: np.round(values[kept], 5).tolist() for name, values in x.items()}
         curve |= {"mean": np.round(mean[kept], 5).tolist(), "deviation": np.round(deviation[kept], 5).tolist()}
@@ -104,5 +104,5 @@ def to_html(comparison: Comparison, table: Table) -> str:
         "configs": configs,
     }
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    # A "</script>" in a sample must not end the script.
+    # The text "</script>" in a sample must not end the script element of the page.
     return template.replace("DATA", json.dumps(page).replace("<", "\\u003c"), 1)

@@ -1,10 +1,10 @@
-"""Sampling experiments: filters compared at equal entropy, and a sweep over the factors of top-a.
+"""Compare filters of next-token probabilities at equal entropy, and sweep the factors of top-a.
 
-A writer and a larger judge are trained on one text. With every setting, the writer continues the same pieces of
-held-out text. Each generated text is measured by the judge's loss, by repetition and by variety. Differences between
-settings are paired by text.
+Two models train on one text: a writer model and a larger judge model. With every setting, the writer model continues
+the same pieces of held-out text. The measurements of each generated text are its loss under the judge model, its
+repetition and its variety. Differences between settings are paired by text.
 
-OUT/writer, judge (run folders), data, table.json, table.md, top-a.png
+The folder OUT has the run folders `writer` and `judge`, the tokens in `data`, and table.json, table.md and top-a.png.
 """
 
 import contextlib
@@ -50,28 +50,28 @@ from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 POSITIONS = 8192
-"""Largest number of held-out positions for the mean entropy."""
+"""Largest number of held-out positions for the measurement of the mean entropy."""
 
 
 def run_sampling(
     experiment: SamplingExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
 ) -> SamplingTable:
-    """Train writer and judge, generate and measure texts with every setting, and write the table to a folder.
+    """Train writer and judge model, generate and measure texts with every setting, and write the table to a folder.
 
-    A stopped experiment resumes: training from its checkpoints, settings from measurements.json.
+    A stopped experiment resumes training at the last checkpoint, and skips the settings in measurements.json.
 
     Args:
         experiment: The experiment.
         out: Folder of the experiment.
-        say: Called with progress lines.
+        say: Function that prints a progress line.
         device: PyTorch device.
 
     Returns:
         The table.
 
     Raises:
-        InUse: Another process works in `out`.
-        FileError: `out` has another experiment, or a file is damaged or cannot be written.
+        InUse: Another process is working in the folder `out`.
+        FileError: The folder `out` has another experiment, or a file is damaged or cannot be written.
         InvalidValue: The held-out text is too short.
     """
     with claimed(out / ".lock") as mine:
@@ -92,7 +92,7 @@ def run_sampling(
                 measured = Measured(**figures, entropy=mean_entropy(setting.sampler, logits))
                 found[setting.label] = measured
                 write_text(path, json.dumps({label: to_json(m) for label, m in found.items()}))
-                say(f"{setting.label}: judge's loss {statistics.fmean(measured.judge_loss):.3f}")
+                say(f"{setting.label}: loss under the judge model {statistics.fmean(measured.judge_loss):.3f}")
         table = build_table(experiment, settings, found)
         write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
         write_text(out / "table.md", to_markdown(table))
@@ -101,7 +101,7 @@ def run_sampling(
 
 
 def _measured_before(path: Path) -> dict[str, Measured]:
-    """Read measurements.json without damaged entries, which are measured again."""
+    """Read measurements.json without its damaged entries. The experiment measures these entries again."""
     found = {}
     for label, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -131,7 +131,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
 def _trained(
     config: RunConfig, corpus: Corpus, out: Path, name: str, device: str, say: Callable[[str], None]
 ) -> LanguageModel:
-    """Train the run in OUT/NAME to its end, resuming it if it was started; return its model."""
+    """Train the run in OUT/NAME, or resume the unfinished run there, and return the trained model."""
     source = Path(config.data.source) if is_corpus(Path(config.data.source)) else out / "data"
     trainer = begin_or_resume(on_corpus(config, source, corpus, device), out / name)
     if trainer.step < trainer.config.train.steps:
@@ -142,7 +142,7 @@ def _trained(
 
 
 def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
-    """Return evenly spread pieces of the held-out text, PROMPT_TOKENS tokens each."""
+    """Return evenly spaced pieces of the held-out text as prompts, each of PROMPT_TOKENS tokens."""
     last = len(corpus.valid) - PROMPT_TOKENS
     if last < count:
         raise InvalidValue(
@@ -154,7 +154,7 @@ def _prompts(corpus: Corpus, count: int) -> list[list[int]]:
 
 @torch.no_grad()
 def held_out_logits(model: LanguageModel, tokens: np.ndarray | Tokens) -> Tensor:
-    """Return the logits of a model over the first held-out windows, (positions, V).
+    """Return the logits of a model at each position of the first held-out windows, (positions, V).
 
     Args:
         model: The model.
@@ -168,7 +168,7 @@ def held_out_logits(model: LanguageModel, tokens: np.ndarray | Tokens) -> Tensor
 
 
 def mean_entropy(sampler: Sampler, logits: Tensor) -> float:
-    """Return the mean entropy in nats of the distributions that a sampler draws from.
+    """Return the mean entropy, in nats, of the filtered distributions of a sampler.
 
     Args:
         sampler: The sampler.
@@ -179,14 +179,14 @@ def mean_entropy(sampler: Sampler, logits: Tensor) -> float:
 
 
 def like_entropy(experiment: SamplingExperiment, logits: Tensor) -> list[Setting]:
-    """Return settings of equal mean entropy: at each temperature top-a with the factors of 2021, and other filters.
+    """Return settings of equal mean entropy at each temperature: top-a with the factors of 2021, and the other filters.
 
-    The factor of each other filter is solved for the entropy of top-a. Sampling without a filter lowers its temperature
-    instead. top-k uses the whole number with the nearest entropy.
+    Bisection finds the factor of each other filter that gives the entropy of top-a. Sampling without a filter ("plain")
+    reaches this entropy with a lower temperature. The filter top-k uses the integer k with the nearest entropy.
 
     Args:
         experiment: The experiment.
-        logits: Logits of the writer, (positions, V).
+        logits: Logits of the writer model, (positions, V).
     """
     settings = []
     for t in experiment.temperatures:
@@ -212,13 +212,13 @@ def _min_p(temperature: float, x: float) -> Sampler:
 
 
 def _solve(make: Callable[[float], Sampler], low: float, high: float, target: float, logits: Tensor) -> Sampler:
-    """Return the sampler of a family with a given mean entropy, by bisection.
+    """Return the sampler that has a given mean entropy, found by bisection of one parameter x.
 
     Args:
-        make: Returns the sampler for x; its entropy rises with x.
+        make: Function that returns the sampler for x. The mean entropy must increase with x.
         low: Smallest x.
         high: Largest x.
-        target: Mean entropy in nats.
+        target: Wanted mean entropy in nats.
         logits: (positions, V).
     """
     for _ in range(25):
@@ -228,7 +228,7 @@ def _solve(make: Callable[[float], Sampler], low: float, high: float, target: fl
 
 
 def _nearest_top_k(temperature: float, target: float, logits: Tensor) -> Sampler:
-    """Return the top-k sampler with mean entropy nearest to `target`; the entropy rises with k."""
+    """Return the top-k sampler with the mean entropy nearest to `target`. The entropy increases with k."""
     low, high = 1, logits.shape[1]
     while high - low > 1:
         middle = (low + high) // 2
@@ -239,7 +239,7 @@ def _nearest_top_k(temperature: float, target: float, logits: Tensor) -> Sampler
 
 
 def sweep(experiment: SamplingExperiment) -> list[Setting]:
-    """Return settings at temperature 1: no filter, and top-a with every pair of factors."""
+    """Return settings at temperature 1: sampling without a filter, and top-a with every pair of factor and power."""
     pairs = [(a, p) for a in experiment.top_a for p in experiment.powers]
     settings = [
         Setting(f"top-a {a:g}, power {p:g}", 1.0, Sampler(top_a=a, top_a_power=p)) for a, p in pairs
@@ -248,12 +248,12 @@ def sweep(experiment: SamplingExperiment) -> list[Setting]:
 
 
 def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: LanguageModel) -> TextFigures:
-    """Measure generated texts: loss under the judge, repetition and variety.
+    """Measure the loss of generated texts under the judge model, and the repetition and variety of these texts.
 
     Args:
         texts: Tokens of each generated text.
         prompts: Tokens of each prompt.
-        judge: The judge.
+        judge: The judge model.
     """
     return TextFigures(
         judge_loss=tuple(_judge_loss(texts, prompts, judge)),
@@ -263,7 +263,7 @@ def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: Langua
 
 
 def _distinct(tokens: list[int], n: int) -> float:
-    """Return the share of distinct n-grams among all n-grams."""
+    """Return the number of distinct n-grams divided by the number of all n-grams."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams)
 

@@ -1,4 +1,4 @@
-"""Report of a sampling experiment: table, Markdown page and picture."""
+"""Write the report of a sampling experiment: table, Markdown page and picture."""
 
 import math
 import statistics
@@ -21,42 +21,42 @@ TOP_A, POWER = 0.02, 2.0
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
 Each = Annotated[tuple[float, ...], Range(1)]
-"""A figure for each text; at least one text."""
+"""One figure per text, for at least one text."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to sample tokens."""
+    """A sampler with its label, as one row of the tables."""
 
     label: str
     temperature: float
-    """Temperature of the compared filters; that of `sampler` may be lower."""
+    """Temperature of the comparison. The temperature of `sampler` may be lower."""
     sampler: Sampler
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """Figures of each text of a setting."""
+    """Measurements of each text that one setting generates."""
 
     judge_loss: Each
-    """Loss under the judge given the prompt, in nats per token."""
+    """Loss of each text under the judge model, given the prompt, in nats per token."""
     repetition: Each
-    """Share of the N_GRAM-grams of prompt and text that occurred earlier in them."""
+    """Share of the N_GRAM-grams of prompt and text that repeat an earlier N_GRAM-gram."""
     variety: Each
     """Share of distinct 4-grams among the 4-grams of the text."""
 
 
 @dataclass(frozen=True)
 class Measured(TextFigures):
-    """Measurements of a setting, as in measurements.json."""
+    """All measurements of one setting: an entry of measurements.json."""
 
     entropy: float
-    """Mean entropy of the filtered distribution, in nats."""
+    """Mean entropy of the filtered distributions, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingRow:
-    """Means of a setting over its texts."""
+    """Mean measurements of one setting over all its texts."""
 
     label: str
     temperature: float
@@ -66,12 +66,12 @@ class SettingRow:
     repetition: float
     variety: float
     differences: dict[str, Difference | None] | None = field(default=None, metadata=OPTIONAL)
-    """Differences to top-a at the same temperature, paired by text."""
+    """Measurements of this setting minus measurements of top-a at this temperature, paired by text. None for top-a."""
 
 
 @dataclass(frozen=True)
 class SamplingJudgement:
-    """A verdict and the paired gain behind it."""
+    """A claim, the gain that was measured, and the verdict that follows from this gain."""
 
     claim: str
     gain: Difference | None
@@ -80,7 +80,7 @@ class SamplingJudgement:
 
 @dataclass(frozen=True)
 class SamplingTable:
-    """Results of a sampling experiment: the content of table.json."""
+    """Results of a sampling experiment, and content of table.json."""
 
     title: str
     rows: list[SettingRow]
@@ -90,7 +90,7 @@ class SamplingTable:
 
 
 def build_table(experiment: SamplingExperiment, settings: list[Setting], found: dict[str, Measured]) -> SamplingTable:
-    """Return means of all settings, paired differences to top-a at each temperature, and verdicts at temperature 1.
+    """Return the means of all settings, the differences from top-a at each temperature, and verdicts at temperature 1.
 
     Args:
         experiment: The experiment.
@@ -101,7 +101,7 @@ def build_table(experiment: SamplingExperiment, settings: list[Setting], found: 
     verdicts = []
     for row in rows:
         if row.differences is not None and row.temperature == 1.0:
-            rival = row.label.partition(" at ")[0]
+            rival = row.label.partition(" at ")[0].replace("plain", "sampling without a filter")
             for metric, words in (("judge_loss", "more probable text"), ("repetition", "less repetition")):
                 gain = row.differences[metric]
                 claim = f"top-a generates {words} than {rival} at equal entropy"
@@ -134,8 +134,8 @@ def _by_sample(values: Sequence[float]) -> dict[int, float]:
 
 def to_markdown(table: SamplingTable) -> str:
     """Return the table as Markdown."""
-    heading = ["setting", "entropy", "judge's loss", "repetition", "variety"]
-    compared = [[*heading, "judge's loss - top-a's", "repetition - top-a's"]]
+    heading = ["setting", "entropy", "loss under the judge model", "repetition", "variety"]
+    compared = [[*heading, "loss minus loss of top-a", "repetition minus repetition of top-a"]]
     swept = [heading]
     for row in table.rows:
         sampler = row.sampler
@@ -155,17 +155,17 @@ def to_markdown(table: SamplingTable) -> str:
             swept.append(cells)
     parts = [
         f"# {table.title}",
-        f"{table.samples} texts of {table.tokens} tokens per setting, with the same pieces of held-out text as prompts."
-        " Entropy: entropy of the filtered distribution in nats, mean over held-out positions. Judge's loss: loss of"
-        f" the text under a larger model, in nats per token. Repetition: share of {N_GRAM}-grams that occurred earlier"
-        " in the same text. Variety: share of distinct 4-grams. Differences are paired by text, with their 95 %"
-        " interval.",
+        f"Each setting generates {table.samples} texts of {table.tokens} tokens. All settings use the same pieces of"
+        " held-out text as prompts. Entropy is the mean entropy of the filtered distributions at held-out positions, in"
+        " nats. The loss under the judge model is the loss of the generated texts under a larger model, in nats per"
+        f" token. Repetition is the share of {N_GRAM}-grams that occurred earlier in the same text. Variety is the"
+        " share of distinct 4-grams in a text. Differences from top-a are paired by text, with a 95 % interval.",
         markdown_table(compared),
         markdown_table(
             [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts],
             words=(0, 2),
         ),
-        "The factors of top-a at temperature 1:",
+        "This table varies the factor and the power of top-a at temperature 1:",
         markdown_table(swept),
     ]
     return "\n\n".join(parts) + "\n"
@@ -174,14 +174,14 @@ def to_markdown(table: SamplingTable) -> str:
 def draw_table(
     experiment: SamplingExperiment, settings: list[Setting], table: SamplingTable, logits: Tensor, out: Path
 ) -> None:
-    """Draw the kept probability mass against the largest probability, and the judge's loss against entropy.
+    """Plot the kept probability mass against the largest probability, and the loss of texts against the entropy.
 
     Args:
         experiment: The experiment.
         settings: All settings.
         table: The table.
-        logits: Logits of the writer, (positions, V).
-        out: Picture to write, .png or .svg.
+        logits: Logits of the writer model, (positions, V).
+        out: Path of the picture, .png or .svg.
     """
     from matplotlib.figure import Figure
 
@@ -207,10 +207,10 @@ def draw_table(
     swept = [rows[s.label] for s in settings if " at " not in s.label]
     quality.plot([r.entropy for r in swept], [r.judge_loss for r in swept], "x", color="0.5", markersize=5,
                  label="sweep of top-a")  # fmt: skip
-    mass.set_xlabel(f"largest probability (temperature {temperature:g})")
-    mass.set_ylabel("mean kept probability mass")
-    quality.set_xlabel("mean entropy of the filtered distribution (nats)")
-    quality.set_ylabel("loss under the judge (nats per token)")
+    mass.set_xlabel(f"largest next-token probability (temperature {temperature:g})")
+    mass.set_ylabel("mean probability mass that the filter keeps")
+    quality.set_xlabel("mean entropy of the filtered distributions (nats)")
+    quality.set_ylabel("loss of texts under the judge model (nats per token)")
     for axes in (mass, quality):
         axes.legend(edgecolor="none", fontsize=8)
         axes.grid(color="0.92", linewidth=0.7)

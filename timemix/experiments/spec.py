@@ -1,4 +1,4 @@
-"""Experiment files: variants to compare on equal terms, and the claims to test."""
+"""Read experiment files. A file describes variants to compare on equal terms, and claims to test."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ TUNING_SEED = 0
 PROMPT_TOKENS = 32
 """Number of held-out tokens in a prompt of a sampling experiment."""
 MOST_VARIANTS = 1000
-"""Largest number of variants, and of verdicts, of an experiment."""
+"""Largest number of variants of an experiment, and largest number of verdicts."""
 MOST_TUNING_RUNS = 10_000
 """Largest number of tuning runs of an experiment."""
 
@@ -29,17 +29,17 @@ class Variant:
     """A variant of a comparison."""
 
     name: str
-    """Name of its folder."""
+    """Name of the variant and of its folder."""
     set: dict[str, Any] = field(default_factory=dict)
-    """Fields of a run's config in which it differs from the other variants."""
+    """Fields of a run's config that have other values in this variant than in `base`."""
     label: str = ""
-    """Name in tables and pictures. Default: `name`."""
+    """Name of the variant in tables and pictures. Default: `name`."""
     color: str = ""
-    """Color in pictures, as for matplotlib. Default: from a colour-blind-safe palette."""
+    """Color of the variant in pictures, in matplotlib notation. Default: a color of a colour-blind-safe palette."""
 
     @property
     def heading(self) -> str:
-        """Name in tables and pictures."""
+        """Name of the variant in tables and pictures."""
         return self.label or self.name
 
 
@@ -48,49 +48,49 @@ class Verdict:
     """A claim that one variant reaches a lower held-out loss than another."""
 
     claim: str
-    """The claim in words."""
+    """The claim as a sentence."""
     better: str
-    """Name of the variant with the lower loss."""
+    """Name of the variant that has the lower loss if the claim holds."""
     worse: str
-    """Name of the variant with the higher loss."""
+    """Name of the variant that has the higher loss if the claim holds."""
     at_step: int | None = None
-    """Step at which losses are compared; must be validated. Default: the last step."""
+    """Step at which the held-out losses are compared, a multiple of `train.valid_every`. Default: the last step."""
     first_positions: int | None = None
-    """Number of first positions of the window to compare; needs `by_position`. Default: all."""
+    """Number of positions, from the start of the window, to compare. Needs `by_position`. Default: all positions."""
 
 
 @dataclass(frozen=True)
 class SpeedVerdict:
-    """A claim that one variant is faster than another, or needs less memory, at the longest context length."""
+    """A claim that one variant is faster or needs less memory than another variant at the longest context length."""
 
     claim: str
-    """The claim in words."""
+    """The claim as a sentence."""
     better: str
-    """Name of the faster or smaller variant."""
+    """Name of the variant that is faster or needs less memory if the claim holds."""
     worse: str
-    """Name of the slower or larger variant."""
+    """Name of the variant that is slower or needs more memory if the claim holds."""
     of: Literal["tokens_per_second", "memory"] = "tokens_per_second"
-    """Compared quantity."""
+    """Quantity to compare: speed or peak memory."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file that compares trained variants.
+    """Content of an experiment file that compares trained variants.
 
-    The config of a variant is that of `preset`, with the fields of `base`, of its own `set` and of its best tuning
-    point.
+    The config of a variant is the preset, overridden by the fields of `base`, of the variant's `set` and of its best
+    tuning point.
     """
 
     title: str
     variants: tuple[Variant, ...]
     tokens: int | None = None
-    """Training tokens of every run."""
+    """Number of training tokens of every run."""
     seconds: float | None = None
-    """Training time of every run in seconds, instead of `tokens`. The steps that fit are measured once per variant."""
+    """Training time of every run in seconds, instead of `tokens`. One measurement per variant gives the step count."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds of the runs of each variant."""
+    """Seeds of each variant, with one run per seed."""
     preset: str = "cpu-small"
-    """Name of the preset."""
+    """Name of the preset of all variants."""
     base: dict[str, Any] = field(default_factory=dict)
     """Fields of a run's config that all variants share."""
     tune: dict[str, Any] = field(default_factory=dict)
@@ -99,11 +99,11 @@ class Experiment:
     Every point is trained with seed 0 and validated on the last 5 % of the training text.
     """
     prompts: tuple[str, ...] = ()
-    """Prompts of the samples. Default: the beginning of the held-out text."""
+    """Prompts of the generated samples. Default: the beginning of the held-out text."""
     verdicts: tuple[Verdict, ...] = ()
     """Claims to test."""
     by_position: bool = False
-    """Whether to measure the held-out loss at each position of the window."""
+    """Measure the held-out loss at each position of the window too."""
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)
@@ -118,7 +118,7 @@ class Experiment:
             raise InvalidValue(f"seeds is {list(self.seeds)}, with a repeated seed; give each seed once")
         if min(self.seeds) < 0 or (self.tune and TUNING_SEED in self.seeds):
             raise InvalidValue(
-                f"seeds is {list(self.seeds)}; all must be at least 1, since tuning uses seed {TUNING_SEED}"
+                f"seeds is {list(self.seeds)}; all seeds must be at least 1, since tuning uses seed {TUNING_SEED}"
             )
         for key, values in _flat(self.tune).items():
             if not isinstance(values, list) or not values:
@@ -138,7 +138,7 @@ class Experiment:
             raise InvalidValue("a verdict has first_positions, but by_position is false; set by_position = true")
 
     def _check_runs(self, variant: Variant) -> list[RunConfig]:
-        """Return the runs of a variant with the first seed, one per tuning point; raise InvalidValue if one is bad."""
+        """Return the configs of a variant with the first seed, one per tuning point; check the steps of verdicts."""
         runs = [self.config(variant, point, self.seeds[0]) for point in self.points_of(variant).values()]
         train = runs[-1].train
         for verdict in self.verdicts:
@@ -151,14 +151,14 @@ class Experiment:
         return runs
 
     def tuning_points(self) -> list[dict[str, Any]]:
-        """Return every combination of the tuning grid; one empty point without a grid."""
+        """Return every combination of the values of the tuning grid, or one empty point without a grid."""
         grid = _flat(self.tune)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def points_of(self, variant: Variant) -> dict[int, dict[str, Any]]:
-        """Return the distinct points of the grid for a variant, by their number in `tuning_points`.
+        """Return the distinct tuning points of a variant. The keys are the indices of the points in `tuning_points`.
 
-        Fields of the model that the variant's architecture lacks are ignored if another variant has them.
+        The tuning of a variant ignores a field that its architecture lacks, if another variant has this field.
         """
         left_out = [key for key in _flat(self.tune) if self._lacks(variant, key) and not self._all_lack(key)]
         first = {key: _flat(self.tune)[key][0] for key in left_out}
@@ -183,7 +183,7 @@ class Experiment:
             variant: The variant.
             point: Fields of the tuning point.
             seed: Seed of the run.
-            steps: Number of steps. Default: from the budget in tokens.
+            steps: Number of steps. Default: the number that the budget in tokens gives.
 
         Raises:
             InvalidValue: A field or a value is not supported. The message names the variant.
@@ -198,28 +198,28 @@ class Experiment:
 
 @dataclass(frozen=True)
 class SamplingExperiment:
-    """An experiment file that compares filters of next-token probabilities at equal entropy, and factors of top-a.
+    """Content of an experiment file that compares filters of next-token probabilities at equal entropy.
 
-    Two models are trained first. The writer generates texts, and the judge, a larger model, measures their loss.
+    Two models train first. The writer model generates texts. The larger judge model measures the loss of these texts.
     """
 
     title: str
     writer: dict[str, Any]
-    """Fields of the config of the model that generates texts."""
+    """Config fields of the writer model, which generates texts."""
     judge: dict[str, Any]
-    """Fields of the config of the model that measures the texts."""
+    """Config fields of the judge model, which measures the loss of the texts."""
     temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
     """Temperatures at which the filters are compared."""
     top_a: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1, 0.2)
-    """Factors of top-a in the sweep."""
+    """Factors of top-a in the sweep at temperature 1."""
     powers: tuple[float, ...] = (1.0, 2.0, 3.0)
-    """Powers of top-a in the sweep."""
+    """Powers of top-a in the sweep at temperature 1."""
     samples: int = 64
     """Number of generated texts per setting."""
     tokens: int = 256
-    """Number of tokens of each text."""
+    """Number of tokens of each generated text."""
     preset: str = "cpu-small"
-    """Name of the preset."""
+    """Name of the preset of both models."""
     base: dict[str, Any] = field(default_factory=dict)
     """Fields of a run's config that both models share."""
 
@@ -230,7 +230,7 @@ class SamplingExperiment:
                 " 8 tokens, and values of temperatures, top_a and powers"
             )
         if not all(0 < t < math.inf for t in self.temperatures):
-            raise InvalidValue(f"temperatures is {list(self.temperatures)}; all must be above 0 and finite")
+            raise InvalidValue(f"temperatures is {list(self.temperatures)}; each must be above 0 and finite")
         if not (all(0 < a <= 1 for a in self.top_a) and all(0 <= p < math.inf for p in self.powers)):
             raise InvalidValue(
                 f"top_a is {list(self.top_a)} and powers is {list(self.powers)}; every top_a must be above 0 and at"
@@ -241,11 +241,11 @@ class SamplingExperiment:
         if PROMPT_TOKENS + self.tokens > limit:
             length = f"{PROMPT_TOKENS} tokens of prompt and {self.tokens} of text"
             raise InvalidValue(
-                f"{length} exceed the judge's ctx_len {limit}; give fewer tokens or a larger judge.model.ctx_len"
+                f"{length} exceed the judge model's ctx_len {limit}; give fewer tokens or a larger judge.model.ctx_len"
             )
 
     def config(self, name: Literal["writer", "judge"]) -> RunConfig:
-        """Return the run config of writer or judge.
+        """Return the run config of the writer model or of the judge model.
 
         Raises:
             InvalidValue: A field or a value is not supported.
@@ -255,18 +255,18 @@ class SamplingExperiment:
 
 @dataclass(frozen=True)
 class SpeedExperiment:
-    """An experiment file that compares speed and memory of a training step, at several context lengths."""
+    """Content of an experiment file that compares the speed and memory of a training step by context length."""
 
     title: str
     variants: tuple[Variant, ...]
     ctx_lens: tuple[int, ...]
-    """Context lengths in tokens; each divides `tokens`."""
+    """Context lengths in tokens. Each length must divide `tokens`."""
     tokens: int
-    """Number of tokens of a step at every context length: a batch has tokens / ctx_len windows."""
+    """Number of tokens of a training step. A batch has tokens / ctx_len windows."""
     rounds: int = 3
-    """Number of measurements of each variant and length, in turns; an interval needs at least 2."""
+    """Number of measurements of each variant at each length. A 95 % interval needs at least 2 measurements."""
     preset: str = "cpu-small"
-    """Name of the preset."""
+    """Name of the preset of all variants."""
     base: dict[str, Any] = field(default_factory=dict)
     """Fields of a run's config that all variants share."""
     vocab_size: int = 80
@@ -306,17 +306,17 @@ def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | 
         raise InvalidValue("the experiment has no variant; add [[variants]] with a name")
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise InvalidValue(f"two variants have the name {name!r}; give each its own name")
+            raise InvalidValue(f"two variants have the name {name!r}; give each variant its own name")
         if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
             raise InvalidValue(f"variant name {name!r} cannot name a folder; use letters, digits and hyphens")
     labels = [v.heading for v in variants]
     for i, label in enumerate(labels):
         if label in labels[:i]:
-            raise InvalidValue(f"two variants have the label {label!r}; give each its own label")
+            raise InvalidValue(f"two variants have the label {label!r}; give each variant its own label")
     for variant in variants:
         if variant.color and not _is_color(variant.color):
             raise InvalidValue(
-                f"variant {variant.name!r}: {variant.color!r} is not a matplotlib color; give one such as red or"
+                f"variant {variant.name!r}: {variant.color!r} is not a matplotlib color; give a color such as red or"
                 " #D55E00"
             )
     for verdict in verdicts:
@@ -341,13 +341,13 @@ def _is_color(color: str) -> bool:
 
 
 def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
-    """Return the config of a preset with the fields of `base`, of a variant and of a tuning point replaced.
+    """Return the config of a preset, with the fields of `base`, a variant and a tuning point replaced.
 
     Args:
         preset_name: Name of the preset.
-        base: Fields that all variants share.
+        base: Config fields that all variants share.
         variant: The variant.
-        point: Fields of the tuning point, with dotted names.
+        point: Fields of the tuning point, with dotted names such as "train.lr".
 
     Raises:
         InvalidValue: A field or a value is not supported. The message names the variant.
@@ -359,7 +359,7 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         config = from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
         if config.train.seconds is not None or config.train.tokens is not None:
             raise InvalidValue(
-                "train.seconds and train.tokens cannot be set in an experiment; give its own tokens or seconds"
+                "train.seconds and train.tokens cannot be set in an experiment; give the experiment tokens or seconds"
             )
         return config
     except InvalidValue as error:
@@ -367,7 +367,7 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
 
 
 def _architecture(fields: dict[str, Any]) -> str:
-    """Return the architecture named in fields of a run's config, or the default one."""
+    """Return the architecture that fields of a run's config name, or the default architecture."""
     model = fields.get("model", {})
     return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
 
@@ -376,7 +376,7 @@ def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     """Merge two nested dictionaries. Values of `high` take precedence.
 
     Raises:
-        InvalidValue: A name is a table in only one of them.
+        InvalidValue: A name is a table in one dictionary and a value in the other dictionary.
     """
     both = dict(low)
     for name, value in high.items():
@@ -396,7 +396,7 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _nested(point: dict[str, Any]) -> dict[str, Any]:
-    """Return fields with dotted names as nested ones: `{"train.lr": 1}` becomes `{"train": {"lr": 1}}`."""
+    """Return fields with dotted names as nested fields: `{"train.lr": 1}` becomes `{"train": {"lr": 1}}`."""
     tree: dict[str, Any] = {}
     for path, value in point.items():
         for part in reversed(path.split(".")):
@@ -410,15 +410,15 @@ def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None
 
     Args:
         experiment: The experiment.
-        source: Source of the text; None: unchanged.
-        valid: Source of the validation text; None: unchanged.
+        source: Source of the new text; None: keep the text of the experiment.
+        valid: Source of the new validation text; None: keep the validation text of the experiment.
     """
     data = {name: text for name, text in (("source", source), ("valid", valid)) if text is not None}
     return replace(experiment, base=merged(experiment.base, {"data": data})) if data else experiment
 
 
 def shipped() -> list[Path]:
-    """Return the paths of the experiment files in the package."""
+    """Return the paths of the experiment files that come with timemix."""
     return sorted((Path(__file__).parent / "claims").glob("*.toml"))
 
 
@@ -426,10 +426,10 @@ def find_experiment(name: str) -> Path:
     """Return the path of an experiment file.
 
     Args:
-        name: Name of an experiment in the package, or the path of a file.
+        name: Name of an experiment that comes with timemix, or path of a file.
 
     Raises:
-        MissingFile: The name is unknown and not a path.
+        MissingFile: The name is neither a known experiment nor the path of a file.
     """
     known = {path.stem: path for path in shipped()}
     if name in known:
@@ -444,14 +444,14 @@ AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
 
 
 def read_experiment(path: Path) -> AnyExperiment:
-    """Read an experiment file. Its field `kind` selects the class in KINDS; the default is "training".
+    """Read an experiment file. The field `kind` of the file selects a class in KINDS and defaults to "training".
 
     Args:
         path: The TOML file.
 
     Raises:
-        FileError: The file is missing, not TOML, or has an unknown field or an unsupported value. The message names the
-            file.
+        FileError: The file is missing or not TOML, or has an unknown field or an unsupported value. The message names
+            the file.
     """
     data = parse_toml(path)
     kind = data.pop("kind", "training")

@@ -1,6 +1,7 @@
-"""Speed experiments: a training step of each variant at each context length, each in a new process.
+"""Measure a training step of each variant at each context length, every measurement in a new process.
 
-OUT/experiment.json, measurements.json (grows; its entries are not measured again), table.json, table.md, speed.png
+The folder OUT has experiment.json, measurements.json, table.json, table.md and speed.png. A resumed experiment does not
+repeat the entries of measurements.json.
 """
 
 import contextlib
@@ -26,23 +27,23 @@ from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 Measured = dict[str, StepSpeed | StepFailure]
-"""Content of measurements.json; keys name variant, context length and round."""
+"""Content of measurements.json. A key names a variant, a context length and a round."""
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Measurements of a variant."""
+    """All measurements of one variant."""
 
     name: str
     label: str
     tokens_per_second: dict[int, list[float | None]]
-    """Speed by context length, one value per round; None if the step failed."""
+    """Speed by context length, one value per round, None for a failed step."""
     tokens_per_second_slope: float | None
-    """Exponent of ctx_len in the speed, fitted over the upper half of the lengths."""
+    """Exponent of a power law of ctx_len, fitted to the speed at the longer half of the lengths."""
     memory: dict[int, list[float | None]]
-    """Peak memory in bytes by context length, one value per round; None if the step failed."""
+    """Peak memory in bytes by context length, one value per round, None for a failed step."""
     memory_slope: float | None
-    """Exponent of ctx_len in the memory, fitted over the upper half of the lengths."""
+    """Exponent of a power law of ctx_len, fitted to the memory at the longer half of the lengths."""
 
     def values(self, of: str) -> dict[int, list[float | None]]:
         """Return the field "tokens_per_second" or "memory"."""
@@ -51,19 +52,19 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class SpeedJudgement:
-    """A verdict at one context length, and the ratio behind it."""
+    """A verdict at one context length, and the ratio from which the verdict follows."""
 
     claim: str
     at: int
     """Context length."""
     ratio: Difference | None
-    """Ratio of speeds or of memory, above 1 in favor of the claim."""
+    """Ratio of two speeds or two memory sizes. A ratio above 1 supports the claim."""
     verdict: str
 
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Results of a speed experiment: the content of table.json."""
+    """Results of a speed experiment, and content of table.json."""
 
     title: str
     tokens: int
@@ -72,22 +73,22 @@ class SpeedTable:
 
 
 def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None], device: str = "auto") -> SpeedTable:
-    """Run the missing measurements of an experiment, and write table and picture to a folder.
+    """Run the missing measurements of an experiment, and write the table and the picture to a folder.
 
-    Variants take turns within a round, so that other load of the machine affects all of them.
+    The variants alternate within a round, so that other load on the machine affects all variants.
 
     Args:
         experiment: The experiment.
         out: Folder of the experiment.
-        say: Called with a line for each measurement.
+        say: Function that prints a line, called for each measurement.
         device: PyTorch device.
 
     Returns:
         The table.
 
     Raises:
-        InUse: Another process works in `out`.
-        FileError: `out` has another experiment, or a file is damaged or cannot be written.
+        InUse: Another process is working in the folder `out`.
+        FileError: The folder `out` has another experiment, or a file is damaged or cannot be written.
         Unavailable: The machine lacks the device.
     """
     choose_device(device)
@@ -107,7 +108,7 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
                     config = replace(config, train=replace(config.train, device=device))
                     found[key] = measure_training(config, steps=2)
                     say(f"{key}: " + _words(found[key]))
-                    # The next call repeats measurements that failed for another reason than memory.
+                    # Only results and memory failures are saved. The next call repeats the other failed measurements.
                     kept = {
                         k: m for k, m in found.items() if not (isinstance(m, StepFailure) and m.error != OUT_OF_MEMORY)
                     }
@@ -133,7 +134,7 @@ def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
 
 
 def _measured_before(path: Path) -> Measured:
-    """Read measurements.json without damaged entries, which are measured again."""
+    """Read measurements.json without its damaged entries. The experiment measures these entries again."""
     found: Measured = {}
     for key, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -154,10 +155,11 @@ def _mebibytes(count: float | None) -> str:
 
 
 def build_table(experiment: SpeedExperiment, found: Measured) -> SpeedTable:
-    """Return measurements, slopes, and verdicts at the longest context length.
+    """Return the measurements, their slopes, and the verdicts at the longest context length.
 
-    A slope is the exponent of ctx_len in the speed or the memory of a step. A step always has the same number of
-    tokens, so a slope of 0 means cost linear in the context length, and 1 (-1 for speed) means quadratic cost.
+    A slope is the exponent of ctx_len in a power law of the speed or the memory of a step. A step has the same number
+    of tokens at every length. Slope 0 therefore means linear cost per sequence. Slope 1 (-1 for speed) means quadratic
+    cost per sequence.
 
     Args:
         experiment: The experiment.
@@ -193,7 +195,7 @@ def _judge(
         return all(isinstance(m, StepFailure) and m.error == OUT_OF_MEMORY for m in rounds)
 
     better, worse = (_logarithms(rows[name].values(verdict.of)[longest]) for name in (verdict.better, verdict.worse))
-    # Lower memory is better, higher speed is better.
+    # Less memory and higher speed are better.
     difference = paired_difference(better, worse) if verdict.of == "memory" else paired_difference(worse, better)
     ratio: Difference | None = None
     if difference is not None:
@@ -207,13 +209,13 @@ def _judge(
 
 
 def median(values: list[float | None]) -> float | None:
-    """Return the median of the values that are not None, None if there are none."""
+    """Return the median of the values that are not None, or None if all values are None."""
     known = [v for v in values if v is not None]
     return statistics.median(known) if known else None
 
 
 def slope(points: dict[int, float]) -> float | None:
-    """Return the exponent of a power law fitted to the upper half of the points, None for fewer than two points."""
+    """Fit a power law to the upper half of the points; return its exponent, None for fewer than two points."""
     upper = sorted(points.items())[len(points) // 2 - (len(points) == 2) :]
     if len(upper) < 2:
         return None
@@ -230,13 +232,14 @@ def to_markdown(table: SpeedTable) -> str:
     lengths = list(table.variants[0].memory)
     parts = [
         f"# {table.title}",
-        f"{table.tokens:,} tokens per step; medians. A slope is the exponent of ctx_len.",
+        f"A training step has {table.tokens:,} tokens at every ctx_len. The figures are medians over the rounds. A"
+        " slope is the exponent of ctx_len in a power law, fitted to the longer half of the lengths.",
     ]
     for what, heading, write, sign in (
         ("tokens_per_second", "tokens/s at ctx_len", lambda x: "-" if x is None else f"{x:,.0f}", -1),
         ("memory", "peak memory at ctx_len", _mebibytes, 1),
     ):
-        rows = [[heading, *map(str, lengths), "slope" if what == "memory" else "slope of the time"]]
+        rows = [[heading, *map(str, lengths), "slope of the memory" if what == "memory" else "slope of the time"]]
         for row in table.variants:
             power = row.memory_slope if what == "memory" else row.tokens_per_second_slope
             cells = [write(median(row.values(what)[t])) for t in lengths]
@@ -250,7 +253,7 @@ def to_markdown(table: SpeedTable) -> str:
 
 
 def ratio_words(ratio: Difference | None, unit: str = "") -> str:
-    """Return a ratio with its interval as text, such as "1.52 (1.40 to 1.63)"; "-" without a ratio."""
+    """Return a ratio with its interval as text, such as "1.52 (1.40 to 1.63)", or "-" without a ratio."""
     if ratio is None:
         return "-"
     spread = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"

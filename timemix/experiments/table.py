@@ -1,4 +1,4 @@
-"""Table of a comparison: means, paired differences with intervals, and verdicts, as JSON and as Markdown."""
+"""Build the table of a comparison: mean losses, paired differences with intervals, and verdicts."""
 
 import statistics
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from timemix.storage.json_files import OPTIONAL, to_json
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Results of a variant. Losses are in nats per token."""
+    """Results of one variant. Losses are in nats per token."""
 
     name: str
     label: str
@@ -23,32 +23,32 @@ class Row:
     chosen: dict[str, Any] | None = None
     """Best tuning point."""
     tuning: list[dict[str, Any]] = field(default_factory=list)
-    """Every tuning point with its `valid_loss`."""
+    """All tuning points, each with its held-out loss in `valid_loss`."""
     train_losses: dict[int, float] = field(default_factory=dict)
     """Training loss by seed."""
     valid_losses: dict[int, float] = field(default_factory=dict)
     """Held-out loss by seed."""
     valid_at: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Held-out losses by step, for each seed."""
+    """Held-out losses by seed, then by training step."""
     tokens_per_second: float | None = None
-    """Median speed of the runs."""
+    """Median training speed of the runs."""
     seconds: float = 0
-    """Training seconds of all runs together."""
+    """Total training time of all runs, in seconds."""
     peak_memory: float | None = None
     """Peak memory of a training step, in bytes."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Error by seed."""
+    """Error message by seed."""
     comparable: bool = True
-    """Whether the tokenizer and the held-out text are those of the first row."""
+    """Whether the variant has the same tokenizer and held-out text as the first row."""
     by_position: dict[int, tuple[float, ...]] | None = field(default=None, metadata=OPTIONAL)
-    """Held-out loss at each position of the window, for each seed."""
+    """Held-out loss by seed, then by position in the window."""
     difference: Difference | None = None
-    """Difference of the held-out loss to the first row, paired by seed, with a 95 % t-interval."""
+    """Held-out loss of this row minus the held-out loss of the first row, paired by seed, with a 95 % t-interval."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict and the paired gain behind it."""
+    """A claim, the gain that was measured, and the verdict that follows from this gain."""
 
     claim: str
     better: str
@@ -59,7 +59,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Table:
-    """Results of a comparison: the content of table.json."""
+    """Results of a comparison, and content of table.json."""
 
     title: str
     tokens: int | None
@@ -69,14 +69,14 @@ class Table:
     verdicts: list[Judgement]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object of table.json, whose first row has no `difference`."""
+        """Return the JSON object for table.json. The first row has no field `difference`."""
         table = to_json(self)
         del table["variants"][0]["difference"]
         return table
 
 
 def build_table(comparison: Comparison) -> Table:
-    """Return the results of a comparison so far."""
+    """Return the table of a comparison with the runs that are finished so far."""
     experiment = comparison.experiment
     first, *others = [_row(comparison, variant) for variant in experiment.variants]
     rows = [first]
@@ -124,9 +124,9 @@ def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
 
 
 def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
-    """Test the claim that `worse` has a higher held-out loss than `better`.
+    """Test the claim that the variant `worse` has a higher held-out loss than the variant `better`.
 
-    The verdict is "holds", "does not hold", "undecided" or "not run". Losses with different tokenizers or on different
+    The verdict is "holds", "does not hold", "undecided" or "not run". Variants with different tokenizers or held-out
     texts are not compared.
 
     Args:
@@ -141,7 +141,7 @@ def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
 
 
 def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
-    """Return held-out losses by seed: at the end, at a verdict's step, or over its first positions of the window."""
+    """Return held-out losses by seed: after training, at the step of a verdict, or over the positions of a verdict."""
     if verdict is not None and verdict.at_step is not None:
         step = str(verdict.at_step)
         return {seed: losses[step] for seed, losses in row.valid_at.items() if step in losses}
@@ -152,17 +152,17 @@ def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
 
 
 def summary(table: Table) -> str:
-    """Return budget, seeds and units in one sentence."""
-    budget = f"{table.tokens:,} tokens" if table.tokens else f"{table.seconds:g} s of training"
+    """Return the budget, the seeds and the units as text above the table."""
+    budget = f"on {table.tokens:,} tokens" if table.tokens else f"for {table.seconds:g} s"
     return (
-        f"{budget} per run, seeds {', '.join(map(str, table.seeds))}. Losses are in nats per token: mean ± standard"
-        " deviation over seeds. Differences of the held-out loss to the first row are paired by seed, with their 95 %"
-        " interval."
+        f"Each variant is trained {budget}, once with each seed ({', '.join(map(str, table.seeds))}). Losses are in"
+        " nats per token, as mean ± standard deviation over the seeds. A difference is the held-out loss of a row minus"
+        " the held-out loss of the first row, paired by seed, with a 95 % interval."
     )
 
 
 def result_rows(table: Table) -> list[list[str]]:
-    """Return the main table as text, with its heading."""
+    """Return the rows of the main table as text, headings first."""
     rows = [["variant", "parameters", "chosen", "training loss", "held-out loss", "difference", "tokens/s", "memory"]]
     for row in table.variants:
         memory, speed = row.peak_memory, row.tokens_per_second
@@ -182,17 +182,17 @@ def result_rows(table: Table) -> list[list[str]]:
 
 
 def verdict_rows(table: Table) -> list[list[str]]:
-    """Return the verdicts as text, with a heading."""
+    """Return the rows of the table of verdicts as text, headings first."""
     return [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts]
 
 
 def tuning_rows(table: Table) -> list[list[str]]:
-    """Return the tuning grid as text, with a heading and a star at each row's lowest loss; empty without tuning."""
+    """Return the rows of the tuning table as text, with a star at the lowest loss of each row; empty without tuning."""
     tried = [
         {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row.tuning}
         for row in table.variants
     ]
-    # Variants of architectures with different fields have different points.
+    # Architectures with different fields have different tuning points.
     points = list(dict.fromkeys(point for losses in tried for point in losses))
     rows = [["variant", *points]] if points else []
     for row, losses in zip(table.variants if points else [], tried, strict=False):
@@ -211,7 +211,10 @@ def to_markdown(table: Table) -> str:
     if table.verdicts:
         parts.append(markdown_table(verdict_rows(table), words=(0, 2)))
     if grid := tuning_rows(table):
-        parts += ["Tuning: loss on the last 5 % of the training text, seed 0. The runs use the starred points."]
+        parts += [
+            "The table shows the loss of every tuning run (seed 0) on the last 5 % of the training text. A star marks"
+            " the lowest loss of each variant. The runs of a variant use the settings with the star."
+        ]
         parts.append(markdown_table(grid))
     if said := warnings(table):
         parts.append("\n".join(f"- {each}" for each in said))
@@ -219,12 +222,12 @@ def to_markdown(table: Table) -> str:
 
 
 def warnings(table: Table) -> list[str]:
-    """Return sentences about limits of the comparison: failed runs, unequal sizes, and best points at a grid's edge."""
+    """Return warnings about a comparison: failed runs, unequal sizes, and best values at the edge of a tuning grid."""
     said = []
     for row in table.variants:
-        said += [f"{row.label}, seed {seed}, failed: {error}" for seed, error in row.failed.items()]
+        said += [f"Variant {row.label!r}, seed {seed}, failed: {error}" for seed, error in row.failed.items()]
     said += [
-        f"{row.label} has another held-out text or tokenizer, so its losses are not compared."
+        f"Variant {row.label!r} has another held-out text or tokenizer, so its losses are not compared."
         for row in table.variants
         if not row.comparable
     ]
@@ -232,7 +235,8 @@ def warnings(table: Table) -> list[str]:
     for row in table.variants:
         if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:
             said.append(
-                f"{row.label} has {row.parameters / counts[0] - 1:+.1%} parameters relative to the first variant."
+                f"Variant {row.label!r} has {row.parameters / counts[0] - 1:+.1%} parameters relative to the first"
+                " variant."
             )
         chosen = row.chosen or {}
         tried = {k: [p[k] for p in row.tuning] for k in chosen if row.tuning}
@@ -240,12 +244,14 @@ def warnings(table: Table) -> list[str]:
             value = chosen[name]
             numbers = isinstance(value, int | float) and not isinstance(value, bool)
             if numbers and len(set(values)) > 2 and value in (min(values), max(values)):
-                said.append(f"The best {name} of {row.label}, {value:g}, is at the edge of its grid; widen the grid.")
+                said.append(
+                    f"The best {name} of variant {row.label!r}, {value:g}, is at the edge of the grid; widen the grid."
+                )
     return said
 
 
 def point_words(point: dict[str, Any] | None) -> str:
-    """Return a tuning point in a few words, such as "lr 0.004, zero"."""
+    """Return a tuning point as short text, such as "lr 0.004, zero"."""
     if point is None:
         return "-"
     names = {name: name.rpartition(".")[2] for name in point}
