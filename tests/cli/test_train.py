@@ -56,7 +56,7 @@ class TestLength:
     def test_a_run_by_tokens_prints_its_steps(self, call):
         status, _, err = call(*new(*TINY, "--train.tokens", "0.5k"))
         assert status == 0, err
-        assert "500 tokens at 64 per step: 8 steps\n" in err
+        assert "500 tokens at 64 tokens per step: 8 steps\n" in err
         assert steps() == 8
 
     def test_a_run_by_seconds_prints_and_keeps_its_steps(self, call):

@@ -123,7 +123,7 @@ def test_binary_files():
     Path("model.bin").write_bytes(b"\x89model\r\n\0\x01")
     refused("model.bin", r"model\.bin looks binary: it has a NUL at byte 8; if it is text, set data\.keep_nul$")
     Path("wide.txt").write_bytes("ab\0c".encode("utf-16"))
-    refused("wide.txt", r"a NUL at character 2 of its utf-16; if it is text, set data\.keep_nul$", encoding="utf-16")
+    refused("wide.txt", r"a NUL at character 2 in utf-16; if it is text, set data\.keep_nul$", encoding="utf-16")
     for encoding in ("utf-16", "utf-16-le", "utf-32"):
         Path("wide.txt").write_bytes(TEXT.encode(encoding))
         advice = f"set data\\.encoding to {encoding[:6]}$"

@@ -184,6 +184,9 @@ def test_the_differences_of_vocabularies(tmp_path):
         return prepare(tmp_path / name, DataConfig(source=str(tmp_path / f"{name}.txt"), **options)).tokenizer
 
     a, b = tokenizer("abc ", "a"), tokenizer("abd ", "b")
-    assert a.differences(b) == "only the first has 'c' (U+0063), only the second has 'd' (U+0064)"
-    assert a.differences(tokenizer("abc ", "byte", tokenizer="byte")) == "one is of kind character, the other byte"
+    assert a.differences(b) == "only the first vocabulary has 'c' (U+0063), only the second vocabulary has 'd' (U+0064)"
+    assert (
+        a.differences(tokenizer("abc ", "byte", tokenizer="byte"))
+        == "the first tokenizer is of kind character, the second of kind byte"
+    )
     assert np.array_equal(a.encode("abc"), [1, 2, 3])

@@ -120,7 +120,7 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
     steps = math.ceil(asked / 64)
     assert trainer.config.train.steps == steps
     assert trainer.config.train.tokens is None
-    assert sentences == [f"{asked:,} tokens at 64 per step: {steps:,} steps"]
+    assert sentences == [f"{asked:,} tokens at 64 tokens per step: {steps:,} steps"]
 
 
 def test_more_tokens_than_a_run_may_have_steps_for_are_refused(tmp_path):

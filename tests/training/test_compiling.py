@@ -21,16 +21,16 @@ CPU = torch.device("cpu")
 
 def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough to save time by it")
-    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short to save time by it")
+    assert choose_compile("auto", COMPILE_FROM, CPU) == (True, "the run is long enough for compiling to save time")
+    assert choose_compile("auto", COMPILE_FROM / 2, CPU) == (False, "the run is too short for compiling to save time")
     assert choose_compile("on", 1, CPU) == (True, "asked for")
     assert choose_compile("auto", COMPILE_FROM, torch.device("cuda")) == (
         False,
-        "the run is too short to save time by it",
+        "the run is too short for compiling to save time",
     )
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
-    assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "its own C code is as fast")
-    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "it supports one process only")
+    assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "the model's own C code is as fast")
+    assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "compiling supports one process only")
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):

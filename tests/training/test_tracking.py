@@ -296,7 +296,7 @@ def test_repeated_failures_are_reported_once_per_cause_and_counted():
     for _ in range(3):
         failures.failed("full", "to the end")
     failures.close()
-    assert warnings[-2:] == ["to the end", "the file failed to the end of the run: 3 failures"]
+    assert warnings[-2:] == ["to the end", "the file failed until the end of the run: 3 failures"]
 
 
 def test_metrics_that_a_full_disk_refuses_are_reported_once(tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Windows of tokens: batches for training, and a whole text for validation."""
+"""Batches of token windows for training, and the windows of a whole text for validation."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ from timemix.errors import InvalidValue
 
 
 class Batches:
-    """Batches of windows, as a function of the step: `batches(step)`.
+    """Batches of token windows: `batches(step)` returns the batch of a step.
 
-    A batch depends on the arguments and the step alone, so a resumed run needs no other state.
+    A batch depends only on the arguments and the step, so a resumed run needs no other state.
 
     Args:
         tokens: Token ids of the training text, (tokens,).
@@ -35,7 +35,7 @@ class Batches:
             )
         self._tokens, self._batch_size, self._ctx_len = tokens, batch_size, ctx_len
         self._seed, self._order = seed, order
-        # Windows in an epoch. The random starting point of an epoch leaves room for all of them.
+        # Number of windows in an epoch. From any random starting point of an epoch, all its windows fit into the text.
         self._windows = max(1, (len(tokens) - 1) // ctx_len - 1)
         self._slack = min(ctx_len - 1, len(tokens) - 1 - self._windows * ctx_len)
         self._epoch = -1
@@ -46,10 +46,10 @@ class Batches:
 
         Args:
             step: Number of the step, counted from 0.
-            part: The rows to return. Default: all.
+            part: The rows of the batch to return. Default: all rows.
 
         Returns:
-            Inputs and targets, each (rows, ctx_len) int64. Targets are the tokens one position later.
+            Inputs and targets, each (rows, ctx_len) int64. Targets are the tokens one position after the inputs.
         """
         starts = self._starts(step)[part]
         rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
@@ -71,14 +71,16 @@ class Batches:
 
 
 def _generator(seed: int, counter: int) -> np.random.Generator:
-    """Return the random generator of a step or an epoch, which depends on (seed, counter) alone."""
+    """Return a random generator that depends only on the seed and the number of a step or an epoch."""
     return np.random.Generator(np.random.Philox(key=seed | counter << 64))
 
 
 def validation_windows(
     tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cut a whole text into adjacent windows, in batches. Every token but the first is a target exactly once.
+    """Cut a whole text into adjacent windows, and yield the windows in batches.
+
+    Every token of the text except the first is a target exactly once.
 
     Args:
         tokens: Token ids, (tokens,).
@@ -86,7 +88,7 @@ def validation_windows(
         batch_size: Largest number of windows in a batch.
 
     Yields:
-        Inputs and targets, each (batch, ctx_len) int64; a last, shorter window is a batch of its own.
+        Inputs and targets, each (batch, ctx_len) int64. A last, shorter window forms a batch by itself.
     """
     whole = (len(tokens) - 1) // ctx_len
     for first in range(0, whole, batch_size):

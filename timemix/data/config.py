@@ -13,24 +13,24 @@ Unknown = Literal["error", "unk", "byte"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text, split and tokenizer."""
+    """Settings of the text, its split and its tokenizer."""
 
     source: str = "builtin"
     """Text: file, folder, glob, prepared folder, `-` (stdin), `builtin`, or a download (see timemix data --help)."""
     valid: str | None = None
-    """Validation text, a source like --data.source. Default: --data.valid-fraction of the training text."""
+    """Validation text, a source like --data.source. Default: the share --data.valid-fraction of the training text."""
     valid_fraction: float = 0.1
-    """Share of the training text that is held out without --data.valid, from 0 up to but not including 1."""
+    """Share of the training text to hold out if --data.valid is not given, from 0 to below 1."""
     hold_out: HoldOut = "each"
     """Place of the held-out share: `each` is the end of each file, `end` is the end of the whole text."""
     encoding: str = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: bool = False
-    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
+    """Acceptance of NUL characters in text. Default: a file with NUL is an error, or is skipped in a folder."""
     tokenizer: TokenizerKind = "character"
-    """Unit of the tokens."""
+    """Unit of text that one token represents."""
     vocab_size: int = 4096
-    """Largest vocabulary in tokens, from 1 to 16777216, for --data.tokenizer subword or word."""
+    """Largest size of a subword or word vocabulary, from 1 to 16777216 tokens."""
     unknown: Unknown = "error"
     """Treatment of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None

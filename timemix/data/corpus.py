@@ -1,10 +1,10 @@
-"""Prepared folders: the token ids of a text, with its tokenizer.
+"""Prepared folders: each folder holds the token ids of a text and the tokenizer.
 
 A prepared folder contains
 
 - train-00000.bin, ..., valid-00000.bin, ...: token ids of both splits (smallest unsigned type, little-endian),
 - tokenizer.json: the tokenizer,
-- data.json: counts, hashes, and the files of the text.
+- data.json: counts, hashes, and the paths of the text files.
 """
 
 import os
@@ -26,7 +26,7 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """Counts, hash and token files of a split, as in data.json."""
+    """Counts, hash and token files of a split, as stored in data.json."""
 
     tokens: Count
     """Number of tokens."""
@@ -39,14 +39,14 @@ class SplitInfo:
     sha256: str
     """Hash of all token ids, in hexadecimal."""
     first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
-    """Characters and bytes of the first token, which no model predicts; None if unknown."""
+    """Number of characters and bytes of the first token, which no model predicts, or None if unknown."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
-    """The token files. None in format version 1, in which each split has one file."""
+    """The token files, or None in format version 1, in which each split has one file."""
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Kind, vocabulary size and hash of a tokenizer, as in data.json."""
+    """Kind, vocabulary size and hash of a tokenizer, as stored in data.json."""
 
     kind: str
     vocab_size: Count
@@ -68,7 +68,7 @@ class DataInfo:
     train: SplitInfo
     valid: SplitInfo
     held_out: str | None = field(default=None, metadata=OPTIONAL)
-    """Description of the validation text, in words."""
+    """Description of the validation text, such as "the last 10 % of builtin"."""
 
     def split(self, name: str) -> SplitInfo:
         """Return the record of the split "train" or "valid"."""
@@ -84,17 +84,17 @@ class Corpus:
     valid: Tokens
     """Token ids of the validation text, memory-mapped."""
     tokenizer: Tokenizer
-    """The tokenizer that encoded both."""
+    """The tokenizer of the training and validation text."""
     info: DataInfo
     """Content of data.json."""
 
 
 def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20) -> np.ndarray | Tokens:
-    """Return a part of a text, as pieces of about equal length that are spread evenly over it.
+    """Return a part of a text: evenly spaced pieces of about equal length.
 
     Args:
         ids: Token ids of the text, (n,).
-        tokens: Largest number of tokens to return; None: all.
+        tokens: Largest number of tokens to return, or None for all tokens.
         pieces: Number of pieces.
     """
     if tokens is None or len(ids) <= tokens:
@@ -109,14 +109,14 @@ def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20
 def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo) -> tuple[int, int]:
     """Return the number of characters and of UTF-8 bytes of a part of a text.
 
-    The numbers are exact if the tokens decode to their text. With a word vocabulary or <unk>, the part gets a share of
-    the text's size in proportion to the spelled size of its tokens.
+    The numbers of characters and bytes are exact if decoding the tokens gives the original text. With a word vocabulary
+    or <unk>, the numbers are estimates, in proportion to the size of the decoded tokens.
 
     Args:
         tokenizer: Tokenizer of the text.
-        part: Tokens among `whole`.
+        part: Tokens of the part.
         whole: All tokens of the text.
-        text: Counts of the text.
+        text: Counts of the whole text.
     """
     own, all_ = tokenizer.spelled_size(part.blocks()), tokenizer.spelled_size(whole.blocks())
     characters, bytes_ = (
@@ -133,15 +133,15 @@ def is_corpus(path: Path) -> bool:
 
 
 def open_run_corpus(run: Path, source: str) -> Corpus:
-    """Open the tokens that a run was trained on: RUN/data, or the prepared folder that is its source.
+    """Open the training and validation tokens of a run, from RUN/data or from the prepared folder of its source.
 
     Args:
         run: The run folder.
         source: `data.source` of the run.
 
     Raises:
-        MissingFile: Neither folder exists.
-        FileError: A file is missing, damaged, or does not fit the others.
+        MissingFile: Neither RUN/data nor the prepared folder exists.
+        FileError: A file is missing, damaged, or does not fit the other files.
     """
     own = run / "data"
     if own.is_dir():
@@ -154,13 +154,13 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """Open a prepared folder, with its tokens memory-mapped. Every file is read once and checked against its hash.
+    """Open a prepared folder, and memory-map its tokens. Every file is read once and checked against its hash.
 
     Args:
         folder: The prepared folder.
 
     Raises:
-        FileError: A file is missing, damaged, or does not fit the others.
+        FileError: A file is missing, damaged, or does not fit the other files.
     """
     check_name(folder)
     path = folder / "data.json"
@@ -190,7 +190,11 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _shards(folder: Path, split: str, info: DataInfo) -> dict[Path, Shard]:
-    """Return the path and record of each token file of a split; raise Misfit if their counts do not add up."""
+    """Return the path and record of each token file of a split.
+
+    Raises:
+        Misfit: The token counts of the files do not add up to the count of the split.
+    """
     counts = info.split(split)
     if info.format_version == 1:
         return {folder / f"{split}.bin": Shard(counts.tokens, counts.sha256)}

@@ -1,4 +1,4 @@
-"""Named texts on the internet: downloaded once, cached, and checked by their hashes."""
+"""Named texts on the internet, which timemix downloads once, caches, and checks by their hashes."""
 
 import contextlib
 import http.client
@@ -27,11 +27,11 @@ class Download:
     file: str
     """Name of the file in the cache."""
     member: str | None = None
-    """Name of the text in the zip; None: the file is the text."""
+    """Name of the text in the zip archive, or None if the file itself is the text."""
     valid_member: str | None = None
-    """Name of the validation text in the zip, None if it has none."""
+    """Name of the validation text in the zip archive, or None if there is no validation text."""
     sha256: str | None = None
-    """Hash of the file, in hexadecimal; None: not published, so later downloads must equal the first one."""
+    """Hash of the file in hexadecimal, or None if no hash is published."""
     distinct_characters: int | None = None
     """Number of distinct characters of the text, None if unknown."""
 
@@ -74,10 +74,10 @@ DOWNLOADS = {
 
 @contextlib.contextmanager
 def opened_member(entry: Download, path: Path, member: str) -> Iterator[tuple[IO[bytes], int]]:
-    """Open a member of a zip; yield its file and its size in bytes.
+    """Open a member of a zip archive, and yield the open file and the size in bytes.
 
     Raises:
-        DamagedFile: The zip is damaged or has no such member.
+        DamagedFile: The zip archive is damaged or has no member of this name.
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
@@ -95,15 +95,16 @@ def _by_hand(entry: Download, path: Path) -> str:
 def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
     """Return the path of a downloaded file, and download it if it is not in the cache.
 
-    If no hash is published, the hash of the first download is saved beside the file and checked from then on.
+    If no hash is published, timemix saves the hash of the first download beside the file. Later downloads must have the
+    same hash as the first download.
 
     Args:
         entry: The text.
-        cache: Folder of the cache. Default: that of the user.
-        progress: Where to show the progress of the download; True: on standard error.
+        cache: Folder of the cache. Default: the cache folder of the user.
+        progress: Whether to show the progress of the download on standard error, or a function for progress lines.
 
     Raises:
-        DamagedFile: The file has another hash.
+        DamagedFile: The hash of the file is not the expected hash.
         Unavailable: The download failed.
     """
     import pooch
@@ -126,7 +127,7 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
             seen = pooch.file_hash(str(path))
             write_text(pin, f"{seen}\n")
             logger.warning(
-                "no hash of %s is published; later downloads are checked against the sha256 of this one, %s, in %s",
+                "no hash of %s is published; later downloads are checked against the sha256 of this file, %s, in %s",
                 entry.url,
                 seen,
                 pin,
@@ -142,7 +143,7 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
 
 
 class _Downloader:
-    """Downloader for pooch that resumes after a lost connection: `part` has the bytes received so far."""
+    """Downloader for pooch that resumes after a lost connection. The file `part` holds the bytes received so far."""
 
     ATTEMPTS = 5
     CHUNK = 1 << 18
@@ -163,14 +164,14 @@ class _Downloader:
                 failure = error
                 if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                     break
-                # The received bytes are not from the present version of the file.
+                # The file on the server has changed since `part` was received.
                 self.part.unlink()
             except (OSError, http.client.HTTPException) as error:
                 failure = error
         raise failure
 
     def _complete(self, url: str) -> bool:
-        """Append the bytes that the server sends to `part`; return whether the file is complete."""
+        """Append the received bytes to `part`, and return whether the file is complete."""
         have = self.part.stat().st_size if self.part.exists() else 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=self.TIMEOUT) as response:

@@ -14,23 +14,23 @@ from timemix.errors import FileError, MissingFile
 logger = logging.getLogger("timemix")
 
 HEAD = 1 << 16
-"""Number of bytes at the beginning of a file that show whether it is binary."""
+"""Number of bytes at the beginning of a file that are checked for signs of a binary file."""
 
 
 def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
     """Return the text files in a folder and its subfolders, sorted.
 
-    Hidden files are skipped. A warning names all other skipped files: those that timemix wrote, links to folders,
-    second names of a file, compressed copies beside their text, and binary files.
+    Hidden files are skipped. A warning names all other skipped files: output of timemix, links to folders, links to
+    other files, compressed copies of other files, and binary files.
 
     Args:
         folder: The folder.
         encoding: Encoding of the text files.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
 
     Raises:
         FileError: A folder cannot be read.
-        MissingFile: No text file is left.
+        MissingFile: The folder has no text files.
     """
     found: list[Path] = []
     ours: list[Path] = []
@@ -53,14 +53,15 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
 
 
 def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
-    """Return the text files that match a glob, sorted; an empty list if no file matches.
+    """Return the sorted text files that match a glob, or an empty list if no file matches.
 
-    Files are skipped as by `folder_files`. With `**` in the pattern, folders that timemix wrote are skipped too.
+    The function skips the same files as `folder_files`. With `**` in the pattern, folders that timemix wrote are
+    skipped too.
 
     Args:
         pattern: The glob.
         encoding: Encoding of the text files.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
 
     Raises:
         MissingFile: Files match, but none of them is a text file.
@@ -92,7 +93,7 @@ def written_by_timemix(folder: Path) -> str | None:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """Find the paths that match a glob. `**` visits each folder once, however many links lead to it."""
+    """Yield the paths that match a glob. `**` visits each folder once, however many links lead to it."""
     stars = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
     if stars is None:
         yield from glob.glob(pattern)
@@ -104,7 +105,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _folders_below(root: str) -> Iterator[str]:
-    """Find a folder and its subfolders, without hidden folders. Links are followed last, to unvisited folders only."""
+    """Yield a folder and all its subfolders except hidden folders. Follow links last, and only to unvisited folders."""
     seen: set[tuple[int, int]] = set()
     pending = [root]
     while pending:
@@ -124,7 +125,7 @@ def _raise(error: OSError) -> None:
 
 
 def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list[Path]:
-    """Return the files without second names of a file, compressed copies beside their text, and binary files."""
+    """Return the files except links to other files, compressed copies of other files, and binary files."""
     again = set(_second_names(files))
     _skip(source, "a link to another file", again)
     files = [path for path in files if path not in again]
@@ -138,7 +139,7 @@ def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list
 
 
 def _second_names(files: list[Path]) -> Iterator[Path]:
-    """Find second names: files that a link makes equal to another file of the list. The name without links is kept."""
+    """Yield all paths but one of each file that is listed several times. Do not yield the path without links."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(files, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
         status = path.stat()
@@ -148,7 +149,7 @@ def _second_names(files: list[Path]) -> Iterator[Path]:
 
 
 def _skip(source: str, what: str, paths: Iterable[Path]) -> None:
-    """Warn of skipped files, with the first four names."""
+    """Warn about skipped files, and name the first four files."""
     names = [str(path) for path in sorted(paths)]
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -1,4 +1,4 @@
-"""Pipeline from a text to a prepared folder: measure, split and encode, in pieces and in several processes."""
+"""Pipeline from a text to a prepared folder: it measures, splits and encodes the text in pieces and in parallel."""
 
 import collections
 import contextlib
@@ -30,7 +30,7 @@ from timemix.tokenizers.pieces import PART, equal_pieces, pieces
 logger = logging.getLogger("timemix")
 
 PROCESSES_FROM = 1 << 26
-"""Number of bytes of text from which several processes save time, in spite of their start."""
+"""Least number of bytes of text for which starting several processes saves time."""
 
 
 CHANGED = "the text changed while it was read; try again when no process writes to it"
@@ -38,13 +38,13 @@ CHANGED = "the text changed while it was read; try again when no process writes 
 
 @dataclass(frozen=True)
 class TextSize:
-    """Size, alphabet and hash of a source, found when it is first read."""
+    """Size, alphabet and hash of a source, computed when the source is first read."""
 
     files: tuple[int, ...]
     """Number of characters of each file."""
     characters: int
     bytes: int
-    """Number of bytes in UTF-8."""
+    """Number of bytes of the text in UTF-8."""
     alphabet: str
     """All distinct characters, sorted."""
     sha256: str
@@ -52,26 +52,26 @@ class TextSize:
 
 
 class Text:
-    """The text that a config names. It is read once for its size, then as often as needed.
+    """The text that a config names. The text is read once to measure its size, and again for each later task.
 
-    Warns if at least half of the validation lines are in the training text.
+    The constructor warns if at least half of the validation lines are also in the training text.
 
     Args:
         config: Sources, split and tokenizer.
-        progress: Where to show the progress of reading; True: on standard error.
-        tokenizer: An existing tokenizer to use. Default: a new one.
+        progress: Whether to show the progress of reading on standard error, or a function for progress lines.
+        tokenizer: An existing tokenizer to use. Default: a new tokenizer.
 
     Attributes:
         made: The argument `tokenizer`.
-        sizes: Size of "train", and of "valid" if it is a source of its own.
+        sizes: Size of the split "train", and of the split "valid" if it has its own source.
         sha256: Hash of all text, in hexadecimal.
-        hash: Hash of both sources with a NUL between them.
-        held_out: Description of the validation text, in words.
-        first: Characters and bytes of the first token of each split that `encoded` has started.
+        hash: Hash of both sources, with a NUL between the two sources.
+        held_out: Description of the validation text, such as "the last 10 % of builtin".
+        first: Number of characters and bytes of the first token of each split that `encoded` has started.
 
     Raises:
         InvalidValue: Both sources are the same text or share a file.
-        TimemixError: A source cannot be opened or read, as by `open_source`.
+        TimemixError: A source cannot be opened or read, for a reason that `open_source` lists.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
@@ -137,10 +137,10 @@ class Text:
         return f"the last {100 * config.valid_fraction:g} % of {where}"
 
     def train_tokenizer(self, progress: ShowProgress) -> Tokenizer:
-        """Train a tokenizer on the training text, or return the existing one.
+        """Train a tokenizer on the training text, or return the existing tokenizer.
 
         Args:
-            progress: Where to show the progress of reading.
+            progress: Whether to show the progress of reading, or a function for progress lines.
         """
         if self.made is not None:
             return self.made
@@ -157,7 +157,7 @@ class Text:
 
     @contextlib.contextmanager
     def encoder(self, made: Tokenizer) -> Iterator[Callable[[Iterator[str]], Iterator[Any]]]:
-        """Yield a function that encodes texts in order, each as `Tokenizer.encode_counted` does.
+        """Yield a function that applies `Tokenizer.encode_counted` to texts, in order.
 
         Args:
             made: The tokenizer.
@@ -190,17 +190,17 @@ class Text:
             ) from error
 
     def readings(self) -> list[tuple[str, Source, TextSize, tuple[int, ...]]]:
-        """Return name, source and size of each split, and the characters of each file before the held-out part."""
+        """Return name, source and size of each split, and the number of characters before each held-out part."""
         train = ("train", self.source, self.sizes["train"], self._cuts)
         if self.valid is None:
             return [train, ("valid", *train[1:])]
         valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
-        # The validation text first: its unknown characters raise before the long work begins.
+        # The validation text comes first, so that its unknown characters are reported before the long work begins.
         return [valid, train]
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
-    """Read a source once, for its size; also add its UTF-8 bytes to `hashes`."""
+    """Read a source once to measure its size, and add its UTF-8 bytes to `hashes`."""
     characters = bytes_ = 0
     files = [0] * max(1, len(source.files))
     own = hashlib.sha256()
@@ -218,10 +218,10 @@ def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
 
 
 LONG_LINE = 32
-"""Number of characters from which two texts hardly share a line by chance."""
+"""Least number of characters of a compared line. Two texts rarely share a line of 32 or more characters by chance."""
 
 MOST_LINES = 100_000
-"""Largest number of lines of a validation text that are compared."""
+"""Largest number of validation lines that are compared with the training text."""
 
 
 def _warn_of_shared_lines(train: Source, valid: Source, progress: ShowProgress) -> None:
@@ -240,7 +240,7 @@ def _warn_of_shared_lines(train: Source, valid: Source, progress: ShowProgress) 
 
 
 def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
-    """Hash the lines of at least LONG_LINE characters; of a line longer than CHUNK, only its end."""
+    """Hash the lines of at least LONG_LINE characters. For a line longer than CHUNK, hash only its end."""
     rest = ""
     for _, text in texts:
         *lines, rest = (rest + text).split("\n")
@@ -251,10 +251,10 @@ def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
 
 
 def _part(texts: Iterator[tuple[int, str]], cuts: tuple[int, ...], split: str) -> Iterator[str]:
-    """Return the part of each file before its cut ("train") or after it ("valid"), with line ends between parts.
+    """Yield the part of each file before the cut ("train") or after the cut ("valid"), with line ends between parts.
 
     Args:
-        texts: Number of a file and a piece of its text, in order.
+        texts: Pairs of a file number and a piece of the text of that file, in order.
         cuts: Number of characters of each file before its held-out part.
         split: "train" or "valid".
     """
@@ -300,18 +300,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """Finished part of a split, to resume from."""
+    """Finished part of a split, from which the preparation resumes."""
 
     shards: tuple[Shard, ...]
     """Finished token files."""
     pieces: Count
     """Number of pieces before the piece in which the last token file ends."""
     before: str | None
-    """Hash of the split's text in these pieces; None if the split is complete."""
+    """Hash of the text of the finished pieces, or None if the split is complete."""
     tokens: Count
-    """Number of tokens in these pieces."""
+    """Number of tokens in the finished pieces."""
     unknown: Count
-    """Number of characters or words outside the vocabulary in these pieces."""
+    """Number of characters or words outside the vocabulary in the finished pieces."""
 
 
 def encoded(
@@ -326,12 +326,12 @@ def encoded(
     Args:
         text: The text.
         made: Its tokenizer.
-        counts: Counts of each split; each piece is added to them after it was yielded.
-        begun: Finished part of each split, which is read but not encoded.
-        progress: Where to show the progress.
+        counts: Counts of each split. The counts of a piece are added after the piece is yielded.
+        begun: Finished part of each split, which is read again but not encoded again.
+        progress: Whether to show the progress on standard error, or a function for progress lines.
 
     Yields:
-        The pieces that are not finished, in order.
+        The unfinished pieces, in order.
 
     Raises:
         Unfit: The text has changed since it was first read, or contains characters outside the vocabulary.
@@ -362,7 +362,7 @@ def encoded(
 
 
 def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int, str]]:
-    """Pass texts through, and add their UTF-8 bytes to `sha256`."""
+    """Yield the texts unchanged, and add their UTF-8 bytes to `sha256`."""
     for number, text in texts:
         sha256.update(text.encode("utf-8", "surrogatepass"))
         yield number, text
@@ -376,13 +376,13 @@ def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
 def _to_encode(
     cut: Iterator[str], counts: dict[str, int], done: Done | None, waiting: collections.deque[tuple[int, str]]
 ) -> Iterator[str]:
-    """Return the unfinished pieces of a split, and count and hash all pieces.
+    """Yield the unfinished pieces of a split, and count and hash all pieces.
 
     Args:
         cut: All pieces of the split, in order.
-        counts: Counts of the split; characters and bytes are added.
+        counts: Counts of the split, to which characters and bytes are added.
         done: Finished part of the split, if any.
-        waiting: Gets the number of each returned piece, and the hash of the text before it.
+        waiting: Queue that receives the number of each yielded piece, and the hash of the text before the piece.
     """
     sha256 = hashlib.sha256()
     for number, piece in enumerate(cut):

@@ -1,4 +1,4 @@
-"""Preparation of texts: from a text of any size to a prepared folder, in pieces and resumable."""
+"""Resumable preparation of a text of any size, piece by piece, as a prepared folder."""
 
 import contextlib
 import hashlib
@@ -42,24 +42,25 @@ from timemix.tokenizers.pieces import PART
 def prepare(
     out: Path, config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: ShowProgress = False
 ) -> Corpus:
-    """Tokenize a text, and write it as a prepared folder in one atomic step.
+    """Tokenize a text, and save the tokens as a prepared folder in one atomic step.
 
-    The validation text is `config.valid`, the validation text of a download, or a held-out share of the source: the
-    last `valid_fraction` of the characters of each file, or of the whole source with `hold_out` "end". A new tokenizer
-    is trained on the training text. A character vocabulary also includes the characters of a held-out share.
+    The validation text is `config.valid`, the validation text of a download, or a held-out share of the source. The
+    held-out share is the last `valid_fraction` of the characters of each file, or of the whole source if `hold_out` is
+    "end". A new tokenizer is trained on the training text. A character vocabulary also includes the characters of a
+    held-out share.
 
-    The text is read several times, in pieces. A large text is encoded in several processes: a script that calls this
-    function then needs `if __name__ == "__main__"`. Memory does not grow with the text, with two exceptions: the
-    distinct words of a word or subword tokenizer, and a text without spaces or line ends for these tokenizers.
+    The text is read several times, in pieces. Several processes encode a large text, so a script that calls `prepare`
+    needs `if __name__ == "__main__"`. Memory use does not grow with the text, with two exceptions. Word and subword
+    tokenizers hold all distinct words in memory, and also a whole text that has no spaces or line ends.
 
-    A stopped call leaves a folder .NAME.unfinished beside `out`, with its tokenizer and finished token files. The same
-    call on the same text resumes from it.
+    A stopped call leaves a folder .NAME.unfinished beside `out`, with the tokenizer and the finished token files. The
+    next call with the same arguments and the same text resumes from the unfinished folder.
 
     Args:
         out: Folder to create.
         config: Source of the text, split and tokenizer.
-        tokenizer: An existing tokenizer to use. Default: a new one.
-        progress: Where to show the progress of downloads and of reading; True: on standard error.
+        tokenizer: An existing tokenizer to use. Default: a new tokenizer.
+        progress: Whether to show the progress on standard error, or a function for progress lines.
 
     Returns:
         The prepared folder, open.
@@ -68,7 +69,7 @@ def prepare(
         AlreadyExists: `out` exists.
         InUse: Another process is preparing `out`.
         InvalidValue: The text is empty or not in its encoding, or `config` contradicts `tokenizer`.
-        Unfit: The validation text has characters outside the vocabulary, or the text changed meanwhile.
+        Unfit: The validation text has characters outside the vocabulary, or the text changed during the call.
         FileError: A file is missing, damaged, not text, or cannot be written.
         Unavailable: A download failed, or a process ran out of memory.
     """
@@ -107,15 +108,15 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
 
 
 def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens: int | None = None) -> Corpus:
-    """Write a prepared folder whose validation text is the end of the training text of another one.
+    """Write a prepared folder whose validation text is the end of another folder's training text.
 
-    Settings can be tuned on it while the validation text of `corpus` stays unseen.
+    Settings can be tuned on the new folder while the validation text of `corpus` stays unseen.
 
     Args:
         corpus: A prepared folder.
         out: Folder to create.
         share: Share of the training tokens to hold out, from 0 to 1.
-        valid_tokens: Largest number of validation tokens, in evenly spread pieces. Default: all.
+        valid_tokens: Largest number of validation tokens, in evenly spaced pieces. Default: all tokens.
 
     Returns:
         The new prepared folder, open.
@@ -160,12 +161,12 @@ class TextDescription:
     """Number of files."""
     characters: int
     bytes: int
-    """Number of bytes in UTF-8."""
+    """Number of bytes of the text in UTF-8."""
     distinct_characters: int
     sha256: str
     """Hash of all text, in hexadecimal."""
     held_out: str
-    """Description of the validation text, in words."""
+    """Description of the validation text, such as "the last 10 % of builtin"."""
     tokenizer: str
     """Kind of the tokenizer."""
     vocab_size: int
@@ -174,14 +175,14 @@ class TextDescription:
 
 
 def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescription:
-    """Tokenize a text without writing it, and return its counts.
+    """Tokenize a text without saving the tokens, and return the counts.
 
     Args:
         config: Source of the text, split and tokenizer.
-        progress: Where to show the progress of downloads and of reading; True: on standard error.
+        progress: Whether to show the progress on standard error, or a function for progress lines.
 
     Raises:
-        TimemixError: The text is not supported, as by `prepare`.
+        TimemixError: The text is not supported, for a reason that `prepare` lists.
     """
     text = Text(config, progress)
     made = text.train_tokenizer(progress)
@@ -204,7 +205,7 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescr
 
 
 def text_hash(config: DataConfig) -> str:
-    """Return a hash of the text that a config names, or of the tokens if it names a prepared folder.
+    """Return a hash of the text that a config names, or of the tokens if the config names a prepared folder.
 
     Args:
         config: Source of the text and split.
@@ -213,7 +214,7 @@ def text_hash(config: DataConfig) -> str:
         The sha256, in hexadecimal.
 
     Raises:
-        TimemixError: The text is not supported, as by `prepare`.
+        TimemixError: The text is not supported, for a reason that `prepare` lists.
     """
     if not is_corpus(Path(config.source)):
         return Text(config, False).hash
@@ -222,7 +223,10 @@ def text_hash(config: DataConfig) -> str:
 
 
 class _State:
-    """Folder of an unfinished preparation. Its unfinished.json has the settings and the finished part of each split."""
+    """Folder of an unfinished preparation.
+
+    The file unfinished.json stores the settings and the finished part of each split.
+    """
 
     FILE = "unfinished.json"
 
@@ -235,7 +239,7 @@ class _State:
         self._done: dict[str, Done] = {}
 
     def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
-        """Return the tokenizer of the folder if it fits the text; otherwise empty the folder and train a new one."""
+        """Return the tokenizer of the folder if it fits the text. Otherwise, empty the folder and train a tokenizer."""
         path = self.folder / "tokenizer.json"
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, FileError):
             found = json.loads((self.folder / self.FILE).read_text(encoding="utf-8"))
@@ -244,7 +248,7 @@ class _State:
             if found == self._content | {"tokenizer": made.hash}:
                 self._content, self._done = found, done
                 for stray in self.folder.glob(".*"):
-                    # Removes files that a killed process was writing.
+                    # Remove files that a killed process left partly written.
                     stray.unlink()
                 return made
         made = text.train_tokenizer(progress)
@@ -257,7 +261,7 @@ class _State:
         return made
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
-        """Return a writer that continues after a split's finished token files, or from the start if one is damaged."""
+        """Return a writer that continues after a split's finished token files, or at the start if a file is damaged."""
         with contextlib.suppress(FileError):
             done = self._done.get(split)
             shards = () if done is None else done.shards
@@ -281,7 +285,7 @@ class _State:
 
 
 def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProgress) -> dict[str, SplitInfo]:
-    """Write both splits to token files; return their records for data.json."""
+    """Write both splits to token files, and return their records for data.json."""
     writers = {split: state.writer(split, made) for split in SPLITS}
     begun = state.begun
     counts = {split: no_counts() for split in SPLITS}
@@ -291,7 +295,7 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         for split, group in itertools.groupby(given, lambda piece: piece.split):
             _write_split(state, writers[split], made, split, counts[split], group)
     for writer in writers.values():
-        # Finishes the file of a split without text.
+        # Leaving the `with` block creates the token file of a split without text.
         with writer:
             pass
     return {
@@ -311,17 +315,17 @@ def _write_split(
     """Write the pieces of a split.
 
     Args:
-        state: Gets the finished part of the split after each token file.
+        state: State that saves the finished part of the split after each token file.
         writer: Writer of the token files.
         made: The tokenizer.
         split: "train" or "valid".
-        counts: Counts of all pieces before the newest one.
+        counts: Counts of all pieces before the newest piece.
         encoded: The pieces.
     """
     place = Done((), 0, None, 0, 0)
 
     def finished() -> None:
-        # A text with unknown characters leaves no finished part, so that the next call reports all of them again.
+        # No finished part is saved after unknown characters, so that the next call reports all unknown characters.
         if made.unknown != "error" or not place.unknown:
             state.done(split, replace(place, shards=tuple(writer.shards)))
 
@@ -335,7 +339,7 @@ def _write_split(
 
 
 def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> SplitInfo:
-    """Replace the validation tokens by evenly spread pieces of them; return their record for data.json.
+    """Reduce the validation tokens to evenly spaced pieces, and return the new record for data.json.
 
     Args:
         folder: Folder of the token files.
@@ -360,7 +364,7 @@ def _write_ids(
     text: SplitInfo,
     first: tuple[int, int] | None,
 ) -> SplitInfo:
-    """Write a split that is a part of a text; return its record for data.json.
+    """Write a part of a text as a split, and return the record of the split for data.json.
 
     Args:
         folder: Folder of the token files.
@@ -369,7 +373,7 @@ def _write_ids(
         ids: Token ids of the split, (tokens,).
         whole: Token ids of the text.
         text: Record of the text.
-        first: Characters and bytes of the first token, None if unknown.
+        first: Number of characters and bytes of the first token, None if unknown.
     """
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:

@@ -1,4 +1,4 @@
-"""Readers: the bytes of a file, decompressed and decoded to text, piece by piece."""
+"""Readers that decompress the bytes of a file and decode the bytes to text, piece by piece."""
 
 import bz2
 import codecs
@@ -21,23 +21,23 @@ from timemix.storage.files import cannot_read
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 BEGINNINGS = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh91AY&SY": ".bz2"}
-"""First bytes of compressed files. Those of bzip2 are for its default block size."""
+"""First bytes of compressed files. For bzip2, the bytes are those of the default block size."""
 
 CHUNK = 1 << 20
 """Number of bytes read at a time."""
 
 
 def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Advance = untold) -> Iterator[bytes]:
-    """Read a file in pieces, decompressed if its first bytes or its suffix name gzip, xz or bzip2.
+    """Read a file in pieces. Decompress a file whose first bytes or suffix are those of gzip, xz or bzip2.
 
     Args:
         path: The file.
-        held: Its content, if it is in memory already.
-        before: Number of bytes read before this file, for `advance`.
-        advance: Called with the number of bytes read so far, `before` included.
+        held: Content of the file, if it is in memory already.
+        before: Number of bytes of earlier files, which `advance` also counts.
+        advance: Function that receives the number of bytes read so far, `before` included.
 
     Raises:
-        DamagedFile: The file does not decompress.
+        DamagedFile: The file cannot be decompressed.
         FileError: The file cannot be read.
     """
     done = before
@@ -50,7 +50,7 @@ def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Adva
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise DamagedFile(f"{path} is damaged: it does not decompress ({error}); get it again") from error
     except OSError as error:
-        # The decompressors raise an OSError without a number.
+        # The decompressors raise an OSError without an error number.
         if error.errno is None:
             raise DamagedFile(f"{path} is damaged: it does not decompress ({error}); get it again") from error
         raise FileError(cannot_read(path, error)) from error
@@ -74,16 +74,16 @@ KINDS = {
     b"\xff\xd8\xff": "an image; give a text file",
     b"GIF8": "an image; give a text file",
 }
-"""Kinds of files that are not text, by their first bytes, with advice: the end of an error message."""
+"""End of the error message about a file that is not text, by the first bytes of the file."""
 
 
 def looks_binary(first: bytes, encoding: str, keep_nul: bool = False) -> bool:
-    """Return whether a file is binary: of a known kind, or with a NUL.
+    """Return whether a file is binary: its first bytes are those of a known binary format, or contain a NUL.
 
     Args:
-        first: Its first bytes.
+        first: First bytes of the file.
         encoding: Encoding of text files.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
     """
     if _kind(first) is not None:
         return True
@@ -96,7 +96,7 @@ def _kind(first: bytes) -> str | None:
 
 
 def _is_wide(codec: str) -> bool:
-    """Return whether ASCII text has NUL bytes in this encoding."""
+    """Return whether an encoding writes NUL bytes for ASCII text."""
     return codec.startswith(("utf-16", "utf-32"))
 
 
@@ -105,20 +105,20 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
 
     Args:
         data: The bytes, in pieces.
-        name: Name of the file, for errors.
+        name: Name of the file, for error messages.
         encoding: Encoding of the file.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
 
     Raises:
-        DamagedFile: The file is of a known kind that is not text.
-        InvalidValue: The file is not in `encoding`, or contains a NUL.
+        DamagedFile: The file has a known binary format.
+        InvalidValue: The file is not valid text in `encoding`, or contains a NUL.
     """
     codec = _codec_name(encoding)
     if not keep_nul:
         data = _refuse_kinds(data, name)
         if not _is_wide(codec):
             data = _without_nul(data, name)
-    # The only codec of Python that cannot decode in pieces.
+    # punycode is the only codec of Python that cannot decode in pieces.
     if codec == "punycode":
         data = iter([b"".join(data)])
     texts = _texts(data, name, codec, encoding)
@@ -138,7 +138,7 @@ def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Itera
         try:
             text = decoder.decode(chunk, not chunk)
         except UnicodeDecodeError as error:
-            # Reads to the end first: a damaged or binary file then raises its own, more helpful error.
+            # Read to the end first: if the file is damaged or binary, the reader raises a more helpful error.
             collections.deque(data, maxlen=0)
             raise InvalidValue(
                 f"{name} is not in {encoding}: byte {fed - len(error.object) + error.start} cannot be decoded"
@@ -158,10 +158,10 @@ def _without_nul_characters(texts: Iterator[str], name: str, encoding: str) -> I
     characters = 0
     for text in texts:
         if (nul := text.find("\0")) >= 0:
-            # Reads to the end first: a file in another encoding then raises its own, more helpful error.
+            # Read to the end first: if the file has another encoding, the decoder raises a more helpful error.
             collections.deque(texts, maxlen=0)
             raise InvalidValue(
-                f"{name} looks binary: it has a NUL at character {characters + nul} of its {encoding};"
+                f"{name} looks binary: it has a NUL at character {characters + nul} in {encoding};"
                 " if it is text, set data.keep_nul"
             )
         characters += len(text)
@@ -180,7 +180,7 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
     for chunk in data:
         nul = chunk.find(b"\0")
         if nul >= 0:
-            # Reads to the end first: a damaged file then raises its own, more helpful error.
+            # Read to the end first: if the file is damaged, the reader raises a more helpful error.
             collections.deque(data, maxlen=0)
             likely = _likely_encoding(chunk)
             advice = f"set data.encoding to {likely}" if likely else "set data.keep_nul"
@@ -190,7 +190,7 @@ def _without_nul(data: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def _likely_encoding(chunk: bytes) -> str | None:
-    """Return the encoding, utf-16 or utf-32, in which Latin text would have its NULs at such positions, else None."""
+    """Return utf-16 or utf-32 if the positions of the NUL bytes fit Latin text in that encoding, else None."""
     if chunk.count(b"\0") < 4:
         return None
     few, many = sorted(2 * chunk[parity::2].count(b"\0") / len(chunk) for parity in (0, 1))
@@ -200,9 +200,10 @@ def _likely_encoding(chunk: bytes) -> str | None:
 
 
 def _decoder(codec: str, first: bytes) -> codecs.IncrementalDecoder:
-    """Return the decoder of a text that begins with the bytes `first`."""
+    """Return the decoder for a text that begins with the bytes `first`."""
     marks = {"utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}
-    # Without a byte order mark these decoders fail; `bytes.decode` assumes the byte order of the machine.
+    # Incremental decoders fail without a byte order mark, so this code assumes the byte order of the machine, as
+    # `bytes.decode` does.
     if codec in marks and not first.startswith(marks[codec]):
         codec += "-le" if sys.byteorder == "little" else "-be"
     return codecs.getincrementaldecoder(codec)()
@@ -210,7 +211,7 @@ def _decoder(codec: str, first: bytes) -> codecs.IncrementalDecoder:
 
 def _codec_name(encoding: str) -> str:
     try:
-        # This refuses codecs that are not text encodings, such as zlib.
+        # Encoding a space fails for codecs that are not text encodings, such as zlib.
         " ".encode(encoding)
         return codecs.lookup(encoding).name
     except (LookupError, ValueError) as error:

@@ -17,10 +17,10 @@ from timemix.storage.files import cannot_read, check_regular, sync
 from timemix.storage.json_files import Count
 
 SHARD_BYTES = 1 << 27
-"""Largest number of bytes of a file."""
+"""Largest size of a token file, in bytes."""
 
 IDS_AT_ONCE = 1 << 20
-"""Number of ids read or copied at a time."""
+"""Number of token ids that are read or copied at a time."""
 
 
 def shard_name(split: str, number: int) -> str:
@@ -38,7 +38,7 @@ class Shard:
 
 
 class Tokens:
-    """Token ids in several arrays, such as memory-mapped files, that act as one array; `tokens[a:b]` is an array.
+    """Sequence of token ids in several arrays, such as memory-mapped files; `tokens[a:b]` is one NumPy array.
 
     Args:
         arrays: Token ids, each (tokens,).
@@ -54,17 +54,17 @@ class Tokens:
         return self._starts[-1]
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        """Return the ids of a slice without a step: a view if they lie in one array, otherwise a copy."""
+        """Return the ids of a slice with step 1: a view if the ids lie in one array, otherwise a copy."""
         arrays = self._cut(place)
         return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, self.dtype), *arrays])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return all ids as one array; several arrays are copied into memory."""
+        """Return all ids as one array, copied into memory if the ids lie in several arrays."""
         whole = self[:]
         return whole.astype(dtype or self.dtype, copy=bool(copy))
 
     def part(self, place: slice) -> "Tokens":
-        """Return a slice without a step, without copying."""
+        """Return the tokens of a slice with step 1, without copying the ids."""
         return Tokens(self._cut(place), self.dtype)
 
     def blocks(self) -> Iterator[np.ndarray]:
@@ -86,15 +86,17 @@ class Tokens:
 
 
 class ShardWriter:
-    """Writer of the token files of a split, each of at most SHARD_BYTES. The end of its `with` block finishes the last.
+    """Writer of the token files of a split, each of at most SHARD_BYTES.
+
+    Leaving the `with` block of the writer finishes the last file.
 
     Args:
         folder: Folder of the files.
         split: "train" or "valid".
         dtype: Type of the ids; the files are little-endian.
-        shards: Files that are finished already. They are checked, and the next file follows them.
-        vocab_size: Size of the vocabulary, for that check.
-        finished: Called after each file that is written and synced.
+        shards: Files that are finished already, which the writer checks before it adds new files.
+        vocab_size: Size of the vocabulary, for the check of `shards`.
+        finished: Function to call after each file is written and synced.
 
     Attributes:
         shards: Record of every finished file.
@@ -179,9 +181,9 @@ def check_shard(path: Path, dtype: np.dtype, shard: Shard, vocab_size: int, *has
 
     Args:
         path: The file.
-        dtype: Type of its ids.
-        shard: Its record.
-        vocab_size: Size of the vocabulary; all ids must be below it.
+        dtype: Type of the ids.
+        shard: Record of the file.
+        vocab_size: Size of the vocabulary; all ids must be below this size.
         hashes: Hash objects that the bytes of the file are added to.
 
     Raises:

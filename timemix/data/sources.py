@@ -21,7 +21,7 @@ from timemix.storage.files import cannot_read, check_name
 logger = logging.getLogger("timemix")
 
 STANDARD_INPUT = Path("standard input")
-"""Standard input in a list of files. Compare it with `is`: a file may have the same name."""
+"""Entry for standard input in a list of files. Compare a list entry with `is`: a file may also be named so."""
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,27 @@ class SourceText:
     files: tuple[str, ...]
     """Paths of the files."""
     valid: str | None = None
-    """Validation text that some downloads include."""
+    """Validation text, which only some downloads include; otherwise None."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text that is read in pieces, as often as needed."""
+    """A text that can be read in pieces any number of times."""
 
     name: str
     """Name of the source, for messages."""
     files: tuple[str, ...]
     """Paths of the files."""
     size: int
-    """Number of bytes to read; of compressed files, their compressed size."""
+    """Number of bytes to read. For a compressed file, the compressed size counts."""
     read: Callable[[Advance], Iterator[tuple[int, str]]]
-    """Iterates over nonempty pieces of text, each with the number of its file.
+    """Function that yields nonempty pieces of text, each with the number of its file.
 
-    The argument is called with the number of bytes read so far. A line end that separates two files belongs to the
-    earlier file. Raises TimemixError as `read_source` does.
+    The argument of `read` is a function that receives the number of bytes read so far. A line end that separates two
+    files belongs to the earlier file. `read` raises a TimemixError for the reasons that `read_source` lists.
     """
     valid: "Source | None" = None
-    """Validation text that some downloads include."""
+    """Validation text, which only some downloads include; otherwise None."""
 
 
 def read_source(
@@ -68,11 +68,11 @@ def read_source(
     """Read a whole text into memory.
 
     Args:
-        source: As for `open_source`, as are the other arguments.
+        source: A text source, as for `open_source`.
         encoding: Encoding of the files.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
         cache: Folder of the downloads. Default: the cache of the user.
-        progress: Where to show the progress of downloads; True: on standard error.
+        progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
     Raises:
         MissingFile: The source does not exist.
@@ -97,24 +97,24 @@ def open_source(
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
-    """Open a text source, to be read in pieces.
+    """Open a text source that is then read in pieces.
 
     Files may be compressed (gzip, xz, bzip2). Line ends are not changed, and a byte order mark is removed. The files of
     a folder are read in sorted order, with a newline between two files. Hidden files are skipped. A warning names all
-    other skipped files: binary files, second names of a file, compressed copies beside their text, and folders that
-    timemix wrote.
+    other skipped files: binary files, links to other files, compressed copies of other files, and folders that timemix
+    wrote. The `read` function of the result raises the errors about the content of the files.
 
     Args:
         source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
-            existing path takes precedence over a name.
+            existing path takes precedence over the name of a download.
         encoding: Encoding of the files.
-        keep_nul: Whether NUL is a character of the text instead of a sign of a binary file.
+        keep_nul: Whether a file with NUL characters counts as text instead of as binary.
         cache: Folder of the downloads. Default: the cache of the user.
-        progress: Where to show the progress of downloads; True: on standard error.
+        progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
     Raises:
-        MissingFile: The source does not exist. Its `read` raises the errors of the content.
-        FileError: A folder cannot be read, or timemix wrote it.
+        MissingFile: The source does not exist.
+        FileError: A folder cannot be read, or timemix wrote the folder.
         InvalidValue: No text is piped into standard input.
         Unavailable: A download failed.
     """
@@ -139,7 +139,7 @@ def open_source(
 
 @functools.cache
 def _standard_input(stream: TextIO | None) -> bytes:
-    """Return all of standard input, cached, as it can be read only once."""
+    """Return all bytes of standard input, which are cached because standard input can be read only once."""
     if stream is None or stream.isatty():
         raise InvalidValue("the source '-' is standard input, but no text is piped into it; pipe a text or name a file")
     return stream.buffer.read()
@@ -234,13 +234,13 @@ def _download_source(name: str, cache: Path | None, progress: ShowProgress) -> S
 
 
 def _member_source(entry: Download, path: Path, name: str, member: str | None) -> Source:
-    """Return a member of a zip as a source.
+    """Return a member of a zip archive as a source.
 
     Args:
         entry: The download.
         path: The downloaded file.
         name: Name of the source, for messages.
-        member: Name of the text in the zip; None: the file is the text.
+        member: Name of the text in the zip archive, or None if the file itself is the text.
     """
     if member is None:
         size = _size(path)

@@ -1,7 +1,7 @@
-"""The base class of tokenizers: text to token ids and back.
+"""The base class of tokenizers, which map text to token ids and back.
 
-Every kind is saved as a `tokenizer.json`, for which the `tokenizers` library gives the same ids. The structure of that
-file determines the kind and how unknown text is handled.
+Every tokenizer is saved as a `tokenizer.json`, with which the `tokenizers` library gives the same ids. The structure of
+the file determines the kind of the tokenizer and its treatment of unknown text.
 """
 
 import codecs
@@ -24,22 +24,22 @@ UNKNOWN = "<unk>"
 
 
 class Tokenizer(ABC):
-    """Map text to token ids and back; `train_tokenizer` and `load_tokenizer` create one.
+    """Map text to token ids and back. `train_tokenizer` and `load_tokenizer` create a tokenizer.
 
     Args:
-        unknown: How text outside the vocabulary is encoded: "error"; "unk", as the one token <unk>; or "byte", as its
-            UTF-8 bytes. A byte or subword vocabulary holds all bytes, so it is always "byte".
+        unknown: Treatment of text outside the vocabulary: "error" (an exception), "unk" (the token <unk>) or "byte"
+            (tokens of its UTF-8 bytes). Byte and subword tokenizers always have "byte".
         pieces: UTF-8 bytes of each token, by id.
         document: Content of the `tokenizer.json`.
 
     Attributes:
         kind: One of KINDS.
-        unknown: As above.
-        vocab_size: Number of tokens; ids are 0 to vocab_size - 1.
+        unknown: The argument `unknown`.
+        vocab_size: Number of tokens. Token ids go from 0 to vocab_size - 1.
         dtype: Smallest unsigned numpy type that holds every id.
-        hash: SHA-256 of `to_json()` in hexadecimal: equal for tokenizers that give equal ids.
+        hash: SHA-256 of `to_json()` in hexadecimal. Tokenizers that give equal ids have equal hashes.
         spaced: Whether decoding puts a space between two tokens, except after a newline.
-        end_of_text: Id of the token that ends a text, before which generation stops; None: there is none.
+        end_of_text: Id of the token that ends a text and stops generation, or None if there is no such token.
     """
 
     kind: str
@@ -56,13 +56,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
-        """Encode a text without surrogates; with unknown="error" leave out unknown characters or words.
+        """Encode a text without surrogates. With unknown="error", leave out unknown characters or words.
 
         Args:
             text: The text.
 
         Returns:
-            Token ids (tokens,), and how often each unknown character or word occurred.
+            Token ids (tokens,), and the number of occurrences of each unknown character or word.
         """
 
     def encode(self, text: str) -> np.ndarray:
@@ -75,8 +75,8 @@ class Tokenizer(ABC):
             Token ids (tokens,), of `self.dtype`.
 
         Raises:
-            InvalidValue: `text` is not a str or has a lone surrogate; or a character or word is outside the vocabulary
-                and `unknown` is "error".
+            InvalidValue: `text` is not a str, has a lone surrogate, or has characters or words outside the vocabulary
+                while `unknown` is "error".
         """
         if not isinstance(text, str):
             raise InvalidValue(f"text is of type {type(text).__name__}; it must be a str")
@@ -88,11 +88,11 @@ class Tokenizer(ABC):
         """Refuse a text with unknown characters or words if `self.unknown` is "error".
 
         Args:
-            unknown: How often each unknown character or word occurred.
-            is_new: Whether no model has this vocabulary yet; the message then names the setting that changes it.
+            unknown: Number of occurrences of each unknown character or word.
+            is_new: Whether the vocabulary is new, so that the message names the setting that changes the vocabulary.
 
         Raises:
-            InvalidValue: There are unknown characters or words; the message names them.
+            InvalidValue: The text has unknown characters or words, which the message names.
         """
         if unknown and self.unknown == "error":
             other = "choose data.unknown unk" if is_new else "use a model that was trained with data.unknown unk"
@@ -102,7 +102,7 @@ class Tokenizer(ABC):
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
-        """Encode a text for evaluation; with unknown="error" leave out unknown characters or words.
+        """Encode a text for evaluation. With unknown="error", leave out unknown characters or words.
 
         Args:
             text: The text.
@@ -123,7 +123,7 @@ class Tokenizer(ABC):
             text: The text.
 
         Returns:
-            Token ids (tokens,), of `self.dtype`, and how often each unknown character or word occurred.
+            Token ids (tokens,), of `self.dtype`, and the number of occurrences of each unknown character or word.
 
         Raises:
             InvalidValue: The text has a lone surrogate.
@@ -133,13 +133,15 @@ class Tokenizer(ABC):
         return ids.astype(self.dtype, copy=False), unknown
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Decode token ids: the inverse of `encode`, except that words lose case and spacing.
+        """Decode token ids to text.
+
+        Decoding is the inverse of `encode`, except that a word tokenizer loses case and spacing.
 
         Args:
             ids: Token ids (tokens,).
 
         Returns:
-            The text; bytes that are not UTF-8 become U+FFFD. It encodes to the same ids again.
+            The text. Bytes that are not UTF-8 become U+FFFD. Encoding the decoded text gives the same ids again.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.
@@ -153,7 +155,7 @@ class Tokenizer(ABC):
             blocks: Blocks of token ids, each (tokens,).
 
         Yields:
-            The text of each block, then the rest.
+            The text of each block, then the rest of the text.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.
@@ -164,7 +166,7 @@ class Tokenizer(ABC):
         yield stream.flush()
 
     def spelled_size(self, blocks: Iterable[np.ndarray]) -> tuple[int, int]:
-        """Count the characters and UTF-8 bytes that tokens stand for.
+        """Count the characters and UTF-8 bytes that tokens represent.
 
         <unk> counts as one character of one byte, since its text is not known. Spaces between words do not count. A
         character in several tokens belongs to the token with its first byte.
@@ -176,20 +178,20 @@ class Tokenizer(ABC):
             Number of characters, and number of bytes.
         """
         pieces = [*self._pieces[:-1], b"?"] if self.unknown == "unk" else self._pieces
-        # UTF-8: the bytes 10xxxxxx continue a character.
+        # In UTF-8, a byte 10xxxxxx continues a character.
         starts = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], np.int64)
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         counts = sum((np.bincount(ids, minlength=len(pieces)) for ids in blocks), np.zeros(len(pieces), np.int64))
         return int(counts @ starts), int(counts @ lengths)
 
     def first_size(self, text: str) -> tuple[int, int]:
-        """Count the characters and UTF-8 bytes that the first token of a text stands for.
+        """Count the characters and UTF-8 bytes that the first token of a text represents.
 
         Args:
             text: The text.
 
         Returns:
-            Number of characters, and number of bytes; of the text itself if the first token is <unk>.
+            Number of characters, and number of bytes. An <unk> token counts as the character or word that it replaces.
         """
         ids, _ = self.encode_counted(next(pieces([text]), ""))
         if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
@@ -210,23 +212,26 @@ class Tokenizer(ABC):
         return StreamDecoder(self._pieces, self.spaced)
 
     def differences(self, other: "Tokenizer") -> str:
-        """Describe what distinguishes two tokenizers, for an error sentence.
+        """Describe the differences between two tokenizers, for an error message.
 
         Args:
             other: The other tokenizer.
 
         Returns:
-            Their kinds, if these differ; else the entries that only one of them has.
+            The kinds of the two tokenizers if the kinds differ, otherwise the entries of only one vocabulary.
         """
         if self.kind != other.kind:
-            return f"one is of kind {self.kind}, the other {other.kind}"
+            return f"the first tokenizer is of kind {self.kind}, the second of kind {other.kind}"
         ours, theirs = set(self._pieces), set(other._pieces)
         parts = [
             f"{where} {_names(Counter(piece.decode('utf-8', 'replace') for piece in sorted(pieces)))}"
-            for where, pieces in (("only the first has", ours - theirs), ("only the second has", theirs - ours))
+            for where, pieces in (
+                ("only the first vocabulary has", ours - theirs),
+                ("only the second vocabulary has", theirs - ours),
+            )
             if pieces
         ]
-        return ", ".join(parts) or "the same entries under other numbers, or another way with unknown text"
+        return ", ".join(parts) or "the entries have other ids, or unknown text is encoded differently"
 
     def to_json(self) -> str:
         """Return the content of `tokenizer.json`.
@@ -237,7 +242,7 @@ class Tokenizer(ABC):
         return self._json
 
     def save(self, path: str | Path) -> None:
-        """Save the tokenizer as `tokenizer.json`; the write is atomic.
+        """Save the tokenizer as `tokenizer.json`, in an atomic write.
 
         Args:
             path: File to write.
@@ -249,7 +254,9 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Decode tokens one by one: the results of all `push` and a last `flush`, joined, equal `Tokenizer.decode`.
+    """Decode tokens one by one.
+
+    The joined results of all `push` calls and a final `flush` equal the result of `Tokenizer.decode`.
 
     Args:
         pieces: UTF-8 bytes of each token, by id.
@@ -269,7 +276,7 @@ class StreamDecoder:
             token: Token id.
 
         Returns:
-            The text that is complete with this token: whole characters, perhaps none.
+            The text that is complete after the token, which may be empty.
 
         Raises:
             InvalidValue: The id is outside the vocabulary.
@@ -284,13 +291,13 @@ class StreamDecoder:
         return self._utf8.decode(space + piece)
 
     def push_all(self, ids: np.ndarray) -> str:
-        """Decode the next tokens; equal to joining the results of `push`.
+        """Decode the next tokens. The result equals the joined results of `push`.
 
         Args:
             ids: Token ids (tokens,).
 
         Returns:
-            The text that is complete with these tokens.
+            The text that is complete after the tokens.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.
@@ -302,7 +309,7 @@ class StreamDecoder:
         found = [self._pieces[token] for token in ids.astype(np.int64).tolist()]
         if not self._spaced or not found:
             return self._utf8.decode(b"".join(found))
-        # No word has a space or newline in it.
+        # No word contains a space or newline.
         joined = b" ".join([b"", *found] if self._space_due else found).replace(b"\n ", b"\n")
         self._space_due = found[-1] != b"\n"
         return self._utf8.decode(joined)
@@ -317,11 +324,11 @@ class StreamDecoder:
 
 
 def refuse_surrogates(text: str, before: int = 0) -> bytes:
-    """Encode a text as UTF-8, and refuse one with a lone surrogate.
+    """Encode a text as UTF-8, and refuse a text with a lone surrogate.
 
     Args:
         text: The text.
-        before: Number of characters before `text` in the whole text, for the message.
+        before: Number of characters before `text` in the whole text, for the error message.
 
     Returns:
         The UTF-8 bytes.
@@ -339,7 +346,7 @@ def refuse_surrogates(text: str, before: int = 0) -> bytes:
 
 
 def _names(unknown: Counter[str], limit: int = 8) -> str:
-    """List the first few unknown characters or words, for a sentence."""
+    """List the first few unknown characters or words, for an error message."""
     names = [f"{name!r} (U+{ord(name):04X})" if len(name) == 1 else repr(name) for name in list(unknown)[:limit]]
     if len(unknown) > limit:
         return f"{', '.join(names)} and {len(unknown) - limit} more"

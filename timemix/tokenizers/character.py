@@ -1,4 +1,4 @@
-"""Tokens that are characters, or bytes."""
+"""Tokenizers whose tokens are characters or bytes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class CharacterTokenizer(Tokenizer):
 
     Args:
         characters: The characters, in the order of their ids.
-        unknown: "error"; "unk", <unk> as the last entry; or "byte", the 256 bytes as the last entries.
+        unknown: "error", "unk" (<unk> becomes the last entry) or "byte" (the 256 bytes become the last entries).
     """
 
     kind = "character"
@@ -29,7 +29,7 @@ class CharacterTokenizer(Tokenizer):
         elif unknown == "byte":
             entries |= {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
             decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, decoder]}
-        # Byte pair encoding without merges: each token is one character.
+        # Byte pair encoding without merges makes each character one token.
         model = pair_encoding(
             list(entries), unk_token=UNKNOWN if unknown == "unk" else None, byte_fallback=unknown == "byte"
         )
@@ -62,8 +62,8 @@ class CharacterTokenizer(Tokenizer):
 
         Args:
             ids: Ids of all characters (characters,).
-            missing: Which characters the vocabulary lacks (characters,), bool.
-            lost: These characters, in order.
+            missing: Mask of the characters that the vocabulary lacks (characters,), bool.
+            lost: The missing characters, in order.
 
         Returns:
             Ids (tokens,).
@@ -77,7 +77,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """Tokenizer whose tokens are UTF-8 bytes; the id of a token is the value of its byte."""
+    """Tokenizer whose tokens are UTF-8 bytes. The id of a token is the value of the byte."""
 
     kind = "byte"
 

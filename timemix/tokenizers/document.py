@@ -50,14 +50,14 @@ def pair_encoding(
 
 
 def byte_symbols() -> list[str]:
-    """Return the printable character that represents each byte in byte-level vocabularies, by byte value."""
+    """Return the printable characters for the 256 bytes in byte-level vocabularies, in order of byte value."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def numbered(entries: Sequence[str]) -> dict[str, int]:
-    """Return the id of each entry: its index."""
+    """Return a dictionary from each entry to its id, which is its index."""
     return {entry: i for i, entry in enumerate(entries)}
 
 

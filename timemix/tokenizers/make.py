@@ -28,12 +28,12 @@ def train_tokenizer(
 
     Args:
         kind: One of KINDS: "character", "byte", "word" or "subword".
-        text: The text, or its parts in order; not empty.
-        vocab_size: Largest number of tokens, at least 256, of a subword tokenizer; of a word tokenizer with
-            unknown="unk", which keeps the most frequent words. Otherwise the vocabulary is every distinct character or
-            word of the text, sorted.
-        unknown: How text outside the vocabulary is encoded, see `Tokenizer`; words do not support "byte".
-        each: `map`, or a map in several processes, that counts words.
+        text: The text, or its parts in order. The text must not be empty.
+        vocab_size: Largest number of tokens of a subword tokenizer (at least 256), or of a word tokenizer with
+            unknown="unk", which has the most frequent words. Other character and word vocabularies have every distinct
+            character or word of the text, sorted.
+        unknown: Treatment of text outside the vocabulary, as in `Tokenizer`. Word tokenizers do not support "byte".
+        each: The function `map`, or a parallel `map` that counts words in several processes.
 
     Returns:
         The tokenizer.

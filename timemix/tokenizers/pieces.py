@@ -1,4 +1,4 @@
-"""Long texts cut into pieces that can be encoded one by one, with the same ids as the whole text."""
+"""Division of long texts into pieces. Encoding the pieces one by one gives the same ids as encoding the whole text."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,16 @@ _BORDER = re.compile(r"\S(?=[ \n])")
 
 
 def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
-    """Cut a text before a space or newline that follows another character, into pieces of `size` characters or more.
+    """Cut a text into pieces of at least `size` characters.
 
-    No word, and no match of the byte-level splitting rule, extends across such a border or depends on text before it.
-    So the ids of the pieces are the ids of the text. The borders do not depend on how the text is divided into `parts`.
-    A text without a border is one piece in memory, however long.
+    A cut lies before a space or newline that follows a non-space character. No word, and no match of the byte-level
+    splitting rule, extends across a cut or depends on text before the cut. Joining the ids of the pieces therefore
+    gives the ids of the whole text. The cuts do not depend on the division of the text into `parts`. A text without a
+    possible cut is one piece in memory, even if the text is very long.
 
     Args:
         parts: Parts of the text, in order.
-        size: Least number of characters of a piece; None: PIECE.
+        size: Least number of characters of a piece, or None for PIECE characters.
 
     Yields:
         The pieces, in order.
@@ -36,14 +37,14 @@ def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
             yield rest[start : match.end()]
             start = match.end()
         rest = rest[start:]
-        # The next part decides whether the last character is before a border.
+        # Only the next part shows whether a cut can follow the last character.
         searched = max(0, len(rest) - 1)
     if rest:
         yield rest
 
 
 def equal_pieces(parts: Iterable[str], size: int) -> Iterator[str]:
-    """Yield the text of `parts` in pieces of `size` characters; the last piece may be shorter."""
+    """Yield the text of `parts` in pieces of `size` characters. The last piece may be shorter."""
     rest = ""
     for part in parts:
         rest += part

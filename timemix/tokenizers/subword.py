@@ -17,7 +17,7 @@ from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair
 from timemix.tokenizers.pieces import PIECE, pieces
 
 LONGEST_WORD = 1024
-"""Most characters of a word in training: the time for a word grows with the square of its length."""
+"""Largest number of characters of a word in training. Training time grows with the square of the length of a word."""
 
 _LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")
 
@@ -25,7 +25,7 @@ _SPLITTING = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 class SubwordTokenizer(Tokenizer):
-    """Tokenizer whose tokens are frequent byte sequences within words: byte-level byte pair encoding.
+    """Tokenizer whose tokens are frequent byte sequences within words (byte-level byte pair encoding).
 
     Args:
         symbols: Tokens in the order of their ids, with a printable character for each byte.
@@ -76,9 +76,9 @@ def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
 
 def _without_long_words(piece: str) -> Iterator[str]:
-    """Yield the text, with words of the byte-level splitting rule cut after each LONGEST_WORD characters."""
+    """Yield the text in parts, with a cut after every LONGEST_WORD characters of a long word."""
     start = 0
-    # Splitting is slow and long words are rare, so it runs only if a search finds one.
+    # Splitting is slow and long words are rare, so the text is split only if a search finds a long word.
     if _LONG_RUN.search(piece):
         for _, (begin, end) in _SPLITTING.pre_tokenize_str(piece):
             for cut in range(begin + LONGEST_WORD, end, LONGEST_WORD):

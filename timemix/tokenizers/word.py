@@ -14,7 +14,7 @@ from timemix.tokenizers.base import UNKNOWN, Tokenizer
 from timemix.tokenizers.document import numbered, written_document
 from timemix.tokenizers.pieces import PART, pieces
 
-# Each of these characters is a token by itself, as in the 2021 code.
+# Each character of STANDING_ALONE is a token by itself, as in the 2021 code.
 STANDING_ALONE = "\n.,?!:;-—|'\"`()0123456789[]{}=+*\\/~&$#%"
 WORD = re.compile(f"[{re.escape(STANDING_ALONE)}]|[^ {re.escape(STANDING_ALONE)}]+")
 
@@ -22,11 +22,11 @@ WORD = re.compile(f"[{re.escape(STANDING_ALONE)}]|[^ {re.escape(STANDING_ALONE)}
 class WordTokenizer(Tokenizer):
     """Tokenizer whose tokens are lower-case words and the characters STANDING_ALONE, as in the 2021 code.
 
-    Decoding puts a space between tokens, but none after a newline. Case and spacing are lost.
+    Decoding puts a space between tokens, but no space after a newline. Case and spacing are lost.
 
     Args:
         words: The words and characters, in the order of their ids.
-        unknown: "error", or "unk": <unk> as the last entry.
+        unknown: "error" or "unk" (<unk> becomes the last entry).
     """
 
     kind = "word"
@@ -37,7 +37,7 @@ class WordTokenizer(Tokenizer):
         model = {
             "type": "WordLevel",
             "vocab": numbered(entries),
-            # The library requires a name. [ and ] are tokens by themselves, so [UNK] is never a word.
+            # The library requires an unknown token. [ and ] are tokens by themselves, so [UNK] is never a word.
             "unk_token": UNKNOWN if unknown == "unk" else "[UNK]",
         }
         alone = {
@@ -48,7 +48,7 @@ class WordTokenizer(Tokenizer):
         }
         spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
         join = [
-            # WordPiece joins with spaces. # is a token by itself, so no word begins with the prefix.
+            # WordPiece joins tokens with spaces. # is a token by itself, so no word begins with the prefix ##.
             {"type": "WordPiece", "prefix": "##", "cleanup": False},
             {"type": "Fuse"},
             {"type": "Replace", "pattern": {"String": "\n "}, "content": "\n"},
@@ -83,7 +83,7 @@ class WordTokenizer(Tokenizer):
 
 
 def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable[..., Any]) -> WordTokenizer:
-    """Train a word tokenizer on the parts of a text; see `train_tokenizer` for the arguments."""
+    """Train a word tokenizer on the parts of a text. `train_tokenizer` describes the arguments."""
     if unknown == "byte":
         raise InvalidValue("data.unknown is byte, which a word tokenizer does not support; choose unk or error")
     counts: Counter[str] = Counter()
@@ -93,25 +93,28 @@ def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Calla
         raise InvalidValue("the text has no words, so no word tokenizer can be trained on it; give another text")
     if unknown == "error":
         return WordTokenizer(sorted(counts), unknown)
-    # The text itself may hold <unk>.
+    # The text itself may contain the word <unk>.
     del counts[UNKNOWN]
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1]
     return WordTokenizer(sorted(frequent), unknown)
 
 
 def count_words(text: str) -> Counter[str]:
-    """Count how often each word occurs in a text, by the rule of the 2021 code."""
+    """Count the occurrences of each word in a text, with the splitting rule of the 2021 code."""
     return Counter(itertools.chain.from_iterable(_words(text)))
 
 
 def _words(text: str) -> Iterator[list[str]]:
-    """Yield the words of a text in lists, by the rule of the 2021 code."""
+    """Yield the words of a text in lists, with the splitting rule of the 2021 code."""
     for piece in pieces([text]):
         yield WORD.findall(_lower(piece))
 
 
 def _lower(text: str) -> str:
-    """Lower-case each character by itself, as the `tokenizers` library does; str.lower depends on context for sigma."""
+    """Lower-case each character by itself, like the `tokenizers` library.
+
+    In contrast, `str.lower` lower-cases a sigma according to its context.
+    """
     if text.isascii():
         return text.lower()
     lowercase = normalizers.Lowercase()

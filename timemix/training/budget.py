@@ -21,12 +21,12 @@ VALIDATED = 32_769
 SHARE = 0.05
 """Largest share of a run's seconds that is spent on timing its steps."""
 LONGEST = 5.0
-"""Largest number of seconds spent on timing steps: the mean is then accurate enough."""
+"""Largest number of seconds spent on timing steps, which is enough for an accurate mean."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Duration of each part of a run, in seconds; `validation` is for the whole held-out text."""
+    """Duration of each part of a run, in seconds. `validation` is the time for the whole held-out text."""
 
     step: float
     validation: float
@@ -34,9 +34,9 @@ class Pace:
     sample: float = 0.0
 
     def seconds_per_step(self, train: TrainConfig) -> float:
-        """Return the mean seconds of a step, with its share of validations, checkpoints and samples.
+        """Return the mean seconds of a step, including its share of validations, checkpoints and samples.
 
-        Each validation counts with a checkpoint, which may follow it.
+        Each validation is counted together with a checkpoint, because a checkpoint may follow the validation.
         """
         validation = (self.validation + self.checkpoint) / train.valid_every
         sample = self.sample / train.sample_every if train.sample_every else 0.0
@@ -45,7 +45,7 @@ class Pace:
     def steps_within(self, seconds: float, train: TrainConfig) -> int:
         """Return the number of steps that fit into `seconds`, at least 1.
 
-        Two validations (before the first and after the last step) and one checkpoint are subtracted first.
+        The time of two validations (before the first and after the last step) and one checkpoint is subtracted first.
         """
         left = seconds - 2 * self.validation - self.checkpoint
         return min(max(1, int(left / self.seconds_per_step(train))), MOST_STEPS)
@@ -54,25 +54,26 @@ class Pace:
 def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: Say) -> RunConfig:
     """Return the config with its seconds or tokens replaced by the number of steps that they allow.
 
-    All processes must call this function, and all get the same number. For seconds, a second model of the same config
-    trains a few timed steps and is discarded. It changes neither the weights nor the random numbers of the run.
+    All processes must call this function, and all get the same number of steps. If `train.seconds` is given, a second
+    model of the same config trains a few timed steps and is discarded. The second model changes neither the weights nor
+    the random numbers of the run.
 
     Args:
-        config: Config of the run, resolved for the corpus.
+        config: Config of the run, with the fields that the corpus determines.
         corpus: Tokens of the run.
-        out: Run folder. A timed checkpoint is saved there and removed.
+        out: Run folder, in which a timed checkpoint is saved and then removed.
         world: The processes of the run.
-        say: Called in process 0 with a sentence that reports the result.
+        say: Function that process 0 calls with a message about the result.
 
     Raises:
-        InvalidValue: The tokens take more than `MOST_STEPS` steps.
+        InvalidValue: The run would need more than `MOST_STEPS` steps for the tokens.
         NotFinite: The loss of a timed step is not finite.
     """
     train = config.train
     if train.tokens is not None:
         steps = steps_of_tokens(config)
         each = train.batch_size * config.window
-        sentence = f"{read_count(train.tokens):,} tokens at {each:,} per step: {steps:,} steps"
+        sentence = f"{read_count(train.tokens):,} tokens at {each:,} tokens per step: {steps:,} steps"
     elif train.seconds is not None:
         steps, sentence = _steps_of_seconds(config, train.seconds, corpus, out, world)
     else:
@@ -86,7 +87,7 @@ def steps_of_tokens(config: RunConfig) -> int:
     """Return the number of steps for `train.tokens` tokens, rounded up.
 
     Raises:
-        InvalidValue: The number exceeds `MOST_STEPS`.
+        InvalidValue: The number of steps exceeds `MOST_STEPS`.
     """
     assert config.train.tokens is not None
     each = config.train.batch_size * config.window
@@ -107,13 +108,13 @@ def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Pa
         while True:
             sized = replace(config, train=replace(config.train, steps=steps, seconds=None))
             trainer = Trainer(sized, scratch, corpus, world=world)
-            # Only long runs are compiled: if the run proves long enough, its steps are timed again, compiled.
+            # Only long runs are compiled. If the run is long enough, a second pass times compiled steps.
             if compiled is not None and (compiled or not trainer.compiled):
                 break
             compiled = trainer.compiled
             pace = _pace(trainer, min(SHARE * seconds, LONGEST))
             left = seconds - (time.perf_counter() - began)
-            # The clocks of several processes differ: process 0 decides.
+            # The clocks of several processes differ, so process 0 decides.
             (whole,) = world.sum(pace.steps_within(left, config.train) if world.first else 0)
             steps = int(whole)
     finally:
@@ -124,8 +125,8 @@ def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Pa
 
 
 def _pace(trainer: Trainer, seconds: float) -> Pace:
-    """Time the parts of a run: steps for `seconds` seconds, at least three, then each other part once."""
-    # The first step allocates and compiles.
+    """Time at least three steps, for `seconds` seconds, and then each other part of a run once."""
+    # The first step is not timed, because it also allocates memory and compiles.
     trainer.train_step()
     began = time.perf_counter()
     is_going = 1.0
@@ -140,7 +141,7 @@ def _pace(trainer: Trainer, seconds: float) -> Pace:
     if len(valid) > 1:
         validate = functools.partial(loss_per_token, trainer.model, piece, precision=trainer.precision)
         validation = _seconds(lambda: validate(world=trainer.world)) * (len(valid) - 1) / (len(piece) - 1)
-    # The checkpoint first: it creates the folder of the sample.
+    # Save the checkpoint first, because saving creates the folder of the sample.
     checkpoint = _seconds(trainer.save)
     sample = _seconds(trainer.sample) if trainer.config.train.sample_every else 0.0
     return Pace(step, validation, checkpoint, sample)

@@ -1,4 +1,4 @@
-"""torch.compile: the decision whether it saves time in a run, and the compiled model."""
+"""The decision to use torch.compile in a run, and the compiled model."""
 
 import os
 import shutil
@@ -10,13 +10,13 @@ from torch import nn
 from timemix.errors import InvalidValue
 
 COMPILE_FROM = 2e13
-"""Floating-point operations of a run from which compiling saves time on a CPU.
+"""Least number of floating-point operations of a run for which compiling saves time on a CPU.
 
-Two cores need about 100 s for them, and compiling takes 10 to 40 s.
+Two cores need about 100 s for 2e13 operations, and compiling takes 10 to 40 s.
 """
 
 COMPILE_FROM_ON_A_GPU = 3e15
-"""Floating-point operations of a run from which compiling saves time on a GPU.
+"""Least number of floating-point operations of a run for which compiling saves time on a GPU.
 
 On an H200, compiling takes 40 s and saves 25 ms in a step of 1.8e12 operations.
 """
@@ -27,21 +27,21 @@ def choose_compile(
 ) -> tuple[bool, str]:
     """Return whether to compile the model of a run, and the reason in words.
 
-    The decision depends on the arguments and the C++ compiler alone, so a resumed run decides as before.
+    The decision depends only on the arguments and the C++ compiler, so a resumed run gets the same decision.
 
     Args:
-        asked: `train.compile`: "auto", "on" or "off".
+        asked: Value of `train.compile`: "auto", "on" or "off".
         flops: Floating-point operations of the whole run.
         device: Device of the model.
         processes: Number of processes of the run.
-        fused: Whether `ops.common.fused` runs the whole model. Compiled code is no faster then (docs/performance.md).
+        fused: Whether `ops.common.fused` runs the whole model, as fast as compiled code would (docs/performance.md).
 
     Raises:
         InvalidValue: `asked` is "on" and the model cannot be compiled.
     """
     hindrance = None
     if processes > 1:
-        hindrance = "it supports one process only"
+        hindrance = "compiling supports one process only"
     elif device.type == "cpu" and cpp_compiler() is None:
         hindrance = "no C++ compiler is installed"
     if asked == "on":
@@ -53,32 +53,33 @@ def choose_compile(
     if hindrance:
         return False, hindrance
     if fused:
-        return False, "its own C code is as fast"
+        return False, "the model's own C code is as fast"
     if flops < (COMPILE_FROM_ON_A_GPU if device.type == "cuda" else COMPILE_FROM):
-        return False, "the run is too short to save time by it"
-    return True, "the run is long enough to save time by it"
+        return False, "the run is too short for compiling to save time"
+    return True, "the run is long enough for compiling to save time"
 
 
 def compiled_model(model: nn.Module, device: torch.device, accumulation: int = 1) -> nn.Module:
     """Return a model compiled for batches of one shape.
 
-    On a GPU, forward and backward become CUDA graphs. Without graphs, at 17 M parameters, launching the kernels takes
-    nearly three times as long as running them. Gradients lie in memory of the graphs, which the next backward
-    overwrites. Accumulated gradients therefore need compiled code without graphs.
+    On a GPU, the forward and backward passes become CUDA graphs. Without CUDA graphs, launching the kernels of a model
+    with 17 M parameters takes nearly three times as long as running the kernels. The gradients lie in memory of the
+    CUDA graphs, which the next backward pass overwrites. Gradient accumulation therefore needs compiled code without
+    CUDA graphs.
 
     Args:
-        model: The model; its parameters are shared.
+        model: The model, which shares its parameters with the compiled model.
         device: Device of the model.
         accumulation: Number of pieces of a batch whose gradients are summed.
 
     Returns:
-        A module with the same parameters.
+        A compiled module with the same parameters as `model`.
     """
     graphs = device.type == "cuda" and accumulation == 1
     return cast(nn.Module, torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None))
 
 
 def cpp_compiler() -> str | None:
-    """Return the path of the C++ compiler that torch.compile calls, None if none is installed."""
+    """Return the path of the C++ compiler that torch.compile calls, or None if no compiler is installed."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)

@@ -1,14 +1,16 @@
-"""Reports of repeated failures that do not end a run: one report each, not one per repetition."""
+"""Reports of repeated failures that do not end a run. Each failure is reported once, not at every repetition."""
 
 from collections.abc import Callable
 
 
 class Failures:
-    """Reporter of a failure that may repeat: warns when it begins, when its cause changes and when it ends.
+    """Reporter of a failure that may repeat.
+
+    The reporter warns when the failure begins, when its cause changes and when the failure ends.
 
     Args:
         what: Name of the failing part, as the subject of a sentence, such as "hook my_module:log".
-        warn: Called with each sentence.
+        warn: Function that is called with each warning.
     """
 
     def __init__(self, what: str, warn: Callable[[str], None]) -> None:
@@ -17,11 +19,11 @@ class Failures:
         self._count = 0
 
     def failed(self, cause: str, sentence: str) -> None:
-        """Count a failure, and report it unless the failure before had the same cause.
+        """Count a failure, and report it unless the previous failure had the same cause.
 
         Args:
-            cause: Compared with the cause of the failure before.
-            sentence: The warning.
+            cause: Cause of the failure, which is compared with the cause of the previous failure.
+            sentence: Text of the warning.
         """
         self._count += 1
         if cause != self._cause:
@@ -29,15 +31,15 @@ class Failures:
         self._cause = cause
 
     def worked(self) -> None:
-        """Report the number of failures before this success, if there were any."""
+        """Report the number of failures before a success, if there were any failures."""
         if self._count:
             self._warn(f"{self._what} works again after {_times(self._count)}")
         self._cause, self._count = None, 0
 
     def close(self) -> None:
-        """Report the number of failures if the last call failed; for the end of a run."""
+        """At the end of a run, report the number of failures if the last call failed."""
         if self._count > 1:
-            self._warn(f"{self._what} failed to the end of the run: {_times(self._count)}")
+            self._warn(f"{self._what} failed until the end of the run: {_times(self._count)}")
         self._cause, self._count = None, 0
 
 

@@ -1,4 +1,4 @@
-"""The batches of a process on its device, one step ahead of the computation."""
+"""Upload of the batches of a process to its device, one step ahead of the computation."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from timemix.runtime.distributed import World, my_rows
 
 
 class Feed:
-    """Upload this process's rows of each batch.
+    """Upload the rows of each batch that one process trains on.
 
-    A GPU computes a step while the CPU continues, so `prepare` assembles and uploads the next batch in that time.
+    While a GPU computes a step, `prepare` assembles the next batch on the CPU and uploads it.
 
     Args:
-        batches: Batches by step.
-        batch_size: Rows of a batch, over all processes.
+        batches: Function that returns the batch of a step.
+        batch_size: Number of rows of a batch, over all processes.
         world: The processes of the run.
-        device: Of this process.
+        device: Device of this process.
     """
 
     def __init__(self, batches: Batches, batch_size: int, world: World, device: torch.device) -> None:
@@ -37,5 +37,5 @@ class Feed:
         return self._ready[1]
 
     def _upload(self, rows: Tensor) -> Tensor:
-        # Only from pinned memory does a copy run beside the computation.
+        # A copy runs in parallel with the computation only if its source is pinned memory.
         return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows

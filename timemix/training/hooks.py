@@ -1,4 +1,4 @@
-"""Hooks: functions that get each line of metrics.jsonl, such as a writer for TensorBoard."""
+"""Hooks: functions that receive each line of metrics.jsonl, such as a writer for TensorBoard."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from timemix.training.failures import Failures, first_line
 Hook = Callable[[Line], object]
 """A function that is called with each new line of metrics.jsonl, as a dictionary.
 
-A tracking service needs one line: `trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`.
+One line of code connects a tracking service: `trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`.
 """
 
 
@@ -22,10 +22,10 @@ class Hooks:
 
     Args:
         hooks: The functions, called in this order.
-        warn: Called with each warning, a sentence.
+        warn: Function that is called with each warning.
 
     Attributes:
-        failure: Sentence about the newest failure, None before the first.
+        failure: Message about the newest failure, None before the first failure.
     """
 
     def __init__(self, hooks: Sequence[Hook], warn: Callable[[str], None]) -> None:
@@ -61,9 +61,9 @@ def load_hook(name: str) -> Hook:
         name: Module and function, such as "my_module:log". The module may lie in the working folder.
 
     Raises:
-        InvalidValue: The module or the function does not exist, or is not callable.
+        InvalidValue: The module or the function does not exist, or the function is not callable.
     """
-    # sys.path of an installed command has the folder of the command, not the working folder.
+    # sys.path of an installed command contains the folder of the command, but not the working folder.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
@@ -78,11 +78,11 @@ def load_hook(name: str) -> Hook:
 
 
 def tensorboard(folder: Path, step: int) -> Hook:
-    """Return a hook that writes the numbers of each line for TensorBoard.
+    """Return a hook that writes the numbers of each line of metrics.jsonl for TensorBoard.
 
     Args:
         folder: Folder of the TensorBoard log.
-        step: Step that the run resumes from; later entries of an older log are dropped.
+        step: Step from which the run resumes. Later entries of an existing log are dropped.
 
     Raises:
         Unavailable: TensorBoard is not installed.

@@ -1,4 +1,4 @@
-"""Estimate of the memory of a training step before the run starts."""
+"""Estimate of the memory that a training step needs, computed before the run starts."""
 
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import Unavailable
@@ -11,14 +11,15 @@ from timemix.runtime.machine import free_memory
 
 
 def training_memory(model: ModelConfig, train: TrainConfig, precision: str, processes: int = 1) -> int:
-    """Return the estimated bytes that a training step needs in each process.
+    """Return the estimated number of bytes that a training step needs in each process.
 
-    The estimate was within 45 % where it was measured (docs/log/2026-11-23-memory-estimate.md). It is the sum of
+    The estimate was within 45 % in all measured cases (docs/log/2026-11-23-memory-estimate.md). The estimate is the
+    sum of
 
     - weights, gradients and two moments per weight,
     - values that the blocks save for the backward pass, counted per token,
     - logits and their gradient,
-    - W or the attention matrices of every head: in every layer, or only one strip where the code never forms all of W.
+    - W or the attention matrices of every head, in every layer, or one strip of W if the code never forms all of W.
 
     Args:
         model: The model.
@@ -29,7 +30,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     width = 8 if precision == "float64" else 4
     rows = max(1, train.batch_size // train.accumulation // processes)
     tokens = rows * train.contexts * model.ctx_len
-    # In bfloat16 only the inputs and outputs of matrix products are half as wide.
+    # In bfloat16, only the inputs and outputs of matrix products take half the memory.
     kept = 0.7 if precision == "bfloat16" else 1.0
     own = block_class(model).kept(model, rows)
     # With recomputation, only one block at a time has all its values in memory.
@@ -44,7 +45,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
 
 
 def refuse_too_large(config: RunConfig, world: World) -> None:
-    """Check that the run fits the free memory.
+    """Check that the run fits into the free memory.
 
     Raises:
         Unavailable: The estimate exceeds the free memory.

@@ -15,7 +15,7 @@ from timemix.runtime.distributed import part_like, whole
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:
-    """Return for each parameter name whether it is the weight of a linear layer inside a block."""
+    """For each parameter name, return whether the parameter is the weight of a linear layer inside a block."""
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -27,10 +27,11 @@ def _is_matrix(model: nn.Module) -> dict[str, bool]:
 def build_optimizers(
     model: nn.Module, config: TrainConfig, precision: str = "float32", recipe: Recipe | None = None
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a run. Each parameter belongs to exactly one of them.
+    """Return the optimizers of a run. Each parameter belongs to exactly one optimizer.
 
-    AdamW, in PyTorch's fused form, decays only the weights of linear layers inside blocks. With `config.optimizer`
-    "muon", Muon updates these weights, and AdamW updates all other parameters.
+    AdamW (PyTorch's fused version) applies weight decay only to the weights of linear layers inside blocks. With
+    `config.optimizer` "muon", Muon updates the weights of linear layers inside blocks, and AdamW updates all other
+    parameters.
 
     Args:
         model: The model to train.
@@ -43,7 +44,7 @@ def build_optimizers(
     """
     recipe = recipe or Recipe()
     matrices: list[nn.Parameter] = []
-    # Keys: weight decay, factor of the learning rate, and whether the parameters belong to the embedding.
+    # Keys of `others`: weight decay, factor of the learning rate, and whether the parameters belong to the embedding.
     others: dict[tuple[float, float, bool], list[nn.Parameter]] = {(0.0, 1.0, False): []}
     is_matrix = _is_matrix(model)
     for name, p in model.named_parameters():
@@ -70,7 +71,8 @@ def build_optimizers(
 class _Uncompiled(torch.optim.Optimizer):
     """An optimizer without PyTorch's wrappers for torch.compile, which import the compiler.
 
-    The import takes 2.5 s of processor time, half the time of a run of one step. timemix never compiles optimizers.
+    Importing the compiler takes 2.5 s of processor time, half the time of a run of one step. timemix never compiles
+    optimizers.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -90,10 +92,11 @@ class Muon(_Uncompiled):
 
         W <- (1 - lr weight_decay) W - 0.2 sqrt(max(rows, columns)) lr orthogonalized(M)
 
-    The factor gives updates the size of AdamW's, so that both optimizers can use one learning rate and weight decay.
-    The result is that of torch.optim.Muon with `match_rms_adamw`, with two differences. `orthogonalized` needs fewer
-    rounds. Its products run in `precision`: without bfloat16 instructions, products in bfloat16 take thirty times as
-    long as in float32.
+    The factor 0.2 sqrt(max(rows, columns)) gives the updates the same size as the updates of AdamW. AdamW and Muon can
+    therefore use one learning rate and weight decay. The updates are those of torch.optim.Muon with
+    `match_rms_adamw`, with two differences. `orthogonalized` needs fewer rounds. The matrix products of
+    `orthogonalized` run in `precision`. On a CPU without bfloat16 instructions, products in bfloat16 take thirty times
+    as long as in float32.
 
     Args:
         matrices: Parameters of shape (rows, columns).
@@ -113,7 +116,7 @@ class Muon(_Uncompiled):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update the matrices. Those of equal shape are orthogonalized in one batch."""
+        """Update the matrices. Matrices of equal shape are orthogonalized in one batch."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             updates: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
@@ -139,17 +142,18 @@ class Muon(_Uncompiled):
         return gradient.lerp(state["momentum_buffer"], self.momentum)
 
 
-# Coefficients of three polynomials a x + b x^3 + c x^5 (arXiv 2505.16932). The first has the smallest maximal error on
-# [0.01, 1], and each next one on the range of values of the one before. The ranges have a margin of 2 %: rounding may
-# take a singular value past 1, where the polynomials diverge.
+# Coefficients of three polynomials a x + b x^3 + c x^5 (arXiv 2505.16932). The first polynomial has the smallest
+# maximal error on [0.01, 1]. Each next polynomial has the smallest maximal error on the range of values of the previous
+# polynomial. The ranges have a margin of 2 %, because rounding may take a singular value past 1, where the polynomials
+# diverge.
 _QUINTICS = ((7.9347, -22.2580, 15.8016), (3.5653, -2.5649, 0.4859), (2.6091, -1.8632, 0.4099))
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices with their singular values moved to between 0.7 and 1.3.
 
-    Three different polynomials have the effect of five rounds of the usual one. Singular values below a hundredth of
-    the Frobenius norm end lower: at most at 74x their ratio to that norm.
+    Three rounds with different polynomials have the effect of five rounds with the usual polynomial. Singular values
+    below a hundredth of the Frobenius norm end lower, at no more than 74x their ratio to that norm.
 
     Args:
         matrices: Shape (n, rows, columns).
@@ -157,7 +161,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     Source:
         arXiv 2505.16932.
     """
-    # (n, rows, columns) -> (n, short side, long side), so that the Gram matrix is the small one
+    # (n, rows, columns) -> (n, short side, long side), so that the Gram matrix is small
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in _QUINTICS:
@@ -176,7 +180,7 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
     """Return the learning rate of a step.
 
     The rate rises linearly to `config.lr` over the warm-up, then follows the schedule to `config.lr_final`. All steps
-    have the same number of tokens, so a share of the steps is a share of the tokens.
+    have the same number of tokens, so a share of the steps is the same share of the tokens.
 
     Args:
         config: Learning rates, schedule, warm-up and number of steps.
@@ -192,6 +196,6 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
     elif config.schedule == "linear":
         share = 1 - progress
     else:
-        # Warm-up and decay are shares of the same run: a long warm-up shortens the decay.
+        # Warm-up and decay are shares of one run, so a long warm-up shortens the decay.
         share = min(1.0, (1 - step / config.steps) / max(min(config.decay, 1 - config.warmup), 1e-12))
     return config.lr_final + (config.lr - config.lr_final) * share

@@ -18,18 +18,20 @@ from timemix.runtime.distributed import World, set_whole
 def new_model(
     config: ModelConfig, strategy: str, world: World, device: torch.device, dtype: torch.dtype
 ) -> tuple[LanguageModel, nn.Module]:
-    """Create a model with initial values from torch's generator, equal for any strategy and number of processes.
+    """Create a model with initial values from the random generator of torch.
+
+    The initial values are equal for any strategy and number of processes.
 
     Args:
         config: Config of the model.
         strategy: "replicate" (DistributedDataParallel) keeps a whole model in each process. "shard" (fully_shard)
             splits each parameter by rows over the processes, and no process ever holds the whole model.
-        world: The processes of the run, which all must call.
+        world: The processes of the run, all of which must call this function.
         device: Device of this process.
         dtype: Type of the parameters.
 
     Returns:
-        The model, and the module to call in training. Its gradients are the mean over the processes.
+        The model, and the module to call in training. The gradients of the module are the mean over the processes.
     """
     if world.size > 1 and strategy == "shard":
         model = _sharded(config, world, device, dtype)
@@ -42,8 +44,8 @@ def new_model(
 
 
 def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """Create a sharded model: parts of it are created one after another, and each process copies its rows."""
-    # Imported on use: the import takes more than a second, half as long as that of torch.
+    """Create a sharded model part by part. Each process copies its rows of each part."""
+    # The import takes more than a second, half as long as the import of torch, so fully_shard is imported on use.
     from torch.distributed.fsdp import fully_shard
 
     with torch.device("meta"):
@@ -51,11 +53,11 @@ def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: tor
     mesh = dist.init_device_mesh(device.type, (world.size,))  # type: ignore[attr-defined]
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    # Shards the parameters outside the blocks. Without the argument they would stay whole after a forward pass
-    # without a backward pass.
+    # `fully_shard(model)` shards the parameters outside the blocks. Without `reshard_after_forward`, the parameters
+    # outside the blocks would stay whole after a forward pass without a backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=device)
-    # The order of LanguageModel: first the values of the constructors, then those of the architecture.
+    # The order is that of LanguageModel: first the values of the constructors, then the values of the architecture.
     for name, create in model_parts(config):
         for end, values in create().named_parameters():
             set_whole(model.get_parameter(f"{name}.{end}"), values)
@@ -65,7 +67,7 @@ def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: tor
 
 @contextlib.contextmanager
 def without_exchange(module: nn.Module) -> Iterator[None]:
-    """Keep gradients in their process during the `with` block, for all pieces of a batch but the last."""
+    """Disable the exchange of gradients in the `with` block, for all pieces of a batch except the last piece."""
     with module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext():
         yield
 
@@ -74,7 +76,7 @@ def check_shares(train: TrainConfig, world: World) -> None:
     """Check that the batch divides evenly among the processes and their accumulated pieces.
 
     Raises:
-        InvalidValue: It does not.
+        InvalidValue: The batch does not divide evenly.
     """
     if train.batch_size % (train.accumulation * world.size):
         raise InvalidValue(
@@ -85,11 +87,11 @@ def check_shares(train: TrainConfig, world: World) -> None:
 
 @contextlib.contextmanager
 def losses_reported(world: World, last_good: Callable[[], str]) -> Iterator[None]:
-    """Turn the error of a lost process in the `with` block into ProcessLost.
+    """Raise ProcessLost in place of the error that a lost process causes in the `with` block.
 
     Args:
         world: The processes of the run.
-        last_good: Returns a clause about the last good checkpoint, for the message.
+        last_good: Function that returns a clause about the last good checkpoint, for the error message.
 
     Raises:
         ProcessLost: Another process of the run has ended or does not answer.

@@ -36,9 +36,9 @@ def write_sample(
 
     Args:
         loaded: The model, with the run folder as its folder.
-        step: Step of the model, for the line above the text.
+        step: Step of the model, for the heading above the text.
         prompt: Start of the text. Default: a newline, or the first token of a vocabulary without a newline.
-        sampler: Default: temperature 1, no filter.
+        sampler: Sampler of the tokens. Default: temperature 1, no filter.
         tokens: Number of generated tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def write_sample(
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"--- step {step}\n{text}\n\n")
     except OSError as error:
-        # A run with `train.full_disk` "continue" reports a full disk once, for metrics.jsonl.
+        # A run with `train.full_disk` "continue" reports a full disk only once, when metrics.jsonl cannot be written.
         if loaded.config.train.full_disk == "stop":
             raise CannotWrite(cannot_write(path, error)) from error
     return text

@@ -34,7 +34,7 @@ def tensors_to_save(model: LanguageModel, optimizers: Sequence[torch.optim.Optim
 
 
 def gathered(tensors: Named, world: World) -> Named:
-    """Return whole tensors on the CPU in process 0, and nothing in the others. All processes must call."""
+    """Return whole tensors on the CPU in process 0, and no tensors elsewhere. All processes must call this function."""
     found: Named = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -44,7 +44,10 @@ def gathered(tensors: Named, world: World) -> Named:
 
 
 def first_damaged(weights: Named, world: World) -> str | None:
-    """Return the name of the first weight that is not finite in any process, or None. All processes must call."""
+    """Return the name of the first weight that is not finite in some process, or None if all weights are finite.
+
+    All processes must call this function.
+    """
     flags = world.sum(*(float(not torch.isfinite(own_part(each)).all()) for each in weights.values()))
     return next((name for name, flag in zip(weights, flags, strict=True) if flag), None)
 
@@ -57,10 +60,10 @@ def write_checkpoint(
     progress: Progress,
     world: World,
 ) -> Path | None:
-    """Write a checkpoint. All processes must call.
+    """Write a checkpoint. All processes must call this function.
 
-    A sharded model is written as one file per process and an index, so no process holds the whole model. Otherwise
-    process 0 writes whole tensors. Any number of processes can resume from both forms.
+    A sharded model is written as one file per process and an index, so no process holds the whole model. If the
+    model is not sharded, process 0 writes whole tensors. Any number of processes can resume from both kinds of files.
 
     Args:
         run: Run folder.
@@ -71,16 +74,16 @@ def write_checkpoint(
         world: The processes of the run.
 
     Returns:
-        The checkpoint in process 0; in the others the checkpoint or None.
+        Path of the checkpoint in process 0, and the path or None in other processes.
 
     Raises:
-        CannotWrite: In process 0: the disk is full or not writable.
-        Elsewhere: In the other processes, when process 0 raises CannotWrite.
+        CannotWrite: The disk is full or not writable. Only process 0 raises CannotWrite.
+        Elsewhere: Process 0 raised CannotWrite. The other processes then raise Elsewhere.
     """
     if all(own_part(x) is x for x in tensors["model"].values()):
         full = {stem: gathered(named, world) for stem, named in tensors.items()}
         return world.first_does(lambda: save_checkpoint(run, full, config, tokenizer, progress))
-    # Process 0 also writes the tensors that are not sharded: step counts.
+    # Process 0 also writes the tensors that are not sharded, which are step counts.
     own = {
         stem: {name: own_part(x).cpu() for name, x in named.items() if world.first or own_part(x) is not x}
         for stem, named in tensors.items()
@@ -94,13 +97,13 @@ def restore_training(
 ) -> Progress:
     """Load weights and optimizer state of a checkpoint into a model and its optimizers.
 
-    Each process reads its own rows, from one file or from several.
+    Each process reads its own rows, from one or several files.
 
     Args:
         folder: The checkpoint.
         model: The model to fill.
-        optimizers: Its optimizers, as `build_optimizers` returns them.
-        world: The processes of the run, which all must call.
+        optimizers: Optimizers of the model, as returned by `build_optimizers`.
+        world: The processes of the run, all of which must call this function.
 
     Returns:
         The content of training.json.
@@ -136,7 +139,7 @@ def restore_training(
                             f"{stored.path} does not fit this run: {name} is missing or has another shape;"
                             " remove the checkpoint to resume from the one before"
                         )
-                    # The fused optimizer requires these types, and its step count on the parameter's device.
+                    # The fused optimizer requires the step count in float32, on the device of the parameter.
                     if key == "step":
                         value = stored.tensor(name).to(parameter.device, torch.float32)
                     else:
@@ -148,7 +151,7 @@ def restore_training(
 
 @torch.no_grad()
 def _read_own_rows(own: Tensor, stored: StoredTensors, name: str) -> None:
-    """Read the rows of a stored tensor that this process has."""
+    """Read this process's rows of a stored tensor."""
     part = own_part(own)
     part.copy_(stored.tensor(name) if part is own else stored.rows(name, *own_rows(own)))
 
@@ -159,7 +162,7 @@ def fill(model: LanguageModel, weight: Callable[[str], Tensor]) -> None:
 
     Args:
         model: The model to fill.
-        weight: Returns the whole weight of a name.
+        weight: Function that returns the whole weight with a given name.
     """
     for name, own in model.state_dict().items():
         set_whole(own, weight(name))

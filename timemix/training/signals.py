@@ -16,11 +16,11 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SI
 def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
     """Collect stop signals in a list during the `with` block, so that they do not end the process.
 
-    Signals that the process ignores stay ignored, which `nohup` relies on. Under torchrun one Ctrl-C arrives twice:
+    Signals that the process ignores stay ignored, as `nohup` requires. Under torchrun one Ctrl-C arrives twice:
     from the terminal and from torchrun. torchrun itself kills a process that does not end.
 
     Args:
-        received: Emptied, then filled with the numbers of the signals.
+        received: List that is emptied, and then filled with the numbers of the signals.
         escalate: Whether a second signal has its usual effect, such as KeyboardInterrupt.
     """
     received.clear()
@@ -28,7 +28,7 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        # A terminal that closes sends SIGHUP twice: once itself, once through its shell.
+        # A closing terminal sends SIGHUP twice: directly and through its shell.
         if escalate and number != getattr(signal, "SIGHUP", None):
             for each, handler in old.items():
                 signal.signal(each, handler)
@@ -38,11 +38,11 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
             if signal.getsignal(each) is not signal.SIG_IGN:
                 old[each] = signal.signal(each, note)
     except ValueError:
-        pass  # Only the main thread may set signal handlers; in other threads signals keep their effect.
+        pass  # Only the main thread may set signal handlers, so signals keep their effect in other threads.
     try:
         yield
     except ProcessLost:
-        # torchrun ends all processes with SIGTERM then. Keeping the handlers lets this process report its error first.
+        # After ProcessLost, torchrun ends all processes with SIGTERM. The kept handlers let this process report first.
         old.clear()
         raise
     finally:
@@ -54,7 +54,7 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
 def signals_raised() -> Iterator[None]:
     """Raise SystemExit for stop signals during the `with` block, so that `finally` clauses remove unfinished files.
 
-    Only signals are changed that would otherwise end the process at once.
+    Only signals that would otherwise end the process at once get a new handler.
     """
 
     def leave(number: int, frame: Any) -> None:
@@ -67,7 +67,7 @@ def signals_raised() -> Iterator[None]:
                 signal.signal(each, leave)
                 taken.append(each)
     except ValueError:
-        pass  # As above.
+        pass  # Only the main thread may set signal handlers.
     try:
         yield
     finally:

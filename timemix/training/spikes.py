@@ -1,4 +1,4 @@
-"""Detection of loss spikes, and files with the batches that caused them."""
+"""Detection of loss spikes, and files with the batches that caused the spikes."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from timemix.tokenizers.base import Tokenizer
 
 
 class SpikeWatch:
-    """Detector of losses far above the preceding ones.
+    """Detector of losses far above the preceding losses.
 
-    A loss is a spike if it exceeds the exponential mean of the losses before, over about 100 steps, by more than
+    A loss is a spike if it exceeds the exponential moving average of earlier losses, over about 100 steps, by more than
     `deviations` standard deviations. The first 50 losses are never reported.
 
     Args:
         deviations: Threshold in standard deviations; 0: no loss is a spike.
 
     Attributes:
-        state: Mean, variance and number of losses so far; set it to resume.
+        state: Mean, variance and number of losses so far. A resumed run sets `state`.
     """
 
     DECAY = 0.99
@@ -31,12 +31,12 @@ class SpikeWatch:
         self.state: tuple[float, float, float] = (0.0, 0.0, 0)
 
     def __call__(self, loss: float) -> str | None:
-        """Add a loss in nats per token; return a clause that reports it if it is a spike, otherwise None."""
+        """Add a loss in nats per token. Return a clause about the loss if the loss is a spike, otherwise None."""
         mean, variance, seen = self.state
         deviation = math.sqrt(variance)
         highest = mean + self._deviations * deviation
         spike = self._deviations > 0 and seen >= self.WARM_UP and loss > highest
-        # A spike enters the mean as the highest usual loss, so that a lasting rise is reported only a few times.
+        # A spike enters the mean with the value of the threshold, so that a lasting rise is reported only a few times.
         usual = highest if spike else loss
         weight = max(1 - self.DECAY, 1 / (seen + 1))
         self.state = (

@@ -27,7 +27,7 @@ from timemix.training.signals import signals_raised
 from timemix.training.trainer import Trainer
 
 FIXED = ("batch_size", "contexts", "seed", "optimizer")
-"""Settings that cannot change when a run is resumed: its data order and optimizer state depend on them."""
+"""Settings that cannot change when a run is resumed, because the data order or the optimizer state depends on them."""
 
 
 def new_run(
@@ -41,24 +41,24 @@ def new_run(
     """Create a run folder: prepare the tokens, count the steps and write config.toml, without training yet.
 
     If `config.start` names a trained model, training starts from its weights, with its tokenizer. `config.model` must
-    equal the config of that model, except for dropout and ctx_len. Its tables are cut or extended to ctx_len
-    (`Block.resized`).
+    equal the config of the trained model, except for dropout and ctx_len. `Block.resized` cuts or extends the tables of
+    the trained model to ctx_len.
 
     Args:
-        config: Config of the run. `train.seconds` or `train.tokens` is replaced by the steps that they allow.
+        config: Config of the run. The resulting number of steps replaces `train.seconds` or `train.tokens`.
         out: Run folder, which must not exist.
         world: The processes of the run.
-        start: A model to start from in place of `config.start`, such as a converted one.
-        progress: Where to show the progress of the preparation and the number of steps; True: on standard error.
+        start: A model to start from in place of `config.start`, such as a converted model.
+        progress: Whether to show progress and the number of steps on standard error, or a function for the messages.
 
     Returns:
         A trainer at step 0, which holds the lock of the folder.
 
     Raises:
         AlreadyExists: `out` exists.
-        InvalidValue: A setting, the text or the start is not supported.
+        InvalidValue: A setting, the text or the starting model is not supported.
         Unavailable: The machine lacks the device or the memory.
-        TimemixError: Another cause, such as a damaged file or a full disk.
+        TimemixError: The run cannot start for another reason, such as a damaged file or a full disk.
     """
     if start is None and config.start is not None:
         start = load(config.start)
@@ -90,7 +90,7 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     if start is not None:
         weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
         fill(trainer.model, weights.__getitem__)
-        # A run killed before its next checkpoint then starts from these weights again.
+        # This checkpoint lets a run that is killed before its next checkpoint start from the same weights again.
         trainer.save()
     return trainer
 
@@ -122,9 +122,9 @@ def _locked(folder: Path) -> FolderLock:
 
 
 def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
-    """Return the config with the fields that the tokens determine.
+    """Return the config, completed with the fields that the tokens determine.
 
-    These are the vocabulary size, the tokenizer and, for a prepared folder, its absolute path.
+    The tokens determine the vocabulary size, the tokenizer and, for a prepared folder, its absolute path.
     """
     made = corpus.tokenizer
     data = replace(config.data, tokenizer=cast(TokenizerKind, made.kind), unknown=cast(Unknown, made.unknown))
@@ -134,7 +134,7 @@ def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
 
 
 def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowProgress) -> Corpus:
-    """Open the prepared folder that is the source of a run, or prepare its text in the run folder."""
+    """Open the prepared folder that is the source of a run, or prepare the source text in the run folder."""
     source = Path(config.data.source)
     tokenizer = None if start is None else start.tokenizer
     if not is_corpus(source):
@@ -157,20 +157,21 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
 def resume_run(out: Path, world: World = ALONE, train: Mapping[str, Any] | None = None) -> Trainer:
     """Return a trainer at the newest checkpoint of a run, or at step 0 if the run has none.
 
-    Any number of processes can resume a run, whatever number started it.
+    The number of processes may differ from the number of processes that started the run.
 
     Args:
         out: The run folder.
         world: The processes of the run.
-        train: Settings of training to change from here on, such as `{"steps": 300}`. They are saved in config.toml, and
-            the learning rate follows the schedule that they describe. The settings of `FIXED` cannot change.
+        train: Settings of training to change in the resumed run, such as `{"steps": 300}`. The new settings
+            are saved in config.toml, and determine the schedule of the learning rate. The settings of `FIXED` cannot
+            change.
 
     Returns:
         A trainer, which holds the lock of the folder.
 
     Raises:
         InUse: Another process works on the run.
-        FileError: A file of the run is missing or damaged, or its data have changed since the run started.
+        FileError: A file of the run is missing or damaged, or the data have changed since the run started.
         InvalidValue: A setting cannot change, or has an unsupported value.
         Unavailable: The machine lacks the device or the memory.
     """
@@ -189,12 +190,12 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     corpus = open_run_corpus(out, config.data.source)
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
         raise DamagedFile(
-            f"the data of {out} have {corpus.tokenizer.vocab_size} tokens in their vocabulary and its config.toml names"
+            f"the vocabulary of the data of {out} has {corpus.tokenizer.vocab_size} tokens, but its config.toml names"
             f" {config.model.vocab_size}; restore both from one copy"
         )
     saved = checkpoints(out)
     if saved:
-        # Checks the weights before a model of the size in a possibly damaged config.toml takes memory.
+        # Check the weights first, because a damaged config.toml may name a model size that takes too much memory.
         empty_model(config.model, saved[-1])
     # Free memory differs between the processes, so one of them may refuse alone.
     world.all_check(lambda: refuse_too_large(config, world))
@@ -213,7 +214,7 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
 
 
 def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfig:
-    """Return the config of a run with other settings of training."""
+    """Return the config of a run with changed settings of training."""
     check_budget(train)
     if train.get("seconds") is not None:
         raise InvalidValue(

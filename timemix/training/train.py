@@ -1,4 +1,4 @@
-"""`train`: the training of a model in one call."""
+"""The function `train`, which trains a model in one call."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,18 +32,18 @@ def train(
     `timemix train cpu-small --data text.txt --out runs/mine --train.steps 500`.
 
     Args:
-        config: Name of a preset, or the config of the run. None with `resume`: the run folder has the config.
-        out: Run folder to create. With `resume`: an existing run folder.
-        model: Settings of the model that replace those of the config, such as `{"layers": 2}`.
+        config: Name of a preset, or the config of the run. None with `resume`, because the run folder has the config.
+        out: Run folder to create, or an existing run folder with `resume`.
+        model: Settings of the model that replace settings of the config, such as `{"layers": 2}`.
         data: Settings of the text, or the source alone: a file, folder, glob, prepared folder, or "builtin".
         train: Settings of the training, such as `{"steps": 500}`.
-        resume: Whether to continue the run from its newest checkpoint. `train` may then change settings, such as
-            `{"steps": 1000}` or `{"lr": 1e-3}`.
-        watch: Called with a `TrainingProgress` after each step.
-        hook: Called with each line of metrics.jsonl, a dictionary.
+        resume: Whether to continue the run from its newest checkpoint. With `resume`, `train` may change settings, such
+            as `{"steps": 1000}` or `{"lr": 1e-3}`.
+        watch: Function that is called with a `TrainingProgress` after each step.
+        hook: Function that is called with each line of metrics.jsonl, as a dictionary.
 
     Returns:
-        The checkpoint of the lowest validation loss, loaded on the CPU, with the model in eval mode.
+        The checkpoint with the lowest validation loss, loaded on the CPU, with the model in eval mode.
 
     Raises:
         InvalidValue: A setting or the text is not supported.
@@ -52,7 +52,7 @@ def train(
         FileError: A file is damaged, in use or cannot be written.
         Unavailable: The machine lacks the device or the memory.
         NotFinite: The loss or a gradient is not finite.
-        HookFailed: The hook raised and `train.hook_errors` is "stop". The newest step is saved.
+        HookFailed: The hook raised an exception, and `train.hook_errors` is "stop". The newest step is saved.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run. The newest step is saved.
     """
     out = Path(out)
@@ -77,7 +77,7 @@ def train(
 
 
 def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | None]) -> RunConfig:
-    """Return a config or the config of a preset with the given settings replaced."""
+    """Return a config, or the config of a preset, with the given changes of settings."""
     for part, own in changes.items():
         if not isinstance(own, Mapping | None):
             raise InvalidValue(f"{part} is {own!r}; it must be a dictionary of settings")

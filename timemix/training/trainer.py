@@ -44,9 +44,9 @@ logger = logging.getLogger("timemix")
 class Trainer:
     """A model in training with its optimizers, in each process of a run.
 
-    Batches and dropout are functions of (seed, step). The number of finished steps therefore is the position in the
-    data and in the random numbers. The processes take equal parts of each batch. Only process 0 writes metrics,
-    checkpoints and bad batches.
+    Batches and dropout depend only on the seed and the step. The number of finished steps therefore determines the
+    position in the data and the random numbers. The processes take equal parts of each batch. Only process 0 writes
+    metrics, checkpoints and bad batches.
 
     Use `new_run` or `resume_run` to create a trainer with its run folder.
 
@@ -54,21 +54,21 @@ class Trainer:
         config: Config of the run, with a number of steps.
         out: Run folder.
         corpus: Tokens of the run.
-        lock: Lock of the run folder. Default: a new one, which `run` takes.
+        lock: Lock of the run folder. Default: a new lock, which `run` takes.
         world: The processes of the run.
 
     Attributes:
         model: The model, sharded with `train.strategy` "shard".
-        optimizers: Its optimizers.
+        optimizers: Optimizers of the model.
         step: Number of finished optimizer steps.
         seconds: Seconds of training so far, without validation and saving.
-        valid_loss: Newest validation loss in nats per token, None before the first.
-        valid_step: Step of `valid_loss`.
+        valid_loss: Newest validation loss in nats per token, None before the first validation.
+        valid_step: Step of the newest validation.
         best_loss: Lowest validation loss so far, in nats per token.
-        validations_without_gain: Number of validations since `best_loss`.
-        device: Device of the model; `device_reason` says why it was chosen.
-        precision: Precision of matrix products; `precision_reason` says why it was chosen.
-        compiled: Whether the training step is compiled; `compile_reason` says why.
+        validations_without_gain: Number of validations since the validation with the lowest loss.
+        device: Device of the model. `device_reason` is the reason for the choice of the device.
+        precision: Precision of matrix products. `precision_reason` is the reason for the choice of the precision.
+        compiled: Whether the training step is compiled. `compile_reason` is the reason for compiling or not compiling.
 
     Raises:
         InvalidValue: The settings do not fit the corpus or the number of processes.
@@ -101,7 +101,7 @@ class Trainer:
             world.size,
             fused=self.model.block.runs_in_c(config.model, self.precision, self.device),
         )
-        # Training batches have one shape, so one compiled form suffices. Validation calls the uncompiled model.
+        # Training batches all have one shape, so the model is compiled once. Validation calls the uncompiled model.
         self._training_model = self._parallel_model
         if self.compiled:
             self._training_model = compiled_model(self.model, self.device, train.accumulation)
@@ -140,7 +140,7 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the last `train.patience` validations brought no lower loss."""
+        """Whether none of the last `train.patience` validations lowered the validation loss."""
         return 0 < self.config.train.patience <= self.validations_without_gain
 
     @property
@@ -179,7 +179,7 @@ class Trainer:
         self.validations_without_gain = progress.validations_without_gain
 
     def tidy(self) -> None:
-        """Remove metrics after the current step, and checkpoints that a killed process did not remove in time."""
+        """Remove metrics after the current step, and old checkpoints that a killed process left behind."""
         self.metrics.cut(self.step if self.step else -1)
         if self.step:
             prune(self.out)
@@ -189,7 +189,7 @@ class Trainer:
 
         Args:
             inputs: Tokens, (B, T) int64.
-            targets: The tokens one position later, (B, T) int64.
+            targets: Tokens one position after the inputs, (B, T) int64.
 
         Raises:
             Unavailable: `train.compile` is "on" and the model cannot be compiled.
@@ -217,7 +217,7 @@ class Trainer:
             NotFinite: The loss or a gradient is not finite. The weights are unchanged.
         """
         config = self.config.train
-        # LanguageModel.forward also calls it, but compiled code skips the call.
+        # LanguageModel.forward also calls `share`, but compiled code skips the call.
         share()
         lr = learning_rate(config, self.step, self.recipe.warmup_floor)
         for optimizer in self.optimizers:
@@ -233,14 +233,14 @@ class Trainer:
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
-            # A copy, because the next piece overwrites the output of a CUDA graph.
+            # The loss is copied, because the next piece overwrites the output of a CUDA graph.
             losses.append(piece.detach().double())
         clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         if self.device.type != "cpu":
             self._feed.prepare(self.step + 1)
-        # The only point of a step at which the CPU waits for the device.
+        # In a step, the CPU waits for the device only at this point.
         local_loss, norm = torch.stack([torch.stack(losses).sum(), whole(clipped).double()]).tolist()
-        # One exchange for all values: an exchange of two processes on a small machine takes up to 2 ms.
+        # All values share one exchange, because an exchange of two processes on a small machine takes up to 2 ms.
         loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -255,7 +255,7 @@ class Trainer:
         return loss, norm
 
     def _reasons_here(self) -> list[float]:
-        """Return a flag (0 or 1) for each reason of this process to stop: each of STOP_SIGNALS, then failed hooks."""
+        """Return a flag (0 or 1) for each reason to stop in this process: each of STOP_SIGNALS, then failed hooks."""
         hooks = self.config.train.hook_errors == "stop" and self._hooks.failure is not None
         return [float(number in self._received) for number in STOP_SIGNALS] + [float(hooks)]
 
@@ -275,7 +275,7 @@ class Trainer:
         return last_good(self.out)
 
     def validate(self) -> float | None:
-        """Return the loss on the whole held-out text in nats per token, None without held-out text.
+        """Return the loss on the whole held-out text in nats per token, or None without held-out text.
 
         All processes must call this method.
 
@@ -297,10 +297,10 @@ class Trainer:
 
         Args:
             prompt: Start of the text. Default: a newline.
-            sampler: Default: temperature 1, no filter.
+            sampler: Sampler of the tokens. Default: temperature 1, no filter.
 
         Returns:
-            The text with its prompt in process 0, None in the others.
+            The text with its prompt in process 0, None in other processes.
         """
         model = whole_model(self.model, self.config.train.strategy, self.world)
         loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
@@ -315,7 +315,7 @@ class Trainer:
             go_on: Whether to warn and continue if the disk is full or not writable.
 
         Returns:
-            The checkpoint in process 0, None in the others and if saving failed.
+            Path of the checkpoint in process 0, or None in other processes and if saving failed.
 
         Raises:
             CannotWrite: The disk is full or not writable, and `go_on` is False.
@@ -335,7 +335,7 @@ class Trainer:
         )
 
         if damaged := first_damaged(weights, self.world):
-            # All processes know it; process 0 reports it.
+            # All processes know the damaged weight, and process 0 reports it.
             self.world.first_does(lambda: self._refuse_to_save(damaged))
         try:
             tensors = {"model": weights, "training": state}
@@ -359,11 +359,11 @@ class Trainer:
     def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
         """Train to the last step or to an early stop.
 
-        All processes must call this method. It writes metrics.jsonl and checkpoints.
+        All processes must call this method, which writes metrics.jsonl and checkpoints.
 
         Args:
-            watch: Called with the progress after each step, in process 0.
-            hooks: Called with each line of metrics.jsonl, in process 0.
+            watch: Function that process 0 calls with the progress after each step.
+            hooks: Functions that process 0 calls with each line of metrics.jsonl.
 
         Returns:
             The newest checkpoint.
@@ -372,12 +372,12 @@ class Trainer:
             Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. The newest step is saved.
             NotFinite: The loss, a gradient or a weight is not finite.
             CannotWrite: The disk is full or not writable.
-            HookFailed: A hook raised and `train.hook_errors` is "stop". The newest step is saved.
+            HookFailed: A hook raised an exception, and `train.hook_errors` is "stop". The newest step is saved.
             InUse: Another process works on the run.
             ProcessLost: Another process of this run has ended or does not answer.
         """
         self.world.first_does(self.lock.take)
-        # With `train.hook_errors` "stop" the error that ends the run names the hook: no warning is needed.
+        # With `train.hook_errors` "stop", the error that ends the run names the hook, so no warning is needed.
         self._hooks = Hooks(hooks, self._warn if self.config.train.hook_errors == "warn" else lambda sentence: None)
         try:
             with (
@@ -417,7 +417,7 @@ class Trainer:
                 self.save(go_on=config.full_disk == "continue" and not self.is_complete)
 
     def _measured(self, norm: float, peak: float) -> Line:
-        """Return the fields of a metrics line about the steps since the line before.
+        """Return the fields of a metrics line about the steps since the previous line.
 
         Args:
             norm: Gradient norm of the last step.
@@ -456,8 +456,8 @@ class Trainer:
             watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, sample))
 
     def _stop_if_asked(self) -> None:
-        """Save and raise if a stop signal arrived, or if a hook failed and `train.hook_errors` is "stop"."""
-        # Several processes must agree: reasons that arise after their exchange wait for the next step.
+        """Save a checkpoint and raise an error, if a stop signal arrived or if a failed hook must end the run."""
+        # All processes must agree, so a reason that arises after their exchange waits for the next step.
         reasons = self._reasons_here() if self.world.size == 1 else self._reasons_to_stop
         if not any(reasons):
             return
