@@ -274,7 +274,7 @@ def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
 
 
 def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """Draw f by lag, alpha by source position, beta and gamma by target position: one row per layer, one line per head."""
+    """Draw f by lag, alpha by source position, beta and gamma by target position: a row per layer, a line per head."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
