@@ -45,7 +45,9 @@ def demo(arguments: list[str]) -> int:
 
     keep_freed_memory()
     if parsed.steps is not None and parsed.seconds is not None:
-        raise InvalidValue(f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give only one")
+        raise InvalidValue(
+            f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give only one"
+        )
     try:
         if parsed.steps is None:
             train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)

@@ -62,7 +62,10 @@ class Choice:
 
 
 def first_parse(arguments: Sequence[str]) -> Choice:
-    """Read the options that decide the class and the defaults of all other options. `parse` reports any errors."""
+    """Read the options that decide the class and the default values of all other options.
+
+    The function `parse` reports errors in these options.
+    """
     named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, name in (("--config", "config"), ("--from", "from_"), ("--resume", "resume")):

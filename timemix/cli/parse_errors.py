@@ -74,7 +74,7 @@ def _described(option: Option) -> str:
 
 
 def _flag(names: str) -> str:
-    """Return the first of the names of an option, or the placeholder of a positional argument."""
+    """Return the first name of an option, or the placeholder of a positional argument."""
     name = re.split("[/,]", names)[0]
     return name if name.startswith("-") else name.upper()
 

@@ -48,7 +48,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Penalty on tokens that occur in the context, above 0 (1: off)."""
     context: Literal["reanchor", "exact"] = "reanchor"
-    """Past ctx_len: `reanchor` restarts from the newest half (constant cost), `exact` recomputes it for each token."""
+    """Rule past ctx_len: `reanchor` restarts from the newest half of the context, at a constant cost per token, and
+    `exact` recomputes the whole context for each token."""
     stop: tuple[str, ...] = ()
     """Stop strings; a text ends before the first stop string."""
 

@@ -106,7 +106,9 @@ def _check_choice(choice: Choice) -> None:
     named = {"--config": choice.config, "--from": choice.from_, "--resume": choice.resume}
     given = [f"{flag} {path}" for flag, path in named.items() if path is not None]
     if len(given) > 1:
-        raise InvalidValue(f"{' and '.join(given)} exclude one another: each gives the settings of the run; give only one")
+        raise InvalidValue(
+            f"{' and '.join(given)} exclude one another: each gives the settings of the run; give only one"
+        )
     if choice.preset is not None and given and choice.config is None:
         raise InvalidValue(f"{given[0]} has its own settings; leave out the preset {choice.preset!r}")
 
@@ -157,7 +159,7 @@ def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
-    """Return the options of `timemix train`; default values come from the file, run or preset in the first parse."""
+    """Return the options of `timemix train`, with default values from the file, run or preset of the first parse."""
     choice = first_parse(arguments)
     _check_choice(choice)
     if choice.resume is not None:

@@ -29,7 +29,7 @@ def windows(
     """Cut a text into windows, in batches, so that every token but the first counts as a target exactly once.
 
     With a stride, a window begins every `stride` tokens. Each window after the first counts only the targets that no
-    earlier window counts. These targets have at least ctx_len - stride tokens of context.
+    earlier window counts. A counted target after the first window has at least ctx_len - stride tokens of context.
 
     Args:
         tokens: Token ids, (tokens,).
@@ -38,7 +38,8 @@ def windows(
         stride: Distance between the starts of windows in tokens; None: adjacent windows.
 
     Yields:
-        Inputs and targets, each (batch, T) int64, and the number of targets at the end of each row that count.
+        Inputs and targets, each (batch, T) int64, and the number of targets at the end of each row that count in the
+        loss.
     """
     if stride is None or stride >= ctx_len:
         for inputs, targets in validation_windows(tokens, ctx_len, batch_size):
@@ -100,7 +101,7 @@ def loss_per_token(
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
     with evaluating(model):
         while turns := list(itertools.islice(batches, world.size)):
-            # All processes must call a sharded model. In the last turn, processes without a batch repeat the batch of
+            # All processes must call a sharded model. In the last round, processes without a batch repeat the batch of
             # another process.
             inputs, targets, scored = turns[world.rank % len(turns)]
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))

@@ -20,7 +20,7 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 PIECE = 64
-"""Largest number of prompt tokens that one step processes. A prompt is cut at the multiples of `PIECE`."""
+"""Largest number of prompt tokens that one step processes. A prompt is cut at positions divisible by `PIECE`."""
 
 
 class Engine:
@@ -228,7 +228,7 @@ class Engine:
         ]
 
     def _fork(self, row: Row) -> None:
-        """Queue the other samples of a row first, once the row has processed the prompt up to its last token."""
+        """Put the other samples of a row first in the queue once the row has processed all prompt tokens but one."""
         if not (row.forks and row.has_read):
             return
         state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None
@@ -261,7 +261,7 @@ class Engine:
         self._free.append(row.slot)
 
     def _make_room(self, rows: list[Row]) -> None:
-        """Restart each row that would pass the end of its context, from the newest tokens of that context."""
+        """Restart each row that would exceed its context, from the newest tokens of that context."""
         limit = self.model.max_position
         if limit is None:
             return

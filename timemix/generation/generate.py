@@ -19,7 +19,7 @@ def events_of(engine: Engine) -> Iterator[Event]:
         engine: The engine; this function calls its `step`.
 
     Yields:
-        Each event, in order.
+        The events, in the order of generation.
 
     Raises:
         NotFinite: The logits of a text are not finite.

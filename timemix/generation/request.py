@@ -18,10 +18,11 @@ Context = Literal["reanchor", "exact"]
 class Request:
     """Describe one text to generate, or several samples that continue one prompt.
 
-    The context is full at the model's `max_position`. With `context="reanchor"`, the model then processes the newest
-    share `keep` of a full context again from position 0, so that the cost per token stays constant. With
-    `context="exact"`, the model processes the newest `max_position` tokens again for every new token, as in the
-    original 2021 code. If a prompt has more than `max_position` tokens, only the last `max_position` tokens count.
+    The context is full when its length reaches the model's `max_position`. With `context="reanchor"`, the model
+    processes the newest share `keep` of a full context again from position 0, so that the cost per token stays
+    constant. With `context="exact"`, the model processes the newest `max_position` tokens again for every new token, as
+    in the original 2021 code. If a prompt has more than `max_position` tokens, the model uses only the last
+    `max_position` tokens.
 
     Args:
         prompt: Token ids that the text continues, at least one; may be empty if `start` is given.

@@ -9,7 +9,7 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 UNFINISHED = 4
-"""Number of tokens to store for an unfinished character: at most three tokens hold its bytes, plus one."""
+"""Number of tokens to store for an unfinished character: three tokens for its bytes, and one token more."""
 
 
 class Emitter:
@@ -31,7 +31,8 @@ class Emitter:
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text that can be emitted after a token, and whether a stop string ended the text."""
         text = self.held + self._decoder.push(token)
-        # Find the stop string that begins first. Of several that begin at one position, the shortest is complete first.
+        # Find the stop string that begins first. Of several stop strings at one position, the shortest is complete
+        # first.
         found = min(((at, len(each)) for each in self._stop if (at := text.find(each)) >= 0), default=None)
         if found is not None:
             self.held = text[sum(found) :]

@@ -211,7 +211,8 @@ def draw(
     """Draw one token for each row, by the inverse of the row's cumulative distribution.
 
     The random number of a row comes from the generator Philox with key (seed, sample) and counter `position`. The
-    number depends on nothing else, and no generator state is stored. A token of probability 0 is never drawn.
+    random number depends only on the key and the counter, and no generator state is stored. A token of probability 0 is
+    never drawn.
 
     Args:
         probabilities: Probabilities (B, V); each row sums to 1.
