@@ -106,5 +106,5 @@ def test_the_help_of_compare_names_the_settings_of_all_variants(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "below [base] changes a setting of all variants: model.channels = 256" in out
+    assert "below [base] changes a setting of all variants, such as model.channels = 256" in out
     assert "set.model.channels = 64" in out

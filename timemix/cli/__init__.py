@@ -1,1 +1,1 @@
-"""The command line: one module a verb."""
+"""The command line, with one module for each command-line verb."""

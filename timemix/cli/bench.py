@@ -1,4 +1,4 @@
-"""The verb bench: time the op, a training step or generation against other implementations."""
+"""The command-line verb bench: time the op, a training step or generation against other implementations."""
 
 import json
 import math
@@ -27,13 +27,13 @@ class BenchOpArguments:
     ctx_lens: tuple[int, ...] = (256, 512, 1024, 2048)
     """Sequence lengths in tokens, each at least 1."""
     batch_size: int = 2
-    """Sequences in a batch, at least 1."""
+    """Number of sequences in a batch, at least 1."""
     heads: int = 8
-    """Number of heads, at least 1; divides --channels."""
+    """Number of heads, at least 1; the number must divide --channels."""
     channels: int = 512
     """Width of the model, at least 1."""
     seconds: float = 2.0
-    """Seconds for each implementation at each length, above 0; each has at least three rounds."""
+    """Seconds for each implementation at each length, above 0; each implementation runs at least three rounds."""
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     out: Path | None = None
@@ -66,7 +66,7 @@ class BenchTrainArguments:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seconds: float = 10.0
-    """Seconds for each implementation, above 0; each has at least three rounds."""
+    """Seconds for each implementation, above 0; each implementation runs at least three rounds."""
     out: Path | None = None
     """New folder for bench.json and bench.md. Default: output on stdout only."""
     json: bool = False
@@ -75,7 +75,7 @@ class BenchTrainArguments:
 
 @dataclass(frozen=True)
 class BenchSampleArguments:
-    """Time generation with random weights, against recomputation, a Llama and the memory bandwidth.
+    """Time generation with random weights, against recomputation, a Llama model and the memory bandwidth.
 
     Examples:
         timemix bench sample seed
@@ -87,7 +87,7 @@ class BenchSampleArguments:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes, each at least 1."""
     seconds: float = 2.0
-    """Seconds for each implementation, above 0; each has at least three rounds."""
+    """Seconds for each implementation, above 0; each implementation runs at least three rounds."""
     out: Path | None = None
     """New folder for bench.json, bench.md and batches.png. Default: output on stdout only."""
     json: bool = False
@@ -111,7 +111,7 @@ def usage() -> str:
         f"usage: timemix bench VERB [options]\n\n"
         f"Time a part of timemix against other implementations.\n\n{verbs}\n\n"
         "examples:\n  timemix bench train seed\n  timemix bench sample seed\n\n"
-        "timemix bench VERB --help lists the options of a verb."
+        "timemix bench VERB --help lists the options of VERB."
     )
 
 
@@ -120,7 +120,7 @@ def _parse(verb: str, arguments: list[str]) -> BenchOpArguments | BenchTrainArgu
         return parse(BenchOpArguments, arguments, "bench op")
     choice = first_parse(arguments)
     config = choice.preset_config()
-    # The vocabulary of a small text in characters.
+    # The character vocabulary of a small text has about 65 entries.
     model = replace(config.model, vocab_size=65)
     if verb == "sample":
         return parse(BenchSampleArguments, arguments, "bench sample", BenchSampleArguments(model=model), choice)

@@ -1,4 +1,4 @@
-"""The verb compare: train variants on equal terms and report which learns better."""
+"""The command-line verb compare: train variants on equal terms and report which variant learns better."""
 
 import contextlib
 import json
@@ -40,13 +40,14 @@ GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Train variants on the same batches, each at its best learning rate, and report which learns better.
+    """Train variants on the same batches, each at its best learning rate, and report which variant learns better.
 
-    The variants are architectures (--arch), or those of an experiment file. In the file, a line below [base] changes a
-    setting of all variants: model.channels = 256. A line below the name of a variant changes a setting of that variant:
-    set.model.channels = 64. docs/howto/experiment-files.md lists all fields.
+    The variants are architectures (--arch), or the variants of an experiment file. In an experiment file, a line below
+    [base] changes a setting of all variants, such as model.channels = 256. A line below the name of a variant changes a
+    setting of that variant, such as set.model.channels = 64. docs/howto/experiment-files.md lists all fields of an
+    experiment file.
 
-    The same command resumes an unfinished comparison. torchrun distributes the runs over processes.
+    To resume an unfinished comparison, run the same command again. torchrun distributes the runs over processes.
 
     Examples:
         timemix compare --arch rwkv1 mha_rotary --data my.txt --out runs/compared
@@ -59,7 +60,7 @@ class CompareArguments:
     arch: tuple[str, ...] = ()
     """Names of architectures, one or more, instead of an experiment file."""
     out: Path | None = None
-    """Folder of the comparison, new or to resume. Default: runs/NAME, with the name of the experiment."""
+    """Folder of the comparison, new or to resume. Default: runs/NAME, where NAME is the name of the experiment."""
     data: str | None = None
     """Training text, a source as in timemix train --data. Default: text of the experiment, otherwise `builtin`."""
     valid: str | None = None
@@ -67,7 +68,7 @@ class CompareArguments:
     seeds: int | None = None
     """Number of seeds, at least 1, counted from 1. Default: seeds of the experiment, otherwise 3."""
     tokens: int | None = None
-    """Training tokens of each run, at least 1. Default: tokens of the experiment, otherwise 1500000."""
+    """Number of training tokens of each run, at least 1. Default: tokens of the experiment, otherwise 1500000."""
     size: str = "cpu-small"
     """Preset that gives the size and training of the architectures of --arch."""
     tune: bool = True
@@ -77,7 +78,7 @@ class CompareArguments:
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available (with torchrun, one GPU a process), otherwise cpu."""
     json: bool = False
-    """Table as one JSON object on stdout."""
+    """Table of results as one JSON object on stdout."""
 
 
 @lasting_output()
@@ -130,12 +131,16 @@ def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | Non
 
 
 def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
-    """Return name and experiment from the options. Raise InvalidValue for none, for both, or for bad values."""
+    """Return the name and the experiment that the options give.
+
+    Raises:
+        InvalidValue: The options name neither an experiment nor architectures, or both, or hold a bad value.
+    """
     if (parsed.experiment is None) == (not parsed.arch):
         known = ", ".join(path.stem for path in shipped())
         raise InvalidValue(f"name either an experiment (a .toml file, or one of {known}) or architectures with --arch")
     if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
-        raise InvalidValue("--size and --no-tune need --arch; an experiment file has fields for both")
+        raise InvalidValue("--size and --no-tune need --arch; an experiment file has fields for both options")
     if parsed.experiment is not None:
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)
@@ -156,7 +161,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
 
 def _of_architectures(parsed: CompareArguments) -> Experiment:
     colours = {arch: find_architecture(arch).colour for arch in parsed.arch}
-    # Validation only at the start and at the end: more validations would cost more than 2 % of the time.
+    # Validate only at the start and at the end: more validations would cost more than 2 % of the time.
     steps = preset(parsed.size).train.steps
     return Experiment(
         title=" against ".join(parsed.arch),
@@ -169,7 +174,7 @@ def _of_architectures(parsed: CompareArguments) -> Experiment:
 
 
 def _own_device(device: str) -> str:
-    """Return the device. For `auto` under torchrun this is the GPU of the local rank, or the CPU without a GPU."""
+    """Return the device: for `auto` under torchrun, the GPU of the local rank, or the CPU without a GPU."""
     local_rank = os.environ.get("LOCAL_RANK")
     if device != "auto" or local_rank is None:
         return device
@@ -180,7 +185,7 @@ def _own_device(device: str) -> str:
 
 @contextlib.contextmanager
 def _watching(job: "Job", config: RunConfig) -> "Iterator[Watch]":
-    """Show a progress bar for the run on a terminal, nothing elsewhere."""
+    """Show a progress bar for the run if stderr is a terminal, otherwise nothing."""
     if not sys.stderr.isatty():
         yield lambda progress: None
         return

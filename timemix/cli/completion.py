@@ -1,4 +1,4 @@
-"""The verb completion: print a script with which a shell completes verbs, options and their values."""
+"""The command-line verb completion: print a script with which a shell completes verbs, options and values."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from timemix.cli.options import Choice, option_types, parse
 
 @dataclass(frozen=True)
 class CompletionArguments:
-    """Print a script with which a shell completes verbs, options and their values.
+    """Print a script with which a shell completes command-line verbs, options and values.
 
     - bash: add the line  eval "$(timemix completion bash)"  to ~/.bashrc
     - zsh: save the script as _timemix in a folder of $fpath
@@ -63,7 +63,7 @@ def _one_of(kinds: Iterable[Any]) -> Any:
 
 
 def _verb(name: str) -> Any:
-    """Return a verb as a subcommand of tyro: the view of its options, under its name."""
+    """Return a command-line verb as a subcommand of tyro, with the options of the verb."""
     if name == "bench":
         kinds = _one_of(Annotated[_view(name, verb), tyro.conf.subcommand(verb)] for verb in BENCH_VERBS)
         return Annotated[
@@ -77,6 +77,6 @@ def _view(module: str, verb: str = "") -> type[Any]:
     kind = options_class(module, verb)
     has_model = "model" in kind.__dataclass_fields__
     required = {f.name: tyro.MISSING for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    # The options of the default architecture, for a verb whose model options depend on it.
+    # If the model options depend on the architecture, complete the options of the default architecture.
     default = kind(**required, model=Choice().preset_config().model) if has_model else None
     return view(kind, default)

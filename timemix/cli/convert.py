@@ -1,4 +1,4 @@
-"""The verb convert: convert a trained model to a recurrent network, measure its loss, fine-tune it."""
+"""The command-line verb convert: convert a trained model to a recurrent network, measure its loss, fine-tune it."""
 
 import json
 import math
@@ -23,10 +23,10 @@ _FLAGS = {"exponentials": "--constant-state", "taps": "--taps"}
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """Convert a trained model to a recurrent network: constant time and memory per token, no limit of the context.
+    """Convert a trained model to a recurrent network, with constant time and memory per token and no context limit.
 
-    Each time curve f becomes a sum of K decaying exponentials. The result is a run folder, which the verbs sample,
-    eval and inspect and the option train --from accept. Its fit.png shows the fits, its convert.json has the losses.
+    Each time curve f becomes a sum of K decaying exponentials. The result is a run folder for timemix sample, eval,
+    inspect and train --from. In the run folder, fit.png shows the fits, and convert.json holds the losses.
 
     Examples:
         timemix convert runs/mine --constant-state 8 --out runs/recurrent
@@ -41,7 +41,7 @@ class ConvertArguments:
     taps: int = 0
     """Number of first lags that keep their exact values, at least 0."""
     finetune: int = 0
-    """Optimizer steps of a fine-tune on windows of 4 ctx_len, at least 0 (0: no fine-tune)."""
+    """Number of optimizer steps of a fine-tune on windows of 4 ctx_len, at least 0 (0: no fine-tune)."""
     lr: float = 5e-4
     """Learning rate of --finetune, above 0; it decays to 0."""
     data: str | None = None
@@ -78,7 +78,7 @@ def convert(arguments: list[str]) -> int:
         )
         for each in parsed.constant_state
     ]
-    # All are checked before the first one starts.
+    # All conversions are checked before the first conversion starts.
     for conversion in conversions:
         try:
             check_conversion(conversion, loaded.config.model)

@@ -1,4 +1,4 @@
-"""The verb data: describe or prepare a text."""
+"""The command-line verb data: describe or prepare a text."""
 
 import json
 from contextlib import nullcontext
@@ -16,12 +16,12 @@ from timemix.storage.json_files import to_json
 
 @dataclass(frozen=True)
 class DataArguments:
-    """Describe a text, or save its tokens to a folder for timemix train --data (with --out).
+    """Describe a text, or with --out save its tokens to a folder for timemix train --data.
 
     A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `-` (standard input),
     `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. In a folder or a glob,
-    timemix skips binary files, links to other files of it, compressed copies beside a file, and folders that timemix
-    has created. A warning names the skipped files.
+    timemix skips binary files, links to other files of the source, compressed copies of other files, and folders that
+    timemix has created. A warning names the skipped files.
 
     Examples:
         timemix data my.txt
@@ -46,7 +46,7 @@ def data(arguments: list[str]) -> int:
         report = to_json(describe(config, progress=True))
     else:
         report = to_json(prepare(parsed.out, config, progress=True).info) | {"folder": str(parsed.out)}
-    # With --out the result is the folder: a full or closed stdout is no error.
+    # With --out the result is the folder: a full or closed stdout is not an error.
     with nullcontext() if parsed.out is None else lasting_output():
         if parsed.json:
             print(json.dumps(report))
@@ -56,7 +56,7 @@ def data(arguments: list[str]) -> int:
 
 
 def _in_short(info: dict[str, Any]) -> dict[str, Any]:
-    """Return the summary of a prepared folder: no hashes, and counts in place of lists."""
+    """Return the summary of a prepared folder, without hashes and with counts in place of lists."""
     splits = {
         split: {name: value for name, value in info[split].items() if isinstance(value, int)}
         for split in ("train", "valid")

@@ -1,4 +1,4 @@
-"""The verb demo: train a small model on the built-in text, sample, plot."""
+"""The command-line verb demo: train a small model on the built-in text, generate samples and plot the loss."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ class DemoArguments:
     seconds: float | None = None
     """Length of the training in seconds, above 0. Default: 100, unless --steps is given."""
     steps: int | None = None
-    """Length of the training in optimizer steps, at least 1. Default: length from --seconds."""
+    """Length of the training in optimizer steps, at least 1. Default: the length from --seconds."""
 
 
 @lasting_output()
@@ -45,7 +45,9 @@ def demo(arguments: list[str]) -> int:
 
     keep_freed_memory()
     if parsed.steps is not None and parsed.seconds is not None:
-        raise InvalidValue(f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give one")
+        raise InvalidValue(
+            f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give only one"
+        )
     try:
         if parsed.steps is None:
             train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
@@ -63,7 +65,7 @@ def demo(arguments: list[str]) -> int:
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:
-            print(f"\nSample at half of the training:\n\n{sample()}\n")
+            print(f"\nSample in the middle of training:\n\n{sample()}\n")
 
     print(f"Sample before training:\n\n{sample()}\n")
     status = run_trainer(trainer, during)

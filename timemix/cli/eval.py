@@ -1,4 +1,4 @@
-"""The verb eval: loss of a trained model on a text."""
+"""The command-line verb eval: loss of a trained model on a text."""
 
 import json
 from dataclasses import dataclass, replace
@@ -29,9 +29,11 @@ class EvalArguments:
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
-    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
+    """Accept NUL characters as text. Without this option, a file with a NUL character is binary: timemix skips the file
+    in a folder and rejects it as a single source."""
     stride: int | None = None
-    """Tokens between the starts of windows, at least 1; a smaller stride gives more context. Default: ctx_len."""
+    """Distance between the starts of windows in tokens, at least 1; a smaller stride gives more context. Default:
+    ctx_len."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"

@@ -1,7 +1,7 @@
-"""The flags of a verb, from the dataclass of its options: names, help texts, and the groups that `--help` shows.
+"""Command-line flags from a dataclass of options: names, help texts, and the groups that `--help` shows.
 
-tyro shows one group for each dataclass. `view` therefore rebuilds the options as a dataclass for each group, and
-`built` turns the parsed values into the dataclass of the verb.
+tyro shows one group for each dataclass. `view` therefore rebuilds the options as one dataclass for each group, and
+`built` converts the parsed values to the original dataclass of options.
 """
 
 import ast
@@ -41,10 +41,10 @@ _TRAIN_GROUPS: dict[str, tuple[str, ...]] = {
     _REPORTING: (),
     "devices and processes": ("device", "precision", "compile", "recompute", "strategy"),
 }
-"""The fields of TrainConfig by group. All others belong to `_REPORTING`."""
+"""The fields of TrainConfig by group. All other fields belong to `_REPORTING`."""
 
 _DESCRIPTIONS = {
-    MOST_USED: "The options that people use first. The groups below list all others.",
+    MOST_USED: "The options that people use first. The groups below list all other options.",
     "data": "Text, split and tokenizer.",
     "optimization": "Batches, optimizer and seed.",
     "schedule and length": "Length of the run, and the learning rate over its steps.",
@@ -57,15 +57,15 @@ _GROUPS_IN_ORDER = (MOST_USED, "model", "data", *_TRAIN_GROUPS, "sampling")
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a verb.
+    """One option of a command-line verb.
 
     Args:
-        path: Names of the fields that lead to it, such as ("train", "lr").
-        flag: Its name without the leading dashes, such as "train.lr".
-        kind: Its type, with the annotations of tyro.
-        default: Its default; `tyro.MISSING` for an option that is required.
-        help: Its help text.
-        group: Title of its group, "" for none.
+        path: Names of the fields that lead to the option, such as ("train", "lr").
+        flag: Name of the option without the leading dashes, such as "train.lr".
+        kind: Type of the option, with the annotations of tyro.
+        default: Default value; `tyro.MISSING` for a required option.
+        help: Help text of the option.
+        group: Title of the group of the option, or "" without a group.
     """
 
     path: tuple[str, ...]
@@ -82,13 +82,13 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Its name in a command: `--train.lr`, or the placeholder of a positional argument."""
+        """Name of the option in a command: `--train.lr`, or the placeholder of a positional argument."""
         placeholders = (getattr(each, "metavar", None) for each in typing.get_args(self.kind))
         return next(filter(None, placeholders), self.flag.upper()) if self.is_positional else f"--{self.flag}"
 
     @property
     def names(self) -> list[str]:
-        """All its names: the aliases, and the negative form of a switch."""
+        """All names of the option, with the aliases and the negative flag of a switch."""
         aliases = [name for each in typing.get_args(self.kind) for name in getattr(each, "aliases", None) or ()]
         *before, last = self.flag.split(".")
         negative = ["--" + ".".join([*before, f"no-{last}"])] if isinstance(self.default, bool) else []
@@ -96,18 +96,18 @@ class Option:
 
 
 def options_class(module: str, verb: str = "") -> type[Any]:
-    """Return the dataclass of the options of a verb, such as `BenchOpArguments` for "bench" and "op"."""
+    """Return the options dataclass of a command-line verb, such as `BenchOpArguments` for "bench" and "op"."""
     name = f"{module.capitalize()}{verb.capitalize()}Arguments"
     kind: type[Any] = getattr(importlib.import_module(f"timemix.cli.{module}"), name)
     return kind
 
 
 def options_of(kind: type[Any], default: Any = None) -> Iterator[Option]:
-    """Yield the options of a verb in the order of its fields.
+    """Yield the command-line options of a dataclass, in the order of its fields.
 
     Args:
         kind: The dataclass of the options; fields that are dataclasses have options of their own.
-        default: An instance that gives the defaults. Default: those of the class.
+        default: Instance that gives the default values. Default: the default values of the class.
     """
     yield from _options(kind, default, (), (), "")
 
@@ -146,12 +146,12 @@ def _group_of(path: tuple[str, ...], group: str) -> str:
 
 
 def view(kind: type[Any], default: Any = None) -> type[Any]:
-    """Return the options of a verb as a dataclass with a field for each group, for tyro.
+    """Return the options of a command-line verb as a dataclass with a field for each group, for tyro.
 
     Args:
-        kind: The dataclass of the options. Its class variable `most_used`, if any, names flags in the order of the
-            first group.
-        default: An instance that gives the defaults. Default: those of the class.
+        kind: The dataclass of the options. The class variable `most_used`, if any, lists the flags of the first group
+            in order.
+        default: Instance that gives the default values. Default: the default values of the class.
     """
     most_used: tuple[str, ...] = getattr(kind, "most_used", ())
     groups: dict[str, list[Option]] = {}
@@ -185,7 +185,7 @@ def _row(option: Option) -> tuple[str, Any, Any]:
 
 
 def _hint(unset: str) -> Callable[[str], str]:
-    """Return the function that shows a default: `unset` where there are words for it, else the value itself."""
+    """Return the function that shows a default value: the text `unset` if it is not empty, otherwise the value."""
 
     def shown(label: str) -> str:
         return f"(default: {unset or {'True': 'on', 'False': 'off'}.get(label, label)})"
@@ -203,7 +203,7 @@ def _summary(kind: type[Any], default: Any, path: tuple[str, ...]) -> str:
 
 
 def built(kind: type[Any], default: Any, parsed: Any) -> Any:
-    """Return the dataclass of a verb with the values of a parsed view.
+    """Return an instance of the options dataclass with the values of a parsed view.
 
     Args:
         kind: The dataclass of the options.
@@ -211,7 +211,7 @@ def built(kind: type[Any], default: Any, parsed: Any) -> Any:
         parsed: Instance of `view(kind, default)`.
 
     Raises:
-        InvalidValue: A setting refuses its value.
+        InvalidValue: The value of a setting is not valid.
     """
     values: dict[str, Any] = {}
     for name, value in vars(parsed).items():
@@ -228,7 +228,7 @@ def _built(kind: type[Any], default: Any, values: dict[str, Any], prefix: str) -
 
 
 def field_texts(kind: type[Any]) -> dict[str, str]:
-    """Return the help text of each field of a dataclass: the string below the field, or that of the base class."""
+    """Return the help text of each field of a dataclass: the string below the field in the class or a base class."""
     texts: dict[str, str] = {}
     for each in reversed(kind.__mro__):
         texts |= _texts_in(each.__module__).get(each.__qualname__, {}) if is_dataclass(each) else {}
@@ -253,13 +253,13 @@ _EXAMPLES = "\n\nExamples:\n"
 
 
 def description(kind: type[Any]) -> str:
-    """Return the docstring of the options of a verb without its examples."""
+    """Return the docstring of a dataclass of options without its examples."""
     words = inspect.cleandoc(kind.__doc__ or "").partition(_EXAMPLES)[0]
-    # tyro keeps the end of a line before any line that begins with no letter, such as `-`.
+    # tyro keeps a line break before any line that does not begin with a letter, such as a line with `-`.
     return re.sub(r"(?<!\n)\n(?![\n-])", " ", words)
 
 
 def examples(kind: type[Any]) -> list[str]:
-    """Return the commands of the section `Examples:` that ends the docstring of the options of a verb."""
+    """Return the commands of the section `Examples:` at the end of the docstring of a dataclass of options."""
     _, _, lines = inspect.cleandoc(kind.__doc__ or "").partition(_EXAMPLES)
     return [line.strip() for line in lines.splitlines() if line.strip()]

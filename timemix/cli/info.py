@@ -1,4 +1,4 @@
-"""The verb info: show this machine, and the size of a model before training."""
+"""The command-line verb info: show this machine, and the size of a model before training."""
 
 import json
 import platform
@@ -13,7 +13,7 @@ from timemix.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class InfoArguments:
-    """Show versions and devices; with a preset or an option, also parameters, FLOPs and memory of that model.
+    """Show versions and devices, and with a preset or an option also the parameters, FLOPs and memory of a model.
 
     Examples:
         timemix info
@@ -60,7 +60,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Return parameters by part and by architecture at this size, FLOPs per token, and memory of training."""
+    """Return numbers of parameters by part and by architecture, FLOPs per token, and memory of training."""
     from timemix.models.language_model import block_class
     from timemix.models.registry import like_size_of, list_architectures
     from timemix.models.size import count_parameters, flops_per_token

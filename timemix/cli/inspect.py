@@ -1,4 +1,4 @@
-"""The verb inspect: show the curves, projections and token-shift of a trained model."""
+"""The command-line verb inspect: show the curves, projections and token-shift of a trained model."""
 
 import json
 from dataclasses import dataclass
@@ -32,9 +32,10 @@ class InspectArguments:
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
-    """NUL characters as text; otherwise a file with one is binary: skipped in a folder, an error by itself."""
+    """Accept NUL characters as text. Without this option, a file with a NUL character is binary: timemix skips the file
+    in a folder and rejects it as a single source."""
     tokens: int = 16384
-    """Largest number of tokens of the text that are used, at least 2."""
+    """Largest number of tokens of the text to use, at least 2."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     device: str = "auto"

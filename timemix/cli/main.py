@@ -1,4 +1,4 @@
-"""The command `timemix VERB [options]`. Only the module of the verb that runs is imported."""
+"""The command `timemix VERB [options]`. The program imports only the module of the command-line verb that runs."""
 
 import contextlib
 import importlib
@@ -28,13 +28,13 @@ GROUPS = {
         "convert": "convert a trained model to a recurrent network with constant state",
     },
     "compare": {
-        "compare": "train architectures or settings on equal terms, and report which learns better",
+        "compare": "train architectures or settings on equal terms, and report the best variant",
         "inspect": "show the curves, projections and token-shift of a trained model",
     },
     "tools": {
         "bench": "time the op, a training step or generation against other implementations",
         "info": "show versions and devices, or the size of a model",
-        "completion": "print a script for the completion of a shell",
+        "completion": "print a script for command completion in a shell",
     },
 }
 VERBS = {verb: words for verbs in GROUPS.values() for verb, words in verbs.items()}
@@ -55,18 +55,18 @@ def usage() -> str:
         "usage: timemix VERB [options]\n\n"
         "Train, compare and run RWKV language models.\n\n"
         f"{groups}\n\nexamples:\n{examples}\n\n"
-        "timemix VERB --help lists the options of a verb and two examples; timemix --version prints the version.\n"
+        "timemix VERB --help lists the options of VERB, with examples.\ntimemix --version prints the version.\n"
         "Documentation: README.md and docs/index.md in the repository of timemix."
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb and exit: 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
+    """Run one command-line verb and exit with 0, 2 after an error of the user or the machine, or 130 after Ctrl-C."""
     prepare_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = _run(arguments)
-        # A full disk is reported here: at exit, Python would print its own message.
+        # Flush here to report a full disk: at exit, Python would print its own message.
         sys.stdout.flush()
         sys.exit(status)
     except TimemixError as error:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         _report("interrupted")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader of our output has closed it: exit without a message, also when Python flushes at exit.
+        # The reader has closed the pipe of stdout: exit without a message, also when Python flushes stdout at exit.
         discard_output()
         sys.exit(0)
     except OSError as error:
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run one verb and return its exit status."""
+    """Run one command-line verb and return its exit status."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -113,12 +113,12 @@ def _report(sentence: str) -> None:
 
 
 def _with_flags(error: TimemixError, arguments: list[str]) -> str:
-    """Return the sentence of an error with flags in place of names.
+    """Return the message of an error, with flags in place of argument names.
 
-    Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. Arguments of the library that are
-    options of the verb begin the sentence, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
-    Quoted values do not change. The sentence about a file does not change either: there, the dotted name is a field
-    of the file.
+    Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. Library arguments that are
+    command-line options begin the message, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
+    Quoted values do not change. The message about a file does not change either: a dotted name in such a message is a
+    field of the file.
     """
     if isinstance(error, FileError):
         return str(error)
@@ -144,7 +144,7 @@ def _with_flags(error: TimemixError, arguments: list[str]) -> str:
 
 
 def _plain_options(arguments: list[str]) -> set[str]:
-    """Return the options of the verb that are no settings, by their names in the library: `top_p` for `--top-p`."""
+    """Return the library names of the command-line options that are not settings: `top_p` for `--top-p`."""
     from timemix.cli.flags import options_class, options_of
 
     verb, inner = arguments[0], "".join(arguments[1:2])

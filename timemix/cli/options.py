@@ -1,4 +1,4 @@
-"""Shared by the verbs of the command line: the first parse, options as dataclasses, printing of a report."""
+"""Code that all command-line verbs share: the first parse, options as dataclasses, printing of a report."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ RunFolder = Annotated[
 
 @dataclass(frozen=True)
 class Choice:
-    """The options that decide the class and the defaults of all others."""
+    """The options that decide the class and the default values of all other options."""
 
     preset: str | None = None
     config: Path | None = None
@@ -62,7 +62,10 @@ class Choice:
 
 
 def first_parse(arguments: Sequence[str]) -> Choice:
-    """Read the options that decide the class and the defaults of all others. `parse` reports errors in any of them."""
+    """Read the options that decide the class and the default values of all other options.
+
+    The function `parse` reports errors in these options.
+    """
     named = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag, name in (("--config", "config"), ("--from", "from_"), ("--resume", "resume")):
@@ -79,13 +82,14 @@ def parse(
     default: Arguments | None = None,
     choice: Choice | None = None,
 ) -> Arguments:
-    """Return the options of a verb; print the help and exit where the arguments ask for it.
+    """Return the options of a command-line verb, or print the help and exit if the arguments ask for help.
 
     Args:
-        kind: Dataclass of the options. Its docstring is the description, and ends with a section `Examples:`.
-        arguments: The arguments after the verb.
-        verb: The verb, such as "train" or "bench op".
-        default: Instance that gives the defaults. Default: those of the class.
+        kind: Dataclass of the options. The docstring of the dataclass is the description, and ends with a section
+            `Examples:`.
+        arguments: The arguments after the command-line verb.
+        verb: Command-line verb, such as "train" or "bench op".
+        default: Instance that gives the default values. Default: the default values of the class.
         choice: Result of the first parse, for a dataclass with a field `preset`.
 
     Raises:
@@ -93,7 +97,7 @@ def parse(
     """
     wants_help = bool({"-h", "--help"} & set(arguments))
     refusal = io.StringIO()
-    # A refusal is read by `sentence`, which expects a plain box of Unicode.
+    # The function `sentence` reads the error box of tyro, and expects a Unicode box without colours.
     is_terminal, encoding = (sys.stdout.isatty(), sys.stdout.encoding) if wants_help else (False, "utf-8")
     help_ = Captured(is_terminal=is_terminal, encoding=encoding)
     try:
@@ -124,7 +128,7 @@ def parse(
 
 
 def _end_of_help(kind: type[Any], *, has_architectures: bool) -> str:
-    """Return the examples of a verb, after the list of the architectures where the options depend on them."""
+    """Return the end of the help: a list of the architectures if `has_architectures`, and the examples."""
     words = "\nexamples:\n" + "\n".join(f"  {each}" for each in examples(kind))
     if not has_architectures:
         return words
@@ -134,7 +138,7 @@ def _end_of_help(kind: type[Any], *, has_architectures: bool) -> str:
 
 
 def option_types() -> ConstructorRegistry:
-    """Return how options are read and shown where tyro's own way misleads."""
+    """Return rules for optional values and tuples, for which tyro's own rules are misleading."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional)
     registry.primitive_rule(_any_number_of)
@@ -146,7 +150,7 @@ def _spec(kind: Any, info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
 
 
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
-    """`T | None` is read as T: None stands for an absent option, and the word None is a value like any other."""
+    """Read `T | None` as T: None stands for an absent option, and the word None is a value like any other word."""
     kinds = typing.get_args(info.type)
     if info.type_origin not in (types.UnionType, typing.Union) or types.NoneType not in kinds:
         return None
@@ -162,7 +166,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsupp
 
 
 def _any_number_of(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
-    """`tuple[T, ...]` is shown as `T ...`."""
+    """Show `tuple[T, ...]` as `T ...`."""
     kinds = typing.get_args(info.type)
     if info.type_origin is not tuple or kinds[1:] != (...,):
         return None
@@ -180,13 +184,13 @@ def _any_number_of(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
 
 @dataclass(frozen=True)
 class DataOptions(DataConfig):
-    """Settings of the text, its split and its tokens, with --data as a short form of --data.source."""
+    """Settings of the text, its split and its tokens, with --data as an alias of --data.source."""
 
     source: Annotated[str, tyro.conf.arg(aliases=["--data"])] = DataConfig.source
 
     @classmethod
     def of(cls, config: DataConfig) -> "DataOptions":
-        """Return the options whose defaults are these settings."""
+        """Return the options whose default values are the settings of `config`."""
         return cls(**vars(config))
 
     def config(self) -> DataConfig:
@@ -195,7 +199,7 @@ class DataOptions(DataConfig):
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Names and values, one a line."""
+    """Print the names and values of a report, one per line."""
     for name, value in report.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for part, each in rows:

@@ -1,4 +1,4 @@
-"""The messages of tyro about wrong options, as one sentence in the form of all other errors."""
+"""The messages of tyro about wrong options, as one sentence in the style of all other error messages."""
 
 import re
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _KINDS = {
 
 
 def sentence(printed: str, verb: str, options: Sequence[Option]) -> str:
-    """Return one sentence for what tyro printed.
+    """Return the error message that tyro printed as one sentence.
 
     Args:
         printed: The box that tyro printed, without colours, at a width that wraps no line.
-        verb: The verb, such as "train" or "bench op".
-        options: All options of the verb.
+        verb: Command-line verb, such as "train" or "bench op".
+        options: All options of the command-line verb.
     """
     sections = _sections(printed)
     words, see = " ".join(sections[0]), f"see timemix {verb} --help"
-    # After missing options, the options that are unknown have a section of their own.
+    # If options are missing, tyro lists unknown options in a separate section.
     unknown = next((lines[1:] for lines in sections if lines[0] == "Unrecognized options:"), None)
     if found := re.match(r"Unrecognized options: (.*)", words):
         unknown = found[1].split(", ")
@@ -46,7 +46,7 @@ def sentence(printed: str, verb: str, options: Sequence[Option]) -> str:
 
 
 def _sections(printed: str) -> list[list[str]]:
-    """Return the lines of a box, cut at its rules."""
+    """Return the lines of a box in sections, which are separated by horizontal lines."""
     sections: list[list[str]] = [[]]
     for line in printed.splitlines():
         text = line.strip("│ ")
@@ -62,7 +62,7 @@ def _quoted(words: str) -> list[str]:
 
 
 def _kind(sections: list[list[str]]) -> str:
-    """Return the kind of value of the option that the box describes."""
+    """Return a description of the values that the option in the box accepts."""
     usage = next((lines[1] for lines in sections if lines[0] == "Argument helptext:"), "")
     placeholder = re.sub(r"^(--\S+ )?", "", usage.split(", ")[-1])
     return _KINDS.get(placeholder, f"of the form {placeholder}")
@@ -74,7 +74,7 @@ def _described(option: Option) -> str:
 
 
 def _flag(names: str) -> str:
-    """Return the first of the names of an option, or the placeholder of a positional argument."""
+    """Return the first name of an option, or the placeholder of a positional argument."""
     name = re.split("[/,]", names)[0]
     return name if name.startswith("-") else name.upper()
 
@@ -85,6 +85,6 @@ def _unknown(word: str, options: Sequence[Option], see: str) -> str:
     name = word.partition("=")[0]
     flags = [flag for option in options if not option.is_positional for flag in option.names]
     plain = name.replace("_", "-").lstrip("-")
-    # The part after the dot first: --lr for --train.lr.
+    # First try the part of a flag after the dot: --lr means --train.lr.
     close = [flag for flag in flags if flag.endswith(f".{plain}")] or get_close_matches(f"--{plain}", flags, n=1)
     return f"unknown option {name!r}; " + (f"did you mean {close[0]!r}?" if close else see)

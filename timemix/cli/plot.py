@@ -1,4 +1,4 @@
-"""The verb plot: draw the loss curves of runs."""
+"""The command-line verb plot: draw the loss curves of runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class PlotArguments:
     x: Literal["tokens", "steps", "seconds"] = "tokens"
     """Horizontal axis."""
     smoothing: float = 0.03
-    """Width of the Gaussian over the training loss, as a share of its points, from 0 to 1 (0: no smoothing)."""
+    """Width of the Gaussian that smooths the training loss, as a share of its points, from 0 to 1 (0: no smoothing)."""
     title: str | None = None
     """Title of the picture. Default: no title."""
 

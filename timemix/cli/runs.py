@@ -1,4 +1,4 @@
-"""The verb runs: list the runs below a folder."""
+"""The command-line verb runs: list the runs below a folder."""
 
 import json
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class RunsArguments:
     """List the runs at or below a folder: state, size, steps, newest losses in nats per token.
 
-    The state is running, complete, stopped (resume it with timemix train --resume RUN) or damaged. The age is the
-    time since the newest line of metrics.jsonl.
+    The state of a run is running, complete, stopped (timemix train --resume RUN resumes the run) or damaged. The age of
+    a run is the time since the newest line of metrics.jsonl.
 
     Examples:
         timemix runs

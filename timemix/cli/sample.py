@@ -1,4 +1,4 @@
-"""The verb sample: generate text with a trained model."""
+"""The command-line verb sample: generate text with a trained model."""
 
 import itertools
 import json
@@ -48,9 +48,10 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Penalty on tokens that occur in the context, above 0 (1: off)."""
     context: Literal["reanchor", "exact"] = "reanchor"
-    """Past ctx_len: `reanchor` restarts from the newest half (constant cost), `exact` recomputes all for each token."""
+    """Rule past ctx_len: `reanchor` restarts from the newest half of the context, at a constant cost per token, and
+    `exact` recomputes the whole context for each token."""
     stop: tuple[str, ...] = ()
-    """Stop strings; a text ends before the first of them."""
+    """Stop strings; a text ends before the first stop string."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "count"):
@@ -69,7 +70,7 @@ class SampleArguments:
 
     run: RunFolder
     prompt: str | None = None
-    """Prompt. Default: empty with --load-state, otherwise a newline, or the first token of a vocabulary without it."""
+    """Prompt. Default: empty with --load-state, otherwise a newline, or token 0 if the vocabulary has no newline."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     weights: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -79,7 +80,7 @@ class SampleArguments:
     save_state: Path | None = None
     """File for the state on exit (also on Ctrl-C); resume with --load-state. Default: the state is not saved."""
     log_probabilities: bool = False
-    """With --json: log-probability of each token in nats, at temperature 1 without filters."""
+    """With --json: report of each token's log-probability in nats, at temperature 1 without filters."""
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
     json: bool = False
@@ -162,7 +163,7 @@ def _check(parsed: SampleArguments) -> None:
 
 @contextmanager
 def _interrupts_noted() -> Iterator[list[int]]:
-    """Collect Ctrl-C in the list instead of raising KeyboardInterrupt."""
+    """Append each Ctrl-C to the yielded list instead of raising KeyboardInterrupt."""
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
@@ -174,13 +175,13 @@ def _interrupts_noted() -> Iterator[list[int]]:
 def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "list[Session]") -> Iterator["Event"]:
     """Print the texts of an engine and yield their events.
 
-    One text is printed token by token, several texts when all have ended.
+    One text is printed token by token. Several texts are printed when all texts have ended.
 
     Args:
         engine: The engine, with one request.
         prompt: The prompt of the request.
-        parsed: The options of the verb.
-        sessions: Receives the session of a text that has ended, before its end is printed.
+        parsed: The options of `timemix sample`.
+        sessions: List that receives the session of an ended text, before the end of the text is printed.
     """
     from timemix.generation.generate import events_of
 
@@ -199,7 +200,7 @@ def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "
         if streaming:
             sys.stdout.write(form(event.text))
             sys.stdout.flush()
-        # After the text is printed: if the caller stops here, the saved state matches the printed text.
+        # Yield after the text is printed: if the caller stops here, the saved state matches the printed text.
         yield event
     if parsed.json:
         asked = {"log_probabilities": scores} if parsed.log_probabilities else {}

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 LEAST_COLUMNS = 40
-"""Below this width tyro's help has no room for words. At 4 columns or less it never ends."""
+"""Smallest width of tyro's help in columns. At 4 columns or fewer, tyro never finishes."""
 
 WIDE = 10_000
-"""A width in columns that wraps no line."""
+"""A width in columns at which no line is wrapped."""
 
 
 def prepare_streams() -> None:
@@ -31,7 +31,7 @@ def prepare_streams() -> None:
 
 
 def _open_closed_streams() -> None:
-    # Occupy the numbers 0 to 2: otherwise a file that is opened later becomes the stdout of C code.
+    # Occupy the file descriptors 0 to 2: otherwise a file that is opened later becomes the stdout of C code.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -72,7 +72,7 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let the block continue after a write error on stdout or stderr. For verbs whose result is a folder."""
+    """Let the block continue after a write error on stdout or stderr, because its result is a folder."""
     streams = LastingStream(sys.stdout), LastingStream(sys.stderr)
     with (
         contextlib.redirect_stdout(cast(TextIO, streams[0])),
@@ -94,10 +94,10 @@ def escaped(text: str) -> str:
 def readable_help(columns: int | None = None) -> Iterator[None]:
     """Set the width at which tyro prints, and turn its colours off if NO_COLOR is set.
 
-    tyro reads the environment. The block restores it at its end.
+    tyro reads the width and the colours from environment variables. The end of the block restores these variables.
 
     Args:
-        columns: The width. Default: that of the terminal, at least `LEAST_COLUMNS`.
+        columns: Width in columns. Default: the width of the terminal, at least `LEAST_COLUMNS`.
     """
     wanted = {"COLUMNS": str(columns or max(LEAST_COLUMNS, shutil.get_terminal_size().columns))}
     if os.environ.get("NO_COLOR"):
@@ -115,11 +115,12 @@ def readable_help(columns: int | None = None) -> Iterator[None]:
 
 
 class Captured(io.StringIO):
-    """A buffer in place of stdout, by whose properties tyro chooses colours and the characters of boxes.
+    """A replacement of stdout, with the properties from which tyro chooses colours and box characters.
 
     Args:
         is_terminal: Whether tyro uses colours.
-        encoding: Encoding that tyro sees. Boxes have lines of Unicode for "utf-8", of ASCII for others.
+        encoding: Encoding that tyro sees. tyro draws boxes with Unicode lines for "utf-8", and with ASCII lines for
+            other encodings.
     """
 
     def __init__(self, *, is_terminal: bool, encoding: str) -> None:

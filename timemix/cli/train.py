@@ -1,4 +1,4 @@
-"""The verb train: train a model, or resume a run."""
+"""The command-line verb train: train a model, or resume a run."""
 
 import argparse
 import sys
@@ -33,15 +33,15 @@ class Reporting:
     tensorboard: bool = False
     """Events for TensorBoard in the folder tensorboard/ of the run folder."""
     hook: str | None = None
-    """Function module:function, called with each line of metrics.jsonl as a dictionary. Default: no function."""
+    """Hook as module:function, called with each line of metrics.jsonl as a dictionary. Default: no function."""
 
 
 @dataclass(frozen=True)
 class TrainArguments:
     """Train a model on a text, fine-tune a trained model (--from), or resume a run (--resume).
 
-    Settings come from the preset, from the file of --config, or from the run of --from. Options override them. The
-    length of the run is one of --train.steps, --train.seconds and --train.tokens.
+    Settings come from the preset, from the file of --config, or from the run of --from. Options override these
+    settings. One of --train.steps, --train.seconds and --train.tokens sets the length of the run.
 
     Examples:
         timemix train cpu-small --data my.txt --out runs/mine
@@ -67,11 +67,11 @@ class TrainArguments:
     """New folder for the run."""
     preset: PresetName = None
     config: Path | None = None
-    """TOML file of settings, such as config.toml of a run folder; some fields suffice. Default: only the preset."""
+    """TOML file of settings, such as config.toml of a run folder; fields may be absent. Default: only the preset."""
     resume: Path | None = None
     """Run folder to resume from its newest checkpoint (see timemix train --resume RUN --help). Default: a new run."""
     from_: Path | None = None
-    """Run folder, or checkpoint, that gives first weights, tokenizer and settings. Default: random weights."""
+    """Run folder, or checkpoint, that gives the initial weights, tokenizer and settings. Default: random weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -80,11 +80,12 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class ResumeArguments:
-    """Resume a run from its newest checkpoint, with its own settings; options of training override them.
+    """Resume a run from its newest checkpoint, with the settings of the run; training options override these settings.
 
-    The learning rate follows the schedule of the new settings: at step S it is the rate that a run with these settings
-    has at step S. The model, the text, --train.batch-size, --train.contexts, --train.seed and --train.optimizer cannot
-    change. To change them, start a new run from the weights of this run: timemix train --from RUN --out NEXT.
+    The learning rate follows the schedule of the new settings: at step S, the rate is the rate at step S of a new run
+    with these settings. The model, the text, --train.batch-size, --train.contexts, --train.seed and --train.optimizer
+    cannot change. To change one of these settings, start a new run from the weights of this run: timemix train --from
+    RUN --out NEXT.
 
     Examples:
         timemix train --resume runs/mine
@@ -105,7 +106,9 @@ def _check_choice(choice: Choice) -> None:
     named = {"--config": choice.config, "--from": choice.from_, "--resume": choice.resume}
     given = [f"{flag} {path}" for flag, path in named.items() if path is not None]
     if len(given) > 1:
-        raise InvalidValue(f"{' and '.join(given)} exclude one another: each gives the settings of the run; give one")
+        raise InvalidValue(
+            f"{' and '.join(given)} exclude one another: each gives the settings of the run; give only one"
+        )
     if choice.preset is not None and given and choice.config is None:
         raise InvalidValue(f"{given[0]} has its own settings; leave out the preset {choice.preset!r}")
 
@@ -124,15 +127,15 @@ def _defaults(choice: Choice) -> RunConfig:
     config, checkpoint = read_checkpoint(
         choice.from_, "best", lambda folder: (read_toml(folder / "config.toml"), folder)
     )
-    # Standard input cannot be read again, but its tokens can.
+    # Standard input cannot be read again, but its prepared tokens can be read again.
     source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
-    # The new run can have another text: of the old settings of data, only source and order apply to it.
+    # The new run can have another text: only the data settings `source` and `order` of the old run apply.
     data = DataConfig(source=source, order=config.data.order)
     return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
 
 
 def _check_resumable(arguments: list[str], run: Path) -> None:
-    """Raise InvalidValue for an option of a new run."""
+    """Raise InvalidValue for an option that only a new run accepts."""
     for flag in (word.partition("=")[0] for word in arguments):
         if flag in ("--out", "--data") or flag.startswith(("--model.", "--data.")):
             raise InvalidValue(
@@ -142,10 +145,10 @@ def _check_resumable(arguments: list[str], run: Path) -> None:
 
 
 def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
-    """Return the settings, without their own length of the run if an option sets it.
+    """Return the settings, without a length of the run if an option sets the length.
 
     Raises:
-        InvalidValue: Two options set the length.
+        InvalidValue: Two options set the length of the run.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in BUDGETS:
@@ -156,7 +159,7 @@ def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
-    """Return the options of the verb; defaults come from the file, run or preset that the first parse finds."""
+    """Return the options of `timemix train`, with default values from the file, run or preset of the first parse."""
     choice = first_parse(arguments)
     _check_choice(choice)
     if choice.resume is not None:
@@ -175,7 +178,7 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
 
 
 def _config_of(run: Path) -> RunConfig:
-    """Return the config of a run. Raises FileError where there is no run folder."""
+    """Return the config of a run. Raise FileError if the folder is no run folder."""
     from timemix.runs.folder import newest
 
     if not (run / "config.toml").exists():
@@ -184,7 +187,7 @@ def _config_of(run: Path) -> RunConfig:
 
 
 def train(arguments: list[str]) -> int:
-    # Options first: under torchrun, each process finds an error in them without the other processes.
+    # Check options first: under torchrun, each process finds an error in its options without the other processes.
     asked = train_options(arguments)
     from timemix.runs.folder import last_good
     from timemix.runtime.distributed import Elsewhere, joined
@@ -201,7 +204,7 @@ def train(arguments: list[str]) -> int:
         except Elsewhere:
             return 2
         except TimemixError:
-            # An error in one process is most often an error in all: one of them reports it.
+            # An error in one process is usually an error in all processes, so only one process reports the error.
             if world.says_first():
                 raise
             return 2
@@ -244,7 +247,7 @@ def _begun(asked: TrainArguments, world: "World") -> "Trainer":
 
 
 def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
-    """Return the trainer of a run to resume. Print its changed settings, or that the run is complete."""
+    """Return the trainer of a run to resume, and print the changed settings or a notice of completion."""
     from timemix.cli.training import stopped_early
     from timemix.training.start import resume_run
 
@@ -269,7 +272,7 @@ def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
 
 
 def _changes(trainer: "Trainer", before: dict[str, Any], changes: dict[str, Any]) -> str:
-    """Return the end of a sentence: the changed settings, and the learning rate that follows from them."""
+    """Return the end of a message: the changed settings, and the resulting learning rate at the next step."""
     if not changes:
         return ""
     from timemix.training.optim import learning_rate

@@ -1,4 +1,4 @@
-"""Shared by the verbs train and demo: introduction, progress, loss curve, and errors with the command that resumes."""
+"""Code that `timemix train` and `timemix demo` share: introduction, progress, loss curve, and error messages."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def run_trainer(
 
 @contextmanager
 def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
-    """Add the command that resumes the run to an error that ends it."""
+    """Add the command that resumes a run to the message of an error that ends the run."""
     resume = f"timemix train --resume {trainer.out}"
     try:
         yield
@@ -62,7 +62,7 @@ def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
 
 
 def _way_past_divergence(trainer: "Trainer") -> str:
-    """Return the command that trains past a loss that is not finite, without its learning rate."""
+    """Return the command that continues after a loss that is not finite; the caller adds a learning rate."""
     from timemix.runs.folder import checkpoint_name, checkpoints
 
     kept = checkpoints(trainer.out)
@@ -85,7 +85,7 @@ def _conclude(trainer: "Trainer") -> None:
 
 
 def stopped_early(trainer: "Trainer") -> str:
-    """Return the sentence about a run that early stopping has ended."""
+    """Return the message about a run that early stopping has ended."""
     train = trainer.config.train
     return (
         f"{trainer.out} stopped early at step {trainer.step} of {train.steps}, after"

@@ -24,8 +24,8 @@ def watching(first_step: int, steps: int, *, quiet: bool = False) -> "Iterator[W
     """Yield the function that `Trainer.run` calls after each step.
 
     Args:
-        first_step: Steps that are already done.
-        steps: Steps of the whole run.
+        first_step: Number of steps that are already done.
+        steps: Number of steps of the whole run.
         quiet: Whether to show nothing.
     """
     if quiet:
@@ -76,7 +76,7 @@ def _bar(first_step: int, steps: int) -> "Iterator[Watch]":
 
 
 def progress_line(progress: "TrainingProgress", width: int | None = None) -> str:
-    """Return one line of numbers, without the least important numbers and labels if it exceeds `width` columns."""
+    """Return one line of numbers; a line over `width` columns loses the least important numbers and labels."""
     step, loss = f"{progress.step}/{progress.steps}", f"{progress.loss:.3f}"
     valid = "-" if progress.valid_loss is None else f"{progress.valid_loss:.3f} at {progress.valid_step}"
     left = _minutes(_seconds_left(progress))

@@ -1,1 +1,1 @@
-"""Evaluation of a trained model on a text: loss, and statistics of its layers."""
+"""Evaluation of a trained model on a text: loss, and statistics of the model's layers."""

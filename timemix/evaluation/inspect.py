@@ -1,4 +1,4 @@
-"""Inspection of a trained model: its time tables, the outputs of its projections, and their use of token-shift."""
+"""Inspection of a trained model: time tables, outputs of the projections, and use of token-shift."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TABLES = ("f", "alpha", "beta", "gamma")
 HALVES = ("mixer", "ffn")
-# Projections that read the token-shifted input, with their letters in the papers.
+# The projections that read the token-shifted input, with their letters in the papers.
 PROJECTIONS = {"query": "Q", "receptance": "R", "key": "K", "value": "V"}
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -36,8 +36,8 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 class Projection:
     """Statistics of a projection on a text: its outputs, and its use of the shifted channels.
 
-    Fields about shifted channels are None in a layer without them. Fields that end in `_at_start` are of the model
-    before training.
+    Fields about shifted channels are None in a layer without shifted channels. Fields that end in `_at_start` describe
+    the model before training.
     """
 
     layer: int
@@ -46,7 +46,7 @@ class Projection:
     projection: str
     """Name of the projection, such as "key"."""
     mean: float
-    """Mean of the outputs; of a receptance, after the sigmoid."""
+    """Mean of the outputs, measured after the sigmoid for a receptance."""
     deviation: float
     """Standard deviation of the outputs."""
     quantiles: list[float]
@@ -54,9 +54,9 @@ class Projection:
     loss_without_shifted: float | None = field(default=None, metadata=OPTIONAL)
     """Loss in nats per token when only the shifted inputs of this projection are set to zero."""
     shifted: float | None
-    """Mean over the shifted channels of |weight| x standard deviation of the input channel, averaged over outputs."""
+    """Mean of |weight| x standard deviation of the input channel, over all shifted channels and all outputs."""
     unshifted: float | None
-    """The same mean over all other channels."""
+    """Mean of |weight| x standard deviation of the input channel, over all other channels and all outputs."""
     share: float | None
     """shifted / (shifted + unshifted); None if both are zero."""
     shifted_at_start: float | None
@@ -79,13 +79,13 @@ class Inspection:
     tables: list[dict[str, Any]]
     """Tables of each layer, as nested lists.
 
-    f is (heads, ctx_len) by lag or a free matrix (heads, ctx_len, ctx_len). alpha and beta are (heads, ctx_len), and
-    gamma is (ctx_len,).
+    The table f has shape (heads, ctx_len), indexed by lag, or is a free matrix of shape (heads, ctx_len, ctx_len). The
+    tables alpha and beta have shape (heads, ctx_len), and gamma has shape (ctx_len,).
     """
     projections: list[Projection]
     """Statistics of every projection of every layer."""
     not_shown: dict[str, str]
-    """Parts that this architecture lacks, each with the reason in words."""
+    """Parts of the report that this architecture lacks, each with a reason."""
 
 
 def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
@@ -93,7 +93,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
 
     Args:
         loaded: The model.
-        tokens: Token ids of the text, (tokens,), at least 2. Statistics of projections use the first 2048.
+        tokens: Token ids of the text, (tokens,), at least 2. The statistics of projections use the first 2048 tokens.
 
     Raises:
         InvalidValue: The text has fewer than two tokens.
@@ -101,7 +101,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but at least 2 are needed; give a longer text")
     model = loaded.model
-    # The same seed gives the initial values of the run.
+    # The seed of the run gives `start` the initial weights of the run.
     torch.manual_seed(loaded.config.train.seed)
     start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
     tables = [{name: table.tolist() for name, table in block.tables().items()} for block in model.blocks]
@@ -180,7 +180,7 @@ class _Seen:
         return torch.cat(self.inputs).std(0, correction=0)
 
     def summary(self, name: str) -> tuple[float, float, list[float]]:
-        """Return mean, standard deviation and quantiles of the outputs; of a receptance, after the sigmoid."""
+        """Return mean, standard deviation and quantiles of the outputs, measured after the sigmoid for a receptance."""
         values = torch.cat(self.outputs)
         values = values.sigmoid() if name == "receptance" else values
         spread = np.quantile(values.numpy(), QUANTILES)
@@ -216,7 +216,7 @@ def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]
 
 
 def _use(linear: nn.Linear, deviation: Tensor, shifted: int) -> tuple[float, float] | None:
-    """Return the mean of |weight| x deviation over the shifted and over the other input channels; None without shift.
+    """Return the means of |weight| x deviation over shifted and other input channels; None without shifted channels.
 
     Args:
         linear: The projection.
@@ -248,7 +248,7 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
 
 
 def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
-    """Draw tables.png, projections.png and shift.png, as far as the architecture has tables and token-shift.
+    """Draw projections.png, tables.png if the architecture has tables, and shift.png if it has token-shift.
 
     Args:
         report: Report of `inspect_run`.
@@ -274,7 +274,7 @@ def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
 
 
 def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """Draw f by lag, alpha by source, beta and gamma by target position: a row per layer, a line per head."""
+    """Draw f by lag, alpha by source position, beta and gamma by target position: a row per layer, a line per head."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -287,7 +287,7 @@ def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
         for axes, name in zip(grid[layer], names, strict=True):
             table = np.array(tables[name])
             if table.ndim == 3:
-                # Of a free W, only the matrix of the first head is drawn.
+                # For a free W, only the matrix of the first head is drawn.
                 reach = np.abs(np.tril(table[0])).max()
                 axes.imshow(np.tril(table[0]), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
                 axes.set_xlabel("source position", fontsize=8)
@@ -336,7 +336,7 @@ def _draw_projections(report: Inspection, config: ModelConfig, out: Path) -> Non
 
 
 def _draw_shift(report: Inspection, config: ModelConfig, out: Path) -> None:
-    """Draw the share of the shifted channels in each projection, and the loss added when they are set to zero."""
+    """Draw the share of the shifted channels in each projection, and the loss increase when these channels are zero."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 5.2), dpi=130, layout="constrained")
@@ -362,7 +362,7 @@ def _draw_shift(report: Inspection, config: ModelConfig, out: Path) -> None:
             axes.set_xticks(range(config.layers))
             _plain(axes)
     grid[0][0].set_ylabel("share of the shifted channels\n(black: before training)", fontsize=9)
-    grid[1][0].set_ylabel("loss added without them\n(nats per token)", fontsize=9)
+    grid[1][0].set_ylabel("loss added without shifted channels\n(nats per token)", fontsize=9)
     save_picture(figure, out)
 
 

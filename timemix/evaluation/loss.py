@@ -28,17 +28,18 @@ def windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Cut a text into windows, in batches, so that every token but the first counts as a target exactly once.
 
-    With a stride, each window begins `stride` tokens after the window before. Only its targets that no earlier window
-    had are counted, and they see at least ctx_len - stride tokens.
+    With a stride, a window begins every `stride` tokens. Each window after the first counts only the targets that no
+    earlier window counts. A counted target after the first window has at least ctx_len - stride tokens of context.
 
     Args:
         tokens: Token ids, (tokens,).
         ctx_len: Number of tokens in a window.
         batch_size: Largest number of windows in a batch.
-        stride: Tokens between the starts of windows; None: adjacent windows.
+        stride: Distance between the starts of windows in tokens; None: adjacent windows.
 
     Yields:
-        Inputs and targets, each (batch, T) int64, and `scored`: the last `scored` targets of each row count.
+        Inputs and targets, each (batch, T) int64, and the number of targets at the end of each row that count in the
+        loss.
     """
     if stride is None or stride >= ctx_len:
         for inputs, targets in validation_windows(tokens, ctx_len, batch_size):
@@ -61,9 +62,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     """Return the cross-entropy in nats, computed in at least float32.
 
     Args:
-        logits: (B, T, V).
+        logits: Logits (B, T, V).
         targets: Token ids, (B, T) int64.
-        reduction: "mean", "sum" or "none", which returns (B * T,).
+        reduction: Reduction of the losses: "mean", "sum", or "none", which returns all losses (B * T,).
     """
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction=reduction)
@@ -85,9 +86,10 @@ def loss_per_token(
         model: The model.
         tokens: Token ids, (tokens,), at least 2.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
-        stride: Tokens between the starts of windows of ctx_len, at least 1; None: adjacent windows.
+        stride: Distance between the starts of windows in tokens, at least 1; None: adjacent windows.
         tokens_per_batch: Number of tokens in a batch.
-        world: Processes that share the batches. All must call, and each gets the loss of the whole text.
+        world: Processes that share the batches. All processes must call this function, and each process gets the loss
+            of the whole text.
 
     Raises:
         InvalidValue: `stride` is below 1.
@@ -99,7 +101,8 @@ def loss_per_token(
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
     with evaluating(model):
         while turns := list(itertools.islice(batches, world.size)):
-            # All processes must call a sharded model. In the last turn, processes without a batch repeat another one.
+            # All processes must call a sharded model. In the last round, processes without a batch repeat the batch of
+            # another process.
             inputs, targets, scored = turns[world.rank % len(turns)]
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
@@ -121,12 +124,12 @@ def loss_by_position(
 ) -> np.ndarray:
     """Return the mean loss in nats at each position of adjacent windows.
 
-    Whenever a bounded context ends within a window, the newest half of it is read again from position 0, as in
-    generation.
+    Whenever a bounded context ends within a window, the model processes the newest half of that context again from
+    position 0, as in generation.
 
     Args:
         model: The model.
-        tokens: Token ids, (tokens,). A last part that is shorter than a window is ignored.
+        tokens: Token ids, (tokens,). Tokens at the end that fill no window are ignored.
         contexts: Length of a window in units of ctx_len.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
         tokens_per_batch: Number of tokens in a batch.
@@ -135,7 +138,7 @@ def loss_by_position(
         Losses, (contexts * ctx_len,).
 
     Raises:
-        InvalidValue: The text is shorter than a window and its next token.
+        InvalidValue: The text has fewer than `contexts` * ctx_len + 1 tokens.
     """
     length = contexts * model.config.ctx_len
     if len(tokens) < length + 1:
@@ -171,7 +174,7 @@ class TextSize:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss of a text in three units, and the counts behind them."""
+    """Loss of a text in three units, with the numbers of tokens, characters and bytes."""
 
     nats_per_token: float
     bits_per_character: float
@@ -185,9 +188,9 @@ class Evaluation:
     unknown: int
     """Number of characters or words outside the vocabulary."""
     predicted_characters: int
-    """Characters that the loss is divided by: without the first token and without skipped characters."""
+    """Number of predicted characters: all characters except skipped characters and the first token."""
     predicted_bytes: int
-    """Bytes that the loss is divided by: without the first token and without skipped characters."""
+    """Number of predicted bytes: all bytes except the bytes of skipped characters and of the first token."""
 
 
 def evaluate(
@@ -199,7 +202,7 @@ def evaluate(
         run: Run folder, checkpoint folder, or a model from `load`.
         text: Text of at least two tokens. Default: the held-out text of the run.
         precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
+        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
 
     Returns:
         The loss in nats per token, bits per character and bits per byte (UTF-8), with the counts.
@@ -223,18 +226,19 @@ def evaluate_text(
 ) -> Evaluation:
     """Measure the loss of a model on a text.
 
-    Characters or words outside the vocabulary become <unk>. If the vocabulary has no <unk>, they are skipped. The units
-    per character and per byte count neither skipped characters nor the first token, which is not predicted.
+    Characters or words outside the vocabulary become <unk>. If the vocabulary has no <unk>, characters outside the
+    vocabulary are skipped. The losses per character and per byte count neither skipped characters nor the first token,
+    which is not predicted.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         text: The text.
         precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
+        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
 
     Raises:
-        InvalidValue: Fewer than two tokens are left, or `stride` is below 1.
+        InvalidValue: The text gives fewer than two tokens, or `stride` is below 1.
     """
     tokens, unknown = tokenizer.encode_counted(text)
     left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
@@ -256,7 +260,7 @@ def evaluate_held_out(
         model: The model.
         corpus: The prepared folder.
         precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Tokens between the starts of windows of ctx_len, at least 1. Default: adjacent windows.
+        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
 
     Raises:
         InvalidValue: Fewer than two tokens are held out, or `stride` is below 1.
@@ -264,7 +268,8 @@ def evaluate_held_out(
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     read = whole.characters, whole.bytes
-    # Folders of earlier versions lack the size of the first token. There <unk> counts as one character of one byte.
+    # Folders of earlier versions lack the size of the first token. In such a folder, <unk> counts as one character of
+    # one byte.
     first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
     return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
 
@@ -284,11 +289,11 @@ def _in_units(
     Args:
         model: The model.
         tokens: Token ids, (tokens,).
-        whole: Counts of the text.
-        read: Characters and bytes that the tokens encode.
-        first: Characters and bytes of the first token.
+        whole: Counts of the whole text.
+        read: Numbers of characters and bytes that the tokens encode.
+        first: Numbers of characters and bytes of the first token.
         precision: Precision of matrix products.
-        stride: Tokens between the starts of windows.
+        stride: Distance between the starts of windows in tokens.
     """
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")

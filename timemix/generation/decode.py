@@ -1,4 +1,4 @@
-"""The decode step of generation: tokens through the model, by compiled C code or by the model's own forward pass."""
+"""The decode step of generation: compiled C code, or the model's own forward pass, processes tokens."""
 
 from typing import Protocol, cast
 
@@ -13,18 +13,18 @@ from timemix.models.state import State
 
 
 class Step(Protocol):
-    """A function that feeds tokens to some rows of a state.
+    """A function that runs the model on the next tokens of some rows of a state.
 
     Attributes:
-        compiled: Whether it is C code rather than the model's own forward pass.
-        reason: Why this kind of step was chosen.
+        compiled: Whether the step is C code rather than the model's own forward pass.
+        reason: Reason for the choice between C code and the model's own forward pass.
     """
 
     compiled: bool
     reason: str
 
     def looks_back(self, position: int) -> int:
-        """Return how many past positions a token at a position reads, on average.
+        """Return the average number of past positions that a token at `position` reads.
 
         Args:
             position: Position of the token, from 0.
@@ -37,20 +37,23 @@ class Step(Protocol):
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Feed tokens to some rows of a state.
+        """Run the model on the next tokens of some rows of a state.
 
         Args:
             tokens: Token ids (T,) int64, 0 to V - 1, grouped by row in the order of `rows`.
-            state: State of the model. It is consumed; the other rows stay unchanged.
+            state: State of the model. After the call, use only the returned state. Rows of the state outside `rows` do
+                not change.
             rows: Indices of rows of the state (R,) int64, all different.
-            counts: Number of tokens of each row (R,) int64, at least 1 each, T in sum; None: one each.
-            wanted: Indices into `tokens` (n,) int64 whose logits are returned; None: the last token of each row.
+            counts: Number of tokens of each row (R,) int64, at least 1, with sum T; None: one token per row.
+            wanted: Indices into `tokens` (n,) int64 of the tokens whose logits are returned; None: the last token of
+                each row.
 
         Returns:
             Logits (n, V) after the wanted tokens, and the next state.
 
         Raises:
-            ValueError: A token is outside the vocabulary, or a row would pass the model's `max_position`.
+            ValueError: A token is outside the vocabulary, or the position of a row would exceed the model's
+                `max_position`.
         """
 
 
@@ -58,16 +61,16 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
     """Build the decode step of a model.
 
     Args:
-        model: The model. Its weights must not change while the step is in use.
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
-        backend: "compiled", "model", or "auto": compiled if supported.
+        model: The model, whose weights must not change while the step is in use.
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        backend: "compiled", "model", or "auto", which is "compiled" if supported, otherwise "model".
 
     Returns:
         The step.
 
     Raises:
-        InvalidValue: `weights` is unknown; or `backend` is "compiled", and the model, its device or its dtype is not
-            supported, or the C code cannot be compiled.
+        InvalidValue: `weights` is unknown, or `backend` is "compiled" but the C code cannot be compiled for the model,
+            its device and its dtype.
     """
     if weights not in WEIGHTS:
         raise InvalidValue(f"weights={weights!r} is not supported{nearest(str(weights), WEIGHTS)}")
@@ -80,7 +83,7 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
 
 
 def _hindrance(model: LanguageModel) -> str | None:
-    """Return why no compiled step can run for a model; None if one can."""
+    """Return the reason why no compiled step can run for a model; None if a compiled step can run."""
     decode = find_architecture(model.config.arch).decode
     return (
         f"there is no compiled step for {model.config.arch}" if decode is None else load_part(decode).hindrance(model)
@@ -91,8 +94,8 @@ class ModelStep:
     """The fallback step: the model's own forward pass, in eval mode.
 
     Args:
-        model: The model, with weights that are rounded already.
-        reason: Why this kind of step was chosen.
+        model: The model, with rounded weights.
+        reason: Reason for the choice between C code and the model's own forward pass.
     """
 
     compiled = False
@@ -101,7 +104,7 @@ class ModelStep:
         self.model, self.reason = model, reason
 
     def looks_back(self, position: int) -> int:
-        """Return how many past positions a token at a position reads, on average: all of them.
+        """Return `position`: a token reads all past positions.
 
         Args:
             position: Position of the token, from 0.
@@ -115,7 +118,7 @@ class ModelStep:
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Feed tokens to some rows of a state, see `Step`."""
+        """Run the model on the next tokens of some rows of a state, as `Step` describes."""
         device, vocab_size = self.model.device, self.model.config.vocab_size
         for token in (int(tokens.min()), int(tokens.max())):
             if not 0 <= token < vocab_size:
@@ -129,7 +132,7 @@ class ModelStep:
             if len(single):
                 at = ends[single] - 1
                 logits[at.to(device)], state = self._decode(tokens[at].to(device), state, rows[single].to(device))
-            # A longer piece runs alone, so that its logits do not depend on the other rows.
+            # A piece of several tokens runs alone, so that its logits do not depend on the other rows.
             for i in (counts > 1).nonzero().flatten().tolist():
                 begin, end = int(ends[i] - counts[i]), int(ends[i])
                 hidden, state = self._read(tokens[begin:end].to(device), state, rows[i : i + 1].to(device))
@@ -139,14 +142,14 @@ class ModelStep:
         return logits[wanted.to(device)], state
 
     def _read(self, tokens: Tensor, state: State, row: Tensor) -> tuple[Tensor, State]:
-        """Feed tokens (T,) to one row (1,); return the hidden rows before the head (T, C), and the state."""
+        """Run the model on tokens (T,) of one row (1,); return hidden vectors (T, C) before the head, and the state."""
         hidden, part = self.model(tokens[None], state.select(row), logits=None)
         state.put(row, cast(State, part))
         return hidden[0], state
 
     def _decode(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
-        """Feed one token to each of R rows; return the logits (R, V), and the state."""
-        # If `rows` is all rows in order, the state needs no copy.
+        """Run the model on one token of each of R rows; return the logits (R, V), and the state."""
+        # If `rows` lists all rows in order, the state needs no copy.
         if len(rows) == len(state.position) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             logits, after = self.model(tokens[:, None], state, logits="last")
             return logits, cast(State, after)

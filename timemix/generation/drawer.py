@@ -1,4 +1,4 @@
-"""From the logits of a step to the next token of each row, with the log-probabilities that a request asks for."""
+"""The draw of each row's next token from the logits of a step, with the log-probabilities that a request asks for."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from timemix.generation.row import Row
 from timemix.generation.sampler import Sampler, draw
 
 Drawn = tuple[int, float | None, tuple[tuple[int, float], ...]]
-"""A token, its log-probability (None unless asked for), and (token, log-probability) of the most probable tokens."""
+"""A token, its log-probability (None unless requested), and (token, log-probability) of the most probable tokens."""
 
 
 class Drawer:
-    """Draws the next tokens of all rows of a step at once."""
+    """Draw the next tokens of all rows of a step at once."""
 
     def __init__(self) -> None:
-        # The joined sampler of the previous step, and its requests: the next step usually has the same requests.
+        # Cache the joined sampler of a step with the requests: the next step usually has the same requests.
         self._requests: list[Request] = []
         self._sampler = Sampler()
 
@@ -25,17 +25,17 @@ class Drawer:
         """Draw a token for each row.
 
         Args:
-            rows: The R rows to draw for.
+            rows: The R rows that each get a token.
             logits: Logits (R, V) float64.
 
         Returns:
-            For each row what was drawn, or the reason why no token can be drawn.
+            For each row the drawn token with its log-probabilities, or the reason why no token can be drawn.
         """
         biased = logits.copy() if any(row.request.logit_bias for row in rows) else logits
         for x, row in zip(biased, rows, strict=True):
             if bias := row.request.logit_bias:
                 x[list(bias)] += list(bias.values())
-        # A row's sum is finite if all its numbers are.
+        # The sum of a row is finite if all numbers of the row are finite.
         finite = np.isfinite(logits.sum(-1))
         possible = finite & (biased.max(-1, initial=-np.inf) > -np.inf)
         found: list[Drawn | str] = [
@@ -49,7 +49,7 @@ class Drawer:
         return found
 
     def _tokens(self, rows: Sequence[Row], logits: np.ndarray) -> list[int]:
-        """Draw a token for each row from logits (R, V) with a number above -inf in each row."""
+        """Draw a token for each row from logits (R, V). Each row of logits holds a number above -inf."""
         requests = [row.request for row in rows]
         if list(map(id, requests)) != list(map(id, self._requests)):
             self._requests, self._sampler = requests, Sampler.joined([request.sampler for request in requests])
@@ -68,12 +68,12 @@ class Drawer:
 
 
 def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
-    """Add the log-probabilities that a request asks for to a token, from logits (V,) without bias."""
+    """Return a token with the log-probabilities that the request asks for, computed from logits (V,) without bias."""
     count = request.top_log_probabilities
     if not (request.log_probabilities or count):
         return token, None, ()
     scores = log_softmax(logits)
-    # Among equal tokens the lowest ids come first.
+    # Among equally probable tokens, the lowest ids come first.
     best = (-scores).argsort(kind="stable")[:count].tolist()
     return (
         token,

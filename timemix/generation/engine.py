@@ -1,4 +1,4 @@
-"""Generation of many texts at once: a request joins and leaves at any step, and gets the same text as alone."""
+"""Generation of many texts at once: requests join and leave at any step, without an effect on other texts."""
 
 import itertools
 import threading
@@ -20,24 +20,24 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 PIECE = 64
-"""Most prompt tokens that one step processes; a prompt is cut at the positions that are multiples of PIECE."""
+"""Largest number of prompt tokens that one step processes. A prompt is cut at positions divisible by `PIECE`."""
 
 
 class Engine:
     """Generate text for many requests at once; a request joins and leaves at any step.
 
     Requests do not influence one another: a slot's state holds nothing of other slots or of earlier requests. With
-    compiled code the logits of a request are bit-identical whatever else is generated, at any number of threads. With
-    the model's own forward pass they agree to 1e-5.
+    compiled code, the logits of a request are bit-identical for any other requests and any number of threads. With the
+    model's own forward pass, the logits of a request agree to 1e-5 for any other requests.
 
-    One thread calls `step` in a loop. Any thread may call `add`, `cancel` and `session` meanwhile. Concurrent calls of
+    While one thread calls `step` in a loop, any thread may call `add`, `cancel` and `session`. Concurrent calls of
     `step` run one after another.
 
     Args:
         model: The model.
-        tokenizer: Decodes the text of events; None: events have no text.
+        tokenizer: Tokenizer that decodes the text of events; None: events have no text.
         slots: Largest number of active samples, at least 1; further samples are pending.
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
         step: Decode step to use; None: the fastest step that the model supports.
         max_pending: Largest number of pending requests, at least 1; None: any number.
 
@@ -71,15 +71,16 @@ class Engine:
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._pending: deque[Row] = deque()
         self._rows: list[Row] = []
-        # The state begins with no rows and grows with the active requests: that of a long context is large.
+        # The state begins with no rows and grows with the active requests, because the state of a long context is
+        # large.
         self._state = model.init_state(0)
         self._free: list[int] = []
         self._drawer = Drawer()
-        # Newest tokens stored of a text: those that are processed again at the end of the context, or finish a
-        # character.
+        # Number of newest tokens of a text to store: the model processes these tokens again at the end of the context,
+        # or they hold an unfinished character.
         self._tokens_kept = max(model.max_position or 0, UNFINISHED)
-        # Guards all fields above. _stepping: a step computes, without holding the lock. _copying: number of calls of
-        # `session` that wait for the end of that step.
+        # `_changed` guards all fields above. `_stepping` is True while a step computes, without holding the lock.
+        # `_copying` is the number of calls of `session` that wait for the end of the step.
         self._changed = threading.Condition()
         self._stepping, self._copying = False, 0
 
@@ -93,8 +94,8 @@ class Engine:
             Id of the request; its events have the same id.
 
         Raises:
-            InvalidValue: A token is outside the vocabulary, the request has stop strings but the engine no tokenizer,
-                or its session is of another model.
+            InvalidValue: A token is outside the vocabulary, the request has stop strings but the engine has no
+                tokenizer, or the session of the request belongs to another model.
             TooManyRequests: `max_pending` requests are pending.
         """
         vocab_size = self.model.config.vocab_size
@@ -108,16 +109,16 @@ class Engine:
         row = new_row(-1, request, self.tokenizer, self.model.max_position)
         with self._changed:
             pending = {each.id for each in self._pending if not each.is_cancelled}
-            # Requests that get a free slot at the next step do not count.
+            # Requests that get a free slot at the next step do not count as pending.
             free = self.slots - len(self._rows)
             if self.max_pending is not None and len(pending) - free >= self.max_pending:
-                raise TooManyRequests(f"{self.max_pending} requests are pending; add this one again later")
+                raise TooManyRequests(f"{self.max_pending} requests are pending; add this request again later")
             row.id = next(self._ids)
             self._pending.append(row)
         return row.id
 
     def cancel(self, id: int) -> bool:
-        """End a request at once: neither the step in progress nor a later one reports an event of it.
+        """End a request at once: neither the step in progress nor a later step reports an event of the request.
 
         Args:
             id: Id of the request.
@@ -145,17 +146,17 @@ class Engine:
             return any(not row.is_cancelled for row in (*self._rows, *self._pending))
 
     def session(self, id: int, sample: int | None = None) -> Session:
-        """Return a copy of the session of an active request; wait for the step in progress first.
+        """Wait for the step in progress, then return a copy of the session of an active request.
 
         Args:
             id: Id of the request.
-            sample: Number of the sample; None: the first active one.
+            sample: Number of the sample; None: the first active sample.
 
         Returns:
             The session, which `Request(start=...)` continues.
 
         Raises:
-            KeyError: The request, or this sample of it, is not active.
+            KeyError: The request, or the sample of the request, is not active.
         """
         with self._changed:
             self._copying += 1
@@ -172,11 +173,11 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Generate one token of each active request whose prompt is processed; pending requests join first.
+        """Activate pending requests, then generate one token of each active request whose prompt is processed.
 
         One step processes at most `PIECE` prompt tokens, and the requests take turns. A request has no event before its
-        prompt is processed. If a step raises, or Ctrl-C interrupts it, all active requests end; pending ones can still
-        run.
+        prompt is processed. If a step raises an error, or Ctrl-C interrupts a step, all active requests end. Pending
+        requests can still run.
 
         Returns:
             The events, in the order in which the requests were added.
@@ -185,7 +186,7 @@ class Engine:
         is_done = begun = False
         try:
             with self._changed:
-                # A call of `session` that waits gets its copy first.
+                # A waiting call of `session` gets its copy before the step begins.
                 self._changed.wait_for(lambda: not (self._stepping or self._copying))
                 begun = self._stepping = True
                 events = self._join()
@@ -195,7 +196,7 @@ class Engine:
                 events += [self._take(row, each) for row, each in drawn if not row.is_cancelled]
                 is_done = True
         finally:
-            # Ctrl-C can arrive anywhere, and this clean-up must run all the same.
+            # This clean-up must run even if Ctrl-C interrupts the step.
             if begun:
                 with self._changed:
                     if not is_done:
@@ -227,7 +228,7 @@ class Engine:
         ]
 
     def _fork(self, row: Row) -> None:
-        """Put the other samples of a row first in the queue, once its prompt is processed up to the last token."""
+        """Put the other samples of a row first in the queue once the row has processed all prompt tokens but one."""
         if not (row.forks and row.has_read):
             return
         state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None
@@ -260,7 +261,7 @@ class Engine:
         self._free.append(row.slot)
 
     def _make_room(self, rows: list[Row]) -> None:
-        """Restart each row that would pass the end of its context, from the newest tokens of that context."""
+        """Restart each row that would exceed its context, from the newest tokens of that context."""
         limit = self.model.max_position
         if limit is None:
             return
@@ -273,14 +274,15 @@ class Engine:
             self._state.put(slots, self.model.init_state(len(slots)))
 
     def _compute(self, rows: list[Row]) -> list[tuple[Row, Drawn | str]]:
-        """Compute a step; return what was drawn, or the reason of an error, for each row with no tokens left."""
+        """Compute a step; return the drawn token, or the reason of an error, for each row without unread tokens."""
         self._make_room(rows)
         pieces = self._pieces(rows)
         if not pieces:
             return []
         tokens: list[int] = []
-        # wanted: indices into `tokens` whose logits are needed. done and scored index into `wanted`: rows that draw a
-        # token, and prompt tokens that get a log-probability.
+        # `wanted` holds the indices into `tokens` whose logits are needed. `done` holds the rows that draw a token,
+        # each with an index into `wanted`. `scored` holds the prompt tokens that get a log-probability, each with an
+        # index into `wanted`.
         wanted: list[int] = []
         done: list[tuple[int, Row]] = []
         scored: list[tuple[int, Row, int]] = []
@@ -309,7 +311,7 @@ class Engine:
         return list(zip(readers, self._drawer.draw(readers, logits[[i for i, _ in done]]), strict=True))
 
     def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
-        """Return the rows of a step, each with its number of tokens: a piece of a prompt, in turn, or one token."""
+        """Return the rows of a step with their numbers of tokens: the next piece of a prompt, or one token."""
         counts = {row: 1 for row in rows if row.unread == 1}
         left = PIECE
         for row in sorted((row for row in rows if row.unread > 1), key=lambda row: row.last_read):
@@ -322,7 +324,7 @@ class Engine:
         return [(row, counts[row]) for row in rows if row in counts]
 
     def _take(self, row: Row, drawn: Drawn | str) -> Event:
-        """Append what was drawn to a row and return its event; a row that ends leaves."""
+        """Append a drawn token to a row and return the event of the token; remove a row that has ended."""
         if isinstance(drawn, str):
             self._leave(row)
             return Event(row.id, None, "", finished="error", sample=row.sample, reason=drawn)
@@ -341,7 +343,7 @@ class Engine:
         return self._scored(row, event)
 
     def _text(self, row: Row, token: int, last: bool) -> tuple[str, bool]:
-        """Return the text that can be emitted now, and whether a stop string or a stop token ended it."""
+        """Return the text that can be emitted now, and whether a stop string or a stop token ended the text."""
         is_stop = token in row.request.stop_tokens
         if row.emitter is None:
             return "", is_stop

@@ -1,4 +1,4 @@
-"""Generation with one call: prompts in, tokens or text out, all through the engine."""
+"""Functions that generate tokens or text from prompts with one call, through the engine."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ def events_of(engine: Engine) -> Iterator[Event]:
         engine: The engine; this function calls its `step`.
 
     Yields:
-        Each event, in order.
+        The events, in the order of generation.
 
     Raises:
         NotFinite: The logits of a text are not finite.
@@ -50,17 +50,17 @@ def generate_tokens(
         model: The model.
         prompts: Token ids of each prompt, at least one prompt of at least one token.
         tokens: Number of tokens to generate for each prompt, at least 0.
-        sampler: How tokens are drawn; a field with one number per row applies by row.
-        seed: 0 to 2^64 - 1.
-        context: "reanchor" or "exact", see `Request`.
-        keep: Share of the context that "reanchor" keeps, above 0 and at most 1.
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+        sampler: Sampler of the tokens; a field with several numbers has one number per prompt.
+        seed: Random seed, 0 to 2^64 - 1.
+        context: Rule for a full context: "reanchor" or "exact", see `Request`.
+        keep: Share of the context that "reanchor" processes again, above 0 and at most 1.
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
 
     Returns:
         The generated token ids of each prompt, without the prompt.
 
     Raises:
-        InvalidValue: There is no prompt, or `Request` or `Engine` refuses an argument.
+        InvalidValue: There is no prompt, or `Request` or `Engine` rejects an argument.
         NotFinite: The logits of a text are not finite.
     """
     if not prompts:
@@ -95,14 +95,14 @@ def stream(
         run: Run folder, checkpoint folder, or the result of `load`.
         prompt: Text to continue, not empty.
         tokens: Largest number of tokens to generate, at least 0.
-        seed: 0 to 2^64 - 1; the same seed gives the same text.
-        context: What happens at the end of the context: "reanchor" or "exact", see `Request`.
-        sampler: How tokens are drawn; None: temperature 1, no filter.
-        stop: Stop string, or several; the text ends before the first that occurs.
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded; smaller is faster.
+        seed: Random seed, 0 to 2^64 - 1; the same seed gives the same text.
+        context: Rule for a full context: "reanchor" or "exact", see `Request`.
+        sampler: Sampler of the tokens; None: temperature 1 without filters.
+        stop: One stop string or several; the text ends before the first stop string that occurs.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; fewer bits are faster.
 
     Returns:
-        Iterator over pieces of the text after the prompt, of whole characters; a piece may be empty.
+        Iterator over pieces of the text after the prompt. A piece has whole characters and may be empty.
 
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
@@ -158,11 +158,11 @@ def generate(
         prompt: Text to continue, not empty.
         tokens: Largest number of tokens of each text, at least 0.
         count: Number of texts, at least 1.
-        seed: 0 to 2^64 - 1; the same seed gives the same texts.
-        context: What happens at the end of the context: "reanchor" or "exact", see `Request`.
-        sampler: How tokens are drawn; None: temperature 1, no filter.
-        stop: Stop string, or several; a text ends before the first that occurs.
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded; smaller is faster.
+        seed: Random seed, 0 to 2^64 - 1; the same seed gives the same texts.
+        context: Rule for a full context: "reanchor" or "exact", see `Request`.
+        sampler: Sampler of the tokens; None: temperature 1 without filters.
+        stop: One stop string or several; a text ends before the first stop string that occurs.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; fewer bits are faster.
 
     Returns:
         `count` texts, without the prompt.

@@ -1,4 +1,4 @@
-"""Requests to the engine, and the events that answer them."""
+"""Requests to the engine, and the events with which the engine answers a request."""
 
 import math
 import sys
@@ -18,30 +18,33 @@ Context = Literal["reanchor", "exact"]
 class Request:
     """Describe one text to generate, or several samples that continue one prompt.
 
-    The context is full at the model's `max_position`. With `context="reanchor"` the newest share `keep` of it is then
-    processed again from position 0, so that the cost per token stays constant. With "exact" the newest `max_position`
-    tokens are processed again for every new token, as in the original 2021 code. Of a longer prompt, only the last
-    `max_position` tokens count.
+    The context is full when its length reaches the model's `max_position`. With `context="reanchor"`, the model
+    processes the newest share `keep` of a full context again from position 0, so that the cost per token stays
+    constant. With `context="exact"`, the model processes the newest `max_position` tokens again for every new token, as
+    in the original 2021 code. If a prompt has more than `max_position` tokens, the model uses only the last
+    `max_position` tokens.
 
     Args:
         prompt: Token ids that the text continues, at least one; may be empty if `start` is given.
         tokens: Largest number of tokens to generate, at least 0.
-        sampler: How tokens are drawn; each of its fields is one number.
-        seed: 0 to 2^64 - 1; a draw depends on (seed, sample, number of the token) alone.
+        sampler: Sampler of the tokens, with one number in each field.
+        seed: Random seed, 0 to 2^64 - 1; a draw depends on (seed, sample, number of the token) alone.
         sample: Number of the first sample, 0 to 2^64 - 1.
-        stop: Stop string, or several; the text ends before the first that occurs.
-        log_probabilities: Report each token's log-probability in nats, at temperature 1, before bias and filters.
+        stop: One stop string or several; the text ends before the first stop string that occurs.
+        log_probabilities: Whether to report each token's log-probability in nats, at temperature 1, before bias and
+            filters.
         start: Session to continue; None: a new text.
-        keep_session: Return the session with the last event. Text that may begin a stop string, and an unfinished
-            character, then stay in the session; the text of the request that continues it begins with them.
-        context: "reanchor" or "exact", see above.
-        keep: Share of the context that "reanchor" keeps, above 0 and at most 1.
-        samples: Number of samples, at least 1; the prompt is processed once for all of them.
-        stop_tokens: Token ids; the text ends before the first that is drawn. The last event reports that token, and it
-            is part of the session.
-        logit_bias: Numbers that are added to the logits of token ids before the sampler; -inf excludes a token.
+        keep_session: Whether to return the session with the last event. A returned session holds back text that may
+            begin a stop string, and an unfinished character. The text of a request that continues the session begins
+            with the text that the session holds back.
+        context: Rule for a full context, "reanchor" or "exact", as described above.
+        keep: Share of the context that "reanchor" processes again, above 0 and at most 1.
+        samples: Number of samples, at least 1; the prompt is processed once for all samples.
+        stop_tokens: Token ids; the text ends before the first stop token that is drawn. The last event reports the stop
+            token, which is part of the session.
+        logit_bias: Numbers, by token id, that are added to the logits before sampling; -inf excludes a token.
         top_log_probabilities: Number of most probable tokens to report with each token, at least 0.
-        prompt_log_probabilities: Report the log-probability of each token of the prompt with the first event.
+        prompt_log_probabilities: Whether the first event reports the log-probability of each prompt token.
 
     Raises:
         InvalidValue: The prompt or a stop string is empty, a value has a wrong type, or a number is out of its range.
@@ -68,7 +71,9 @@ class Request:
         if not isinstance(self.sampler, Sampler):
             raise InvalidValue(f"sampler is {self.sampler!r}; it must be a Sampler")
         if not self.sampler.is_of_one_row:
-            raise InvalidValue("sampler has a field with one number per row; pass that of one row: sampler.row(i)")
+            raise InvalidValue(
+                "sampler has a field with one number per row; pass the sampler of one row: sampler.row(i)"
+            )
         if not (self.start is None or isinstance(self.start, Session)):
             raise InvalidValue(f"start is {self.start!r}; it must be a Session or None")
         if self.context not in get_args(Context):
@@ -97,7 +102,7 @@ class Request:
     def _check_prompt(self) -> None:
         if isinstance(self.prompt, str):
             raise InvalidValue("prompt is a text; pass token ids: tokenizer.encode(text).tolist()")
-        # A copy as plain numbers: later changes of the caller's list do not reach the request.
+        # Store a copy as plain numbers, so that later changes of the caller's list do not change the request.
         self._set("prompt", _ids("prompt", self.prompt))
         if len(self.prompt) == 0 and (self.start is None or self.start.unread == 0):
             raise InvalidValue("the prompt is empty; give at least one token")
@@ -123,7 +128,7 @@ class Request:
         object.__setattr__(self, name, value)
 
     def token_ids(self) -> Iterable[int]:
-        """Return all token ids that the request names.
+        """Return all token ids that the request contains.
 
         Returns:
             Ids of the prompt, the session, the stop tokens and the logit bias; an id may occur several times.
@@ -142,16 +147,16 @@ def _is_real(value: object) -> bool:
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
-    """Return the values of an argument as a tuple, and refuse a value that is not a sequence."""
+    """Return the values of an argument as a tuple; raise InvalidValue for a value that is not a sequence."""
     try:
-        # `tolist` turns the numbers of an array or a tensor into Python's.
+        # `tolist` converts the numbers of an array or a tensor to Python numbers.
         return tuple(values.tolist() if hasattr(values, "tolist") else values)
     except TypeError:
         raise InvalidValue(f"{name} is {values!r}; it must be a sequence") from None
 
 
 def _ids(name: str, values: Any) -> tuple[int, ...]:
-    """Return the token ids of an argument, and refuse values that are not whole numbers."""
+    """Return the token ids of an argument; raise InvalidValue for values that are not whole numbers."""
     listed = _listed(name, values)
     for each in listed:
         if not is_integer(each):
@@ -161,20 +166,20 @@ def _ids(name: str, values: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Event:
-    """Report one token of a request, or its end.
+    """Report one token of a request, or the end of a request.
 
     Args:
         id: Id of the request, from `Engine.add`.
-        token: Token id; None at an end without a token.
-        text: New text in whole characters that begin no stop string; the last event adds the text held back so far.
+        token: Token id; None if the request ends without a token.
+        text: New text in whole characters that begin no stop string; the last event adds all text that was held back.
         log_probability: Log-probability of the token in nats; None unless the request asks for it.
         finished: "length", "stop" or "error" in the last event; otherwise None.
         session: Session in the last event if the request has `keep_session`; otherwise None.
         sample: Number of the sample.
         top_log_probabilities: (token id, log-probability) of the most probable tokens, the most probable first.
-        prompt_log_probabilities: Log-probability in nats of each prompt token, None for a token without a token before
-            it; in the first event if the request asks for it, otherwise None.
-        reason: Why the request ended, if `finished` is "error"; otherwise None.
+        prompt_log_probabilities: Log-probability in nats of each prompt token in the first event, if the request asks
+            for it; otherwise None. A token with no token before it has the value None.
+        reason: Reason of the error, if `finished` is "error"; otherwise None.
     """
 
     id: int

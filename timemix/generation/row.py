@@ -1,4 +1,4 @@
-"""A text in progress inside the engine, and the part of it that can be emitted."""
+"""A text in progress inside the engine, and the decoder that emits this text."""
 
 from dataclasses import dataclass, field
 
@@ -9,29 +9,30 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 UNFINISHED = 4
-"""Most tokens that hold the bytes of an unfinished character, three, and one more."""
+"""Number of tokens to store for an unfinished character: three tokens for its bytes, and one token more."""
 
 
 class Emitter:
     """A decoder that emits whole characters, and holds back text that may begin a stop string.
 
     Args:
-        tokenizer: Decodes the tokens.
-        before: Tokens of the text so far; they decide how the text of the next token begins.
+        tokenizer: Tokenizer that decodes the tokens.
+        before: Tokens of the text so far, on which the text of the next token depends.
         held: Text that the continued session holds back.
         stop: Stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: list[int], held: str, stop: tuple[str, ...]) -> None:
         self._decoder = tokenizer.stream()
-        # A word tokenizer puts a space before a word that follows another; bytes continue an unfinished character.
+        # A word tokenizer puts a space before a word that follows another word. Bytes continue an unfinished character.
         self._decoder.push_all(np.array(before, np.int64))
         self.held, self._stop = held, stop
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Return the text that can be emitted after a token, and whether a stop string ended it."""
+        """Return the text that can be emitted after a token, and whether a stop string ended the text."""
         text = self.held + self._decoder.push(token)
-        # The stop string that begins first; of several the shortest, which is complete first.
+        # Find the stop string that begins first. Of several stop strings at one position, the shortest is complete
+        # first.
         found = min(((at, len(each)) for each in self._stop if (at := text.find(each)) >= 0), default=None)
         if found is not None:
             self.held = text[sum(found) :]
@@ -41,7 +42,7 @@ class Emitter:
         return text[: len(text) - held], False
 
     def end(self) -> str:
-        """Return all that was held back, and U+FFFD for an unfinished character."""
+        """Return all text that was held back, and U+FFFD for an unfinished character."""
         text, self.held = self.held + self._decoder.flush(), ""
         return text
 
@@ -59,18 +60,18 @@ class Row:
         id: Id of the request.
         request: The request.
         sample: Number of the sample.
-        tokens: Newest token ids of the text, including all unread ones.
+        tokens: Newest token ids of the text, including all unread tokens.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         position: Number of tokens in the state; 0 again after a restart.
-        written: Number of tokens generated, including those of the session that it continues.
+        written: Number of tokens generated so far, including the tokens of a continued session.
         seen: Token ids that occurred in the text.
-        emitter: Decodes the tokens; None without a tokenizer.
-        state: State to begin from, until the row has a slot; None: the state before the first token.
-        forks: Number of samples that begin once this one has processed the prompt.
-        slot: Row of the engine's state; -1 while pending.
+        emitter: Emitter that decodes the tokens; None without a tokenizer.
+        state: State from which a pending row begins; None: the state before the first token.
+        forks: Number of further samples that begin once this sample has processed the prompt.
+        slot: Index of a row of the engine's state; -1 while pending.
         last_read: Count of the engine's clock when the row last processed a piece of its prompt.
-        is_cancelled: Whether the row must leave after the step in progress.
-        prompt_scores: Log-probabilities of the prompt tokens; None if they are not asked for.
+        is_cancelled: Whether the row must leave the engine after the step in progress.
+        prompt_scores: Log-probabilities of the prompt tokens; None unless the request asks for them.
     """
 
     id: int
@@ -96,20 +97,20 @@ class Row:
 
     @property
     def has_read(self) -> bool:
-        """Whether the prompt is processed except its last token, which each sample processes before its first draw."""
+        """Whether the prompt is processed up to its last token, which each sample processes before its first draw."""
         return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
 
     def piece(self, size: int) -> int:
-        """Return the number of tokens to process next, up to the next multiple of `size`."""
-        # Each sample processes the last token itself.
+        """Return the number of tokens to process next, up to the next position that is a multiple of `size`."""
+        # Each sample processes the last prompt token itself.
         wanted = self.unread - int(self.forks > 0 or self.request.tokens == 0)
         return min(wanted, size - self.position % size)
 
     def scored(self, count: int) -> list[tuple[int, int]]:
-        """Return the prompt tokens that the next `count` tokens predict: (offset among these, index in the prompt)."""
+        """Return (offset among the next `count` tokens, index in the prompt) of each prompt token that they predict."""
         if self.prompt_scores is None:
             return []
-        # Index into the prompt of the token after the first unread one.
+        # Index into the prompt of the token after the first unread token.
         after = len(self.prompt_scores) - self.unread + 1
         return [(i, after + i) for i in range(count) if 0 <= after + i < len(self.prompt_scores)]
 
@@ -120,7 +121,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
     Args:
         id: Id of the request.
         request: The request.
-        tokenizer: Decodes its text; None: no text.
+        tokenizer: Tokenizer that decodes the text; None: events have no text.
         limit: The model's `max_position`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""From logits to the next token: filters on the probabilities, and a draw from what they leave.
+"""From logits to the next token: filters remove tokens, and a draw chooses one of the remaining tokens.
 
-Shapes: B rows of a batch, V vocabulary. All arithmetic is float64 on the CPU, row by row, so that a row gets the same
-token on every device, alone or in any batch.
+Shapes: B is the number of rows of a batch, V is the size of the vocabulary. All arithmetic is float64 on the CPU, row
+by row, so that a row gets the same token on every device, alone or in any batch.
 """
 
 import math
@@ -19,7 +19,7 @@ from timemix.errors import InvalidValue
 PerRow = float | Sequence[float] | Tensor
 
 TOP_P_ERROR = 1e-6
-"""Tolerance of the running sum that `top_p` compares: probabilities from float32 logits are no more exact."""
+"""Tolerance of the sum of probabilities that is compared with `top_p`: float32 logits give no more exact sums."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("at least 0", lambda x: x >= 0),
@@ -34,26 +34,29 @@ _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """Describe how logits become the probabilities of the next token.
+    """Describe the conversion of logits to the probabilities of the next token.
 
-    Each field is one number for all rows, or a sequence or tensor of B numbers, one per row. The order is always:
+    Each field is one number for all rows, or a sequence or tensor of B numbers, one per row. The operations always have
+    this order:
 
     1. `repetition_penalty`.
     2. `temperature`: p = softmax(logits / temperature).
-    3. The filters. Each one judges the same p, not the result of another filter; a token stays if every filter keeps
-       it. Among equally probable tokens the lowest ids rank first. The most probable token always stays.
+    3. The filters. Each filter is applied to the same p, not to the result of another filter. A token stays if every
+       filter keeps the token. Among equally probable tokens the lowest ids rank first. The most probable token always
+       stays.
     4. The probabilities of the tokens that stay are divided by their sum.
 
     Args:
-        temperature: At least 0; 0 = greedy, all probability on the largest logit, the lowest id among equals.
-        top_k: Whole number, at least 0: keep the k most probable tokens; 0 = off.
-        top_p: Above 0, at most 1: keep the most probable up to the first whose running sum reaches top_p, within
-            1e-6; 1 = off.
-        min_p: 0 to 1: keep p >= min_p * p_max; 0 = off.
-        top_a: 0 to 1: remove p < top_a * p_max ** top_a_power; 0 = off.
-        top_a_power: At least 0.
-        repetition_penalty: Above 0: positive logits of tokens seen in the context are divided by it, negative ones
-            multiplied; 1 = off.
+        temperature: Divisor of the logits, at least 0; 0 gives all probability to the largest logit, or to the lowest
+            id among equal logits.
+        top_k: Number of most probable tokens that stay, at least 0; 0 = off.
+        top_p: Probability, above 0 and at most 1: the most probable tokens stay, until their probabilities sum to top_p
+            within 1e-6; 1 = off.
+        min_p: Share of the largest probability, 0 to 1: tokens with p >= min_p * p_max stay; 0 = off.
+        top_a: Factor, 0 to 1: tokens with p < top_a * p_max ** top_a_power are removed; 0 = off.
+        top_a_power: Exponent of p_max in the threshold of top_a, at least 0.
+        repetition_penalty: Penalty, above 0: positive logits of tokens seen in the context are divided by the penalty,
+            negative logits are multiplied by it; 1 = off.
 
     Raises:
         InvalidValue: A value is out of its range.
@@ -74,14 +77,14 @@ class Sampler:
     def __post_init__(self) -> None:
         for field in fields(self):
             given = getattr(self, field.name)
-            # `tolist` turns the numbers of an array or a tensor into Python's.
+            # `tolist` converts the numbers of an array or a tensor to Python numbers.
             plain = given.tolist() if hasattr(given, "tolist") else given
             allowed, accepts = _ALLOWED[field.name]
             is_one = not isinstance(plain, Sequence) or isinstance(plain, str)
             for value in [plain] if is_one else plain:
                 if not (_is_finite(value) and accepts(value)):
                     raise InvalidValue(f"{field.name} is {value!r}; it must be {allowed}")
-            # Plain numbers, so that samplers can be compared and hashed; tensors cannot.
+            # Store plain numbers: unlike tensors, plain numbers can be compared and hashed.
             object.__setattr__(self, field.name, float(plain) if is_one else tuple(map(float, plain)))
 
     @property
@@ -112,7 +115,7 @@ class Sampler:
             samplers: One sampler for each row, each with one number for each field.
 
         Returns:
-            A sampler with one number per row for each field that differs.
+            A sampler with one number per row for each field that differs between the samplers.
         """
         columns = {field.name: tuple(getattr(each, field.name) for each in samplers) for field in fields(Sampler)}
         return Sampler(**{name: values if len(set(values)) > 1 else values[0] for name, values in columns.items()})
@@ -121,18 +124,18 @@ class Sampler:
         """Return the probabilities of the next token of each row.
 
         Args:
-            logits: Logits (B, V) of any float type and device. Infinite ones are limits: tokens at +inf share all
-                probability, tokens at -inf have none.
-            seen: Tokens that occurred in each row's context (B, V) bool; needed for `repetition_penalty`.
+            logits: Logits (B, V) of any float type and device. Infinite logits are limits: tokens at +inf share all
+                probability, and tokens at -inf have no probability.
+            seen: Mask (B, V) bool of the tokens that occurred in each row's context; needed for `repetition_penalty`.
 
         Returns:
             Probabilities (B, V), float64 on the CPU; each row sums to 1.
 
         Raises:
-            ValueError: A row holds NaN or only -inf, a field has another number of values than 1 or B, or
-                `repetition_penalty` is on and `seen` is None.
+            ValueError: A row holds NaN or only -inf, a field has neither 1 nor B values, or `repetition_penalty` is on
+                and `seen` is None.
         """
-        # numpy: calls on few numbers take half the time of torch's.
+        # On few numbers, a numpy call takes half the time of a torch call.
         x = logits.detach().cpu().double().numpy()
         B, V = x.shape
         if self.repetition_penalty != 1:
@@ -149,7 +152,7 @@ class Sampler:
 
         temperature = self._column("temperature", B)
         greedy = temperature == 0
-        # 0 at the largest logit is set, not computed: inf - inf is NaN.
+        # The difference at the largest logit is set to 0, not computed: inf - inf is NaN.
         difference = np.subtract(x, largest, out=np.zeros_like(x), where=x != largest)
         # An overflow to infinity is the right limit for temperatures near 0.
         with np.errstate(over="ignore"):
@@ -165,7 +168,7 @@ class Sampler:
             keep &= p >= np.minimum(threshold, p_max)
         if self.top_k != 0 or self.top_p != 1:
             top_k, top_p = self._column("top_k", B), self._column("top_p", B)
-            # Ranked by logit: different logits can have probabilities that round to the same number.
+            # Rank the tokens by logit: different logits can have probabilities that round to the same number.
             order = (-x).argsort(-1, kind="stable")
             ranked = np.take_along_axis(p, order, -1)
             sum_before = ranked.cumsum(-1) - ranked
@@ -194,7 +197,7 @@ def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
     except OverflowError:
-        # An integer larger than any float.
+        # The value is an integer larger than any float.
         return False
 
 
@@ -207,12 +210,13 @@ def draw(
 ) -> Tensor:
     """Draw one token for each row, by the inverse of the row's cumulative distribution.
 
-    The random number of a row is that of Philox with key (seed, sample) and counter position. It depends on nothing
-    else, and no generator state is kept. A token of probability 0 is never drawn.
+    The random number of a row comes from the generator Philox with key (seed, sample) and counter `position`. The
+    random number depends only on the key and the counter, and no generator state is stored. A token of probability 0 is
+    never drawn.
 
     Args:
         probabilities: Probabilities (B, V); each row sums to 1.
-        seed: 0 to 2^64 - 1, one for all rows or (B,).
+        seed: Random seed, 0 to 2^64 - 1: one number for all rows, or (B,).
         sample: Number of each row's text (B,), 0 to 2^64 - 1.
         position: Number of the token in each row's text (B,), at least 0.
 
@@ -221,7 +225,7 @@ def draw(
 
     Raises:
         InvalidValue: A seed is outside 0 to 2^64 - 1.
-        ValueError: A row does not sum to 1, within 0.01.
+        ValueError: A row of probabilities does not sum to 1 within 0.01.
 
     Source:
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
@@ -235,15 +239,16 @@ def draw(
     total = cumulative[:, -1]
     if not (np.abs(total - 1) < 0.01).all():
         raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
-    # u < 1 also after rounding, so u * total < total: the count below stays inside the vocabulary.
+    # u is below 1 even after rounding, so u * total < total. The count below is therefore an index inside the
+    # vocabulary.
     return torch.from_numpy((cumulative <= (u * total)[:, None]).sum(-1))
 
 
 def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:
-    """Return a number in [0, 1), a multiple of 2^-53; it does not depend on earlier numbers of the generator."""
+    """Return a random multiple of 2^-53 in [0, 1) that does not depend on earlier numbers of the generator."""
     if not 0 <= seed < 2**64:
         raise InvalidValue(f"seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
-    # Setting the state takes a fifth of the time of a new generator.
+    # Setting the state takes a fifth of the time that a new generator takes.
     state = generator.state
     state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}
     state["buffer_pos"] = 4

@@ -1,4 +1,4 @@
-"""A session: a text in progress as a value, which can be copied, branched, saved and continued elsewhere."""
+"""A session stores a text in progress, and can be copied, branched, saved and continued elsewhere."""
 
 import hashlib
 import json
@@ -19,16 +19,17 @@ from timemix.storage.tensors import check_content, open_tensors, write_tensors
 
 @dataclass(frozen=True)
 class Session:
-    """Store a text in progress: its state, and all else that is needed to continue it.
+    """Store a text in progress: the state, and all other data that is needed to continue the text.
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text. They include all tokens that are not in the state yet, those of an
-            unfinished character, and those that the model may process again at the end of the context.
+        tokens: Newest token ids of the text. These tokens include the tokens that are not in the state yet, the tokens
+            of an unfinished character, and the tokens that the model may process again at the end of the context.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         written: Number of tokens generated so far.
         seen: Token ids that occurred in the text.
-        held: Text that is not emitted yet: it may begin a stop string, or it follows one within the same token.
+        held: Text that is not emitted yet, because it may begin a stop string, or follows a stop string within one
+            token.
     """
 
     state: State
@@ -39,7 +40,7 @@ class Session:
     held: str = ""
 
     def clone(self) -> "Session":
-        """Return a copy with its own state, so that both can continue in different ways.
+        """Return a copy with its own state, so that the original and the copy can continue in different ways.
 
         Returns:
             The copy.
@@ -57,7 +58,7 @@ def model_hash(model: LanguageModel, config: str | None = None) -> str:
 
     Args:
         model: The model.
-        config: Text that represents the config; None: its JSON.
+        config: Text that represents the config; None: the config as JSON.
 
     Returns:
         The hash in hexadecimal.
@@ -75,7 +76,7 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
     Args:
         session: The session.
         path: File to write.
-        model: The session's model; the file holds the hash of its weights.
+        model: The session's model; the file holds the hash of the model's config and weights.
 
     Raises:
         CannotWrite: The file cannot be written.
@@ -107,12 +108,12 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
         The session, on the model's device.
 
     Raises:
-        FileError: The file is missing, damaged, of another kind, or of another model.
+        FileError: The file is missing or damaged, is no session file, or belongs to another model.
     """
     path = Path(path)
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
-        # Files before 0.3 have the other key.
+        # Files of versions before 0.3 have the key `timemix_stream`.
         about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
         if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
             raise DamagedFile(
@@ -146,7 +147,7 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
-    """Return whether a hash is the one that format version 1 has for a model."""
+    """Return whether a hash is the hash of a model in format version 1."""
     config = representation(model.config)
     return config is not None and saved == model_hash(model, config)
 

@@ -1,4 +1,4 @@
-"""Markdown tables, and numbers in them."""
+"""Markdown tables, and numbers as text."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
 
     Args:
         rows: Cells of each row; the first row is the heading.
-        words: Numbers of the columns with words, which are aligned to the left. All others are aligned to the right.
+        words: Indices of the columns with text, which are aligned to the left. All other columns are aligned to the
+            right.
     """
     rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]

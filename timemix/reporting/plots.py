@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 XAxis = Literal["tokens", "steps", "seconds"]
 
-# Key in metrics.jsonl, and label.
+# For each x axis: the key in metrics.jsonl, and the label.
 _X_AXES = {
     "tokens": ("tokens", "training tokens"),
     "steps": ("step", "training steps"),
@@ -29,14 +29,14 @@ _X_AXES = {
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow, which is too pale on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-# Number of points per kind of line, over all runs: dense enough to show the noise, few enough for a small SVG.
+# Largest number of points of a line type, over all runs: enough to show the noise, and few enough for a small SVG.
 _MAX_POINTS = 1200
 _MAX_MARKERS = 16
 _DPI = 150
 _PALETTE = 128
 
 
-# Larger numbers are not drawn: computations with them would overflow.
+# Numbers above this limit are not drawn, because computations with such numbers would overflow.
 _LARGEST_DRAWN = 1e30
 
 
@@ -94,8 +94,8 @@ def plot_bands(
 ) -> None:
     """Draw the training loss of groups of runs, such as the seeds of each variant, in nats per token.
 
-    A line is the mean of the smoothed losses of a group, its band one standard deviation to each side. The mean of the
-    last held-out losses is printed at the right edge.
+    A line shows the mean of the smoothed losses of a group. A band shows one standard deviation on each side of the
+    line. The mean of the last held-out losses is printed at the right edge.
 
     Args:
         groups: Run folders of each group, by name. The runs of a group must have logged the same steps.
@@ -140,7 +140,7 @@ def plot_bands(
 def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: Mapping[str, str]) -> None:
     """Draw the loss of each variant minus the loss of the first variant, at each position of the window.
 
-    Differences are smoothed with a Gaussian of 1.5 positions.
+    Differences are smoothed with a Gaussian of standard deviation 1.5 positions.
 
     Args:
         losses: Losses in nats per token at each position, by name of the variant.
@@ -179,8 +179,8 @@ def mean_over_runs(
         smoothing: Standard deviation of the Gaussian that smooths each loss, as a share of the logged lines.
 
     Returns:
-        Positions by name ("tokens", "steps", and "seconds" as a mean over runs), mean loss, and standard deviation of
-        the loss in nats per token, each (points,).
+        Horizontal positions by name ("tokens", "steps", and "seconds" as a mean over runs), mean loss in nats per
+        token, and standard deviation of the loss, each (points,).
 
     Raises:
         MissingFile: A run does not exist or has no losses yet.
@@ -199,13 +199,13 @@ def mean_over_runs(
 
 
 def spare_colors(taken: Iterable[str]) -> Iterator[str]:
-    """Return an endless sequence of colors from a colour-blind-safe palette, without the `taken` ones."""
+    """Return an endless sequence of colors from a colour-blind-safe palette, without the colors in `taken`."""
     used = set(taken)
     return cycle([color for color in _COLORS if color not in used] or _COLORS)
 
 
 def _last_losses(runs: Sequence[Path]) -> float | None:
-    """Return the mean of the last validation losses of runs, None if a run has no validation loss."""
+    """Return the mean of the last validation losses of runs, or None if a run has no validation loss."""
     last = [_curve(run, "tokens", 0).valid for run in runs]
     return float(np.mean([v[1, -1] for v in last])) if all(v.size for v in last) else None
 
@@ -262,13 +262,13 @@ def save_picture(figure: "Figure", out: Path) -> None:
     with atomic_file(out) as temporary:
         figure.savefig(temporary, format=suffix[1:])
         if suffix == ".png":
-            # A palette instead of 32 bits per pixel makes the file a third as large.
+            # A palette instead of 32 bits per pixel reduces the file to a third of its size.
             with Image.open(temporary) as image:
                 image.convert("RGB").quantize(_PALETTE).save(temporary, dpi=(_DPI, _DPI))
 
 
 class _Curve(NamedTuple):
-    """Losses of a run. Each array is (2, points), with x and loss; `points` may be 0."""
+    """Losses of a run. Each array (2, points) holds x and loss, and `points` may be 0."""
 
     train: np.ndarray
     smoothed: np.ndarray
@@ -290,7 +290,7 @@ def _curve(run: Path, key: str, smoothing: float) -> _Curve:
 
 
 def _points(rows: list[dict[str, Any]], key: str, loss: str) -> np.ndarray:
-    """Return x and loss, (2, points), of the rows that have both as finite numbers with x >= 0."""
+    """Return x and loss (2, points) of the rows in which both numbers are finite and x >= 0."""
     pairs: list[tuple[Any, Any]] = [(0 if row.get("step") == 0 else row.get(key), row.get(loss)) for row in rows]
     drawn = [pair for pair in pairs if all(is_number(n) and abs(n) <= _LARGEST_DRAWN for n in pair) and pair[0] >= 0]
     return np.array(drawn, dtype=float).reshape(-1, 2).T
@@ -303,8 +303,8 @@ def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
     therefore extended to the left by a point reflection about the first value: 2 values[0] - values[i].
 
     Args:
-        values: (N,).
-        deviation: Standard deviation of the Gaussian, in numbers of values.
+        values: Values (N,).
+        deviation: Standard deviation of the Gaussian, as a number of values.
     """
     if deviation == 0 or not len(values):
         return values
@@ -314,13 +314,13 @@ def _gaussian(values: np.ndarray, deviation: float) -> np.ndarray:
     # (N,) -> (left + N,)
     continued = np.concatenate([2 * values[0] - values[left:0:-1], values])
     own = slice(reach + left, reach + left + len(values))
-    # Near the ends, only a part of the weights meets values: divide by the sum of that part.
+    # Near the ends, only some weights are multiplied by values: divide by the sum of these weights.
     result: np.ndarray = _convolved(continued, weights)[own] / _convolved(np.ones_like(continued), weights)[own]
     return result
 
 
 def _convolved(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return np.convolve of two arrays, computed by FFT for long ones: in O(n log n), not in the product of lengths."""
+    """Return np.convolve of two arrays, computed in O(n log n) by FFT if the first array is long."""
     if len(values) < 20_000:
         return np.convolve(values, weights)
     size = len(values) + len(weights) - 1
@@ -372,13 +372,13 @@ def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
 
 
 def _legend(axes: "Axes", *entries: Any, **options: Any) -> None:
-    """Draw a legend without a frame. Its names are plain text, not mathematics: a run may be named a$b$c."""
+    """Draw a legend without a frame. Names in a legend are plain text, not mathematics: a run may be named a$b$c."""
     for text in axes.legend(*entries, edgecolor="none", **options).get_texts():
         text.set_parse_math(False)
 
 
 def _thinned(points: np.ndarray, most: int) -> np.ndarray:
-    """Return every n-th point, at most about `most`, counted back from the newest point."""
+    """Return at most about `most` points: every n-th point, counted back from the newest point."""
     return points[:, :: -(math.ceil(points.shape[1] / most) or 1)]
 
 

@@ -13,11 +13,12 @@ def paired_difference(first: dict[int, float], other: dict[int, float]) -> Diffe
     """Return the mean of `other` minus `first` over their common seeds, with its 95 % t-interval.
 
     Args:
-        first: Values by seed.
-        other: Values by seed.
+        first: Values of the first variant by seed.
+        other: Values of the other variant by seed.
 
     Returns:
-        Mean, low and high; low and high are None with a single seed. None without a common seed.
+        Mean and both ends of the interval; both ends are None with a single seed. The result is None without a common
+        seed.
     """
     differences = [other[seed] - first[seed] for seed in first if seed in other]
     if not differences:
@@ -66,8 +67,8 @@ def _t_cdf(t: float, degrees: int) -> float:
 def verdict_word(gain: Difference | None) -> str:
     """Return the verdict on a claim that a difference is positive.
 
-    The verdict is "holds" if the whole interval is above 0, "does not hold" if all of it is below 0, and "undecided" if
-    it contains 0 or does not exist. Without a difference it is "not run".
+    The verdict is "holds" if the whole interval is above 0, "does not hold" if the whole interval is below 0, and
+    "undecided" if the interval contains 0 or does not exist. Without a difference, the verdict is "not run".
     """
     if gain is None:
         return "not run"
