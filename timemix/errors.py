@@ -1,13 +1,13 @@
-"""The errors of timemix: one root, `TimemixError`, and one class for each cause that a caller may handle by itself.
+"""The errors of timemix: a base class, `TimemixError`, and a subclass for each cause that callers may want to handle.
 
     TimemixError
         InvalidValue        an argument or a setting is not supported (also a ValueError)
             Unfit           a text does not fit the tokenizer or the model
         FileError           a file or folder cannot be used
-            MissingFile     it does not exist
-            DamagedFile     it is damaged, or of another kind, version, model or run
-            AlreadyExists   a folder to create exists already
-            InUse           another process works in the folder
+            MissingFile     the file or folder does not exist
+            DamagedFile     the file is damaged, or of another kind, version, model or run
+            AlreadyExists   the folder to create already exists
+            InUse           another process is using the folder
             CannotWrite     the disk is full, or permission is missing
         Unavailable         this machine lacks a device, memory, a package or the network
             ProcessLost     another process of a distributed run has ended or does not answer
@@ -15,8 +15,8 @@
         NotFinite           training diverged, or the logits of a model are not finite
         HookFailed          a hook raised an exception, and `train.hook_errors` is "stop"
 
-`Interrupted` reports that a signal ended a run after its step was saved. It is no `TimemixError`, so that
-`except TimemixError` does not swallow Ctrl-C.
+`Interrupted` reports that a signal ended a run after the current step was saved. `Interrupted` is not a `TimemixError`,
+so that `except TimemixError` does not catch Ctrl-C.
 """
 
 import difflib
@@ -24,14 +24,15 @@ import typing
 from pathlib import Path
 
 LONGEST = 1000
-"""Largest number of characters of a message; the middle of a longer one is left out."""
+"""Largest number of characters of an error message. The middle of a longer message is left out."""
 
 
 class TimemixError(Exception):
-    """The root of all errors whose cause lies outside the code of timemix.
+    """The base class of all errors whose cause lies outside the code of timemix.
 
-    The message is one sentence: what is wrong, then the way out. Control characters are escaped and long messages are
-    shortened, so the message stays one line. The command line prints it without a traceback and exits with status 2.
+    The message is one sentence, which states the problem and then a solution. Control characters in the message are
+    escaped, and a long message is shortened, so the message stays one line. The command line prints the message
+    without a traceback and exits with status 2.
 
     Args:
         sentence: The message.
@@ -52,7 +53,7 @@ class InvalidValue(TimemixError, ValueError):
 
 
 class Unfit(InvalidValue):
-    """A text does not fit the tokenizer or the model: the same call fails in the same way again."""
+    """A text does not fit the tokenizer or the model. The same call would fail again."""
 
 
 class FileError(TimemixError):
@@ -68,11 +69,11 @@ class DamagedFile(FileError):
 
 
 class AlreadyExists(FileError):
-    """A folder to create exists already."""
+    """The folder that a call should create already exists."""
 
 
 class InUse(FileError):
-    """Another process works in the folder."""
+    """Another process is using the folder."""
 
 
 class CannotWrite(FileError):
@@ -88,23 +89,25 @@ class ProcessLost(Unavailable):
 
 
 class TooManyRequests(TimemixError):
-    """The queue of an engine is full: the same call can succeed later."""
+    """The request queue of an engine is full. The same call can succeed later."""
 
 
 class NotFinite(TimemixError):
-    """A loss, a gradient or a logit is not finite: the same call fails in the same way again."""
+    """A loss, a gradient or a logit is not finite. The same call would fail again."""
 
 
 class HookFailed(TimemixError):
-    """A hook raised an exception, and `train.hook_errors` is "stop"; the run was saved first."""
+    """A hook raised an exception, and `train.hook_errors` is "stop". The run saved a checkpoint before it stopped."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP ended a run after its step was saved. It is no TimemixError, since nothing failed.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run after the current step was saved.
+
+    `Interrupted` is not a `TimemixError`, since nothing failed.
 
     Args:
         number: Number of the signal.
-        saved: The newest checkpoint; None in a process that writes no checkpoints.
+        saved: Path of the newest checkpoint; None in a process that writes no checkpoints.
     """
 
     def __init__(self, number: int, saved: Path | None) -> None:
@@ -113,7 +116,7 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Return the end of an error sentence, which suggests the nearest valid name or lists all of them.
+    """Return the end of an error message, which suggests the nearest valid name or lists all valid names.
 
     Args:
         word: The unknown name.

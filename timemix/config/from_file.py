@@ -1,4 +1,4 @@
-"""Settings of a new run from a TOML file: the config.toml of a run, or a file with some of its fields."""
+"""Settings of a new run from a TOML file, which may have all or only some fields of a config.toml."""
 
 import typing
 from dataclasses import replace
@@ -14,18 +14,18 @@ from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 
 def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = None) -> RunConfig:
-    """Return the config of a file, with the fields of a preset where the file has none.
+    """Return the config in a file. A preset gives the fields that the file lacks.
 
-    The vocabulary size is that of the preset, since the tokens of the new run determine it later.
+    The vocabulary size always comes from the preset: training later sets the final vocabulary size from the tokenizer.
 
     Args:
-        path: TOML file in the form of config.toml. Any field may be missing, also `format_version`.
+        path: TOML file with the fields of a config.toml. Any field may be missing, including `format_version`.
         name: Name of the preset.
-        arch: Architecture that replaces that of the file. Fields that both architectures have with the same type keep
-            the value of the file.
+        arch: Architecture that replaces the architecture in the file; None: no replacement. Fields that both
+            architectures have, with the same type, keep their values from the file.
 
     Raises:
-        FileError: The file is missing, not TOML, of a newer format, or has a wrong field or value.
+        FileError: The file is missing, is not TOML, has a newer format version, or has an invalid field or value.
         InvalidValue: The preset or `arch` is unknown.
     """
     data = parse_toml(path)
@@ -50,13 +50,13 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables `under` with the fields of the tables `over` replaced."""
+    """Merge two dictionaries of TOML tables. A field in `over` replaces the field of the same name in `under`."""
     both = {name: under[name] | table for name, table in over.items() if isinstance(table, dict) and name in under}
     return under | over | both
 
 
 def _carried(old: ModelConfig, given: dict[str, Any], new: ModelConfig) -> ModelConfig:
-    """Return `new` with the `given` fields of `old` that have the same type in both classes."""
+    """Return the settings `new` with values from `old` for each given field that has the same type in both classes."""
     theirs, ours = typing.get_type_hints(type(old)), typing.get_type_hints(type(new))
     same = [name for name in given if name not in ("arch", "vocab_size") and ours.get(name) == theirs[name]]
     return replace(new, **{name: getattr(old, name) for name in same})

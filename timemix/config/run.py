@@ -1,7 +1,8 @@
-"""Settings of a run: names, defaults and help texts. Does not import torch.
+"""Settings of a run: names, defaults and help texts. This module does not import PyTorch.
 
-`RunConfig` = model + data + train describes a run. The command line generates its flags from these dataclasses, with
-the text below each field as help. config.toml in a run folder is a `RunConfig` in TOML.
+A `RunConfig` describes a run by the settings of its model, data and training. The command line generates its flags from
+the dataclasses of this module, with the text below each field as help. The file config.toml in a run folder is a
+`RunConfig` in TOML format.
 """
 
 import math
@@ -22,7 +23,7 @@ from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, lis
 from timemix.storage.settings import UNFIT, check_range, from_dict, nearest_divisors, parse_toml, to_dict
 
 FORMAT_VERSION = 2
-"""Version of config.toml; in version 1, `model` had the tables `mixer` and `ffn`."""
+"""Current format version of config.toml. In version 1, the table `model` had the subtables `mixer` and `ffn`."""
 
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -36,30 +37,30 @@ Strategy = Literal["replicate", "shard"]
 
 
 MOST_STEPS = 10**8 - 1
-"""Largest number of steps of a run: names of checkpoints have eight digits."""
+"""Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
 BUDGETS = ("steps", "seconds", "tokens")
-"""Fields that set the length of a run; only one of them may be given."""
+"""Fields that set the length of a run. A config may set only one of these fields."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def check_budget(given: Mapping[str, Any]) -> None:
-    """Check that settings of training give the length of the run only once.
+    """Check that at most one training setting sets the length of the run.
 
     Raises:
-        InvalidValue: They give it more than once.
+        InvalidValue: More than one setting sets the length of the run.
     """
     named = [f"train.{name} {given[name]}" for name in BUDGETS if given.get(name) is not None]
     if len(named) > 1:
-        raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; give one")
+        raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; set only one")
 
 
 def read_count(tokens: int | str) -> int:
-    """Return a number of tokens from its digits and unit, such as 20000, "20M" or "1.5B".
+    """Parse a number of tokens, such as 20000, "20M" or "1.5B".
 
     Raises:
-        InvalidValue: The value is not a positive number with one of the units k, M, B and T or none.
+        InvalidValue: The value is not a positive number, with or without one of the units k, M, B and T.
     """
     found = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?)([kmbt]?)", str(tokens).strip().lower(), re.ASCII)
     count = Decimal(found[1]) * _UNITS[found[2]] if found else Decimal(0)
@@ -73,17 +74,20 @@ class TrainConfig:
     """Settings of training: optimization, schedule, validation, checkpoints and samples."""
 
     steps: int = 2000
-    """Length of the run in optimizer steps, from 1 to 99999999; or give --train.seconds or --train.tokens."""
+    """Length of the run in optimizer steps, from 1 to 99999999. Alternatives: --train.seconds and --train.tokens."""
     seconds: float | None = None
-    """Length of the run in seconds, above 0, converted to steps at the start. Default: length from --train.steps."""
+    """Length of the run in seconds, above 0, converted to steps at the start.
+    Default: --train.steps sets the length."""
     tokens: int | str | None = None
-    """Length of the run in tokens, such as 20M or 1.5B, rounded up to steps. Default: length from --train.steps."""
+    """Length of the run in tokens, such as 20M or 1.5B, rounded up to whole steps.
+    Default: --train.steps sets the length."""
     batch_size: int = 12
-    """Windows per optimizer step, at least 1, over all pieces of --train.accumulation."""
+    """Number of training windows per optimizer step, at least 1, summed over all pieces of --train.accumulation."""
     contexts: int = 1
-    """Length of a training window in units of --model.ctx-len, at least 1; 1 if the context ends at --model.ctx-len."""
+    """Length of a training window in units of --model.ctx-len, at least 1.
+    An architecture with bounded context allows only 1."""
     accumulation: int = 1
-    """Number of pieces in which a batch is computed, to save memory; divides --train.batch-size."""
+    """Number of pieces in which a batch is computed, to save memory. This number must divide --train.batch-size."""
     lr: float = 3e-3
     """Largest learning rate, at least 0."""
     lr_final: float = 1e-4
@@ -91,11 +95,12 @@ class TrainConfig:
     embedding_lr: float = 1.0
     """Learning rate of the embedding as a multiple of --train.lr, at least 0."""
     schedule: Schedule = "cosine"
-    """Schedule from --train.lr to --train.lr-final; `constant` decays only over the last share, --train.decay."""
+    """Schedule of the learning rate from --train.lr to --train.lr-final.
+    `constant` decays only over the last share of the run, --train.decay."""
     warmup: float = 0.0
-    """Share of the run over which the learning rate rises from 0, from 0 to 1."""
+    """Share of the run, from 0 to 1, over which the learning rate rises from 0."""
     decay: float = 0.2
-    """Last share of the run, over which --train.schedule constant decays linearly, from 0 to 1."""
+    """Last share of the run, from 0 to 1, over which the learning rate of --train.schedule constant decays linearly."""
     optimizer: OptimizerName = "adamw"
     """Optimizer: `adamw`, or `muon` for the matrices inside blocks and AdamW for all other parameters."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -103,19 +108,19 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW's epsilon, at least 0."""
     weight_decay: float = 0.0
-    """Weight decay of the linear weights inside blocks, at least 0; other parameters have none."""
+    """Weight decay of the linear weights inside blocks, at least 0. Other parameters have no weight decay."""
     clip: float = 1.0
-    """Largest norm of the gradient, which is scaled down to it, at least 0 (0: no clipping)."""
+    """Largest norm of the gradient, at least 0 (0: no clipping). Larger gradients are scaled down to this norm."""
     precision: Precision = "auto"
-    """Precision of the matrix products; `auto` is bfloat16 if the processor supports it, otherwise float32."""
+    """Precision of the matrix products. `auto` is bfloat16 on processors that support bfloat16, otherwise float32."""
     device: str = "auto"
-    """PyTorch device: cpu, cuda, cuda:1 ...; `auto` is cuda if available, otherwise cpu."""
+    """PyTorch device, such as cpu, cuda or cuda:1. `auto` is cuda if available, otherwise cpu."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the training step; `auto` compiles if that is supported and saves time over the run."""
+    """torch.compile of the training step. `auto` compiles if compilation is supported and saves time over the run."""
     recompute: Recompute = "none"
     """Activations recomputed to save memory: `none`, `cheap` (all but matrix products), or `all` (whole blocks)."""
     strategy: Strategy = "replicate"
-    """Use of several processes (torchrun): a whole model in each (`replicate`), or a part in each (`shard`)."""
+    """Use of several processes (torchrun): each process holds a whole model (`replicate`) or a part of it (`shard`)."""
     seed: int = 1
     """Random seed of initial values, batches and dropout, from 0 to 2^64 - 1."""
     log_every: int = 10
@@ -123,19 +128,19 @@ class TrainConfig:
     valid_every: int = 250
     """Steps between validations on the whole held-out text, at least 1."""
     save_every: int = 500
-    """Steps between checkpoints, at least 1; the newest and the best remain."""
+    """Steps between checkpoints, at least 1. Only the newest and the best checkpoint remain on disk."""
     sample_every: int = 0
-    """Steps between samples, printed and appended to samples.txt (0: one sample, at the end of the run)."""
+    """Steps between text samples, printed and appended to samples.txt (0: one sample, at the end of the run)."""
     patience: int = 0
     """Number of validations without a lower loss after which training stops early (0: no early stopping)."""
     full_disk: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written: `stop`, or `continue` and try again at the next checkpoint."""
+    """Action if a checkpoint cannot be written: `stop`, or `continue` and try again at the next checkpoint."""
     spike: float = 6.0
-    """Size of a reported loss spike, in standard deviations above the preceding losses, at least 0 (0: no report)."""
+    """Smallest loss spike to report, in standard deviations above the preceding losses, at least 0 (0: no report)."""
     save_bad_batches: bool = False
-    """Batches whose loss spikes or is not finite, saved to bad-batches/ in the run folder."""
+    """Whether to save each batch whose loss spikes or is not finite, in the folder bad-batches/ of the run folder."""
     hook_errors: Literal["warn", "stop"] = "warn"
-    """If the function of --hook raises: `warn` and train on, or save a checkpoint and `stop`."""
+    """Action if the --hook function raises an exception: `warn` and continue, or save a checkpoint and `stop`."""
 
     def __post_init__(self) -> None:
         check_range("train.steps", self.steps, 1, MOST_STEPS)
@@ -172,7 +177,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None
-    """Run folder, or one of its checkpoints, that gives the first weights and the tokenizer."""
+    """Run folder or checkpoint from which training takes the initial weights and the tokenizer."""
 
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:
@@ -183,7 +188,7 @@ class RunConfig:
 
     @staticmethod
     def narrowed(data: dict[str, Any]) -> dict[str, type]:
-        """Return the types of the fields that depend on the values in `data`: the model, by its architecture."""
+        """Return the types of the fields that depend on the values in `data`: the config class of the architecture."""
         model = data.get("model")
         arch = model.get("arch", DEFAULT_ARCHITECTURE) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
         return {"model": find_architecture(arch).config}
@@ -195,7 +200,7 @@ class RunConfig:
 
 
 def to_toml(config: RunConfig) -> str:
-    """Return a config as the text of a config.toml."""
+    """Return the content of the config.toml for a config."""
     return tomli_w.dumps({"format_version": FORMAT_VERSION} | to_dict(config))
 
 
@@ -203,7 +208,7 @@ def read_toml(path: Path) -> RunConfig:
     """Read the config of a run from its config.toml.
 
     Raises:
-        FileError: The file is missing, not TOML, of a newer format, or has a wrong field or value.
+        FileError: The file is missing, is not TOML, has a newer format version, or has an invalid field or value.
     """
     data = parse_toml(path)
     try:
@@ -216,8 +221,8 @@ def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
     """Convert the tables of a config.toml from any supported format version to the current one.
 
     Args:
-        data: The parsed file.
-        version: Version of a file that names none.
+        data: The parsed config.toml.
+        version: Format version to assume if the file has no `format_version`.
 
     Raises:
         InvalidValue: The version is not supported.
@@ -229,6 +234,6 @@ def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
         )
     tables = {name: value for name, value in data.items() if name != "format_version"}
     if "format_version" in data and isinstance(own := tables.get("data", {}), dict):
-        # Files without this field are from a version that always held out the end of the source.
+        # Files without the field `hold_out` are from a version that always held out the end of the source.
         tables["data"] = {"hold_out": "end"} | own
     return flattened(tables) if version == 1 else tables

@@ -1,4 +1,4 @@
-"""Settings of format version 1, in which `model` had the tables `mixer` and `ffn`: conversion, and forms for hashes."""
+"""Conversion of settings from and to format version 1, in which `model` had the subtables `mixer` and `ffn`."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ _ORDER = (
     "dropout",
     "initial",
 )
-"""The fields of a model in version 1, in the order of its class."""
+"""The fields of the class `ModelConfig` in version 1, in the order of their definition."""
 
 
 def flattened(data: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of version 1 with the fields of `model.mixer` and `model.ffn` moved to `model`."""
+    """Move the fields of `model.mixer` and `model.ffn` to `model` in settings of format version 1."""
     model = data.get("model")
     if not isinstance(model, dict):
         return data
@@ -35,7 +35,7 @@ def flattened(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(config: ModelConfig) -> dict[str, Any] | None:
-    """Return a model's settings in the form of version 1, None for an architecture that version 1 did not have."""
+    """Return a model's settings in format version 1; None for an architecture that version 1 did not have."""
     if config.version_1 is None:
         return None
     flat = to_dict(config)
@@ -44,9 +44,9 @@ def nested(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def representation(config: ModelConfig) -> str | None:
-    """Return the `repr` of a model's settings in version 1, None for an architecture that version 1 did not have.
+    """Return the `repr` of a model's settings in version 1; None for an architecture that version 1 did not have.
 
-    The hash of a model in a saved state was computed from it.
+    Version 1 computed the hash of a model, which saved states contain, from this `repr`.
     """
     if config.version_1 is None:
         return None

@@ -1,1 +1,1 @@
-"""Language models: one folder an architecture, beside what all of them share."""
+"""Language models: one folder for each architecture, and the modules that all architectures share."""

@@ -1,4 +1,7 @@
-"""Settings that every model has, from which each architecture derives its own. This module does not import PyTorch."""
+"""Base classes of model settings, from which each architecture derives a class.
+
+This module does not import PyTorch.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
@@ -11,7 +14,7 @@ Recompute = Literal["none", "cheap", "all"]
 Activation = Literal["gelu", "mish", "relu2", "silu"]
 
 MOST_FRACTIONS = 1000
-# Limits far above all useful values, so that a damaged file is refused before memory is allocated for it.
+# These limits are far above all useful values. A file with damaged settings fails before memory is allocated.
 _LARGEST = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 
 
@@ -20,9 +23,9 @@ class ModelConfig:
     """The settings that every model has: architecture and size."""
 
     arch: str = ""
-    """Architecture; each has model options of its own."""
+    """Architecture of the model. Each architecture has additional model options."""
     vocab_size: int = 256
-    """Vocabulary size in tokens, from 1 to 16777216; training sets it from the tokenizer."""
+    """Vocabulary size in tokens, from 1 to 16777216. Training sets this size from the tokenizer."""
     ctx_len: int = 64
     """Context length in tokens, from 1 to 1048576."""
     layers: int = 4
@@ -33,7 +36,7 @@ class ModelConfig:
     """Dropout of the embedding and of the output of each sublayer, from 0 up to but not including 1."""
 
     version_1: ClassVar[dict[str, tuple[str, tuple[str, ...]]] | None] = None
-    """For architectures of format version 1: the class names of `mixer` and `ffn` there, and their fields in order."""
+    """Class names of `mixer` and `ffn` in format version 1, and their fields in order; None for newer architectures."""
 
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
@@ -46,12 +49,12 @@ class ModelConfig:
         """Describe the size of the model in words.
 
         Returns:
-            Such as "4 layers, 128 channels, ctx_len 64, vocabulary 256".
+            Text such as "4 layers, 128 channels, ctx_len 64, vocabulary 256".
         """
         return f"{self.layers} layers, {self.channels} channels, ctx_len {self.ctx_len}, vocabulary {self.vocab_size}"
 
     def tiny(self) -> Self:
-        """Return the settings of a tiny model of this kind, for a first step that loads and compiles code.
+        """Return the settings of a tiny model of this architecture, for a warm-up step that loads and compiles code.
 
         Returns:
             Settings with one layer and ctx_len 8.
@@ -67,7 +70,7 @@ def check_heads(heads: int, channels: int) -> None:
         channels: Number of channels, at least 1.
 
     Raises:
-        InvalidValue: It does not.
+        InvalidValue: The number of heads does not divide the number of channels.
     """
     if channels % heads:
         raise InvalidValue(
@@ -81,10 +84,10 @@ def check_positive(name: str, value: float) -> None:
 
     Args:
         name: Name of the setting, without "model.".
-        value: Its value.
+        value: Value of the setting.
 
     Raises:
-        InvalidValue: It is not.
+        InvalidValue: The value is not above 0, or is not finite.
     """
     if not 0 < value < float("inf"):
         raise InvalidValue(f"model.{name} is {value}; it must be above 0 and finite")
@@ -95,7 +98,7 @@ class HeadsConfig(ModelConfig):
     """The settings of a model with heads of equal size."""
 
     heads: int = 4
-    """Number of heads, at least 1; divides --model.channels."""
+    """Number of heads, at least 1. This number must divide --model.channels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +109,7 @@ class HeadsConfig(ModelConfig):
 
     @property
     def head_size(self) -> int:
-        """N, channels of a head."""
+        """Number N of channels of a head."""
         return self.channels // self.heads
 
 
@@ -117,11 +120,11 @@ class ShiftedConfig(HeadsConfig):
     ffn_ratio: float = 3.0
     """Hidden size of the feed-forward sublayer, as a multiple of --model.channels, above 0, at most 1000."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels that come from 1, 2, 3 ... tokens back, each from 0 to 1, in sum at most 1."""
+    """Fractions of the channels that come from 1, 2, 3 ... tokens back, each from 0 to 1, with a sum of at most 1."""
     token_shift_top: tuple[float, ...] | None = None
-    """Last layer's --model.token-shift; the layers before it are interpolated. Default: equal in all layers."""
+    """Value of --model.token-shift in the last layer. Earlier layers are interpolated. Default: equal in all layers."""
     initial: Initial = "zero"
-    """Initial values: `original` (2021), or `zero` (late 2021), where every block starts as the identity."""
+    """Initial values: `original` (2021), or `zero` (late 2021), with which every block starts as the identity."""
     activation: Activation = "gelu"
     """Activation of the feed-forward sublayer."""
 
@@ -146,5 +149,5 @@ class ShiftedConfig(HeadsConfig):
 
     @property
     def ffn_hidden(self) -> int:
-        """F, hidden size of the feed-forward sublayer."""
+        """Hidden size F of the feed-forward sublayer."""
         return int(self.ffn_ratio * self.channels)

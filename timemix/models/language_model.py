@@ -1,4 +1,4 @@
-"""The language model around every architecture: embedding, blocks, head, and the state between calls."""
+"""The language model that every architecture uses: embedding, blocks, head, and the state between calls."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def block_class(config: ModelConfig) -> type[Block]:
 
 
 def model_parts(config: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield the modules with parameters of a model: their names, and functions that create them, in this order."""
+    """Yield the name of each module of a model and a function that creates the module, in order of creation."""
     block = block_class(config)
     yield "embedding", lambda: Embedding(config.vocab_size, config.channels)
     yield "input_norm", lambda: block.input_norm(config)
@@ -45,7 +45,7 @@ def model_parts(config: ModelConfig) -> Iterator[tuple[str, Callable[[], nn.Modu
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval mode for a `with` block; afterwards each module has its previous mode again."""
+    """Set a model to eval mode in a `with` block, and restore the previous mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -73,15 +73,15 @@ def build_model(arch: str, **fields: Any) -> "LanguageModel":
 
 
 class LanguageModel(nn.Module):
-    """A model of any architecture, from token ids to logits.
+    """A language model of any architecture, which maps token ids to logits.
 
-    It has no position embedding. The head has no bias and is not tied to the embedding.
+    The model has no position embedding. The head has no bias and is not tied to the embedding.
 
     Args:
-        config: Settings of the model, of the class that `config.arch` names.
+        config: Settings of the model. Their class must be the config class of the architecture `config.arch`.
 
     Raises:
-        InvalidValue: The architecture is unknown, or `config` is of the class of another one.
+        InvalidValue: The architecture is unknown, or the class of `config` is that of another architecture.
     """
 
     embedding: Embedding
@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
 
     @property
     def max_position(self) -> int | None:
-        """Most tokens of a context: ctx_len, where the tables or the key/value cache end; None: any number."""
+        """Largest number of tokens in a context: ctx_len, or None for an architecture with unbounded context."""
         return self.config.ctx_len if self.architecture.bounded else None
 
     @property
@@ -142,18 +142,19 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: Token ids (B, T) int64, 0 to V - 1.
-            state: State that the tokens continue, with T > 1 for a prefill and T = 1 for a decode step. It is consumed.
-                None, as in training: the tokens begin at position 0.
-            lengths: Number of tokens of each row that count (B,), 1 to T; the others are padding. None: all T.
-            logits: "all": after each token. "last": after the last token of each row. None: no logits, but the hidden
-                rows before the head.
+            state: State that the tokens continue, with T > 1 for a prefill and T = 1 for a decode step. The call
+                consumes the state. None, as in training: the tokens begin at position 0.
+            lengths: Number of valid tokens of each row (B,), 1 to T. Later tokens of the row are padding. None: all
+                tokens are valid.
+            logits: "all": logits after each token. "last": logits after the last token of each row. None: hidden rows,
+                which are the input of the head, instead of logits.
 
         Returns:
-            Logits (B, T, V) for "all" or (B, V) for "last", or hidden rows (B, T, C) for None; and the next state, None
-            if `state` is None.
+            Logits (B, T, V) for "all", logits (B, V) for "last", or hidden rows (B, T, C) for None. The second value is
+            the next state, or None if `state` is None.
 
         Raises:
-            ValueError: The tokens would pass `max_position`.
+            ValueError: The context would have more tokens than `max_position`.
         """
         if not torch.compiler.is_compiling():
             share()

@@ -1,4 +1,4 @@
-"""Linear weights rounded to fewer bits."""
+"""Rounding of linear weights to bfloat16 or int8."""
 
 import copy
 from typing import Literal
@@ -13,7 +13,7 @@ WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8")
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to 8 bits: weight[o, i] = scale[o] integers[o, i], within scale[o] / 2.
+    """Round a weight to 8 bits: weight[o, i] = scale[o] integers[o, i], with an error of at most scale[o] / 2.
 
     scale[o] = max_i |weight[o, i]| / 127.
 
@@ -32,11 +32,11 @@ def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
     """Round the linear weights of a model.
 
     Args:
-        model: The model; it stays unchanged.
+        model: The model, which stays unchanged.
         weights: Format to round to: "float32", "bfloat16" or "int8".
 
     Returns:
-        A copy with rounded weights in the model's own dtype; for "float32" the model itself.
+        A copy of the model with rounded weights, stored in the model's own dtype. For "float32", the model itself.
     """
     if weights == "float32":
         return model

@@ -1,7 +1,7 @@
 """The registry of architectures, which does not import PyTorch.
 
-An entry names its parts as "module:name", and they are imported when a model is built. CONTRIBUTING.md explains how to
-add an architecture.
+An entry names each part of an architecture as "module:name". The parts are imported when a model is built.
+CONTRIBUTING.md explains how to add an architecture.
 """
 
 import importlib
@@ -22,15 +22,15 @@ class Architecture:
 
     Args:
         name: Value of the setting `model.arch`.
-        config: Class of its settings, derived from `ModelConfig`.
-        model: "module:class" of its block, a `models.layers.block.Block`.
-        year: Year of its publication.
-        colour: Colour of its curves in pictures.
-        summary: Description in one line.
-        decode: "module:class" of its compiled decode step; None: the model's own forward pass decodes.
-        weights: "module" that converts its weights from and to the published names; None: there are none.
-        recurrent: "module" that converts a trained model to one with a constant state; None: there is none.
-        bounded: Whether its context ends at ctx_len.
+        config: Class of the settings, derived from `ModelConfig`.
+        model: "module:class" of the block, derived from `models.layers.block.Block`.
+        year: Year of publication.
+        colour: Colour of the architecture's curves in pictures.
+        summary: Description of the architecture in one line.
+        decode: "module:class" of the compiled decode step; None: the model's own forward pass decodes.
+        weights: "module" that converts weights from and to published names; None: there are no published names.
+        recurrent: "module" that converts a trained model to a model with a constant state; None: no such module.
+        bounded: Whether the context of the architecture ends at ctx_len.
     """
 
     name: str
@@ -113,19 +113,20 @@ DEFAULT_ARCHITECTURE = "rwkv1"
 
 
 def register_architecture(entry: Architecture) -> None:
-    """Register an architecture of your own, so that it can be trained, loaded, sampled and compared by its name.
+    """Register an architecture of your own, so that timemix can train, load, sample and compare it by name.
 
-    The registration lasts as long as the process. Register it before you load one of its runs. Its settings derive from
-    `timemix.models.config.ModelConfig`, its block from `timemix.models.layers.block.Block`; CONTRIBUTING.md explains
-    both. Registering the same entry twice has no effect.
+    The registration lasts as long as the process. Register the architecture before you load one of its runs. The class
+    of the settings derives from `timemix.models.config.ModelConfig`. The class of the block derives from
+    `timemix.models.layers.block.Block`. CONTRIBUTING.md explains both classes. Registering the same entry twice has no
+    effect.
 
     Args:
         entry: The architecture. The class that `entry.model` names is imported when a model is built. For a class of
             the calling module, write `f"{__name__}:MyBlock"`.
 
     Raises:
-        InvalidValue: The name is empty, not an identifier, or that of another architecture; or `entry.config` is not
-            derived from `ModelConfig`.
+        InvalidValue: The name is empty, is not an identifier, or belongs to another architecture, or `entry.config` is
+            not derived from `ModelConfig`.
     """
     if not (isinstance(entry, Architecture) and isinstance(entry.name, str) and entry.name.isidentifier()):
         raise InvalidValue(f"{entry!r} is no architecture; pass an Architecture whose name is an identifier")
@@ -139,7 +140,8 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
     """Return the names of the architectures.
 
     Args:
-        bounded: True: only those whose context ends at ctx_len. False: only those whose context has no end. None: all.
+        bounded: True: only architectures whose context ends at ctx_len. False: only architectures whose context has no
+            end. None: all architectures.
 
     Returns:
         The names, oldest first.
@@ -148,7 +150,7 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the entry of an architecture.
+    """Return the registry entry of an architecture.
 
     Args:
         name: Name of the architecture.
@@ -193,7 +195,7 @@ def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
         arch: Name of the other architecture.
 
     Returns:
-        Its defaults, with the fields of size that both architectures have.
+        The settings of the other architecture, with the size of `config` in each field that both architectures have.
     """
     known = find_architecture(arch).config.__dataclass_fields__
     names = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
@@ -207,7 +209,7 @@ def load_part(reference: str) -> Any:
         reference: "module:name", or "module".
 
     Returns:
-        The object of that name, or the module.
+        The object that the reference names, or the module.
     """
     module, _, name = reference.partition(":")
     found = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Size of a model before it is built: parameters, FLOPs per token."""
+"""Number of parameters and FLOPs per token of a model, computed from its settings."""
 
 import torch
 
@@ -7,13 +7,13 @@ from timemix.models.language_model import LanguageModel
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Count the parameters of a model by part, without memory for its weights.
+    """Count the parameters of each part of a model, without memory for its weights.
 
     Args:
         config: Settings of the model.
 
     Returns:
-        Number of parameters by part: "embedding", "mixers", "ffns", "head", "norms", others that the model has, and
+        Number of parameters by part: "embedding", "mixers", "ffns", "head", "norms", other parts of the model, and
         "total".
     """
     with torch.device("meta"):
@@ -28,9 +28,10 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Estimate the floating-point operations per token of a forward pass over ctx_len tokens; training needs 3x.
+    """Estimate the floating-point operations per token of a forward pass over ctx_len tokens.
 
-    Two operations for each weight of a matrix product, and those of the mixing over time (`Block.mixing_flops`).
+    The estimate is two operations for each weight of a matrix product, plus the operations of `Block.mixing_flops`.
+    Training needs 3x as many operations.
 
     Args:
         config: Settings of the model.

@@ -1,4 +1,4 @@
-"""The state: all that a model stores of earlier tokens."""
+"""The state, which holds everything that a model stores about earlier tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class WorkedOutAhead(Protocol):
-    """Results that a decode step has computed ahead from a state, for the next tokens."""
+    """Results for the next tokens that a decode step has computed in advance from a state."""
 
     def rows_were_written(self, state: "State", rows: Tensor) -> None:
-        """Discard the results of rows whose content was replaced, by one write to each tensor of the state.
+        """Discard the results of rows that other code replaced, by one write to each tensor of the state.
 
         Args:
             state: The state.
@@ -22,14 +22,15 @@ class WorkedOutAhead(Protocol):
 
 @dataclass
 class State:
-    """Store all that a model needs of earlier tokens.
+    """Store everything that a model needs about earlier tokens.
 
-    A call of the model consumes its state and may write into it. `clone` makes a copy, to continue in several ways.
+    A call of the model consumes the state and may write into the state's tensors. To continue from one state in several
+    ways, make copies with `clone`.
 
     Args:
         position: Number of tokens of each row so far (B,) int64.
         layers: Tensors of each block by name, batch first.
-        pending: Results that a decode step has computed ahead, if any; not part of the state, and not copied.
+        pending: Results that a decode step has computed in advance, or None. Copies of a state have None.
     """
 
     position: Tensor
@@ -37,7 +38,7 @@ class State:
     pending: WorkedOutAhead | None = field(default=None, repr=False, compare=False)
 
     def clone(self) -> "State":
-        """Return a copy with its own tensors.
+        """Return a copy of the state, which has its own tensors.
 
         Returns:
             The copy.
@@ -51,7 +52,7 @@ class State:
             rows: Indices of the rows (R,), in any order; a row may occur several times.
 
         Returns:
-            The state of these rows, in this order.
+            The state of the given rows, in the given order.
         """
         return State(self.position[rows], [{n: x[rows] for n, x in layer.items()} for layer in self.layers])
 
@@ -70,7 +71,7 @@ class State:
         return State(torch.cat([state.position for state in states]), joined)
 
     def put(self, rows: Tensor, other: "State") -> None:
-        """Replace some rows by those of another state of the same model.
+        """Replace some rows by the rows of another state of the same model.
 
         Args:
             rows: Indices of the rows to replace (R,), all different.

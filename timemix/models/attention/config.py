@@ -8,7 +8,7 @@ from timemix.models.config import Initial, ShiftedConfig, check_positive
 
 @dataclass(frozen=True)
 class RotaryConfig(ShiftedConfig):
-    """Architecture and size of `mha_rotary`: rotary attention with GeGLU."""
+    """Settings of the architecture `mha_rotary`: rotary attention with GeGLU."""
 
     arch: str = "mha_rotary"
     token_shift: tuple[float, ...] = ()
@@ -25,7 +25,7 @@ class RotaryConfig(ShiftedConfig):
 
 @dataclass(frozen=True)
 class RotaryShiftConfig(RotaryConfig):
-    """Architecture and size of `mha_shift`: `mha_rotary` with token-shift."""
+    """Settings of the architecture `mha_shift`: `mha_rotary` with token-shift."""
 
     arch: str = "mha_shift"
     token_shift: tuple[float, ...] = (0.5,)
@@ -33,7 +33,7 @@ class RotaryShiftConfig(RotaryConfig):
 
 @dataclass(frozen=True)
 class ProConfig(ShiftedConfig):
-    """Architecture and size of `mha_pro`: attention times W, talking heads, token-shift, channel-mix."""
+    """Settings of the architecture `mha_pro`: attention times W, talking heads, token-shift, channel-mix."""
 
     arch: str = "mha_pro"
     initial: Initial = "original"

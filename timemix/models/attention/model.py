@@ -4,7 +4,8 @@
     y[t]    = sum_u A[t, u] v[u]                                        rotary attention, per head
     y_g[t]  = sum_u (sum_h mix[g, h] A_h[t, u] W_h[t, u]) v_g[u]        MHA_pro, head g
 
-q and k are rotated by their positions. Shapes: B rows, T tokens of this call, U past and present, H heads, N head size.
+The queries q and keys k are rotated by their positions. Shapes: B rows, T tokens of this call, U past and present
+tokens, H heads of size N.
 """
 
 from typing import ClassVar
@@ -29,9 +30,9 @@ from timemix.runtime.distributed import set_whole
 
 
 class RotaryAttention(nn.Module):
-    """Causal multi-head attention with rotary positions, by PyTorch's fused kernel.
+    """Causal multi-head attention with rotary positions, computed by PyTorch's fused kernel.
 
-    State: the rotated keys and the values of every past position, each (B, H, ctx_len, N).
+    The state holds the rotated keys and the values of every past position, each of shape (B, H, ctx_len, N).
     """
 
     def __init__(self, config: RotaryConfig | ProConfig) -> None:
@@ -58,7 +59,7 @@ class RotaryAttention(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
+        """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         B, T, C = x.shape
         # (B, T, C) -> (B, H, T, N)
         q, k, v = (
@@ -67,14 +68,14 @@ class RotaryAttention(nn.Module):
         target = torch.arange(T, device=x.device)
         lag = None
         if position is not None:
-            # Rows may be at different positions: (B, 1, T)
+            # Rows may be at different positions, so the targets are (B, 1, T).
             target = position[:, None, None] + target
-        # The first half of each head's dimensions, rounded down to an even number.
+        # Rotate the first half of each head's dimensions, rounded down to an even number.
         turned = self.config.head_size // 4 * 2
         q = rotary(q, target, self.rotary_base, turned)
         k = rotary(k, target, self.rotary_base, turned)
         if state is not None and position is not None:
-            # Sources up to the newest position of any row.
+            # Read the sources up to the newest position of any row.
             U = min(int(position.max()) + T, self.config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
             values = append(state["values"], v, position, lengths)
@@ -87,17 +88,17 @@ class RotaryAttention(nn.Module):
         return self.scale(y, position), state
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
-        """Attend to the past.
+        """Compute the attention of each target over its past sources.
 
         Args:
             q: Queries (B, H, T, N).
             k: Keys (B, H, U, N).
             v: Values (B, H, U, N).
-            lag: Lag of each source from each target (B, T, U), negative in the future; None, as in training: t - u with
-                U = T.
+            lag: Lag of each source from each target (B, T, U), negative for future sources; None, as in training: lag
+                t - u, and U = T.
 
         Returns:
-            (B, H, T, N).
+            Outputs (B, H, T, N).
         """
         if lag is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -105,15 +106,15 @@ class RotaryAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(lag >= 0)[:, None])
 
     def scale(self, y: Tensor, position: Tensor | None) -> Tensor:
-        """Multiply y (B, T, C) by the last factor of the mixer; here there is none."""
+        """Return y (B, T, C) unchanged. `ProAttention` multiplies y by gamma in this method."""
         return y
 
 
 class ProAttention(RotaryAttention):
-    """Attention times W(t, u) after the softmax, mixed over heads by a matrix, with output times gamma(t).
+    """Attention whose softmax weights are multiplied by W(t, u), then mixed over heads by a matrix.
 
-    W is that of rwkv1: f_h(t-u) alpha_h(u) beta_h(t). The mix over heads after the softmax is "talking heads" (arXiv
-    2003.02436).
+    As in rwkv1, W(t, u) = f_h(t-u) alpha_h(u) beta_h(t), and the output is multiplied by gamma(t). The mix over heads
+    after the softmax is called "talking heads" (arXiv 2003.02436).
     """
 
     def __init__(self, config: ProConfig) -> None:
@@ -126,18 +127,18 @@ class ProAttention(RotaryAttention):
         self.head_mix = nn.Parameter(torch.empty(H, H).uniform_(-(H**-0.5), H**-0.5))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lag: Tensor | None) -> Tensor:
-        """Attend to the past, see `RotaryAttention.attend`."""
+        """Compute the attention of each target over its past sources, see `RotaryAttention.attend`."""
         T, U, N = q.shape[2], k.shape[2], q.shape[3]
         # (T, U) or (B, 1, T, U)
         future = torch.ones(T, U, dtype=torch.bool, device=q.device).triu(1) if lag is None else (lag < 0)[:, None]
         scores = (q @ k.transpose(-1, -2) * N**-0.5).masked_fill(future, -torch.inf)
         # (B, H, T, U), times (H, T, T) or (B, H, T, U)
         weights = scores.softmax(-1) * self.W(T, U, lag)
-        # Mix of heads h into g: (B, H, T, U); then the sum over sources: (B, H, T, U) by (B, H, U, N)
+        # Mix heads h into heads g: (B, H, T, U). Then sum over the sources: (B, H, T, U) @ (B, H, U, N).
         return torch.einsum("gh,bhtu->bgtu", self.head_mix, weights).to(v.dtype) @ v
 
     def W(self, T: int, U: int, lag: Tensor | None) -> Tensor:
-        """Return W(t, u): (H, T, T) if `lag` is None, as in training, else (B, H, T, U)."""
+        """Return W(t, u), of shape (H, T, T) if `lag` is None, as in training, else (B, H, T, U)."""
         if lag is None:
             W = toeplitz(self.f, T, T)
             target = torch.arange(T, device=W.device)
@@ -178,7 +179,7 @@ class Geglu(nn.Module):
 
 
 class RotaryBlock(ShiftedBlock):
-    """Rotary attention, then GeGLU, both after token-shift if the config has it."""
+    """A block of rotary attention, then GeGLU. If the config has token-shift, token-shift precedes both sublayers."""
 
     Mixer: ClassVar[type[RotaryAttention]] = RotaryAttention
     Ffn: ClassVar[type[Geglu | ChannelMix]] = Geglu
@@ -199,19 +200,19 @@ class RotaryBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count the products of queries with keys and of weights with values: whole T x T matrices, as computed."""
+        """Count the operations of the query-key products and the weight-value products, over whole T x T matrices."""
         return config.layers * 2 * config.channels * 2 * config.ctx_len
 
 
 class ProBlock(RotaryBlock):
-    """Attention times W with talking heads, then channel-mix."""
+    """A block of attention times W with talking heads, then channel-mix."""
 
     Mixer = ProAttention
     Ffn = ChannelMix
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Count the numbers of `ShiftedBlock`, and the T x T matrices of each head: three for each row, and W."""
+        """Count the numbers that `ShiftedBlock` stores, and for each head three T x T matrices per row, and W."""
         usual = super().kept(config, rows)
         return Kept(
             usual.block, usual.products, (3 * rows + 4) * config.heads * config.ctx_len * config.layers * config.ctx_len

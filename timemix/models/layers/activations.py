@@ -1,4 +1,4 @@
-"""Activations of the feed-forward sublayers, by the names of the config."""
+"""Activation functions of the feed-forward sublayers, by their names in the config."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class _Mish(torch.autograd.Function):
-    """With e = exp(x), n = e (e + 2), d = n + 2: mish = x n / d, and its derivative n / d + 4 x e (1 + e) / d^2."""
+    """Mish, x n / d, with derivative n / d + 4 x e (1 + e) / d^2, where e = exp(x), n = e (e + 2) and d = n + 2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -27,14 +27,14 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.float() if x.dtype == torch.bfloat16 else x
-        # From x = 20 on, the slope is 1 to the last bit of float32. The clamp keeps d^2 in range.
+        # From x = 20 on, the slope is 1 to the last bit of float32. The clamp prevents an overflow of d^2.
         e = wide.clamp(max=20 if wide.dtype == torch.float32 else 40).exp()
         n = e * (e + 2)
         return wide, e, n, 1 / (n + 2)
 
 
 def mish(x: Tensor) -> Tensor:
-    """Compute x tanh(softplus(x)), by one exponential and one division.
+    """Compute x tanh(softplus(x)) with one exponential and one division.
 
     PyTorch's own mish computes a logarithm, an exponential and a hyperbolic tangent, which takes 14 times as long as
     gelu.

@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 
 class Model(Protocol):
-    """The language model, as `Block.set_initial_values` sees it."""
+    """The interface of a language model that `Block.set_initial_values` uses."""
 
     @property
     def config(self) -> Any: ...
@@ -34,7 +34,7 @@ class Recipe:
     """Settings of the optimizer that depend on the architecture.
 
     Args:
-        lr_scale: Pairs (end of a parameter's name, factor of its learning rate); other parameters have factor 1.
+        lr_scale: Pairs (end of a parameter's name, factor of its learning rate). Other parameters have factor 1.
         decay_all_matrices: Whether weight decay applies to the embedding and the head too, not only to the linear
             weights inside blocks.
         warmup_floor: Share of the learning rate at which a warm-up begins, 0 to 1.
@@ -58,12 +58,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Kept:
-    """How many numbers training stores of a forward pass, for the estimate of its memory.
+    """Counts of the numbers that training stores during a forward pass, to estimate the memory of training.
 
     Args:
-        block: Numbers per token and layer.
-        products: Numbers per token and layer with `recompute="cheap"`: only the outputs of matrix products.
-        squares: Numbers of matrices over pairs of positions, in all layers together, in addition.
+        block: Count per token and layer.
+        products: Count per token and layer with `recompute="cheap"`, which stores only outputs of matrix products.
+        squares: Additional count in all layers together, for matrices over pairs of positions.
     """
 
     block: int
@@ -72,7 +72,7 @@ class Kept:
 
 
 class Block(nn.Module):
-    """One layer of an architecture; its class also defines the parts of the model outside the blocks.
+    """One layer of an architecture. The class also defines the parts of the model outside the blocks.
 
     A subclass must define `forward`, `init_state`, `set_initial_values` and `kept`. The other methods have defaults.
 
@@ -108,9 +108,9 @@ class Block(nn.Module):
         Args:
             x: Rows (B, T, C).
             state: State of the block after the earlier tokens; None, as in training: the tokens begin at position 0.
-            carry: Tensor from an earlier block for the same tokens; None if there is none.
+            carry: Tensor from an earlier block for the same tokens; None if there is no such tensor.
             position: Number of earlier tokens of each row (B,); None without a state.
-            lengths: Number of tokens of each row that count (B,), 1 to T; None: all.
+            lengths: Number of valid tokens of each row (B,), 1 to T; None: all tokens are valid.
 
         Returns:
             Rows (B, T, C), the next state (None if `state` is None), and the carry for the next block.
@@ -119,31 +119,31 @@ class Block(nn.Module):
 
     @classmethod
     def input_norm(cls, config: Any) -> nn.Module:
-        """Create the module between the embedding and the first block; by default none.
+        """Create the module between the embedding and the first block. The default is the identity.
 
         Args:
             config: Settings of the model.
 
         Returns:
-            A module from (B, T, C) to (B, T, C).
+            A module that maps (B, T, C) to (B, T, C).
         """
         return nn.Identity()
 
     @classmethod
     def final_norm(cls, config: Any) -> nn.Module:
-        """Create the module between the last block and the head; by default a LayerNorm.
+        """Create the module between the last block and the head. The default is a LayerNorm.
 
         Args:
             config: Settings of the model.
 
         Returns:
-            A module from (B, T, C) to (B, T, C).
+            A module that maps (B, T, C) to (B, T, C).
         """
         return LayerNorm(config.channels)
 
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
-        """Fill every weight of a model in place, including embedding and head, from PyTorch's global generator.
+        """Fill every weight of a model in place, including embedding and head, with PyTorch's global generator.
 
         Args:
             model: The model.
@@ -152,7 +152,7 @@ class Block(nn.Module):
 
     @classmethod
     def training_loss(cls, loss: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss to differentiate; by default the mean cross-entropy.
+        """Return the loss to differentiate. The default is the mean cross-entropy.
 
         Args:
             loss: Mean cross-entropy in nats, a scalar.
@@ -177,13 +177,15 @@ class Block(nn.Module):
 
     @classmethod
     def mixing_flops(cls, config: Any) -> int:
-        """Count the operations per token, in all layers, of a forward pass over ctx_len tokens, without weights.
+        """Count the operations per token that mix information over time, in all layers and without weights.
+
+        The count is for a forward pass over ctx_len tokens.
 
         Args:
             config: Settings of the model.
 
         Returns:
-            Floating-point operations of the mixing over time.
+            Number of floating-point operations per token.
         """
         return 0
 
@@ -193,7 +195,7 @@ class Block(nn.Module):
 
         Args:
             config: Settings of the model.
-            rows: Number of windows at a time.
+            rows: Number of windows that a forward pass processes together.
 
         Returns:
             The counts.
@@ -202,7 +204,7 @@ class Block(nn.Module):
 
     @classmethod
     def resized(cls, weights: Tensors, config: Any, ctx_len: int) -> Tensors:
-        """Return the weights of the same model for another context length; by default the same ones.
+        """Return the weights of the model for another context length. The default returns the given weights.
 
         Args:
             weights: Weights by name.
@@ -219,7 +221,7 @@ class Block(nn.Module):
 
     @classmethod
     def runs_in_c(cls, config: Any, precision: str, device: torch.device) -> bool:
-        """Return whether C code computes all of a training step except its matrix products; by default it does not.
+        """Return whether C code computes all of a training step except its matrix products. The default is False.
 
         Args:
             config: Settings of the model.
@@ -227,26 +229,26 @@ class Block(nn.Module):
             device: Device of the model.
 
         Returns:
-            Whether it does.
+            True if C code computes the training step.
         """
         return False
 
     @classmethod
     def forms(cls, config: Any, precision: str) -> dict[str, str]:
-        """Return how each op of the model is computed over a whole context, for the log.
+        """Return the backend that computes each op of the model over a whole context, for the log.
 
         Args:
             config: Settings of the model.
             precision: Precision of matrix products, such as "bfloat16".
 
         Returns:
-            Backend of each op with the reason for it, by name of the op.
+            Backend of each op, with the reason for the choice, by name of the op.
         """
         return {}
 
     @property
     def shifted(self) -> int:
-        """Number of channels of a projection's input, the first ones, that come from earlier tokens."""
+        """Number of first channels in a projection's input that come from earlier tokens."""
         return 0
 
     def tables(self) -> Tensors:
@@ -318,7 +320,7 @@ class ShiftedBlock(Block):
     def _shifted(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Apply norm and token-shift: x (B, T, C) to (B, T, C), and the next state of the shift."""
+        """Apply norm and token-shift to x (B, T, C). Return the result (B, T, C) and the next state of the shift."""
         if state is None and x.dtype == torch.float32 and fused.serves(x):
             return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
         result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths)

@@ -1,12 +1,12 @@
 """Initial values that several architectures share: orthogonal weights, and blocks that start as the identity.
 
-- "original" (RWKV-LM 0.01) for RWKV: weights are orthogonal matrices, times sqrt(out / in) if out > in; the embedding
-  is 0.4 sqrt(max(V, C)) times an orthogonal matrix, and the head has another factor of 0.4.
+- "original" (RWKV-LM 0.01) for RWKV: weights are orthogonal matrices, times sqrt(out / in) if out > in. The head has an
+  additional factor of 0.4. The embedding is an orthogonal matrix times 0.4 sqrt(max(V, C)).
 - "original" for attention: linear and embedding weights are normal(0, 0.01).
-- "zero" (late 2021): the orthogonal values for every architecture. Both outputs of a block are zero, so that it starts
-  as the identity. f_h(lag) decays faster in lower heads.
+- "zero" (late 2021): weights are orthogonal matrices for every architecture. The output weights of both sublayers of a
+  block are zero, so that the block starts as the identity. The curve f_h(lag) decays faster for smaller h.
 
-In all of them biases are zero, and alpha, beta and gamma are one.
+In every case, biases are zero, and alpha, beta and gamma are one.
 """
 
 import math
@@ -29,7 +29,7 @@ def set_weights(model: Model, fill: Callable[[str, nn.Linear | nn.Embedding], ob
 
     Args:
         model: The model.
-        fill: Called with the name and module of each of them, in order; fills the weight in place.
+        fill: Function of the name and the module of a linear map or embedding, which fills the weight in place.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -39,7 +39,7 @@ def set_weights(model: Model, fill: Callable[[str, nn.Linear | nn.Embedding], ob
 
 
 def orthogonal(name: str, module: nn.Linear | nn.Embedding) -> None:
-    """Fill a weight with an orthogonal matrix, with the gain of RWKV-LM 0.01 (above)."""
+    """Fill a weight with an orthogonal matrix, multiplied by the gain of RWKV-LM 0.01."""
     out, into = module.weight.shape
     weight = torch.empty(out, into)
     if isinstance(module, nn.Embedding):
@@ -66,7 +66,7 @@ def scale_outputs(block: Any, layer: int, zero: bool) -> None:
     Args:
         block: The block.
         layer: Index of the block, from 0.
-        zero: Whether to set the outputs to zero, instead of dividing them by sqrt(1 + layer).
+        zero: Whether to set the output weights to zero, instead of dividing them by sqrt(1 + layer).
     """
     for sublayer in (block.mixer, block.ffn):
         sublayer.output.weight.mul_(0 if zero else (1 + layer) ** -0.5)
@@ -75,11 +75,11 @@ def scale_outputs(block: Any, layer: int, zero: bool) -> None:
 
 
 def log_decay(heads: int, ctx_len: int) -> Tensor:
-    """Return log f (H, ctx_len) of "zero": -lag * ctx_len^(-(h+1)/(H-1)) for head h; 0 for the last head."""
+    """Return log f (H, ctx_len) for "zero": -lag * ctx_len^(-(h+1)/(H-1)) for head h, but 0 for the last head."""
     rates = [ctx_len ** (-(h + 1) / (heads - 1)) for h in range(heads - 1)] + [0.0]
     return -torch.tensor(rates)[:, None] * torch.arange(ctx_len)
 
 
 def table_like(f: Tensor, by_lag: Tensor) -> Tensor:
-    """Bring a table by lag (H, ctx_len) to the shape of f: the same, or (H, ctx_len, ctx_len) by pair (t, u)."""
+    """Convert a table by lag (H, ctx_len) to the shape of f, which is by lag or by pair (H, ctx_len, ctx_len)."""
     return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1], by_lag.shape[1])

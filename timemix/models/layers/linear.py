@@ -1,4 +1,4 @@
-"""Linear layers: fast for a single row too, joint products of layers with the same input, and the dtype of products."""
+"""Linear, embedding and norm layers, joint products of linear layers with the same input, and the dtype of products."""
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ FEW_ROWS = 4
 
 
 class Linear(nn.Linear):
-    """nn.Linear that uses all threads for a few rows too, as in generation.
+    """nn.Linear that uses all threads even for a few rows, as in generation.
 
-    Common CPU libraries compute a product with one row on one thread, but a product with two columns on all threads: 16
-    and 46 GB/s of weights on two cores.
+    Common CPU libraries compute a product with one row on one thread, but a product with two columns on all threads. On
+    two cores, a product with one row reads 16 GB/s of weights, and a product with two columns reads 46 GB/s.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
         if not self._few_rows(x):
             return linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        # Repeated, not expanded: a stride of 0 would select a slow path of the product. (rows, in) -> (in, columns)
+        # The row is repeated, not expanded: a stride of 0 would select a slow path. (rows, in) -> (in, columns)
         columns = rows.repeat(2, 1).t() if len(rows) == 1 else rows.t()
         y = (self.weight @ columns)[:, : len(rows)].t()
         if self.bias is not None:
@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products of x: that of autocast if it is on and x is float32, else that of x."""
+    """Return the dtype of matrix products of x: the autocast dtype if autocast is on and x is float32, else x.dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         return torch.get_autocast_dtype(device)
@@ -48,12 +48,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def to_product_dtype(x: Tensor) -> Tensor:
-    """Cast x to `product_dtype`: once here, instead of once by autocast for each linear map that reads x."""
+    """Cast x to `product_dtype` once. Without this cast, autocast would cast x for each linear map that reads x."""
     return x.to(product_dtype(x))
 
 
 def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """Apply several linear maps to the same x (..., C); in training by one matrix product.
+    """Apply several linear maps to the same x (..., C). Training computes one joint matrix product.
 
     Args:
         x: Input (..., C).
@@ -62,7 +62,7 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     Returns:
         The outputs, each (..., out_features).
     """
-    # Without a backward pass, joining the weights costs more than one product saves.
+    # Without a backward pass, joining the weights costs more time than the joint product saves.
     if not torch.is_grad_enabled():
         return tuple(each(x) for each in linears)
     weight, bias = side_by_side(*linears)
@@ -78,7 +78,7 @@ def side_by_side(*linears: Linear) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Map x (..., in_features) to (..., out_features); when compiled, PyTorch's kernel sums the bias gradient."""
+    """Map x (..., in_features) to (..., out_features). In compiled code, PyTorch's kernel sums the bias gradient."""
     if bias is None or not torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     y = F.linear(x, weight)
@@ -86,21 +86,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose gradient is summed by PyTorch's kernel when compiled too (`ops.common.spread`)."""
+    """nn.Embedding whose gradient is summed by PyTorch's kernel even in compiled code (`ops.common.spread`)."""
 
     def reset_parameters(self) -> None:
         """Fill the weight, except on the meta device."""
-        # Without memory there is nothing to fill, and PyTorch would spend 2 s on imports.
+        # On the meta device there is no memory to fill, and PyTorch would spend 2 s on imports.
         if self.weight.device.type != "meta":
             super().reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up token ids (B, T): (B, T, C)."""
+        """Look up the embeddings (B, T, C) of token ids (B, T)."""
         return embedding(self.weight, tokens) if torch.compiler.is_compiling() else super().forward(tokens)
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm whose gradient is summed by PyTorch's kernel when compiled too (`ops.common.spread`)."""
+    """nn.LayerNorm whose gradient is summed by PyTorch's kernel even in compiled code (`ops.common.spread`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., C) to (..., C)."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which results of a block are stored for its backward pass, and which are recomputed."""
+"""Activation checkpointing: some results of a block are stored for the backward pass, and others are recomputed."""
 
 from functools import partial
 from typing import Any
@@ -11,14 +11,15 @@ from timemix.models.config import Recompute
 
 
 def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor | None]:
-    """Apply a block in training; `recompute` changes its memory, not its results.
+    """Apply a block in training. `recompute` changes the memory use, but not the results.
 
     Args:
         block: The block.
         x: Rows (B, T, C).
         carry: Tensor from an earlier block, see `Block.forward`.
         recompute: "none": store all results. "cheap": store the outputs of linear maps, convolutions and fused
-            attention. "all": store only x. Compiled code ignores it: the compiler decides.
+            attention. "all": store only x. Compiled code ignores this argument: the compiler chooses the stored
+            results.
 
     Returns:
         Rows (B, T, C), and the carry for the next block.

@@ -1,9 +1,9 @@
-"""Weights of a model for another context length: tables over time are cut, or extended by their last quarter's mean.
+"""Weights for another context length: tables over time are cut, or extended by the mean of their last quarter.
 
 The tables of W(t, u) = f(t-u) alpha(u) beta(t) are not unique: W stays the same if f(lag) is multiplied by c^lag,
-alpha(u) by c^u and beta(t) by c^-t. So before tables are extended, c is chosen for each head such that alpha and beta
-have the least trend: c minimizes the sum of the squared slopes of log alpha and log beta. c is 1 if the model has no
-alpha or no beta, or if one of them has values at or below 0.
+alpha(u) by c^u and beta(t) by c^-t. Before tables are extended, c is chosen for each head such that alpha and beta
+have the least trend: c minimizes the sum of the squared slopes of log alpha and log beta. If the model has no alpha or
+no beta, or if alpha or beta has a value at or below 0, then c is 1.
 """
 
 import torch
@@ -16,11 +16,11 @@ TABLES = ("f", "alpha", "beta", "gamma")
 
 
 def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
-    """Return the weights of a model with tables for another context length; W is the same at the positions of both.
+    """Return the weights of a model for another context length. W does not change at positions below both lengths.
 
     Args:
         weights: Weights by name.
-        old: Context length of these weights.
+        old: Context length of `weights`.
         ctx_len: New context length.
         logarithms: Whether the tables hold the logarithms of the factors of W.
 
@@ -28,7 +28,7 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
         New weights by name.
 
     Raises:
-        InvalidValue: W is free and `ctx_len` is above `old`: it is unknown at positions without training.
+        InvalidValue: W is free and `ctx_len` is above `old`. A free W is unknown at positions without training.
     """
     result = dict(weights)
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
@@ -52,10 +52,11 @@ def resized_table(table: Tensor, ctx_len: int) -> Tensor:
 
 
 def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, Tensor]:
-    """Return tables of the same W with the least trend in alpha and beta, by the c of each head (see above).
+    """Multiply f, alpha and beta by powers of c that give alpha and beta the least trend and leave W unchanged.
 
     Args:
-        tables: "f" (H, ctx_len) by lag, and perhaps "alpha", "beta" (H, ctx_len) and others, which stay unchanged.
+        tables: Tables by name: "f" (H, ctx_len) by lag, optionally "alpha" and "beta" (H, ctx_len). Other tables stay
+            unchanged.
         logarithms: Whether the tables hold logarithms.
 
     Returns:
@@ -80,7 +81,7 @@ def level(tables: dict[str, Tensor], *, logarithms: bool = False) -> dict[str, T
 
 
 def _slope(y: Tensor) -> Tensor:
-    """Return the least-squares slope (H, 1) of rows (H, T) over 0 ... T - 1; 0 for a single column."""
+    """Return the least-squares slope (H, 1) of rows (H, T) over positions 0 to T - 1. If T = 1, the slope is 0."""
     time = torch.arange(y.shape[-1], dtype=y.dtype)
     time -= time.mean()
     return (y * time).sum(-1, keepdim=True) / (time**2).sum().clamp(min=1)

@@ -13,10 +13,11 @@ def rotary_turns(position: Tensor, base: float, dims: int) -> Tensor:
     Args:
         position: Positions (...).
         base: Base of the frequencies.
-        dims: R, even.
+        dims: R, number of rotated dimensions, even.
 
     Returns:
-        cos and sin (2, ..., R/2), float64: angles in float32 are off by 1e-4 after a thousand positions.
+        The values of cos and sin (2, ..., R/2) in float64, since angles in float32 have errors of 1e-4 after a thousand
+        positions.
     """
     exponent = torch.arange(0, dims, 2, device=position.device, dtype=torch.float64) / dims
     angle = position[..., None] * base**-exponent
@@ -49,8 +50,8 @@ def rotary(x: Tensor, position: Tensor, base: float, dims: int) -> Tensor:
     R = dims
     if R == 0:
         return x
-    # Compiled code would otherwise compute the angles again for every row and head, which on a GPU takes a third of
-    # the training step.
+    # Compiled code calls the operator. Without the operator, compiled code would compute the angles again for every row
+    # and head, which takes a third of the training step on a GPU.
     turns = rotary_turns if torch.compiler.is_compiling() else rotary_turns.function
     # (2, T, R/2) or (2, B, 1, T, R/2)
     cos, sin = turns(position, base, R).to(x.dtype)

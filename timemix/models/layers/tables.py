@@ -8,12 +8,12 @@ from timemix.ops.common.spread import broadcast_parameter
 
 
 def time_table(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
-    """Create a table (H, ctx_len) of ones, or return None if it is not learned."""
+    """Create a table (H, ctx_len) of ones. Return None if `learned` is false."""
     return nn.Parameter(torch.ones(config.heads, config.ctx_len)) if learned else None
 
 
 def time_gamma(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
-    """Create gamma (ctx_len,), the output weight of each position, of ones; return None if it is not learned."""
+    """Create gamma (ctx_len,) of ones, the output weight of each position. Return None if `learned` is false."""
     return nn.Parameter(torch.ones(config.ctx_len)) if learned else None
 
 
@@ -22,8 +22,8 @@ def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Ten
 
     Args:
         x: Rows (B, T, C).
-        gamma: Table (ctx_len,), whose last entry holds for all later positions; None for 1.
-        position: Number of earlier tokens of each row (B,); None for 0.
+        gamma: Table (ctx_len,), whose last entry applies to all later positions; None: gamma is 1.
+        position: Number of earlier tokens of each row (B,); None: no earlier tokens.
 
     Returns:
         Rows (B, T, C).

@@ -10,7 +10,7 @@ from timemix.models.config import ShiftedConfig
 def shift_fractions(config: ShiftedConfig, layer: int) -> tuple[float, ...]:
     """Return the fractions of a layer's channels that come from 1, 2, 3 ... tokens back.
 
-    They change linearly from `token_shift` in layer 0 to `token_shift_top` in the last layer.
+    The fractions change linearly from `token_shift` in layer 0 to `token_shift_top` in the last layer.
     """
     bottom, top = config.token_shift, config.token_shift_top
     if top is None or config.layers == 1:
@@ -26,7 +26,7 @@ def _padded(fractions: tuple[float, ...], length: int) -> tuple[float, ...]:
 
 
 class TokenShift(nn.Module):
-    """Take groups of channels from 1, 2, 3 ... tokens back; there are zeros before the first token.
+    """Take groups of channels from 1, 2, 3 ... tokens back. Channels from before the first token are zero.
 
     y[t, c] = x[t - d, c] for channels c of group d. The state is the newest `distance` rows of the input, oldest first:
     (B, distance, C).
@@ -36,8 +36,8 @@ class TokenShift(nn.Module):
         layer: Index of the block, from 0.
 
     Attributes:
-        edges: Group d has channels edges[d - 1] to edges[d].
-        distance: Largest d with channels.
+        edges: Boundaries of the groups. Group d has the channels edges[d - 1] to edges[d] - 1.
+        distance: Largest d whose group has channels.
         shifted: Number of channels in all groups.
     """
 
@@ -54,7 +54,7 @@ class TokenShift(nn.Module):
         self.channels = config.channels
 
     def distances(self) -> Tensor:
-        """Return how many tokens back each channel comes from: (C,) int32, 0 for the token itself."""
+        """Return the distance in tokens from which each channel comes: (C,) int32, 0 for the token itself."""
         distances = torch.zeros(self.channels, dtype=torch.int32)
         for d, (a, b) in enumerate(self.groups, 1):
             distances[a:b] = d
@@ -67,8 +67,8 @@ class TokenShift(nn.Module):
 
         Args:
             x: Rows (B, T, C).
-            state: Newest rows before x, oldest first (B, distance, C); None: zeros, and no next state.
-            lengths: Number of rows of each batch entry that count (B,), 1 to T; None: all.
+            state: Newest rows before x, oldest first (B, distance, C); None: zeros, and the next state is None.
+            lengths: Number of valid rows of each batch entry (B,), 1 to T; None: all rows are valid.
 
         Returns:
             Shifted rows (B, T, C), and the next state.
@@ -79,13 +79,13 @@ class TokenShift(nn.Module):
         if state is None:
             parts = [F.pad(x[:, : max(T - d, 0), a:b], (0, 0, min(d, T), 0)) for d, (a, b) in enumerate(self.groups, 1)]
             return torch.cat([*parts, x[:, :, self.shifted :]], dim=-1), None
-        # (B, D + T, C): x[t] is at D + t.
+        # The rows are (B, D + T, C), with x[t] at index D + t.
         rows = torch.cat([state, x.to(state.dtype)], dim=1)
         D = self.distance
         parts = [rows[:, D - d : D - d + T, a:b] for d, (a, b) in enumerate(self.groups[:D], 1)]
         shifted = torch.cat([*parts, x[:, :, self.shifted :]], dim=-1)
         if lengths is None:
             return shifted, rows[:, T:]
-        # The D rows that end at each row's last token that counts: (B, D)
+        # The indices (B, D) of the D rows that end at the last valid token of each batch entry.
         newest = lengths[:, None] + torch.arange(D, device=x.device)
         return shifted, rows.gather(1, newest[:, :, None].expand(-1, -1, rows.shape[2]))

@@ -9,19 +9,19 @@ from timemix.storage.settings import check_range
 
 @dataclass(frozen=True)
 class LlamaConfig(HeadsConfig):
-    """Architecture and size of `llama`."""
+    """Settings of the architecture `llama`."""
 
     arch: str = "llama"
     heads: int = 4
-    """Number of query heads, at least 1; divides --model.channels."""
+    """Number of query heads, at least 1. This number must divide --model.channels."""
     kv_heads: int = 0
-    """Number of key and value heads; divides --model.heads. 0: as many as --model.heads."""
+    """Number of key and value heads. This number must divide --model.heads. 0: as many as --model.heads."""
     ffn_ratio: float = 8 / 3
     """Hidden size of the feed-forward sublayer as a multiple of --model.channels, above 0, at most 1000."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies, above 0."""
     norm_eps: float = 1e-5
-    """Constant in RMSNorm, added to the mean square, above 0."""
+    """Constant that RMSNorm adds to the mean square, above 0."""
     initial_std: float = 0.02
     """Standard deviation of the initial weights, above 0."""
 
@@ -52,7 +52,7 @@ class LlamaConfig(HeadsConfig):
 
     @property
     def groups(self) -> int:
-        """G, number of query heads that share a key and value head."""
+        """Number G of query heads that share a key and value head."""
         return self.heads // (self.kv_heads or self.heads)
 
     @property

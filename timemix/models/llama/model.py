@@ -2,8 +2,8 @@
 
     x = x + attention(RMSNorm(x)),   x = x + down(silu(gate(RMSNorm(x))) * up(RMSNorm(x)))
 
-Rotary positions cover the whole head. There may be fewer key and value heads than query heads (arXiv 2305.13245). There
-are no biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/models/test_llama.py).
+Rotary positions cover the whole head. There may be fewer key and value heads than query heads (arXiv 2305.13245). The
+model has no biases. Logits equal those of LlamaForCausalLM of the `transformers` library (tests/models/test_llama.py).
 """
 
 import torch
@@ -22,8 +22,8 @@ from timemix.ops.common.spread import broadcast_parameter
 class RMSNorm(nn.RMSNorm):
     """RMSNorm over channels (arXiv 1910.07467): weight * x / sqrt(mean(x^2) + eps), in at least float32.
 
-    PyTorch's kernel sums the gradient of the weight when compiled too (`ops.common.spread`), so the order of the sum
-    does not change.
+    PyTorch's kernel sums the gradient of the weight even in compiled code (`ops.common.spread`), so compilation does
+    not change the order of the sum.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GroupedAttention(nn.Module):
-    """Causal attention with rotary positions, by PyTorch's fused kernel.
+    """Causal attention with rotary positions, computed by PyTorch's fused kernel.
 
-    Query heads g G ... g G + G - 1 use key and value head g, with G = heads / kv_heads.
-    State: the rotated keys and the values of every past position, each (B, kv_heads, ctx_len, N).
+    Query heads g G to g G + G - 1 use key and value head g, with G = heads / kv_heads.
+    The state holds the rotated keys and the values of every past position, each of shape (B, kv_heads, ctx_len, N).
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -60,21 +60,21 @@ class GroupedAttention(nn.Module):
     def forward(
         self, x: Tensor, state: Tensors | None, position: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensors | None]:
-        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
+        """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config = self.config
         B, T, C = x.shape
-        # (B, T, C) -> (B, H, T, N); H is kv_heads for keys and values.
+        # (B, T, C) -> (B, H, T, N), where H is kv_heads for keys and values.
         q, k, v = (
             linear(x).view(B, T, -1, config.head_size).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
         if position is not None:
-            # Rows may be at different positions: (B, 1, T)
+            # Rows may be at different positions, so the targets are (B, 1, T).
             target = position[:, None, None] + target
         q, k = (rotary(each, target, config.rotary_base, config.head_size) for each in (q, k))
         seen = None
         if state is not None and position is not None:
-            # Sources up to the newest position of any row.
+            # Read the sources up to the newest position of any row.
             U = min(int(position.max()) + T, config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
             values = append(state["values"], v, position, lengths)
@@ -106,7 +106,7 @@ class Swiglu(nn.Module):
 
 
 class LlamaBlock(Block):
-    """Attention, then SwiGLU, each after RMSNorm."""
+    """A block of attention, then SwiGLU, with RMSNorm before each sublayer."""
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -138,12 +138,12 @@ class LlamaBlock(Block):
 
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
-        """Draw every weight from normal(0, initial_std); the weights of norms are one."""
+        """Draw every weight from normal(0, initial_std), except the weights of norms, which are one."""
         set_weights(model, normal(model.config.initial_std))
 
     @classmethod
     def mixing_flops(cls, config: LlamaConfig) -> int:
-        """Count the products of queries with keys and of weights with values: whole T x T matrices."""
+        """Count the operations of the query-key products and the weight-value products, over whole T x T matrices."""
         return config.layers * 2 * config.channels * 2 * config.ctx_len
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Conversion of weights and settings from and to LlamaForCausalLM of `transformers`; the layouts are the same."""
+"""Conversion of weights and settings from and to LlamaForCausalLM of `transformers`, which has the same layouts."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ _IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
 
 
 def published_name(name: str) -> str:
-    """Return the name in LlamaForCausalLM of a parameter of `llama`."""
+    """Convert the name of a parameter from `llama` to LlamaForCausalLM."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, layer, rest = name.split(".", 2)
@@ -36,7 +36,7 @@ def published_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """Return the name in `llama` of a parameter of LlamaForCausalLM.
+    """Convert the name of a parameter from LlamaForCausalLM to `llama`.
 
     Args:
         name: Name in LlamaForCausalLM.
@@ -57,7 +57,7 @@ def our_name(name: str) -> str:
 
 
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a LlamaForCausalLM as in `llama`; a head tied to the embedding gets a copy of it."""
+    """Convert the names of weights from LlamaForCausalLM to `llama`. A tied head becomes a copy of the embedding."""
     ours = {our_name(name): weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     if "head.weight" not in ours and "embedding.weight" in ours:
         ours["head.weight"] = ours["embedding.weight"].clone()
@@ -65,12 +65,12 @@ def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a `llama` as in LlamaForCausalLM."""
+    """Convert the names of weights from `llama` to LlamaForCausalLM."""
     return {published_name(name): weight for name, weight in weights.items()}
 
 
 def published_config(config: LlamaConfig) -> dict[str, Any]:
-    """Return the settings of a model as in the config.json of `transformers`."""
+    """Convert the settings of a model to the content of a config.json of `transformers`."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -92,7 +92,7 @@ def published_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def our_config(published: dict[str, Any]) -> LlamaConfig:
-    """Return the settings of `llama` for a config.json of `transformers`.
+    """Convert the content of a config.json of `transformers` to settings of `llama`.
 
     Args:
         published: Content of the config.json.
@@ -101,8 +101,8 @@ def our_config(published: dict[str, Any]) -> LlamaConfig:
         The settings.
 
     Raises:
-        InvalidValue: `llama` does not support a setting: biases, scaled rotary positions, another activation, another
-            head size than channels / heads, or a hidden size that is not a multiple of 8.
+        InvalidValue: `llama` does not support a setting, such as biases, scaled rotary positions, an activation other
+            than SiLU, a head size other than channels / heads, or a hidden size that is not a multiple of 8.
     """
     rope = published.get("rope_parameters") or published.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

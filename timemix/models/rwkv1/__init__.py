@@ -1,1 +1,1 @@
-"""The 2021 RWKV (RWKV-LM 0.01), and its form with a constant state."""
+"""The 2021 RWKV (RWKV-LM 0.01), and a variant with a state of constant size."""

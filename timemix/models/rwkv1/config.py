@@ -10,7 +10,7 @@ from timemix.storage.settings import check_range
 
 @dataclass(frozen=True)
 class Rwkv1Config(ShiftedConfig):
-    """Architecture and size of `rwkv1`."""
+    """Settings of the architecture `rwkv1`."""
 
     arch: str = "rwkv1"
     alpha: bool = True
@@ -20,11 +20,11 @@ class Rwkv1Config(ShiftedConfig):
     gamma: bool = True
     """Learned weight gamma(t) of the output at each position t."""
     weights: Literal["decomposed", "free"] = "decomposed"
-    """Form of W: `decomposed` is f_h(t-u) alpha_h(u) beta_h(t); `free` is a parameter W_h[t,u] per pair, as in AFT."""
+    """Weights W: `decomposed` is f_h(t-u) alpha_h(u) beta_h(t), `free` is a parameter W_h[t,u] per pair, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
-    """Denominator: `plain` sums exp(k); `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
+    """Denominator: `plain` sums exp(k), `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
-    """Backend of wkv; `auto` is the fastest for the context length."""
+    """Backend of the wkv op. `auto` is the fastest backend for the context length."""
 
     version_1: ClassVar = {
         "mixer": ("TimeMixConfig", ("alpha", "beta", "gamma", "weights", "denominator", "backend")),
@@ -41,7 +41,7 @@ class Rwkv1Config(ShiftedConfig):
 
 @dataclass(frozen=True)
 class Rwkv1ExpConfig(ShiftedConfig):
-    """Architecture and size of `rwkv1_exp`."""
+    """Settings of the architecture `rwkv1_exp`."""
 
     arch: str = "rwkv1_exp"
     exponentials: int = 8

@@ -1,11 +1,11 @@
-"""The compiled step: prompts and new tokens of many texts, at the speed of reading the weights from memory.
+"""The compiled step, which processes prompts and new tokens of many texts as fast as it reads weights from memory.
 
     logits, state = step(tokens, state, rows, counts)
 
 In a model's own forward pass, most of the time of a decode step goes to calls of small operators, on one thread. The
 compiled step is one call of C code for the whole model (step.c, which opens with the formula), with weights in float32,
-bfloat16 or int8. It processes prompts too. The results of a text are bit-identical however it is cut into pieces, and
-whatever other texts are processed with it.
+bfloat16 or int8. The compiled step processes prompts too. The results of a text are bit-identical for every division of
+the text into pieces, and for any other texts in the same call.
 
 This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal those of
 step.c and ops/common/panels.h, field by field.
@@ -40,12 +40,12 @@ from timemix.runtime.threads import share
 
 
 def _int64(x: Tensor) -> Tensor:
-    """Convert to contiguous int64, the format of indices in the C code."""
+    """Convert a tensor to contiguous int64, the format of indices in the C code."""
     return x if x.dtype == torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
 def step_library() -> tuple[ctypes.CDLL | None, str]:
-    """Compile and load step.c: the library, or None; and the compiler, or the reason of the failure."""
+    """Compile and load step.c. Return the library and the compiler, or None and the reason of the failure."""
     return library(Path(__file__).with_name("step.c"))
 
 
@@ -88,34 +88,34 @@ class _Model(ctypes.Structure):
 class FarSums:
     """The sums over all earlier blocks for the positions of each row's current block (`far` of step.c).
 
-    They are derived from the state. They are never saved, and they are recomputed if code outside the step changes the
-    state.
+    The sums are derived from the state, and are never saved. If code outside the step changes the state, the step
+    recomputes the sums.
 
     Args:
-        owner: The step that computes them.
+        owner: The step that computes the sums.
         state: A state of rwkv1.
         block: Number of positions of a block.
     """
 
     def __init__(self, owner: "CompiledStep", state: State, block: int) -> None:
         self.owner = owner
-        # far of each layer: (B, H, block, N)
+        # The tensor `far` of each layer: (B, H, block, N)
         self.sums = [
             torch.zeros_like(layer["numerators"][:, :, :1].expand(-1, -1, block, -1)) for layer in state.layers
         ]
-        # First position of the block whose sums each row has; -1: none.
+        # First position of the block whose sums are stored for each row; -1: no sums are stored.
         self.known = torch.full((len(state.position),), -1)
         self._written = _written(state)
 
     def rows_were_written(self, state: State, rows: Tensor) -> None:
-        """Discard the sums of rows that were replaced from outside, by one write to each tensor of the state.
+        """Discard the sums of rows that other code replaced, by one write to each tensor of the state.
 
         Args:
             state: The state.
             rows: Indices of the rows (R,).
         """
         self.known[rows] = -1
-        # If there were more writes than this one, any row may have changed.
+        # After more writes than this single write, any row may have changed.
         once = [(history, count + 1) for history, count in self._written]
         self._written = _written(state)
         if self._written != once:
@@ -129,9 +129,10 @@ class FarSums:
 
 
 def _written(state: State) -> list[tuple[int, int]]:
-    """Return the identity of each history, and PyTorch's count of writes to it, without those of the compiled step.
+    """Return the identity of each history, and PyTorch's count of writes to the history.
 
-    Tensors of inference mode have no count. There, `State.put` makes the step recompute all rows.
+    PyTorch does not count the writes of the compiled step. Tensors of inference mode have no count, so in inference
+    mode `State.put` makes the step recompute all rows.
     """
     histories = [layer["numerators"] for layer in state.layers]
     if histories[0].is_inference():
@@ -145,8 +146,8 @@ class CompiledStep:
     Linear weights are copied into panels (ops/common/panels.h). All other parameters are read in place.
 
     Args:
-        model: A supported model (`build_step` checks).
-        weights: "float32", "bfloat16" or "int8": format to which the linear weights are rounded.
+        model: A supported model (`build_step` checks the support).
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
     """
 
     compiled = True
@@ -162,7 +163,7 @@ class CompiledStep:
         self._type = WEIGHTS.index(weights)
         self._panel: int = found.timemix_panel()
         self._block: int = found.timemix_block()
-        # Keeps alive the tensors that the structures point to.
+        # This list keeps alive the tensors that the structures point to.
         self._held: list[Tensor] = []
         config, norm = cast(ShiftedConfig, model.config), cast(nn.LayerNorm, model.norm)
         self._layers = (_Layer * config.layers)(*(self._layer(cast(Rwkv1Block, block)) for block in model.blocks))
@@ -183,13 +184,13 @@ class CompiledStep:
             layer=self._layers,
         )
         self._remembers = isinstance(config, Rwkv1Config)
-        # Scratch numbers for each row and for each piece, as documented at timemix_step.
+        # Number of scratch values for each row and for each piece, as documented at timemix_step.
         self._sizes_of_scratch = (
             3 * C + max(3 * C, 2 * hidden + C) + max(C, hidden),
             C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
         )
         self._scratch = torch.empty(0)
-        # Result of `_bounds` for the newest call with one token for each row; most calls are like that.
+        # Result of `_bounds` for the newest call with one token for each row. Most calls have one token for each row.
         self._single = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         # Tensors of the state that the layers point to.
         self._bound: list[Tensor] = []
@@ -199,14 +200,14 @@ class CompiledStep:
     def __call__(
         self, tokens: Tensor, state: State, rows: Tensor, counts: Tensor | None = None, wanted: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Feed tokens to some rows of a state, see `Step`."""
+        """Feed tokens to some rows of a state. `Step` documents the arguments."""
         with self._lock:
             return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
 
     def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the bounds of the pieces (R + 1,), and the indices of the tokens whose logits are wanted.
 
-        Piece p is the tokens bounds[p] ... bounds[p + 1] - 1.
+        Piece p consists of the tokens bounds[p] to bounds[p + 1] - 1.
         """
         if counts is None and wanted is None and len(self._single[1]) == rows:
             return self._single
@@ -242,7 +243,7 @@ class CompiledStep:
         return logits, state
 
     def _point_to(self, state: State) -> Tensor | None:
-        """Point the layers to the tensors of a state; return `FarSums.known` of rwkv1, None of rwkv1_exp."""
+        """Point the layers to the tensors of a state. Return `FarSums.known` for rwkv1, and None for rwkv1_exp."""
         tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
         if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
             self._bind(state)
@@ -260,18 +261,18 @@ class CompiledStep:
         return far.known
 
     def _bind(self, state: State) -> None:
-        """Write the addresses of a state's tensors into the layers; step.c writes into contiguous ones."""
+        """Write the addresses of a state's tensors, made contiguous for step.c, into the layers."""
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
-                # The model's own forward pass may leave views.
+                # The model's own forward pass may leave non-contiguous views.
                 x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
         self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]
 
     @staticmethod
     def hindrance(model: LanguageModel) -> str | None:
-        """Return why this step cannot run for a model; None if it can."""
+        """Return the reason why this step cannot run for a model; None if the step can run."""
         config = model.config
         if isinstance(config, Rwkv1Config) and (config.denominator == "weighted" or config.weights == "free"):
             return "there is no compiled step for a weighted denominator or a free W"
@@ -281,10 +282,10 @@ class CompiledStep:
         return None if found else reason
 
     def looks_back(self, position: int) -> int:
-        """Return how many past positions a token at a position reads, on average.
+        """Return the average number of past positions that a token at a position reads.
 
-        They are those of its block, the sums over the earlier blocks, and its share of the positions that these sums
-        are computed from.
+        The number has three parts: the positions in the token's block, one sum over all earlier blocks, and the token's
+        share of the positions from which the sums are computed.
         """
         blocks, rest = divmod(position, self._block)
         return rest + (blocks + 1 if blocks else 0)
@@ -297,7 +298,7 @@ class CompiledStep:
         return {"positions": ctx_len, "limit": ctx_len, "history": ctx_len}
 
     def _layer(self, block: Rwkv1Block) -> _Layer:
-        """Return the structure of a block, with pointers to its weights; `_bind` adds those of the state."""
+        """Return the C structure of a block, with pointers to its weights. `_bind` adds the pointers to the state."""
         mixer, ffn = block.mixer, cast(ChannelMix, block.ffn)
         linears = {name: getattr(mixer, name) for name in _LINEARS[:4]}
         linears |= {name: getattr(ffn, name.removeprefix("ffn_")) for name in _LINEARS[4:]}
@@ -319,7 +320,7 @@ class CompiledStep:
         elif WEIGHTS[self._type] == "bfloat16":
             weight = weight.to(torch.bfloat16)
         missing = -linear.out_features % panel
-        # (outputs, inputs) -> (panels, PANEL, inputs) -> (panels, inputs, PANEL), zeros after the last output
+        # (outputs, inputs) -> (panels, PANEL, inputs) -> (panels, inputs, PANEL), with zeros after the last output
         panels = F.pad(weight, (0, 0, 0, missing)).view(-1, panel, linear.in_features).transpose(1, 2)
         return _Linear(
             weight=self._hold(panels),
@@ -347,14 +348,15 @@ def _tables(mixer: TimeMix) -> dict[str, Tensor | None]:
 def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
     """Return the tables of a layer of rwkv1_exp.
 
-    One token later, slot j becomes own_j S_j + other_j S_partner, with own and other (H, K). begin (H, K) is phi(0) and
-    fade (H,) is rho. alpha, beta and gamma have one more entry, for all positions from ctx_len on.
+    Each token changes slot j from S_j to own_j S_j + other_j S_partner, where own and other are (H, K). The table begin
+    (H, K) is phi(0), and fade (H,) is rho. The tables alpha, beta and gamma have an additional last entry, which
+    applies to all positions from ctx_len on.
     """
     curves, end = mixer.curves, mixer.config.ctx_len + 1
     own, sines = turned(curves, torch.ones(()))
     found = {
         "own": own,
-        # A pair is rotated: minus the sine for the first slot, plus for the second, as in `exponential.partners`.
+        # A pair is rotated: the first slot gets minus the sine, the second slot plus the sine, as in `partners`.
         "other": torch.where(torch.arange(own.shape[1]) % 2 == 0, -sines, sines),
         "begin": basis(curves, torch.zeros(())),
         "coefficients": curves.coefficients,

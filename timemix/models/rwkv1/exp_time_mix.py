@@ -16,8 +16,8 @@ from timemix.ops.rwkv1.exponential import ExpState, exp_state, wkv1_exp
 class ExpTimeMix(nn.Module):
     """The time-mix gamma(t) * output(sigmoid(receptance) * wkv1_exp(key, value)), at any position.
 
-    Past ctx_len, alpha, beta and gamma are the mean of their last quarter. State: the tensors of `ops.rwkv1.ExpState`
-    without the position.
+    From position ctx_len on, alpha, beta and gamma equal the mean of their last quarter. The state holds the tensors of
+    `ops.rwkv1.ExpState` without the position.
     """
 
     def __init__(self, config: Rwkv1ExpConfig) -> None:
@@ -39,11 +39,11 @@ class ExpTimeMix(nn.Module):
 
     @property
     def curves(self) -> Curves:
-        """Parameters of the curves, as `wkv1_exp` takes them."""
+        """Parameters of the curves, in the format that `wkv1_exp` takes."""
         return Curves(self.rate, self.angle, self.coefficients, self.forget, self.taps)
 
     def curve(self) -> Tensor:
-        """Return f (H, ctx_len) by lag."""
+        """Return the curves f (H, ctx_len) by lag."""
         return curve(self.curves, self.config.ctx_len)
 
     def init_state(self, batch_size: int) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class ExpTimeMix(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
+        """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config, T = self.config, x.shape[1]
         if state is None and config.ctx_len >= T and fused.serves(x):
             return fused_time_mix(self, x, unfading(self.curves, config.ctx_len)), None
@@ -79,7 +79,7 @@ class ExpTimeMix(nn.Module):
             k.view(heads), v.view(heads), self.curves, self.alpha, self.beta, config.ctx_len, past, lengths=lengths
         )
         y = self.output(r.sigmoid() * y.flatten(2))
-        # From a state, gamma is looked up at each position, and its last entry holds for all later positions.
+        # With a state, gamma is looked up at each position, and its last entry applies to all later positions.
         end = T if position is None else config.ctx_len + 1
         y = times_gamma(y, None if self.gamma is None else extended(self.gamma, end), position)
         return y, None if past is None else _tensors(past)

@@ -1,17 +1,17 @@
-"""Fits of sums of decaying exponentials to curves by lag.
+"""Fitting of sums of decaying exponentials to curves over lags.
 
     fit(lag) = sum_j c_j phi_j(lag)        slots, rate, angle and c (coefficients) as in `ops.rwkv1.exponential`
     error    = sum_lag weight(lag) (f(lag) - fit(lag))^2,   weights of sum 1
 
 The Levenberg-Marquardt method minimizes the error over rates, angles and coefficients together, in float64. The error
-has many local minima, so there are several starts, and the best result is used:
+has many local minima, so the method runs from several starting points, and the best result is used:
 
     matrix pencil:  the poles of the curve itself (Hua and Sarkar, 1990), at three window lengths
     real rates:     evenly spaced in their logarithm
     slow pairs:     evenly spaced in their angle
-    growth:         two exponentials more at a time, those of a grid that lower the error most
+    growth:         two more exponentials at a time, chosen from a grid to lower the error most
 
-Shapes: S curves at once (the H heads), L lags, K exponentials.
+Shapes: S curves (one for each head), L lags, K exponentials.
 """
 
 import math
@@ -25,21 +25,21 @@ from torch.nn import functional as F
 from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
-"""Largest rate: after one lag exp(-8) of the curve remains, so a faster decay is no better than a tap."""
+"""Largest rate. After one lag, exp(-8) of the curve remains, so a faster decay is no better than a tap."""
 
 MOST_COEFFICIENTS = 20.0
-"""Largest sum of |coefficients|, in units of max |f|: large terms that cancel lose digits."""
+"""Largest sum of |coefficients|, in units of max |f|, since large terms that cancel each other lose digits."""
 
 STEPS = 200
-"""Steps of a refinement."""
+"""Number of steps of a refinement."""
 
 MOST_GROWN = 32
-"""Largest number of exponentials for which a fit is grown, and refined in STEPS steps. With more, the other starts are
-good, and each step costs O(K^3)."""
+"""Largest number of exponentials for which a fit is grown, and refined in STEPS steps. With more exponentials, the
+other starting points are good, and each step costs O(K^3)."""
 
 
 class Fit(NamedTuple):
-    """A fit of each curve.
+    """The fits of all curves.
 
     Args:
         rate: Decay per token (S, K).
@@ -60,7 +60,7 @@ def fit_exponentials(f: Tensor, weight: Tensor, exponentials: int) -> Fit:
     Args:
         f: Curves (H, L) by lag.
         weight: Weight of each lag (H, L), at least 0, of any scale.
-        exponentials: K, 1 to L.
+        exponentials: Number K of exponentials, 1 to L.
 
     Returns:
         The best fit found for each curve.
@@ -81,25 +81,27 @@ def _better(a: Fit, b: Fit) -> Fit:
 
 
 def _real(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Return a start with real rates from 1 down to 1 / L: rate (H, K), angle (H, K // 2)."""
+    """Return a starting point with real rates from 1 down to 1 / L: rate (H, K), angle (H, K // 2)."""
     H, L = f.shape
     rate = torch.logspace(0, -math.log10(L), K, dtype=f.dtype).expand(H, K)
     return rate.clone(), f.new_zeros(H, K // 2)
 
 
 def _around(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Return a start with slow pairs at evenly spaced angles: with K = L a Fourier basis, which fits any curve."""
+    """Return a starting point with slow pairs at evenly spaced angles.
+
+    For K = L, the pairs are a Fourier basis, which fits any curve."""
     H, _ = f.shape
-    # If K is even, there is no real exponential at angle 0, so the angles begin half a step from it.
+    # If K is even, there is no real exponential at angle 0, so the angles begin half a step from 0.
     angle = 2 * math.pi / K * (torch.arange(1, K // 2 + 1, dtype=f.dtype) - (0 if K % 2 else 0.5))
     return f.new_full((H, K), LEAST_RATE), angle.expand(H, K // 2).clone()
 
 
 def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
-    """Return starts from the poles of the matrix pencil, at several window lengths.
+    """Return starting points from the poles of the matrix pencil, at several window lengths.
 
-    A sum of K exponentials z_j^lag has a window matrix Y[i, j] = f(i + j) of rank K. Its row space is invariant under a
-    shift by one lag, and the eigenvalues of that shift are the poles z_j = exp(-rate + i angle).
+    A sum of K exponentials z_j^lag has a window matrix Y[i, j] = f(i + j) of rank K. The row space of Y is invariant
+    under a shift by one lag, and the eigenvalues of the shift are the poles z_j = exp(-rate + i angle).
     """
     H, L = f.shape
     starts = []
@@ -112,7 +114,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
                 # (L,) -> (L - length, length + 1)
                 rows = (f[h] * taper[h]).unfold(0, length + 1, 1)
                 right = torch.linalg.svd(rows, full_matrices=False)[2][:K]
-                # The shift, by least squares: `right` without its last column, onto `right` without its first.
+                # Least squares give the shift from `right` without its last column to `right` without its first column.
                 poles = torch.linalg.eigvals(torch.linalg.pinv(right[:, :-1].T) @ right[:, 1:].T)
                 _fill_slots(poles, rate[h], angle[h])
         starts.append((rate, angle))
@@ -142,13 +144,15 @@ def _fill_slots(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
 
 
 def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
-    """Grow a fit by two exponentials at a time, from a grid: a pair, or two real ones. If K is odd, begin with one.
+    """Grow a fit by two exponentials at a time: a pair or two real exponentials, chosen from a grid.
+
+    If K is odd, the fit begins with one real exponential.
 
     With the residual `left` and candidates phi_1, phi_2: target_i = sum_lag weight left phi_i and
     gram_ij = sum_lag weight phi_i phi_j. The best coefficients lower the error by the gain, target^T gram^-1 target.
     """
     H, L = f.shape
-    # New exponentials come first, so that the single real one stays last.
+    # New exponentials are placed first, so that the single real exponential stays last.
     fit = Fit(f.new_zeros(H, 0), f.new_zeros(H, 0), f.new_zeros(H, 0), (weight * f**2).sum(1))
     if K % 2:
         fit = _refined(f, weight, *_real(f, 1))
@@ -161,15 +165,15 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
     # found: the two exponentials of each candidate, (candidates, 2, L). products: phi_i phi_j, (candidates * 4, L)
     found = basis(Curves(grid_rate, grid_angle, grid_rate, grid_rate[:, 0]), torch.arange(L))
     products = (found[:, :, None] * found[:, None]).flatten(0, 2)
-    # (S, candidates, 2, 2); the ridge keeps it invertible for two equal rates.
+    # gram is (S, candidates, 2, 2). The ridge keeps gram invertible for two equal rates.
     gram = (weight @ products.t()).view(H, -1, 2, 2) + 1e-9 * torch.eye(2, dtype=f.dtype)
     while fit.rate.shape[1] < K:
         left = f - _values(fit, L)
         # (S, candidates, 2)
         target = ((weight * left) @ found.flatten(0, 1).t()).view(H, -1, 2)
         gain = (target * torch.linalg.solve(gram, target)).sum(-1)
-        # The candidates of largest gain are alike, so one of each kind is tried: the best pair, and the best two real
-        # exponentials.
+        # The candidates of largest gain are similar. So two different candidates are tried: the best pair, and the best
+        # two real exponentials.
         tried = []
         for part in (slice(0, pairs), slice(pairs, None)):
             i = gain[:, part].argmax(1)
@@ -190,8 +194,8 @@ def _values(fit: Fit, L: int) -> Tensor:
 def _solved(phi: Tensor, f: Tensor, weight: Tensor) -> Tensor:
     """Solve for the coefficients (S, K) of phi (S, K, L): (gram + ridge I) c = target.
 
-    gram = sum_lag weight phi phi^T, target = sum_lag weight f phi. The ridge, a power of ten relative to the largest
-    entry of gram, is the smallest for which sum |c| <= MOST_COEFFICIENTS max |f|.
+    gram = sum_lag weight phi phi^T, target = sum_lag weight f phi. The ridge is the smallest power of ten, relative to
+    the largest entry of gram, for which sum |c| <= MOST_COEFFICIENTS max |f|.
     """
     gram = (phi * weight[:, None]) @ phi.transpose(1, 2)
     target = ((phi * weight[:, None]) @ f[:, :, None]).squeeze(-1)
@@ -210,14 +214,15 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
         (J J^T + damping diag(J J^T)) step = J residual,   J[p, lag] = sqrt(weight) d fit(lag) / dp
 
-    A step that lowers the cost is taken, and damping falls. Any other step is dropped, and damping rises. All S curves
-    are refined at once, each with its own damping. A slot stays real or in its pair.
+    A step that lowers the cost is accepted, and the damping falls. Any other step is rejected, and the damping rises.
+    All S curves are refined at once, each with its own damping. A real slot stays real, and a paired slot stays in its
+    pair.
 
     Args:
         f: Curves (S, L) by lag.
         weight: Weights (S, L) of sum 1.
-        rate: Rates of the start (S, K).
-        angle: Angles of the start (S, K // 2).
+        rate: Starting rates (S, K).
+        angle: Starting angles (S, K // 2).
 
     Returns:
         The refined fit.
@@ -245,17 +250,17 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
     cost, damping = cost_of(phi, c), torch.full((S,), 1e-2, dtype=f.dtype)
     angles = K // 2
     for _ in range(STEPS if K <= MOST_GROWN else 5):
-        # d fit / d log rate = -lag rate c phi; both slots of a pair have the rate of the first: (S, K, L)
+        # d fit / d log rate = -lag rate c phi, where both slots of a pair have the rate of the first slot: (S, K, L)
         by_rate = -lags * (c * torch.where(paired, log_rate[:, first], log_rate).exp())[:, :, None] * phi
         by_rate = _of_pairs(by_rate, angle)
-        # d fit / d angle = lag (c . partners(phi)), over the pair: (S, K // 2, 2, L) -> (S, K // 2, L)
+        # d fit / d angle = lag (c . partners(phi)), summed over the pair: (S, K // 2, 2, L) -> (S, K // 2, L)
         by_angle = _pairs(lags * c[:, :, None] * partners(phi, 1)).sum(2)
         by_angle = torch.where((angle != 0)[:, :, None], by_angle, 0)
         # (S, K + K // 2 + K, L)
         jacobian = torch.cat([by_rate, by_angle, phi], 1) * root
         residual = root[:, 0] * (f - (c[:, :, None] * phi).sum(1))
         pull = (jacobian @ residual[:, :, None]).squeeze(-1)
-        # The gradient of ridge |c|^2.
+        # Subtract the gradient of ridge |c|^2 / 2.
         pull[:, K + angles :] -= ridge[:, None] * c
         normal = jacobian @ jacobian.transpose(1, 2)
         normal.diagonal(dim1=1, dim2=2)[:, K + angles :] += ridge[:, None]
@@ -275,7 +280,7 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
         )
         phi = torch.where(better[:, None, None], new_phi, phi)
         cost = torch.where(better, new_cost, cost)
-    # The exact optimum of the coefficients for these exponentials, within the bound.
+    # Compute the optimal coefficients of the refined exponentials, within the bound on the coefficients.
     c = _solved(phi, f, weight)
     rate = torch.where(paired, log_rate[:, first], log_rate).exp()
     error = (weight * (f - (c[:, :, None] * phi).sum(1)) ** 2).sum(1)
@@ -283,13 +288,13 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """Group the slots of x by pairs, without the last one if K is odd: (S, K, L) -> (S, K // 2, 2, L)."""
+    """Group the slots of x by pairs, without the last slot if K is odd: (S, K, L) -> (S, K // 2, 2, L)."""
     result: Tensor = x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
     return result
 
 
 def _of_pairs(x: Tensor, angle: Tensor) -> Tensor:
-    """Add the derivatives x (S, K, L) of both slots of a pair into its first slot, whose rate both have."""
+    """Add the derivatives x (S, K, L) of both slots of a pair into the first slot, since both slots share one rate."""
     pairs = _pairs(x)
     added = torch.stack([pairs.sum(2), torch.zeros_like(pairs[:, :, 0])], 2)
     pairs = torch.where((angle != 0)[:, :, None, None], added, pairs)

@@ -1,7 +1,7 @@
-"""Initial values of rwkv1 and rwkv1_exp: those of `layers.initial`, and values of the time-mix.
+"""Initial values of rwkv1 and rwkv1_exp: the values of `layers.initial`, and values of the time-mix.
 
-The time-mix key is zero. f is one with "original", and decays as in `log_decay` with "zero". In rwkv1_exp each f_h
-begins as one exponential; the others have coefficient 0.
+The weights of the time-mix key are zero. The curve f is one with "original", and decays as in `log_decay` with "zero".
+In rwkv1_exp, each f_h starts as one exponential, and all other exponentials have coefficient 0.
 """
 
 import torch
@@ -17,7 +17,7 @@ from timemix.runtime.distributed import set_whole
 
 @torch.no_grad()
 def set_initial_values(model: Model) -> None:
-    """Fill every weight of a model in place, from PyTorch's global generator."""
+    """Fill every weight of a model in place, with PyTorch's global random generator."""
     config = model.config
     zero = config.initial == "zero"
     decay = log_decay(config.heads, config.ctx_len)
@@ -32,9 +32,9 @@ def set_initial_values(model: Model) -> None:
 
 
 def _set_tables(mixer: TimeMix, decay: Tensor, zero: bool) -> None:
-    """Set the tables of rwkv1; decay is log f (H, ctx_len) of "zero"."""
+    """Set the tables of rwkv1. The argument `decay` is log f (H, ctx_len) of the initial values "zero"."""
     if mixer.config.denominator == "weighted":
-        # W is exp(f + alpha + beta): these logarithms give the same W as with the plain denominator.
+        # W is exp(f + alpha + beta), so the tables are logarithms, and W is the same as with the plain denominator.
         if zero:
             set_whole(mixer.f, table_like(mixer.f, decay))
         else:
@@ -48,11 +48,11 @@ def _set_tables(mixer: TimeMix, decay: Tensor, zero: bool) -> None:
 def _set_exponentials(mixer: ExpTimeMix, decay: Tensor | None) -> None:
     """Set the first slot of each head to its initial curve, and the coefficients of the other slots to 0.
 
-    The rates of the other slots are spread from one lag to all of ctx_len, so that training finds a useful one.
+    The rates of the other slots range from 1 to 1 / ctx_len, so that training finds a useful rate.
 
     Args:
         mixer: The time-mix.
-        decay: log f (H, ctx_len) of "zero"; None: the constant 1.
+        decay: log f (H, ctx_len) of the initial values "zero"; None: f is the constant 1.
     """
     H, K = mixer.rate.shape
     ctx_len = mixer.config.ctx_len

@@ -17,7 +17,7 @@ from timemix.ops.rwkv1.api import DENSE_UP_TO, blocked_up_to, choose_backend
 
 
 class TimeMixBlock(ShiftedBlock):
-    """A time-mix, then a channel-mix, each after norm and token-shift."""
+    """A block of time-mix, then channel-mix, with norm and token-shift before each sublayer."""
 
     Ffn = ChannelMix
 
@@ -27,7 +27,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count the product with W: 2 ctx_len operations per channel, half of that in blocks, less by spectra."""
+        """Count the product with W: 2 ctx_len operations per channel if dense, half if blocked, fewer if spectral."""
         T = config.ctx_len
         products = T
         if blocked_up_to(torch.float32) < T:
@@ -39,7 +39,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Count the numbers of `ShiftedBlock`, and W of each head: in all layers if it is dense, else one strip."""
+        """Count the numbers that `ShiftedBlock` stores, and W of each head: the whole W if dense, otherwise one strip."""
         usual = super().kept(config, rows)
         strip = BLOCK if config.ctx_len > DENSE_UP_TO else config.layers * config.ctx_len
         return Kept(usual.block, usual.products, 4 * config.heads * config.ctx_len * strip)
@@ -50,7 +50,7 @@ class TimeMixBlock(ShiftedBlock):
 
 
 class Rwkv1Block(TimeMixBlock):
-    """Time-mix with tables over lags."""
+    """A block whose time-mix has tables over lags."""
 
     Mixer = TimeMix
 
@@ -71,15 +71,15 @@ class Rwkv1Block(TimeMixBlock):
 
 
 class Rwkv1ExpBlock(TimeMixBlock):
-    """Time-mix whose curves over lags are sums of exponentials, with a state of constant size."""
+    """A block whose time-mix has sums of exponentials as curves over lags, and a state of constant size."""
 
     Mixer = ExpTimeMix
 
     @classmethod
     def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:
-        """Cut or extend alpha, beta and gamma; the curves have no end.
+        """Cut or extend alpha, beta and gamma. The curves have values at all lags.
 
-        Past their end these tables already count as the mean of their last quarter.
+        Beyond their last entry, alpha, beta and gamma already equal the mean of their last quarter.
         """
         tables = {name: x for name, x in weights.items() if name.rpartition(".mixer.")[2] in ("alpha", "beta", "gamma")}
         return weights | {name: resized_table(table, ctx_len) for name, table in tables.items()}

@@ -1,17 +1,17 @@
-/* The compiled step of models/rwkv1/decode.py: prompts and new tokens through the whole model of rwkv1 or rwkv1_exp.
+/* The compiled step of models/rwkv1/decode.py. It feeds prompts and new tokens through a whole rwkv1 or rwkv1_exp.
 
     x = embedding[token]
     for each layer:   z = shift(norm(x));   x += gamma(t) output(sigmoid(R z) wkv(K z, V z))
                       z = shift(norm(x));   x += sigmoid(R' z) output'(act(K' z) V' z)
     logits = head(norm(x))
 
-   A call gets pieces. A piece is consecutive tokens of one text: one new token, or a part of a prompt. A row is one
-   token of a piece. All rows are multiplied by the weights together (panels.h); only token-shift and time-mix connect
-   the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for each output; all other numbers are
-   float32.
+   A call processes pieces. A piece consists of consecutive tokens of one text: one new token, or a part of a prompt. A
+   row is one token of a piece. All rows are multiplied by the weights together (panels.h). Only token-shift and
+   time-mix connect the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for each output. All other
+   numbers are float32.
 
-   Each number of a row is summed in an order that depends on the row's own position alone. So its bits do not depend on
-   how texts are cut into pieces, nor on other texts, slots or threads. */
+   The order in which a number of a row is summed depends only on the position of the row. So each result is
+   bit-identical for any division of texts into pieces, and for any other texts, slots or threads. */
 
 #include <math.h>
 #include <stdint.h>
@@ -24,12 +24,12 @@
 #include "ops/common/types.h"
 
 /* Parts into which the elementwise work on a row is divided, for any number of threads. The numbers at the end of a
-   part that do not fill a vector use another exp than full vectors, so the bits depend on where parts end. */
+   part that do not fill a vector use another exp than full vectors, so the results depend on where parts end. */
 #define PARTS 8
 
 /* Positions whose sums over the tokens before them, `far`, are computed together. */
 #define BLOCK 64
-/* Targets of such a sum at a time: this many independent chains hide the latency of multiply-add. */
+/* Number of targets summed at a time: TARGETS independent chains of sums hide the latency of multiply-add. */
 #define TARGETS 8
 
 /* Weights and state of a layer. In rwkv1, f_h(lag) is a table. In rwkv1_exp, it is a sum of K exponentials: one token
@@ -52,7 +52,7 @@ typedef struct {
 
 typedef struct {
     int64_t type, activation, vocabulary, layers, heads, channels, hidden;
-    int64_t positions; /* entries of alpha, beta and gamma; the last one holds for all later positions */
+    int64_t positions; /* entries of alpha, beta and gamma; the last entry applies to all later positions */
     int64_t limit;     /* the number of positions, 0 if unlimited */
     int64_t history;   /* ctx_len of rwkv1, 0 for rwkv1_exp */
     int64_t modes;     /* K, 0 for rwkv1 */
@@ -104,7 +104,7 @@ INLINE void look_back(const float *weights, const float *history, int64_t length
         for (int n = 0; n < width; n++) sum[r * size + n] += held[r * width + n];
 }
 
-/* The same for TARGETS targets and WIDTH numbers, with explicit vectors: compilers do not vectorize these loops. */
+/* look_back for TARGETS targets and WIDTH numbers, with explicit vectors: compilers do not vectorize its loops. */
 static void look_back_vectors(const float *weights, const float *history, int64_t length, int64_t size, float *sum) {
     vec held[TARGETS] = {{0}};
     for (int64_t u = 0; u < length; u++) {
@@ -116,7 +116,7 @@ static void look_back_vectors(const float *weights, const float *history, int64_
         for (int n = 0; n < WIDTH; n++) sum[r * size + n] += held[r][n];
 }
 
-/* The same for all n < size and any number of targets. */
+/* look_back for all n < size and any number of targets. */
 static void look_back_all(const float *weights, const float *history, int64_t length, int64_t size, int64_t targets,
                           float *sum) {
     int64_t r = 0;
@@ -137,7 +137,7 @@ static void look_back_all(const float *weights, const float *history, int64_t le
     }
 }
 
-/* Index of a position in alpha, beta and gamma, whose last entry holds for all later positions. */
+/* Index of a position in alpha, beta and gamma, whose last entry applies to all later positions. */
 static inline int64_t entry(const model *m, int64_t position) {
     return position < m->positions ? position : m->positions - 1;
 }
@@ -196,7 +196,7 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
         }
     }
     float *newest = l->newest + (row * m->heads + h) * M * N;
-    /* From the oldest entry to the newest, so that each one is read before it is overwritten. */
+    /* The loop runs from the oldest entry to the newest, so that each entry is read before it is overwritten. */
     for (int64_t lag = M; lag-- > 0;)
         for (int64_t n = 0; n < N; n++) {
             float *x = newest + (M - 1 - lag) * N + n;
@@ -206,16 +206,17 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
     for (int64_t n = 0; n < N; n++) y[n] = beta * y[n] / total[n];
 }
 
-/* Results of timemix_step; decode.py has the messages, by number. */
+/* Results of timemix_step. decode.py has the error message for each number. */
 enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END, NO_SUCH_SLOT };
 
-/* logits (outputs, V) after the rows wanted[i], i < outputs, of some pieces; the formula is at the top of this file.
+/* logits (outputs, V) after the rows wanted[i], i < outputs, of some pieces. The formula is at the top of this file.
 
-   slot (pieces,), first (pieces + 1,): piece p is the rows first[p] ... first[p + 1] - 1, and belongs to slot[p] of a
+   slot (pieces,), first (pieces + 1,): piece p has the rows first[p] to first[p + 1] - 1, and belongs to slot[p] of a
        state with `slots` slots. The slots of the pieces are all different.
    tokens (rows,): token ids.
-   position (slots,): tokens of each slot so far; updated.
-   known (slots,): first position of the block whose sums `far` of a slot has, -1 for none; updated. NULL without `far`.
+   position (slots,): number of tokens of each slot so far. The call updates it.
+   known (slots,): first position of the block whose sums `far` of a slot has, -1 for none. The call
+       updates it. NULL without `far`.
    scratch: rows (3 C + max(3 C, 2 F + C) + max(C, F)) + pieces farthest C numbers.
 
    Returns NONE, or a fault before anything is written. */

@@ -17,14 +17,14 @@ from timemix.ops.rwkv1.state import Wkv1State, wkv1_state
 
 
 def fusible(config: ModelConfig) -> bool:
-    """Return whether the C kernels can compute a time-mix of these settings except its matrix products."""
+    """Return whether the C kernels can compute a time-mix with these settings, except for the matrix products."""
     if isinstance(config, Rwkv1Config):
         return config.denominator == "plain" and config.backend in ("auto", *MIXES)
     return isinstance(config, Rwkv1ExpConfig)
 
 
 class Projections(Protocol):
-    """The linear maps and tables that both kinds of time-mix have."""
+    """The linear maps and tables that both time-mix classes have."""
 
     @property
     def config(self) -> ShiftedConfig: ...
@@ -39,7 +39,7 @@ class Projections(Protocol):
 
 
 def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
-    """Compute a time-mix from position 0 by the C kernels of `ops.common.fused`.
+    """Compute a time-mix from position 0 with the C kernels of `ops.common.fused`.
 
     Args:
         mixer: The time-mix.
@@ -63,7 +63,7 @@ def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "aut
 class TimeMix(nn.Module):
     """The time-mix gamma(t) * output(sigmoid(receptance) * wkv1(key, value)).
 
-    State: the tensors of `ops.rwkv1.Wkv1State` without the position.
+    The state holds the tensors of `ops.rwkv1.Wkv1State` without the position.
     """
 
     def __init__(self, config: Rwkv1Config) -> None:
@@ -74,7 +74,7 @@ class TimeMix(nn.Module):
         self.value = Linear(C, C)
         self.receptance = Linear(C, C)
         self.output = Linear(C, C)
-        # A free W includes alpha and beta. With a weighted denominator beta cancels between numerator and denominator.
+        # A free W includes alpha and beta. With a weighted denominator, beta cancels between numerator and denominator.
         free = config.weights == "free"
         self.f = nn.Parameter(torch.ones(config.heads, *[config.ctx_len] * (2 if free else 1)))
         self.alpha = time_table(config, config.alpha and not free)
@@ -102,7 +102,7 @@ class TimeMix(nn.Module):
         position: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Map x (B, T, C) to (B, T, C), and return the next state; the arguments are those of `Block.forward`."""
+        """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config = self.config
         if state is None and fusible(config) and fused.serves(x):
             return fused_time_mix(self, x, self.f, config.backend), None

@@ -16,26 +16,26 @@ from timemix.models.rwkv1.fitting import fit_exponentials
 
 
 def exponential_config(config: ModelConfig, exponentials: int, taps: int = 0) -> Rwkv1ExpConfig:
-    """Return the settings of the `rwkv1_exp` that an `rwkv1` is converted to.
+    """Return the settings of the `rwkv1_exp` that results from the conversion of an `rwkv1`.
 
     Args:
         config: Settings of an `rwkv1`.
-        exponentials: K, number of exponentials of each curve, 1 to ctx_len.
-        taps: M, number of first lags with a parameter of their own, 0 to ctx_len.
+        exponentials: Number K of exponentials of each curve, 1 to ctx_len.
+        taps: Number M of first lags with an additional parameter, 0 to ctx_len.
 
     Returns:
         The settings.
 
     Raises:
-        InvalidValue: `config` is of another architecture, its W is free, its denominator is weighted, or a number is
-            out of its range.
+        InvalidValue: `config` is of another architecture, W is free, the denominator is weighted, or a number is out of
+            range.
     """
     if not isinstance(config, Rwkv1Config):
         raise InvalidValue(f"a run of {config.arch} cannot get a constant state; use a run of rwkv1")
     if config.weights == "free":
         raise InvalidValue("a free W has no curves over lags to fit; use a run with decomposed weights")
     if config.denominator == "weighted":
-        raise InvalidValue("a weighted denominator has no constant state; use a run with the plain one")
+        raise InvalidValue("a weighted denominator has no constant state; use a run with the plain denominator")
     for name, value, least in (("exponentials", exponentials, 1), ("taps", taps, 0)):
         if not least <= value <= config.ctx_len:
             raise InvalidValue(f"{name} is {value}; it must be from {least} to the run's ctx_len, {config.ctx_len}")
@@ -50,7 +50,7 @@ class FittedCurve:
     Args:
         layer: Index of the layer.
         head: Index of the head.
-        error: Weighted root mean square of f - fit, divided by that of f.
+        error: Weighted root mean square of f - fit, divided by the weighted root mean square of f.
         f: The curve by lag, ctx_len values, after removing the gauge freedom between f, alpha and beta.
         fit: The fitted sum of exponentials by lag, ctx_len values.
     """
@@ -64,23 +64,24 @@ class FittedCurve:
 
 @torch.no_grad()
 def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> tuple[LanguageModel, list[FittedCurve]]:
-    """Convert a trained rwkv1 to an rwkv1_exp, by a fit of its curves.
+    """Convert a trained rwkv1 to an rwkv1_exp by fitting its curves.
 
-    Before the fit, the gauge freedom between f, alpha and beta is removed (`layers.resize`), since past ctx_len alpha
-    and beta are the mean of their last quarter. The weight of a lag is the number of pairs of positions at that lag,
-    ctx_len - lag. At 4 exponentials and ctx_len 64 this gave better results than weights by 1 / t^2 or by the tables,
-    which count the early positions more than the loss does. The first `taps` lags are exact.
+    Before the fit, the gauge freedom between f, alpha and beta is removed (`layers.resize`), since alpha and beta equal
+    the mean of their last quarter from position ctx_len on. The weight of a lag is the number of pairs of positions at
+    the lag, ctx_len - lag. At 4 exponentials and ctx_len 64, the weights ctx_len - lag gave better results than weights
+    of 1 / t^2 or weights from the tables, which count the early positions more than the loss does. The fit is exact at
+    the first `taps` lags.
 
     Args:
         old: The trained model.
-        exponentials: K, number of exponentials of each curve, 1 to ctx_len.
-        taps: M, number of first lags with a parameter of their own, 0 to ctx_len.
+        exponentials: Number K of exponentials of each curve, 1 to ctx_len.
+        taps: Number M of first lags with an additional parameter, 0 to ctx_len.
 
     Returns:
         The model in eval mode, and the fit of each head of each layer.
 
     Raises:
-        InvalidValue: The model cannot be converted, see `exponential_config`, or its weights are not finite.
+        InvalidValue: The model cannot be converted (see `exponential_config`), or its weights are not finite.
     """
     config = exponential_config(old.config, exponentials, taps)
     model = LanguageModel(config).to(old.device, old.head.weight.dtype).eval()
@@ -105,7 +106,7 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
         mixer.angle.copy_(angle)
         mixer.coefficients.copy_(coefficients)
     if taps:
-        # The rest of the curve, after the exponentials are rounded to the model's dtype.
+        # The taps hold the rest of the curve, after the exponentials are rounded to the model's dtype.
         for mixer, exact in zip(mixers, f.split(heads), strict=True):
             assert mixer.taps is not None
             mixer.taps.copy_((exact - mixer.curve().cpu())[:, :taps])

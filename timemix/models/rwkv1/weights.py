@@ -1,4 +1,6 @@
-"""Conversion of weights from and to the original 2021 code (RWKV-LM 0.01, 0.02): RWKV, MHA_rotary, _shift, _pro.
+"""Conversion of weights from and to the original 2021 code, RWKV-LM 0.01 and 0.02.
+
+The models of this code are RWKV, MHA_rotary, MHA_shift and MHA_pro.
 
     original                                 timemix
     time_w      (H, ctx_len), lag 0 last     f      (H, ctx_len), lag 0 first
@@ -7,7 +9,8 @@
     time_gamma  (ctx_len, 1)                 gamma  (ctx_len,)
     head_mix    (H, H, 1, 1)                 head_mix (H, H)
 
-All other layouts are the same. A conversion only renames, reverses and reshapes, so it applies to gradients too.
+All other tensors have the same layout in both. A conversion only renames, reverses and reshapes tensors, so it applies
+to gradients too.
 """
 
 import re
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from timemix.errors import InvalidValue
 
-# Pairs (original, ours): modules, with a weight and perhaps a bias, and single tensors.
+# Pairs (original name, name in timemix) of modules, which have a weight and perhaps a bias, and of single tensors.
 _OUTSIDE = (("tok_emb", "embedding"), ("ln_f", "norm"), ("head", "head"))
 _IN_BLOCK = (
     ("ln1", "mixer_norm"),
@@ -36,7 +39,7 @@ _TENSORS = {
 
 
 def _parameters(modules: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Map the names of the weight and bias of each module."""
+    """Map the original names of each module's weight and bias to the names in timemix."""
     return {f"{theirs}.{each}": f"{ours}.{each}" for theirs, ours in modules for each in ("weight", "bias")}
 
 
@@ -45,7 +48,7 @@ _TO_THEIRS = [{ours: theirs for theirs, ours in names.items()} for names in _TO_
 
 
 def our_name(name: str) -> str:
-    """Return the name in timemix of a parameter of the original code.
+    """Convert the name of a parameter from the original code to timemix.
 
     Args:
         name: Name in the original code.
@@ -60,7 +63,7 @@ def our_name(name: str) -> str:
 
 
 def published_name(name: str) -> str:
-    """Return the name in the original code of a parameter of timemix.
+    """Convert the name of a parameter from timemix to the original code.
 
     Args:
         name: Name in timemix.
@@ -75,7 +78,7 @@ def published_name(name: str) -> str:
 
 
 def _renamed(name: str, names: Sequence[dict[str, str]], whose: str) -> str:
-    """Rename a parameter by the maps for names outside and inside blocks."""
+    """Rename a parameter with one map for names outside blocks and one map for names inside blocks."""
     found = re.match(r"blocks\.\d+\.", name)
     block = found[0] if found else ""
     rest = name.removeprefix(block)
@@ -117,7 +120,7 @@ def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _our_layout(table: str, x: Tensor) -> Tensor:
-    """Convert a tensor of the original code, by its name in `attn`, to the layout of timemix."""
+    """Convert a tensor from the original layout to the layout of timemix. `table` is the tensor's name in `attn`."""
     match table:
         case "time_w":
             return x.flip(-1)
@@ -131,11 +134,11 @@ def _our_layout(table: str, x: Tensor) -> Tensor:
 
 
 def _their_layout(name: str, x: Tensor) -> Tensor:
-    """Convert a tensor of timemix, by its name, to the layout of the original code."""
+    """Convert a tensor from the layout of timemix to the original layout. `name` is the tensor's name in timemix."""
     match name.rpartition(".mixer.")[2]:
         case "f":
             if x.ndim != 2:
-                raise InvalidValue(f"{name} is a free W; the original 2021 code supports decomposed ones only")
+                raise InvalidValue(f"{name} is a free W; the original 2021 code supports only a decomposed W")
             return x.flip(-1)
         case "alpha":
             return x.unsqueeze(1)
