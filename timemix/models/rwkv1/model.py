@@ -39,7 +39,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Count the numbers that `ShiftedBlock` stores, and W of each head: the whole W if dense, otherwise one strip."""
+        """Count the numbers that `ShiftedBlock` stores, and W of each head: all of W if dense, otherwise one strip."""
         usual = super().kept(config, rows)
         strip = BLOCK if config.ctx_len > DENSE_UP_TO else config.layers * config.ctx_len
         return Kept(usual.block, usual.products, 4 * config.heads * config.ctx_len * strip)
