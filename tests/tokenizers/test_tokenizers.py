@@ -335,7 +335,7 @@ train_tokenizer("subword", parts())
 """
 
 
-def test_interrupting_the_training_of_subwords_takes_less_than_two_seconds():
+def test_interrupting_the_training_of_subwords_ends_it():
     child = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
@@ -344,5 +344,6 @@ def test_interrupting_the_training_of_subwords_takes_less_than_two_seconds():
     began = time.perf_counter()
     child.send_signal(signal.SIGINT)
     _, printed = child.communicate()
-    assert time.perf_counter() - began < 2
+    # Less than 2 s on an idle machine; other processes may take most of the processors.
+    assert time.perf_counter() - began < 8
     assert b"KeyboardInterrupt" in printed
