@@ -11,7 +11,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig, to_toml
 from timemix.runs.folder import Progress, checkpoint_name
 from timemix.runtime.distributed import ALONE, World
-from timemix.storage.files import atomic_folder, unfinished_name
+from timemix.storage.files import atomic_folder, sync, unfinished_name
 from timemix.storage.index import shard_name, write_index
 from timemix.storage.json_files import to_json
 from timemix.storage.tensors import write_tensors
@@ -67,6 +67,9 @@ def save_checkpoint(
 
             def write(path: Path = path, named: dict[str, Tensor] = named, own: list[int] = own) -> None:
                 own[world.rank] = int(write_tensors(path, named, {}), 16)
+                # Process 0 can sync only the pages of its own machine.
+                with path.open("rb") as file:
+                    sync(file.fileno())
 
             world.all_do(write)
             checksums[stem] = [f"{int(each):08x}" for each in world.sum(*own)]

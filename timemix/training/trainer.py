@@ -234,14 +234,14 @@ class Trainer:
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
             # The loss is copied, because the next piece overwrites the output of a CUDA graph.
-            losses.append(piece.detach().double())
+            losses.append(piece.detach().clone())
         clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         if self.device.type != "cpu":
             self._feed.prepare(self.step + 1)
         # In a step, the CPU waits for the device only at this point.
-        local_loss, norm = torch.stack([torch.stack(losses).sum(), whole(clipped).double()]).tolist()
+        *piece_losses, norm = torch.stack([*losses, whole(clipped)]).tolist()
         # All values share one exchange, because an exchange of two processes on a small machine takes up to 2 ms.
-        loss, *self._reasons_to_stop = self.world.sum(local_loss / self.world.size, *self._reasons_here())
+        loss, *self._reasons_to_stop = self.world.sum(sum(piece_losses) / self.world.size, *self._reasons_here())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
