@@ -34,9 +34,9 @@ class Passage(NamedTuple):
 
 
 def files() -> list[Path]:
-    """Return the files of the project, in or out of the index, that hold words."""
+    """Return the files in the index of git that hold words."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files"],
         cwd=ROOT,
         capture_output=True,
         text=True,
