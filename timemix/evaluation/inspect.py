@@ -56,7 +56,7 @@ class Projection:
     shifted: float | None
     """Mean of |weight| x standard deviation of the input channel, over all shifted channels and all outputs."""
     unshifted: float | None
-    """Mean of |weight| x standard deviation of the input channel, over all other channels and all outputs."""
+    """Mean of |weight| x standard deviation of the input channel, over all unshifted channels and all outputs."""
     share: float | None
     """shifted / (shifted + unshifted); None if both are zero."""
     shifted_at_start: float | None

@@ -252,7 +252,7 @@ class Block(nn.Module):
         return 0
 
     def tables(self) -> Tensors:
-        """Return the learned tables over time, for `timemix inspect`.
+        """Return the learned parameters with one value per position, which `timemix inspect` shows.
 
         Returns:
             Tables by name.
