@@ -53,7 +53,7 @@ class InvalidValue(TimemixError, ValueError):
 
 
 class Unfit(InvalidValue):
-    """A text does not fit the tokenizer or the model. The same call would fail again."""
+    """A text does not fit the tokenizer or the model. A call with the same arguments would fail again."""
 
 
 class FileError(TimemixError):
@@ -61,7 +61,7 @@ class FileError(TimemixError):
 
 
 class MissingFile(FileError):
-    """A file, a folder, or a checkpoint in it does not exist."""
+    """A file, a folder or a checkpoint does not exist."""
 
 
 class DamagedFile(FileError):
@@ -89,11 +89,11 @@ class ProcessLost(Unavailable):
 
 
 class TooManyRequests(TimemixError):
-    """The request queue of an engine is full. The same call can succeed later."""
+    """The request queue of an engine is full. A later call can succeed."""
 
 
 class NotFinite(TimemixError):
-    """A loss, a gradient or a logit is not finite. The same call would fail again."""
+    """A loss, a gradient or a logit is not finite. A call with the same arguments would fail again."""
 
 
 class HookFailed(TimemixError):

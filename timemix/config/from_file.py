@@ -14,7 +14,7 @@ from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 
 def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = None) -> RunConfig:
-    """Return the config in a file. A preset gives the fields that the file lacks.
+    """Return the config in a file. A preset supplies the fields that the file lacks.
 
     The vocabulary size always comes from the preset: training later sets the final vocabulary size from the tokenizer.
 

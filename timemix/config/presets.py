@@ -61,7 +61,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "vocab_size": 136,
         },
         "train": {"steps": 7813, "batch_size": 64, "lr": 6e-4, "lr_final": 2e-4},
-        # The published figure trains its attention models with a lower learning rate and with weight decay.
+        # For the published figure, the attention models were trained with a lower learning rate and weight decay.
         "attention": {"lr": 4e-4, "weight_decay": 0.01},
     },
 }

@@ -40,7 +40,7 @@ MOST_STEPS = 10**8 - 1
 """Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
 BUDGETS = ("steps", "seconds", "tokens")
-"""Fields that set the length of a run. A config may set only one of these fields."""
+"""Fields that set the length of a run, of which a config may set only one."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -53,7 +53,9 @@ def check_budget(given: Mapping[str, Any]) -> None:
     """
     named = [f"train.{name} {given[name]}" for name in BUDGETS if given.get(name) is not None]
     if len(named) > 1:
-        raise InvalidValue(f"{' and '.join(named)} exclude one another: each sets the length of the run; set only one")
+        raise InvalidValue(
+            f"{' and '.join(named)} exclude one another: each sets the length of the run; set only one of them"
+        )
 
 
 def read_count(tokens: int | str) -> int:
@@ -74,20 +76,22 @@ class TrainConfig:
     """Settings of training: optimization, schedule, validation, checkpoints and samples."""
 
     steps: int = 2000
-    """Length of the run in optimizer steps, from 1 to 99999999. Alternatives: --train.seconds and --train.tokens."""
+    """Length of the run in optimizer steps, from 1 to 99999999.
+    Alternatives to steps: --train.seconds and --train.tokens."""
     seconds: float | None = None
     """Length of the run in seconds, above 0, converted to steps at the start.
-    Default: --train.steps sets the length."""
+    Default: --train.steps sets the length of the run."""
     tokens: int | str | None = None
     """Length of the run in tokens, such as 20M or 1.5B, rounded up to whole steps.
-    Default: --train.steps sets the length."""
+    Default: --train.steps sets the length of the run."""
     batch_size: int = 12
     """Number of training windows per optimizer step, at least 1, summed over all pieces of --train.accumulation."""
     contexts: int = 1
     """Length of a training window in units of --model.ctx-len, at least 1.
-    An architecture with bounded context allows only 1."""
+    An architecture with bounded context allows only the value 1."""
     accumulation: int = 1
-    """Number of pieces in which a batch is computed, to save memory. This number must divide --train.batch-size."""
+    """Number of pieces in which a batch is computed, to save memory.
+    The number must divide --train.batch-size."""
     lr: float = 3e-3
     """Largest learning rate, at least 0."""
     lr_final: float = 1e-4
@@ -96,7 +100,7 @@ class TrainConfig:
     """Learning rate of the embedding as a multiple of --train.lr, at least 0."""
     schedule: Schedule = "cosine"
     """Schedule of the learning rate from --train.lr to --train.lr-final.
-    `constant` decays only over the last share of the run, --train.decay."""
+    With `constant`, the learning rate decays only over the last share of the run, --train.decay."""
     warmup: float = 0.0
     """Share of the run, from 0 to 1, over which the learning rate rises from 0."""
     decay: float = 0.2
@@ -110,7 +114,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Weight decay of the linear weights inside blocks, at least 0. Other parameters have no weight decay."""
     clip: float = 1.0
-    """Largest norm of the gradient, at least 0 (0: no clipping). Larger gradients are scaled down to this norm."""
+    """Largest norm of the gradient, at least 0 (0: no clipping).
+    Gradients of larger norm are scaled down to --train.clip."""
     precision: Precision = "auto"
     """Precision of the matrix products. `auto` is bfloat16 on processors that support bfloat16, otherwise float32."""
     device: str = "auto"
@@ -183,7 +188,8 @@ class RunConfig:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:
             raise InvalidValue(
                 f"train.contexts is {self.train.contexts}, but the context of {self.model.arch} is bounded by ctx_len;"
-                f" give 1, or an architecture with unbounded context: {', '.join(list_architectures(bounded=False))}"
+                " set train.contexts to 1, or choose an architecture with unbounded context:"
+                f" {', '.join(list_architectures(bounded=False))}"
             )
 
     @staticmethod

@@ -14,7 +14,7 @@ Recompute = Literal["none", "cheap", "all"]
 Activation = Literal["gelu", "mish", "relu2", "silu"]
 
 MOST_FRACTIONS = 1000
-# These limits are far above all useful values. A file with damaged settings fails before memory is allocated.
+# The limits of sizes are far above all useful values. A damaged size is rejected before memory is allocated.
 _LARGEST = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 
 
@@ -25,7 +25,7 @@ class ModelConfig:
     arch: str = ""
     """Architecture of the model. Each architecture has additional model options."""
     vocab_size: int = 256
-    """Vocabulary size in tokens, from 1 to 16777216. Training sets this size from the tokenizer."""
+    """Vocabulary size in tokens, from 1 to 16777216. Training sets the vocabulary size from the tokenizer."""
     ctx_len: int = 64
     """Context length in tokens, from 1 to 1048576."""
     layers: int = 4
@@ -98,7 +98,7 @@ class HeadsConfig(ModelConfig):
     """The settings of a model with heads of equal size."""
 
     heads: int = 4
-    """Number of heads, at least 1. This number must divide --model.channels."""
+    """Number of heads, at least 1. --model.heads must divide --model.channels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +122,8 @@ class ShiftedConfig(HeadsConfig):
     token_shift: tuple[float, ...] = (0.5,)
     """Fractions of the channels that come from 1, 2, 3 ... tokens back, each from 0 to 1, with a sum of at most 1."""
     token_shift_top: tuple[float, ...] | None = None
-    """Value of --model.token-shift in the last layer. Earlier layers are interpolated. Default: equal in all layers."""
+    """Value of --model.token-shift in the last layer. The values of earlier layers are interpolated.
+    Default: equal in all layers."""
     initial: Initial = "zero"
     """Initial values: `original` (2021), or `zero` (late 2021), with which every block starts as the identity."""
     activation: Activation = "gelu"

@@ -78,7 +78,7 @@ class LanguageModel(nn.Module):
     The model has no position embedding. The head has no bias and is not tied to the embedding.
 
     Args:
-        config: Settings of the model. Their class must be the config class of the architecture `config.arch`.
+        config: Settings of the model, an instance of the config class of the architecture `config.arch`.
 
     Raises:
         InvalidValue: The architecture is unknown, or the class of `config` is that of another architecture.

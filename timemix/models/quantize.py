@@ -36,7 +36,8 @@ def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
         weights: Format to round to: "float32", "bfloat16" or "int8".
 
     Returns:
-        A copy of the model with rounded weights, stored in the model's own dtype. For "float32", the model itself.
+        A copy of the model with rounded weights, stored in the model's own dtype. For "float32", the result
+        is the model itself.
     """
     if weights == "float32":
         return model

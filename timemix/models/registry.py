@@ -1,7 +1,7 @@
 """The registry of architectures, which does not import PyTorch.
 
-An entry names each part of an architecture as "module:name". The parts are imported when a model is built.
-CONTRIBUTING.md explains how to add an architecture.
+An entry names each part of an architecture as "module:name". The parts of an architecture are imported when a model is
+built. CONTRIBUTING.md explains how to add an architecture.
 """
 
 import importlib
@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "timemix.models.rwkv1.model:Rwkv1ExpBlock",
             2021,
             "orange",
-            "rwkv1 with each curve a sum of exponentials: a recurrent network with constant state",
+            "rwkv1 whose curves are sums of exponentials: a recurrent network with a state of constant size",
             decode="timemix.models.rwkv1.decode:CompiledStep",
             bounded=False,
         ),

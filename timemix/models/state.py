@@ -30,7 +30,7 @@ class State:
     Args:
         position: Number of tokens of each row so far (B,) int64.
         layers: Tensors of each block by name, batch first.
-        pending: Results that a decode step has computed in advance, or None. Copies of a state have None.
+        pending: Results that a decode step has computed in advance, or None. In copies of a state, `pending` is None.
     """
 
     position: Tensor

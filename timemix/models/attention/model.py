@@ -212,7 +212,7 @@ class ProBlock(RotaryBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Count the numbers that `ShiftedBlock` stores, and for each head three T x T matrices per row, and W."""
+        """Count the numbers that `ShiftedBlock` stores, plus W and three T x T matrices per row for each head."""
         usual = super().kept(config, rows)
         return Kept(
             usual.block, usual.products, (3 * rows + 4) * config.heads * config.ctx_len * config.layers * config.ctx_len

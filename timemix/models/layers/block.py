@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 
 class Model(Protocol):
-    """The interface of a language model that `Block.set_initial_values` uses."""
+    """The part of a language model that `Block.set_initial_values` uses."""
 
     @property
     def config(self) -> Any: ...
@@ -61,9 +61,10 @@ class Kept:
     """Counts of the numbers that training stores during a forward pass, to estimate the memory of training.
 
     Args:
-        block: Count per token and layer.
-        products: Count per token and layer with `recompute="cheap"`, which stores only outputs of matrix products.
-        squares: Additional count in all layers together, for matrices over pairs of positions.
+        block: Count of stored numbers per token and layer.
+        products: Count of stored numbers per token and layer with `recompute="cheap"`, which stores only outputs of
+            matrix products.
+        squares: Additional count of stored numbers, in all layers together, for matrices over pairs of positions.
     """
 
     block: int
@@ -72,7 +73,7 @@ class Kept:
 
 
 class Block(nn.Module):
-    """One layer of an architecture. The class also defines the parts of the model outside the blocks.
+    """One layer of an architecture. The block class also defines the parts of the model outside the blocks.
 
     A subclass must define `forward`, `init_state`, `set_initial_values` and `kept`. The other methods have defaults.
 
@@ -119,7 +120,7 @@ class Block(nn.Module):
 
     @classmethod
     def input_norm(cls, config: Any) -> nn.Module:
-        """Create the module between the embedding and the first block. The default is the identity.
+        """Create the module between the embedding and the first block. By default, the module is the identity.
 
         Args:
             config: Settings of the model.
@@ -131,7 +132,7 @@ class Block(nn.Module):
 
     @classmethod
     def final_norm(cls, config: Any) -> nn.Module:
-        """Create the module between the last block and the head. The default is a LayerNorm.
+        """Create the module between the last block and the head. By default, the module is a LayerNorm.
 
         Args:
             config: Settings of the model.
@@ -152,7 +153,7 @@ class Block(nn.Module):
 
     @classmethod
     def training_loss(cls, loss: Tensor, logits: Tensor) -> Tensor:
-        """Return the loss to differentiate. The default is the mean cross-entropy.
+        """Return the loss to differentiate. By default, the loss is the mean cross-entropy.
 
         Args:
             loss: Mean cross-entropy in nats, a scalar.
@@ -204,7 +205,7 @@ class Block(nn.Module):
 
     @classmethod
     def resized(cls, weights: Tensors, config: Any, ctx_len: int) -> Tensors:
-        """Return the weights of the model for another context length. The default returns the given weights.
+        """Return the weights of the model for another context length. By default, the weights stay unchanged.
 
         Args:
             weights: Weights by name.
@@ -221,7 +222,7 @@ class Block(nn.Module):
 
     @classmethod
     def runs_in_c(cls, config: Any, precision: str, device: torch.device) -> bool:
-        """Return whether C code computes all of a training step except its matrix products. The default is False.
+        """Return whether C code computes all of a training step except the matrix products (by default False).
 
         Args:
             config: Settings of the model.

@@ -6,7 +6,7 @@
 - "zero" (late 2021): weights are orthogonal matrices for every architecture. The output weights of both sublayers of a
   block are zero, so that the block starts as the identity. The curve f_h(lag) decays faster for smaller h.
 
-In every case, biases are zero, and alpha, beta and gamma are one.
+With both "original" and "zero", biases are zero, and alpha, beta and gamma are one.
 """
 
 import math

@@ -16,7 +16,9 @@ TABLES = ("f", "alpha", "beta", "gamma")
 
 
 def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
-    """Return the weights of a model for another context length. W does not change at positions below both lengths.
+    """Return the weights of a model for another context length.
+
+    W does not change at positions below both context lengths.
 
     Args:
         weights: Weights by name.

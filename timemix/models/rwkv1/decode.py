@@ -115,7 +115,7 @@ class FarSums:
             rows: Indices of the rows (R,).
         """
         self.known[rows] = -1
-        # After more writes than this single write, any row may have changed.
+        # More than one write to a history means that any row may have changed.
         once = [(history, count + 1) for history, count in self._written]
         self._written = _written(state)
         if self._written != once:
@@ -284,8 +284,8 @@ class CompiledStep:
     def looks_back(self, position: int) -> int:
         """Return the average number of past positions that a token at a position reads.
 
-        The number has three parts: the positions in the token's block, one sum over all earlier blocks, and the token's
-        share of the positions from which the sums are computed.
+        The number includes the positions of the token's block, the sum over all earlier blocks, and the token's share
+        of the positions from which the sums of a block are computed.
         """
         blocks, rest = divmod(position, self._block)
         return rest + (blocks + 1 if blocks else 0)

@@ -172,7 +172,7 @@ def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
         # (S, candidates, 2)
         target = ((weight * left) @ found.flatten(0, 1).t()).view(H, -1, 2)
         gain = (target * torch.linalg.solve(gram, target)).sum(-1)
-        # The candidates of largest gain are similar. So two different candidates are tried: the best pair, and the best
+        # The candidates of largest gain are similar. Two different candidates are tried: the best pair, and the best
         # two real exponentials.
         tried = []
         for part in (slice(0, pairs), slice(pairs, None)):

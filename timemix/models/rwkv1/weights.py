@@ -1,6 +1,6 @@
 """Conversion of weights from and to the original 2021 code, RWKV-LM 0.01 and 0.02.
 
-The models of this code are RWKV, MHA_rotary, MHA_shift and MHA_pro.
+The models of the original code are RWKV, MHA_rotary, MHA_shift and MHA_pro.
 
     original                                 timemix
     time_w      (H, ctx_len), lag 0 last     f      (H, ctx_len), lag 0 first
@@ -9,8 +9,8 @@ The models of this code are RWKV, MHA_rotary, MHA_shift and MHA_pro.
     time_gamma  (ctx_len, 1)                 gamma  (ctx_len,)
     head_mix    (H, H, 1, 1)                 head_mix (H, H)
 
-All other tensors have the same layout in both. A conversion only renames, reverses and reshapes tensors, so it applies
-to gradients too.
+All other tensors have the same layout in the original code and in timemix. A conversion only renames, reverses and
+reshapes tensors, so it applies to gradients too.
 """
 
 import re
