@@ -72,51 +72,52 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def all_do(self, action: Callable[[], None]) -> None:
-        """Run `action`, which may use the file system, in every process.
+    def _largest(self, number: int) -> int:
+        """Return the largest number of all processes. A process waits for the others without a time limit."""
+        largest = torch.tensor(number)
+        if self.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._patient)
+        return int(largest)
+
+    def all_do(self, action: Callable[[], Result]) -> Result:
+        """Call a function that may use the file system in every process.
 
         Args:
             action: Function that this process calls.
 
+        Returns:
+            The result of the function of this process.
+
         Raises:
-            OSError: The action of any process fails with an OSError. Only process 0 raises this error.
-            Elsewhere: The action of any process fails with an OSError. All other processes raise this error.
+            OSError: The function of any process fails with an OSError. Only process 0 raises this error.
+            Elsewhere: The function of any process fails with an OSError. All other processes raise this error.
         """
         number = 0
         try:
-            action()
+            result = action()
         except OSError as error:
             number = error.errno or errno.EIO
-        largest = torch.tensor(number)
-        if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._patient)
-        if largest.item():
-            if self.first:
-                raise OSError(int(largest), os.strerror(int(largest)))
-            raise Elsewhere
+        if number := self._largest(number):
+            raise OSError(number, os.strerror(number)) if self.first else Elsewhere
+        return result
 
     def all_check(self, check: Callable[[], object]) -> None:
-        """Run `check` in every process; the others wait until it ends, however long it takes.
+        """Call a function that may refuse to continue in every process.
 
         Args:
-            check: Of this process.
+            check: Function that this process calls.
 
         Raises:
-            TimemixError: In the processes whose check raises it.
-            Elsewhere: In the other processes then.
+            TimemixError: The function of this process raises this error.
+            Elsewhere: The function of another process raises a TimemixError.
         """
         found = None
         try:
             check()
         except TimemixError as error:
             found = error
-        failed = torch.tensor(float(found is not None))
-        if self.size > 1:
-            dist.all_reduce(failed, group=self._patient)
-        if found is not None:
-            raise found
-        if failed.item():
-            raise Elsewhere
+        if self._largest(found is not None):
+            raise found or Elsewhere
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:
         """Call a function in process 0 alone. The other processes wait until the function returns.
@@ -131,14 +132,13 @@ class World:
             Elsewhere: The function fails in process 0. All other processes raise this error, and process 0 raises the
                 exception of the function.
         """
-        failed = torch.full((1,), float(self.first))
+        has_failed = self.first
         try:
             result = action() if self.first else None
-            failed.zero_()
+            has_failed = False
         finally:
-            if self.size > 1:
-                dist.all_reduce(failed, group=self._patient)
-        if failed.item():
+            has_failed = bool(self._largest(has_failed))
+        if has_failed:
             raise Elsewhere
         return result
 
