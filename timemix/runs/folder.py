@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.storage.files import remove_folder
-from timemix.storage.index import index_path, read_index
+from timemix.storage.index import index_path, is_sharded, read_index
 from timemix.storage.json_files import Count, NotNegative, read_record
 
 logger = logging.getLogger("timemix")
@@ -111,10 +111,12 @@ def warn_of_unfinished(run: Path) -> None:
 
 
 def check_resumable(run: Path) -> None:
-    """Check that not all checkpoints of a run lack files: a resumed run would begin at step 0 and replace them.
+    """Check that a run has a complete checkpoint or none at all.
+
+    A run whose checkpoints all lack files would begin again at step 0, and replace these checkpoints.
 
     Raises:
-        MissingFile: They do.
+        MissingFile: Every checkpoint of the run lacks a file.
     """
     if _folders(run) and not checkpoints(run):
         raise MissingFile(f"{_no_checkpoint(run)}, or remove {run / 'checkpoints'} to begin at step 0")
@@ -187,7 +189,7 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
     path = Path(run)
     if not path.is_dir():
         raise MissingFile(_no_run(path))
-    if (path / "model.safetensors").exists() or index_path(path, "model").exists():
+    if (path / "model.safetensors").exists() or is_sharded(path, "model"):
         return path
     warn_of_unfinished(path)
     if checkpoint == "best":

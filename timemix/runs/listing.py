@@ -11,7 +11,7 @@ from timemix.config.run import read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
 from timemix.runs.metrics import read_metrics
-from timemix.storage.index import index_path, read_index
+from timemix.storage.index import is_sharded, read_index
 from timemix.storage.json_files import is_number
 from timemix.storage.locks import is_held
 
@@ -116,7 +116,7 @@ def stored_parameters(checkpoint: Path) -> int:
     Raises:
         FileError: The file is missing, damaged or not a safetensors file.
     """
-    if index_path(checkpoint, "model").exists() and not (checkpoint / "model.safetensors").exists():
+    if is_sharded(checkpoint, "model"):
         return sum(map(math.prod, read_index(checkpoint, "model").shapes.values()))
     from safetensors import SafetensorError, safe_open
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,14 @@ from timemix.storage.index import shard_name, write_index
 from timemix.storage.json_files import to_json
 from timemix.storage.tensors import write_tensors
 from timemix.tokenizers.base import Tokenizer
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a file of one process to the disk, and return its checksum. Process 0 cannot sync for other machines."""
+    checksum = write_tensors(path, tensors, {})
+    with path.open("rb") as file:
+        sync(file.fileno())
+    return checksum
 
 
 def save_checkpoint(
@@ -63,15 +72,9 @@ def save_checkpoint(
         temporary = made or unfinished_name(folder, int(creator))
         checksums = {}
         for stem, named in tensors.items():
-            path, own = temporary / shard_name(stem, world.rank, world.size), [0] * world.size
-
-            def write(path: Path = path, named: dict[str, Tensor] = named, own: list[int] = own) -> None:
-                own[world.rank] = int(write_tensors(path, named, {}), 16)
-                # Process 0 can sync only the pages of its own machine.
-                with path.open("rb") as file:
-                    sync(file.fileno())
-
-            world.all_do(write)
+            own = [0] * world.size
+            path = temporary / shard_name(stem, world.rank, world.size)
+            own[world.rank] = int(world.all_do(partial(_write_shard, path, named)), 16)
             checksums[stem] = [f"{int(each):08x}" for each in world.sum(*own)]
 
         def finish() -> None:

@@ -44,6 +44,11 @@ def index_path(folder: Path, stem: str) -> Path:
     return folder / f"{stem}.index.json"
 
 
+def is_sharded(folder: Path, stem: str) -> bool:
+    """Return whether the tensors must be read from sharded files: an index exists, and no file of whole tensors."""
+    return index_path(folder, stem).exists() and not (folder / f"{stem}.safetensors").exists()
+
+
 def write_index(folder: Path, stem: str, checksums: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> None:
     """Write the index of the files with these checksums, in the order of the ranks. Raises OSError."""
     files = tuple(shard_name(stem, rank, len(checksums)) for rank in range(len(checksums)))
@@ -57,9 +62,12 @@ def read_index(folder: Path, stem: str) -> Index:
     index = read_record(path, Index)
     for name, shape in index.shapes.items():
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
-            raise DamagedFile(f"{path} is damaged: the shape of {name} is {shape!r}")
+            raise DamagedFile(f"{path} is damaged: the shape of {name} is {shape!r}; restore it from a copy")
     if not index.files or any("/" in name for name in index.files):
-        raise DamagedFile(f"{path} is damaged: its files are {list(index.files)}")
+        raise DamagedFile(f"{path} is damaged: its files are {list(index.files)}; restore it from a copy")
     if len(index.checksums) not in (0, len(index.files)):
-        raise DamagedFile(f"{path} is damaged: it has {len(index.checksums)} checksums of {len(index.files)} files")
+        raise DamagedFile(
+            f"{path} is damaged: it has {len(index.checksums)} checksums of {len(index.files)} files; restore it from"
+            " a copy"
+        )
     return index

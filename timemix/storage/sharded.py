@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import DamagedFile
-from timemix.storage.index import index_path, read_index
+from timemix.storage.index import index_path, is_sharded, read_index
 from timemix.storage.tensors import CHECKSUM, check_content, open_tensors
 
 FLOATS = ("F32", "F64", "F16", "BF16")
@@ -100,7 +100,7 @@ def open_stored(folder: Path, stem: str) -> Iterator[StoredTensors]:
     """
     path = folder / f"{stem}.safetensors"
     with contextlib.ExitStack() as stack:
-        if path.exists() or not index_path(folder, stem).exists():
+        if not is_sharded(folder, stem):
             yield StoredTensors(path, [(path, stack.enter_context(open_tensors(path)))])
             return
         index = read_index(folder, stem)
