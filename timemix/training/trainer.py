@@ -340,12 +340,13 @@ class Trainer:
         try:
             tensors = {"model": weights, "training": state}
             saved = write_checkpoint(self.out, tensors, self.config, self.corpus.tokenizer, progress, self.world)
-        except (CannotWrite, Elsewhere) as error:
-            if isinstance(error, CannotWrite):
-                sentence = f"step {self.step}: {error}; {self._last_good()}"
-                if not go_on:
-                    raise CannotWrite(sentence) from error
-                self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
+        except CannotWrite as error:
+            sentence = f"step {self.step}: {error}; {self._last_good()}"
+            if not go_on:
+                raise CannotWrite(sentence) from error
+            self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
+            return None
+        except Elsewhere:
             if not go_on:
                 raise
             return None
