@@ -31,6 +31,7 @@ head size. R, W, K, V, A, B are (G, n, N).
 Sources: the WY form of the delta rule, arXiv 2406.06484, and RWKV-7, arXiv 2503.14456.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def chunked_wkv7(
     if resets is not None:
         resets = F.pad(resets, (0, -T % n))
     apply: Any = _Chunked.apply
-    y, end = apply(*inputs, state, resets, n)
+    y, end = apply(state, resets, n, *inputs)
     return y[:, :T], end
 
 
@@ -109,7 +110,7 @@ class _Chunks:
         n: Number of tokens in a chunk.
     """
 
-    def __init__(self, inputs: list[Tensor], resets: Tensor | None, n: int) -> None:
+    def __init__(self, inputs: Sequence[Tensor], resets: Tensor | None, n: int) -> None:
         self.R, W, self.K, self.V, self.A, self.B = (_to_chunks(x, n) for x in inputs)
         G = W.cumsum(1)
         E, g, m = G - W, G[:, -1:], G[:, n // 2, None]
@@ -153,19 +154,8 @@ class _Chunks:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        r: Tensor,
-        w: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        state: Tensor,
-        resets: Tensor | None,
-        n: int,
-    ) -> tuple[Tensor, Tensor]:
-        c = _Chunks([r, w, k, v, a, b], resets, n)
+    def forward(ctx: Any, state: Tensor, resets: Tensor | None, n: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        c = _Chunks(inputs, resets, n)
         P, Q = c.solve(c.Ak @ c.V), c.solve(c.A_start)
         M = torch.diag_embed(c.decay) + Q.mT @ c.B_end
         C = c.V.mT @ c.K_end + P.mT @ c.B_end
@@ -175,7 +165,7 @@ class _Chunked(torch.autograd.Function):
         # The state at the start of each chunk: (B, H, chunks, N, N) -> (G, N, N)
         S = torch.stack(states[:-1], 2).flatten(0, 2)
         Y = c.R_start @ S.mT + c.Rk @ c.V + c.Rb @ (P + Q @ S.mT)
-        ctx.save_for_backward(r, w, k, v, a, b, S, states[-1], resets)
+        ctx.save_for_backward(*inputs, S, states[-1], resets)
         ctx.n = n
         return _from_chunks(Y, *state.shape[:2]), states[-1]
 
@@ -201,7 +191,7 @@ class _Chunked(torch.autograd.Function):
         # S' of each chunk is S of the next chunk. S' of the last chunk is the final state.
         after = torch.stack([*_by_chunk(S, end)[1:], end], 2).flatten(0, 2)
         gradients = _gradients(c, S, after, dY, dS, U, Z)
-        return *(_from_chunks(x, *end.shape[:2]) for x in gradients), d_states[-1], None, None
+        return d_states[-1], None, None, *(_from_chunks(x, *end.shape[:2]) for x in gradients)
 
 
 def _gradients(
