@@ -48,13 +48,10 @@ def demo(arguments: list[str]) -> int:
         raise InvalidValue(
             f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give only one"
         )
-    try:
-        if parsed.steps is None:
-            train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
-        else:
-            train = replace(preset("demo").train, steps=parsed.steps)
-    except InvalidValue as error:
-        raise InvalidValue(str(error).replace("train.", "--")) from error
+    if parsed.steps is None:
+        train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
+    else:
+        train = replace(preset("demo").train, steps=parsed.steps)
     out = parsed.out
     print("Training a small RWKV on the Python language reference.")
     trainer = new_run(replace(preset("demo"), train=train), out)

@@ -115,8 +115,9 @@ def _report(sentence: str) -> None:
 def _with_flags(error: TimemixError, arguments: list[str]) -> str:
     """Return the message of an error, with flags in place of argument names.
 
-    Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. Library arguments that are
-    command-line options begin the message, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
+    Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. If the verb has the option
+    `--seconds` and not `--train.seconds`, `train.seconds` becomes `--seconds`. Library arguments that are command-line
+    options begin the message, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
     Quoted values do not change. The message about a file does not change either: a dotted name in such a message is a
     field of the file.
     """
@@ -131,11 +132,16 @@ def _with_flags(error: TimemixError, arguments: list[str]) -> str:
         "data": [DataConfig],
         "train": [TrainConfig],
     }
-    plain = _plain_options(arguments)
+    dotted, plain = _option_names(arguments)
     known = {f"{part}.{field.name}" for part, each in kinds.items() for kind in each for field in fields(kind)}
 
     def flag(match: re.Match[str]) -> str:
-        return f"--{match[0].replace('_', '-')}" if match[0] in known or match[0] in plain else match[0]
+        name = match[0]
+        if name not in known and name not in plain:
+            return name
+        last = name.rpartition(".")[2]
+        own = last if name not in dotted and last in plain else name
+        return f"--{own.replace('_', '-')}"
 
     quoted = "'[^']*'" + '|"[^"]*"'
     setting = r"(?<![\w./-])(?:model|data|train)\.\w+(?![\w/-]|\.\w)"
@@ -143,17 +149,19 @@ def _with_flags(error: TimemixError, arguments: list[str]) -> str:
     return re.sub(f"{quoted}|{setting}|{argument}", flag, str(error))
 
 
-def _plain_options(arguments: list[str]) -> set[str]:
-    """Return the library names of the command-line options that are not settings: `top_p` for `--top-p`."""
+def _option_names(arguments: list[str]) -> tuple[set[str], set[str]]:
+    """Return the library names of a verb's options: settings such as `train.lr`, and others, `top_p` for `--top-p`."""
     from timemix.cli.flags import options_class, options_of
 
     verb, inner = arguments[0], "".join(arguments[1:2])
     if verb not in VERBS:
-        return set()
+        return set(), set()
     if verb == "bench":
         from timemix.cli.bench import VERBS as BENCH_VERBS
 
         if inner not in BENCH_VERBS:
-            return set()
-    options = options_of(options_class(verb, inner if verb == "bench" else ""))
-    return {option.path[-1] for option in options if "." not in option.flag and not option.is_positional}
+            return set(), set()
+    options = list(options_of(options_class(verb, inner if verb == "bench" else "")))
+    names = (name.lstrip("-").replace("-", "_") for option in options for name in option.names)
+    dotted = {name for name in names if "." in name}
+    return dotted, {option.path[-1] for option in options if "." not in option.flag and not option.is_positional}
