@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import run_command
+from tests.helpers.pages import numbered_blocks, run_block
 
 PAGE = Path(__file__).parents[2] / "docs/tutorial.md"
 # The tests run in an environment that is installed already.
@@ -27,13 +28,6 @@ STABLE = re.compile(
     r"|nats per token at .*|original, .*|\d+ exponentials .*"
 )
 EXACT = re.compile(r"\d+ bytes")
-
-
-def page_blocks():
-    """Return (line, language, text) of each block of the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    found = re.finditer(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    return [(page.count("\n", 0, each.start()) + 2, each[1], each[2]) for each in found]
 
 
 def without_numbers(line):
@@ -57,12 +51,11 @@ def run_shell(command, capsys):
     return done.stdout
 
 
-def run_block(line, language, text, names, capsys):
+def run_and_read(line, language, text, names, capsys):
     """Run a block of shell or Python; return all that it prints."""
     if language == "python":
         capsys.readouterr()
-        # A traceback shows the lines of the page.
-        exec(compile("\n" * (line - 1) + text, str(PAGE), "exec"), names)
+        run_block(PAGE, line, text, names)
         return capsys.readouterr().out
     assert language == "sh"
     return "".join(run_shell(each, capsys) for each in text.splitlines() if not each.startswith(INSTALLATION))
@@ -82,22 +75,22 @@ def check_output(shown, printed):
 def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names, printed = {}, ""
-    for line, language, text in page_blocks():
+    for line, language, text in numbered_blocks(PAGE):
         if language == "text":
             check_output(text, printed)
         else:
-            printed = run_block(line, language, text, names, capsys)
+            printed = run_and_read(line, language, text, names, capsys)
     assert {path.name for path in Path("runs").iterdir()} == {"first", "code", "compared", "recurrent"}
 
 
 def test_every_shorter_setting_occurs_in_the_page():
-    shell = "".join(text for _, language, text in page_blocks() if language == "sh")
+    shell = "".join(text for _, language, text in numbered_blocks(PAGE) if language == "sh")
     assert all(long in shell for long in SHORTER)
     assert all(any(line.startswith(begin) for line in shell.splitlines()) for begin in INSTALLATION)
 
 
 def test_most_printed_lines_are_compared():
-    lines = [line for _, language, text in page_blocks() if language == "text" for line in text.splitlines()]
+    lines = [line for _, language, text in numbered_blocks(PAGE) if language == "text" for line in text.splitlines()]
     assert sum(bool(STABLE.fullmatch(line) or EXACT.fullmatch(line)) for line in lines) > 40
 
 

@@ -27,20 +27,26 @@ OTHER = "The dog ran to the hut on the hill and it was so!\n" * 60
 
 def blocks(path: Path, language: str) -> list[str]:
     """Return the fenced blocks of a page in one language."""
-    return [text for _, text in _numbered_blocks(path, language)]
+    return [text for _, own, text in numbered_blocks(path) if own == language]
 
 
-def _numbered_blocks(path: Path, language: str) -> Iterator[tuple[int, str]]:
-    """Yield each block with the number of its first line."""
+def numbered_blocks(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of the first line, the language and the text of each fenced block, in order."""
     page = path.read_text(encoding="utf-8")
-    for found in re.finditer(rf"^( *)```{language}\n(.*?)^\1```", page, re.DOTALL | re.MULTILINE):
-        yield page.count("\n", 0, found.start()) + 2, textwrap.dedent(found[2])
+    for found in re.finditer(r"^( *)```(\w+)\n(.*?)^\1```", page, re.DOTALL | re.MULTILINE):
+        yield page.count("\n", 0, found.start()) + 2, found[2], textwrap.dedent(found[3])
+
+
+def run_block(path: Path, line: int, text: str, names: dict[str, Any]) -> None:
+    """Run a block of Python that begins at a line of a page. A traceback shows the lines of the page."""
+    exec(compile("\n" * (line - 1) + text, str(path), "exec"), names)
 
 
 def run_python(path: Path, **names: Any) -> dict[str, Any]:
     """Run the Python blocks of a page in order, in one namespace; return it. A traceback shows the page's lines."""
-    for line, text in _numbered_blocks(path, "python"):
-        exec(compile("\n" * (line - 1) + text, str(path), "exec"), names)
+    for line, language, text in numbered_blocks(path):
+        if language == "python":
+            run_block(path, line, text, names)
     return names
 
 
