@@ -14,7 +14,8 @@ from pathlib import Path
 
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
-from timemix.experiments.spec import Experiment, Variant
+from timemix.experiments.spec import Experiment
+from timemix.experiments.variants import Variant
 from timemix.training.trainer import Trainer
 
 

@@ -97,8 +97,8 @@ API = {
         (
             "timemix.data.prepare.prepare",
             "timemix.data.prepare.hold_out_end",
-            "timemix.data.prepare.describe",
-            "timemix.data.prepare.TextDescription",
+            "timemix.data.describe.describe",
+            "timemix.data.describe.TextDescription",
             "timemix.data.corpus.open_corpus",
             "timemix.data.corpus.open_run_corpus",
             "timemix.data.corpus.Corpus",

@@ -460,6 +460,7 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
         ("bench op --batch-size 0", "--batch-size is 0; it must be at least 1"),
         ("demo --seconds 0", "--seconds is 0.0; it must be above 0 and finite"),
         ("demo --steps 0", "--steps is 0; it must be at least 1"),
+        ("convert runs/mine --constant-state 2 --finetune 2 --lr -1 --out c", "--lr is -1.0; it must be at least 0"),
     ],
 )
 def test_errors_of_the_library_name_the_options_of_the_verb(use, arguments, sentence):

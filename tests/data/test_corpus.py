@@ -15,8 +15,9 @@ from tests.helpers.tiers import examples
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.config import DataConfig
 from timemix.data.corpus import evenly_spaced, is_corpus, open_corpus, open_run_corpus
+from timemix.data.describe import describe, text_hash
 from timemix.data.downloads import DOWNLOADS, Download
-from timemix.data.prepare import describe, hold_out_end, prepare, text_hash
+from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
 from timemix.storage.json_files import to_json
 

@@ -18,7 +18,7 @@ from timemix.bench.measure import StepSpeed, measure_training
 from timemix.errors import CannotWrite, DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, Unavailable
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import write_report
-from timemix.experiments.spec import Variant
+from timemix.experiments.variants import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed

@@ -8,7 +8,7 @@ from tests.helpers.runs import small_config, write_text_file
 from timemix.data.prepare import prepare
 from timemix.errors import InvalidValue
 from timemix.experiments.identity import run_keys
-from timemix.experiments.spec import Variant, variant_config
+from timemix.experiments.variants import Variant, variant_config
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from tests.helpers.runs import write_text_file
 from timemix.bench.measure import StepSpeed
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import to_html, write_report
-from timemix.experiments.spec import Variant, Verdict
+from timemix.experiments.spec import Verdict
 from timemix.experiments.table import build_table
+from timemix.experiments.variants import Variant
 
 BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 

@@ -10,13 +10,13 @@ from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.experiments.spec import (
     Experiment,
     SpeedExperiment,
-    Variant,
     Verdict,
     find_experiment,
     read_experiment,
     shipped,
     with_data,
 )
+from timemix.experiments.variants import Variant
 from timemix.models.size import count_parameters
 
 FILE = """

@@ -9,8 +9,9 @@ from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import FileError, Unavailable
 from timemix.experiments import speed
-from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
+from timemix.experiments.spec import SpeedExperiment, SpeedVerdict
 from timemix.experiments.speed import build_table, run_speed, slope
+from timemix.experiments.variants import Variant
 from timemix.models.registry import model_config
 from timemix.storage.json_files import to_json
 

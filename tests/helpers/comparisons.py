@@ -2,7 +2,8 @@
 
 import contextlib
 
-from timemix.experiments.spec import Experiment, Variant, Verdict
+from timemix.experiments.spec import Experiment, Verdict
+from timemix.experiments.variants import Variant
 
 BASE = {
     "model": {"layers": 1, "heads": 2, "channels": 16, "ctx_len": 16, "ffn_ratio": 2.0},

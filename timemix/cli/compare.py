@@ -20,12 +20,12 @@ from timemix.experiments.spec import (
     AnyExperiment,
     Experiment,
     SpeedExperiment,
-    Variant,
     find_experiment,
     read_experiment,
     shipped,
     with_data,
 )
+from timemix.experiments.variants import Variant
 from timemix.models.registry import find_architecture
 from timemix.storage.json_files import to_json
 

@@ -40,7 +40,8 @@ class DataArguments:
 def data(arguments: list[str]) -> int:
     parsed = parse(DataArguments, arguments, "data")
     config = parsed.data if parsed.source is None else replace(parsed.data, source=parsed.source)
-    from timemix.data.prepare import describe, prepare
+    from timemix.data.describe import describe
+    from timemix.data.prepare import prepare
 
     if parsed.out is None:
         report = to_json(describe(config, progress=True))

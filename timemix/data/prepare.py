@@ -1,12 +1,11 @@
 """Resumable preparation of a text of any size, piece by piece, as a prepared folder."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from timemix.data.corpus import (
     SplitInfo,
     TokenizerInfo,
     evenly_spaced,
-    is_corpus,
     open_corpus,
     part_size,
 )
@@ -141,85 +139,6 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
         held_out = f"the last {100 * share:g} % of the training text"
         _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding, held_out)
     return open_corpus(out)
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """Counts of a split: tokens, characters, bytes in UTF-8, and characters or words outside the vocabulary."""
-
-    tokens: int
-    characters: int
-    bytes: int
-    unknown: int
-
-
-@dataclass(frozen=True)
-class TextDescription:
-    """Counts of a text and of the tokens that `prepare` would write."""
-
-    files: int
-    """Number of files."""
-    characters: int
-    bytes: int
-    """Number of bytes of the text in UTF-8."""
-    distinct_characters: int
-    sha256: str
-    """Hash of all text, in hexadecimal."""
-    held_out: str
-    """Description of the validation text, such as "the last 10 % of builtin"."""
-    tokenizer: str
-    """Kind of the tokenizer."""
-    vocab_size: int
-    train: SplitCounts
-    valid: SplitCounts
-
-
-def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescription:
-    """Tokenize a text without saving the tokens, and return the counts.
-
-    Args:
-        config: Source of the text, split and tokenizer.
-        progress: Whether to show the progress on standard error, or a function for progress lines.
-
-    Raises:
-        TimemixError: The text is not supported, for a reason that `prepare` lists.
-    """
-    text = Text(config, progress)
-    made = text.train_tokenizer(progress)
-    counts = {split: no_counts() for split in SPLITS}
-    for _ in encoded(text, made, counts, {}, progress):
-        pass
-    sizes = text.sizes.values()
-    return TextDescription(
-        files=len(text.files),
-        characters=sum(size.characters for size in sizes),
-        bytes=sum(size.bytes for size in sizes),
-        distinct_characters=len(set().union(*(size.alphabet for size in sizes))),
-        sha256=text.sha256,
-        held_out=text.held_out,
-        tokenizer=made.kind,
-        vocab_size=made.vocab_size,
-        train=SplitCounts(**counts["train"]),
-        valid=SplitCounts(**counts["valid"]),
-    )
-
-
-def text_hash(config: DataConfig) -> str:
-    """Return a hash of the text that a config names, or of the tokens if the config names a prepared folder.
-
-    Args:
-        config: Source of the text and split.
-
-    Returns:
-        The sha256, in hexadecimal.
-
-    Raises:
-        TimemixError: The text is not supported, for a reason that `prepare` lists.
-    """
-    if not is_corpus(Path(config.source)):
-        return Text(config, False).hash
-    info = open_corpus(Path(config.source)).info
-    return hashlib.sha256("\0".join(info.split(split).sha256 for split in SPLITS).encode()).hexdigest()
 
 
 class _State:

@@ -26,16 +26,28 @@ from typing import Any
 import numpy as np
 
 from timemix.bench.measure import StepFailure, StepSpeed, measure_training
-from timemix.config.run import RunConfig, read_toml, to_toml
+from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
-from timemix.data.prepare import hold_out_end, prepare, text_hash
+from timemix.data.describe import text_hash
+from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.identity import difference, run_keys
-from timemix.experiments.jobs import Budget, Failure, Job, Result, StepMemory, measured_before, read_result
-from timemix.experiments.spec import TUNING_SEED, Experiment, Variant
+from timemix.experiments.jobs import (
+    Budget,
+    Failure,
+    Job,
+    Result,
+    StepMemory,
+    begin_or_resume,
+    measured_before,
+    on_corpus,
+    read_result,
+)
+from timemix.experiments.spec import TUNING_SEED, Experiment
+from timemix.experiments.variants import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
@@ -43,7 +55,6 @@ from timemix.storage.files import write_text
 from timemix.storage.json_files import Misfit, is_number, read_json, to_json
 from timemix.storage.locks import claimed
 from timemix.training.progress import Watch
-from timemix.training.start import new_run, resolved, resume_run
 from timemix.training.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -392,42 +403,6 @@ class Comparison:
             write_text(path, json.dumps(texts))
             return texts
         return old
-
-
-def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
-    """Return a run's config with a prepared folder as data source, and with all values that `new_run` would set.
-
-    Args:
-        config: Config of the run.
-        source: The prepared folder.
-        corpus: Tokens of the prepared folder.
-        device: PyTorch device.
-    """
-    data = DataConfig(source=str(source), order=config.data.order)
-    return resolved(replace(config, data=data, train=replace(config.train, device=device)), corpus)
-
-
-def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
-    """Return a trainer that resumes a run at the newest checkpoint if the configs are equal, or starts a new run.
-
-    A folder with another config is replaced. A folder without a config, left by a killed process, is replaced too.
-
-    Args:
-        config: Config of the run. An equal config has the same settings; device and path of the tokens may differ.
-        folder: The run folder.
-
-    Raises:
-        TimemixError: The run cannot be created or resumed, for a reason that `new_run` or `resume_run` lists.
-    """
-    path = folder / "config.toml"
-    if path.exists():
-        theirs = read_toml(path)
-        moved = replace(theirs.data, source=config.data.source, hold_out=config.data.hold_out)
-        if replace(theirs, data=moved, train=replace(theirs.train, device=config.train.device)) == config:
-            write_text(path, to_toml(config))
-            return resume_run(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    return new_run(config, folder)
 
 
 def _call_name() -> str:

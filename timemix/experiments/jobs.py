@@ -1,12 +1,19 @@
-"""The jobs of a comparison, one run per job, and the JSON files with the results of these jobs."""
+"""The jobs of a comparison, one run per job: their run folders, and the JSON files with their results."""
 
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from timemix.config.run import RunConfig, read_toml, to_toml
+from timemix.data.config import DataConfig
+from timemix.data.corpus import Corpus
 from timemix.errors import DamagedFile
-from timemix.experiments.spec import Variant
+from timemix.experiments.variants import Variant
+from timemix.storage.files import write_text
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, read_json, to_record
+from timemix.training.start import new_run, resolved, resume_run
+from timemix.training.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +114,39 @@ def measured_before(path: Path, kind: type[Measured]) -> Measured:
         return to_record(read_json(path), kind)
     except Misfit:
         raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
+
+
+def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
+    """Return a run's config with a prepared folder as data source, and with all values that `new_run` would set.
+
+    Args:
+        config: Config of the run.
+        source: The prepared folder.
+        corpus: Tokens of the prepared folder.
+        device: PyTorch device.
+    """
+    data = DataConfig(source=str(source), order=config.data.order)
+    return resolved(replace(config, data=data, train=replace(config.train, device=device)), corpus)
+
+
+def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
+    """Return a trainer that resumes a run at the newest checkpoint if the configs are equal, or starts a new run.
+
+    A folder with another config is replaced. A folder without a config, left by a killed process, is replaced too.
+
+    Args:
+        config: Config of the run. An equal config has the same settings; device and path of the tokens may differ.
+        folder: The run folder.
+
+    Raises:
+        TimemixError: The run cannot be created or resumed, for a reason that `new_run` or `resume_run` lists.
+    """
+    path = folder / "config.toml"
+    if path.exists():
+        theirs = read_toml(path)
+        moved = replace(theirs.data, source=config.data.source, hold_out=config.data.hold_out)
+        if replace(theirs, data=moved, train=replace(theirs.train, device=config.train.device)) == config:
+            write_text(path, to_toml(config))
+            return resume_run(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return new_run(config, folder)

@@ -22,11 +22,12 @@ from torch import Tensor
 from timemix.config.run import RunConfig
 from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
-from timemix.data.prepare import prepare, text_hash
+from timemix.data.describe import text_hash
+from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
 from timemix.errors import FileError, InUse, InvalidValue
 from timemix.evaluation.loss import cross_entropy
-from timemix.experiments.compare import begin_or_resume, on_corpus
+from timemix.experiments.jobs import begin_or_resume, on_corpus
 from timemix.experiments.sampling_report import (
     N_GRAM,
     POWER,

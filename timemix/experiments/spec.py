@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
-from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
-from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
+from timemix.experiments.variants import Variant, architecture_of, flat, merged, variant_config
+from timemix.models.registry import find_architecture
+from timemix.storage.settings import UNFIT, from_dict, parse_toml
 
 TUNING_SEED = 0
 """Seed of all tuning runs."""
@@ -22,25 +22,6 @@ MOST_VARIANTS = 1000
 """Largest number of variants of an experiment, and largest number of verdicts."""
 MOST_TUNING_RUNS = 10_000
 """Largest number of tuning runs of an experiment."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A variant of a comparison."""
-
-    name: str
-    """Name of the variant and of its folder."""
-    set: dict[str, Any] = field(default_factory=dict)
-    """Fields of a run's config that have other values in this variant than in `base`."""
-    label: str = ""
-    """Name of the variant in tables and pictures. Default: `name`."""
-    color: str = ""
-    """Color of the variant in pictures, in matplotlib notation. Default: a color of a colour-blind-safe palette."""
-
-    @property
-    def heading(self) -> str:
-        """Name of the variant in tables and pictures."""
-        return self.label or self.name
 
 
 @dataclass(frozen=True)
@@ -120,14 +101,14 @@ class Experiment:
             raise InvalidValue(
                 f"seeds is {list(self.seeds)}; all seeds must be at least 1, since tuning uses seed {TUNING_SEED}"
             )
-        for key, values in _flat(self.tune).items():
+        for key, values in flat(self.tune).items():
             if not isinstance(values, list) or not values:
                 raise InvalidValue(f"tune.{key} is {values!r}; it must be a list of values")
             if key.startswith("data."):
                 raise InvalidValue(
                     f"tune.{key} cannot be tuned, since all points of a grid have one text; leave tune.{key} out"
                 )
-        runs = len(self.variants) * math.prod(map(len, _flat(self.tune).values()))
+        runs = len(self.variants) * math.prod(map(len, flat(self.tune).values()))
         if runs > MOST_TUNING_RUNS:
             raise InvalidValue(f"tune asks for {runs} runs, more than {MOST_TUNING_RUNS}; give fewer values")
         if "" in self.prompts:
@@ -152,7 +133,7 @@ class Experiment:
 
     def tuning_points(self) -> list[dict[str, Any]]:
         """Return every combination of the values of the tuning grid, or one empty point without a grid."""
-        grid = _flat(self.tune)
+        grid = flat(self.tune)
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     def points_of(self, variant: Variant) -> dict[int, dict[str, Any]]:
@@ -160,8 +141,8 @@ class Experiment:
 
         The tuning of a variant ignores a field that its architecture lacks, if another variant has this field.
         """
-        left_out = [key for key in _flat(self.tune) if self._lacks(variant, key) and not self._all_lack(key)]
-        first = {key: _flat(self.tune)[key][0] for key in left_out}
+        left_out = [key for key in flat(self.tune) if self._lacks(variant, key) and not self._all_lack(key)]
+        first = {key: flat(self.tune)[key][0] for key in left_out}
         return {
             number: {key: value for key, value in point.items() if key not in first}
             for number, point in enumerate(self.tuning_points())
@@ -169,7 +150,7 @@ class Experiment:
         }
 
     def _lacks(self, variant: Variant, key: str) -> bool:
-        arch = _architecture(flattened(merged(self.base, variant.set)))
+        arch = architecture_of(flattened(merged(self.base, variant.set)))
         name = key.rpartition(".")[2]
         return key.startswith("model.") and name not in find_architecture(arch).config.__dataclass_fields__
 
@@ -338,71 +319,6 @@ def _is_color(color: str) -> bool:
     from matplotlib.colors import is_color_like
 
     return is_color_like(color)
-
-
-def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
-    """Return the config of a preset, with the fields of `base`, a variant and a tuning point replaced.
-
-    Args:
-        preset_name: Name of the preset.
-        base: Config fields that all variants share.
-        variant: The variant.
-        point: Fields of the tuning point, with dotted names such as "train.lr".
-
-    Raises:
-        InvalidValue: A field or a value is not supported. The message names the variant.
-    """
-    try:
-        own: dict[str, Any] = {}
-        for layer in (base, variant.set, _nested(point)):
-            own = merged(own, flattened(layer))
-        config = from_dict(RunConfig, merged(to_dict(preset(preset_name, _architecture(own))), own))
-        if config.train.seconds is not None or config.train.tokens is not None:
-            raise InvalidValue(
-                "train.seconds and train.tokens cannot be set in an experiment; give the experiment tokens or seconds"
-            )
-        return config
-    except InvalidValue as error:
-        raise InvalidValue(f"variant {variant.name!r}: {error}") from error
-
-
-def _architecture(fields: dict[str, Any]) -> str:
-    """Return the architecture that fields of a run's config name, or the default architecture."""
-    model = fields.get("model", {})
-    return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
-
-
-def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested dictionaries. Values of `high` take precedence.
-
-    Raises:
-        InvalidValue: A name is a table in one dictionary and a value in the other dictionary.
-    """
-    both = dict(low)
-    for name, value in high.items():
-        old = both.get(name)
-        if name in both and isinstance(old, dict) != isinstance(value, dict):
-            raise InvalidValue(f"{name} is {(value if isinstance(old, dict) else old)!r}; it must be a table")
-        both[name] = merged(old, value) if isinstance(old, dict) else value
-    return both
-
-
-def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Return nested fields with dotted names: `{"train": {"lr": 1}}` becomes `{"train.lr": 1}`."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
-    return leaves
-
-
-def _nested(point: dict[str, Any]) -> dict[str, Any]:
-    """Return fields with dotted names as nested fields: `{"train.lr": 1}` becomes `{"train": {"lr": 1}}`."""
-    tree: dict[str, Any] = {}
-    for path, value in point.items():
-        for part in reversed(path.split(".")):
-            value = {part: value}
-        tree = merged(tree, value)
-    return tree
 
 
 def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None) -> "AnyExperiment":

@@ -17,7 +17,8 @@ import numpy as np
 
 from timemix.bench.measure import OUT_OF_MEMORY, StepFailure, StepSpeed, measure_training
 from timemix.errors import FileError, InUse
-from timemix.experiments.spec import SpeedExperiment, SpeedVerdict, Variant
+from timemix.experiments.spec import SpeedExperiment, SpeedVerdict
+from timemix.experiments.variants import Variant
 from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
 from timemix.reporting.statistics import Difference, paired_difference, verdict_word

@@ -6,7 +6,8 @@ from typing import Any
 
 from timemix.experiments.compare import Comparison
 from timemix.experiments.jobs import Failure, Result
-from timemix.experiments.spec import Variant, Verdict
+from timemix.experiments.spec import Verdict
+from timemix.experiments.variants import Variant
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word
 from timemix.storage.json_files import OPTIONAL, to_json

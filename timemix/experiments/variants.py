@@ -1,0 +1,95 @@
+"""The variants of an experiment, and the config of a run: preset, shared fields, variant and tuning point in layers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from timemix.config.presets import preset
+from timemix.config.run import RunConfig
+from timemix.config.version_1 import flattened
+from timemix.errors import InvalidValue
+from timemix.models.registry import DEFAULT_ARCHITECTURE
+from timemix.storage.settings import from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant of a comparison."""
+
+    name: str
+    """Name of the variant and of its folder."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """Fields of a run's config that have other values in this variant than in `base`."""
+    label: str = ""
+    """Name of the variant in tables and pictures. Default: `name`."""
+    color: str = ""
+    """Color of the variant in pictures, in matplotlib notation. Default: a color of a colour-blind-safe palette."""
+
+    @property
+    def heading(self) -> str:
+        """Name of the variant in tables and pictures."""
+        return self.label or self.name
+
+
+def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
+    """Return the config of a preset, with the fields of `base`, a variant and a tuning point replaced.
+
+    Args:
+        preset_name: Name of the preset.
+        base: Config fields that all variants share.
+        variant: The variant.
+        point: Fields of the tuning point, with dotted names such as "train.lr".
+
+    Raises:
+        InvalidValue: A field or a value is not supported. The message names the variant.
+    """
+    try:
+        own: dict[str, Any] = {}
+        for layer in (base, variant.set, nested(point)):
+            own = merged(own, flattened(layer))
+        config = from_dict(RunConfig, merged(to_dict(preset(preset_name, architecture_of(own))), own))
+        if config.train.seconds is not None or config.train.tokens is not None:
+            raise InvalidValue(
+                "train.seconds and train.tokens cannot be set in an experiment; give the experiment tokens or seconds"
+            )
+        return config
+    except InvalidValue as error:
+        raise InvalidValue(f"variant {variant.name!r}: {error}") from error
+
+
+def architecture_of(fields: dict[str, Any]) -> str:
+    """Return the architecture that fields of a run's config name, or the default architecture."""
+    model = fields.get("model", {})
+    return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
+
+
+def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested dictionaries. Values of `high` take precedence.
+
+    Raises:
+        InvalidValue: A name is a table in one dictionary and a value in the other dictionary.
+    """
+    both = dict(low)
+    for name, value in high.items():
+        old = both.get(name)
+        if name in both and isinstance(old, dict) != isinstance(value, dict):
+            raise InvalidValue(f"{name} is {(value if isinstance(old, dict) else old)!r}; it must be a table")
+        both[name] = merged(old, value) if isinstance(old, dict) else value
+    return both
+
+
+def flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return nested fields with dotted names: `{"train": {"lr": 1}}` becomes `{"train.lr": 1}`."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return leaves
+
+
+def nested(point: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with dotted names as nested fields: `{"train.lr": 1}` becomes `{"train": {"lr": 1}}`."""
+    tree: dict[str, Any] = {}
+    for path, value in point.items():
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return tree
