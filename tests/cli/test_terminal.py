@@ -121,3 +121,21 @@ def test_help_is_readable_at_any_width(monkeypatch, capsys, columns):
     assert "Horizontal axis." in out
     assert "show this help" in out
     assert os.environ["COLUMNS"] == str(columns)
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["trian"], 2)])
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_process_of_torchrun_ends_without_the_finalization_of_python(arguments, status, processes):
+    # While Python finalizes, a thread of gloo could abort the process.
+    handler = "import atexit; atexit.register(print, 'exit handler')"
+    code = f"{handler}; import runpy; runpy.run_module('timemix', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"WORLD_SIZE": processes},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert ("timemix 0." in done.stdout) if status == 0 else ("unknown verb" in done.stderr)
+    assert ("exit handler" in done.stdout) == (processes == "1")

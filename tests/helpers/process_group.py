@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.runs import small_config, with_model
+from timemix.cli.terminal import exit_process
 from timemix.errors import CannotWrite, Interrupted, TimemixError, Unavailable
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.config import ModelConfig
@@ -190,3 +191,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exit_process(0)

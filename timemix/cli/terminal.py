@@ -9,7 +9,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 LEAST_COLUMNS = 40
 """Smallest width of tyro's help in columns. At 4 columns or fewer, tyro never finishes."""
@@ -155,3 +155,18 @@ def discard_output() -> None:
     """Connect stdout to the null device, so that the flush at exit cannot fail again."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_process(status: int) -> NoReturn:
+    """Exit with this status. If torchrun started this process, end at once, without the finalization of Python.
+
+    A thread of gloo that deletes a tensor waits for the global interpreter lock. If Python finalizes at this moment,
+    the process aborts (SIGABRT) after its work is done. The caches of torch keep the process groups, and so their
+    threads, until Python has ended.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
