@@ -87,7 +87,7 @@ def run_tests(record: Record, device: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as out:
             done = subprocess.run(
-                [*command, "--show-capture=no", "--tb=short", "tests/test_device.py"],
+                [*command, "--show-capture=no", "--tb=short", "tests/test_device.py", "tests/generation/test_graph.py"],
                 env=os.environ | {"TIMEMIX_TEST_DEVICE": device},
                 stdout=out,
                 stderr=subprocess.STDOUT,

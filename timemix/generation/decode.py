@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue, nearest
+from timemix.generation.graph import DecodeGraph
 from timemix.models.language_model import LanguageModel, evaluating
 from timemix.models.quantize import WEIGHTS, Weights, rounded
 from timemix.models.registry import find_architecture, load_part
@@ -102,6 +103,7 @@ class ModelStep:
 
     def __init__(self, model: LanguageModel, reason: str) -> None:
         self.model, self.reason = model, reason
+        self._graph = DecodeGraph(model) if model.device.type == "cuda" else None
 
     def looks_back(self, position: int) -> int:
         """Return `position`: a token reads all past positions.
@@ -131,7 +133,7 @@ class ModelStep:
             single = (counts == 1).nonzero().flatten()
             if len(single):
                 at = ends[single] - 1
-                logits[at.to(device)], state = self._decode(tokens[at].to(device), state, rows[single].to(device))
+                logits[at.to(device)], state = self._decode(tokens[at], state, rows[single])
             # A piece of several tokens runs alone, so that its logits do not depend on the other rows.
             for i in (counts > 1).nonzero().flatten().tolist():
                 begin, end = int(ends[i] - counts[i]), int(ends[i])
@@ -149,10 +151,16 @@ class ModelStep:
 
     def _decode(self, tokens: Tensor, state: State, rows: Tensor) -> tuple[Tensor, State]:
         """Run the model on one token of each of R rows; return the logits (R, V), and the state."""
+        if self._graph is not None and self._graph.handles(state):
+            return self._graph(tokens, state, rows)
+        tokens = tokens.to(self.model.device)
         # If `rows` lists all rows in order, the state needs no copy.
-        if len(rows) == len(state.position) and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+        if len(rows) == len(state.position) and bool((rows == torch.arange(len(rows))).all()):
             logits, after = self.model(tokens[:, None], state, logits="last")
-            return logits, cast(State, after)
+            # The state stays the same object, by which a graph recognizes its state.
+            state.position, state.layers = after.position, after.layers
+            return logits, state
+        rows = rows.to(self.model.device)
         logits, part = self.model(tokens[:, None], state.select(rows), logits="last")
         state.put(rows, cast(State, part))
         return logits, state

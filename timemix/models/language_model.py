@@ -15,6 +15,7 @@ from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
 from timemix.models.registry import find_architecture, load_part, model_config
 from timemix.models.state import State
+from timemix.runtime.device import is_recording
 from timemix.runtime.threads import share
 
 
@@ -159,9 +160,10 @@ class LanguageModel(nn.Module):
         if not torch.compiler.is_compiling():
             share()
         B, T = tokens.shape
-        end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
-        if self.max_position is not None and end > self.max_position:
-            raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}; pass fewer")
+        if self.max_position is not None and not is_recording():
+            end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
+            if end > self.max_position:
+                raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}; pass fewer")
         x = self.input_norm(self.dropout(self.embedding(tokens)))
         layers: list[dict[str, Tensor]] = []
         carry: Tensor | None = None

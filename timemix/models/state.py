@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class WorkedOutAhead(Protocol):
-    """Results for the next tokens that a decode step has computed in advance from a state."""
+    """What a decode step has computed in advance from a state, such as results for the next tokens."""
 
     def rows_were_written(self, state: "State", rows: Tensor) -> None:
-        """Discard the results of rows that other code replaced, by one write to each tensor of the state.
+        """Discard what was computed from rows that other code replaced, by one write to each tensor of the state.
 
         Args:
             state: The state.

@@ -1,6 +1,8 @@
 """The choice of the device and of the precision of a run."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -64,6 +66,43 @@ def choose_device(device: str, local_rank: int = 0) -> tuple[torch.device, str]:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise Unavailable(f"device {device!r} cannot be used: {reason}; use auto or cpu") from error
     return found, "asked for"
+
+
+_recording = ContextVar("recording", default=False)
+
+
+def is_recording() -> bool:
+    """Return whether a CUDA graph is being recorded in this thread. Meanwhile, code must not read the device."""
+    return _recording.get()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Make `is_recording` true in the `with` block."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
+    """Record the kernels that a function launches.
+
+    Args:
+        work: Function that reads and writes tensors of a CUDA device, the same tensors in each call. `work` runs once
+            before the recording, to load the libraries of its kernels. The recording does not run the kernels.
+
+    Returns:
+        Function that runs the recorded kernels on the same tensors, by a single launch.
+    """
+    with recording():
+        work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), recording():
+        work()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from timemix.models.layers.resize import with_ctx_len
 from timemix.models.layers.rotary import rotary
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
-from timemix.ops.common.history import append, lags, weights_at
+from timemix.ops.common.history import append, lags, positions_read, weights_at
 from timemix.runtime.distributed import set_whole
 
 
@@ -75,8 +75,7 @@ class RotaryAttention(nn.Module):
         q = rotary(q, target, self.rotary_base, turned)
         k = rotary(k, target, self.rotary_base, turned)
         if state is not None and position is not None:
-            # Read the sources up to the newest position of any row.
-            U = min(int(position.max()) + T, self.config.ctx_len)
+            U = positions_read(position, T, self.config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
             values = append(state["values"], v, position, lengths)
             state = {"keys": keys, "values": values}

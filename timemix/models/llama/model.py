@@ -15,7 +15,7 @@ from timemix.models.layers.initial import normal, set_weights
 from timemix.models.layers.linear import Linear, to_product_dtype
 from timemix.models.layers.rotary import rotary
 from timemix.models.llama.config import LlamaConfig
-from timemix.ops.common.history import append, lags
+from timemix.ops.common.history import append, lags, positions_read
 from timemix.ops.common.spread import broadcast_parameter
 
 
@@ -74,8 +74,7 @@ class GroupedAttention(nn.Module):
         q, k = (rotary(each, target, config.rotary_base, config.head_size) for each in (q, k))
         seen = None
         if state is not None and position is not None:
-            # Read the sources up to the newest position of any row.
-            U = min(int(position.max()) + T, config.ctx_len)
+            U = positions_read(position, T, config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
             values = append(state["values"], v, position, lengths)
             state = {"keys": keys, "values": values}

@@ -9,6 +9,8 @@ Rows of a batch may be at different positions. `position` (B,) is the number of 
 import torch
 from torch import Tensor
 
+from timemix.runtime.device import is_recording
+
 
 def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | None) -> Tensor:
     """Store new entries at the position of each row, in place if gradients are disabled.
@@ -36,6 +38,23 @@ def append(history: Tensor, new: Tensor, position: Tensor, lengths: Tensor | Non
         row, step = (time < lengths[:, None]).nonzero(as_tuple=True)
         history[row, :, position[row] + step] = new.transpose(1, 2)[row, step]
     return history
+
+
+def positions_read(position: Tensor, T: int, ctx_len: int) -> int:
+    """Return the number of positions up to the newest of the next T tokens of any row.
+
+    A CUDA graph is recorded once for all positions, and cannot read them, so it reads all positions of the history. The
+    lags of later positions are negative.
+
+    Args:
+        position: Number of earlier tokens of each row (B,).
+        T: Number of new tokens.
+        ctx_len: Number of positions of the history.
+
+    Returns:
+        Number of positions, 1 to ctx_len.
+    """
+    return ctx_len if is_recording() else min(int(position.max()) + T, ctx_len)
 
 
 def lags(position: Tensor, T: int, U: int) -> Tensor:

@@ -30,9 +30,11 @@ import torch
 from torch import Tensor
 
 from timemix.ops.common.fused import divide, weigh
+from timemix.ops.common.history import positions_read
 from timemix.ops.rwkv1.parallel import MIXES, parallel_wkv1
 from timemix.ops.rwkv1.reference import reference_wkv1
 from timemix.ops.rwkv1.state import Denominator, Wkv1State
+from timemix.runtime.device import is_recording
 
 
 def wkv1(
@@ -77,7 +79,7 @@ def wkv1(
         RWKV-LM 0.01, doi 10.5281/zenodo.5196577. The weighted denominator is from AFT, arXiv 2105.14103.
     """
     _check(k, v, f, alpha, beta, state, lengths)
-    positions = k.shape[1] if state is None else int(state.position.max()) + k.shape[1]
+    positions = k.shape[1] if state is None else positions_read(state.position, k.shape[1], f.shape[-1])
     name, _ = choose_backend(backend, positions, v.dtype, free=f.ndim == 3, weighted=denominator == "weighted")
     with torch.autocast(k.device.type, enabled=False):
         if denominator == "weighted":
@@ -211,7 +213,7 @@ def _check(
                 f"{name} has shape {tuple(table.shape)}; it must be (heads, ctx_len) = {(k.shape[2], f.shape[-1])}"
             )
     end = k.shape[1]
-    if state is not None:
+    if state is not None and not is_recording():
         end = int((state.position + (k.shape[1] if lengths is None else lengths)).max())
     if end > f.shape[-1]:
         raise ValueError(f"{end} tokens are more than ctx_len {f.shape[-1]}, where the tables end; pass fewer tokens")

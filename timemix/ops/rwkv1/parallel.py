@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from timemix.ops.common.causal import causal_convolution, running_sum, toeplitz
-from timemix.ops.common.history import append, lags, pairs_at, weights_at
+from timemix.ops.common.history import append, lags, pairs_at, positions_read, weights_at
 from timemix.ops.common.spectral import spectral_convolution
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, Denominator, Wkv1State, compute_dtype
@@ -109,7 +109,7 @@ def parallel_wkv1(
         numerator = mix(f, product.to(v.dtype), None, T).to(source.dtype)
         total = mix(f, source, None, T) if sums is None else sums
     else:
-        U = min(int(state.position.max()) + T, f.shape[-1])
+        U = positions_read(state.position, T, f.shape[-1])
 
         def look_back(history: Tensor) -> Tensor:
             # (B, H, ctx_len, N) -> (B, U, H, N)
