@@ -66,10 +66,10 @@ def test_a_path_that_is_wrong_or_fails_gets_no_figure(monkeypatch):
     found = bench_op.bench_op(ctx_lens=[33], say=lambda line: None, **SIZES)
     report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
-    assert paths["blocked float32"]["withheld"].startswith("parity failed: error 1.0e-02")
+    assert paths["blocked float32"]["withheld"].startswith("parity failed: the error is 1.0e-02")
     assert paths["dense float32"]["withheld"] == "fails: cannot"
     assert "seconds" not in paths["dense float32"]
-    assert "| blocked float32 | parity failed: error" in race.to_markdown(found)
+    assert "| blocked float32 | parity failed: the error is" in race.to_markdown(found)
 
 
 @pytest.mark.parametrize(("name", "calls"), [("slow", 4), ("slow compiled", 5)])
@@ -133,7 +133,7 @@ def test_logits_that_differ_withhold_the_figure(monkeypatch):
     report = to_json(found)
     rows = [row for row in report["results"][0]["paths"] if row["name"].startswith("rwkv1")]
     assert rows
-    assert all(row["withheld"].startswith("parity failed: logit error") for row in rows)
+    assert all(row["withheld"].startswith("parity failed: the logit error is") for row in rows)
 
 
 def test_the_verb_writes_its_report(tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):
     found = bench_sample.bench_sample(model_config("rwkv1", **WRITER), batches=[1], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     paths = {row["name"]: row for row in report["results"][0]["paths"]}
-    assert paths["step int8"]["withheld"].startswith("parity failed: logit error 1.0e-02")
+    assert paths["step int8"]["withheld"].startswith("parity failed: the logit error is 1.0e-02")
     assert "tokens_per_second" in paths["the model's forward float32"]
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks of the op, of a training step and of generation, each beside baselines in the same run."""
+"""Benchmarks of the op wkv1, of a training step and of generation. Each benchmark times baselines in the same run."""

@@ -72,7 +72,7 @@ def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
 
 
 def naive_config(model: ModelConfig) -> Rwkv1Config:
-    """Return the config of a model with the op replaced by the naive implementation.
+    """Return the config of a model whose op wkv1 is replaced by the naive implementation.
 
     Raises:
         InvalidValue: The model is not an rwkv1 with tables f, alpha and beta.

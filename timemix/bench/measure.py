@@ -19,7 +19,7 @@ from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import build_optimizers
 
 OUT_OF_MEMORY = "out of memory"
-# Texts in the error messages of torch on a GPU, of torch on a CPU, and of Python when memory runs out.
+# Parts of the error messages of torch on a GPU, of torch on a CPU, and of Python when memory runs out.
 _WANT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "MemoryError")
 
 
@@ -73,7 +73,7 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
     precision, _ = choose_precision(train.precision, device)
     keep_freed_memory()
     on_gpu = device.type == "cuda"
-    # Run a small step first: the memory of loaded code must not count.
+    # A small step runs first, so that the memory of loaded code does not count.
     small = config.model.tiny()
     _step(
         small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision

@@ -1,4 +1,4 @@
-"""Time forward and backward pass of wkv1 for `timemix bench op`, beside the naive implementation and attention."""
+"""Compare the speed of wkv1 with the naive implementation and with attention, for `timemix bench op`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -18,7 +18,7 @@ def bench_op(
 ) -> Report:
     """Time forward and backward pass of wkv1, beside the naive implementation and fused attention of equal size.
 
-    Each form of wkv1 (dense, blocked, spectral) runs in float32, and in bfloat16 if the device supports bfloat16.
+    Each backend of wkv1 (dense, blocked, spectral) runs in float32, and in bfloat16 if the device supports bfloat16.
 
     Args:
         ctx_lens: Context lengths to time, in tokens.
@@ -81,14 +81,14 @@ def _op(name: str, form: Callable[..., tuple[Tensor, Any]], x: dict[str, Tensor]
             for n, a in cut.items()
         }
 
-    # The length 701 is odd, so that the last block of every form is incomplete.
+    # The length 701 is odd, so that the last block of every backend is incomplete.
     short = min(x["k"].shape[1], 701)
     try:
         ours = run(leaves(short, dtype))
         theirs = [a.detach().float() for a in _plain(leaves(short, torch.float64))]
         worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
         allowed = 0.03 if dtype == torch.bfloat16 else 1e-4
-        fault = None if worst <= allowed else f"parity failed: error {worst:.1e} of the largest value"
+        fault = None if worst <= allowed else f"parity failed: the error is {worst:.1e} times the largest value"
     except (RuntimeError, ValueError) as error:
         fault = f"fails: {str(error).splitlines()[0]}"
     inputs = leaves(x["k"].shape[1], dtype)

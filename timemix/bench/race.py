@@ -34,12 +34,12 @@ class Contender:
     tokens: int
     """Number of tokens that a call processes."""
     fault: str | None = None
-    """Reason to withhold the figures of this contender, None without such a reason."""
+    """Reason to withhold the figures of this contender, or None to show the figures."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and range over the rounds of a relative speed: the speed divided by the speed of the first contender."""
+    """Speed of a contender divided by the speed of the first contender, as median and range over the rounds."""
 
     median: float
     low: float
@@ -68,7 +68,8 @@ class Path:
     call_memory: int | None = field(default=None, metadata=OPTIONAL)
     """Peak memory that a call allocates on a GPU, without memory allocated earlier, in bytes."""
     share_of_peak: float | None = field(default=None, metadata=OPTIONAL)
-    """Speed of a training step as a share of the peak speed of matrix products, counting 6 N D operations."""
+    """Speed of a training step as a share of the peak speed of matrix products. The speed counts 6 N D operations for N
+    parameters and D tokens."""
     parameters: int | None = field(default=None, metadata=OPTIONAL)
     """Number of parameters."""
 
@@ -207,7 +208,7 @@ def _start_of_memory(device: torch.device) -> int:
 
 
 def machine_now(device: torch.device) -> Machine:
-    """Return the names of machine and versions, and measure the limits of the machine."""
+    """Return the name of the machine and the software versions, and measure the limits of the machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
         processor=name,

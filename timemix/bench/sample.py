@@ -1,7 +1,8 @@
-"""Time generation for `timemix bench sample`, beside recomputing, a Llama with a cache, and the physical floor.
+"""Compare the speed of generation with a cached Llama and with the memory bandwidth, for `timemix bench sample`.
 
-The floor of a step is the time to read its weights and its state from memory, at the bandwidth measured in the same
-run. A step can be faster than the floor if the weights fit in the cache of the processor.
+The least possible time of a step (the floor) is the time to read its weights and its state from memory, at the
+bandwidth measured in the same run. A step can be faster than the floor if the weights fit in the cache of the
+processor.
 """
 
 import copy
@@ -142,7 +143,7 @@ def _stepping(
     with torch.no_grad():
         theirs, _ = expected(tokens[:, None], state.clone(), logits="last")
     worst = float((found - theirs).abs().max() / theirs.abs().max())
-    fault = None if worst <= 1e-4 else f"parity failed: logit error {worst:.1e} of the largest logit"
+    fault = None if worst <= 1e-4 else f"parity failed: the logit error is {worst:.1e} times the largest logit"
 
     # Sums over the past are computed once per block of positions. If a row returned to an earlier position, the step
     # would recompute these sums.
@@ -229,7 +230,7 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
 
 
 def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """Time a token at each position of POSITIONS, including the mean cost of re-reading a bounded context."""
+    """Time a generated token at each position of POSITIONS, with the mean cost of re-reading a bounded context."""
     limit = model.max_position
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Time a training step for `timemix bench train`, beside the naive implementation and other models."""
+"""Compare the speed of a training step with the naive implementation and other models, for `timemix bench train`."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -31,11 +31,11 @@ WITHOUT_C = "by torch's operators"
 
 
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
-    """Time a training step on random tokens, beside other implementations of the same size.
+    """Compare the speed of a training step on random tokens with other models of about equal size.
 
     The model runs as in `timemix train`, then without its C code. If `compile` is "on", or "auto" expects a speedup,
-    the model also runs compiled. The other contenders are the naive implementation in float32, rotary attention, and
-    the Llama of `transformers` if `transformers` is installed.
+    the model also runs compiled. The baselines are the naive implementation in float32, rotary attention,
+    and the Llama of `transformers` if `transformers` is installed.
 
     Args:
         model: An rwkv1 with tables f, alpha and beta.
@@ -105,7 +105,10 @@ def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: 
 
 
 def _c_or_not(path: str) -> AbstractContextManager[None]:
-    """Return a context that disables the C code for the naive implementation and for names that end with WITHOUT_C."""
+    """Return a context that disables the C code for some contenders.
+
+    The contenders are the naive implementation, and implementations whose names end with WITHOUT_C.
+    """
     return fused.left_out() if path == PLAIN or path.endswith(WITHOUT_C) else nullcontext()
 
 
@@ -114,7 +117,7 @@ def _off(logits: Tensor, expected: Tensor, precision: str) -> str | None:
     worst = float((logits - expected).abs().max() / expected.abs().max())
     if worst <= (0.03 if precision == "bfloat16" else 1e-4):
         return None
-    return f"parity failed: logit error {worst:.1e} of the largest logit"
+    return f"parity failed: the logit error is {worst:.1e} times the largest logit"
 
 
 def _logits(model: nn.Module, tokens: Tensor, precision: str) -> Tensor:

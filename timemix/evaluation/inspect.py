@@ -1,4 +1,4 @@
-"""Inspection of a trained model: time tables, outputs of the projections, and use of token-shift."""
+"""Inspection of a trained model: its tables over positions, outputs of its projections, and its use of token-shift."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class Projection:
     projection: str
     """Name of the projection, such as "key"."""
     mean: float
-    """Mean of the outputs, measured after the sigmoid for a receptance."""
+    """Mean of the outputs. For a receptance, the outputs are taken after the sigmoid."""
     deviation: float
     """Standard deviation of the outputs."""
     quantiles: list[float]
@@ -58,7 +58,7 @@ class Projection:
     unshifted: float | None
     """Mean of |weight| x standard deviation of the input channel, over all unshifted channels and all outputs."""
     share: float | None
-    """shifted / (shifted + unshifted); None if both are zero."""
+    """shifted / (shifted + unshifted), or None if shifted and unshifted are both zero."""
     shifted_at_start: float | None
     unshifted_at_start: float | None
     share_at_start: float | None
@@ -101,7 +101,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but at least 2 are needed; give a longer text")
     model = loaded.model
-    # The seed of the run gives `start` the initial weights of the run.
+    # With the seed of the run, `start` gets the initial weights of the run.
     torch.manual_seed(loaded.config.train.seed)
     start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
     tables = [{name: table.tolist() for name, table in block.tables().items()} for block in model.blocks]
@@ -128,7 +128,7 @@ def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.n
 
     Args:
         model: The trained model.
-        start: The same model before training.
+        start: The model with its weights before training.
         tokens: Token ids of the text, (tokens,).
     """
     now, before = _observe(model, tokens), _observe(start, tokens)
@@ -180,7 +180,7 @@ class _Seen:
         return torch.cat(self.inputs).std(0, correction=0)
 
     def summary(self, name: str) -> tuple[float, float, list[float]]:
-        """Return mean, standard deviation and quantiles of the outputs, measured after the sigmoid for a receptance."""
+        """Return mean, standard deviation and quantiles of the outputs. Apply the sigmoid first for a receptance."""
         values = torch.cat(self.outputs)
         values = values.sigmoid() if name == "receptance" else values
         spread = np.quantile(values.numpy(), QUANTILES)
@@ -189,7 +189,7 @@ class _Seen:
 
 @torch.no_grad()
 def _observe(model: LanguageModel, tokens: np.ndarray | Tokens, most: int = 2048) -> dict[tuple[int, str, str], _Seen]:
-    """Record inputs and outputs of every projection over at most `most` tokens; keys are layer, sublayer and name."""
+    """Record inputs and outputs of every projection over at most `most` tokens, by layer, sublayer and name."""
     seen: dict[tuple[int, str, str], _Seen] = {}
     hooks = []
     for layer, block in enumerate(model.blocks):
@@ -216,7 +216,9 @@ def _recorder(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]
 
 
 def _use(linear: nn.Linear, deviation: Tensor, shifted: int) -> tuple[float, float] | None:
-    """Return the means of |weight| x deviation over shifted and other input channels; None without shifted channels.
+    """Return two means of |weight| x deviation: over the shifted input channels, and over all other input channels.
+
+    Return None if no channel is shifted.
 
     Args:
         linear: The projection.

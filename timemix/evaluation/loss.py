@@ -38,8 +38,8 @@ def windows(
         stride: Distance between the starts of windows in tokens; None: adjacent windows.
 
     Yields:
-        Inputs and targets, each (batch, T) int64, and the number of targets at the end of each row that count in the
-        loss.
+        Inputs and targets, each (batch, T) int64, and a number n for each row: the last n targets of the row count in
+        the loss.
     """
     if stride is None or stride >= ctx_len:
         for inputs, targets in validation_windows(tokens, ctx_len, batch_size):
@@ -130,7 +130,7 @@ def loss_by_position(
     Args:
         model: The model.
         tokens: Token ids, (tokens,). Tokens at the end that fill no window are ignored.
-        contexts: Length of a window in units of ctx_len.
+        contexts: Length of a window, as a multiple of ctx_len.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
         tokens_per_batch: Number of tokens in a batch.
 
@@ -205,7 +205,8 @@ def evaluate(
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
 
     Returns:
-        The loss in nats per token, bits per character and bits per byte (UTF-8), with the counts.
+        The loss in nats per token, bits per character and bits per byte (UTF-8), with the numbers of tokens, characters
+        and bytes.
 
     Raises:
         InvalidValue: The text has fewer than two tokens, `stride` is below 1, or `precision` is unknown.
@@ -268,8 +269,8 @@ def evaluate_held_out(
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     read = whole.characters, whole.bytes
-    # Folders of earlier versions lack the size of the first token. In such a folder, <unk> counts as one character of
-    # one byte.
+    # Folders that earlier versions of timemix prepared do not store the size of the first token. Without a stored size,
+    # <unk> counts as one character of one byte.
     first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
     return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
 
@@ -289,7 +290,7 @@ def _in_units(
     Args:
         model: The model.
         tokens: Token ids, (tokens,).
-        whole: Counts of the whole text.
+        whole: Numbers of characters, bytes and unknown characters or words of the whole text.
         read: Numbers of characters and bytes that the tokens encode.
         first: Numbers of characters and bytes of the first token.
         precision: Precision of matrix products.

@@ -14,7 +14,8 @@ Recompute = Literal["none", "cheap", "all"]
 Activation = Literal["gelu", "mish", "relu2", "silu"]
 
 MOST_FRACTIONS = 1000
-# The limits of sizes are far above all useful values. A damaged size is rejected before memory is allocated.
+# The limits of sizes are far above all useful values. A wrong size from a damaged file is rejected before memory is
+# allocated.
 _LARGEST = {"vocab_size": LARGEST_VOCABULARY, "ctx_len": 2**20, "layers": 1000, "heads": 2**16, "channels": 2**16}
 
 
@@ -36,7 +37,8 @@ class ModelConfig:
     """Dropout of the embedding and of the output of each sublayer, from 0 up to but not including 1."""
 
     version_1: ClassVar[dict[str, tuple[str, tuple[str, ...]]] | None] = None
-    """Class names of `mixer` and `ffn` in format version 1, and their fields in order; None for newer architectures."""
+    """Class names of `mixer` and `ffn` in format version 1, with the fields of each class in order.
+    None for newer architectures."""
 
     def __post_init__(self) -> None:
         for name, most in _LARGEST.items():
@@ -125,7 +127,7 @@ class ShiftedConfig(HeadsConfig):
     """Value of --model.token-shift in the last layer. The values of earlier layers are interpolated.
     Default: equal in all layers."""
     initial: Initial = "zero"
-    """Initial values: `original` (2021), or `zero` (late 2021), with which every block starts as the identity."""
+    """Initial values: `original` (2021), or `zero` (late 2021). With `zero`, every block starts as the identity."""
     activation: Activation = "gelu"
     """Activation of the feed-forward sublayer."""
 

@@ -27,7 +27,7 @@ class Architecture:
         year: Year of publication.
         colour: Colour of the architecture's curves in pictures.
         summary: Description of the architecture in one line.
-        decode: "module:class" of the compiled decode step; None: the model's own forward pass decodes.
+        decode: "module:class" of the compiled decode step; None: the model's own forward pass computes each step.
         weights: "module" that converts weights from and to published names; None: there are no published names.
         recurrent: "module" that converts a trained model to a model with a constant state; None: no such module.
         bounded: Whether the context of the architecture ends at ctx_len.
@@ -188,14 +188,14 @@ def model_config(arch: str, **fields: Any) -> ModelConfig:
 
 
 def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
-    """Return the settings of another architecture at the same size.
+    """Return settings of another architecture, with the size of a given model.
 
     Args:
         config: Settings that give the size.
         arch: Name of the other architecture.
 
     Returns:
-        The settings of the other architecture, with the size of `config` in each field that both architectures have.
+        The settings of the architecture `arch`, with the sizes of `config` in all fields that both architectures have.
     """
     known = find_architecture(arch).config.__dataclass_fields__
     names = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")

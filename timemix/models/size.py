@@ -7,7 +7,7 @@ from timemix.models.language_model import LanguageModel
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Count the parameters of each part of a model, without memory for its weights.
+    """Count the parameters of each part of a model, without allocating memory for its weights.
 
     Args:
         config: Settings of the model.
@@ -31,7 +31,7 @@ def flops_per_token(config: ModelConfig) -> int:
     """Estimate the floating-point operations per token of a forward pass over ctx_len tokens.
 
     The estimate is two operations for each weight of a matrix product, plus the operations of `Block.mixing_flops`.
-    Training needs 3x as many operations.
+    A training step needs 3x as many operations as a forward pass.
 
     Args:
         config: Settings of the model.

@@ -12,7 +12,7 @@ class WorkedOutAhead(Protocol):
     """What a decode step has computed in advance from a state, such as results for the next tokens."""
 
     def rows_were_written(self, state: "State", rows: Tensor) -> None:
-        """Discard what was computed from rows that other code replaced, by one write to each tensor of the state.
+        """Discard what was computed from rows after other code has replaced the rows by one write to each tensor of the state.
 
         Args:
             state: The state.
@@ -30,7 +30,7 @@ class State:
     Args:
         position: Number of tokens of each row so far (B,) int64.
         layers: Tensors of each block by name, batch first.
-        pending: Results that a decode step has computed in advance, or None. In copies of a state, `pending` is None.
+        pending: Results that a decode step has computed in advance, or None. A copy of a state has `pending` None.
     """
 
     position: Tensor

@@ -1,4 +1,4 @@
-"""The processes that train one model together, which `torchrun` starts and torch.distributed connects.
+"""Processes that train one model together. `torchrun` starts the processes, and torch.distributed connects them.
 
 Each process has a `World` with its rank. Without torchrun, a program runs the same code with a world of size 1.
 """
@@ -19,7 +19,7 @@ from timemix.errors import TimemixError, Unavailable
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(seconds=60)
-"""Time for which a process waits for another process in a collective operation before it stops with an error."""
+"""Time limit of a collective operation. A process that waits longer for another process stops with an error."""
 
 _LONG = timedelta(days=7)
 
@@ -32,7 +32,7 @@ class World:
     """The processes of a run, with the rank of this process.
 
     Args:
-        rank: Rank of this process, 0 to size - 1; only rank 0 writes files and prints.
+        rank: Rank of this process, 0 to size - 1. Only rank 0 writes files and prints.
         size: Number of processes.
         local_rank: Rank of this process among the processes of its machine, 0 to local_size - 1.
         local_size: Number of processes on this machine.
@@ -73,7 +73,7 @@ class World:
         return total.tolist()
 
     def _largest(self, number: int) -> int:
-        """Return the largest number of all processes. A process waits for the others without a time limit."""
+        """Return the largest number of all processes. A process waits for all other processes without a time limit."""
         largest = torch.tensor(number)
         if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._patient)
@@ -86,7 +86,7 @@ class World:
             action: Function that this process calls.
 
         Returns:
-            The result of the function of this process.
+            The result of the function in this process.
 
         Raises:
             OSError: The function of any process fails with an OSError. Only process 0 raises this error.
@@ -255,7 +255,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """Return the range of rows of a sharded tensor that this process has: its first row, and the row after its last."""
+    """Return the first row that this process has of a sharded tensor, and the row after the last row."""
     rows, parts, rank = tensor.shape[0], tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()  # type: ignore[attr-defined]
     each = -(-rows // parts)
     return min(rank * each, rows), min((rank + 1) * each, rows)

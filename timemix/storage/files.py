@@ -11,7 +11,7 @@ from pathlib import Path
 from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
-"""Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory."""
+"""Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory as the file."""
 
 
 def check_name(path: Path) -> None:
@@ -157,7 +157,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically. Yield a temporary path, which is renamed when the `with` block succeeds.
 
     Args:
-        path: The file. The temporary path has the same suffix.
+        path: The file. The temporary path has the suffix of this file.
 
     Raises:
         CannotWrite: The disk is full or not writable.

@@ -45,7 +45,7 @@ def index_path(folder: Path, stem: str) -> Path:
 
 
 def is_sharded(folder: Path, stem: str) -> bool:
-    """Return whether the tensors must be read from sharded files: an index exists, and no file of whole tensors."""
+    """Return True if an index of sharded files exists, and no file of whole tensors exists."""
     return index_path(folder, stem).exists() and not (folder / f"{stem}.safetensors").exists()
 
 

@@ -15,7 +15,7 @@ from timemix.storage.files import read_text
 Record = TypeVar("Record")
 
 OPTIONAL = {"optional": True}
-"""Metadata of a field that `to_json` omits if it is None."""
+"""Metadata of a field that `to_json` omits if the value of the field is None."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from timemix.storage.files import explained, write_text
 from timemix.storage.json_files import read_json
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Numbers of errors on file systems without locks, such as some cluster and network file systems."""
+"""Error numbers (errno) that mean that a file system has no locks, as on some clusters and networks."""
 
 
 class _Lock:

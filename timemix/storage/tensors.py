@@ -58,7 +58,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a file so that equal tensors give bit-identical files; the library writes any order."""
+    """Sort the metadata of a file, since the library writes any order, so that equal tensors give identical files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -1,7 +1,7 @@
 """The base class of tokenizers, which map text to token ids and back.
 
-Every tokenizer is saved as a `tokenizer.json`, with which the `tokenizers` library gives the same ids. The structure of
-the file determines the kind of the tokenizer and its treatment of unknown text.
+Every tokenizer is saved as a `tokenizer.json`. The `tokenizers` library gives the ids of timemix with this file. The
+structure of a `tokenizer.json` determines the kind of the tokenizer and its treatment of unknown text.
 """
 
 import codecs
@@ -89,7 +89,7 @@ class Tokenizer(ABC):
 
         Args:
             unknown: Number of occurrences of each unknown character or word.
-            is_new: Whether the vocabulary is new, so that the message names the setting that changes the vocabulary.
+            is_new: Whether the vocabulary is new. The message then names the setting that changes the vocabulary.
 
         Raises:
             InvalidValue: The text has unknown characters or words, which the message names.
@@ -155,7 +155,7 @@ class Tokenizer(ABC):
             blocks: Blocks of token ids, each (tokens,).
 
         Yields:
-            The text of each block, then the rest of the text.
+            The text that is complete after each block, then the rest of the text.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.
@@ -218,7 +218,8 @@ class Tokenizer(ABC):
             other: The other tokenizer.
 
         Returns:
-            The kinds of the two tokenizers if the kinds differ, otherwise the entries of only one vocabulary.
+            The kinds of the two tokenizers if the kinds differ, otherwise the entries that only one of the two
+            vocabularies has.
         """
         if self.kind != other.kind:
             return f"the first tokenizer is of kind {self.kind}, the second of kind {other.kind}"

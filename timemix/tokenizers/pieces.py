@@ -37,7 +37,7 @@ def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
             yield rest[start : match.end()]
             start = match.end()
         rest = rest[start:]
-        # Only the next part shows whether a cut can follow the last character.
+        # Only the next part of the text shows whether a cut can follow the last character of this part.
         searched = max(0, len(rest) - 1)
     if rest:
         yield rest

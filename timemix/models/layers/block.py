@@ -34,10 +34,12 @@ class Recipe:
     """Settings of the optimizer that depend on the architecture.
 
     Args:
-        lr_scale: Pairs (end of a parameter's name, factor of its learning rate). Other parameters have factor 1.
+        lr_scale: Pairs (end of a parameter's name, factor of its learning rate). A parameter that matches no pair has
+            factor 1.
         decay_all_matrices: Whether weight decay applies to the embedding and the head too, not only to the linear
             weights inside blocks.
-        warmup_floor: Share of the learning rate at which a warm-up begins, 0 to 1.
+        warmup_floor: Learning rate at the start of a warm-up, divided by the learning rate at the end of the warm-up, 0
+            to 1.
     """
 
     lr_scale: tuple[tuple[str, float], ...] = ()
@@ -75,7 +77,7 @@ class Kept:
 class Block(nn.Module):
     """One layer of an architecture. The block class also defines the parts of the model outside the blocks.
 
-    A subclass must define `forward`, `init_state`, `set_initial_values` and `kept`. The other methods have defaults.
+    A subclass must define `forward`, `init_state`, `set_initial_values` and `kept`, and may override all other methods.
 
     Args:
         config: Settings of the model.
@@ -89,7 +91,7 @@ class Block(nn.Module):
         """Create the block's state before the first token.
 
         Args:
-            batch_size: Number of rows B.
+            batch_size: Number B of texts in the batch.
 
         Returns:
             Tensors by name, batch first.
@@ -107,14 +109,14 @@ class Block(nn.Module):
         """Apply the block.
 
         Args:
-            x: Rows (B, T, C).
+            x: Input (B, T, C).
             state: State of the block after the earlier tokens; None, as in training: the tokens begin at position 0.
             carry: Tensor from an earlier block for the same tokens; None if there is no such tensor.
             position: Number of earlier tokens of each row (B,); None without a state.
             lengths: Number of valid tokens of each row (B,), 1 to T; None: all tokens are valid.
 
         Returns:
-            Rows (B, T, C), the next state (None if `state` is None), and the carry for the next block.
+            Output (B, T, C), the next state (None if `state` is None), and the tensor `carry` for the next block.
         """
         raise NotImplementedError
 
@@ -144,7 +146,7 @@ class Block(nn.Module):
 
     @classmethod
     def set_initial_values(cls, model: Model) -> None:
-        """Fill every weight of a model in place, including embedding and head, with PyTorch's global generator.
+        """Initialize every weight of a model in place, including embedding and head, with PyTorch's global generator.
 
         Args:
             model: The model.
@@ -178,9 +180,9 @@ class Block(nn.Module):
 
     @classmethod
     def mixing_flops(cls, config: Any) -> int:
-        """Count the operations per token that mix information over time, in all layers and without weights.
+        """Count the operations per token that mix information over time, without the products with weight matrices.
 
-        The count is for a forward pass over ctx_len tokens.
+        The count is for a forward pass over ctx_len tokens through all layers.
 
         Args:
             config: Settings of the model.
@@ -249,11 +251,11 @@ class Block(nn.Module):
 
     @property
     def shifted(self) -> int:
-        """Number of first channels in a projection's input that come from earlier tokens."""
+        """Number of channels at the start of a projection's input that come from earlier tokens."""
         return 0
 
     def tables(self) -> Tensors:
-        """Return the learned parameters with one value per position, which `timemix inspect` shows.
+        """Return the learned parameters with one value per position, for `timemix inspect`.
 
         Returns:
             Tables by name.

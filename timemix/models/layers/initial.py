@@ -4,7 +4,8 @@
   additional factor of 0.4. The embedding is an orthogonal matrix times 0.4 sqrt(max(V, C)).
 - "original" for attention: linear and embedding weights are normal(0, 0.01).
 - "zero" (late 2021): weights are orthogonal matrices for every architecture. The output weights of both sublayers of a
-  block are zero, so that the block starts as the identity. The curve f_h(lag) decays faster for smaller h.
+  block are zero, so that the block starts as the identity. The curve f_h(lag) decays faster for a smaller index h of
+  the head.
 
 With both "original" and "zero", biases are zero, and alpha, beta and gamma are one.
 """
@@ -29,7 +30,7 @@ def set_weights(model: Model, fill: Callable[[str, nn.Linear | nn.Embedding], ob
 
     Args:
         model: The model.
-        fill: Function of the name and the module of a linear map or embedding, which fills the weight in place.
+        fill: Function that fills a weight in place, given the name and the module of a linear map or embedding.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -81,5 +82,5 @@ def log_decay(heads: int, ctx_len: int) -> Tensor:
 
 
 def table_like(f: Tensor, by_lag: Tensor) -> Tensor:
-    """Convert a table by lag (H, ctx_len) to the shape of f, which is by lag or by pair (H, ctx_len, ctx_len)."""
+    """Convert a table by lag (H, ctx_len) to the shape of f: by lag, or by pair of positions (H, ctx_len, ctx_len)."""
     return by_lag if f.ndim == 2 else toeplitz(by_lag, by_lag.shape[1], by_lag.shape[1])

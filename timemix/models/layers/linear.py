@@ -1,4 +1,4 @@
-"""Linear, embedding and norm layers, joint products of linear layers with the same input, and the dtype of products."""
+"""Linear, embedding and norm layers, joint products of linear layers with one input, and dtype of matrix products."""
 
 import torch
 from torch import Tensor, nn

@@ -15,14 +15,14 @@ def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Rec
 
     Args:
         block: The block.
-        x: Rows (B, T, C).
+        x: Input (B, T, C).
         carry: Tensor from an earlier block, see `Block.forward`.
         recompute: "none": store all results. "cheap": store the outputs of linear maps, convolutions and fused
             attention. "all": store only x. Compiled code ignores this argument: the compiler chooses the stored
             results.
 
     Returns:
-        Rows (B, T, C), and the carry for the next block.
+        Output (B, T, C), and the tensor `carry` for the next block.
 
     Source:
         arXiv 1604.06174.

@@ -18,7 +18,7 @@ TABLES = ("f", "alpha", "beta", "gamma")
 def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarithms: bool = False) -> dict[str, Tensor]:
     """Return the weights of a model for another context length.
 
-    W does not change at positions below both context lengths.
+    W does not change at positions below the smaller of the two context lengths.
 
     Args:
         weights: Weights by name.
@@ -30,7 +30,7 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
         New weights by name.
 
     Raises:
-        InvalidValue: W is free and `ctx_len` is above `old`. A free W is unknown at positions without training.
+        InvalidValue: W is free and `ctx_len` is above `old`. A free W has no values beyond the trained positions.
     """
     result = dict(weights)
     mixers = {name.rpartition(".")[0] for name in weights if name.endswith(".mixer.f")}
@@ -49,7 +49,7 @@ def with_ctx_len(weights: dict[str, Tensor], old: int, ctx_len: int, *, logarith
 
 
 def resized_table(table: Tensor, ctx_len: int) -> Tensor:
-    """Return a table (..., ctx_len): cut at its end, or extended by the mean of its last quarter."""
+    """Cut a table at its end to the length ctx_len, or extend the table by the mean of its last quarter."""
     return extended(table, ctx_len)[..., :ctx_len].clone()
 
 

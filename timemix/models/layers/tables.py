@@ -18,15 +18,15 @@ def time_gamma(config: ShiftedConfig, learned: bool) -> nn.Parameter | None:
 
 
 def times_gamma(x: Tensor, gamma: Tensor | None, position: Tensor | None) -> Tensor:
-    """Multiply rows by gamma at their positions.
+    """Multiply the activations of each position by gamma.
 
     Args:
-        x: Rows (B, T, C).
+        x: Input (B, T, C).
         gamma: Table (ctx_len,), whose last entry applies to all later positions; None: gamma is 1.
         position: Number of earlier tokens of each row (B,); None: no earlier tokens.
 
     Returns:
-        Rows (B, T, C).
+        Output (B, T, C).
     """
     if gamma is None:
         return x

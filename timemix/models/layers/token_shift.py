@@ -63,15 +63,15 @@ class TokenShift(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Shift rows.
+        """Replace channels of each token by those channels of earlier tokens.
 
         Args:
-            x: Rows (B, T, C).
+            x: Input (B, T, C).
             state: Newest rows before x, oldest first (B, distance, C); None: zeros, and the next state is None.
             lengths: Number of valid rows of each batch entry (B,), 1 to T; None: all rows are valid.
 
         Returns:
-            Shifted rows (B, T, C), and the next state.
+            Shifted input (B, T, C), and the next state.
         """
         if not self.distance:
             return x, state

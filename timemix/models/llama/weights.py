@@ -1,4 +1,4 @@
-"""Conversion of weights and settings from and to LlamaForCausalLM of `transformers`, which has the same layouts."""
+"""Conversion of weights and settings from and to LlamaForCausalLM of `transformers`, whose layouts timemix uses too."""
 
 from typing import Any
 

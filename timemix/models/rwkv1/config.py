@@ -20,9 +20,10 @@ class Rwkv1Config(ShiftedConfig):
     gamma: bool = True
     """Learned weight gamma(t) of the output at each position t."""
     weights: Literal["decomposed", "free"] = "decomposed"
-    """Weights W: `decomposed` is f_h(t-u) alpha_h(u) beta_h(t), `free` is a parameter W_h[t,u] per pair, as in AFT."""
+    """Weights W: `decomposed` is f_h(t-u) alpha_h(u) beta_h(t). `free` is a parameter W_h[t,u] for each pair of
+    positions, as in AFT."""
     denominator: Literal["plain", "weighted"] = "plain"
-    """Denominator: `plain` sums exp(k), `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
+    """Denominator: `plain` sums exp(k). `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
     """Backend of the wkv op. `auto` is the fastest backend for the context length."""
 

@@ -1,11 +1,11 @@
-"""The compiled step, which processes prompts and new tokens of many texts as fast as it reads weights from memory.
+"""The compiled decode step, which is as fast as the processor reads the weights from memory.
 
     logits, state = step(tokens, state, rows, counts)
 
 In a model's own forward pass, most of the time of a decode step goes to calls of small operators, on one thread. The
 compiled step is one call of C code for the whole model (step.c, which opens with the formula), with weights in float32,
-bfloat16 or int8. The compiled step processes prompts too. The results of a text are bit-identical for every division of
-the text into pieces, and for any other texts in the same call.
+bfloat16 or int8. The compiled step processes prompts and new tokens of many texts in one call. The results of a text
+are bit-identical for every division of the text into pieces, and for any other texts in a call.
 
 This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal those of
 step.c and ops/common/panels.h, field by field.
@@ -86,7 +86,7 @@ class _Model(ctypes.Structure):
 
 
 class FarSums:
-    """The sums over all earlier blocks for the positions of each row's current block (`far` of step.c).
+    """For each position of a row's current block, sums over all earlier blocks (`far` of step.c).
 
     The sums are derived from the state, and are never saved. If code outside the step changes the state, the step
     recomputes the sums.
@@ -108,14 +108,14 @@ class FarSums:
         self._written = _written(state)
 
     def rows_were_written(self, state: State, rows: Tensor) -> None:
-        """Discard the sums of rows that other code replaced, by one write to each tensor of the state.
+        """Discard the sums of rows after other code has replaced the rows by one write to each tensor of the state.
 
         Args:
             state: The state.
             rows: Indices of the rows (R,).
         """
         self.known[rows] = -1
-        # More than one write to a history means that any row may have changed.
+        # After more than one write to a tensor of the state, any row may have changed.
         once = [(history, count + 1) for history, count in self._written]
         self._written = _written(state)
         if self._written != once:
@@ -129,10 +129,10 @@ class FarSums:
 
 
 def _written(state: State) -> list[tuple[int, int]]:
-    """Return the identity of each history, and PyTorch's count of writes to the history.
+    """Return the id() of each layer's tensor `numerators`, and PyTorch's count of writes to the tensor.
 
-    PyTorch does not count the writes of the compiled step. Tensors of inference mode have no count, so in inference
-    mode `State.put` makes the step recompute all rows.
+    PyTorch does not count the writes of the compiled step. For tensors created in inference mode, PyTorch counts no
+    writes, so `State.put` then makes the step recompute all rows.
     """
     histories = [layer["numerators"] for layer in state.layers]
     if histories[0].is_inference():
@@ -184,7 +184,7 @@ class CompiledStep:
             layer=self._layers,
         )
         self._remembers = isinstance(config, Rwkv1Config)
-        # Number of scratch values for each row and for each piece, as documented at timemix_step.
+        # Number of scratch values for each token and for each piece of tokens, as documented at timemix_step.
         self._sizes_of_scratch = (
             3 * C + max(3 * C, 2 * hidden + C) + max(C, hidden),
             C * max(cast(Rwkv1Block, block).shift.distance for block in model.blocks),
@@ -192,7 +192,7 @@ class CompiledStep:
         self._scratch = torch.empty(0)
         # Result of `_bounds` for the newest call with one token for each row. Most calls have one token for each row.
         self._single = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-        # Tensors of the state that the layers point to.
+        # Tensors of the state that the C structures of the layers point to.
         self._bound: list[Tensor] = []
         self._far: FarSums | None = None
 
@@ -205,7 +205,7 @@ class CompiledStep:
             return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
 
     def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the bounds of the pieces (R + 1,), and the indices of the tokens whose logits are wanted.
+        """Return the bounds (R + 1,) of one piece of tokens per row, and the indices of the tokens that need logits.
 
         Piece p consists of the tokens bounds[p] to bounds[p + 1] - 1.
         """
@@ -243,14 +243,17 @@ class CompiledStep:
         return logits, state
 
     def _point_to(self, state: State) -> Tensor | None:
-        """Point the layers to the tensors of a state. Return `FarSums.known` for rwkv1, and None for rwkv1_exp."""
+        """Store pointers to the tensors of a state in the C structures of the layers.
+
+        Return `FarSums.known` for rwkv1, and None for rwkv1_exp.
+        """
         tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
         if len(tensors) != len(self._bound) or any(map(operator.is_not, tensors, self._bound)):
             self._bind(state)
         if not self._remembers:
             return None
         far = state.pending
-        # A state may come from another step, whose tables differ.
+        # A state may come from another decode step, whose tables differ.
         if not isinstance(far, FarSums) or far.owner is not self:
             state.pending = far = FarSums(self, state, self._block)
         far.check(state)
@@ -261,7 +264,7 @@ class CompiledStep:
         return far.known
 
     def _bind(self, state: State) -> None:
-        """Write the addresses of a state's tensors, made contiguous for step.c, into the layers."""
+        """Make the tensors of a state contiguous, and write their addresses into the C structures of the layers."""
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
@@ -282,10 +285,10 @@ class CompiledStep:
         return None if found else reason
 
     def looks_back(self, position: int) -> int:
-        """Return the average number of past positions that a token at a position reads.
+        """Return the average number of past positions that a decode step reads for a token at `position`.
 
-        The number includes the positions of the token's block, the sum over all earlier blocks, and the token's share
-        of the positions from which the sums of a block are computed.
+        The number has three parts: the earlier positions of the token's block, one for the sum over all earlier blocks,
+        and the token's share of the positions from which the step computes the sums of a block.
         """
         blocks, rest = divmod(position, self._block)
         return rest + (blocks + 1 if blocks else 0)
@@ -334,7 +337,7 @@ class CompiledStep:
         return (ctypes.c_void_p * 2)(self._hold(norm.weight), self._hold(norm.bias))
 
     def _hold(self, x: Tensor) -> int:
-        """Return the address of a tensor's numbers, valid for the life of this step."""
+        """Return the address of a tensor's numbers, which stays valid while this step exists."""
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
 
@@ -356,7 +359,8 @@ def _exponentials(mixer: ExpTimeMix) -> dict[str, Tensor | None]:
     own, sines = turned(curves, torch.ones(()))
     found = {
         "own": own,
-        # A pair is rotated: the first slot gets minus the sine, the second slot plus the sine, as in `partners`.
+        # A pair of slots is rotated: the first slot gets minus the sine, the second slot plus the sine, as in
+        # `partners`.
         "other": torch.where(torch.arange(own.shape[1]) % 2 == 0, -sines, sines),
         "begin": basis(curves, torch.zeros(())),
         "coefficients": curves.coefficients,

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from timemix.ops.rwkv1.curves import LEAST_RATE, Curves, basis, partners
 
 MOST_RATE = 8.0
-"""Largest rate. After one lag, exp(-8) of the curve remains, so a faster decay is no better than a tap."""
+"""Largest rate. After one lag, exp(-8) of the curve remains, so a faster decay is no better than a tap (a direct
+coefficient of one lag)."""
 
 MOST_COEFFICIENTS = 20.0
 """Largest sum of |coefficients|, in units of max |f|, since large terms that cancel each other lose digits."""
@@ -34,8 +35,8 @@ STEPS = 200
 """Number of steps of a refinement."""
 
 MOST_GROWN = 32
-"""Largest number of exponentials for which a fit is grown, and refined in STEPS steps. With more exponentials, the
-other starting points are good, and each step costs O(K^3)."""
+"""Largest number of exponentials for which a fit is grown, and refined in STEPS steps. With more exponentials, starting
+points without growth are good enough, and each step costs O(K^3)."""
 
 
 class Fit(NamedTuple):
@@ -88,7 +89,7 @@ def _real(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def _around(f: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Return a starting point with slow pairs at evenly spaced angles.
+    """Return a starting point with slowly decaying pairs of exponentials at evenly spaced angles.
 
     For K = L, the pairs are a Fourier basis, which fits any curve."""
     H, _ = f.shape
@@ -105,7 +106,7 @@ def _pencils(f: Tensor, weight: Tensor, K: int) -> list[tuple[Tensor, Tensor]]:
     """
     H, L = f.shape
     starts = []
-    # Lags of little weight are scaled down, so that the poles describe the other lags.
+    # Lags with a small weight are scaled down, so that the poles describe the lags with a large weight.
     taper = (weight / weight.amax(1, keepdim=True)).sqrt()
     for length in sorted({L // 2, L // 3, L // 5} - {0}):
         rate, angle = _real(f, K)
@@ -214,9 +215,9 @@ def _refined(f: Tensor, weight: Tensor, rate: Tensor, angle: Tensor) -> Fit:
 
         (J J^T + damping diag(J J^T)) step = J residual,   J[p, lag] = sqrt(weight) d fit(lag) / dp
 
-    A step that lowers the cost is accepted, and the damping falls. Any other step is rejected, and the damping rises.
-    All S curves are refined at once, each with its own damping. A real slot stays real, and a paired slot stays in its
-    pair.
+    A step that lowers the cost is accepted, and its damping falls. A step that does not lower the cost is rejected, and
+    its damping rises. All S curves are refined at once, each with its own damping. A real slot stays real, and a paired
+    slot stays in its pair.
 
     Args:
         f: Curves (S, L) by lag.

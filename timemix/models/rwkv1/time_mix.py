@@ -43,12 +43,12 @@ def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "aut
 
     Args:
         mixer: The time-mix.
-        x: Rows (B, T, C) in float32 or bfloat16.
+        x: Input (B, T, C) in float32 or bfloat16.
         f: Weights by lag or by pair, as in `wkv1`.
         backend: Backend, as in `wkv1`.
 
     Returns:
-        Rows (B, T, C).
+        Output (B, T, C).
     """
     weight, bias = side_by_side(mixer.key, mixer.value, mixer.receptance)
     # (B, T, C) -> (B, T, 3 C)

@@ -68,9 +68,9 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
 
     Before the fit, the gauge freedom between f, alpha and beta is removed (`layers.resize`), since alpha and beta equal
     the mean of their last quarter from position ctx_len on. The weight of a lag is the number of pairs of positions at
-    the lag, ctx_len - lag. At 4 exponentials and ctx_len 64, the weights ctx_len - lag gave better results than weights
-    of 1 / t^2 or weights from the tables, which count the early positions more than the loss does. The fit is exact at
-    the first `taps` lags.
+    the lag, ctx_len - lag. Weights of 1 / t^2, and weights from the tables, count the early positions more than the
+    loss does. At 4 exponentials and ctx_len 64, these two choices gave worse results than the weights ctx_len - lag.
+    The fit is exact at the first `taps` lags.
 
     Args:
         old: The trained model.
@@ -106,7 +106,8 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
         mixer.angle.copy_(angle)
         mixer.coefficients.copy_(coefficients)
     if taps:
-        # The taps hold the rest of the curve, after the exponentials are rounded to the model's dtype.
+        # The taps (direct coefficients of the first lags) hold the error of the exponentials, after the exponentials
+        # are rounded to the model's dtype.
         for mixer, exact in zip(mixers, f.split(heads), strict=True):
             assert mixer.taps is not None
             mixer.taps.copy_((exact - mixer.curve().cpu())[:, :taps])
@@ -122,5 +123,5 @@ def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> t
 
 
 def _root_mean(x: Tensor) -> Tensor:
-    """Return the root of the mean of each row: (S, L) -> (S,)."""
+    """Return the square root of the mean of each row: (S, L) -> (S,)."""
     return x.mean(1).sqrt()

@@ -9,9 +9,9 @@ is computed in blocks of L = 256 outputs. The outputs at positions a to a+L-1 ar
 with x[0], ..., x[a+L-1]. As W depends on the lag alone, all strips are parts of one (L, T) matrix, so memory grows
 linearly with T.
 
-Both sums are accurate for terms of any finite size. Terms from the future of an output are left out of the sum or
-multiplied by an exact zero, so they add no rounding error to the output. In gradients, terms from the past are left out
-or multiplied by an exact zero.
+The running sum and the convolution are accurate for terms of any finite size. Terms from the future of an output are
+left out of the sum or multiplied by an exact zero, so they add no rounding error to the output. In gradients, terms
+from the past are left out or multiplied by an exact zero.
 """
 
 from typing import Any
@@ -185,7 +185,7 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
 
 
 def of_length(f: Tensor, ctx_len: int) -> Tensor:
-    """Cut f (H, lags), or pad it with zeros, to (H, ctx_len).
+    """Cut f (H, lags), or pad f with zeros, to (H, ctx_len).
 
     Args:
         f: Curves (H, lags) by lag.
@@ -235,8 +235,8 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
         b = min(a + L, T)
         # Column `start` of the strip belongs to source 0: entry [i, start] is f(a + i).
         start = width - L - a
-        # The strip is copied, because batched products of strided matrices run at half the speed. The copy costs a
-        # tenth of the product.
+        # The strip is copied, because batched products of strided matrices run at half the speed. The copy takes a
+        # tenth of the time of the product.
         # (H, b - a, b) by (H, b, B N) -> (H, b - a, B N)
         parts.append(strip[:, : b - a, start : start + b].contiguous() @ rows[:, :b])
     y = torch.cat(parts, 1)[:, -last:].contiguous()

@@ -10,7 +10,7 @@ Each kernel makes one pass over memory:
     toeplitz, diagonal_sums:  as in ops.common.causal
 
 The file fused.c lists the C files, which contain the backward formulas. The kernels also add the biases of linear maps,
-which saves a pass over memory.
+and so save a pass over memory.
 
 The kernels support matrix products in float32 and bfloat16 on the CPU. The kernels require a C compiler, and are not
 used in code that torch.compile compiles. If the kernels cannot be used, the calling modules use PyTorch instead.
@@ -37,12 +37,12 @@ _TYPES = (torch.float32, torch.bfloat16)
 """Dtypes of matrix products, in the order of `enum type` (ops/common/types.h)."""
 
 _PARTS = 16
-"""Number of parts in which C code sums over rows; a fixed number, so any number of threads gives bit-identical sums."""
+"""Number of parts in which C code sums over rows. The sums are bit-identical for any number of threads."""
 
 ENOUGH_ROWS = 64
-"""Least number of rows at which the kernels are faster than PyTorch without gradients.
+"""Least number of rows at which the kernels are faster than PyTorch if no gradients are needed.
 
-Each call of the kernels concatenates weights, which takes longer than the kernels save with fewer rows."""
+Each call of the kernels concatenates weights. With fewer rows, the concatenation takes longer than the kernels save."""
 
 _left_out = False
 
@@ -113,7 +113,7 @@ def norm_shift(
     """Apply LayerNorm, then token-shift.
 
     Args:
-        x: Rows (B, T, C), float32.
+        x: Input (B, T, C), float32.
         weight: Weight of LayerNorm (C,).
         bias: Bias of LayerNorm (C,).
         eps: Number that LayerNorm adds to the variance.
@@ -183,7 +183,7 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
     """Add a bias to x, then multiply by a factor: y = (x + bias) * by.
 
     Args:
-        x: Rows (..., C); (B, T, C) if `by` has one factor for each position.
+        x: Input (..., C), or (B, T, C) if `by` has one factor for each position.
         bias: Bias (C,).
         by: Factors in the shape of x, or one factor for each position (ctx_len,), ctx_len >= T.
 

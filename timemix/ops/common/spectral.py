@@ -11,9 +11,9 @@ are summed before one inverse transform (a uniformly partitioned convolution):
 A is the real discrete Fourier transform of a block padded to 2 L, scaled so that its transpose is the inverse. G_d is
 the spectrum of f at the 2 L - 1 lags around d L. tri(f) is the L x L Toeplitz matrix of f.
 
-Accuracy: the rounding error of a Fourier transform is relative to its largest input. Here every input of a transform
-is in the past of every output that the input affects. So the rounding error of an output is relative to terms of its
-past alone. The rounding error of a gradient is relative to terms of its future alone.
+Accuracy: the rounding error of a Fourier transform is relative to its largest input. In this convolution, every input
+of a transform is in the past of every output that the input affects. So the rounding error of an output is relative to
+terms of its past alone. The rounding error of a gradient is relative to terms of its future alone.
 
 Cost: every step, including the transforms, is a matrix product. With L near sqrt(T), the convolution takes about
 53 sqrt(T) operations for each of the T C values, forward and backward. Direct summation takes 6 T operations for each

@@ -3,7 +3,7 @@
     y[..., c] = x[c];   dx[c] = sum of dy[..., c]
 
 torch.compile would fuse the sum dx into a loop that runs column by column, at a tenth of the memory bandwidth. For an
-embedding, torch.compile would add rows in the order in which threads arrive, which differs from run to run.
+embedding, torch.compile would add rows in the order in which threads arrive, and the order differs from run to run.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
         tokens: Token ids (B, T), 0 to V - 1.
 
     Returns:
-        Rows (B, T, C).
+        Embeddings (B, T, C).
     """
     return F.embedding(tokens, weight)
 

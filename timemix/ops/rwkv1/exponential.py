@@ -122,7 +122,7 @@ def wkv1_exp(
         alpha: Weight of each source position (H, ctx_len); None for 1.
         beta: Weight of each target position (H, ctx_len); None for 1.
         ctx_len: Position from which rho applies.
-        state: State before these tokens, which must not be used again after the call; None at position 0.
+        state: State before these tokens, invalid after the call; None at position 0.
         lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid. y is meaningless at padding.
         backend: "auto", or "reference" for the recurrence in loops.
 
