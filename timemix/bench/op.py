@@ -25,7 +25,7 @@ def bench_op(
         batch_size: Number of sequences.
         heads: Number of heads, a divisor of `channels`.
         channels: Total number of channels of all heads.
-        seconds: Mean time to spend on each contender at each context length, in seconds.
+        seconds: Mean time to spend on each implementation at each context length, in seconds.
         device: PyTorch device.
         say: Function that prints a progress line.
 

@@ -76,7 +76,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Machine:
-    """Names of the machine and the software versions, and the limits of the machine, measured in the same run."""
+    """Names of the machine and the software versions, and the limits of the machine as measured in this run."""
 
     processor: str
     threads: int

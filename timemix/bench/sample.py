@@ -1,7 +1,7 @@
 """Compare the speed of generation with a cached Llama and with the memory bandwidth, for `timemix bench sample`.
 
-The least possible time of a step (the floor) is the time to read its weights and its state from memory, at the
-bandwidth measured in the same run. A step can be faster than the floor if the weights fit in the cache of the
+The least possible time of a step (the floor) is the time to read its weights and its state from memory, at the memory
+bandwidth that the benchmark measures. A step can be faster than the floor if the weights fit in the cache of the
 processor.
 """
 
@@ -46,7 +46,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     Args:
         model: Config of the model.
         batches: Batch sizes: numbers of texts that are generated together.
-        seconds: Mean time to spend on each contender, in seconds.
+        seconds: Mean time to spend on each implementation, in seconds.
         say: Function that prints a progress line.
 
     Raises:
@@ -261,7 +261,7 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
 
 
 def _first_token(model: LanguageModel, step: Step, seconds: float, say: Say) -> Heat:
-    """Time the computation of the first token after a prompt, beside the forward pass of training."""
+    """Compare the time to the first token after a prompt with the forward pass of training."""
     ctx_len = model.config.ctx_len
     rows = torch.randint(model.config.vocab_size, (16, ctx_len))
 

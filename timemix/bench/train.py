@@ -33,14 +33,14 @@ WITHOUT_C = "by torch's operators"
 def bench_train(model: ModelConfig, train: TrainConfig, *, seconds: float, say: Say) -> Report:
     """Compare the speed of a training step on random tokens with other models of about equal size.
 
-    The model runs as in `timemix train`, then without its C code. If `compile` is "on", or "auto" expects a speedup,
-    the model also runs compiled. The baselines are the naive implementation in float32, rotary attention,
-    and the Llama of `transformers` if `transformers` is installed.
+    The model runs as in `timemix train`, then without its C code. The model also runs compiled if `compile` is "on", or
+    if `compile` is "auto" and a speedup is expected. The baselines are the naive implementation in float32, rotary
+    attention, and the Llama of `transformers` if `transformers` is installed.
 
     Args:
         model: An rwkv1 with tables f, alpha and beta.
         train: Training settings: batch size, accumulation, precision, device and optimizer.
-        seconds: Mean time to spend on each contender, in seconds.
+        seconds: Mean time to spend on each implementation, in seconds.
         say: Function that prints a progress line.
 
     Raises:

@@ -85,7 +85,7 @@ class Inspection:
     projections: list[Projection]
     """Statistics of every projection of every layer."""
     not_shown: dict[str, str]
-    """Parts of the report that this architecture lacks, each with a reason."""
+    """Parts of the report that the architecture of the model lacks, each with a reason."""
 
 
 def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
@@ -289,7 +289,7 @@ def _draw_tables(report: Inspection, config: ModelConfig, out: Path) -> None:
         for axes, name in zip(grid[layer], names, strict=True):
             table = np.array(tables[name])
             if table.ndim == 3:
-                # For a free W, only the matrix of the first head is drawn.
+                # If f is a matrix over pairs of positions, only the matrix of the first head is drawn.
                 reach = np.abs(np.tril(table[0])).max()
                 axes.imshow(np.tril(table[0]), cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
                 axes.set_xlabel("source position", fontsize=8)

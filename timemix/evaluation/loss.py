@@ -26,7 +26,7 @@ from timemix.tokenizers.base import Tokenizer
 def windows(
     tokens: np.ndarray | Tokens, ctx_len: int, batch_size: int, stride: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Cut a text into windows, in batches, so that every token but the first counts as a target exactly once.
+    """Cut a text into batches of windows, so that every token but the first counts as a target exactly once.
 
     With a stride, a window begins every `stride` tokens. Each window after the first counts only the targets that no
     earlier window counts. A counted target after the first window has at least ctx_len - stride tokens of context.
@@ -188,7 +188,8 @@ class Evaluation:
     unknown: int
     """Number of characters or words outside the vocabulary."""
     predicted_characters: int
-    """Number of predicted characters: all characters except skipped characters and the first token."""
+    """Number of predicted characters: all characters except skipped characters and the characters of the first
+    token."""
     predicted_bytes: int
     """Number of predicted bytes: all bytes except the bytes of skipped characters and of the first token."""
 

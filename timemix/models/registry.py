@@ -117,8 +117,8 @@ def register_architecture(entry: Architecture) -> None:
 
     The registration lasts as long as the process. Register the architecture before you load one of its runs. The class
     of the settings derives from `timemix.models.config.ModelConfig`. The class of the block derives from
-    `timemix.models.layers.block.Block`. CONTRIBUTING.md explains both classes. Registering the same entry twice has no
-    effect.
+    `timemix.models.layers.block.Block`. CONTRIBUTING.md explains both classes. Registering an entry a second time has
+    no effect.
 
     Args:
         entry: The architecture. The class that `entry.model` names is imported when a model is built. For a class of
@@ -144,7 +144,7 @@ def list_architectures(*, bounded: bool | None = None) -> list[str]:
             end. None: all architectures.
 
     Returns:
-        The names, oldest first.
+        The names, in the order of registration.
     """
     return [name for name, each in ARCHITECTURES.items() if bounded is None or each.bounded == bounded]
 

@@ -80,7 +80,7 @@ class World:
         return int(largest)
 
     def all_do(self, action: Callable[[], Result]) -> Result:
-        """Call a function that may use the file system in every process.
+        """In every process, call a function that may use the file system.
 
         Args:
             action: Function that this process calls.
@@ -102,7 +102,7 @@ class World:
         return result
 
     def all_check(self, check: Callable[[], object]) -> None:
-        """Call a function that may refuse to continue in every process.
+        """In every process, call a function that may refuse to continue.
 
         Args:
             check: Function that this process calls.

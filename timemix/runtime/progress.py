@@ -22,7 +22,7 @@ def untold(done: int) -> None:
 
 @contextlib.contextmanager
 def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
-    """Show the progress of reading a text after QUIET_SECONDS.
+    """After QUIET_SECONDS, show the progress of reading a text.
 
     Args:
         progress: Destination of the progress.

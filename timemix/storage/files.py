@@ -134,7 +134,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Rename a folder so that `remove_unfinished` removes it, and return the new path."""
+    """Rename a folder to a name that `remove_unfinished` recognizes, and return the new path."""
     aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     folder.rename(aside)
     return aside

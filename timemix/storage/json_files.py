@@ -89,8 +89,8 @@ def to_record(data: Any, kind: type[Record], place: str = "") -> Record:
 
     Args:
         data: A parsed JSON value.
-        kind: A dataclass whose fields are numbers, texts, lists, objects, dataclasses or None. Fields that are numbers
-            or lists may have a `Range`.
+        kind: A dataclass whose fields are numbers, strings, lists, objects, dataclasses or None. Fields that are
+            numbers or lists may have a `Range`.
         place: Prefix of field names in messages.
 
     Raises:

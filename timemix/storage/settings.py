@@ -61,7 +61,8 @@ def from_dict(cls: type[Config], data: dict[str, Any], path: str = "") -> Config
         path: Prefix of field names in messages.
 
     Raises:
-        InvalidValue: A field is unknown or missing, or a value has a wrong type. The message names the nearest field.
+        InvalidValue: A field is unknown or missing, or a value has a wrong type. The message names the known field with
+            the most similar name.
     """
     types_of = typing.get_type_hints(cls)
     hints = {field.name: types_of[field.name] for field in dataclasses.fields(typing.cast(Any, cls))}

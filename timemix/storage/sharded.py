@@ -17,7 +17,7 @@ FLOATS = ("F32", "F64", "F16", "BF16")
 
 
 class StoredTensors:
-    """The tensors of a checkpoint in one or several files, which can be read whole or by rows.
+    """Tensors of a checkpoint in one or several files. Each tensor can be read whole or by rows.
 
     Args:
         path: Path of the only file or of the index, for messages.
@@ -89,7 +89,7 @@ class StoredTensors:
 
 @contextlib.contextmanager
 def open_stored(folder: Path, stem: str) -> Iterator[StoredTensors]:
-    """Open the tensors of a checkpoint, which are then read one by one.
+    """Open the files of a checkpoint, to read the tensors one by one.
 
     Args:
         folder: Checkpoint folder.

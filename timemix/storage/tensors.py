@@ -47,7 +47,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         save_file(whole, path, metadata | {CHECKSUM: checksum})
     except SafetensorError as error:
-        # The error of the library has the errno, such as that of a full disk, only in its message.
+        # The error of the library gives the error number (errno), such as the number for a full disk, only in its
+        # message.
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(errno.EIO, str(error)) from error
@@ -101,7 +102,7 @@ def check_content(tensors: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, whose tensors are then read one by one.
+    """Open a safetensors file, to read its tensors one by one.
 
     Args:
         path: The file.

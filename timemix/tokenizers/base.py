@@ -169,7 +169,7 @@ class Tokenizer(ABC):
         """Count the characters and UTF-8 bytes that tokens represent.
 
         <unk> counts as one character of one byte, since its text is not known. Spaces between words do not count. A
-        character in several tokens belongs to the token with its first byte.
+        character that several tokens encode counts for the token with the first byte of the character.
 
         Args:
             blocks: Blocks of token ids, each (tokens,).

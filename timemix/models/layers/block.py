@@ -47,7 +47,7 @@ class Recipe:
     warmup_floor: float = 0.0
 
     def scale_of(self, name: str) -> float:
-        """Return the factor of a parameter's learning rate.
+        """Return the factor by which the learning rate of a parameter is multiplied.
 
         Args:
             name: Name of the parameter.

@@ -63,7 +63,7 @@ class TokenShift(nn.Module):
     def forward(
         self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Replace channels of each token by those channels of earlier tokens.
+        """Replace the first channels of each token by channels of earlier tokens.
 
         Args:
             x: Input (B, T, C).

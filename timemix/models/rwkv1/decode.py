@@ -1,4 +1,4 @@
-"""The compiled decode step, which is as fast as the processor reads the weights from memory.
+"""The compiled decode step, whose speed is limited by reading the weights from memory.
 
     logits, state = step(tokens, state, rows, counts)
 
@@ -7,8 +7,8 @@ compiled step is one call of C code for the whole model (step.c, which opens wit
 bfloat16 or int8. The compiled step processes prompts and new tokens of many texts in one call. The results of a text
 are bit-identical for every division of the text into pieces, and for any other texts in a call.
 
-This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal those of
-step.c and ops/common/panels.h, field by field.
+This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal the C
+structures of step.c and ops/common/panels.h, field by field.
 """
 
 import ctypes
@@ -218,7 +218,7 @@ class CompiledStep:
         return found
 
     def _step(self, tokens: Tensor, state: State, rows: Tensor, first: Tensor, wanted: Tensor) -> tuple[Tensor, State]:
-        """Call step.c for pieces with bounds `first`."""
+        """Call step.c for pieces of tokens with bounds `first`."""
         known = self._point_to(state)
         per_row, per_piece = self._sizes_of_scratch
         if len(self._scratch) < (size := len(tokens) * per_row + len(rows) * per_piece):
@@ -268,7 +268,7 @@ class CompiledStep:
         state.position = state.position.contiguous()
         for own, tensors in zip(self._layers, state.layers, strict=True):
             for name, x in tensors.items():
-                # The model's own forward pass may leave non-contiguous views.
+                # The model's own forward pass may leave non-contiguous views in a state.
                 x = tensors[name] = x.contiguous()
                 setattr(own, "newest" if name == "taps" else name, x.data_ptr())
         self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]
@@ -294,7 +294,7 @@ class CompiledStep:
         return rest + (blocks + 1 if blocks else 0)
 
     def _sizes(self, config: ShiftedConfig) -> dict[str, int]:
-        """Return the sizes of the time-mix, which are the same in all layers."""
+        """Return the sizes of the time-mix, which are equal in all layers."""
         ctx_len = config.ctx_len
         if isinstance(config, Rwkv1ExpConfig):
             return {"positions": ctx_len + 1, "modes": config.exponentials, "newest": config.taps}

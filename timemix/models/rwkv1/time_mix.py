@@ -44,7 +44,7 @@ def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "aut
     Args:
         mixer: The time-mix.
         x: Input (B, T, C) in float32 or bfloat16.
-        f: Weights by lag or by pair, as in `wkv1`.
+        f: Weights by lag or by pair of positions, as in `wkv1`.
         backend: Backend, as in `wkv1`.
 
     Returns:

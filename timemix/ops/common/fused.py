@@ -134,7 +134,7 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
     Args:
         kvr: k, v and r side by side, without bias (B, T, 3 C).
         bias: Biases of k, v and r (3 C,).
-        alpha: Weight of each source position (H, ctx_len); None for 1.
+        alpha: Weight of each source position (H, ctx_len); None: all weights are 1.
         heads: H.
 
     Returns:
@@ -154,7 +154,7 @@ def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) 
         numerator: Weighted sums of the sources (H, T, B, N).
         total: Denominator (B, T, H, N), from `weigh`.
         gate: Gate (B, T, H, N), from `weigh`.
-        beta: Weight of each target position (H, ctx_len); None for 1.
+        beta: Weight of each target position (H, ctx_len); None: all weights are 1.
 
     Returns:
         y (B, T, H, N), in the dtype of `gate`.

@@ -119,11 +119,12 @@ def wkv1_exp(
         k: Keys (B, T, H, N) in float32, bfloat16 or float64.
         v: Values (B, T, H, N).
         curves: Parameters of f.
-        alpha: Weight of each source position (H, ctx_len); None for 1.
-        beta: Weight of each target position (H, ctx_len); None for 1.
+        alpha: Weight of each source position (H, ctx_len); None: all weights are 1.
+        beta: Weight of each target position (H, ctx_len); None: all weights are 1.
         ctx_len: Position from which rho applies.
         state: State before these tokens, invalid after the call; None at position 0.
-        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid. y is meaningless at padding.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid. At padding, y has no
+            meaning.
         backend: "auto", or "reference" for the recurrence in loops.
 
     Returns:
@@ -302,8 +303,8 @@ def _chunk(
 
 
 def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
-    """Return the newest M values (B, H, M, N) of each row after `seen` (B,) or (1,) of the sources (B, L, H, N)."""
-    # (B, H, M + L, N): each row needs the last M entries up to its `seen` new entries.
+    """Return the newest M values (B, H, M, N) of each row, after the first `seen` (B,) or (1,) sources of the row."""
+    # (B, H, M + L, N): each row needs the last M entries up to source number `seen`.
     history = torch.cat([taps, source.transpose(1, 2)], 2)
     newest = seen[:, None] + torch.arange(taps.shape[2], device=taps.device)
     rows = torch.arange(len(taps), device=taps.device)[:, None]

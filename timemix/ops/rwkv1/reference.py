@@ -24,11 +24,11 @@ def reference_wkv1(
     Args:
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
-        f: Weights by lag (H, ctx_len) or by pair (H, ctx_len, ctx_len).
-        alpha: Weight of each source position (H, ctx_len); None for 1.
-        beta: Weight of each target position (H, ctx_len); None for 1.
+        f: Weights by lag (H, ctx_len) or by pair of positions (H, ctx_len, ctx_len).
+        alpha: Weight of each source position (H, ctx_len); None: all weights are 1.
+        beta: Weight of each target position (H, ctx_len); None: all weights are 1.
         state: State before these tokens; None at position 0.
-        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T are valid.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid.
         denominator: "plain" or "weighted".
 
     Returns:
