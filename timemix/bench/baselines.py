@@ -83,7 +83,7 @@ def naive_config(model: ModelConfig) -> Rwkv1Config:
             " leave model.arch, model.weights, model.alpha and model.beta out"
         )
     config = replace(model)
-    # Bypass the checks of the config, which reject this backend.
+    # The checks of the config reject the naive backend, so this code bypasses the checks.
     object.__setattr__(config, "backend", PLAIN)
     return config
 

@@ -1,4 +1,4 @@
-"""Measure the speed and the peak memory of a training step in a new process, so that no other memory counts."""
+"""Measure the speed and the peak memory of a training step, in a new process that does nothing else."""
 
 import json
 import math

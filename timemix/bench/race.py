@@ -1,8 +1,8 @@
 """Compare the speed of several contenders in one run, and measure the limits of the machine.
 
 A contender is an implementation of an op, of a training step or of generation. If the values of a contender differ from
-the values of the naive implementation, the figures of this contender are withheld. The contenders alternate, so that
-other load on the machine affects all contenders.
+the values of the naive implementation, the figures of this contender are withheld. The contenders run in turn, so that
+load by other programs affects all contenders.
 """
 
 import os

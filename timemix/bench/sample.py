@@ -54,7 +54,7 @@ def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, 
     """
     if model.ctx_len < 2 * STEPS:
         raise InvalidValue(
-            f"model.ctx_len is {model.ctx_len}, but bench sample generates {STEPS} tokens per turn; give at least"
+            f"model.ctx_len is {model.ctx_len}, but bench sample generates {STEPS} tokens per call; give at least"
             f" {2 * STEPS}"
         )
     device = torch.device("cpu")
@@ -102,7 +102,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
     memory = torch.ones(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
-    # The bandwidth is measured in alternation with the steps, since other load on the machine changes the bandwidth.
+    # The bandwidth is measured in alternation with the steps, since other programs on the machine change the bandwidth.
     assert reading.seconds is not None
     bandwidth = 4 * memory.numel() / reading.seconds
     paths = []

@@ -192,7 +192,7 @@ def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
 
     Args:
         config: Settings that give the size.
-        arch: Name of the other architecture.
+        arch: Name of the architecture of the new settings.
 
     Returns:
         The settings of the architecture `arch`, with the sizes of `config` in all fields that both architectures have.

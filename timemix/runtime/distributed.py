@@ -90,7 +90,8 @@ class World:
 
         Raises:
             OSError: The function of any process fails with an OSError. Only process 0 raises this error.
-            Elsewhere: The function of any process fails with an OSError. All other processes raise this error.
+            Elsewhere: The function of any process fails with an OSError. All processes except process 0 raise this
+                error.
         """
         number = 0
         try:
@@ -120,7 +121,7 @@ class World:
             raise found or Elsewhere
 
     def first_does(self, action: Callable[[], Result]) -> Result | None:
-        """Call a function in process 0 alone. The other processes wait until the function returns.
+        """Call a function in process 0 alone. All processes except process 0 wait until the function returns.
 
         Args:
             action: The function.
@@ -129,8 +130,8 @@ class World:
             The result of the function in process 0, None in the other processes.
 
         Raises:
-            Elsewhere: The function fails in process 0. All other processes raise this error, and process 0 raises the
-                exception of the function.
+            Elsewhere: The function fails in process 0. All processes except process 0 raise this error, and process 0
+                raises the exception of the function.
         """
         has_failed = self.first
         try:
@@ -181,7 +182,7 @@ def joined() -> Iterator[World]:
         The world of these processes, or ALONE without torchrun.
 
     Raises:
-        Unavailable: The other processes cannot be reached.
+        Unavailable: The other processes of the run cannot be reached.
     """
     # torchrun passes rank and size in environment variables.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

@@ -111,7 +111,7 @@ def processor_name() -> str:
 
 
 def _fields(path: str, name: str) -> list[str]:
-    """Return the values of all lines `name: value` in a file of the kernel; an empty list if the file is missing."""
+    """Return the values of all lines `name: value` in a file of the kernel, or an empty list without the file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:

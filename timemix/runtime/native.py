@@ -1,4 +1,4 @@
-"""Compiling of the C code of the package for this processor, on first use, with a cache.
+"""Compilation of the C code of the package on first use, for the processor of this machine, with a cache.
 
 The file name of a cached library ends in two hashes:
 

@@ -84,7 +84,8 @@ def show(progress: ShowProgress, line: str) -> None:
 
 
 def _print(line: str) -> None:
-    # In Python, a closed stderr is None. Printing to a stderr without a reader fails. Reading continues in both cases.
+    # In Python, a closed stderr is None. Printing to a stderr without a reader fails. Reading continues without a
+    # working stderr.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)

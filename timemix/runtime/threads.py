@@ -1,7 +1,7 @@
 """OpenMP threads that leave processors to other processes.
 
-OpenMP threads wait for one another many times in a training step. By default, waiting threads spin, which is fast on an
-idle machine. If another process also computes, spinning is slow, because a spinning thread occupies a processor that
+OpenMP threads wait for one another many times in a training step. By default, waiting threads spin. Spinning is fast on
+an idle machine. If another process also computes, spinning is slow, because a spinning thread occupies a processor that
 working threads need. Two threads then train 3 to 60 times slower than one thread.
 
 GNU's OpenMP library, which PyTorch uses on Linux, lets waiting threads sleep if it manages more threads than there are

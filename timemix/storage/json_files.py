@@ -69,7 +69,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 
     Args:
         path: The file.
-        kind: The dataclass, as for `to_record`.
+        kind: The dataclass, as in `to_record`.
 
     Raises:
         FileError: The file is missing or not a JSON object, or a field is missing, has a wrong type or is out of range.

@@ -16,7 +16,7 @@ LARGEST_TOML = 256 * 2**10
 LARGEST_VOCABULARY = 2**24
 """Maximum number of tokens in a vocabulary."""
 MOST_DOTS = 200
-"""Maximum number of dots in a line of a TOML file; parsing a dotted key with n parts takes O(n^2) time."""
+"""Maximum number of dots in a line of a TOML file. Parsing a dotted key with n parts takes O(n^2) time."""
 
 
 def check_range(name: str, value: float, least: float, most: float = sys.float_info.max) -> None:

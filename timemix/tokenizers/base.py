@@ -141,7 +141,7 @@ class Tokenizer(ABC):
             ids: Token ids (tokens,).
 
         Returns:
-            The text. Bytes that are not UTF-8 become U+FFFD. Encoding the decoded text gives the same ids again.
+            The text. Bytes that are not UTF-8 become U+FFFD. Encoding the decoded text gives `ids` again.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.

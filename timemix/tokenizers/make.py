@@ -99,7 +99,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if not tokenizer.vocab_size:
             raise ValueError("the vocabulary is empty")
         if json.loads(tokenizer.to_json()) != document:
-            raise ValueError("the settings differ from those of timemix")
+            raise ValueError("the settings differ from the settings of timemix")
     except Exception as error:  # The library raises bare Exception.
         raise DamagedFile(f"{path} is no tokenizer file of timemix; give the tokenizer.json of a run") from error
     return tokenizer

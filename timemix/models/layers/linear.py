@@ -53,7 +53,7 @@ def to_product_dtype(x: Tensor) -> Tensor:
 
 
 def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
-    """Apply several linear maps to the same x (..., C). Training joins the maps into one matrix product.
+    """Apply several linear maps to one x (..., C). Training joins the maps into one matrix product.
 
     Args:
         x: Input (..., C).

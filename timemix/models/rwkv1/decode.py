@@ -132,7 +132,7 @@ def _written(state: State) -> list[tuple[int, int]]:
     """Return the id() of each layer's tensor `numerators`, and PyTorch's count of writes to the tensor.
 
     PyTorch does not count the writes of the compiled step. For tensors created in inference mode, PyTorch counts no
-    writes, so `State.put` then makes the step recompute all rows.
+    writes, so the step recomputes all rows after `State.put`.
     """
     histories = [layer["numerators"] for layer in state.layers]
     if histories[0].is_inference():
@@ -143,7 +143,8 @@ def _written(state: State) -> list[tuple[int, int]]:
 class CompiledStep:
     """The decode step that computes the whole model in one call of step.c.
 
-    Linear weights are copied into panels (ops/common/panels.h). All other parameters are read in place.
+    Linear weights are copied into panels (ops/common/panels.h). The C code reads all parameters except linear weights
+    in place.
 
     Args:
         model: A supported model (`build_step` checks the support).
@@ -287,7 +288,7 @@ class CompiledStep:
     def looks_back(self, position: int) -> int:
         """Return the average number of past positions that a decode step reads for a token at `position`.
 
-        The number has three parts: the earlier positions of the token's block, one for the sum over all earlier blocks,
+        The number has three parts: the earlier positions of the token's block, 1 for the sum over all earlier blocks,
         and the token's share of the positions from which the step computes the sums of a block.
         """
         blocks, rest = divmod(position, self._block)

@@ -145,7 +145,7 @@ def _fill_slots(poles: Tensor, rate: Tensor, angle: Tensor) -> None:
 
 
 def _grown(f: Tensor, weight: Tensor, K: int) -> Fit:
-    """Grow a fit by two exponentials at a time: a pair or two real exponentials, chosen from a grid.
+    """Grow a fit by two exponentials at a time: a rotating pair or two real exponentials, chosen from a grid.
 
     If K is odd, the fit begins with one real exponential.
 

@@ -27,7 +27,8 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count the product with W: 2 ctx_len operations per channel if dense, half if blocked, fewer if spectral."""
+        """Count the product with W: 2 ctx_len operations per channel if dense, ctx_len if blocked, fewer if
+        spectral."""
         T = config.ctx_len
         products = T
         if blocked_up_to(torch.float32) < T:
@@ -39,7 +40,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:
-        """Count the numbers that `ShiftedBlock` stores, and W of each head: all of W if dense, otherwise one strip."""
+        """Count the numbers that `ShiftedBlock` stores, and W of each head: all of W if dense, otherwise part of W."""
         usual = super().kept(config, rows)
         strip = BLOCK if config.ctx_len > DENSE_UP_TO else config.layers * config.ctx_len
         return Kept(usual.block, usual.products, 4 * config.heads * config.ctx_len * strip)

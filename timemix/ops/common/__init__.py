@@ -1,1 +1,2 @@
-"""Ops that several architectures share: convolutions, histories, and C kernels for training and decode steps."""
+"""Ops that several architectures share: convolutions, stored past values, and C kernels for training and decode
+steps."""

@@ -116,7 +116,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
     infinite, and multiplying an infinite gradient by zero would give NaN.
 
     Args:
-        f: Curves (H, ctx_len) by lag; f is 0 at lags from ctx_len on.
+        f: Curves (H, ctx_len) by lag. At lags from ctx_len on, f is 0.
         rows: Number of rows, at most `columns`.
         columns: Number of past and present positions.
 
@@ -134,7 +134,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
 def _upside_down(windows: Tensor) -> Tensor:
     """Reverse the rows of windows (H, rows, columns)."""
     rows = windows.shape[1]
-    # Indexing returns contiguous rows; `flip` would keep the strides of the view, whose rows are not contiguous.
+    # Indexing returns contiguous rows. `flip` would keep the strides of the view, whose rows are not contiguous.
     return windows[:, torch.arange(rows - 1, -1, -1, device=windows.device)]
 
 
@@ -245,7 +245,7 @@ def causal_convolution(x: Tensor, f: Tensor, last: int) -> Tensor:
 
 
 def _block(T: int) -> tuple[int, int]:
-    """Return the number of positions in a block, L, and in all blocks, which is T rounded up to a multiple of L."""
+    """Return L, the number of positions in a block, and T rounded up to a multiple of L, the number in all blocks."""
     L = min(BLOCK, T)
     return L, -(-T // L) * L
 

@@ -23,8 +23,8 @@ class Curves(NamedTuple):
     """Parameters of the curves.
 
     Args:
-        rate: Decay per token (H, K); in a rotating pair, the rate of slot 2i+1 is unused.
-        angle: Rotation per token in radians (H, K // 2); exactly 0 if slots 2i and 2i+1 are real.
+        rate: Decay per token (H, K). In a rotating pair, the rate of slot 2i+1 is unused.
+        angle: Rotation per token in radians (H, K // 2). The angle is exactly 0 if slots 2i and 2i+1 are real.
         coefficients: Weights of the slots (H, K).
         forget: -log rho (H,), where rho is the decay per token past ctx_len.
         taps: Values added to f at the first M lags (H, M); None if nothing is added.
@@ -154,7 +154,7 @@ def partners(x: Tensor, dim: int) -> Tensor:
         dim: The dimension of the slots.
 
     Returns:
-        A tensor of the same shape; if K is odd, the last slot is 0.
+        A tensor of the shape of x. If K is odd, the last slot is 0.
     """
     K = x.shape[dim]
     # (..., K, ...) -> (..., K // 2, 2, ...) -> two of (..., K // 2, ...)

@@ -25,7 +25,7 @@ There are three implementations:
 - For tests, `_reference` computes the recurrence in loops.
 
 The shapes are k, v (B, T, H, N) and alpha, beta (H, ctx_len). `Curves` lists the shapes of the parameters of curves.
-Each head has K slots and M taps.
+Each head has K slots (exponentials) and M taps (values added to f at the first M lags).
 """
 
 from typing import NamedTuple
@@ -42,18 +42,18 @@ from timemix.ops.rwkv1.parallel import times_table
 from timemix.ops.rwkv1.state import K_MAX, K_MIN, compute_dtype
 
 CHUNK = 128
-"""Number of positions in a chunk; each chunk starts from the state after the previous chunk."""
+"""Number of positions in a chunk. Each chunk starts from the state after the previous chunk."""
 
 
 class ExpState(NamedTuple):
-    """State of wkv1_exp, in at least float32. The size of the state is the same at every position.
+    """State of wkv1_exp, in at least float32. The size of the state does not depend on the position.
 
     Args:
         numerators: S (B, H, K, N).
         denominators: D (B, H, N).
         position: Number of earlier tokens of each row (B,).
         taps: Newest M values of alpha e^k v (B, H, M, N), oldest first, multiplied by rho at each token past ctx_len;
-            None without taps.
+            None if M is 0.
     """
 
     numerators: Tensor
@@ -78,8 +78,8 @@ def exp_state(
         batch: B, number of rows.
         heads: H, number of heads.
         head_size: N, number of channels of a head.
-        exponentials: K, number of slots.
-        taps: M, number of taps, at least 0.
+        exponentials: K, number of exponentials.
+        taps: M, number of first lags with a value added to f, at least 0.
         dtype: Dtype of the sums, float32 or float64.
         device: Device of the tensors.
 
@@ -172,8 +172,8 @@ def _reference(
 ) -> tuple[Tensor, ExpState]:
     """Compute the recurrence in loops over rows, positions and slots.
 
-    alpha and beta are (H, ctx_len + 1), and their last entry applies to all positions from ctx_len on. The other
-    arguments are those of `wkv1_exp`.
+    alpha and beta are (H, ctx_len + 1), and their last entry applies to all positions from ctx_len on. All arguments
+    except alpha and beta are those of `wkv1_exp`.
     """
     B, T, H, _ = k.shape
     K, dtype = curves.rate.shape[1], past.numerators.dtype

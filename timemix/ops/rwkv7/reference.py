@@ -1,4 +1,4 @@
-"""The recurrence of wkv7 in a loop over tokens, to which tests compare the other implementation.
+"""The recurrence of wkv7 in a loop over tokens, to which tests compare the backend "chunked".
 
 Each head has a state S of size (values, keys). For each token:
 
