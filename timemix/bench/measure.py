@@ -32,7 +32,7 @@ class StepSpeed:
     tokens_per_second: Positive
     """Speed of the fastest step, in tokens per second."""
     peak_memory: Positive | None
-    """Peak memory minus the memory before the model is built, in bytes, None if unavailable.
+    """Peak memory minus the memory before the model is built, in bytes, or None if unavailable.
 
     The measurement counts resident memory on a CPU, and allocated memory on a GPU.
     """

@@ -148,7 +148,7 @@ def race(contenders: list[Contender], seconds: float, device: torch.device, say:
         say(f"warming up {contender.name}")
         try:
             # Warm up with two calls, since the first call allocates or compiles. A slow contender that is not compiled
-            # gets one call.
+            # gets one warm-up call.
             for _ in range(2):
                 before, start = _start_of_memory(device), time.perf_counter()
                 contender.call()

@@ -73,7 +73,10 @@ class World:
         return total.tolist()
 
     def _largest(self, number: int) -> int:
-        """Return the largest number of all processes. A process waits for all other processes without a time limit."""
+        """Return the largest number that a process passes.
+
+        A process waits for all other processes without a time limit.
+        """
         largest = torch.tensor(number)
         if self.size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._patient)

@@ -26,8 +26,8 @@ class Index:
     Args:
         files: Names of the files, in the order of the rows that they hold.
         shapes: Shape of each whole tensor, by name.
-        checksums: Checksum of each file, so that files of another step or process are refused. The value is () in older
-            indices.
+        checksums: Checksum of each file, so that files of another step or process are refused. In an older index
+            without checksums, the value is ().
     """
 
     files: tuple[str, ...]

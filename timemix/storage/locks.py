@@ -140,7 +140,7 @@ def is_held(folder: Path) -> bool:
     """Return whether a process holds the `FolderLock` of a folder.
 
     The function reads the file that names the process. The function takes no lock, so other processes are not
-    disturbed. A process on another machine is assumed to be running.
+    disturbed. The function assumes that a process on another machine is running.
     """
     import psutil
 

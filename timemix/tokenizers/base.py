@@ -277,7 +277,7 @@ class StreamDecoder:
             token: Token id.
 
         Returns:
-            The text that is complete after the token, which may be empty.
+            The text that is complete after the token. The text may be empty.
 
         Raises:
             InvalidValue: The id is outside the vocabulary.

@@ -30,8 +30,8 @@ def train_tokenizer(
         kind: One of KINDS: "character", "byte", "word" or "subword".
         text: The text, or its parts in order. The text must not be empty.
         vocab_size: Largest number of tokens of a subword tokenizer (at least 256), or of a word tokenizer with
-            unknown="unk". Such a word tokenizer has the most frequent words. A character tokenizer, or a word tokenizer
-            with unknown="error", has every distinct character or word of the text, sorted.
+            unknown="unk". With unknown="unk", a word tokenizer has the most frequent words. A character tokenizer, or a
+            word tokenizer with unknown="error", has every distinct character or word of the text, sorted.
         unknown: Treatment of text outside the vocabulary, as in `Tokenizer`. Word tokenizers do not support "byte".
         each: The function `map`, or a parallel `map` that counts words in several processes.
 

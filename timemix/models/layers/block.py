@@ -34,8 +34,8 @@ class Recipe:
     """Settings of the optimizer that depend on the architecture.
 
     Args:
-        lr_scale: Pairs (end of a parameter's name, factor of its learning rate). A parameter that matches no pair has
-            factor 1.
+        lr_scale: Pairs (end of a parameter's name, factor of its learning rate). A parameter whose name matches no pair
+            has factor 1.
         decay_all_matrices: Whether weight decay applies to the embedding and the head too, not only to the linear
             weights inside blocks.
         warmup_floor: Learning rate at the start of a warm-up, divided by the learning rate at the end of the warm-up, 0

@@ -3,9 +3,9 @@
     logits, state = step(tokens, state, rows, counts)
 
 In a model's own forward pass, most of the time of a decode step goes to calls of small operators, on one thread. The
-compiled step is one call of C code for the whole model (step.c, which opens with the formula), with weights in float32,
-bfloat16 or int8. The compiled step processes prompts and new tokens of many texts in one call. The results of a text
-are bit-identical for every division of the text into pieces, and for any other texts in a call.
+compiled step is one call of C code for the whole model, with weights in float32, bfloat16 or int8. The C file step.c
+opens with the formula. The compiled step processes prompts and new tokens of many texts in one call. The results of a
+text are bit-identical for every division of the text into pieces, and for any other texts in a call.
 
 This module prepares the memory layout that step.c reads. The structures _Linear, _Layer and _Model equal the C
 structures of step.c and ops/common/panels.h, field by field.

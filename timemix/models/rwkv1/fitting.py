@@ -40,7 +40,7 @@ points without growth are good enough, and each step costs O(K^3)."""
 
 
 class Fit(NamedTuple):
-    """The fits of all curves.
+    """Parameters and errors of the fits of all curves.
 
     Args:
         rate: Decay per token (S, K).

@@ -27,8 +27,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def mixing_flops(cls, config: ShiftedConfig) -> int:
-        """Count the product with W: 2 ctx_len operations per channel if dense, ctx_len if blocked, fewer if
-        spectral."""
+        """Count the product with W per channel: 2 ctx_len operations (dense), ctx_len (blocked), fewer (spectral)."""
         T = config.ctx_len
         products = T
         if blocked_up_to(torch.float32) < T:
@@ -78,7 +77,7 @@ class Rwkv1ExpBlock(TimeMixBlock):
 
     @classmethod
     def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:
-        """Cut or extend alpha, beta and gamma. The curves have values at all lags.
+        """Cut or extend the tables alpha, beta and gamma to a new context length. The curves have values at all lags.
 
         Beyond their last entry, alpha, beta and gamma already equal the mean of their last quarter.
         """

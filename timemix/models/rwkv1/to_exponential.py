@@ -66,11 +66,11 @@ class FittedCurve:
 def with_exponentials(old: LanguageModel, exponentials: int, taps: int = 0) -> tuple[LanguageModel, list[FittedCurve]]:
     """Convert a trained rwkv1 to an rwkv1_exp by fitting its curves.
 
-    Before the fit, the gauge freedom between f, alpha and beta is removed (`layers.resize`), since alpha and beta equal
-    the mean of their last quarter from position ctx_len on. The weight of a lag is the number of pairs of positions at
-    the lag, ctx_len - lag. Weights of 1 / t^2, and weights from the tables, count the early positions more than the
-    loss does. At 4 exponentials and ctx_len 64, these two choices gave worse results than the weights ctx_len - lag.
-    The fit is exact at the first `taps` lags.
+    From position ctx_len on, alpha and beta equal the mean of their last quarter. So `layers.resize` removes the gauge
+    freedom between f, alpha and beta before the fit. The weight of a lag is the number of pairs of positions at the
+    lag, ctx_len - lag. Weights of 1 / t^2, and weights from the tables, count the early positions more than the loss
+    does. At 4 exponentials and ctx_len 64, these two choices gave worse results than the weights ctx_len - lag. The fit
+    is exact at the first `taps` lags.
 
     Args:
         old: The trained model.

@@ -1,2 +1,1 @@
-"""Ops that several architectures share: convolutions, stored past values, and C kernels for training and decode
-steps."""
+"""Ops that several architectures share: convolutions, stored past values, and C kernels."""

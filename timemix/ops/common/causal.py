@@ -178,8 +178,9 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
     _, rows, columns = pairs.shape
     if fused.serves_lags(pairs, rows):
         return fused.diagonal_sums(pairs)
-    # Each row is padded to rows + columns entries. The matrix is then viewed as rows with one entry less. So each row
-    # moves one column further right than the row above, and diagonals become columns: (H, rows, rows + columns - 1)
+    # Each row is padded to rows + columns entries. The matrix is then viewed as rows with rows + columns - 1 entries.
+    # So each row moves one column further right than the row above, and diagonals become columns:
+    # (H, rows, rows + columns - 1)
     skewed = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + columns - 1)]
     return skewed.view(-1, rows, rows + columns - 1).sum(1, dtype=sum_dtype(pairs))
 

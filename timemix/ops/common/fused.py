@@ -138,8 +138,8 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
         heads: H.
 
     Returns:
-        A tuple (source, total, gate) of source = alpha exp(k) v (H, T, B, N), total = running sum of exp(k)
-        (B, T, H, N) in float32, and gate = sigmoid(r) (B, T, H, N).
+        The tuple (source, total, gate). source is alpha exp(k) v (H, T, B, N). total is the running sum of exp(k) (B,
+        T, H, N) in float32. gate is sigmoid(r) (B, T, H, N).
     """
     result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(  # type: ignore[no-untyped-call]
         kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads

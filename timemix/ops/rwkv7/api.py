@@ -38,8 +38,8 @@ def wkv7(
 
     Args:
         r: Receptances (B, T, H, N), T >= 1.
-        w: Log-decays (B, T, H, N), at most 0. The backend "chunked" needs at least -2.5, so that exponentials stay in
-            range.
+        w: Log-decays (B, T, H, N), at most 0. The backend "chunked" needs log-decays of at least -2.5, so that
+            exponentials stay in range.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
         a: Vectors that read the previous state by the product S a (B, T, H, N).

@@ -19,8 +19,9 @@ U is linear in S: U = P + Q S^T. Hence S' = S M + C, where M and C do not depend
 chunks at once. The loop over chunks then has one product of N x N matrices per chunk.
 
 e^-G can be large. All exponents are therefore centred at the middle of the chunk, and are at most max(-W) n / 2. For
-n = 64 and W >= -0.6065, the bound of RWKV-7, exponents are at most 19. Entries above the diagonal of the four matrices
-can be larger. Masks set the entries above the diagonal to zero, because 0 times infinity is not 0.
+n = 64 and W >= -0.6065, the bound of RWKV-7, exponents are at most 19. Above the diagonal of the four matrices,
+exponents can be larger than max(-W) n / 2. Masks set the entries above the diagonal to zero, because 0 times infinity
+is not 0.
 
 A reset divides a chunk into segments. Entries of the four matrices for two tokens of different segments are zero. Only
 the first segment reads S, and only the last segment adds to S'.
