@@ -1,7 +1,8 @@
-"""Run many texts at once in one engine: they join and leave at any step. It takes about half a minute on two cores.
+"""Generate many texts at once in one engine. The example takes about half a minute on two cores.
 
-The example adds six prompts one after another. It streams the first text, cancels the second, and forks the third. It
-saves the fourth to a file and resumes it from there. No text depends on the texts beside it: the last line checks this.
+Texts join and leave the engine at any step. The example adds six prompts one after another. The example streams the
+first text, cancels the second text, and forks the third text. The example saves the fourth text to a file, and resumes
+the text from this file. No text depends on other texts: the last line of the output checks this independence.
 
     python examples/many_sessions.py                  # trains a small model first
     python examples/many_sessions.py --run runs/mine  # a model of your own
@@ -34,22 +35,22 @@ def main() -> None:
             run = timemix.train("cpu-small", f"{folder}/run", train={"steps": options.steps})
         saved = Path(folder) / "session"
 
-        # Four slots: at most four texts are active, the others are pending until one ends.
+        # Four slots: at most four texts are active. All other texts are pending until an active text ends.
         engine = Engine(run.model, run.tokenizer, slots=4)
 
         def request(number: int, length: int) -> Request:
             ids = run.tokenizer.encode(PROMPTS[number]).tolist()
-            # The seed makes a text reproducible. keep_session returns its state with the last event.
+            # The seed makes a text reproducible. keep_session returns the state of the text with the last event.
             return Request(ids, length, SAMPLER, seed=number, keep_session=True)
 
         texts: dict[int, str] = defaultdict(str)
-        # The fourth text stops half way, to be saved. Ids count from 0, in the order of `add`.
+        # The fourth text stops half way, so that the example can save it. Ids count from 0, in the order of `add`.
         lengths = [tokens, tokens, tokens, half, tokens, tokens]
         arriving = [request(number, length) for number, length in enumerate(lengths)]
         step, forked, resumed, cancelled_at = 0, -1, -1, 0
         print(f"text 0, streamed: {PROMPTS[0]}", end="")
         while engine.busy or arriving:
-            # A new prompt joins every third step, whatever the others do.
+            # A new prompt joins at every third step, while earlier texts continue.
             if arriving and step % 3 == 0:
                 engine.add(arriving.pop(0))
             for event in engine.step():
@@ -57,12 +58,12 @@ def main() -> None:
                 if event.id == 0:
                     print(event.text, end="\n\n" if event.finished else "", flush=True)
                 if event.id == 3 and event.finished and event.session is not None:
-                    # Save the session to a file, and resume it from there. Another process could do this.
+                    # Save the session to a file, and resume the session from this file, as another process could.
                     timemix.save_session(event.session, saved, run.model)
                     start = timemix.load_session(saved, run.model)
                     resumed = engine.add(Request([], tokens - half, SAMPLER, seed=3, start=start))
             if forked < 0 and len(texts[2]) == half:
-                # A copy of the session continues with another seed. The original is not disturbed.
+                # A copy of the session continues with another seed. The original session does not change.
                 forked = engine.add(Request([], tokens - half, SAMPLER, seed=99, start=engine.session(2)))
                 common = texts[2]
             if not cancelled_at and len(texts[1]) == 12:
@@ -79,7 +80,7 @@ def main() -> None:
         for number in (4, 5):
             print(f"text {number}: {(PROMPTS[number] + texts[number])!r}\n")
 
-        # The same texts alone, one by one.
+        # Generate each text again alone, to compare.
         alone = {
             number: timemix.generate(run, PROMPTS[number], tokens=tokens, seed=number, sampler=SAMPLER)[0]
             for number in (0, 2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""Define an architecture in one file, train it, and compare it with rwkv1. It takes under a minute on two cores.
+"""Define an architecture in one file, train it, and compare it with rwkv1, in under a minute on two cores.
 
 The architecture `decay` replaces attention by a mean of the past. Each head h has a learned decay a_h in (0, 1):
 
@@ -25,7 +25,7 @@ from timemix.models.layers.initial import set_weights
 from timemix.models.layers.linear import Linear
 
 
-# 1. Settings. HeadsConfig has the usual ones: layers, channels, heads, ctx_len. Add those of your own.
+# 1. Settings. HeadsConfig has the usual settings: layers, channels, heads, ctx_len. Add your own settings.
 @dataclass(frozen=True)
 class DecayConfig(HeadsConfig):
     """Architecture and size of `decay`."""
@@ -44,7 +44,7 @@ class DecayMixer(nn.Module):
         self.value = Linear(config.channels, config.channels)
         self.gate = Linear(config.channels, config.channels)
         self.output = Linear(config.channels, config.channels)
-        # sigmoid(0) = 0.5 forgets at once; sigmoid(4) = 0.98 remembers about 50 tokens.
+        # The decay sigmoid(0) = 0.5 forgets at once. The decay sigmoid(4) = 0.98 remembers about 50 tokens.
         self.decay = nn.Parameter(torch.linspace(0, 4, config.heads))
 
     def forward(self, x: Tensor, state: Tensors | None, lengths: Tensor | None) -> tuple[Tensor, Tensors | None]:
@@ -68,7 +68,7 @@ class DecayMixer(nn.Module):
         return self.output(torch.sigmoid(self.gate(x)) * y), state
 
 
-# 3. The block: one layer of the model, and what training must know about it.
+# 3. The block: one layer of the model, with the facts that training needs.
 class DecayBlock(Block):
     def __init__(self, config: DecayConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -98,7 +98,7 @@ class DecayBlock(Block):
 
     @classmethod
     def kept(cls, config: Any, rows: int) -> Kept:
-        # Numbers per token and layer that a training step stores; timemix estimates its memory from them.
+        # Count of the numbers that a training step stores. timemix estimates the memory of a step from this count.
         hidden = int(config.ffn_ratio * config.channels)
         matrices = 3 * config.layers * config.heads * config.ctx_len**2
         return Kept(12 * config.channels + 2 * hidden, 5 * config.channels + hidden, matrices)
@@ -113,7 +113,7 @@ timemix.register_architecture(
 
 
 def check_state() -> None:
-    """Compare the logits of a whole context with those computed token by token: both must be equal."""
+    """Check that the logits of a whole context equal the logits computed token by token."""
     model = timemix.build_model("decay", vocab_size=50, layers=2, channels=32, ctx_len=16)
     tokens = torch.randint(50, (3, 16))
     with torch.no_grad():
@@ -135,11 +135,12 @@ def main() -> None:
     options = parser.parse_args()
     check_state()
 
-    # The preset gives both the same size; the larger ffn_ratio of `decay` makes their numbers of parameters equal.
+    # The preset gives both architectures the same layers and channels. The larger ffn_ratio of `decay` makes the
+    # numbers of parameters equal.
     models: dict[str, dict[str, Any]] = {"rwkv1": {"arch": "rwkv1"}, "decay": {"arch": "decay", "ffn_ratio": 4.8}}
     losses: dict[str, list[float]] = {"rwkv1": [], "decay": []}
     with tempfile.TemporaryDirectory() as folder:
-        # Runs with the same seed see the same batches, so each pair differs in its architecture alone.
+        # Runs with equal seeds train on the same batches, so each pair of runs differs only in the architecture.
         for seed in range(1, options.seeds + 1):
             for arch, found in losses.items():
                 train = {"steps": options.steps, "seed": seed}
@@ -152,7 +153,7 @@ def main() -> None:
     differences = [b - a for a, b in zip(losses["rwkv1"], losses["decay"], strict=True)]
     print(f"decay minus rwkv1: {', '.join(f'{each:+.3f}' for each in differences)} (below 0: decay learns better)")
 
-    # `run` is the last one, of `decay`. It generates like any other model.
+    # `run` is the last run, of `decay`. Its model generates text like any other model.
     print(f"\ndecay generates:\n{timemix.generate(run, 'The ', tokens=200, sampler=timemix.Sampler(top_a=0.02))[0]}")
 
 

@@ -1,4 +1,4 @@
-"""Train a small RWKV on a text, then print text that it generates. It takes about half a minute on two cores.
+"""Train a small RWKV on a text, then print text that it generates, in about half a minute on two cores.
 
 python examples/train_and_sample.py                      # the text that comes with timemix
 python examples/train_and_sample.py my.txt --steps 2000  # your own text, longer
@@ -15,7 +15,8 @@ parser.add_argument("--steps", type=int, default=600, help="optimizer steps (def
 options = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as folder:
-    # A run folder holds checkpoints, settings and losses. This one is deleted; give a path of your own to keep it.
+    # A run folder holds checkpoints, settings and losses. This example deletes its run folder. To keep a run folder,
+    # give a path outside the temporary folder.
     run = timemix.train("cpu-small", f"{folder}/run", data=options.text, train={"steps": options.steps})
     print(f"held-out loss: {timemix.evaluate(run).nats_per_token:.3f} nats per character\n")
 

@@ -1,4 +1,4 @@
-"""Settings of a new run from a TOML file, which may have all or only some fields of a config.toml."""
+"""Settings of a new run from a TOML file. The file may have all or only some fields of a config.toml."""
 
 import typing
 from dataclasses import replace
@@ -56,7 +56,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _carried(old: ModelConfig, given: dict[str, Any], new: ModelConfig) -> ModelConfig:
-    """Return the settings `new` with values from `old` for each given field that has the same type in both classes."""
+    """Return the settings `new`, with the value of `old` in each given field of equal type in both classes."""
     theirs, ours = typing.get_type_hints(type(old)), typing.get_type_hints(type(new))
     same = [name for name in given if name not in ("arch", "vocab_size") and ours.get(name) == theirs[name]]
     return replace(new, **{name: getattr(old, name) for name in same})

@@ -40,7 +40,7 @@ MOST_STEPS = 10**8 - 1
 """Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
 BUDGETS = ("steps", "seconds", "tokens")
-"""Fields that set the length of a run, of which a config may set only one."""
+"""Fields that set the length of a run. A config may set only one of these fields."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -224,7 +224,7 @@ def read_toml(path: Path) -> RunConfig:
 
 
 def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
-    """Convert the tables of a config.toml from any supported format version to the current one.
+    """Convert the tables of a config.toml from any supported format version to the current version.
 
     Args:
         data: The parsed config.toml.

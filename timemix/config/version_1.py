@@ -46,7 +46,7 @@ def nested(config: ModelConfig) -> dict[str, Any] | None:
 def representation(config: ModelConfig) -> str | None:
     """Return the `repr` of a model's settings in version 1; None for an architecture that version 1 did not have.
 
-    Version 1 computed the hash of a model, which saved states contain, from the `repr`.
+    Saved states contain a hash of the model, which version 1 computed from the weights and this `repr`.
     """
     if config.version_1 is None:
         return None

@@ -35,7 +35,8 @@ class Batches:
             )
         self._tokens, self._batch_size, self._ctx_len = tokens, batch_size, ctx_len
         self._seed, self._order = seed, order
-        # Number of windows in an epoch. From any random starting point of an epoch, all its windows fit into the text.
+        # Number of windows in an epoch. With this number, all windows of an epoch fit into the text from any random
+        # starting point.
         self._windows = max(1, (len(tokens) - 1) // ctx_len - 1)
         self._slack = min(ctx_len - 1, len(tokens) - 1 - self._windows * ctx_len)
         self._epoch = -1

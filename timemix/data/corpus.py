@@ -39,7 +39,7 @@ class SplitInfo:
     sha256: str
     """Hash of all token ids, in hexadecimal."""
     first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
-    """Number of characters and bytes of the first token, which no model predicts, or None if unknown."""
+    """Number of characters and bytes of the first token, None if unknown. No model predicts the first token."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
     """The token files, or None in format version 1, in which each split has one file."""
 

@@ -93,7 +93,7 @@ def written_by_timemix(folder: Path) -> str | None:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """Yield the paths that match a glob. `**` visits each folder once, however many links lead to it."""
+    """Yield the paths that match a glob. `**` visits a folder only once, even if links lead to it."""
     stars = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
     if stars is None:
         yield from glob.glob(pattern)
@@ -139,7 +139,7 @@ def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list
 
 
 def _second_names(files: list[Path]) -> Iterator[Path]:
-    """Yield all paths but one of each file that is listed several times. Do not yield the path without links."""
+    """Yield the redundant paths of each file that is listed several times: all paths except the path without links."""
     seen: set[tuple[int, int]] = set()
     for path in sorted(files, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path)):
         status = path.stat()

@@ -63,7 +63,7 @@ class Text:
 
     Attributes:
         made: The argument `tokenizer`.
-        sizes: Size of the split "train", and of the split "valid" if it has its own source.
+        sizes: Size of the split "train", and of the split "valid" if the validation text has its own source.
         sha256: Hash of all text, in hexadecimal.
         hash: Hash of both sources, with a NUL between the two sources.
         held_out: Description of the validation text, such as "the last 10 % of builtin".
@@ -195,7 +195,7 @@ class Text:
         if self.valid is None:
             return [train, ("valid", *train[1:])]
         valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
-        # The validation text comes first, so that its unknown characters are reported before the long work begins.
+        # The validation text comes first: its unknown characters are reported before the long encoding of "train".
         return [valid, train]
 
 
@@ -305,7 +305,7 @@ class Done:
     shards: tuple[Shard, ...]
     """Finished token files."""
     pieces: Count
-    """Number of pieces before the piece in which the last token file ends."""
+    """Number of pieces that lie completely in finished token files."""
     before: str | None
     """Hash of the text of the finished pieces, or None if the split is complete."""
     tokens: Count

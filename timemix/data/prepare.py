@@ -214,7 +214,7 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
         for split, group in itertools.groupby(given, lambda piece: piece.split):
             _write_split(state, writers[split], made, split, counts[split], group)
     for writer in writers.values():
-        # Leaving the `with` block creates the token file of a split without text.
+        # If a split has no text, leaving the `with` block creates its empty token file.
         with writer:
             pass
     return {
@@ -244,7 +244,7 @@ def _write_split(
     place = Done((), 0, None, 0, 0)
 
     def finished() -> None:
-        # No finished part is saved after unknown characters, so that the next call reports all unknown characters.
+        # After unknown characters, save no finished part, so that the next call reports all unknown characters.
         if made.unknown != "error" or not place.unknown:
             state.done(split, replace(place, shards=tuple(writer.shards)))
 

@@ -21,7 +21,7 @@ from timemix.storage.files import cannot_read
 OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 BEGINNINGS = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh91AY&SY": ".bz2"}
-"""First bytes of compressed files. For bzip2, the bytes are those of the default block size."""
+"""First bytes of compressed files. For bzip2, only files of the default block size have these bytes."""
 
 CHUNK = 1 << 20
 """Number of bytes read at a time."""

@@ -38,7 +38,7 @@ class Shard:
 
 
 class Tokens:
-    """Sequence of token ids in several arrays, such as memory-mapped files; `tokens[a:b]` is one NumPy array.
+    """Sequence of token ids in several arrays, such as memory-mapped files. A slice `tokens[a:b]` is one NumPy array.
 
     Args:
         arrays: Token ids, each (tokens,).
@@ -150,7 +150,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None:
-            # Closing may fail with the same error as the write before it.
+            # Closing the file may fail with the same error as the preceding write.
             with contextlib.suppress(OSError):
                 if self._file is not None:
                     self._file.close()

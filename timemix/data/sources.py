@@ -21,7 +21,7 @@ from timemix.storage.files import cannot_read, check_name
 logger = logging.getLogger("timemix")
 
 STANDARD_INPUT = Path("standard input")
-"""Entry for standard input in a list of files. Compare a list entry with `is`: a file may also be named so."""
+"""Entry for standard input in a list of files. Compare entries with `is`: a file may have this name."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Comparison:
         return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
 
     def _data_config(self, variant: Variant) -> DataConfig:
-        """Return the settings that determine the tokens of a variant. The order of batches is left at "random"."""
+        """Return the settings that determine the tokens of a variant. The order of batches is always "random"."""
         config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
         return replace(config.data, order="random")
 
@@ -140,7 +140,7 @@ class Comparison:
             )
 
     def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
-        """Return prepared folder and tokens: key False for the seeds, key True for tuning if there is a tuning grid."""
+        """Return prepared folders with tokens: under False for runs with seeds, under True for tuning runs, if any."""
         source = Path(config.source)
         if is_corpus(source):
             whole, corpus = source.resolve(), open_corpus(source)
@@ -226,7 +226,8 @@ class Comparison:
         because the loss would diverge again.
 
         Args:
-            watching: Function of job and config. Returns a context manager that yields the `watch` of the run.
+            watching: Function that returns, for a job and its config, a context manager that yields the `watch` of the
+                run.
             say: Function that prints a line; called for each finished job.
 
         Raises:
@@ -242,7 +243,7 @@ class Comparison:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))
 
     def _ended(self, job: Job) -> bool:
-        """Return whether a job is finished: a result of its config, a diverged loss, or a failure in this call."""
+        """Return whether a job has a result for its config, a diverged loss, or a failure in this call."""
         if self.folder(job) not in self._known_to_have_ended:
             result = self.result(job)
             if result is None:
@@ -250,7 +251,7 @@ class Comparison:
             if isinstance(result, Failure):
                 ended = bool(result.diverged) or result.call == self._call
             else:
-                # If a failed tuning run has succeeded later, the best point may have changed.
+                # If a failed tuning run succeeded in a later call, the best tuning point may have changed.
                 ended = job.tuning or (result.key in self._keys(job) and self._whole(result, job))
             if not ended:
                 return False
@@ -266,7 +267,7 @@ class Comparison:
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
-        """Run a job, unless the job is finished or runs in another process; return whether the job ran here."""
+        """Run a job that is unfinished and runs in no other process; return whether this call ran the job."""
         folder = self.folder(job)
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):
@@ -374,7 +375,7 @@ class Comparison:
         return measure_training(replace(config, model=model, train=train), steps=steps)
 
     def memory(self, variant: Variant) -> float | None:
-        """Measure the peak memory of a training step of a variant once; return bytes, None if unavailable."""
+        """Return the peak memory of a training step of a variant in bytes, measured only once; None if unavailable."""
         path = self.out / "variants" / variant.name / "memory.json"
         if not path.exists():
             measured = self._measured(variant, steps=1)
@@ -384,7 +385,7 @@ class Comparison:
         return measured_before(path, StepMemory).peak_memory
 
     def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
-        """Return a generated text by prompt, from the model of the first seed; empty if the run has no result.
+        """Return a generated text for each prompt, from the model of a variant's first seed; empty without a result.
 
         Args:
             variant: The variant.

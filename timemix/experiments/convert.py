@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Fitted(Protocol):
-    """A curve over lags with its fit, returned by the module that converts an architecture."""
+    """A learned curve (a weight for each distance between two tokens) and its fit by a sum of exponentials."""
 
     layer: int
     head: int
@@ -45,13 +45,13 @@ class Fitted(Protocol):
 
 
 Watching = Callable[[int, int], AbstractContextManager[Watch]]
-"""Function of the first step and the number of steps of a run; returns a context manager that yields a `watch`."""
+"""Function that returns, for a run's first step and number of steps, a context manager that yields a `watch`."""
 
 RANGES = ((0, 1), (1, 4), (4, 8), (8, 16))
-"""Ranges of positions, in units of ctx_len. A conversion reports the mean loss of each range."""
+"""Ranges of positions, counted in multiples of ctx_len. A conversion reports the mean loss of each range."""
 
 CONTEXTS = 4
-"""Length of a fine-tuning window, in units of ctx_len."""
+"""Length of a fine-tuning window, in multiples of ctx_len."""
 
 MOST_TOKENS = 2**18
 """Largest number of held-out tokens that the loss measurement uses, from the beginning of the text."""
@@ -124,7 +124,7 @@ def check_conversion(conversion: Conversion, model: ModelConfig) -> None:
 
 
 def _recurrent_part(model: ModelConfig) -> Any:
-    """Return the module that converts models of this architecture; raise InvalidValue if no module does."""
+    """Return the module that converts models of this architecture; raise InvalidValue without such a module."""
     part = find_architecture(model.arch).recurrent
     if part is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.recurrent is not None)
@@ -223,7 +223,7 @@ def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[s
         tokens: Token ids, (tokens,).
 
     Returns:
-        Losses by range, such as "1-4", in units of ctx_len.
+        Losses by range of positions. A range such as "1-4" counts in multiples of ctx_len.
     """
     ctx_len = model.config.ctx_len
     contexts = min(RANGES[-1][1], (len(tokens) - 1) // ctx_len)

@@ -14,14 +14,14 @@ from timemix.storage.settings import to_dict
 
 
 def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
-    """Return hashes of the config and the tokens of a run, without paths and device, which identify equal runs.
+    """Return hashes that identify equal runs, computed from the config without paths and device, and from the tokens.
 
     Args:
         config: Config of the run.
         corpus: Tokens of the run.
 
     Returns:
-        The hash of this version, then the hash of version 1 if version 1 had the architecture.
+        The hash in the current version, then the hash in version 1 if version 1 had the architecture.
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
@@ -33,7 +33,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         train=replace(config.train, device=""),
     )
     form = to_dict(plain)
-    # Omit settings of later versions whose values do not change the run.
+    # Omit settings that later versions added, if the values do not change the run.
     for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
     for name in ("hold_out", "keep_nul"):
@@ -45,11 +45,11 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
 
 
 def difference(theirs: Any, ours: dict[str, Any]) -> str:
-    """Return the names of differing fields as text, "" for none. Only fields that determine the runs are compared.
+    """Return the names of fields that differ between two experiments and determine the runs, as text; "" if none.
 
     Args:
-        theirs: An experiment from experiment.json, which may be damaged.
-        ours: The other experiment.
+        theirs: Content of experiment.json, a file that may be damaged.
+        ours: The experiment that is compared with the file.
     """
 
     def runs(experiment: Any) -> dict[str, Any]:

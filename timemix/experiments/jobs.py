@@ -50,7 +50,7 @@ class Failure:
     error: str
     """Error message."""
     diverged: bool | None = field(default=None, metadata=OPTIONAL)
-    """Whether the loss diverged. Such a job is not repeated, because the loss would diverge again."""
+    """Whether the loss diverged. A job with a diverged loss is not repeated, because the loss would diverge again."""
     call: str | None = field(default=None, metadata=OPTIONAL)
     """Name of the call of `timemix compare` that ran the job."""
 
@@ -66,7 +66,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The only field of memory.json that a comparison reads."""
+    """Content of memory.json, reduced to the field that a comparison reads."""
 
     peak_memory: float | None = None
     """Peak memory of a training step, in bytes."""
@@ -135,7 +135,7 @@ def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
     A folder with another config is replaced. A folder without a config, left by a killed process, is replaced too.
 
     Args:
-        config: Config of the run. An equal config has the same settings; device and path of the tokens may differ.
+        config: Config of the run. Equal configs may differ in the device and in the path of the tokens.
         folder: The run folder.
 
     Raises:

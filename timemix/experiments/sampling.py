@@ -102,7 +102,7 @@ def run_sampling(
 
 
 def _measured_before(path: Path) -> dict[str, Measured]:
-    """Read measurements.json without its damaged entries. The experiment measures these entries again."""
+    """Read measurements.json without its damaged entries. The experiment repeats the damaged measurements."""
     found = {}
     for label, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -183,7 +183,7 @@ def like_entropy(experiment: SamplingExperiment, logits: Tensor) -> list[Setting
     """Return settings of equal mean entropy at each temperature: top-a with the factors of 2021, and the other filters.
 
     Bisection finds the factor of each other filter that gives the entropy of top-a. Sampling without a filter ("plain")
-    reaches this entropy with a lower temperature. The filter top-k uses the integer k with the nearest entropy.
+    reaches the entropy of top-a with a lower temperature. The filter top-k uses the integer k with the nearest entropy.
 
     Args:
         experiment: The experiment.
@@ -216,7 +216,7 @@ def _solve(make: Callable[[float], Sampler], low: float, high: float, target: fl
     """Return the sampler that has a given mean entropy, found by bisection of one parameter x.
 
     Args:
-        make: Function that returns the sampler for x. The mean entropy must increase with x.
+        make: Function that returns the sampler for a value of x. The mean entropy must increase with x.
         low: Smallest x.
         high: Largest x.
         target: Wanted mean entropy in nats.
@@ -254,7 +254,7 @@ def measure_text(texts: list[list[int]], prompts: list[list[int]], judge: Langua
     Args:
         texts: Tokens of each generated text.
         prompts: Tokens of each prompt.
-        judge: The judge model.
+        judge: The larger model that measures the loss of the texts.
     """
     return TextFigures(
         judge_loss=tuple(_judge_loss(texts, prompts, judge)),

@@ -21,7 +21,7 @@ TOP_A, POWER = 0.02, 2.0
 N_GRAM = 8
 METRICS = ("judge_loss", "repetition", "variety")
 Each = Annotated[tuple[float, ...], Range(1)]
-"""One figure per text, for at least one text."""
+"""One measured number for each text, for at least one text."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TextFigures:
     """Measurements of each text that one setting generates."""
 
     judge_loss: Each
-    """Loss of each text under the judge model, given the prompt, in nats per token."""
+    """Loss of each text given its prompt, measured by the larger judge model, in nats per token."""
     repetition: Each
     """Share of the N_GRAM-grams of prompt and text that repeat an earlier N_GRAM-gram."""
     variety: Each
@@ -71,7 +71,7 @@ class SettingRow:
 
 @dataclass(frozen=True)
 class SamplingJudgement:
-    """A claim, the gain that was measured, and the verdict that follows from this gain."""
+    """A claim, its measured gain, and the verdict that follows from this gain."""
 
     claim: str
     gain: Difference | None
@@ -95,7 +95,7 @@ def build_table(experiment: SamplingExperiment, settings: list[Setting], found: 
     Args:
         experiment: The experiment.
         settings: All settings.
-        found: Measurements by label.
+        found: Measurements of each setting, by the label of the setting.
     """
     rows = [_row(setting, found) for setting in settings]
     verdicts = []

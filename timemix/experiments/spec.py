@@ -1,4 +1,4 @@
-"""Read experiment files. A file describes variants to compare on equal terms, and claims to test."""
+"""Read experiment files. An experiment file describes variants to compare on equal terms, and claims to test."""
 
 import itertools
 import math
@@ -37,7 +37,8 @@ class Verdict:
     at_step: int | None = None
     """Step at which the held-out losses are compared, a multiple of `train.valid_every`. Default: the last step."""
     first_positions: int | None = None
-    """Number of positions, from the start of the window, to compare. Needs `by_position`. Default: all positions."""
+    """Number of positions at the start of the window whose losses are compared. Needs `by_position`. Default: all
+    positions."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Experiment:
     verdicts: tuple[Verdict, ...] = ()
     """Claims to test."""
     by_position: bool = False
-    """Measure the held-out loss at each position of the window too."""
+    """Whether to measure the held-out loss also at each position of the window."""
 
     def __post_init__(self) -> None:
         _check_variants(self.variants, self.verdicts)

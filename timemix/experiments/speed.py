@@ -1,7 +1,7 @@
 """Measure a training step of each variant at each context length, every measurement in a new process.
 
 The folder OUT has experiment.json, measurements.json, table.json, table.md and speed.png. A resumed experiment does not
-repeat the entries of measurements.json.
+repeat the measurements in measurements.json.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from timemix.storage.json_files import Misfit, read_json, to_json, to_record
 from timemix.storage.locks import claimed
 
 Measured = dict[str, StepSpeed | StepFailure]
-"""Content of measurements.json. A key names a variant, a context length and a round."""
+"""Content of measurements.json. A key has the names of a variant, a context length and a round."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class SpeedRow:
     tokens_per_second: dict[int, list[float | None]]
     """Speed by context length, one value per round, None for a failed step."""
     tokens_per_second_slope: float | None
-    """Exponent of a power law of ctx_len, fitted to the speed at the longer half of the lengths."""
+    """Exponent b of the power law speed ~ ctx_len^b, fitted at the longer half of the context lengths."""
     memory: dict[int, list[float | None]]
     """Peak memory in bytes by context length, one value per round, None for a failed step."""
     memory_slope: float | None
-    """Exponent of a power law of ctx_len, fitted to the memory at the longer half of the lengths."""
+    """Exponent b of the power law memory ~ ctx_len^b, fitted at the longer half of the context lengths."""
 
     def values(self, of: str) -> dict[int, list[float | None]]:
         """Return the field "tokens_per_second" or "memory"."""
@@ -109,7 +109,8 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
                     config = replace(config, train=replace(config.train, device=device))
                     found[key] = measure_training(config, steps=2)
                     say(f"{key}: " + _words(found[key]))
-                    # Only results and memory failures are saved. The next call repeats the other failed measurements.
+                    # Save only results and failures by lack of memory. The next call repeats all other failed
+                    # measurements.
                     kept = {
                         k: m for k, m in found.items() if not (isinstance(m, StepFailure) and m.error != OUT_OF_MEMORY)
                     }
@@ -135,7 +136,7 @@ def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
 
 
 def _measured_before(path: Path) -> Measured:
-    """Read measurements.json without its damaged entries. The experiment measures these entries again."""
+    """Read measurements.json without its damaged entries. The experiment repeats the damaged measurements."""
     found: Measured = {}
     for key, data in read_json(path).items():
         with contextlib.suppress(Misfit):
@@ -159,8 +160,8 @@ def build_table(experiment: SpeedExperiment, found: Measured) -> SpeedTable:
     """Return the measurements, their slopes, and the verdicts at the longest context length.
 
     A slope is the exponent of ctx_len in a power law of the speed or the memory of a step. A step has the same number
-    of tokens at every length. Slope 0 therefore means linear cost per sequence. Slope 1 (-1 for speed) means quadratic
-    cost per sequence.
+    of tokens at every length. A slope of 0 therefore means that the cost of a sequence is linear in ctx_len. A slope of
+    1 for memory, or -1 for speed, means that the cost of a sequence is quadratic in ctx_len.
 
     Args:
         experiment: The experiment.

@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim, the gain that was measured, and the verdict that follows from this gain."""
+    """A claim, its measured gain, and the verdict that follows from this gain."""
 
     claim: str
     better: str
@@ -142,7 +142,7 @@ def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
 
 
 def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
-    """Return held-out losses by seed: after training, at the step of a verdict, or over the positions of a verdict."""
+    """Return held-out losses by seed: after training, at a verdict's step, or over a verdict's first positions."""
     if verdict is not None and verdict.at_step is not None:
         step = str(verdict.at_step)
         return {seed: losses[step] for seed, losses in row.valid_at.items() if step in losses}

@@ -1,4 +1,4 @@
-"""The variants of an experiment, and the config of a run: preset, shared fields, variant and tuning point in layers."""
+"""The variants of an experiment. Shared fields, fields of a variant and a tuning point override a preset."""
 
 from dataclasses import dataclass, field
 from typing import Any

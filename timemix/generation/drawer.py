@@ -17,7 +17,7 @@ class Drawer:
     """Draw the next tokens of all rows of a step at once."""
 
     def __init__(self) -> None:
-        # Cache the joined sampler of a step with the requests: the next step usually has the same requests.
+        # Cache the joined sampler of a step, because the next step usually has the same requests.
         self._requests: list[Request] = []
         self._sampler = Sampler()
 

@@ -77,9 +77,9 @@ class Engine:
         self._free: list[int] = []
         self._drawer = Drawer()
         # Number of newest tokens of a text to store: the model processes these tokens again at the end of the context,
-        # or they hold an unfinished character.
+        # or these tokens form an unfinished character.
         self._tokens_kept = max(model.max_position or 0, UNFINISHED)
-        # `_changed` guards all fields above. `_stepping` is True while a step computes, without holding the lock.
+        # `_changed` guards all fields above. `_stepping` is True while a step computes without the lock.
         # `_copying` is the number of calls of `session` that wait for the end of the step.
         self._changed = threading.Condition()
         self._stepping, self._copying = False, 0
@@ -324,7 +324,7 @@ class Engine:
         return [(row, counts[row]) for row in rows if row in counts]
 
     def _take(self, row: Row, drawn: Drawn | str) -> Event:
-        """Append a drawn token to a row and return the event of the token; remove a row that has ended."""
+        """Append a drawn token to a row and return the event of the token; remove the row if its text has ended."""
         if isinstance(drawn, str):
             self._leave(row)
             return Event(row.id, None, "", finished="error", sample=row.sample, reason=drawn)

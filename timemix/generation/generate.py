@@ -99,7 +99,8 @@ def stream(
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
         sampler: Sampler of the tokens; None: temperature 1 without filters.
         stop: One stop string or several; the text ends before the first stop string that occurs.
-        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; fewer bits are faster.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; a format with fewer
+            bits is faster.
 
     Returns:
         Iterator over pieces of the text after the prompt. A piece has whole characters and may be empty.
@@ -162,7 +163,8 @@ def generate(
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
         sampler: Sampler of the tokens; None: temperature 1 without filters.
         stop: One stop string or several; a text ends before the first stop string that occurs.
-        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; fewer bits are faster.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; a format with fewer
+            bits is faster.
 
     Returns:
         `count` texts, without the prompt.

@@ -178,7 +178,7 @@ class Event:
         sample: Number of the sample.
         top_log_probabilities: (token id, log-probability) of the most probable tokens, the most probable first.
         prompt_log_probabilities: Log-probability in nats of each prompt token in the first event, if the request asks
-            for it; otherwise None. A token with no token before it has the value None.
+            for it; otherwise None. The value is None for the first token of a text.
         reason: Reason of the error, if `finished` is "error"; otherwise None.
     """
 

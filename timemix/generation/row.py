@@ -24,7 +24,8 @@ class Emitter:
 
     def __init__(self, tokenizer: Tokenizer, before: list[int], held: str, stop: tuple[str, ...]) -> None:
         self._decoder = tokenizer.stream()
-        # A word tokenizer puts a space before a word that follows another word. Bytes continue an unfinished character.
+        # The text of a token depends on earlier tokens: words need a space between them, and bytes complete a
+        # character.
         self._decoder.push_all(np.array(before, np.int64))
         self.held, self._stop = held, stop
 
@@ -107,7 +108,7 @@ class Row:
         return min(wanted, size - self.position % size)
 
     def scored(self, count: int) -> list[tuple[int, int]]:
-        """Return (offset among the next `count` tokens, index in the prompt) of each prompt token that they predict."""
+        """Return (offset i, prompt index) of each prompt token that token i of the next `count` tokens predicts."""
         if self.prompt_scores is None:
             return []
         # Index into the prompt of the token after the first unread token.

@@ -109,7 +109,7 @@ class Sampler:
 
     @staticmethod
     def joined(samplers: "Sequence[Sampler]") -> "Sampler":
-        """Join the samplers of several rows into one.
+        """Join the samplers of several rows into one sampler.
 
         Args:
             samplers: One sampler for each row, each with one number for each field.
@@ -135,7 +135,7 @@ class Sampler:
             ValueError: A row holds NaN or only -inf, a field has neither 1 nor B values, or `repetition_penalty` is on
                 and `seen` is None.
         """
-        # On few numbers, a numpy call takes half the time of a torch call.
+        # For small arrays, a numpy call takes half the time of a torch call.
         x = logits.detach().cpu().double().numpy()
         B, V = x.shape
         if self.repetition_penalty != 1:
@@ -248,7 +248,7 @@ def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int)
     """Return a random multiple of 2^-53 in [0, 1) that does not depend on earlier numbers of the generator."""
     if not 0 <= seed < 2**64:
         raise InvalidValue(f"seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
-    # Setting the state takes a fifth of the time that a new generator takes.
+    # Setting the state of a generator takes a fifth of the time that a new generator takes.
     state = generator.state
     state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}
     state["buffer_pos"] = 4

@@ -29,7 +29,7 @@ _X_AXES = {
 # The colour-blind-safe palette of Okabe and Ito (2008), without its yellow, which is too pale on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-# Largest number of points of a line type, over all runs: enough to show the noise, and few enough for a small SVG.
+# Largest number of points of each type of line in all runs: enough points for the noise, and few for a small SVG.
 _MAX_POINTS = 1200
 _MAX_MARKERS = 16
 _DPI = 150
@@ -268,7 +268,7 @@ def save_picture(figure: "Figure", out: Path) -> None:
 
 
 class _Curve(NamedTuple):
-    """Losses of a run. Each array (2, points) holds x and loss, and `points` may be 0."""
+    """Losses of a run. Each array (2, points) holds the horizontal positions and the losses; `points` may be 0."""
 
     train: np.ndarray
     smoothed: np.ndarray
@@ -345,7 +345,7 @@ def _limits(shown: Sequence[float]) -> tuple[float, float]:
 
 
 def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
-    """Draw lines and legend: one run in two colors, several runs with a color and a marker each."""
+    """Draw lines and legend: two colors for one run, or a color and a marker for each of several runs."""
     from matplotlib.lines import Line2D
 
     solid: dict[str, Any] = {"linewidth": 1.3}
@@ -383,7 +383,7 @@ def _thinned(points: np.ndarray, most: int) -> np.ndarray:
 
 
 def _label_ends(axes: "Axes", losses: list[float | None], colors: Iterable[str]) -> None:
-    """Print the last validation losses at the right edge, moved up where they would overlap."""
+    """Print the last validation losses at the right edge. Move numbers up if numbers would overlap."""
     low, high = axes.get_ylim()
     line = 0.045 * (high - low)
     y = -math.inf

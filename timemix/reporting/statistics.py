@@ -6,7 +6,7 @@ import statistics
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
 Difference = dict[str, float | None]
-"""Mean of paired differences, and ends of its confidence interval: "mean", "low" and "high"."""
+"""Mean of paired differences ("mean"), and the ends of its confidence interval ("low" and "high")."""
 
 
 def paired_difference(first: dict[int, float], other: dict[int, float]) -> Difference | None:

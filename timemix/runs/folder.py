@@ -111,7 +111,7 @@ def warn_of_unfinished(run: Path) -> None:
 
 
 def check_resumable(run: Path) -> None:
-    """Check that a run has a complete checkpoint or none at all.
+    """Check that a run has a complete checkpoint or no checkpoint at all.
 
     A run whose checkpoints all lack files would begin again at step 0, and replace these checkpoints.
 
@@ -163,7 +163,7 @@ def best(run: Path) -> Path:
 
 
 def best_loss(run: Path) -> float:
-    """Return the lowest validation loss of the checkpoints in nats per token; infinity if no checkpoint has one."""
+    """Return the lowest validation loss of the checkpoints in nats per token; infinity without any."""
     return min((loss for loss, _ in _validated(run)), default=math.inf)
 
 
@@ -180,7 +180,8 @@ def find(run: str | Path, checkpoint: str | int = "best") -> Path:
 
     Args:
         run: Run folder, or a checkpoint folder, which `find` returns unchanged.
-        checkpoint: "best" (lowest validation loss), "newest", or a step. Ignored if `run` is a checkpoint folder.
+        checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
+            checkpoint folder.
 
     Raises:
         MissingFile: The run or the checkpoint does not exist.

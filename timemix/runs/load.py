@@ -115,7 +115,8 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
 
     Args:
         run: Run folder, or a checkpoint folder.
-        checkpoint: "best" (lowest validation loss), "newest", or a step. Ignored if `run` is a checkpoint folder.
+        checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
+            checkpoint folder.
         device: PyTorch device, such as "cpu" or "cuda:1".
 
     Returns:
@@ -148,7 +149,7 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
     model = empty_model(config.model, folder)
     with open_stored(folder, "model") as stored:
         stored.check_content()
-        # Tensors are copied because those of the file may be mapped memory, which changes with the file.
+        # Copy the tensors: tensors of the file may be mapped memory, whose content changes with the file.
         weights = {name: stored.tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

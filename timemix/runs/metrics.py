@@ -62,7 +62,7 @@ def _step_of(line: bytes) -> float:
 
 
 LARGEST_METRICS = 64 * 2**20
-"""Maximum size of metrics.jsonl in bytes, about 250,000 lines. The parsed lines take up to 15 times as much memory."""
+"""Maximum size of metrics.jsonl in bytes, about 250,000 lines. Parsed lines take up to 15x the memory of the file."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

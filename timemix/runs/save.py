@@ -20,7 +20,7 @@ from timemix.tokenizers.base import Tokenizer
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a file of one process to the disk, and return its checksum. Process 0 cannot sync for other machines."""
+    """Write a file of one process to the disk, and return its checksum. Process 0 cannot sync other machines' files."""
     checksum = write_tensors(path, tensors, {})
     with path.open("rb") as file:
         sync(file.fileno())
@@ -49,8 +49,8 @@ def save_checkpoint(
         shapes: Shapes of the whole tensors if each process writes its rows; None if process 0 writes whole tensors.
 
     Raises:
-        CannotWrite: The disk is full or not writable. Only process 0 raises this error.
-        Elsewhere: Process 0 raises CannotWrite. All other processes raise this error.
+        CannotWrite: The disk is full or not writable. Only process 0 raises CannotWrite.
+        Elsewhere: Process 0 raised CannotWrite. All other processes then raise Elsewhere.
     """
     folder = run / "checkpoints" / checkpoint_name(progress.step)
 

@@ -26,7 +26,7 @@ LONGEST = 5.0
 
 @dataclass(frozen=True)
 class Pace:
-    """Duration of each part of a run, in seconds. `validation` is the time for the whole held-out text."""
+    """Duration of each part of a run, in seconds. A validation uses the whole held-out text."""
 
     step: float
     validation: float
@@ -52,11 +52,11 @@ class Pace:
 
 
 def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: Say) -> RunConfig:
-    """Return the config with its seconds or tokens replaced by the number of steps that they allow.
+    """Return the config with a number of steps in place of its seconds or tokens.
 
-    All processes must call this function, and all get the same number of steps. If `train.seconds` is given, a second
-    model of the same config trains a few timed steps and is discarded. The second model changes neither the weights nor
-    the random numbers of the run.
+    All processes must call this function, and all processes get the same number of steps. If `train.seconds` is given,
+    a second model of the same config trains a few timed steps and is discarded. The second model changes neither the
+    weights nor the random numbers of the run.
 
     Args:
         config: Config of the run, with the fields that the corpus determines.

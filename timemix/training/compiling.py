@@ -25,7 +25,7 @@ On an H200, compiling takes 40 s and saves 25 ms in a step of 1.8e12 operations.
 def choose_compile(
     asked: str, flops: float, device: torch.device, processes: int = 1, *, fused: bool = False
 ) -> tuple[bool, str]:
-    """Return whether to compile the model of a run, and the reason in words.
+    """Return whether to compile the model of a run, and the reason as text.
 
     The decision depends only on the arguments and the C++ compiler, so a resumed run gets the same decision.
 
@@ -34,7 +34,7 @@ def choose_compile(
         flops: Floating-point operations of the whole run.
         device: Device of the model.
         processes: Number of processes of the run.
-        fused: Whether `ops.common.fused` runs the whole model, as fast as compiled code would (docs/performance.md).
+        fused: Whether `ops.common.fused` runs the whole model, which is as fast as compiled code (docs/performance.md).
 
     Raises:
         InvalidValue: `asked` is "on" and the model cannot be compiled.
@@ -64,8 +64,8 @@ def compiled_model(model: nn.Module, device: torch.device, accumulation: int = 1
 
     On a GPU, the forward and backward passes become CUDA graphs. Without CUDA graphs, launching the kernels of a model
     with 17 M parameters takes nearly three times as long as running the kernels. The gradients lie in memory of the
-    CUDA graphs, which the next backward pass overwrites. Gradient accumulation therefore needs compiled code without
-    CUDA graphs.
+    CUDA graphs, and the next backward pass overwrites this memory. Gradient accumulation therefore needs compiled code
+    without CUDA graphs.
 
     Args:
         model: The model, which shares its parameters with the compiled model.

@@ -69,7 +69,7 @@ def build_optimizers(
 
 
 class _Uncompiled(torch.optim.Optimizer):
-    """An optimizer without PyTorch's wrappers for torch.compile, which import the compiler.
+    """An optimizer without PyTorch's wrappers for torch.compile, because these wrappers import the compiler.
 
     Importing the compiler takes 2.5 s of processor time, half the time of a run of one step. timemix never compiles
     optimizers.
@@ -93,10 +93,10 @@ class Muon(_Uncompiled):
         W <- (1 - lr weight_decay) W - 0.2 sqrt(max(rows, columns)) lr orthogonalized(M)
 
     The factor 0.2 sqrt(max(rows, columns)) gives the updates the same size as the updates of AdamW. AdamW and Muon can
-    therefore use one learning rate and weight decay. The updates are those of torch.optim.Muon with
-    `match_rms_adamw`, with two differences. `orthogonalized` needs fewer rounds. The matrix products of
-    `orthogonalized` run in `precision`. On a CPU without bfloat16 instructions, products in bfloat16 take thirty times
-    as long as in float32.
+    therefore use one learning rate and one weight decay. The updates equal the updates of torch.optim.Muon with
+    `match_rms_adamw`, with two differences. `orthogonalized` needs fewer iterations than torch.optim.Muon. The matrix
+    products of `orthogonalized` run in `precision`. On a CPU without bfloat16 instructions, matrix products in bfloat16
+    take thirty times as long as in float32.
 
     Args:
         matrices: Parameters of shape (rows, columns).
@@ -152,8 +152,8 @@ _QUINTICS = ((7.9347, -22.2580, 15.8016), (3.5653, -2.5649, 0.4859), (2.6091, -1
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices with their singular values moved to between 0.7 and 1.3.
 
-    Three rounds with different polynomials have the effect of five rounds with the usual polynomial. Singular values
-    below a hundredth of the Frobenius norm end lower, at no more than 74x their ratio to that norm.
+    Three rounds with different polynomials have the effect of five rounds with the usual polynomial. A singular value s
+    below a hundredth of the Frobenius norm F can end below 0.7, at no more than 74 s / F.
 
     Args:
         matrices: Shape (n, rows, columns).

@@ -57,7 +57,7 @@ def _sharded(config: ModelConfig, world: World, device: torch.device, dtype: tor
     # outside the blocks would stay whole after a forward pass without a backward pass.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.to_empty(device=device)
-    # The order is that of LanguageModel: first the values of the constructors, then the values of the architecture.
+    # Use the same order as LanguageModel: first the values of the constructors, then the values of the architecture.
     for name, create in model_parts(config):
         for end, values in create().named_parameters():
             set_whole(model.get_parameter(f"{name}.{end}"), values)

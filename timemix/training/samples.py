@@ -16,7 +16,8 @@ from timemix.training.saving import gathered
 def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageModel:
     """Return a model that process 0 can call alone: the model itself, or an unsharded copy of a sharded model.
 
-    All processes must call this function. The others get the model itself: they hold no copy.
+    All processes must call this function. Processes other than process 0 get the model itself, because only process 0
+    holds a copy.
     """
     if world.size == 1 or strategy != "shard":
         return model

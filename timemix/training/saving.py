@@ -34,7 +34,7 @@ def tensors_to_save(model: LanguageModel, optimizers: Sequence[torch.optim.Optim
 
 
 def gathered(tensors: Named, world: World) -> Named:
-    """Return whole tensors on the CPU in process 0, and no tensors elsewhere. All processes must call this function."""
+    """Return whole tensors on the CPU in process 0, {} in other processes. All processes must call this function."""
     found: Named = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -63,7 +63,8 @@ def write_checkpoint(
     """Write a checkpoint. All processes must call this function.
 
     A sharded model is written as one file per process and an index, so no process holds the whole model. If the
-    model is not sharded, process 0 writes whole tensors. Any number of processes can resume from both kinds of files.
+    model is not sharded, process 0 writes whole tensors. Any number of processes can resume from a sharded or a whole
+    checkpoint.
 
     Args:
         run: Run folder.
@@ -83,7 +84,7 @@ def write_checkpoint(
     if all(own_part(x) is x for x in tensors["model"].values()):
         full = {stem: gathered(named, world) for stem, named in tensors.items()}
         return world.first_does(lambda: save_checkpoint(run, full, config, tokenizer, progress))
-    # Process 0 also writes the tensors that are not sharded, which are step counts.
+    # Process 0 also writes the step counts, which are the only tensors that are not sharded.
     own = {
         stem: {name: own_part(x).cpu() for name, x in named.items() if world.first or own_part(x) is not x}
         for stem, named in tensors.items()

@@ -42,7 +42,8 @@ def collected_signals(received: list[int], *, escalate: bool) -> Iterator[None]:
     try:
         yield
     except ProcessLost:
-        # After ProcessLost, torchrun ends all processes with SIGTERM. The kept handlers let this process report first.
+        # After ProcessLost, torchrun ends all processes with SIGTERM. The handlers stay, so that this process reports
+        # its error first.
         old.clear()
         raise
     finally:

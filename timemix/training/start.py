@@ -65,7 +65,7 @@ def new_run(
     if start is not None:
         _check_start(config.model, start)
     check_shares(config.train, world)
-    # Free memory differs between the processes, so one of them may refuse alone.
+    # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))
     world.first_does(lambda: _make_folder(out))
     try:
@@ -197,7 +197,7 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     if saved:
         # Check the weights first, because a damaged config.toml may name a model size that takes too much memory.
         empty_model(config.model, saved[-1])
-    # Free memory differs between the processes, so one of them may refuse alone.
+    # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))
     trainer = Trainer(config, out, corpus, lock, world)
     if saved:

@@ -52,8 +52,9 @@ def train(
         FileError: A file is damaged, in use or cannot be written.
         Unavailable: The machine lacks the device or the memory.
         NotFinite: The loss or a gradient is not finite.
-        HookFailed: The hook raised an exception, and `train.hook_errors` is "stop". The newest step is saved.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run. The newest step is saved.
+        HookFailed: The hook raised an exception, and `train.hook_errors` is "stop". The newest checkpoint holds the
+            last finished step.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP stopped the run. The newest checkpoint holds the last finished step.
     """
     out = Path(out)
     changes = {"model": model, "data": {"source": data} if isinstance(data, str) else data, "train": train}

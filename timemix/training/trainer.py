@@ -233,7 +233,7 @@ class Trainer:
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
                 piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
                 piece.backward()
-            # The loss is copied, because the next piece overwrites the output of a CUDA graph.
+            # The loss is copied, because the next piece of the batch overwrites the output of a CUDA graph.
             losses.append(piece.detach().clone())
         clipped = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         if self.device.type != "cpu":
@@ -335,7 +335,7 @@ class Trainer:
         )
 
         if damaged := first_damaged(weights, self.world):
-            # All processes know the damaged weight, and process 0 reports it.
+            # All processes know the damaged weight, and only process 0 reports this weight.
             self.world.first_does(lambda: self._refuse_to_save(damaged))
         try:
             tensors = {"model": weights, "training": state}
@@ -370,10 +370,11 @@ class Trainer:
             The newest checkpoint.
 
         Raises:
-            Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. The newest step is saved.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP arrived. The newest checkpoint holds the last finished step.
             NotFinite: The loss, a gradient or a weight is not finite.
             CannotWrite: The disk is full or not writable.
-            HookFailed: A hook raised an exception, and `train.hook_errors` is "stop". The newest step is saved.
+            HookFailed: A hook raised an exception, and `train.hook_errors` is "stop". The newest checkpoint holds the
+                last finished step.
             InUse: Another process works on the run.
             ProcessLost: Another process of this run has ended or does not answer.
         """
@@ -448,7 +449,7 @@ class Trainer:
         return True
 
     def _show(self, watch: Watch, loss: float, speed: float) -> None:
-        """Generate a sample if one is due, and call `watch`."""
+        """Generate a sample if a sample is due, and call `watch`."""
         every = self.config.train.sample_every
         sample = self.sample() if every and self.step % every == 0 and not self.is_complete else None
         if self.world.first:
@@ -458,7 +459,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise an error, if a stop signal arrived or if a failed hook must end the run."""
-        # All processes must agree, so a reason that arises after their exchange waits for the next step.
+        # All processes must agree to stop, so a reason that arises after their exchange takes effect at the next step.
         reasons = self._reasons_here() if self.world.size == 1 else self._reasons_to_stop
         if not any(reasons):
             return
@@ -473,7 +474,7 @@ class Trainer:
         self.world.first_does(fail)
 
     def _write(self, line: Line) -> None:
-        """Write a line of metrics.jsonl, and call the hooks with it."""
+        """Write a line of metrics.jsonl, and call the hooks with this line."""
         if not self.world.first:
             return
         try:
