@@ -41,7 +41,7 @@ class SplitInfo:
     first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
     """Number of characters and bytes of the first token, None if unknown. No model predicts the first token."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
-    """The token files, or None in format version 1, in which each split has one file."""
+    """The token files. The value is None in format version 1, because version 1 stores each split in one file."""
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _write_split(
     """Write the pieces of a split.
 
     Args:
-        state: State that saves the finished part of the split after each token file.
+        state: Object that saves the finished part of the split after each token file.
         writer: Writer of the token files.
         made: The tokenizer.
         split: "train" or "valid".

@@ -74,7 +74,7 @@ KINDS = {
     b"\xff\xd8\xff": "an image; give a text file",
     b"GIF8": "an image; give a text file",
 }
-"""First bytes of files that are not text, each with the end of the error message about such a file."""
+"""First bytes of file formats other than text, with the end of the error message for each format."""
 
 
 def looks_binary(first: bytes, encoding: str, keep_nul: bool = False) -> bool:

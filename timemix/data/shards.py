@@ -94,7 +94,7 @@ class ShardWriter:
         folder: Folder of the files.
         split: "train" or "valid".
         dtype: Type of the ids; the files are little-endian.
-        shards: Files that are finished already, which the writer checks before it adds new files.
+        shards: Finished files. The writer checks these files before it adds new files.
         vocab_size: Size of the vocabulary, for the check of `shards`.
         finished: Function to call after each file is written and synced.
 

@@ -228,7 +228,7 @@ class Comparison:
         Args:
             watching: Function that returns, for a job and its config, a context manager that yields the `watch` of the
                 run.
-            say: Function that prints a line; called for each finished job.
+            say: Function that prints a line of text for each finished job.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
@@ -263,7 +263,7 @@ class Comparison:
         return job.tuning or not self.experiment.by_position or result.by_position is not None
 
     def _keys(self, job: Job) -> list[str]:
-        """Return the keys of this version and of earlier versions that identify the run of a job."""
+        """Return the hashes that identify the run of a job in this version and in earlier versions."""
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:

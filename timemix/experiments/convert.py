@@ -39,9 +39,9 @@ class Fitted(Protocol):
     error: float
     """Relative error of the fit."""
     f: list[float]
-    """Values of the curve by lag."""
+    """Values of the curve at each distance between two tokens."""
     fit: list[float]
-    """Values of the fit by lag."""
+    """Values of the fit at each distance between two tokens."""
 
 
 Watching = Callable[[int, int], AbstractContextManager[Watch]]
@@ -64,7 +64,7 @@ class Conversion:
     Args:
         exponentials: Number K of exponentials per curve.
         out: Run folder to create.
-        taps: Number of first lags at which the curve keeps its exact values.
+        taps: Number of smallest distances between two tokens (lags) at which a curve keeps its exact values.
         finetune: Number of optimizer steps of fine-tuning; 0: no fine-tuning.
         lr: Initial learning rate of fine-tuning. The learning rate decays to 0.
         data: Source of the text. Default: the source of the run.
@@ -96,7 +96,7 @@ class Converted:
     Args:
         run: Folder of the original checkpoint.
         exponentials: Number of exponentials per curve.
-        taps: Number of first lags at which the curve keeps its exact values.
+        taps: Number of smallest distances between two tokens (lags) at which a curve keeps its exact values.
         out: New run folder.
         fits: Errors of the fits, one for each curve.
         original: Losses of the original model.

@@ -132,7 +132,7 @@ def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> R
 def begin_or_resume(config: RunConfig, folder: Path) -> Trainer:
     """Return a trainer that resumes a run at the newest checkpoint if the configs are equal, or starts a new run.
 
-    A folder with another config is replaced. A folder without a config, left by a killed process, is replaced too.
+    The function replaces a folder that has another config, or that a killed process left without a config.
 
     Args:
         config: Config of the run. Equal configs may differ in the device and in the path of the tokens.

@@ -81,7 +81,7 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
     Args:
         experiment: The experiment.
         out: Folder of the experiment.
-        say: Function that prints a line, called for each measurement.
+        say: Function that prints a line of text for each measurement.
         device: PyTorch device.
 
     Returns:

@@ -228,7 +228,7 @@ class Engine:
         ]
 
     def _fork(self, row: Row) -> None:
-        """Put the other samples of a row first in the queue once the row has processed all prompt tokens but one."""
+        """Put the other samples of a request first in the queue when its row has one unprocessed prompt token left."""
         if not (row.forks and row.has_read):
             return
         state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None

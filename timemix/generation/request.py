@@ -41,7 +41,7 @@ class Request:
         keep: Share of the context that "reanchor" processes again, above 0 and at most 1.
         samples: Number of samples, at least 1; the prompt is processed once for all samples.
         stop_tokens: Token ids; the text ends before the first stop token that is drawn. The last event reports the stop
-            token, which is part of the session.
+            token, and the session contains the stop token.
         logit_bias: Numbers, by token id, that are added to the logits before sampling; -inf excludes a token.
         top_log_probabilities: Number of most probable tokens to report with each token, at least 0.
         prompt_log_probabilities: Whether the first event reports the log-probability of each prompt token.

@@ -9,7 +9,7 @@ from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
 UNFINISHED = 4
-"""Number of tokens to store for an unfinished character: three tokens for its bytes, and one token more."""
+"""Number of tokens to store for an unfinished character: three tokens for its bytes, and one more token."""
 
 
 class Emitter:
@@ -32,8 +32,8 @@ class Emitter:
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text that can be emitted after a token, and whether a stop string ended the text."""
         text = self.held + self._decoder.push(token)
-        # Find the stop string that begins first. Of several stop strings at one position, the shortest is complete
-        # first.
+        # Find the stop string that begins first. Of several stop strings at one position, the shortest stop string is
+        # complete first.
         found = min(((at, len(each)) for each in self._stop if (at := text.find(each)) >= 0), default=None)
         if found is not None:
             self.held = text[sum(found) :]
@@ -98,7 +98,7 @@ class Row:
 
     @property
     def has_read(self) -> bool:
-        """Whether the prompt is processed up to its last token, which each sample processes before its first draw."""
+        """Whether all prompt tokens but the last are processed. Each sample processes the last prompt token itself."""
         return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
 
     def piece(self, size: int) -> int:

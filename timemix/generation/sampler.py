@@ -19,7 +19,7 @@ from timemix.errors import InvalidValue
 PerRow = float | Sequence[float] | Tensor
 
 TOP_P_ERROR = 1e-6
-"""Tolerance of the sum of probabilities that is compared with `top_p`: float32 logits give no more exact sums."""
+"""Tolerance in the comparison of a sum of probabilities with `top_p`: float32 logits give no more exact sums."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("at least 0", lambda x: x >= 0),
@@ -56,7 +56,7 @@ class Sampler:
         top_a: Factor, 0 to 1: tokens with p < top_a * p_max ** top_a_power are removed; 0 = off.
         top_a_power: Exponent of p_max in the threshold of top_a, at least 0.
         repetition_penalty: Penalty, above 0: positive logits of tokens seen in the context are divided by the penalty,
-            negative logits are multiplied by it; 1 = off.
+            negative logits are multiplied by the penalty; 1 = off.
 
     Raises:
         InvalidValue: A value is out of its range.

@@ -245,7 +245,7 @@ def _loss_axes(x: XAxis, last_x: float, limits: tuple[float, float], title: str 
 
 
 def save_picture(figure: "Figure", out: Path) -> None:
-    """Write a figure as .svg, or as .png with a small palette, which keeps the file small.
+    """Write a figure as .svg, or as .png with a palette of few colors, so that the file stays small.
 
     Args:
         figure: The figure.

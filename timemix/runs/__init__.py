@@ -1,1 +1,1 @@
-"""Run folders with the configs, checkpoints and metrics that training writes and all other parts read."""
+"""Run folders: training writes configs, checkpoints and metrics, and all other parts of timemix read these files."""

@@ -113,7 +113,7 @@ def warn_of_unfinished(run: Path) -> None:
 def check_resumable(run: Path) -> None:
     """Check that a run has a complete checkpoint or no checkpoint at all.
 
-    A run whose checkpoints all lack files would begin again at step 0, and replace these checkpoints.
+    If every checkpoint lacked a file, the run would begin again at step 0, and replace its checkpoints.
 
     Raises:
         MissingFile: Every checkpoint of the run lacks a file.

@@ -19,9 +19,9 @@ Say = Callable[[str], object]
 VALIDATED = 32_769
 """Largest number of held-out tokens in the timed validation."""
 SHARE = 0.05
-"""Largest share of a run's seconds that is spent on timing its steps."""
+"""Largest share of a run's seconds for the timing of steps."""
 LONGEST = 5.0
-"""Largest number of seconds spent on timing steps, which is enough for an accurate mean."""
+"""Largest number of seconds for the timing of steps. This time is enough for an accurate mean."""
 
 
 @dataclass(frozen=True)

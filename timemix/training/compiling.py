@@ -34,7 +34,7 @@ def choose_compile(
         flops: Floating-point operations of the whole run.
         device: Device of the model.
         processes: Number of processes of the run.
-        fused: Whether `ops.common.fused` runs the whole model, which is as fast as compiled code (docs/performance.md).
+        fused: Whether `ops.common.fused` runs the whole model, about as fast as compiled code (docs/performance.md).
 
     Raises:
         InvalidValue: `asked` is "on" and the model cannot be compiled.

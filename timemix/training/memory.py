@@ -19,7 +19,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     - weights, gradients and two moments per weight,
     - values that the blocks save for the backward pass, counted per token,
     - logits and their gradient,
-    - W or the attention matrices of every head, in every layer, or one strip of W if the code never forms all of W.
+    - the matrices W (or attention matrices) of all heads and layers, or one strip of W if no code forms the whole W.
 
     Args:
         model: The model.

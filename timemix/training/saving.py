@@ -115,7 +115,7 @@ def restore_training(
     """
     check_weights(model, folder)
     with open_stored(folder, "model") as stored:
-        # Each file in one process.
+        # Check each file in only one process.
         world.all_check(partial(stored.check_content, world.rank, world.size))
         for name, own in model.state_dict().items():
             _read_own_rows(own, stored, name)
@@ -129,7 +129,7 @@ def restore_training(
         )
     names = {id(p): name for name, p in model.named_parameters()}
     with open_stored(folder, "training") as stored:
-        # Each file in one process.
+        # Check each file in only one process.
         world.all_check(partial(stored.check_content, world.rank, world.size))
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):

@@ -90,7 +90,7 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     if start is not None:
         weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
         fill(trainer.model, weights.__getitem__)
-        # This checkpoint lets a run that is killed before its next checkpoint start from the same weights again.
+        # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
     return trainer
 

@@ -255,7 +255,7 @@ class Trainer:
         return loss, norm
 
     def _reasons_here(self) -> list[float]:
-        """Return a flag (0 or 1) for each reason to stop in this process: each of STOP_SIGNALS, then failed hooks."""
+        """Return flags (0 or 1) for reasons to stop in this process: each of STOP_SIGNALS, then failed hooks."""
         hooks = self.config.train.hook_errors == "stop" and self._hooks.failure is not None
         return [float(number in self._received) for number in STOP_SIGNALS] + [float(hooks)]
 
