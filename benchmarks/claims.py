@@ -82,7 +82,7 @@ def weights_rows(out: Path) -> list[list[str]]:
     found = json.loads((out / "inspect.json").read_text(encoding="utf-8"))
 
     def mean(arch: str, projection: str, what: str, layers: slice = slice(None)) -> dict[int, float]:
-        """Return the mean over layers by seed: the share of shifted channels, or the loss added without these."""
+        """Return means over layers by seed: the share of the shifted channels, or the loss that their removal adds."""
         values = {}
         for seed, report in found[arch].items():
             rows = [r for r in report["projections"] if (r["half"], r["projection"]) == ("mixer", projection)]
@@ -93,22 +93,20 @@ def weights_rows(out: Path) -> list[list[str]]:
     rows = [["claim", "difference", "verdict"]]
     for arch, low in (("mha_shift", "query"), ("mha_pro", "query"), ("rwkv1", "receptance")):
         letter = low[0].upper()
-        for what, words in (("share", "weight share of"), ("added", "loss added without")):
+        claims = {
+            "share": f"in {arch}, the shifted channels have a larger weight share in the projection V than in {letter}",
+            "added": f"in {arch}, removing the shifted channels from the projection V adds more loss than removing"
+            f" these channels from {letter}",
+        }
+        for what, claim in claims.items():
             gain = paired_difference(mean(arch, low, what), mean(arch, "value", what))
-            rows.append(
-                [
-                    f"in {arch}, V uses the shifted channels more than {letter}, measured by the {words} these"
-                    " channels",
-                    interval(gain),
-                    verdict_word(gain),
-                ]
-            )
+            rows.append([claim, interval(gain), verdict_word(gain)])
     for arch in INSPECTED:
         gain = paired_difference(mean(arch, "value", "share", slice(-1, None)), mean(arch, "value", "share", slice(1)))
         rows.append(
             [
-                f"in {arch}, V uses the shifted channels less in the last layer than in the first layer, measured by"
-                " the weight share of these channels",
+                f"in {arch}, the shifted channels have a smaller weight share in the projection V of the last layer"
+                " than of the first layer",
                 interval(gain),
                 verdict_word(gain),
             ]
@@ -159,7 +157,10 @@ def cost(name: str, out: Path) -> str:
     if not results:
         return "The command `python benchmarks/claims.py` runs this measurement."
     minutes = sum(r["seconds"] for r in trained) / 60
-    return f"The experiment took {len(trained)} training runs and {minutes:.0f} minutes of one core."
+    return (
+        f"The {len(trained)} training runs of this experiment took {minutes:.0f} minutes of one processor core in"
+        " total."
+    )
 
 
 def write(out: Path) -> None:

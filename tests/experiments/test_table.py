@@ -105,6 +105,6 @@ def test_limits_of_the_comparison_are_reported():
     assert said == [
         "Variant 'c', seed 3, failed: no",
         "Variant 'c' has another held-out text or tokenizer, so its losses are not compared.",
-        "Variant 'b' has +2.0% parameters relative to the first variant.",
+        "Variant 'b' has 2.0% more parameters than the first variant.",
         "The best train.lr of variant 'b', 0.004, is at the edge of the grid; widen the grid.",
     ]

@@ -156,16 +156,17 @@ def to_markdown(table: SamplingTable) -> str:
     parts = [
         f"# {table.title}",
         f"Each setting generates {table.samples} texts of {table.tokens} tokens. All settings use the same pieces of"
-        " held-out text as prompts. Entropy is the mean entropy of the filtered distributions at held-out positions, in"
-        " nats. The loss under the judge model is the loss of the generated texts under a larger model, in nats per"
-        f" token. Repetition is the share of {N_GRAM}-grams that occurred earlier in the same text. Variety is the"
-        " share of distinct 4-grams in a text. Differences from top-a are paired by text, with a 95 % interval.",
+        " held-out text as prompts. Entropy is the mean entropy of the filtered next-token distributions, in nats, over"
+        " positions of the held-out text. The loss under the judge model is the loss that a larger model assigns to the"
+        f" generated texts, in nats per token. Repetition is the share of a text's {N_GRAM}-grams that occurred earlier"
+        " in the text. Variety is the share of distinct 4-grams in a text. A difference from top-a is a mean over pairs"
+        " of texts with equal prompts, with a 95 % interval.",
         markdown_table(compared),
         markdown_table(
             [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts],
             words=(0, 2),
         ),
-        "This table varies the factor and the power of top-a at temperature 1:",
+        "The next table shows measurements with other factors and powers of top-a, at temperature 1:",
         markdown_table(swept),
     ]
     return "\n\n".join(parts) + "\n"

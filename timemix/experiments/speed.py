@@ -234,8 +234,9 @@ def to_markdown(table: SpeedTable) -> str:
     lengths = list(table.variants[0].memory)
     parts = [
         f"# {table.title}",
-        f"A training step has {table.tokens:,} tokens at every ctx_len. The figures are medians over the rounds. A"
-        " slope is the exponent of ctx_len in a power law, fitted to the longer half of the lengths.",
+        f"A training step has {table.tokens:,} tokens at every ctx_len. The figures are medians over the rounds of"
+        " measurement. A slope is the exponent of ctx_len in a power law that is fitted to the longer half of the"
+        " context lengths.",
     ]
     for what, heading, write, sign in (
         ("tokens_per_second", "tokens/s at ctx_len", lambda x: "-" if x is None else f"{x:,.0f}", -1),

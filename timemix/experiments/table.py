@@ -158,7 +158,8 @@ def summary(table: Table) -> str:
     return (
         f"Each variant is trained {budget}, once with each seed ({', '.join(map(str, table.seeds))}). Losses are in"
         " nats per token, as mean ± standard deviation over the seeds. A difference is the held-out loss of a row minus"
-        " the held-out loss of the first row, paired by seed, with a 95 % interval."
+        " the held-out loss of the first row, as a mean over pairs of runs with equal seeds, with a 95 %"
+        " interval."
     )
 
 
@@ -213,8 +214,9 @@ def to_markdown(table: Table) -> str:
         parts.append(markdown_table(verdict_rows(table), words=(0, 2)))
     if grid := tuning_rows(table):
         parts += [
-            "The table shows the loss of every tuning run (seed 0) on the last 5 % of the training text. A star marks"
-            " the lowest loss of each variant. The runs of a variant use the settings with the star."
+            "The next table shows the loss of every tuning run (seed 0) on the last 5 % of the training text. A star"
+            " marks the lowest loss of each variant. All other runs of a variant use the settings that gave the loss"
+            " with the star."
         ]
         parts.append(markdown_table(grid))
     if said := warnings(table):
@@ -235,8 +237,9 @@ def warnings(table: Table) -> list[str]:
     counts = [row.parameters for row in table.variants if row.parameters]
     for row in table.variants:
         if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:
+            more = row.parameters / counts[0] - 1
             said.append(
-                f"Variant {row.label!r} has {row.parameters / counts[0] - 1:+.1%} parameters relative to the first"
+                f"Variant {row.label!r} has {abs(more):.1%} {'more' if more > 0 else 'fewer'} parameters than the first"
                 " variant."
             )
         chosen = row.chosen or {}
