@@ -155,7 +155,7 @@ def cost(name: str, out: Path) -> str:
     results = [json.loads(p.read_text(encoding="utf-8")) for p in (out / name / "variants").glob("*/*/result.json")]
     trained = [r for r in results if "seconds" in r]
     if not results:
-        return "The command `python benchmarks/claims.py` runs this measurement."
+        return "The command `python benchmarks/claims.py` runs this experiment."
     minutes = sum(r["seconds"] for r in trained) / 60
     return (
         f"The {len(trained)} training runs of this experiment took {minutes:.0f} minutes of one processor core in"
