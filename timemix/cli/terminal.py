@@ -161,8 +161,8 @@ def exit_process(status: int) -> NoReturn:
     """Exit with this status. If torchrun started this process, end at once, without the finalization of Python.
 
     A thread of gloo that deletes a tensor waits for the global interpreter lock. If Python finalizes at this moment,
-    the process aborts (SIGABRT) after its work is done. The caches of torch keep the process groups, and so their
-    threads, until Python has ended.
+    the process aborts (SIGABRT) after its work is done. Caches of torch keep the process groups, and a process group
+    keeps its threads, until Python has ended.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         for stream in (sys.stdout, sys.stderr):

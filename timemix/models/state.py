@@ -12,7 +12,7 @@ class WorkedOutAhead(Protocol):
     """What a decode step has computed in advance from a state, such as results for the next tokens."""
 
     def rows_were_written(self, state: "State", rows: Tensor) -> None:
-        """Discard what was computed from rows after other code has replaced the rows by one write to each tensor of the state.
+        """Discard what was computed from rows that other code has replaced by one write to each tensor of the state.
 
         Args:
             state: The state.
