@@ -18,6 +18,7 @@ b  360 s: 60 s of compiling for each of three lengths, 120 s of compiling for th
    24 x 1024, 302 M parameters, 16,384 tokens: 30 TFLOP = 38 ms at the peak, 95 ms at 40 % of it.
 c  450 s: 7,813 steps of 12 ms (rwkv1), 9 ms (mha_rotary, mha_shift), 18 ms (mha_pro), compiling 20 to 40 s each.
 d  60 s. 17 M parameters in float32 are 69 MB, 15 us per step; launching about 400 single kernels takes 4 ms.
+   As a CUDA graph, these kernels take 2 to 3 us each, so about 1 ms per step. The graph reads all 256 positions.
 """
 
 import argparse
