@@ -145,9 +145,16 @@ def test_unknown_characters():
 def test_many_unknown_characters_are_counted_in_the_sentence():
     with pytest.raises(
         InvalidValue,
-        match="'h' .* and 18 more; leave them out of the text, or use a model",
+        match="'h' .* and 18 more; leave them out of the text, or train a new model from random weights with",
     ):
         train("character", text=" ").encode("".join(map(chr, range(97, 123))))
+
+
+def test_an_unknown_backslash_is_quoted_once():
+    with pytest.raises(InvalidValue, match=re.escape(r"the vocabulary has no '\' (U+005C) and '\x07' (U+0007); leave")):
+        train("character", text="abc").encode("a\\\a")
+    with pytest.raises(InvalidValue, match=re.escape(r"""the vocabulary has no "'" (U+0027); leave it""")):
+        train("character", text="abc").encode("a'")
 
 
 def test_byte_ids_are_the_bytes():

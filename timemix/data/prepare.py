@@ -340,7 +340,7 @@ def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
         if asked not in (own, getattr(DataConfig, name)):
             raise InvalidValue(
                 f"data.{name}={asked!r} contradicts the vocabulary of the trained model, whose data.{name} is {own!r};"
-                f" leave data.{name} out, or train a new model"
+                f" leave data.{name} out, or train a new model from random weights"
             )
 
 

@@ -95,10 +95,10 @@ class Tokenizer(ABC):
             InvalidValue: The text has unknown characters or words, which the message names.
         """
         if unknown and self.unknown == "error":
-            other = "choose data.unknown unk" if is_new else "use a model that was trained with data.unknown unk"
+            other = "choose" if is_new else "train a new model from random weights with"
             raise InvalidValue(
                 f"the vocabulary has no {_names(unknown)}; leave {'it' if len(unknown) == 1 else 'them'} out of"
-                f" the text, or {other}"
+                f" the text, or {other} data.unknown unk"
             )
 
     def encode_lenient(self, text: str) -> tuple[np.ndarray, int]:
@@ -348,7 +348,8 @@ def refuse_surrogates(text: str, before: int = 0) -> bytes:
 
 def _names(unknown: Counter[str], limit: int = 8) -> str:
     """List the first few unknown characters or words, for an error message."""
-    names = [f"{name!r} (U+{ord(name):04X})" if len(name) == 1 else repr(name) for name in list(unknown)[:limit]]
+    shown = {name: repr(name).replace(r"\\", "\\") for name in list(unknown)[:limit]}
+    names = [f"{text} (U+{ord(name):04X})" if len(name) == 1 else text for name, text in shown.items()]
     if len(unknown) > limit:
         return f"{', '.join(names)} and {len(unknown) - limit} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
