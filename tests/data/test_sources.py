@@ -258,6 +258,14 @@ def test_standard_input_that_is_no_text(monkeypatch):
     refused("-", "standard input is empty")
 
 
+def test_one_file_of_a_folder_in_another_encoding():
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_bytes("cafés".encode())
+    Path("texts/b.txt").write_bytes("cafés".encode("latin-1"))
+    converted = "convert this file, for example with: iconv -f latin1 -t utf-8 texts/b.txt > NEW; if all files have its"
+    refused("texts", rf"texts/b\.txt is not in utf-8: byte 3 cannot be decoded .*; {converted} encoding, set data\.enc")
+
+
 def test_wrong_encodings():
     Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
     refused("latin.txt", r"latin\.txt is not in utf-8: byte 3 cannot be decoded .* data\.encoding")

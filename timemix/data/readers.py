@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import lzma
+import shlex
 import sys
 import zlib
 from collections.abc import Iterator
@@ -100,7 +101,9 @@ def _is_wide(codec: str) -> bool:
     return codec.startswith(("utf-16", "utf-32"))
 
 
-def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = False) -> Iterator[str]:
+def decoded(
+    data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = False, *, is_alone: bool = True
+) -> Iterator[str]:
     """Decode the bytes of a file to text in pieces, without byte order mark.
 
     Args:
@@ -108,6 +111,7 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
         name: Name of the file, for error messages.
         encoding: Encoding of the file.
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
+        is_alone: Whether the source has no other files, so that another encoding suits the whole source.
 
     Raises:
         DamagedFile: The file has a known binary format.
@@ -121,11 +125,11 @@ def decoded(data: Iterator[bytes], name: str, encoding: str, keep_nul: bool = Fa
     # punycode is the only codec of Python that cannot decode in pieces.
     if codec == "punycode":
         data = iter([b"".join(data)])
-    texts = _texts(data, name, codec, encoding)
+    texts = _texts(data, name, codec, encoding, is_alone)
     return texts if keep_nul else _without_nul_characters(texts, name, encoding)
 
 
-def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Iterator[str]:
+def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str, is_alone: bool) -> Iterator[str]:
     """Decode bytes to nonempty pieces of text, without byte order mark."""
     first = b""
     while len(first) < 4 and (chunk := next(data, b"")):
@@ -142,16 +146,28 @@ def _texts(data: Iterator[bytes], name: str, codec: str, encoding: str) -> Itera
             collections.deque(data, maxlen=0)
             raise InvalidValue(
                 f"{name} is not in {encoding}: byte {fed - len(error.object) + error.start} cannot be decoded"
-                f" ({error.reason}); set data.encoding to its encoding, such as latin-1 or utf-16"
+                f" ({error.reason}); {_way_to_decode(name, codec, is_alone)}"
             ) from error
         except ValueError as error:
             collections.deque(data, maxlen=0)
-            raise InvalidValue(f"{name} is not in {encoding}: {error}; set data.encoding to its encoding") from error
+            raise InvalidValue(
+                f"{name} is not in {encoding}: {error}; {_way_to_decode(name, codec, is_alone)}"
+            ) from error
         if text and begins:
             begins = False
             text = text.removeprefix("\ufeff")
         if text:
             yield text
+
+
+def _way_to_decode(name: str, codec: str, is_alone: bool) -> str:
+    """Return the advice about a file in another encoding: data.encoding applies to all files of a source."""
+    if is_alone:
+        return "set data.encoding to its encoding, such as latin-1 or utf-16"
+    return (
+        f"convert this file, for example with: iconv -f latin1 -t {codec} {shlex.quote(name)} > NEW;"
+        " if all files have its encoding, set data.encoding instead"
+    )
 
 
 def _without_nul_characters(texts: Iterator[str], name: str, encoding: str) -> Iterator[str]:

@@ -161,7 +161,8 @@ def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool)
         before, last, newest = 0, "", -1
         for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
             begun = False
-            for text in decoded(chunks(path, held.get(path), before, advance), str(path), encoding, keep_nul):
+            data = chunks(path, held.get(path), before, advance)
+            for text in decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1):
                 if not begun and last not in ("", "\n"):
                     yield newest, "\n"
                 yield number, text
