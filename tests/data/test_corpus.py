@@ -136,7 +136,7 @@ def test_the_alphabet_is_of_the_whole_text_and_words_of_the_training_part():
 def test_unknown_text_for_a_given_vocabulary_gets_advice_that_helps():
     Path("new.txt").write_text("abc Ω")
     made = prepare(Path("old"), DataConfig(source="text.txt")).tokenizer
-    with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or use a model"):
+    with pytest.raises(InvalidValue, match=r"no 'Ω' \(U\+03A9\); leave it out .*, or train a new model from random"):
         prepare(Path("next"), DataConfig(source="new.txt"), tokenizer=made)
     for name, value in (("unknown", "unk"), ("tokenizer", "byte")):
         sentence = f"data.{name}='{value}' contradicts the vocabulary of the trained model"
