@@ -127,13 +127,23 @@ class TestResume:
         call("train", "--resume", "r")
         assert "unlocking" not in call("train", "--resume", "r")[2]
 
-    @pytest.mark.parametrize("options", ["--model.layers 2", "--data other.txt", "--data.order=random", "--out s"])
-    def test_the_model_and_the_text_cannot_change(self, call, run, options):
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ("--model.ctx-len 4", "--model.ctx-len cannot change in the resumed run r; start a new run from its weights"),
+            ("--data my.txt", "--data cannot change in the resumed run r; start a new run from its weights"),
+            ("--data.order=random", "--data.order cannot change in the resumed run r; start a new run"),
+            ("--model.layers 2", "--model.layers cannot change in the trained model of r; train a new model from random"),
+            ("--model.arch llama", "--model.arch cannot change in the trained model of r; train a new model"),
+            ("--out s", "--resume r trains in the folder r; leave --out out, or start a new run from its weights"),
+        ],
+    )
+    def test_the_model_and_the_text_cannot_change_and_the_advice_works(self, call, run, options, sentence):
         status, _, err = call("train", "--resume", "r", *options.split())
-        flag = options.replace("=", " ").split()[0]
         assert status == 2
-        assert f"{flag} cannot change in the resumed run r; start a new run from its weights with:" in err
-        assert err.endswith("timemix train --from r --out NEXT\n")
+        assert err.startswith(f"timemix: {sentence}")
+        advised = err.partition("with: timemix ")[2].replace("VALUE", options.replace("=", " ").split()[1]).split()
+        assert call(*advised, "--train.steps", "1")[0] == 0
 
     def test_help_lists_the_settings_of_the_run(self, call, run):
         status, out, _ = call("train", "--resume", "r", "--help")

@@ -84,8 +84,8 @@ class ResumeArguments:
 
     The learning rate follows the schedule of the new settings: at step S, the rate is the rate at step S of a new run
     with these settings. The model, the text, --train.batch-size, --train.contexts, --train.seed and --train.optimizer
-    cannot change. To change one of these settings, start a new run from the weights of this run: timemix train --from
-    RUN --out NEXT.
+    cannot change. A new run from the weights of this run can change these settings, except those of the model: timemix
+    train --from RUN --out NEXT. Of the model, such a run can change only --model.dropout and --model.ctx-len.
 
     Examples:
         timemix train --resume runs/mine
@@ -99,6 +99,10 @@ class ResumeArguments:
     """Run folder to resume."""
     train: TrainConfig = field(default_factory=TrainConfig)
     reporting: tyro.conf.OmitArgPrefixes[Reporting] = field(default_factory=Reporting)
+
+
+_RESIZED = ("--model.dropout", "--model.ctx-len", "--model.ctx_len")
+"""Settings of the model that can change in a run that starts from trained weights."""
 
 
 def _check_choice(choice: Choice) -> None:
@@ -136,11 +140,16 @@ def _defaults(choice: Choice) -> RunConfig:
 
 def _check_resumable(arguments: list[str], run: Path) -> None:
     """Raise InvalidValue for an option that only a new run accepts."""
+    from_weights = f"start a new run from its weights with: timemix train --from {run} --out NEXT"
     for flag in (word.partition("=")[0] for word in arguments):
-        if flag in ("--out", "--data") or flag.startswith(("--model.", "--data.")):
+        if flag == "--out":
+            raise InvalidValue(f"--resume {run} trains in the folder {run}; leave --out out, or {from_weights}")
+        if flag == "--data" or flag.startswith("--data.") or flag in _RESIZED:
+            raise InvalidValue(f"{flag} cannot change in the resumed run {run}; {from_weights} {flag} VALUE")
+        if flag.startswith("--model."):
             raise InvalidValue(
-                f"{flag} cannot change in the resumed run {run}; start a new run from its weights with:"
-                f" timemix train --from {run} --out NEXT"
+                f"{flag} cannot change in the trained model of {run}; train a new model from random weights with:"
+                f" timemix train --config {run / 'config.toml'} --out NEXT {flag} VALUE"
             )
 
 
