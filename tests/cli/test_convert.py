@@ -1,6 +1,7 @@
 """A trained rwkv1 with a constant state: the same model as far as its curves are fitted, and an ordinary run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +148,26 @@ def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, c
     assert (status, errors.count("\n")) == (2, 1)
     assert "cannot get a constant state; use a run of rwkv1" in errors
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--out my.txt", "my.txt exists already; choose another folder"),
+        ("--out new --data nothing.txt", "'nothing.txt' is not a file, folder or download"),
+        ("--out new --lr -1", "--lr is -1.0; it must be at least 0"),
+        ("--out new --constant-state 2 3 2", "--constant-state is 2 3 2; give each number once"),
+    ],
+)
+def test_a_bad_option_is_refused_before_the_fit(run, tmp_path, monkeypatch, capsys, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("")
+    monkeypatch.setattr(fitting, "STEPS", None)  # A fit would fail.
+    arguments = ["--constant-state", 2, *options.split()]
+    status, _, errors = call(capsys, "convert", run, *arguments)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"timemix: {sentence}")
+    assert not Path("new").exists()
 
 
 def test_windows_of_several_contexts(tmp_path):

@@ -54,6 +54,9 @@ class ConvertArguments:
     def __post_init__(self) -> None:
         if self.finetune < 0:
             raise InvalidValue(f"--finetune is {self.finetune}; it must be at least 0")
+        given = self.constant_state
+        if len(set(given)) < len(given):
+            raise InvalidValue(f"--constant-state is {' '.join(map(str, given))}; give each number once")
 
 
 @lasting_output()
@@ -81,7 +84,7 @@ def convert(arguments: list[str]) -> int:
     # All conversions are checked before the first conversion starts.
     for conversion in conversions:
         try:
-            check_conversion(conversion, loaded.config.model)
+            check_conversion(conversion, loaded.config)
         except InvalidValue as error:
             raise InvalidValue(re.sub("^exponentials|^taps", lambda name: _FLAGS[name[0]], str(error))) from error
     rows: list[Converted] = []

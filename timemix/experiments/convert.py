@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from timemix.config.run import RunConfig
+from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
-from timemix.errors import InvalidValue
+from timemix.data.sources import open_source
+from timemix.errors import AlreadyExists, InvalidValue
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
@@ -114,13 +115,25 @@ class Converted:
     after: dict[str, float] | None = field(default=None, metadata=OPTIONAL)
 
 
-def check_conversion(conversion: Conversion, model: ModelConfig) -> None:
-    """Check that a model can be converted with these settings.
+def check_conversion(conversion: Conversion, config: RunConfig) -> None:
+    """Check that a trained model can be converted with these settings, before the fit of its curves takes minutes.
+
+    Args:
+        conversion: Settings of the conversion.
+        config: Config of the trained model.
 
     Raises:
         InvalidValue: The model cannot be converted with these settings.
+        AlreadyExists: The folder `conversion.out` already exists.
+        TimemixError: The source `conversion.data` cannot be opened.
     """
-    _recurrent_part(model).exponential_config(model, conversion.exponentials, conversion.taps)
+    _recurrent_part(config.model).exponential_config(config.model, conversion.exponentials, conversion.taps)
+    _train_config(conversion, config.train)
+    if conversion.out.exists():
+        raise AlreadyExists(f"{conversion.out} exists already; choose another folder")
+    # A folder exists, and opening a folder of texts prints its warnings.
+    if conversion.data is not None and not Path(conversion.data).is_dir():
+        open_source(conversion.data)
 
 
 def _recurrent_part(model: ModelConfig) -> Any:
@@ -184,12 +197,17 @@ def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
     config, own = converted.config, converted.folder.parent.parent / "data"
     # The folder of the old run already has prepared tokens.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
+    data = DataConfig(source=source, order=config.data.order)
+    return replace(config, data=data, train=_train_config(conversion, config.train))
+
+
+def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
     steps = conversion.finetune or 300
-    train = replace(
-        config.train,
+    return replace(
+        train,
         steps=steps,
         contexts=CONTEXTS,
-        batch_size=max(1, config.train.batch_size // CONTEXTS),
+        batch_size=max(1, train.batch_size // CONTEXTS),
         accumulation=1,
         optimizer="adamw",
         betas=(0.9, 0.99),
@@ -202,7 +220,6 @@ def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
         save_every=steps,
         device=conversion.device,
     )
-    return replace(config, data=DataConfig(source=source, order=config.data.order), train=train)
 
 
 def _finetune(trainer: Trainer, watching: Watching) -> None:
