@@ -313,7 +313,7 @@ def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
         "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
     )
     (tmp_path / "my.txt").write_text(TEXT)
-    options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1536", "--seeds", "2", "--no-tune"]
+    options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1.536k", "--seeds", "2", "--no-tune"]
     status, out, err = call("compare", *options, "--out", "c", "--json")
     assert status == 0
     table = json.loads(out)

@@ -130,10 +130,16 @@ class TestResume:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ("--model.ctx-len 4", "--model.ctx-len cannot change in the resumed run r; start a new run from its weights"),
+            (
+                "--model.ctx-len 4",
+                "--model.ctx-len cannot change in the resumed run r; start a new run from its weights",
+            ),
             ("--data my.txt", "--data cannot change in the resumed run r; start a new run from its weights"),
             ("--data.order=random", "--data.order cannot change in the resumed run r; start a new run"),
-            ("--model.layers 2", "--model.layers cannot change in the trained model of r; train a new model from random"),
+            (
+                "--model.layers 2",
+                "--model.layers cannot change in the trained model of r; train a new model from random",
+            ),
             ("--model.arch llama", "--model.arch cannot change in the trained model of r; train a new model"),
             ("--out s", "--resume r trains in the folder r; leave --out out, or start a new run from its weights"),
         ],

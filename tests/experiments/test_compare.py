@@ -1,13 +1,16 @@
 """Comparisons on a small text, end to end: equal batches, tuning, resuming, failures and rejected input."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +75,22 @@ def test_all_variants_of_a_seed_see_the_same_batches(done):
     for run in ("seed-1", "seed-2", "tuning-0", "tuning-1"):
         np.testing.assert_array_equal(batches(seen, f"rwkv1/{run}"), batches(seen, f"mha/{run}"))
     assert not np.array_equal(batches(seen, "rwkv1/seed-1"), batches(seen, "rwkv1/seed-2"))
+
+
+def test_each_run_prints_its_loss_and_the_time_left(done):
+    _, _, lines, table = done
+    tuned = table["variants"][0]["tuning"][0]["valid_loss"]
+    assert re.fullmatch(rf"rwkv1 tuning 0: validation loss {tuned:.4f} \(1 of 8, about \d:\d\d left\)", lines[0])
+    assert re.fullmatch(r"mha seed 1: held-out loss \d\.\d{4} \(7 of 8, about \d:\d\d left\)", lines[6])
+    assert re.fullmatch(r"mha seed 2: held-out loss \d\.\d{4} \(8 of 8\)", lines[7])
+
+
+def test_the_time_left_follows_from_the_runs_so_far(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count(step=60).__next__)
+    monkeypatch.setattr("timemix.experiments.compare.time", clock)
+    lines = finish(Comparison(small(write_text_file(tmp_path), tune={}, seeds=(1, 2)), tmp_path / "out"))
+    ends = [line.partition(" (")[2] for line in lines]
+    assert ends == ["1 of 4, about 3:00 left)", "2 of 4, about 2:00 left)", "3 of 4, about 1:00 left)", "4 of 4)"]
 
 
 def test_tuning_takes_the_best_point_without_the_validation_text(done):
@@ -201,7 +220,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_tried_again(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", broken)
         comparison = Comparison(experiment, tmp_path / "out")
-        assert finish(comparison)[0] == "rwkv1 seed 1: failed: RuntimeError: a bug (1 of 2)"
+        assert finish(comparison)[0] == "rwkv1 seed 1: failed: RuntimeError: a bug (1 of 2, about 0:00 left)"
     assert "RuntimeError: a bug" in capsys.readouterr().err
     assert write_report(comparison).to_json()["variants"][1]["valid_losses"]
     (line,) = finish(Comparison(experiment, tmp_path / "out"))

@@ -108,3 +108,20 @@ def test_limits_of_the_comparison_are_reported():
         "Variant 'b' has 2.0% more parameters than the first variant.",
         "The best train.lr of variant 'b', 0.004, is at the edge of the grid; widen the grid.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "at_edge"),
+    [
+        ((1e-3, 2e-3), 2e-3, True),
+        ((1e-3, 2e-3), 1e-3, True),
+        ((1e-3, 2e-3, 4e-3), 2e-3, False),
+        ((True, False), True, False),
+        (("original", "zero"), "zero", False),
+        ((1e-3,), 1e-3, False),
+    ],
+)
+def test_the_best_number_of_a_grid_lies_between_others(values, chosen, at_edge):
+    tuning = [{"train.lr": value, "valid_loss": 1.0} for value in values]
+    row = Row(name="a", label="a", parameters=1, chosen={"train.lr": chosen}, tuning=tuning)
+    assert any("edge of the grid" in line for line in warnings(Table("t", 1, None, [1], [row], []))) == at_edge

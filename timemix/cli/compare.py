@@ -14,7 +14,7 @@ import tyro
 from timemix.cli.options import parse
 from timemix.cli.terminal import lasting_output
 from timemix.config.presets import preset
-from timemix.config.run import RunConfig
+from timemix.config.run import RunConfig, read_count
 from timemix.errors import Interrupted, InvalidValue
 from timemix.experiments.spec import (
     AnyExperiment,
@@ -67,8 +67,8 @@ class CompareArguments:
     """Validation text, a source like --data. Default: text of the experiment, otherwise part of the training text."""
     seeds: int | None = None
     """Number of seeds, at least 1, counted from 1. Default: seeds of the experiment, otherwise 3."""
-    tokens: int | None = None
-    """Number of training tokens of each run, at least 1. Default: tokens of the experiment, otherwise 1500000."""
+    tokens: int | str | None = None
+    """Number of training tokens of each run, such as 500k or 20M. Default: tokens of the experiment, otherwise 1.5M."""
     size: str = "cpu-small"
     """Preset that gives the size and training of the architectures of --arch."""
     tune: bool = True
@@ -153,7 +153,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
             raise InvalidValue(f"--seeds is {parsed.seeds}; it must be at least 1")
         changes["seeds"] = tuple(range(1, parsed.seeds + 1))
     if parsed.tokens is not None:
-        changes |= {"tokens": parsed.tokens, "seconds": None}
+        changes |= {"tokens": read_count(parsed.tokens), "seconds": None}
     if changes and not isinstance(experiment, Experiment):
         raise InvalidValue(f"the experiment {name} trains no variants; leave out --seeds and --tokens")
     return name, replace(experiment, **changes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from timemix.cli.terminal import escaped
+from timemix.runtime.progress import clock
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -79,7 +80,7 @@ def progress_line(progress: "TrainingProgress", width: int | None = None) -> str
     """Return one line of numbers; a line over `width` columns loses the least important numbers and labels."""
     step, loss = f"{progress.step}/{progress.steps}", f"{progress.loss:.3f}"
     valid = "-" if progress.valid_loss is None else f"{progress.valid_loss:.3f} at {progress.valid_step}"
-    left = _minutes(_seconds_left(progress))
+    left = clock(_seconds_left(progress))
     named = [f"step {step}", f"loss {loss}", f"valid {valid}"]
     forms = [
         [*named, f"{progress.tokens_per_second:,.0f} tokens/s", f"{left} left"],
@@ -101,8 +102,3 @@ def sample_words(progress: "TrainingProgress") -> str:
 def _seconds_left(progress: "TrainingProgress") -> float:
     tokens_left = progress.tokens / progress.step * (progress.steps - progress.step)
     return tokens_left / progress.tokens_per_second
-
-
-def _minutes(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -44,6 +44,7 @@ from timemix.experiments.jobs import (
     begin_or_resume,
     measured_before,
     on_corpus,
+    outcome,
     read_result,
 )
 from timemix.experiments.spec import TUNING_SEED, Experiment
@@ -51,6 +52,7 @@ from timemix.experiments.variants import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
+from timemix.runtime.progress import clock
 from timemix.storage.files import write_text
 from timemix.storage.json_files import Misfit, is_number, read_json, to_json
 from timemix.storage.locks import claimed
@@ -58,6 +60,7 @@ from timemix.training.progress import Watch
 from timemix.training.trainer import Trainer
 
 Say = Callable[[str], None]
+Report = Callable[[Job, Result | Failure], None]
 SECONDS_BETWEEN_LOOKS = 0.5
 BEGINNING_TOKENS = 24
 
@@ -209,7 +212,7 @@ class Comparison:
         return result if isinstance(result, Result) else None
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
-        """Return the tuning point with the lowest held-out loss, None for unfinished tuning or if every run failed."""
+        """Return the tuning point with the lowest validation loss, None for unfinished tuning or if every run failed."""
         jobs = self.tuning_jobs(variant)
         if not jobs:
             return self._points[variant.name][0]
@@ -226,17 +229,25 @@ class Comparison:
         because the loss would diverge again.
 
         Args:
-            watching: Function that returns, for a job and its config, a context manager that yields the `watch` of the
-                run.
-            say: Function that prints a line of text for each finished job.
+            watching: Function of job and config. Returns a context manager that yields the `watch` of the run.
+            say: Function that prints a line; called for each finished job, with an estimate of the time left.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
         """
         jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
         jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]
+        began, before = time.monotonic(), sum(map(self._ended, jobs))
+
+        def report(job: Job, result: Result | Failure) -> None:
+            ended = sum(map(self._ended, jobs))
+            # The runs of other processes count too.
+            seconds = (time.monotonic() - began) / max(1, ended - before) * (len(jobs) - ended)
+            words = f", about {clock(seconds)} left" if seconds else ""
+            say(f"{job.name}: {outcome(job, result)} ({ended} of {len(jobs)}{words})")
+
         while left := [job for job in jobs if not self._ended(job)]:
-            if not any(self._try(job, watching, say, len(jobs)) for job in left if self._ready(job)):
+            if not any(self._try(job, watching, report) for job in left if self._ready(job)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _ready(self, job: Job) -> bool:
@@ -266,8 +277,8 @@ class Comparison:
         """Return the hashes that identify the run of a job in this version and in earlier versions."""
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
-    def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], say: Say, of: int) -> bool:
-        """Run a job that is unfinished and runs in no other process; return whether this call ran the job."""
+    def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], report: Report) -> bool:
+        """Run a job, unless the job is finished or runs in another process; return whether the job ran here."""
         folder = self.folder(job)
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):
@@ -288,12 +299,7 @@ class Comparison:
             else:
                 # Samples of the earlier model are outdated after a new run.
                 folder.with_name("samples.json").unlink(missing_ok=True)
-        ended = sum(self._ended(j) for v in self.experiment.variants for j in self.tuning_jobs(v) + self.seed_jobs(v))
-        if isinstance(result, Failure):
-            outcome = f"failed: {result.error}"
-        else:
-            outcome = f"held-out loss {result.valid_loss:.4f}"
-        say(f"{job.name}: {outcome} ({ended} of {of})")
+        report(job, result)
         return True
 
     def _run(self, job: Job, watching: Callable[[Job, RunConfig], Any]) -> Result:

@@ -32,9 +32,9 @@ class Result:
     train_loss: float
     """Mean training loss over the last tenth of the logged losses."""
     valid_loss: float
-    """Last held-out loss."""
+    """Last held-out loss; in a tuning run, last loss on the end of the training text."""
     valid_at: dict[str, float]
-    """Held-out loss by step."""
+    """Losses like `valid_loss`, by step."""
     by_position: tuple[float, ...] | None = field(default=None, metadata=OPTIONAL)
     """Held-out loss by position in the window, None unless the experiment sets `by_position`."""
     key: str | None = field(default=None, metadata=OPTIONAL)
@@ -95,6 +95,13 @@ def read_result(data: dict[str, Any]) -> Result | Failure:
         Misfit: A field is missing or does not fit.
     """
     return to_record(data, Failure) if "error" in data else to_record(data, Result)
+
+
+def outcome(job: Job, result: Result | Failure) -> str:
+    """Return the loss or the failure of a job as text. A tuning run is validated on the end of the training text."""
+    if isinstance(result, Failure):
+        return f"failed: {result.error}"
+    return f"{'validation' if job.tuning else 'held-out'} loss {result.valid_loss:.4f}"
 
 
 Measured = TypeVar("Measured")

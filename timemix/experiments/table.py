@@ -24,7 +24,7 @@ class Row:
     chosen: dict[str, Any] | None = None
     """Best tuning point."""
     tuning: list[dict[str, Any]] = field(default_factory=list)
-    """All tuning points, each with its held-out loss in `valid_loss`."""
+    """All tuning points, each with its loss on the end of the training text in `valid_loss`."""
     train_losses: dict[int, float] = field(default_factory=dict)
     """Training loss by seed."""
     valid_losses: dict[int, float] = field(default_factory=dict)
@@ -247,7 +247,7 @@ def warnings(table: Table) -> list[str]:
         for name, values in tried.items():
             value = chosen[name]
             numbers = isinstance(value, int | float) and not isinstance(value, bool)
-            if numbers and len(set(values)) > 2 and value in (min(values), max(values)):
+            if numbers and len(set(values)) > 1 and value in (min(values), max(values)):
                 said.append(
                     f"The best {name} of variant {row.label!r}, {value:g}, is at the edge of the grid; widen the grid."
                 )

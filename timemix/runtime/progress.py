@@ -20,6 +20,12 @@ def untold(done: int) -> None:
     """Do nothing with the number of bytes read so far."""
 
 
+def clock(seconds: float) -> str:
+    """Return a duration as minutes and seconds, such as 3:36, or as hours, minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 @contextlib.contextmanager
 def passing(progress: ShowProgress, what: str, total: int) -> Iterator[Advance]:
     """After QUIET_SECONDS, show the progress of reading a text.
