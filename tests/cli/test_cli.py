@@ -249,6 +249,20 @@ def test_a_closed_pipe_is_quiet(trained):
             "--model.ffn-ratio is nan; it must be from 1",
         ),
         (["train", "--resume", "nothing"], "nothing"),
+        (["train", "my.txt"], "unknown preset 'my.txt'; to train on this text: timemix train --data my.txt --out RUN"),
+        (["train", "folder", "--out", "r"], "'folder'; to train on this text: timemix train --data folder --out RUN"),
+        (["train", "empty.toml"], "of this file: timemix train --config empty.toml --out RUN"),
+        (["train", "old/run"], "unknown preset 'old/run'; to resume this run: timemix train --resume old/run"),
+        (["train", "", "--out", "r"], "the value after 'train' is empty; give a value"),
+        (["train", "--out", "r", "--data="], "the value after '--data' is empty; give a value"),
+        (["train", "--from", "", "--out", "r"], "the value after '--from' is empty; give a value"),
+        (["runs", ""], "the value after 'runs' is empty; give a value"),
+        (["convert", "", "--constant-state", "2", "--out", "r"], "the value after 'convert' is empty"),
+        (["sample", "old"], "old is not a run folder: it has no config.toml; the runs in old are run"),
+        (["plot", "old"], "old is not a run folder: it has no config.toml; the runs in old are run"),
+        (["plot", "old/rum"], "there is no run folder old/rum; the runs in old are run"),
+        (["sample", "my.txt"], "my.txt is a file, not a run folder; name a folder that training has written"),
+        (["eval", "my.txt"], "RUN is my.txt, a file; to measure the loss of a run on a text: timemix eval RUN --data"),
         (["sample", "nothing"], "there is no run folder nothing"),
         (["sample", "folder"], "is not a run folder"),
         (["eval", "nothing", "--data", "my.txt"], "there is no run folder nothing"),
@@ -260,8 +274,11 @@ def test_a_closed_pipe_is_quiet(trained):
         (["compare", "heads", "--arch", "rwkv1"], "or architectures with --arch"),
         (["compare", "nothing.toml"], "cannot read nothing.toml"),
         (["compare", "empty.toml"], "empty.toml: title is missing"),
-        (["compare", "my.txt"], "my.txt is damaged"),
-        (["compare", "binary.bin"], "binary.bin is damaged"),
+        (
+            ["compare", "my.txt"],
+            "to compare architectures on a text: timemix compare --arch rwkv1 mha_rotary --data my",
+        ),
+        (["compare", "binary.toml"], "binary.toml is damaged"),
         (["compare", "heads", "--data", "nothing.txt"], "nothing.txt"),
         (
             ["compare", "heads", "--data", "my.txt", "--out", "folder"],
@@ -293,6 +310,9 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
     (tmp_path / "short.txt").write_text("abc")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 100)
+    (tmp_path / "binary.toml").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "old/run").mkdir(parents=True)
+    (tmp_path / "old/run/config.toml").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/letter.txt").write_text("dear")
     (tmp_path / "empty.toml").write_text("")

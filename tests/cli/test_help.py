@@ -184,6 +184,16 @@ def test_the_help_fits_the_width(capsys, monkeypatch):
         ("train --out r --lr 1", "unknown option '--lr'; did you mean '--train.lr'?"),
         ("train --out r --ctx-len 1", "unknown option '--ctx-len'; did you mean '--model.ctx-len'?"),
         ("train --out r --model.alph=3", "unknown option '--model.alph'; did you mean '--model.alpha'?"),
+        (
+            "train --out r --model.kv-heads 2",
+            "unknown option '--model.kv-heads' for --model.arch rwkv1; leave it out, or choose an architecture with"
+            " this option: llama",
+        ),
+        (
+            "train --out r --model.arch llama --model.no-alpha",
+            "unknown option '--model.no-alpha' for --model.arch llama; leave it out, or choose an architecture with"
+            " this option: rwkv1, rwkv1_exp, mha_pro",
+        ),
         ("train --ou r", "unknown option '--ou'; did you mean '--out'?"),
         ("eval r -x", "unknown option '-x'; see timemix eval --help"),
         ("train --out", "--out needs a value; see timemix train --help"),

@@ -94,7 +94,7 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
     ("arguments", "words"),
     [
         (["--prompt", ""], "the prompt is empty; give at least one token"),
-        (["--stop", ""], "stop holds an empty string"),
+        (["--stop", ""], "the value after '--stop' is empty; give a value"),
         (["--tokens", "0"], "--tokens is 0; it must be at least 1"),
         (["--count", "-2"], "--count is -2; it must be at least 1"),
         (["--seed", "-1"], "seed is -1; it must be a whole number"),

@@ -138,7 +138,7 @@ def test_a_wrong_file_is_one_sentence_with_its_name(write, text, sentence):
         (["seed", "--resume", "a"], "--resume a has its own settings; leave out the preset 'seed'"),
         (["sead", "--config", "run.toml"], "unknown preset 'sead'; did you mean 'seed'?"),
         (["--data", "my.txt", "seed"], "unexpected argument 'seed'; a preset comes before all options"),
-        (["--data", "my", "file.txt"], "unexpected argument 'file.txt'"),
+        (["--data", "my", "file.txt"], "unexpected argument 'file.txt'; see timemix train --help"),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(arguments, sentence, write, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -142,6 +143,11 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
     if parsed.experiment is not None and (parsed.size != CompareArguments.size or not parsed.tune):
         raise InvalidValue("--size and --no-tune need --arch; an experiment file has fields for both options")
     if parsed.experiment is not None:
+        if Path(parsed.experiment).is_file() and Path(parsed.experiment).suffix != ".toml":
+            raise InvalidValue(
+                f"EXPERIMENT is {parsed.experiment!r}, which is not a .toml file; to compare architectures on a text:"
+                f" timemix compare --arch rwkv1 mha_rotary --data {shlex.quote(parsed.experiment)}"
+            )
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)
     else:

@@ -1,12 +1,14 @@
 """The command-line verb eval: loss of a trained model on a text."""
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from timemix.cli.options import RunFolder, parse
+from timemix.errors import InvalidValue
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ class EvalArguments:
 
 def eval(arguments: list[str]) -> int:
     parsed = parse(EvalArguments, arguments, "eval")
+    if parsed.run.is_file():
+        text = shlex.quote(str(parsed.run))
+        raise InvalidValue(
+            f"RUN is {text}, a file; to measure the loss of a run on a text: timemix eval RUN --data {text}"
+        )
     from timemix.data.sources import read_source
     from timemix.evaluation.loss import evaluate_held_out, evaluate_text
     from timemix.models.quantize import rounded

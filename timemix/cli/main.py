@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import re
 import signal
 import sys
@@ -97,6 +98,7 @@ def _run(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
+    _refuse_empty(arguments)
     module = importlib.import_module(f"timemix.cli.{verb}")
     try:
         status: int = getattr(module, verb)(arguments[1:])
@@ -104,6 +106,17 @@ def _run(arguments: list[str]) -> int:
         # tyro has printed the help.
         status = end.code if isinstance(end.code, int) else 0
     return status
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse an empty value, which is often an unset variable of a shell, and would name the current folder as a path.
+
+    Only a prompt may be empty.
+    """
+    for before, word in itertools.pairwise(arguments):
+        flag = before if not word else word.removesuffix("=")
+        if (not word or re.fullmatch(r"--[\w.-]+=", word)) and flag != "--prompt":
+            raise InvalidValue(f"the value after {flag!r} is empty; give a value")
 
 
 def _report(sentence: str) -> None:

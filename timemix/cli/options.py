@@ -121,9 +121,13 @@ def parse(
         raise InvalidValue(sentence(refusal.getvalue(), verb, list(options_of(kind, default)))) from None
     asked = built(kind, default, parsed)
     if choice is not None and (late := vars(asked)["preset"]) != choice.preset:
-        raise InvalidValue(
-            f"unexpected argument {late!r}; a preset comes before all options: timemix {verb} PRESET ..."
+        is_preset = late in PRESETS
+        way = (
+            f"a preset comes before all options: timemix {verb} PRESET ..."
+            if is_preset
+            else f"see timemix {verb} --help"
         )
+        raise InvalidValue(f"unexpected argument {late!r}; {way}")
     return typing.cast(Arguments, asked)
 
 

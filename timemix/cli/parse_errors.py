@@ -4,8 +4,9 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from timemix.cli.flags import Option
+from timemix.cli.flags import Option, options_of
 from timemix.errors import nearest
+from timemix.models.registry import ARCHITECTURES
 
 _KINDS = {
     "INT": "a whole number",
@@ -79,12 +80,27 @@ def _flag(names: str) -> str:
     return name if name.startswith("-") else name.upper()
 
 
+def _architectures_with(plain: str) -> list[str]:
+    """Return the architectures that have a setting, such as `model.kv-heads` or `model.no-alpha`."""
+    return [
+        name
+        for name, each in ARCHITECTURES.items()
+        if any(plain == f"model.{known.lstrip('-')}" for option in options_of(each.config) for known in option.names)
+    ]
+
+
 def _unknown(word: str, options: Sequence[Option], see: str) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}; {see}"
     name = word.partition("=")[0]
     flags = [flag for option in options if not option.is_positional for flag in option.names]
     plain = name.replace("_", "-").lstrip("-")
+    if architectures := _architectures_with(plain):
+        own = next((f" {option.default}" for option in options if option.flag == "model.arch"), "")
+        return (
+            f"unknown option {name!r} for --model.arch{own}; leave it out, or choose an architecture with this option:"
+            f" {', '.join(architectures)}"
+        )
     # First try the part of a flag after the dot: --lr means --train.lr.
     close = [flag for flag in flags if flag.endswith(f".{plain}")] or get_close_matches(f"--{plain}", flags, n=1)
     return f"unknown option {name!r}; " + (f"did you mean {close[0]!r}?" if close else see)

@@ -1,6 +1,7 @@
 """The command-line verb train: train a model, or resume a run."""
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 from timemix.cli.options import Choice, DataOptions, PresetName, first_parse, parse
 from timemix.cli.terminal import lasting_output
 from timemix.config.from_file import config_from_file
-from timemix.config.presets import DEFAULT_PRESET
+from timemix.config.presets import DEFAULT_PRESET, PRESETS
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml
 from timemix.data.config import DataConfig
 from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError
@@ -113,8 +114,20 @@ def _check_choice(choice: Choice) -> None:
         raise InvalidValue(
             f"{' and '.join(given)} exclude one another: each gives the settings of the run; give only one"
         )
+    if choice.preset is not None and choice.preset not in PRESETS and Path(choice.preset).exists():
+        raise InvalidValue(f"unknown preset {choice.preset!r}; {_way_to_train(choice.preset)}")
     if choice.preset is not None and given and choice.config is None:
         raise InvalidValue(f"{given[0]} has its own settings; leave out the preset {choice.preset!r}")
+
+
+def _way_to_train(path: str) -> str:
+    """Return the advice about a path in place of a preset."""
+    shown = shlex.quote(path)
+    if (Path(path) / "config.toml").exists():
+        return f"to resume this run: timemix train --resume {shown}"
+    if Path(path).suffix == ".toml":
+        return f"to train with the settings of this file: timemix train --config {shown} --out RUN"
+    return f"to train on this text: timemix train --data {shown} --out RUN"
 
 
 def _defaults(choice: Choice) -> RunConfig:

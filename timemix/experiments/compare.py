@@ -212,7 +212,7 @@ class Comparison:
         return result if isinstance(result, Result) else None
 
     def best_point(self, variant: Variant) -> dict[str, Any] | None:
-        """Return the tuning point with the lowest validation loss, None for unfinished tuning or if every run failed."""
+        """Return the tuning point with the lowest loss, None for unfinished tuning or if every run failed."""
         jobs = self.tuning_jobs(variant)
         if not jobs:
             return self._points[variant.name][0]

@@ -234,7 +234,7 @@ def _no_checkpoint(run: Path) -> str:
     if (run / "training.json").exists():
         return f"{run} is a checkpoint that lacks {', '.join(_lacking(run))}; restore the missing files"
     if not (run / "config.toml").exists():
-        return f"{run} is not a run folder: it has no config.toml; name a folder that training has written"
+        return f"{run} is not a run folder: it has no config.toml; {_known_runs(run)}"
     if unfinished := _folders(run):
         lacking = ", ".join(_lacking(unfinished[-1]))
         return f"{run} has no complete checkpoint: {unfinished[-1].name} lacks {lacking}; restore the missing files"
@@ -242,8 +242,11 @@ def _no_checkpoint(run: Path) -> str:
 
 
 def _no_run(path: Path) -> str:
-    """Return the message for a missing run folder, with up to eight runs of its parent folder."""
-    parent = path.parent
-    runs = sorted(p.name for p in parent.iterdir() if (p / "config.toml").exists()) if parent.is_dir() else []
-    way = f"the runs in {parent} are {', '.join(runs[:8])}" if runs else "name a folder that training has written"
-    return f"there is no run folder {path}; {way}"
+    what = f"{path} is a file, not a run folder" if path.is_file() else f"there is no run folder {path}"
+    return f"{what}; {_known_runs(path.parent)}"
+
+
+def _known_runs(folder: Path) -> str:
+    """Return the end of a message, with up to eight runs of a folder."""
+    runs = sorted(p.name for p in folder.iterdir() if (p / "config.toml").exists()) if folder.is_dir() else []
+    return f"the runs in {folder} are {', '.join(runs[:8])}" if runs else "name a folder that training has written"

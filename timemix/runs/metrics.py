@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import CannotWrite, DamagedFile, MissingFile
+from timemix.errors import CannotWrite, DamagedFile
+from timemix.runs.folder import newest
 from timemix.storage.files import atomic_file, cannot_write, read_lines
 from timemix.storage.json_files import is_number
 
@@ -78,9 +79,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         MissingFile: The folder or the file does not exist.
         DamagedFile: A line before the last line is not a JSON object.
     """
-    if not run.is_dir():
-        raise MissingFile(f"there is no run folder {run}; name a folder that training has written")
     path = run / "metrics.jsonl"
+    if not (path.exists() or (run / "config.toml").exists()):
+        # This call raises MissingFile, with the names of the runs nearby.
+        newest(run)
     rows: list[dict[str, Any]] = []
     damaged: int | None = None
     for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
