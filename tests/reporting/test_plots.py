@@ -235,7 +235,7 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
     png = tmp_path / "loss.png"
     cases = [
         ([tmp_path / "missing"], png, {}, "no run folder .*missing"),
-        ([good, tmp_path / "folder"], png, {}, r"cannot read .*metrics\.jsonl"),
+        ([good, tmp_path / "folder"], png, {}, "folder is not a run folder: it has no config.toml"),
         ([empty], png, {}, r"empty.metrics\.jsonl has no losses"),
         ([], png, {}, "no run to plot"),
         ([good], tmp_path / "loss.gif", {}, r"loss\.gif has an unsupported suffix '\.gif'; use \.png or \.svg"),

@@ -121,12 +121,9 @@ def parse(
         raise InvalidValue(sentence(refusal.getvalue(), verb, list(options_of(kind, default)))) from None
     asked = built(kind, default, parsed)
     if choice is not None and (late := vars(asked)["preset"]) != choice.preset:
-        is_preset = late in PRESETS
-        way = (
-            f"a preset comes before all options: timemix {verb} PRESET ..."
-            if is_preset
-            else f"see timemix {verb} --help"
-        )
+        way = f"see timemix {verb} --help"
+        if late in PRESETS:
+            way = f"a preset comes before all options: timemix {verb} PRESET ..."
         raise InvalidValue(f"unexpected argument {late!r}; {way}")
     return typing.cast(Arguments, asked)
 
