@@ -276,7 +276,7 @@ def test_a_closed_pipe_is_quiet(trained):
         (["compare", "empty.toml"], "empty.toml: title is missing"),
         (
             ["compare", "my.txt"],
-            "to compare architectures on a text: timemix compare --arch rwkv1 mha_rotary --data my",
+            "to compare architectures on a text: timemix compare --arch NAME NAME --data my.txt",
         ),
         (["compare", "binary.toml"], "binary.toml is damaged"),
         (["compare", "heads", "--data", "nothing.txt"], "nothing.txt"),

@@ -146,7 +146,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         if Path(parsed.experiment).is_file() and Path(parsed.experiment).suffix != ".toml":
             raise InvalidValue(
                 f"EXPERIMENT is {parsed.experiment!r}, which is not a .toml file; to compare architectures on a text:"
-                f" timemix compare --arch rwkv1 mha_rotary --data {shlex.quote(parsed.experiment)}"
+                f" timemix compare --arch NAME NAME --data {shlex.quote(parsed.experiment)}"
             )
         path = find_experiment(parsed.experiment)
         name, experiment = path.stem, read_experiment(path)
