@@ -35,6 +35,12 @@ def cached(source):
     return sorted((source.parent / "home" / "timemix").iterdir())
 
 
+def replace(path, content):
+    """Write a new file in place of a library, because a loaded library must stay whole until this process has ended."""
+    path.unlink()
+    path.write_bytes(content)
+
+
 # In a new process: loading an incomplete library ends a process with a bus error.
 LOAD = """
 import sys
@@ -57,14 +63,13 @@ def test_a_damaged_library_is_compiled_again(source, damage):
     (path,) = cached(source)
     whole = path.read_bytes()
     middle = len(whole) // 2
-    path.write_bytes(
-        {
-            "cut off": whole[:9000],
-            "empty": b"",
-            "a changed byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
-            "longer": whole + b"\0",
-        }[damage]
-    )
+    damaged = {
+        "cut off": whole[:9000],
+        "empty": b"",
+        "a changed byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "longer": whole + b"\0",
+    }
+    replace(path, damaged[damage])
     done = load_in_a_process(source)
     assert (done.returncode, done.stdout.split()[0]) == (0, "42"), done.stderr
     (mended,) = cached(source)
@@ -102,7 +107,7 @@ def test_a_cache_that_is_no_folder_is_done_without(source):
 def test_a_damaged_library_in_a_read_only_cache_is_not_loaded(source, monkeypatch):
     assert answer(source) == 42
     (path,) = cached(source)
-    path.write_bytes(b"cut off")
+    replace(path, b"cut off")
 
     def refused(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
