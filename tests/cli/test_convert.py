@@ -16,10 +16,12 @@ from timemix import generate
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import InvalidValue
 from timemix.evaluation.loss import loss_by_position
+from timemix.experiments import convert as conversion
 from timemix.models.registry import model_config
 from timemix.models.rwkv1 import fitting
 from timemix.models.rwkv1.to_exponential import with_exponentials
 from timemix.runs import folder as run_folder
+from timemix.runs.listing import list_runs
 from timemix.training.start import new_run, resume_run
 
 
@@ -120,6 +122,37 @@ def test_the_new_run_is_like_any_other(run, tmp_path, capsys):
     options = ["--train.steps", 3, "--train.contexts", 3, "--train.precision", "float32"]
     status, _, errors = call(capsys, "train", "--from", out, "--out", tmp_path / "next", *options)
     assert status == 0, errors
+
+
+def test_without_fine_tuning_the_new_run_is_complete(run, tmp_path, capsys):
+    out = tmp_path / "new"
+    assert call(capsys, "convert", run, "--constant-state", 8, "--out", out)[0] == 0
+    (listed,) = list_runs(out)
+    assert (listed.state, listed.step, listed.steps) == ("complete", 0, 0)
+    assert listed.valid_loss == run_folder.read_progress(run_folder.newest(out)).valid_loss is not None
+    assert not (out / ".lock.json").exists()
+    more = f"{out} is complete: 0 steps; train it longer with: timemix train --resume {out} --train.steps 2000\n"
+    assert call(capsys, "train", "--resume", out) == (0, more, "")
+    status, _, errors = call(capsys, "train", "--from", out, "--out", tmp_path / "next")
+    assert (status, errors) == (2, "timemix: --train.steps is 0; a new run needs at least 1 step\n")
+    assert not (tmp_path / "next").exists()
+
+    weights = run_folder.newest(out) / "model.safetensors"
+    before = weights.read_bytes()
+    status, _, errors = call(capsys, "train", "--resume", out, "--train.steps", 2)
+    assert status == 0, errors
+    assert (list_runs(out)[0].state, list_runs(out)[0].step) == ("complete", 2)
+    assert (run_folder.newest(out) / "model.safetensors").read_bytes() != before
+
+
+def test_a_failed_conversion_leaves_no_lock(run, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyError("a failure")
+
+    monkeypatch.setattr(conversion, "losses_by_range", fail)
+    with pytest.raises(KeyError):
+        conversion.convert_run(conversion.Conversion(8, tmp_path / "new"), timemix.load(run), lambda *_: None)
+    assert not (tmp_path / "new" / ".lock.json").exists()
 
 
 def test_several_sizes_and_a_fine_tune(run, tmp_path, capsys):

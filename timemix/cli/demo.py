@@ -9,6 +9,7 @@ from timemix.cli.terminal import escaped, lasting_output
 from timemix.cli.training import run_trainer
 from timemix.config.presets import preset
 from timemix.errors import InvalidValue
+from timemix.storage.settings import check_range
 
 if TYPE_CHECKING:
     from timemix.training.progress import TrainingProgress
@@ -35,6 +36,14 @@ class DemoArguments:
     steps: int | None = None
     """Length of the training in optimizer steps, at least 1. Default: the length from --seconds."""
 
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_range("--steps", self.steps, 1)
+            if self.seconds is not None:
+                raise InvalidValue(
+                    f"--steps {self.steps} and --seconds {self.seconds:g} exclude one another; give only one"
+                )
+
 
 @lasting_output()
 def demo(arguments: list[str]) -> int:
@@ -44,10 +53,6 @@ def demo(arguments: list[str]) -> int:
     from timemix.training.start import new_run
 
     keep_freed_memory()
-    if parsed.steps is not None and parsed.seconds is not None:
-        raise InvalidValue(
-            f"--steps {parsed.steps} and --seconds {parsed.seconds:g} exclude one another; give only one"
-        )
     if parsed.steps is None:
         train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
     else:

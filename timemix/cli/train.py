@@ -286,7 +286,7 @@ def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
     elif trainer.is_complete:
         print(
             f"{out} is complete: {trainer.step} steps; train it longer with:"
-            f" timemix train --resume {out} --train.steps {2 * trainer.step}"
+            f" timemix train --resume {out} --train.steps {2 * trainer.step or TrainConfig.steps}"
         )
     elif not asked.reporting.quiet:
         print(f"resuming {out} after step {trainer.step}{_changes(trainer, before, changes)}", file=sys.stderr)

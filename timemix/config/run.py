@@ -148,7 +148,8 @@ class TrainConfig:
     """Action if the --hook function raises an exception: `warn` and continue, or save a checkpoint and `stop`."""
 
     def __post_init__(self) -> None:
-        check_range("train.steps", self.steps, 1, MOST_STEPS)
+        # Only a converted run without fine-tuning has 0 steps: `new_run` refuses other runs of 0 steps.
+        check_range("train.steps", self.steps, 0, MOST_STEPS)
         check_budget({name: getattr(self, name) for name in ("seconds", "tokens")})
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise InvalidValue(f"train.seconds is {self.seconds}; it must be above 0 and finite")

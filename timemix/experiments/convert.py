@@ -170,42 +170,36 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
     config = replace(loaded.config, model=model.config, start=str(loaded.folder))
     converted = Loaded(model, loaded.tokenizer, config, loaded.folder)
     trainer = new_run(_config(conversion, converted), out, start=converted)
-    tokens = trainer.corpus.valid[:MOST_TOKENS]
-    _draw(fits, out / "fit.png")
-    made = Converted(
-        run=str(loaded.folder),
-        exponentials=conversion.exponentials,
-        taps=conversion.taps,
-        out=str(out),
-        fits=tuple(CurveError(fit.layer, fit.head, fit.error) for fit in fits),
-        original=losses_by_range(loaded.model, tokens),
-        before=losses_by_range(trainer.model, tokens),
-    )
-    if conversion.finetune:
-        _finetune(trainer, watching)
-        made = replace(made, after=losses_by_range(trainer.model, tokens))
-    else:
-        # Save the checkpoint again with a validation loss: this loss selects the best checkpoint.
-        trainer.validate()
-        trainer.save()
-    write_text(out / "convert.json", json.dumps(to_json(made), indent=1))
+    try:
+        _draw(fits, out / "fit.png")
+        before, after = _losses_of_new_run(trainer, watching)
+        made = Converted(
+            run=str(loaded.folder),
+            exponentials=conversion.exponentials,
+            taps=conversion.taps,
+            out=str(out),
+            fits=tuple(CurveError(fit.layer, fit.head, fit.error) for fit in fits),
+            original=losses_by_range(loaded.model, trainer.corpus.valid[:MOST_TOKENS]),
+            before=before,
+            after=after,
+        )
+        write_text(out / "convert.json", json.dumps(to_json(made), indent=1))
+    finally:
+        trainer.lock.release()
     return made
 
 
 def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
-    """Return the config of the new run: the converted model, the text, and the settings of fine-tuning."""
+    """Return the config of the new run: the converted model, the text, and the settings of fine-tuning.
+
+    Without fine-tuning, the run has 0 steps, so it is complete at its first checkpoint.
+    """
     config, own = converted.config, converted.folder.parent.parent / "data"
     # The folder of the old run already has prepared tokens.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
-    data = DataConfig(source=source, order=config.data.order)
-    return replace(config, data=data, train=_train_config(conversion, config.train))
-
-
-def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
-    steps = conversion.finetune or 300
-    return replace(
-        train,
-        steps=steps,
+    train = replace(
+        config.train,
+        steps=conversion.finetune,
         contexts=CONTEXTS,
         batch_size=max(1, train.batch_size // CONTEXTS),
         accumulation=1,
@@ -216,17 +210,26 @@ def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
         lr_final=0.0,
         schedule="linear",
         warmup=0.02,
-        valid_every=steps,
-        save_every=steps,
+        valid_every=conversion.finetune or TrainConfig.valid_every,
+        save_every=conversion.finetune or TrainConfig.save_every,
         device=conversion.device,
     )
 
 
-def _finetune(trainer: Trainer, watching: Watching) -> None:
+def _losses_of_new_run(trainer: Trainer, watching: Watching) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Fine-tune the converted model, and return its losses before and after; None without fine-tuning."""
+    tokens = trainer.corpus.valid[:MOST_TOKENS]
+    before = losses_by_range(trainer.model, tokens)
+    if trainer.is_complete:
+        # Save the checkpoint again with a validation loss: this loss selects the best checkpoint.
+        trainer.validate()
+        trainer.save()
+        return before, None
     keep_freed_memory()
     with watching(0, trainer.config.train.steps) as watch:
         trainer.run(watch)
     plot_loss([trainer.out], trainer.out / "loss.png")
+    return before, losses_by_range(trainer.model, tokens)
 
 
 def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[str, float]:

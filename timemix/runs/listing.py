@@ -88,8 +88,10 @@ def _summary(run: Path) -> RunSummary:
         kept = checkpoints(run)
         step = max(int(_newest(rows, "step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
         written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
-        gainless = read_progress(kept[-1]).validations_without_gain if kept else 0
-        is_complete = step >= config.train.steps or 0 < config.train.patience <= gainless
+        progress = read_progress(kept[-1]) if kept else None
+        gainless = progress.validations_without_gain if progress else 0
+        # A converted run without fine-tuning has 0 steps: it is complete at its first checkpoint.
+        is_complete = (step >= config.train.steps and bool(kept)) or 0 < config.train.patience <= gainless
         state: Literal["running", "complete", "stopped"] = "complete" if is_complete else "stopped"
         return RunSummary(
             folder=str(run),
@@ -99,7 +101,8 @@ def _summary(run: Path) -> RunSummary:
             step=step,
             steps=config.train.steps,
             loss=_newest(rows, "loss"),
-            valid_loss=_newest(rows, "valid_loss"),
+            # A run without training has no metrics.
+            valid_loss=_newest(rows, "valid_loss") if rows or progress is None else progress.valid_loss,
             age=max(0.0, time.time() - written),
         )
     except (FileError, OSError) as error:

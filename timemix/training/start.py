@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from timemix.config.run import RunConfig, check_budget, read_toml, to_toml
+from timemix.config.run import RunConfig, TrainConfig, check_budget, read_toml, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
@@ -60,8 +60,9 @@ def new_run(
         Unavailable: The machine lacks the device or the memory.
         TimemixError: The run cannot start for another reason, such as a damaged file or a full disk.
     """
-    if start is None and config.start is not None:
-        start = load(config.start)
+    if start is None:
+        _check_length(config.train)
+        start = None if config.start is None else load(config.start)
     if start is not None:
         _check_start(config.model, start)
     check_shares(config.train, world)
@@ -93,6 +94,12 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
         # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
     return trainer
+
+
+def _check_length(train: TrainConfig) -> None:
+    """Check that a new run has at least 1 step. Only a converted run without fine-tuning has 0 steps."""
+    if train.steps == 0 and train.seconds is None and train.tokens is None:
+        raise InvalidValue("train.steps is 0; a new run needs at least 1 step")
 
 
 def _check_start(model: ModelConfig, start: Loaded) -> None:
