@@ -197,7 +197,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "resume with: timemix train --resume r" in err
+    assert re.search("resume with: .*timemix train --resume r", err)
     assert "Traceback" not in err
     stopped_at = max(int(p.name[5:]) for p in (tmp_path / "r/checkpoints").iterdir())
     config = tmp_path / "r/config.toml"
@@ -425,11 +425,11 @@ def test_the_readme_as_it_stands(tmp_path):
     result = run("demo", "--steps", "20", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall("^Sample ", result.stdout, re.MULTILINE)) == 3
-    next_commands = re.findall(r"^  timemix (.*)$", result.stdout, re.MULTILINE)
+    next_commands = re.findall(r"^  (.*timemix .*)$", result.stdout, re.MULTILINE)
     assert len(next_commands) == 3
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     (commands,) = blocks(ROOT / "README.md", "sh")
-    lines = commands.splitlines() + [f"timemix {c}" for c in next_commands[:2]]
+    lines = commands.splitlines() + next_commands[:2]
     assert len(lines) > 6
     for line in lines:
         if line.startswith("timemix train cpu-small"):

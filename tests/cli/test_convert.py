@@ -134,7 +134,7 @@ def test_without_fine_tuning_the_new_run_is_complete(run, tmp_path, capsys):
     more = f"{out} is complete: 0 steps; train it longer with: timemix train --resume {out} --train.steps 2000\n"
     assert call(capsys, "train", "--resume", out) == (0, more, "")
     status, _, errors = call(capsys, "train", "--from", out, "--out", tmp_path / "next")
-    assert (status, errors) == (2, "timemix: --train.steps is 0; a new run needs at least 1 step\n")
+    assert (status, errors) == (2, "timemix: --train.steps is 0; give a new run at least 1 step\n")
     assert not (tmp_path / "next").exists()
 
     weights = run_folder.newest(out) / "model.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from timemix.cli.main import main
+from timemix.cli.terminal import own_command
 
 LINE = '{{"step": {0}, "tokens": {0}, "seconds": {0}, "loss": 2.0}}\n'
 
@@ -139,3 +140,28 @@ def test_a_process_of_torchrun_ends_without_the_finalization_of_python(arguments
     assert done.returncode == status
     assert ("timemix 0." in done.stdout) if status == 0 else ("unknown verb" in done.stderr)
     assert ("exit handler" in done.stdout) == (processes == "1")
+
+
+def test_printed_commands_start_the_timemix_that_printed_them(tmp_path, monkeypatch):
+    """They name the path of the script unless PATH leads to the script, as in `make demo` without an active .venv."""
+    for name in ("mine", "other"):
+        script = tmp_path / name / "bin dir/timemix"
+        script.parent.mkdir(parents=True)
+        script.touch(mode=0o755)
+        (script.parent / "python").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "mine/bin dir/python"))
+
+    def printed(first_argument, path):
+        monkeypatch.setattr(sys, "argv", [first_argument])
+        monkeypatch.setenv("PATH", str(path))
+        return own_command()
+
+    mine, other = tmp_path / "mine/bin dir", tmp_path / "other/bin dir"
+    assert printed("mine/bin dir/timemix", mine) == "timemix"
+    assert printed("mine/bin dir/timemix", other) == printed("mine/bin dir/timemix", "") == "'mine/bin dir/timemix'"
+    module = "/packages/timemix/__main__.py"
+    assert printed(module, mine) == "timemix"
+    assert printed(module, other) == f"'{mine}/python' -m timemix"
+    # A program that calls `main`.
+    assert printed("/packages/pytest/__main__.py", other) == "timemix"

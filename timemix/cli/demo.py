@@ -1,11 +1,12 @@
 """The command-line verb demo: train a small model on the built-in text, generate samples and plot the loss."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timemix.cli.options import parse
-from timemix.cli.terminal import escaped, lasting_output
+from timemix.cli.terminal import escaped, lasting_output, own_command
 from timemix.cli.training import run_trainer
 from timemix.config.presets import preset
 from timemix.errors import InvalidValue
@@ -32,7 +33,8 @@ class DemoArguments:
     out: Path = Path("runs/demo")
     """New folder for the run."""
     seconds: float | None = None
-    """Length of the training in seconds, above 0. Default: 100, unless --steps is given."""
+    """Length of the training in seconds, above 0, with validations and checkpoints.
+    Default: 100, unless --steps is given."""
     steps: int | None = None
     """Length of the training in optimizer steps, at least 1. Default: the length from --seconds."""
 
@@ -54,11 +56,14 @@ def demo(arguments: list[str]) -> int:
 
     keep_freed_memory()
     if parsed.steps is None:
-        train = replace(preset("demo").train, seconds=SECONDS if parsed.seconds is None else parsed.seconds)
+        seconds = SECONDS if parsed.seconds is None else parsed.seconds
+        train = replace(preset("demo").train, seconds=seconds)
+        length = f"{seconds:g} s, validation included"
     else:
         train = replace(preset("demo").train, steps=parsed.steps)
+        length = f"{parsed.steps} steps"
     out = parsed.out
-    print("Training a small RWKV on the Python language reference.")
+    print(f"Training a small RWKV on the Python language reference, for {length}.")
     trainer = new_run(replace(preset("demo"), train=train), out)
     half = max(1, trainer.config.train.steps // 2)
 
@@ -73,10 +78,11 @@ def demo(arguments: list[str]) -> int:
     status = run_trainer(trainer, during)
     if status == 0:
         print(f"\nSample after training:\n\n{sample()}\n")
+        command, run = own_command(), shlex.quote(str(out))
         print(
             f"The run is in {out}; its loss curve is {out / 'loss.png'}. Next:\n\n"
-            f"  timemix sample {out} --prompt 'The ' --tokens 500 --top-a {TOP_A}\n"
-            f"  timemix eval {out}\n"
-            f"  timemix train cpu-small --data YOUR.txt --out runs/mine"
+            f"  {command} sample {run} --prompt 'The ' --tokens 500 --top-a {TOP_A}\n"
+            f"  {command} eval {run}\n"
+            f"  {command} train cpu-small --data YOUR.txt --out runs/mine"
         )
     return status

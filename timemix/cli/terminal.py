@@ -4,11 +4,13 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 LEAST_COLUMNS = 40
@@ -149,6 +151,18 @@ def wrapped(text: str) -> str:
 def without_colors(text: str) -> str:
     """Return a text without the escape sequences of colours and weights."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def own_command() -> str:
+    """Return the command that starts this timemix: `timemix` if PATH leads to it, otherwise a command with a path."""
+    found, script = shutil.which("timemix"), Path(sys.argv[0])
+    if script.parts[-2:] == ("timemix", "__main__.py"):
+        # The process was started by `python -m timemix`.
+        is_found = found is not None and Path(found).parent == Path(sys.executable).parent
+        return "timemix" if is_found else shlex.join([sys.executable, "-m", "timemix"])
+    if script.stem != "timemix" or (found is not None and script.exists() and script.samefile(found)):
+        return "timemix"
+    return shlex.quote(sys.argv[0])
 
 
 def discard_output() -> None:

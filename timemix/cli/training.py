@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from timemix.cli.terminal import own_command
 from timemix.errors import CannotWrite, HookFailed, NotFinite, ProcessLost
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run_trainer(
             trainer.run(both, hooks)
     except Interrupted as stop:
         if trainer.world.first:
-            print(f"timemix: {stop}; resume with: timemix train --resume {trainer.out}", file=sys.stderr)
+            print(f"timemix: {stop}; resume with: {own_command()} train --resume {trainer.out}", file=sys.stderr)
         return 128 + stop.number
     if trainer.world.first:
         plot_loss([trainer.out], trainer.out / "loss.png")
@@ -50,7 +51,7 @@ def run_trainer(
 @contextmanager
 def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
     """Add the command that resumes a run to the message of an error that ends the run."""
-    resume = f"timemix train --resume {trainer.out}"
+    resume = f"{own_command()} train --resume {trainer.out}"
     try:
         yield
     except (CannotWrite, ProcessLost, HookFailed) as error:
@@ -67,10 +68,10 @@ def _way_past_divergence(trainer: "Trainer") -> str:
 
     kept = checkpoints(trainer.out)
     if not kept or kept[-1].name != checkpoint_name(trainer.step):
-        return f"timemix train --resume {trainer.out}"
+        return f"{own_command()} train --resume {trainer.out}"
     # The loss right after a checkpoint does not depend on the learning rate: restart one checkpoint earlier.
     start = f"--from {kept[-2]}" if kept[:-1] else f"--config {trainer.out / 'config.toml'}"
-    return f"timemix train {start} --out NEXT"
+    return f"{own_command()} train {start} --out NEXT"
 
 
 def _conclude(trainer: "Trainer") -> None:
@@ -79,7 +80,7 @@ def _conclude(trainer: "Trainer") -> None:
     if trainer.valid_loss is not None:
         print(
             f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f})"
-            f" after {trainer.seconds:.0f} s of training",
+            f" after {trainer.seconds:.0f} s of training steps",
             file=sys.stderr,
         )
 
@@ -90,7 +91,7 @@ def stopped_early(trainer: "Trainer") -> str:
     return (
         f"{trainer.out} stopped early at step {trainer.step} of {train.steps}, after"
         f" {trainer.validations_without_gain} validations without a lower loss; continue with:"
-        f" timemix train --resume {trainer.out} --train.patience 0"
+        f" {own_command()} train --resume {trainer.out} --train.patience 0"
     )
 
 

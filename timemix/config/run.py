@@ -79,7 +79,7 @@ class TrainConfig:
     """Length of the run in optimizer steps, from 1 to 99999999.
     Alternatives to steps: --train.seconds and --train.tokens."""
     seconds: float | None = None
-    """Length of the run in seconds, above 0, converted to steps at the start.
+    """Length of the run in seconds, above 0, with validations and checkpoints, converted to steps at the start.
     Default: --train.steps sets the length of the run."""
     tokens: int | str | None = None
     """Length of the run in tokens, such as 20M or 1.5B, rounded up to whole steps.

@@ -99,7 +99,7 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
 def _check_length(train: TrainConfig) -> None:
     """Check that a new run has at least 1 step. Only a converted run without fine-tuning has 0 steps."""
     if train.steps == 0 and train.seconds is None and train.tokens is None:
-        raise InvalidValue("train.steps is 0; a new run needs at least 1 step")
+        raise InvalidValue("train.steps is 0; give a new run at least 1 step")
 
 
 def _check_start(model: ModelConfig, start: Loaded) -> None:
