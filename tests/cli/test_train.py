@@ -17,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.commands import run_command
-from tests.helpers.runs import TEXT
+from tests.helpers.runs import TEXT, small_trainer
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
 from timemix.cli.terminal import LastingStream, escaped, lasting_output
+from timemix.cli.training import resume_command_added
 from timemix.cli.watch import progress_line, watching
 from timemix.config.run import read_toml
+from timemix.errors import NotFinite
 from timemix.training.progress import TrainingProgress
 
 SIZES = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
@@ -180,20 +182,27 @@ class TestNotFinite:
         wild = [*new(*TINY, *self.WILD, "--train.steps", "20")]
         status, _, err = call(*wild)
         assert status == 2
-        assert self.command(err) == ["train", "--resume", "r", "--train.lr", "1e+05"]
+        assert self.command(err) == ["train", "--resume", "r", "--train.lr", "0.004"]
         again = call("train", "--resume", "r")[2]
         assert self.command(again) == self.command(err)
         assert (
             "--out r exists already; choose another folder, or resume the run with: timemix train --resume r"
             in call(*wild)[2]
         )
-        assert call(*self.command(err)[:-1], "1e-3")[0] == 0
+        assert call(*self.command(err))[0] == 0
 
     def test_right_after_a_checkpoint_it_starts_a_new_run(self, call):
         wild = new(*TINY, *self.WILD, "--train.steps", "20", "--train.save-every", "1")
         command = self.command(call(*wild)[2])
-        assert command == ["train", "--config", "r/config.toml", "--out", "next", "--train.lr", "1e+05"]
-        assert call(*command[:-1], "1e-3")[0] == 0
+        assert command == ["train", "--config", "r/config.toml", "--out", "next", "--train.lr", "0.004"]
+        assert call(*command)[0] == 0
+
+    def test_a_usual_rate_is_divided_by_ten(self, tmp_path):
+        with (
+            pytest.raises(NotFinite, match=r"--train.lr 0.0012$"),
+            resume_command_added(small_trainer(tmp_path, lr=0.012)),
+        ):
+            raise NotFinite("the loss is not finite at step 3")
 
 
 def test_a_folder_that_is_no_run_is_not_to_be_resumed(call):

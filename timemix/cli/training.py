@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from timemix.cli.terminal import own_command
+from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.errors import CannotWrite, HookFailed, NotFinite, ProcessLost
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
     except (CannotWrite, ProcessLost, HookFailed) as error:
         raise type(error)(f"{error}; resume with: {resume}") from error
     except NotFinite as error:
-        raise NotFinite(
-            f"{error}: {_way_past_divergence(trainer)} --train.lr {trainer.config.train.lr / 10:.2g}"
-        ) from error
+        # A tenth of a rate far above all useful rates would diverge too.
+        lr = min(trainer.config.train.lr / 10, preset(DEFAULT_PRESET).train.lr)
+        raise NotFinite(f"{error}: {_way_past_divergence(trainer)} --train.lr {lr:.2g}") from error
 
 
 def _way_past_divergence(trainer: "Trainer") -> str:
