@@ -9,7 +9,7 @@ import timemix
 from tests.helpers.engines import reanchored, recomputed
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.pairwise import pairwise
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import TEXT, small_trainer
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.generate import generate_tokens, stream
 from timemix.generation.sampler import Sampler
@@ -84,6 +84,14 @@ def test_text_in_text_out(run):
     pieces = list(stream(loaded, "the ", tokens=50, seed=1))
     assert "".join(p for (p,) in pieces) == texts[0]
     assert all(len(p) <= 1 for (p,) in pieces)
+
+
+def test_a_stream_has_no_empty_pieces(run):
+    """The engine holds back each character that may begin a stop string."""
+    stop = [f"{character}1234567890" for character in set(TEXT)]
+    pieces = list(stream(run, "the ", tokens=50, seed=1, stop=stop))
+    assert "" not in pieces
+    assert "".join(pieces) == timemix.generate(run, "the ", tokens=50, seed=1)[0]
 
 
 def test_a_prompt_outside_the_vocabulary_is_named(run):

@@ -103,7 +103,7 @@ def stream(
             bits is faster.
 
     Returns:
-        Iterator over pieces of the text after the prompt. A piece has whole characters and may be empty.
+        Iterator over pieces of the text after the prompt. A piece has at least one character.
 
     Raises:
         InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
@@ -111,7 +111,7 @@ def stream(
         NotFinite: The logits of the model are not finite.
     """
     engine = _engine(run, prompt, 1, tokens, sampler, seed, context, stop, weights)
-    return (event.text for event in events_of(engine))
+    return (event.text for event in events_of(engine) if event.text)
 
 
 def _engine(

@@ -168,10 +168,13 @@ def _ids(name: str, values: Any) -> tuple[int, ...]:
 class Event:
     """Report one token of a request, or the end of a request.
 
+    Each token has one event, also if its text is empty.
+
     Args:
         id: Id of the request, from `Engine.add`.
         token: Token id; None if the request ends without a token.
-        text: New text in whole characters that begin no stop string; the last event adds all text that was held back.
+        text: New text in whole characters. The text is empty if the token only begins or continues a character or a
+            stop string: a later event then has the text of this token. The last event adds all text that was held back.
         log_probability: Log-probability of the token in nats; None unless the request asks for it.
         finished: "length", "stop" or "error" in the last event; otherwise None.
         session: Session in the last event if the request has `keep_session`; otherwise None.
