@@ -3,6 +3,7 @@
 import re
 import shlex
 import time
+import typing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from timemix.cli.main import EXAMPLES, GROUPS, VERBS
 from timemix.cli.options import Choice
 from timemix.cli.train import ResumeArguments, TrainArguments
 from timemix.config.run import TrainConfig
+from timemix.data.config import DataConfig
+from timemix.errors import InvalidValue
 from timemix.models.registry import ARCHITECTURES
 
 KINDS = {verb: options_class(verb) for verb in VERBS if verb != "bench"}
@@ -122,6 +125,56 @@ def test_a_help_text_names_only_options_that_exist():
     }
     for verb, option in all_options():
         assert set(re.findall(r"--[a-z][\w.-]*\w", option.help)) <= known | {"--help"}, (verb, option.name)
+
+
+NUMBERS = [
+    pytest.param(kind, option, id=f"{kind.__name__}.{option.path[0]}")
+    for kind in (TrainConfig, DataConfig, *(each.config for each in ARCHITECTURES.values()))
+    for option in options_of(kind)
+    if re.search(r"\b(int|float)\b", str(option.kind)) and option.flag != "steps"
+]
+
+
+def refusal(kind, option, value):
+    """The message with which a config refuses a value of this option; empty if the config accepts the value."""
+    try:
+        kind(**{option.path[0]: (value, value) if "tuple" in str(option.kind) else value})
+    except InvalidValue as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("kind", "option"), NUMBERS)
+def test_the_ranges_in_help_texts_are_those_of_the_checks(kind, option):
+    """The help names the smallest value: the config accepts this value, and refuses a smaller one."""
+    found = re.search(r"(at least|above|from(?= \d[^,;(]* to\b)) (\d+)", option.help)
+    assert found, option.help
+    least, is_excluded = int(found[2]), found[1] == "above"
+    names_option = re.compile(rf"(\w+\.)?{option.path[0]}\b")
+    assert names_option.match(refusal(kind, option, least if is_excluded else least - 1))
+    if not is_excluded:
+        # The message names another setting if the value does not fit the default value of that setting.
+        assert not names_option.match(refusal(kind, option, least))
+
+
+@pytest.mark.parametrize(("verb", "flag"), [("convert", "--constant-state"), ("convert", "--taps")])
+def test_the_ranges_that_a_run_determines(verb, flag, capsys, folder):
+    """The help and the error name the same smallest and largest value: 16 is the ctx_len of the run."""
+    (words,) = (option.help for option in options_of(KINDS[verb]) if option.name == flag)
+    least = int(re.search(r"from (\d) to the ctx_len of the run", words)[1])
+    required = [] if flag == "--constant-state" else ["--constant-state", "2"]
+    for value in (least - 1, 17):
+        status, _, err = run_command(capsys, verb, "runs/mine", *required, flag, value, "--out", "r")
+        assert (status, err) == (
+            2,
+            f"timemix: {flag} is {value}; it must be from {least} to the run's ctx_len, 16\n",
+        )
+
+
+def test_the_help_of_a_choice_names_each_value():
+    (backend,) = (option for option in options_of(ARCHITECTURES["rwkv1"].config) if option.flag == "backend")
+    for name in typing.get_args(backend.kind):
+        assert f"`{name}`" in backend.help
 
 
 def test_the_groups_of_train_hold_each_option_once():

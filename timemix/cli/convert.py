@@ -35,15 +35,16 @@ class ConvertArguments:
 
     run: RunFolder
     constant_state: tuple[int, ...]
-    """Number K of exponentials per curve, at least 1; several numbers give one run folder each, inside --out."""
+    """Number K of exponentials per curve, from 1 to the ctx_len of the run.
+    Several numbers give one run folder each, inside --out."""
     out: Path
     """New folder for the run."""
     taps: int = 0
-    """Number of first lags that keep their exact values, at least 0."""
+    """Number of first lags that keep their exact values, from 0 to the ctx_len of the run."""
     finetune: int = 0
     """Number of optimizer steps of a fine-tune on windows of 4 ctx_len, at least 0 (0: no fine-tune)."""
     lr: float = 5e-4
-    """Learning rate of --finetune, above 0; it decays to 0."""
+    """Learning rate of --finetune, at least 0; it decays to 0."""
     data: str | None = None
     """Text for the measured losses and --finetune, a source as in timemix train --data. Default: text of the run."""
     device: str = "auto"

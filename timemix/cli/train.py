@@ -65,7 +65,7 @@ class TrainArguments:
     )
 
     out: Path
-    """New folder for the run."""
+    """New folder for the run; --resume needs no --out."""
     preset: PresetName = None
     config: Path | None = None
     """TOML file of settings, such as config.toml of a run folder; fields may be absent. Default: only the preset."""

@@ -82,7 +82,7 @@ class TrainConfig:
     """Length of the run in seconds, above 0, with validations and checkpoints, converted to steps at the start.
     Default: --train.steps sets the length of the run."""
     tokens: int | str | None = None
-    """Length of the run in tokens, such as 20M or 1.5B, rounded up to whole steps.
+    """Length of the run in tokens, at least 1, such as 20M or 1.5B, rounded up to whole steps.
     Default: --train.steps sets the length of the run."""
     batch_size: int = 12
     """Number of training windows per optimizer step, at least 1, summed over all pieces of --train.accumulation."""
@@ -90,7 +90,7 @@ class TrainConfig:
     """Length of a training window in units of --model.ctx-len, at least 1.
     An architecture with bounded context allows only the value 1."""
     accumulation: int = 1
-    """Number of pieces in which a batch is computed, to save memory.
+    """Number of pieces in which a batch is computed, at least 1, to save memory.
     The number must divide --train.batch-size."""
     lr: float = 3e-3
     """Largest learning rate, at least 0."""
@@ -135,9 +135,11 @@ class TrainConfig:
     save_every: int = 500
     """Steps between checkpoints, at least 1. Only the newest and the best checkpoint remain on disk."""
     sample_every: int = 0
-    """Steps between text samples, printed and appended to samples.txt (0: one sample, at the end of the run)."""
+    """Steps between text samples, printed and appended to samples.txt, at least 0
+    (0: one sample, at the end of the run)."""
     patience: int = 0
-    """Number of validations without a lower loss after which training stops early (0: no early stopping)."""
+    """Number of validations without a lower loss after which training stops early, at least 0
+    (0: no early stopping)."""
     full_disk: Literal["stop", "continue"] = "stop"
     """Action if a checkpoint cannot be written: `stop`, or `continue` and try again at the next checkpoint."""
     spike: float = 6.0

@@ -120,11 +120,15 @@ class ShiftedConfig(HeadsConfig):
     """The settings that the models of 2021 share: heads, a gated feed-forward sublayer, token-shift, initial values."""
 
     ffn_ratio: float = 3.0
-    """Hidden size of the feed-forward sublayer, as a multiple of --model.channels, above 0, at most 1000."""
+    """Hidden size of the feed-forward sublayer, as a multiple of --model.channels.
+    The multiple is from 1 / --model.channels to 1000."""
     token_shift: tuple[float, ...] = (0.5,)
-    """Fractions of the channels that come from 1, 2, 3 ... tokens back, each from 0 to 1, with a sum of at most 1."""
+    """Fractions of the channels that each sublayer takes from 1, 2, 3 ... tokens back, each from 0 to 1, with a sum of
+    at most 1. The other channels are those of the current token. `0.5 0.25` takes half of the channels from 1 token
+    back and a quarter from 2 tokens back; 0 turns token-shift off."""
     token_shift_top: tuple[float, ...] | None = None
-    """Value of --model.token-shift in the last layer. The values of earlier layers are interpolated.
+    """Fractions as in --model.token-shift for the last layer, each from 0 to 1, with a sum of at most 1.
+    --model.token-shift then holds for the first layer, and the layers between are interpolated.
     Default: equal in all layers."""
     initial: Initial = "zero"
     """Initial values: `original` (2021), or `zero` (late 2021). With `zero`, every block starts as the identity."""

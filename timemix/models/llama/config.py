@@ -15,7 +15,7 @@ class LlamaConfig(HeadsConfig):
     heads: int = 4
     """Number of query heads, at least 1. --model.heads must divide --model.channels."""
     kv_heads: int = 0
-    """Number of key and value heads. --model.kv-heads must divide --model.heads. 0: as many as --model.heads."""
+    """Number of key and value heads, from 0 to --model.heads, which it must divide. 0: as many as --model.heads."""
     ffn_ratio: float = 8 / 3
     """Hidden size of the feed-forward sublayer as a multiple of --model.channels, above 0, at most 1000."""
     rotary_base: float = 10000.0

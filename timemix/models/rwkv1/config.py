@@ -25,7 +25,9 @@ class Rwkv1Config(ShiftedConfig):
     denominator: Literal["plain", "weighted"] = "plain"
     """Denominator: `plain` sums exp(k). `weighted` sums W exp(k) with W = exp(f + alpha + beta), as in AFT."""
     backend: Literal["auto", "dense", "blocked", "spectral", "reference"] = "auto"
-    """Backend of the wkv op. `auto` is the fastest backend for the context length."""
+    """Backend of the wkv op: `dense` (one matrix product), `blocked` (matrix products of blocks), `spectral` (Fourier
+    transforms), `reference` (loops), or `auto`, the fastest for the context length.
+    --model.weights free allows only auto, dense and reference."""
 
     version_1: ClassVar = {
         "mixer": ("TimeMixConfig", ("alpha", "beta", "gamma", "weights", "denominator", "backend")),
