@@ -171,6 +171,14 @@ def test_the_ranges_that_a_run_determines(verb, flag, capsys, folder):
         )
 
 
+def test_a_resumed_run_takes_the_options_that_its_help_names_first(folder, capsys):
+    values = {"train.steps": 9, "train.lr": 0.001}
+    assert {"resume", *values} == set(ResumeArguments.most_used)
+    for flag, value in values.items():
+        status, _, err = run_command(capsys, "train", "--resume", "runs/mine", f"--{flag}", value)
+        assert status == 0, err
+
+
 def test_the_help_of_a_choice_names_each_value():
     (backend,) = (option for option in options_of(ARCHITECTURES["rwkv1"].config) if option.flag == "backend")
     for name in typing.get_args(backend.kind):
