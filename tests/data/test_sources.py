@@ -87,6 +87,20 @@ def test_a_folder_and_a_glob_in_sorted_order():
     assert read_source("books/**/*.txt").files == ("books/a/z.txt", "books/b.txt", "books/empty.txt")
 
 
+def test_hidden_files_of_a_folder_are_skipped_and_counted(caplog):
+    for name in (".a.txt", ".git/config", "sub/.b.txt", ".c", ".d", "sub/c.txt", "runs/mine/.lock"):
+        Path("books", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("books", name).write_text("text")
+    for name in ("config.toml", "metrics.jsonl"):
+        Path("books/runs/mine", name).write_text("")
+    assert read_source("books").files == ("books/sub/c.txt",)
+    # A hidden folder counts once, and files in the output of timemix do not count.
+    assert caplog.messages == [
+        "books: skipped 5 as hidden: books/.a.txt, books/.c, books/.d, books/.git and 1 more",
+        "books: skipped 1 as written by timemix: books/runs/mine",
+    ]
+
+
 def test_a_path_comes_before_a_name():
     Path("text8").write_text("mine")
     Path("builtin").write_text("mine too")

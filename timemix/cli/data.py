@@ -20,8 +20,8 @@ class DataArguments:
 
     A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `-` (standard input),
     `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. In a folder or a glob,
-    timemix skips binary files, links to other files of the source, compressed copies of other files, and folders that
-    timemix has created. A warning names up to four skipped files of each kind.
+    timemix skips hidden files, binary files, links to other files of the source, compressed copies of other files, and
+    folders that timemix has created. A warning names up to four skipped files of each kind.
 
     Examples:
         timemix data my.txt

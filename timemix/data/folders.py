@@ -20,8 +20,8 @@ HEAD = 1 << 16
 def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
     """Return the text files in a folder and its subfolders, sorted.
 
-    Hidden files are skipped. A warning names all other skipped files: output of timemix, links to folders, links to
-    other files, compressed copies of other files, and binary files.
+    A warning counts the skipped files of each kind: hidden files and folders, output of timemix, links to folders,
+    links to other files, compressed copies of other files, and binary files.
 
     Args:
         folder: The folder.
@@ -35,8 +35,10 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
     found: list[Path] = []
     ours: list[Path] = []
     links: list[Path] = []
+    hidden: list[Path] = []
     try:
         for place, folders, files in os.walk(folder, onerror=_raise):
+            hidden += [Path(place, name) for name in (*folders, *files) if name.startswith(".")]
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             links += [Path(place, name) for name in folders if os.path.islink(Path(place, name))]
             ours += [path for name in folders if written_by_timemix(path := Path(place, name)) and path not in links]
@@ -44,6 +46,7 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
             found += [Path(place, name) for name in files if not name.startswith(".")]
     except OSError as error:
         raise FileError(f"cannot read the folder {error.filename}: {error.strerror}; check its permissions") from error
+    _skip(str(folder), "hidden", hidden)
     _skip(str(folder), "written by timemix", ours)
     _skip(str(folder), "a link to a folder", links)
     kept = _kept(str(folder), sorted(path for path in found if path.is_file()), encoding, keep_nul)
@@ -55,8 +58,8 @@ def folder_files(folder: Path, encoding: str, keep_nul: bool) -> list[Path]:
 def glob_files(pattern: str, encoding: str, keep_nul: bool) -> list[Path]:
     """Return the sorted text files that match a glob, or an empty list if no file matches.
 
-    The function skips the same files as `folder_files`. With `**` in the pattern, folders that timemix wrote are
-    skipped too.
+    The function skips the same files as `folder_files`. As in a shell, `*` and `**` match no hidden file or folder, so
+    these are not counted. With `**` in the pattern, folders that timemix wrote are skipped too.
 
     Args:
         pattern: The glob.
