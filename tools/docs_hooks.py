@@ -43,6 +43,11 @@ FORMULA = re.compile(
 )
 ONLY_IN_SITE = re.compile(r"<!-- site: (.*?) -->", re.DOTALL)
 """Markdown that GitHub hides and the site shows."""
+ONLY_IN_REPOSITORY = re.compile(r"<!-- repository: -->.*?<!-- end -->", re.DOTALL)
+"""Markdown that GitHub shows and the site hides."""
+INLINE_CODE = re.compile(r"(?<!<pre>)(?<!<pre><span></span>)<code>(?P<text>[^<]+)</code>")
+LONGEST_WORD = 40
+"""Number of characters up to which a browser keeps a word of inline code on one line."""
 
 log = logging.getLogger("mkdocs.hooks.timemix")
 """With --strict each of its warnings ends the build."""
@@ -116,7 +121,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if own == "index.md":
         page.meta["hide"] = ["navigation"]
     # In turn: a text, a code block, the mark of the block.
-    parts = FENCED.split(ONLY_IN_SITE.sub(r"\1", markdown))
+    parts = FENCED.split(ONLY_IN_SITE.sub(r"\1", ONLY_IN_REPOSITORY.sub("", markdown)))
     parts[::3] = [_with_site_links(part, source, own) for part in parts[::3]]
     del parts[2::3]
     return "".join(parts)
@@ -150,7 +155,16 @@ def _site_path(source: str, link: str) -> str | None:
 
 
 def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace each formula by MathML, which browsers show without a script."""
+    """Replace each formula by MathML, which browsers show without a script, and keep words of inline code whole."""
+
+    def code(match: re.Match[str]) -> str:
+        words = re.sub(r"\S+", word, match["text"])
+        return f"<code>{words}</code>"
+
+    def word(match: re.Match[str]) -> str:
+        # A browser may end a line after each hyphen of --data.valid-fraction.
+        short = len(html.unescape(match[0])) <= LONGEST_WORD
+        return f'<span class="unbroken">{match[0]}</span>' if short else match[0]
 
     def formula(match: re.Match[str]) -> str:
         tex = html.unescape(match["tex"]).strip()
@@ -161,7 +175,7 @@ def on_page_content(content: str, *, page: Page, config: MkDocsConfig, files: Fi
         # Browsers may begin a line between a formula and its comma.
         return f'<span class="unbroken">{shown}{match["after"]}</span>' if match["after"] else shown
 
-    return FORMULA.sub(formula, content)
+    return FORMULA.sub(formula, INLINE_CODE.sub(code, content))
 
 
 def _mathml(tex: str, display: str) -> str:

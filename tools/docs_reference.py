@@ -29,6 +29,7 @@ from timemix.models.registry import ARCHITECTURES
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 88
 """Width of the help texts."""
+CODE_OR_OPTION = re.compile(r"`[^`]*`|(?:timemix [a-z]+ )?--[a-z][a-z.-]*[a-z]")
 MODULE = "    options: {members: false, show_root_heading: false, show_root_toc_entry: false}\n"
 """Options of a module: its own docstring alone."""
 
@@ -251,8 +252,9 @@ def _field_texts(kind: type[Any]) -> dict[str, str]:
 
 
 def _one_line(text: str) -> str:
-    """Return a text as a cell of a table: on one line, with `<` outside code as it is."""
-    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    """Return a text as a cell of a table: on one line, with options as code, and with `<` outside code as it is."""
+    line = CODE_OR_OPTION.sub(lambda found: f"`{found[0].strip('`')}`", " ".join(text.split()))
+    parts = re.split(r"(`[^`]*`)", line)
     return "".join(part if part.startswith("`") else html.escape(part, quote=False) for part in parts)
 
 

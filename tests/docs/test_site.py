@@ -169,6 +169,24 @@ def test_the_reference_has_all_public_names_and_verbs(site):
 
 
 @pytest.mark.slow
+def test_the_first_page_links_the_reference_instead_of_building_it(site):
+    pages, folder = site
+    assert "reference/index.html" in pages["index.html"].links
+    assert "make docs" not in (folder / "index.html").read_text(encoding="utf-8")
+    assert "`make docs`" in (DOCS / "index.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_options_are_code_that_stays_on_one_line(site):
+    pages, folder = site
+    assert [text for text in pages["reference/settings.html"].text if "--" in text] == []
+    settings = (folder / "reference/settings.html").read_text(encoding="utf-8")
+    for word in ("--data.valid-fraction", "&quot;character&quot;"):
+        assert f'<span class="unbroken">{word}</span>' in settings
+    assert ".unbroken { white-space: nowrap" in (folder / "assets/extra.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_formulas_links_and_lists_are_rendered(site):
     pages, folder = site
     assert "<math" in (folder / "explanation/math.html").read_text(encoding="utf-8")
