@@ -12,6 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import timemix
+from tests.helpers.browser import open_browser
 from timemix.cli.main import VERBS
 from timemix.errors import NotFinite
 
@@ -181,9 +182,23 @@ def test_options_are_code_that_stays_on_one_line(site):
     pages, folder = site
     assert [text for text in pages["reference/settings.html"].text if "--" in text] == []
     settings = (folder / "reference/settings.html").read_text(encoding="utf-8")
-    for word in ("--data.valid-fraction", "&quot;character&quot;"):
+    for word in ("--data.valid-fraction", '"character"'):
         assert f'<span class="unbroken">{word}</span>' in settings
     assert ".unbroken { white-space: nowrap" in (folder / "assets/extra.css").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_tables_of_the_howto_pages_fit_into_a_window(site, tmp_path):
+    pages, folder = site
+    with open_browser(tmp_path / "browser") as browser:
+        browser.set_window_size(1300, 900)
+        for name in sorted(name for name in pages if name.startswith("howto/")):
+            browser.get((folder / name).as_uri())
+            wide = browser.execute_script(
+                "return [...document.querySelectorAll('.md-typeset__scrollwrap')]"
+                ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText)"
+            )
+            assert wide == [], name
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.browser import open_browser
 from tests.helpers.comparisons import finish, small
 from tests.helpers.runs import write_text_file
 from timemix.bench.measure import StepSpeed
@@ -16,8 +17,6 @@ from timemix.experiments.report import to_html, write_report
 from timemix.experiments.spec import Verdict
 from timemix.experiments.table import build_table
 from timemix.experiments.variants import Variant
-
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 
 @pytest.fixture(scope="module")
@@ -52,37 +51,21 @@ def test_long_curves_are_thinned_and_keep_their_end(comparison, monkeypatch):
 
 def test_it_is_one_file_without_the_outside(comparison):
     page = (comparison.out / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?!data:,)[\w/.:]""", page)
+    assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?!data:)[\w/.:]""", page)
     assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
     assert page.count("</script>") == 2
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not (BROWSER and DRIVER):
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
+    with open_browser(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    folder = tmp_path_factory.mktemp("browser")
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1000,1400",
-        f"--user-data-dir={folder}",
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+
+@pytest.fixture(scope="module")
+def without_scripts(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("browser"), scripts=False) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -184,6 +167,20 @@ def test_the_page_has_no_external_resources(browser, comparison, tmp_path):
     browser.get(Path(copy).as_uri())
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert len(find(browser, "#loss polyline")) == 2
+
+
+def test_without_javascript_it_shows_the_result(without_scripts, comparison):
+    without_scripts.get((comparison.out / "report.html").as_uri())
+    assert without_scripts.title == without_scripts.find_element("tag name", "h1").text == "small"
+    headings = [h.text for h in find(without_scripts, "h2") if h.is_displayed()]
+    assert headings[:4] == ["Training loss", "Held-out loss by position in the window", "Results", "Verdicts"]
+    cells = [c.text for c in find(without_scripts, "td")]
+    assert "</script><b>attention & more" in cells
+    assert "rwkv1 is better" in cells
+    pictures = find(without_scripts, "noscript img")
+    assert [p.is_displayed() and p.size["width"] > 500 for p in pictures] == [True, True]
+    # What only a script can use is not shown.
+    assert not any(each.is_displayed() for each in find(without_scripts, ".switch button, .chart, .legend"))
 
 
 def test_a_report_without_any_finished_run(browser, tmp_path):

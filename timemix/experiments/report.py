@@ -1,7 +1,11 @@
 """Write the report of a comparison: table.json, table.md, loss.png, position.png and report.html."""
 
+import base64
 import json
+import re
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,9 +76,55 @@ def variant_colors(experiment: Experiment) -> dict[str, str]:
 
 
 def to_html(comparison: Comparison, table: Table) -> str:
-    """Return the report as one HTML page without external resources."""
-    experiment, colors = comparison.experiment, variant_colors(comparison.experiment)
-    curves, configs = [], {}
+    """Return the report as one HTML page without external resources.
+
+    A script draws the curves. A browser without JavaScript shows the pictures of the folder in place of the curves.
+    """
+    curves, positions = _curves(comparison), _position_curves(comparison, table)
+    parts = _page_parts(comparison, table)
+    shown = {"training": curves, "position": positions} | {n: parts[n] for n in ("verdicts", "tuning", "samples")}
+    parts |= {f"{name} hidden": "" if content else "hidden" for name, content in shown.items()}
+    # The text "</script>" in a label must not end the script element of the page.
+    parts["curves"] = json.dumps({"curves": curves, "by_position": positions}).replace("<", "\\u003c")
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{([a-z ]+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _page_parts(comparison: Comparison, table: Table) -> dict[str, str]:
+    """Return the HTML of the page's parts that need no script, by their names in report.html."""
+    configs = [
+        (label, to_toml(read_toml(runs[0] / "config.toml"))) for label, runs in finished_runs(comparison).items()
+    ]
+    return {
+        "title": escape(table.title),
+        "summary": escape(summary(table)),
+        "loss picture": _html_picture(comparison.out / "loss.png", "training loss"),
+        "position picture": _html_picture(comparison.out / "position.png", "held-out loss by position"),
+        "results": _html_table(result_rows(table), words=(0, 2)),
+        "notes": "".join(f"<li>{escape(each)}</li>" for each in warnings(table)),
+        "verdicts": _html_table(verdict_rows(table), words=(0, 2)) if table.verdicts else "",
+        "tuning": _html_table(tuning_rows(table), words=(0,)),
+        "samples": _html_samples(comparison),
+        "configs": "".join(
+            f"<details><summary>{escape(label)}</summary><pre>{escape(config)}</pre></details>"
+            for label, config in configs
+        ),
+    }
+
+
+def _position_curves(comparison: Comparison, table: Table) -> list[dict[str, Any]]:
+    """Return the mean held-out loss of each variant at each position."""
+    colors = variant_colors(comparison.experiment)
+    return [
+        {"label": row.label, "color": colors[row.label], "y": np.round(_by_position(row), 4).tolist()}
+        for row in table.variants
+        if row.by_position
+    ]
+
+
+def _curves(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the mean training loss of each variant, thinned to about `MOST_POINTS` points."""
+    curves, colors = [], variant_colors(comparison.experiment)
     for label, runs in finished_runs(comparison).items():
         x, mean, deviation = mean_over_runs(runs)
         # Select points backwards from the end, so that the selection contains the last point.
@@ -82,27 +132,39 @@ def to_html(comparison: Comparison, table: Table) -> str:
         curve = {name: np.round(values[kept], 5).tolist() for name, values in x.items()}
         curve |= {"mean": np.round(mean[kept], 5).tolist(), "deviation": np.round(deviation[kept], 5).tolist()}
         curves.append({"label": label, "color": colors[label], **curve})
-        configs[label] = to_toml(read_toml(runs[0] / "config.toml"))
-    samples: dict[str, dict[str, str]] = {prompt: {} for prompt in comparison.prompts}
-    for variant in experiment.variants:
-        for prompt, text in comparison.samples(variant).items():
-            samples[prompt][variant.heading] = text
-    page = {
-        "title": table.title,
-        "summary": summary(table),
-        "curves": curves,
-        "by_position": [
-            {"label": row.label, "color": colors[row.label], "y": np.round(_by_position(row), 4).tolist()}
-            for row in table.variants
-            if row.by_position
-        ],
-        "table": result_rows(table),
-        "verdicts": verdict_rows(table),
-        "tuning": tuning_rows(table),
-        "notes": warnings(table),
-        "samples": {prompt: texts for prompt, texts in samples.items() if texts},
-        "configs": configs,
-    }
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    # The text "</script>" in a sample must not end the script element of the page.
-    return template.replace("DATA", json.dumps(page).replace("<", "\\u003c"), 1)
+    return curves
+
+
+def _html_table(rows: list[list[str]], *, words: tuple[int, ...]) -> str:
+    """Return rows, headings first, as an HTML table; empty without rows. `words` are the columns with text."""
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        cells = [
+            f'<{tag} class="words">{escape(cell)}</{tag}>' if j in words else f"<{tag}>{escape(cell)}</{tag}>"
+            for j, cell in enumerate(row)
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>" if lines else ""
+
+
+def _html_samples(comparison: Comparison) -> str:
+    """Return the samples of all variants as HTML, one group for each prompt."""
+    samples = {variant.heading: comparison.samples(variant) for variant in comparison.experiment.variants}
+    groups = []
+    for prompt in comparison.prompts:
+        texts = [
+            f"<div><h3>{escape(label)}</h3><pre><b>{escape(prompt)}</b>{escape(texts[prompt])}</pre></div>"
+            for label, texts in samples.items()
+            if prompt in texts
+        ]
+        groups += [f'<div class="samples">{"".join(texts)}</div>'] if texts else []
+    return "".join(groups)
+
+
+def _html_picture(path: Path, title: str) -> str:
+    """Return what a browser without JavaScript shows in place of interactive curves."""
+    if not path.exists():
+        return "<noscript><p>This browser shows no curves, because JavaScript is disabled.</p></noscript>"
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<noscript><img alt="{title}" src="data:image/png;base64,{content}"></noscript>'
