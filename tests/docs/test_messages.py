@@ -1,0 +1,119 @@
+"""Every message that a page quotes can be printed: its words stand in strings of the source."""
+
+import ast
+import functools
+import inspect
+import re
+
+import pytest
+import torch.cuda
+import torch.distributed.run
+
+import timemix.errors
+from tests.helpers.pages import ROOT, numbered_blocks
+
+PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "log" not in page.parts)
+TABLE = re.compile(r"^\| (?:message|error|line) \|.*\n\|.*\n(?P<rows>(?:\|.*\n)+)", re.MULTILINE)
+ROW = re.compile(r"^\| (?:a line )?`(?P<message>[^`]+)`", re.MULTILINE)
+PROSE = re.compile(r"(?:[A-Za-z]{2,}[,;]? ){2}[A-Za-z]{2,}")
+"""Three words in a row: the value of a variable has fewer."""
+OF_OTHERS = {
+    "invalid continuation byte": "Python",
+    "Torch not compiled with CUDA enabled": "PyTorch",
+    "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default": "torchrun",
+}
+"""Messages, and parts of messages, that timemix does not write."""
+
+
+def quoted(page):
+    """Yield the messages that a page quotes: in tables of messages, and in output of timemix."""
+    for table in TABLE.finditer(page.read_text(encoding="utf-8")):
+        yield from ROW.findall(table["rows"])
+    for _, language, text in numbered_blocks(page):
+        if language in ("text", "console"):
+            yield from re.findall(r"^timemix: (.+)", text, re.MULTILINE)
+
+
+def plain(text):
+    """Return a message with names of settings in place of flags, as the library writes it."""
+    return re.sub(r"--([a-z][\w.-]*)", lambda flag: flag[1].replace("-", "_"), text.removeprefix("timemix: "))
+
+
+def pattern(node):
+    """Return a string of the source as a regular expression. Its groups are the variable parts."""
+    if isinstance(node, ast.Constant):
+        return re.sub("%[sd]", "(.*)", re.escape(plain(str(node.value))))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(pattern(part) for part in node.values)
+    # A value with quotation marks ends with them.
+    return "('[^']*'|.*)" if node.conversion == ord("r") else "(.*)"
+
+
+def strings(node):
+    """Yield the strings of a syntax tree. A part of an f-string is no string of its own."""
+    if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.JoinedStr) and isinstance(child, ast.Constant)):
+            yield from strings(child)
+
+
+@functools.cache
+def patterns():
+    """Return the strings of the source that have letters outside their variable parts, the longest first."""
+    files = (ROOT / "timemix").rglob("*.py")
+    found = {pattern(node) for file in files for node in strings(ast.parse(file.read_text(encoding="utf-8")))}
+    with_letters = [each for each in found if re.search("[a-z]{2}", each)]
+    return [re.compile(each, re.DOTALL) for each in sorted(with_letters, key=len, reverse=True)]
+
+
+def can_be_printed(message, depth=3):
+    """Return whether a message is a string of the source, with values or further strings in its variable parts.
+
+    Args:
+        message: The message.
+        depth: How often a string may contain another string.
+    """
+    matches = (each.fullmatch(plain(message)) for each in patterns())
+    return message in OF_OTHERS or any(all(is_part(p, depth) for p in match.groups()) for match in matches if match)
+
+
+def is_part(part, depth):
+    return not PROSE.search(part) or (depth > 0 and can_be_printed(part.strip(), depth - 1))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_each_message_of_a_page_can_be_printed(page):
+    for message in quoted(page):
+        # The class of an exception, in a page about Python, or the name of a file comes first.
+        first, error, _ = re.match(r"(?:([A-Z]\w+[a-z][A-Z]\w+)(: |$)|\w+\.toml: )?", message).group(0, 1, 2)
+        assert error is None or hasattr(timemix.errors, error), message
+        assert message == first or can_be_printed(message.removeprefix(first)), message
+
+
+def test_the_pages_quote_many_messages():
+    assert len({message for page in PAGES for message in quoted(page)}) > 50
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("runs/mine exists already; choose another folder", True),
+        ("runs/mine already exists; choose another folder", False),
+        ("runs/mine exists already; remove the old folder", False),
+        ("unknown verb 'tarin'; did you mean 'train'?", True),
+        ("unknown verb 'tarin'; it could be 'train'", False),
+        ("--train.batch-size=12 is not divisible by processes (5) x --train.accumulation (1); give a multiple of 5", True),
+        ("--train.batch-size=12 cannot be divided by processes (5)", False),
+        ("choose another folder", False),
+    ],
+)
+def test_messages_that_can_and_cannot_be_printed(message, expected):
+    assert can_be_printed(message) == expected
+
+
+def test_messages_of_others_are_theirs():
+    with pytest.raises(UnicodeDecodeError, match="invalid continuation byte"):
+        b"\xe9a".decode()
+    assert "Torch not compiled with CUDA enabled" in inspect.getsource(torch.cuda)
+    assert "Setting OMP_NUM_THREADS environment variable for each process" in inspect.getsource(torch.distributed.run)
