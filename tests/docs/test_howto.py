@@ -8,19 +8,9 @@ from tests.helpers.pages import (
     commands,
     run_python,
     timemix_arguments,
-    train_tiny_run,
-    write_texts,
 )
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    write_texts(folder)
-    train_tiny_run(folder)
-    return folder
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

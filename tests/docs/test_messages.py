@@ -1,16 +1,22 @@
-"""Every message that a page quotes can be printed: its words stand in strings of the source."""
+"""Messages that a page quotes: their words stand in strings of the source, and commands print many of them."""
 
 import ast
 import functools
 import inspect
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch.cuda
 import torch.distributed.run
 
 import timemix.errors
-from tests.helpers.pages import ROOT, numbered_blocks
+from tests.helpers.commands import run_command
+from tests.helpers.pages import ROOT, TEXT, numbered_blocks
+from timemix.data.config import DataConfig
+from timemix.data.prepare import prepare
 
 PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md") if "log" not in page.parts)
 TABLE = re.compile(r"^\| (?:message|error|line) \|.*\n\|.*\n(?P<rows>(?:\|.*\n)+)", re.MULTILINE)
@@ -23,6 +29,63 @@ OF_OTHERS = {
     "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default": "torchrun",
 }
 """Messages, and parts of messages, that timemix does not write."""
+
+FILES = {
+    "latin.txt": "le café noir".encode("latin-1"),
+    "u16.txt": TEXT.encode("utf-16"),
+    "short.txt": b"tiny",
+    "accents.txt": "naïve café".encode(),
+    "umlauts.txt": "The groß fox jumps für it!\n".encode() * 50,
+    "seeds.toml": b'title = "t"\ntokens = 9\nseeds = [0, 1]\n[tune]\ntrain.lr = [1, 2]\n[[variants]]\nname = "half"\n',
+    "budget.toml": b'title = "t"\n[[variants]]\nname = "half"\n',
+    "bad.toml": b'title = "t"\ntokens = 9\n[[variants]]\nname = "half"\nset.model.layer = 2\n',
+    "same.toml": b'title = "t"\ntokens = 9\n[[variants]]\nname = "half"\n[[variants]]\nname = "quarter"\n',
+}
+PROVOKED = {
+    "compare": ["compare bad.toml --data my.txt --out runs/bad"],
+    "experiment-files": [
+        "compare bad.toml --data my.txt --out runs/bad",
+        "compare same.toml --data my.txt --out runs/bad",
+        "compare budget.toml --data my.txt --out runs/bad",
+        "compare seeds.toml --data my.txt --out runs/bad",
+    ],
+    "fine-tune": [
+        "train --from runs/mine --data umlauts.txt --out runs/next",
+        "train --from runs/mine --data other.txt --out runs/next --model.layers 2",
+        "train --from runs/mine --data other.txt --out runs/next --data.tokenizer subword",
+        "train cpu-small --from runs/mine --data other.txt --out runs/next",
+    ],
+    "gpu": ["train --data my.txt --out runs/next --train.device gpu"],
+    "large-corpora": [
+        "data my.txt --out tokens/mine",
+        "train --data tokens/mine --out runs/next --data.valid-fraction 0.2",
+    ],
+    "long-contexts": [
+        f"sample runs/mine --prompt '{TEXT[:900]}' --tokens 1",
+        "train --data my.txt --out runs/next --train.contexts 2",
+        "train --data my.txt --out runs/next --train.batch-size 9999999 --model.channels 4096",
+    ],
+    "resume-a-run": [
+        "train --resume runs/mine",
+        "train --resume runs/mine --train.seed 2",
+        "train --resume runs/mine --train.steps 2",
+        "train --resume runs/nope",
+    ],
+    "sessions": [
+        "sample runs/mine --load-state my.txt",
+        "sample runs/mine --load-state nope.state",
+        "sample runs/mine --count 3 --save-state the.state",
+    ],
+    "shell-and-scripting": ["tarin", "sample runs/mine --prompt '-If '"],
+    "train-on-your-text": [
+        "train --data my.txt --out runs/mine",
+        "data latin.txt",
+        "data u16.txt",
+        "train --data short.txt --out runs/next",
+        "data my.txt --data.valid accents.txt",
+    ],
+}
+"""Commands by the page that quotes what they print."""
 
 
 def quoted(page):
@@ -91,6 +154,31 @@ def test_each_message_of_a_page_can_be_printed(page):
         assert message == first or can_be_printed(message.removeprefix(first)), message
 
 
+def sentence(line):
+    """Return a line of output without the differences between two machines: numbers, and the names of other files."""
+    return re.sub(r"\d+([,.]\d+)*", "#", re.sub(r"^(timemix: )?(\w+\.toml: )?", "", line)).strip()
+
+
+@pytest.fixture(scope="module")
+def folder(trained):
+    for name, content in FILES.items():
+        (trained / name).write_bytes(content)
+    shutil.copytree(trained / "runs/mine", trained / "runs/long")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        prepare(Path("tokens/mine"), DataConfig(source="my.txt"))
+    return trained
+
+
+@pytest.mark.parametrize(("page", "command"), [(page, c) for page, commands in PROVOKED.items() for c in commands])
+def test_a_command_prints_a_message_of_the_page(page, command, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    _, out, err = run_command(capsys, *shlex.split(command))
+    expected = {sentence(message) for message in quoted(ROOT / f"docs/howto/{page}.md")}
+    printed = {sentence(line) for line in (out + err).splitlines()}
+    assert printed & expected, f"{out}{err}"
+
+
 def test_the_pages_quote_many_messages():
     assert len({message for page in PAGES for message in quoted(page)}) > 50
 
@@ -103,7 +191,10 @@ def test_the_pages_quote_many_messages():
         ("runs/mine exists already; remove the old folder", False),
         ("unknown verb 'tarin'; did you mean 'train'?", True),
         ("unknown verb 'tarin'; it could be 'train'", False),
-        ("--train.batch-size=12 is not divisible by processes (5) x --train.accumulation (1); give a multiple of 5", True),
+        (
+            "--train.batch-size=12 is not divisible by processes (5) x --train.accumulation (1); give a multiple of 5",
+            True,
+        ),
         ("--train.batch-size=12 cannot be divided by processes (5)", False),
         ("choose another folder", False),
     ],
