@@ -100,9 +100,9 @@ def open_source(
     """Open a text source that is then read in pieces.
 
     Files may be compressed (gzip, xz, bzip2). Line ends are not changed, and a byte order mark is removed. The files of
-    a folder are read in sorted order, with a newline between two files. A warning counts the skipped files of each kind:
-    hidden files, binary files, links to other files, compressed copies of other files, and folders that timemix wrote.
-    The `read` function of the result raises the errors about the content of the files.
+    a folder are read in sorted order, with a newline between two files. A warning counts the skipped files of each
+    kind: hidden files, binary files, links to other files, compressed copies of other files, and folders that timemix
+    wrote. The `read` function of the result raises the errors about the content of the files.
 
     Args:
         source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
