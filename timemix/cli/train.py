@@ -85,8 +85,9 @@ class ResumeArguments:
 
     The learning rate follows the schedule of the new settings: at step S, the rate is the rate at step S of a new run
     with these settings. The model, the text, --train.batch-size, --train.contexts, --train.seed and --train.optimizer
-    cannot change. To change one of these settings, start a new run from the weights of this run: timemix train --from
-    RUN --out NEXT. --train.seconds sets the length of new runs only.
+    cannot change. A new run from the weights of this run can change these settings, except those of the model: timemix
+    train --from RUN --out NEXT. Of the model, such a run can change only --model.dropout and --model.ctx-len.
+    --train.seconds sets the length of new runs only.
 
     Examples:
         timemix train --resume runs/mine

@@ -229,8 +229,9 @@ class Comparison:
         because the loss would diverge again.
 
         Args:
-            watching: Function of job and config. Returns a context manager that yields the `watch` of the run.
-            say: Function that prints a line; called for each finished job, with an estimate of the time left.
+            watching: Function that returns, for a job and its config, a context manager that yields the `watch` of the
+                run.
+            say: Function that prints a line of text for each finished job, with an estimate of the time left.
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
@@ -278,7 +279,7 @@ class Comparison:
         return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], report: Report) -> bool:
-        """Run a job, unless the job is finished or runs in another process; return whether the job ran here."""
+        """Run a job that is unfinished and runs in no other process; return whether this call ran the job."""
         folder = self.folder(job)
         with claimed(folder.with_name(f".{folder.name}.lock")) as mine:
             if not mine or self._ended(job):

@@ -197,8 +197,13 @@ def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
     config, own = converted.config, converted.folder.parent.parent / "data"
     # The folder of the old run already has prepared tokens.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
-    train = replace(
-        config.train,
+    data = DataConfig(source=source, order=config.data.order)
+    return replace(config, data=data, train=_train_config(conversion, config.train))
+
+
+def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
+    return replace(
+        train,
         steps=conversion.finetune,
         contexts=CONTEXTS,
         batch_size=max(1, train.batch_size // CONTEXTS),

@@ -242,8 +242,8 @@ def _no_checkpoint(run: Path) -> str:
 
 
 def _no_run(path: Path) -> str:
-    what = f"{path} is a file, not a run folder" if path.is_file() else f"there is no run folder {path}"
-    return f"{what}; {_known_runs(path.parent)}"
+    known = _known_runs(path.parent)
+    return f"{path} is a file, not a run folder; {known}" if path.is_file() else f"there is no run folder {path}; {known}"
 
 
 def _known_runs(folder: Path) -> str:
