@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.helpers.tiers import examples, slow
-from timemix.ops.rwkv7 import BACKENDS, choose_backend, wkv7
+from timemix.ops.rwkv7 import BACKENDS, choose_backend, compiled, wkv7
 
 NAMES = ("r", "w", "k", "v", "a", "b", "state")
 BOUND = -0.6065306597
@@ -25,6 +25,10 @@ def inputs(B, T, H, N, dtype=torch.float64, *, decay=None, direction=None, rate=
     k = k if key is None else torch.full_like(k, key)
     state = torch.randn(B, H, N, N, dtype=torch.float64)
     return [x.to(dtype).requires_grad_() for x in (r, w, k, v, -kk, kk * rates, state)]
+
+
+def dtype_of(backend):
+    return torch.float32 if backend == "c" else torch.float64
 
 
 def results(arguments, backend, **options):
@@ -77,6 +81,45 @@ def test_chunks_equal_the_loop(T, resets, lengths):
         assert error(chunked[name], value) < 1e-12, name
 
 
+def assert_accurate(got, expected):
+    for name, value in expected.items():
+        # The gradient of w is a difference of sums over all later tokens.
+        limit = 2e-6 if name in ("y", "end") else 1e-4 if name == "w" else 1e-5
+        assert error(got[name], value) < limit, name
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 65, slow(513)])
+@pytest.mark.parametrize("N", [5, 32, 64])
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_the_c_code_equals_the_loop(T, N, resets, lengths):
+    torch.manual_seed(T)
+    arguments = inputs(2, T, 2, N)
+    options = {
+        # A reset at the start of a chunk and at its second token.
+        "resets": (torch.rand(2, T) < 0.1) | (torch.arange(T) % 16 < 2) if resets else None,
+        "lengths": torch.tensor([T, max(1, T // 2)]) if lengths else None,
+    }
+    assert_accurate(results([x.float() for x in arguments], "c", **options), results(arguments, "reference", **options))
+
+
+@pytest.mark.parametrize("changed", [{}, {"transposed": True}])
+def test_the_c_code_is_bit_identical_for_any_threads_and_strides(changed):
+    arguments = [x.float() for x in inputs(3, 40, 5, 64)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            given = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments] if changed else arguments
+            found.append(results(given, "c"))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in results(arguments, "c").items():
+        assert torch.equal(found[0][name], value), name
+        assert torch.equal(found[1][name], value), name
+
+
 HARD = {
     "decays at the bound": {"decay": BOUND},
     "decays near 1": {"decay": -1e-6},
@@ -89,15 +132,12 @@ HARD = {
 
 @pytest.mark.parametrize("T", [65, slow(513)])
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_values_in_float32(kind, T):
+@pytest.mark.parametrize("backend", ["chunked", "c"])
+def test_hard_values_in_float32(backend, kind, T):
     torch.manual_seed(3)
     arguments = inputs(1, T, 2, 64, **HARD[kind])
     expected = results(arguments, "reference")
-    got = results([x.float() for x in arguments], "chunked")
-    for name, value in expected.items():
-        # The gradient of w is a difference of sums over all later tokens.
-        limit = 2e-6 if name in ("y", "end") else 1e-4 if name == "w" else 1e-5
-        assert error(got[name], value) < limit, name
+    assert_accurate(results([x.float() for x in arguments], backend), expected)
 
 
 def test_strong_decays_stay_finite():
@@ -112,20 +152,22 @@ def test_strong_decays_stay_finite():
 @examples(40)
 def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    arguments = inputs(2, 20, 1, 3)
+    arguments = inputs(2, 20, 1, 3, dtype_of(backend))
     resets = torch.rand(2, 20) < 0.1
     y, end = wkv7(*arguments, resets=resets, backend=backend)
     parts, state = [], arguments[6]
     for part in (slice(0, cut), slice(cut, 20)):
         piece, state = wkv7(*(x[:, part] for x in arguments[:6]), state, resets=resets[:, part], backend=backend)
         parts.append(piece)
-    torch.testing.assert_close(torch.cat(parts, 1), y, atol=1e-12, rtol=0)
-    torch.testing.assert_close(state, end, atol=1e-12, rtol=0)
+    # The C code computes token by token, so parts are bit-identical.
+    atol = 0 if backend == "c" else 1e-12
+    torch.testing.assert_close(torch.cat(parts, 1), y, atol=atol, rtol=0)
+    torch.testing.assert_close(state, end, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_changes_nothing_and_gets_no_gradient(backend):
-    arguments = inputs(2, 9, 1, 4)
+    arguments = inputs(2, 9, 1, 4, dtype_of(backend))
     broken = [x.detach().clone() for x in arguments]
     for x in broken[:6]:
         x[1, 5:] = torch.nan
@@ -146,20 +188,21 @@ def test_a_reset_forgets_all_earlier_tokens():
     torch.testing.assert_close(end, later_end, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_the_gradient_is_the_numerical_one(backend):
     arguments = inputs(1, 6, 1, 2)
     assert torch.autograd.gradcheck(lambda *x: wkv7(*x, backend=backend), arguments)
 
 
 def test_a_state_is_returned_on_request_and_never_changed():
-    *arguments, state = inputs(1, 5, 1, 2)
-    assert wkv7(*arguments)[1] is None
-    before = state.detach().clone()
     for backend in BACKENDS:
-        with torch.no_grad():
-            wkv7(*arguments, state, backend=backend)
-        assert torch.equal(state, before)
+        *arguments, state = inputs(1, 5, 1, 2, dtype_of(backend))
+        assert wkv7(*arguments, backend=backend)[1] is None
+        before = state.detach().clone()
+        for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+            with context:
+                wkv7(*arguments, state, backend=backend)
+            assert torch.equal(state, before)
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
@@ -188,7 +231,20 @@ def test_wrong_shapes_are_refused(name, shape, words):
 
 
 def test_the_choice_of_the_backend():
-    assert choose_backend("auto", 1)[0] == "reference"
-    assert choose_backend("auto", 100)[0] == "chunked"
-    with pytest.raises(ValueError, match="backend='fast' is not supported; choose auto, reference, chunked"):
-        choose_backend("fast", 1)
+    short, long = torch.zeros(1, 1, 1, 8, dtype=torch.float64), torch.zeros(1, 100, 1, 8, dtype=torch.float64)
+    assert choose_backend("auto", short)[0] == "reference"
+    assert choose_backend("auto", long)[0] == "chunked"
+    assert choose_backend("auto", long.float())[0] == choose_backend("auto", short.float())[0] == "c"
+    assert choose_backend("auto", torch.zeros(1, 100, 1, 257))[0] == "chunked"
+    with pytest.raises(ValueError, match="backend='fast' is not supported; choose auto, reference, chunked, c"):
+        choose_backend("fast", short)
+    with pytest.raises(ValueError, match=r"backend='c' is not available: .* needs float32 on the cpu, not float64"):
+        choose_backend("c", long)
+
+
+def test_without_a_compiler_the_chunks_compute(monkeypatch):
+    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    x = torch.zeros(1, 100, 1, 8)
+    assert choose_backend("auto", x)[0] == "chunked"
+    with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
+        choose_backend("c", x)

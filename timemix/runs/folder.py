@@ -243,7 +243,9 @@ def _no_checkpoint(run: Path) -> str:
 
 def _no_run(path: Path) -> str:
     known = _known_runs(path.parent)
-    return f"{path} is a file, not a run folder; {known}" if path.is_file() else f"there is no run folder {path}; {known}"
+    if path.is_file():
+        return f"{path} is a file, not a run folder; {known}"
+    return f"there is no run folder {path}; {known}"
 
 
 def _known_runs(folder: Path) -> str:

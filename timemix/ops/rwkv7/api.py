@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from timemix.ops.rwkv7.chunked import chunked_wkv7
+from timemix.ops.rwkv7.compiled import compiled_wkv7, hindrance
 from timemix.ops.rwkv7.reference import reference_wkv7
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv7, "chunked": chunked_wkv7}
-"""The backends of wkv7 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks."""
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference_wkv7,
+    "chunked": chunked_wkv7,
+    "c": compiled_wkv7,
+}
+"""The backends of wkv7 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, and "c"
+loops over tokens in C."""
 
 FEW_TOKENS = 4
-"""Number of tokens up to which the backend "auto" loops over tokens."""
+"""Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
 
 
 def wkv7(
@@ -55,7 +61,7 @@ def wkv7(
         are float64 for float64 inputs, otherwise float32.
 
     Raises:
-        ValueError: Shapes do not match, or the backend is unknown.
+        ValueError: Shapes do not match, or the backend is unknown or does not support the arguments.
 
     Source:
         RWKV-7 "Goose", arXiv 2503.14456.
@@ -71,29 +77,34 @@ def wkv7(
         resets = None if resets is None else resets & counts
     start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
     with torch.autocast(r.device.type, enabled=False):
-        y, end = BACKENDS[choose_backend(backend, T)[0]](*inputs, start, resets)
+        y, end = BACKENDS[choose_backend(backend, inputs[0])[0]](*inputs, start, resets)
     return y.to(v.dtype), None if state is None else end
 
 
-def choose_backend(backend: str, tokens: int) -> tuple[str, str]:
+def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
     """Choose the backend of wkv7.
 
     Args:
         backend: "auto" or a name in `BACKENDS`.
-        tokens: T, number of tokens.
+        r: Receptances (B, T, H, N), in the dtype of the computation.
 
     Returns:
         The name of the backend, and the reason for the choice.
 
     Raises:
-        ValueError: The backend is unknown.
+        ValueError: The backend is unknown or does not support the receptances.
     """
+    reason = hindrance(r)
     if backend == "auto":
-        if tokens <= FEW_TOKENS:
+        if reason is None:
+            return "c", "the C code supports the dtype and the device"
+        if r.shape[1] <= FEW_TOKENS:
             return "reference", f"a loop over at most {FEW_TOKENS} tokens"
         return "chunked", "matrix products in place of a loop over tokens"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
+    if backend == "c" and reason:
+        raise ValueError(f"backend='c' is not available: {reason}; choose auto")
     return backend, "asked for"
 
 

@@ -1,0 +1,125 @@
+"""wkv7 in C, token by token, forward and backward. The file wkv7.c contains the formulas.
+
+The C code supports float32 on the CPU. It requires a C compiler, and is not used in code that torch.compile compiles.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from timemix.runtime.native import library
+
+CHUNK = 16
+"""Number of tokens from one stored state to the next."""
+
+MOST = 256
+"""Largest head size N."""
+
+
+def hindrance(x: Tensor) -> str | None:
+    """Return the reason why the C code cannot compute wkv7.
+
+    Args:
+        x: An input of the recurrence (B, T, H, N), in the dtype of the computation.
+
+    Returns:
+        The reason; None if the C code can compute wkv7.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"the C code needs float32 on the cpu, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    if x.shape[-1] > MOST:
+        return f"the C code needs a head size of at most {MOST}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot compile calls of C code"
+    code, reason = _library()
+    return None if code else reason
+
+
+def compiled_wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute wkv7 in C. Inputs and the state before every `CHUNK` tokens are stored for the backward pass.
+
+    Args:
+        r: Receptances (B, T, H, N), float32.
+        w: Log-decays (B, T, H, N), at most 0.
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        a: Vectors that read the previous state by the product S a (B, T, H, N).
+        b: Vectors along which S a is added to the state (B, T, H, N).
+        state: State S before these tokens, of shape (B, H, values N, keys N).
+        resets: Whether to set S to zero before each token (B, T); None for never.
+
+    Returns:
+        y (B, T, H, N), and the state after these tokens.
+    """
+    apply: Any = _Compiled.apply
+    y, end = apply(state, resets, *(x.contiguous() for x in (r, w, k, v, a, b)))
+    return y, end
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged. The flag
+    # -fno-associative-math preserves the accuracy of small decays, see wkv7.c.
+    flags = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
+    return library(Path(__file__).with_name("wkv7.c"), *flags)
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in "BTHN"] + [(name, ctypes.c_void_p) for name in (*"rwkvab", "resets")]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "rwkvab"]
+
+
+def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
+    address = None if resets is None else resets.data_ptr()
+    return _Inputs(*inputs[0].shape, *(x.data_ptr() for x in inputs), address)
+
+
+def _call(name: str, inputs: _Inputs, *arguments: Any) -> None:
+    """Call a C function. Tensors are passed by address, and None as NULL."""
+    code, _ = _library()
+    assert code is not None
+    passed = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments)
+    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), ctypes.byref(inputs), *passed)
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, resets: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        resets = None if resets is None else resets.contiguous()
+        B, T, H, N = inputs[0].shape
+        # The C code updates the state in place, so it gets a copy.
+        y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
+        starts = end.new_empty(B, H, -(-T // CHUNK), N, N) if any(ctx.needs_input_grad) else None
+        _call("timemix_wkv7", _inputs(inputs, resets), end, y, starts)
+        ctx.save_for_backward(*inputs, starts, resets)
+        return y, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, starts, resets = ctx.saved_tensors
+        B, _, H, N = inputs[0].shape
+        gradients = [torch.empty_like(x) for x in inputs]
+        d_state = d_end.clone(memory_format=torch.contiguous_format)
+        scratch = d_state.new_empty(B, H, (CHUNK + 1) * N * N + 2 * CHUNK * N)
+        addresses = _Gradients(*(x.data_ptr() for x in gradients))
+        given = _inputs(tuple(inputs), resets)
+        _call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, ctypes.byref(addresses), scratch)
+        return d_state, None, *gradients
