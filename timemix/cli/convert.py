@@ -90,6 +90,8 @@ def convert(arguments: list[str]) -> int:
             raise InvalidValue(re.sub("^exponentials|^taps", lambda name: _FLAGS[name[0]], str(error))) from error
     rows: list[Converted] = []
     for conversion in conversions:
+        fitted = f"fitting {conversion.exponentials} exponentials to each curve of {loaded.folder}"
+        print(f"{fitted}, then measuring losses ...", file=sys.stderr)
         try:
             rows.append(convert_run(conversion, loaded, watching))
         except Interrupted as stop:
