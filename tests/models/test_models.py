@@ -42,11 +42,13 @@ def test_parameter_counts_of_the_published_figure(arch, parameters):
 def test_no_position_sees_the_future(model):
     x = tokens(2)
     before, _ = model(x)
+    # wkv7 scales a chunk by the decay at its middle token, so later tokens change the rounding of earlier results.
+    tolerance = 1e-12 if model.config.arch == "rwkv7" else 0
     for t in (1, 5, CTX - 1):
         changed = x.clone()
         changed[:, t:] = (x[:, t:] + 1 + torch.arange(CTX - t)) % 11
         after, _ = model(changed)
-        assert torch.equal(before[:, :t], after[:, :t])
+        torch.testing.assert_close(before[:, :t], after[:, :t], atol=tolerance, rtol=0)
         assert not torch.allclose(before[:, t:], after[:, t:])
 
 

@@ -13,6 +13,7 @@ from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShift
 from timemix.models.config import ModelConfig
 from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
+from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.storage.settings import from_dict
 
 
@@ -104,6 +105,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "blue",
             "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
             weights="timemix.models.llama.weights",
+        ),
+        Architecture(
+            "rwkv7",
+            Rwkv7Config,
+            "timemix.models.rwkv7.model:Rwkv7Block",
+            2025,
+            "purple",
+            "RWKV-7: a recurrent network whose state, one matrix per head, changes by a generalized delta rule",
+            weights="timemix.models.rwkv7.weights",
+            bounded=False,
         ),
     )
 }

@@ -189,7 +189,9 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
     """
     warmup = config.warmup * config.steps
     if step < warmup:
-        return config.lr * (warmup_floor + (1 - warmup_floor) * min(1.0, (step + 1) / warmup))
+        # Without a floor, the rate would be 0 in step 0, so the warm-up begins one step later.
+        begun = step if warmup_floor else step + 1
+        return config.lr * (warmup_floor + (1 - warmup_floor) * min(1.0, begun / warmup))
     progress = (step - warmup) / max(config.steps - warmup, 1)
     if config.schedule == "cosine":
         share = (1 + math.cos(math.pi * progress)) / 2

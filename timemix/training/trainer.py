@@ -205,7 +205,7 @@ class Trainer:
                 self._warn(f"the model cannot be compiled ({first_line(error)}); training continues uncompiled")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits, _ = self._training_model(inputs)
-        return self.model.block.training_loss(cross_entropy(logits, targets), logits)
+        return self.model.block.training_loss(self.config.model, cross_entropy(logits, targets), logits)
 
     def train_step(self) -> tuple[float, float]:
         """Run one optimizer step.

@@ -154,10 +154,11 @@ class Block(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def training_loss(cls, loss: Tensor, logits: Tensor) -> Tensor:
+    def training_loss(cls, config: Any, loss: Tensor, logits: Tensor) -> Tensor:
         """Return the loss to differentiate. By default, the loss is the mean cross-entropy.
 
         Args:
+            config: Settings of the model.
             loss: Mean cross-entropy in nats, a scalar.
             logits: Logits (B, T, V).
 

@@ -89,3 +89,20 @@ class TokenShift(nn.Module):
         # The indices (B, D) of the D rows that end at the last valid token of each batch entry.
         newest = lengths[:, None] + torch.arange(D, device=x.device)
         return shifted, rows.gather(1, newest[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def previous_token(x: Tensor, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the row before each row of x: y[t] = x[t - 1]. The row before the first token is zero.
+
+    Args:
+        x: Input (B, T, C).
+        state: Row before x (B, 1, C); None: zeros, and the next state is None.
+        lengths: Number of valid rows of each batch entry (B,), 1 to T; None: all rows are valid.
+
+    Returns:
+        The previous rows (B, T, C), and the next state: the last valid row of each batch entry.
+    """
+    if state is None:
+        return F.pad(x[:, :-1], (0, 0, 1, 0)), None
+    last = x[:, -1:] if lengths is None else x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))
+    return torch.cat([state.to(x.dtype), x[:, :-1]], 1), last.to(state.dtype)

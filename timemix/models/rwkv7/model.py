@@ -1,0 +1,238 @@
+"""RWKV-7 (arXiv 2503.14456): a recurrent network whose state is one matrix per head.
+
+    x = x + time_mix(LayerNorm(x)),   x = x + channel_mix(LayerNorm(x))
+
+The state has the same size at every position, so a context has no end. No linear map has a bias. Logits, gradients and
+a training run equal those of the original training code (tests/models/test_rwkv7.py).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timemix.models.layers.activations import relu2
+from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
+from timemix.models.layers.l2wrap import l2wrap
+from timemix.models.layers.linear import LayerNorm, Linear, to_product_dtype
+from timemix.models.layers.token_shift import previous_token
+from timemix.models.rwkv7.config import Rwkv7Config
+from timemix.models.rwkv7.initial import set_initial_values
+from timemix.ops.common.spread import broadcast_parameter
+from timemix.ops.rwkv7.api import choose_backend, wkv7
+from timemix.ops.rwkv7.chunked import CHUNK
+
+LARGEST_LOG_DECAY = -math.exp(-0.5)
+"""Log-decay of a channel that forgets fastest: a channel keeps at least exp(-exp(-1/2)) = 0.545 of its state."""
+MIXED = ("receptance", "decay", "key", "value", "rate", "gate")
+"""The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """Cast x to at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def interpolated(x: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
+    """Compute x + weight * (previous - x) for x and previous (B, T, C) and weight (C,), in the dtype of products."""
+    return to_product_dtype(x + (previous - x) * broadcast_parameter(weight, x))
+
+
+class LowRank(nn.Module):
+    """The map bias + act(x down) up, in at least float32, through few hidden channels.
+
+    Args:
+        channels: Number C of channels of input and output.
+        rank: Number R of hidden channels.
+        act: Activation of the hidden channels; None: the identity.
+        bias: Whether the map has a bias.
+    """
+
+    def __init__(
+        self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None, *, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.act = act
+        # The names do not end in ".weight", because weight decay does not apply to these matrices.
+        self.down_weight = nn.Parameter(torch.zeros(channels, rank))
+        self.up_weight = nn.Parameter(torch.zeros(rank, channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T, C) to (B, T, C)."""
+        # (B, T, C) -> (B, T, R)
+        hidden = x @ self.down_weight
+        y = wide((hidden if self.act is None else self.act(hidden)) @ self.up_weight)
+        return y if self.bias is None else y + broadcast_parameter(self.bias, y)
+
+
+class TimeMix(nn.Module):
+    """The time-mix of RWKV-7, in the formulas for one token and one head.
+
+        r, k, v = receptance, key and value of mixtures of the token and the previous token
+        w = -exp(-1/2) sigmoid(decay)         a = sigmoid(rate)          v = v + sigmoid(residual) (v of layer 0 - v)
+        q = normalized(k removal)             k = k (1 + (a - 1) replacement)
+        y = wkv7(r, w, k, v, -q, q a)         out = output(gate * (norm(y) + (r . bonus k) v))
+
+    Layer 0 passes its v to the later layers as `carry`.
+    """
+
+    def __init__(self, config: Rwkv7Config, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        C, ranks = config.channels, config.ranks
+        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in MIXED})
+        self.receptance = Linear(C, C, bias=False)
+        self.key = Linear(C, C, bias=False)
+        self.value = Linear(C, C, bias=False)
+        self.output = Linear(C, C, bias=False)
+        self.decay = LowRank(C, ranks["decay"], torch.tanh)
+        self.rate = LowRank(C, ranks["rate"])
+        self.residual = LowRank(C, ranks["residual"]) if layer else None
+        self.gate = LowRank(C, ranks["gate"], torch.sigmoid, bias=False)
+        self.removal = nn.Parameter(torch.zeros(C))
+        self.replacement = nn.Parameter(torch.zeros(C))
+        self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size))
+        self.norm_weight = nn.Parameter(torch.ones(C))
+        self.norm_bias = nn.Parameter(torch.zeros(C))
+
+    def forward(
+        self, x: Tensor, previous: Tensor, wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Apply the time-mix.
+
+        Args:
+            x: Input (B, T, C).
+            previous: Input of the previous token of each token (B, T, C).
+            wkv: State of `wkv7` (B, H, N, N); None: zeros, and the next state is None.
+            first: Values of layer 0 (B, T, C); None in layer 0.
+            lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+
+        Returns:
+            Output (B, T, C), the next state of `wkv7`, and the values of layer 0.
+        """
+        mixed = {name: interpolated(x, previous, self.mix[name]) for name in MIXED}
+        r, k = wide(self.receptance(mixed["receptance"])), wide(self.key(mixed["key"]))
+        v = wide(self.value(mixed["value"]))
+        if first is None or self.residual is None:
+            first = v
+        else:
+            v = v + (first - v) * torch.sigmoid(self.residual(mixed["value"]))
+        w = LARGEST_LOG_DECAY * torch.sigmoid(self.decay(mixed["decay"]))
+        a = torch.sigmoid(self.rate(mixed["rate"]))
+        # (B, T, C) -> (B, T, H, N), with unit length over N
+        q = F.normalize(self._heads(k * broadcast_parameter(self.removal, k)), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * broadcast_parameter(self.replacement, k))
+        r, w, k, v, a = (self._heads(each) for each in (r, w, k, v, a))
+        y, wkv = wkv7(r, w, k, v, -q, q * a, wkv, lengths=lengths)
+        y = self._with_bonus(y, r, k, v).flatten(2) * self.gate(mixed["gate"])
+        out: Tensor = self.output(y.to(mixed["gate"].dtype))
+        return out, wkv, first
+
+    def _heads(self, x: Tensor) -> Tensor:
+        # (B, T, C) -> (B, T, H, N)
+        return x.unflatten(-1, (self.config.heads, self.config.head_size))
+
+    def _with_bonus(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Normalize y (B, T, H, N) over each head, and add the bonus of the current token."""
+        y = F.layer_norm(y, y.shape[-1:], eps=self.config.group_norm_eps)
+        weight, bias = self._heads(self.norm_weight), self._heads(self.norm_bias)
+        y = y * broadcast_parameter(weight, y) + broadcast_parameter(bias, y)
+        return y + (r * k * broadcast_parameter(self.bonus, k)).sum(-1, keepdim=True) * v
+
+
+class ChannelMix(nn.Module):
+    """The channel-mix of RWKV-7: value(relu(key(mixture of the token and the previous token))^2)."""
+
+    def __init__(self, config: Rwkv7Config) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(config.channels))
+        self.key = Linear(config.channels, config.ffn_hidden, bias=False)
+        self.value = Linear(config.ffn_hidden, config.channels, bias=False)
+
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        """Map x (B, T, C), with the input of the previous token of each token (B, T, C), to (B, T, C)."""
+        y: Tensor = self.value(relu2(self.key(interpolated(x, previous, self.mix))))
+        return y
+
+
+class Rwkv7Block(Block):
+    """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
+
+    def __init__(self, config: Rwkv7Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mixer_norm = LayerNorm(config.channels)
+        self.ffn_norm = LayerNorm(config.channels)
+        self.mixer = TimeMix(config, layer)
+        self.ffn = ChannelMix(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size: int) -> Tensors:
+        config, weight = self.mixer.config, self.mixer_norm.weight
+        B, H, N, dtype = batch_size, config.heads, config.head_size, torch.promote_types(weight.dtype, torch.float32)
+        rows = weight.new_zeros(B, 1, config.channels, dtype=dtype)
+        return {"mixer_shift": rows, "ffn_shift": rows.clone(), "wkv": weight.new_zeros(B, H, N, N, dtype=dtype)}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensors | None = None,
+        carry: Tensor | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensors | None, Tensor | None]:
+        old = state or {}
+        y = self.mixer_norm(x)
+        previous, mixer_shift = previous_token(y, old.get("mixer_shift"), lengths)
+        y, wkv, carry = self.mixer(y, previous, old.get("wkv"), carry, lengths)
+        x = x + self.dropout(y).to(x.dtype)
+        y = self.ffn_norm(x)
+        previous, ffn_shift = previous_token(y, old.get("ffn_shift"), lengths)
+        x = x + self.dropout(self.ffn(y, previous)).to(x.dtype)
+        if mixer_shift is None or ffn_shift is None or wkv is None:
+            return x, None, carry
+        return x, {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift, "wkv": wkv}, carry
+
+    @classmethod
+    def input_norm(cls, config: Rwkv7Config) -> nn.Module:
+        return LayerNorm(config.channels)
+
+    @classmethod
+    def set_initial_values(cls, model: Model) -> None:
+        set_initial_values(model)
+
+    @classmethod
+    def training_loss(cls, config: Rwkv7Config, loss: Tensor, logits: Tensor) -> Tensor:
+        """Return the mean cross-entropy with the gradient of L2Wrap."""
+        return l2wrap(loss, logits, config.l2wrap)
+
+    @classmethod
+    def recipe(cls, config: Rwkv7Config) -> Recipe:
+        """Double the learning rate of the bias of the decay, and apply weight decay to embedding and head too."""
+        return Recipe(lr_scale=((".mixer.decay.bias", 2.0),), decay_all_matrices=True, warmup_floor=0.01)
+
+    @classmethod
+    def mixing_flops(cls, config: Rwkv7Config) -> int:
+        """Count the operations of `wkv7` in chunks of n tokens: 16 n + 10 N + 2 N^2 / n per channel."""
+        n, N = min(CHUNK, config.ctx_len), config.head_size
+        return config.layers * config.channels * (16 * n + 10 * N + 2 * N * N // n)
+
+    @classmethod
+    def kept(cls, config: Rwkv7Config, rows: int) -> Kept:
+        C, hidden, ranks = config.channels, config.ffn_hidden, sum(config.ranks.values())
+        return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
+
+    @classmethod
+    def forms(cls, config: Rwkv7Config, precision: str) -> dict[str, str]:
+        return {"wkv7": "{} ({})".format(*choose_backend("auto", config.ctx_len))}
+
+    def projections(self) -> dict[tuple[str, str], nn.Linear]:
+        mixer = self.mixer
+        return {
+            ("mixer", "receptance"): mixer.receptance,
+            ("mixer", "key"): mixer.key,
+            ("mixer", "value"): mixer.value,
+            ("ffn", "key"): self.ffn.key,
+        }

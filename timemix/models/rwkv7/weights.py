@@ -1,0 +1,99 @@
+"""Conversion of weights from and to the original code of RWKV-7 (RWKV-LM), whose checkpoints are the published models.
+
+    original                                   timemix
+    vectors of the blocks  (1, 1, C)           (C,)
+    blocks.0.att.v0, v1, v2                    left out, because layer 0 never uses them
+
+All other tensors have the same layout in the original code and in timemix. A conversion only renames and reshapes
+tensors, so it applies to gradients too.
+"""
+
+import re
+
+from torch import Tensor
+
+from timemix.errors import InvalidValue
+
+_OUTSIDE = {
+    "embedding.weight": "emb.weight",
+    "input_norm.weight": "blocks.0.ln0.weight",
+    "input_norm.bias": "blocks.0.ln0.bias",
+    "norm.weight": "ln_out.weight",
+    "norm.bias": "ln_out.bias",
+    "head.weight": "head.weight",
+}
+_LOW_RANK = {"decay": "w", "rate": "a", "residual": "v", "gate": "g"}
+_VECTORS = {
+    **{f"mixer.mix.{name}": f"att.x_{letter}" for name, letter in _LOW_RANK.items() if name != "residual"},
+    **{f"mixer.mix.{name}": f"att.x_{name[0]}" for name in ("receptance", "key", "value")},
+    **{f"mixer.{name}.bias": f"att.{letter}0" for name, letter in _LOW_RANK.items() if name != "gate"},
+    "mixer.removal": "att.k_k",
+    "mixer.replacement": "att.k_a",
+    "ffn.mix": "ffn.x_k",
+}
+_IN_BLOCK = {
+    **_VECTORS,
+    **{
+        f"{ours}.{each}": f"{theirs}.{each}"
+        for ours, theirs in (("mixer_norm", "ln1"), ("ffn_norm", "ln2"))
+        for each in ("weight", "bias")
+    },
+    **{f"mixer.{name}.weight": f"att.{name}.weight" for name in ("receptance", "key", "value", "output")},
+    **{f"mixer.{name}.down_weight": f"att.{letter}1" for name, letter in _LOW_RANK.items()},
+    **{f"mixer.{name}.up_weight": f"att.{letter}2" for name, letter in _LOW_RANK.items()},
+    "mixer.bonus": "att.r_k",
+    "mixer.norm_weight": "att.ln_x.weight",
+    "mixer.norm_bias": "att.ln_x.bias",
+    "ffn.key.weight": "ffn.key.weight",
+    "ffn.value.weight": "ffn.value.weight",
+}
+_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
+
+
+def published_name(name: str) -> str:
+    """Convert the name of a parameter from `rwkv7` to the original code."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blocks.{layer}.{_IN_BLOCK[rest]}"
+
+
+def our_name(name: str) -> str:
+    """Convert the name of a parameter from the original code to `rwkv7`.
+
+    Args:
+        name: Name in the original code.
+
+    Returns:
+        Name in `rwkv7`.
+
+    Raises:
+        InvalidValue: The name is unknown.
+    """
+    if name in _OUTSIDE_BACK:
+        return _OUTSIDE_BACK[name]
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    known = _IN_BLOCK_BACK.get(match[2]) if match else None
+    if match is None or known is None or _UNUSED.fullmatch(name):
+        raise InvalidValue(f"{name!r} is not a parameter of RWKV-7; remove it")
+    return f"blocks.{match[1]}.{known}"
+
+
+def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert weights from the original code to `rwkv7`, without the tensors of layer 0 that have no use."""
+    ours = {our_name(name): weight for name, weight in weights.items() if not _UNUSED.fullmatch(name)}
+    return {name: weight.flatten() if _is_vector(name) else weight for name, weight in ours.items()}
+
+
+def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert weights from `rwkv7` to the original code."""
+    return {
+        published_name(name): weight.view(1, 1, -1) if _is_vector(name) else weight for name, weight in weights.items()
+    }
+
+
+def _is_vector(name: str) -> bool:
+    """Return whether the original code stores a parameter of `rwkv7` as (1, 1, C)."""
+    return name.startswith("blocks.") and name.split(".", 2)[2] in _VECTORS
