@@ -70,6 +70,8 @@ DEFAULT_PRESET = "cpu-small"
 # The activation of a preset applies only to architectures with a channel-mix.
 _CHANNEL_MIXES = ("rwkv1", "rwkv1_exp", "mha_pro")
 _ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")
+# The original training code of an architecture differs in these settings from the defaults.
+_RECIPES: dict[str, dict[str, Any]] = {"rwkv7": {"eps": 1e-18}}
 
 
 def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
@@ -88,5 +90,5 @@ def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
     fields = sizes["model"] | (sizes.get("ffn", {}) if arch in _CHANNEL_MIXES else {})
     known = find_architecture(arch).config.__dataclass_fields__
     model = model_config(arch, **{field: value for field, value in fields.items() if field in known})
-    train = sizes["train"] | (sizes.get("attention", {}) if arch in _ATTENTION else {})
+    train = sizes["train"] | (sizes.get("attention", {}) if arch in _ATTENTION else {}) | _RECIPES.get(arch, {})
     return RunConfig(model=model, data=DataConfig(**sizes.get("data", {})), train=TrainConfig(**train))

@@ -102,7 +102,7 @@ class TrainConfig:
     """Schedule of the learning rate from --train.lr to --train.lr-final.
     With `constant`, the learning rate decays only over the last share of the run, --train.decay."""
     warmup: float = 0.0
-    """Share of the run, from 0 to 1, over which the learning rate rises from 0."""
+    """Share of the run, from 0 to 1, over which the learning rate rises from 0, or in rwkv7 from 0.01 of its value."""
     decay: float = 0.2
     """Last share of the run, from 0 to 1, over which the learning rate of --train.schedule constant decays linearly."""
     optimizer: OptimizerName = "adamw"
@@ -112,7 +112,7 @@ class TrainConfig:
     eps: float = 1e-8
     """AdamW's epsilon, at least 0."""
     weight_decay: float = 0.0
-    """Weight decay of the linear weights inside blocks, at least 0. Other parameters have no weight decay."""
+    """Weight decay of the linear weights inside blocks, at least 0. In rwkv7, it also applies to embedding and head."""
     clip: float = 1.0
     """Largest norm of the gradient, at least 0 (0: no clipping).
     Gradients of larger norm are scaled down to --train.clip."""

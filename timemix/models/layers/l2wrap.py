@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def l2wrap(loss: Tensor, logits: Tensor, weight: float) -> Tensor:
-    """Return the loss, with the gradient of weight / 2 times the mean square of the largest logits.
+    """Return the loss, with an additional gradient: that of weight * mean(z^2) / 2 for the largest logits z (B, T).
 
     The gradient of the largest logit of each token increases by weight times the logit, divided by the number of
     tokens. The gradient scales with the gradient of the result, so gradient accumulation does not change the factor.

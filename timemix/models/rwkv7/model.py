@@ -133,7 +133,7 @@ class TimeMix(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         # (B, T, C) -> (B, T, H, N)
-        return x.unflatten(-1, (self.config.heads, self.config.head_size))
+        return x.view(*x.shape[:-1], self.config.heads, self.config.head_size)
 
     def _with_bonus(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Normalize y (B, T, H, N) over each head, and add the bonus of the current token."""
