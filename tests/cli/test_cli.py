@@ -220,7 +220,7 @@ def test_a_closed_pipe_is_quiet(trained):
     [
         (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
         (["train", "cpu-smal", "--out", "r"], "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
-        (["train", "--model.arch", "rwkv2", "--out", "r"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["train", "--model.arch", "rwkv11", "--out", "r"], "unknown architecture 'rwkv11'; did you mean 'rwkv1'?"),
         (["train", "--data", "nothing.txt", "--out", "r"], "nothing.txt"),
         (["train", "--data", "mi.txt", "--out", "r"], "my.txt"),
         (["train", "--data", "empty.txt", "--out", "r"], "empty"),
@@ -284,7 +284,7 @@ def test_a_closed_pipe_is_quiet(trained):
             ["compare", "heads", "--data", "my.txt", "--out", "folder"],
             "folder is not the folder of a comparison, and not empty",
         ),
-        (["compare", "--arch", "rwkv2"], "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        (["compare", "--arch", "rwkv11"], "unknown architecture 'rwkv11'; did you mean 'rwkv1'?"),
         (["compare", "--arch", "rwkv1", "rwkv1"], "two variants have the name 'rwkv1'"),
         (["compare", "--arch", "rwkv1", "--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["compare", "--arch", "rwkv1", "--size", "sead"], "unknown preset 'sead'; did you mean 'seed'?"),

@@ -83,8 +83,8 @@ def test_another_architecture_keeps_the_fields_that_both_have(write):
     parsed = options("--config", path, "--model.arch", "rwkv1_exp", "--model.layers", "3")
     expected = replace(preset("cpu-small", "rwkv1_exp").model, heads=2, activation="silu", layers=3)
     assert (parsed.model, parsed.train.lr) == (expected, 0.5)
-    with pytest.raises(TimemixError, match="unknown architecture 'rwkv2'; did you mean 'rwkv1'"):
-        options("--config", path, "--model.arch", "rwkv2")
+    with pytest.raises(TimemixError, match="unknown architecture 'rwkv11'; did you mean 'rwkv1'"):
+        options("--config", path, "--model.arch", "rwkv11")
 
 
 @pytest.mark.parametrize("name", ["seed", "cpu-small"])
@@ -112,7 +112,7 @@ def test_files_of_format_version_1(arch):
         ("[trian]\nlr = 1\n", "unknown field 'trian'; did you mean 'train'?"),
         ("[train]\nlr = 'big'\n", "train.lr is 'big'; it must be of type float"),
         ("model = 3\n", "model is 3; it must be a table"),
-        ("[model]\narch = 'rwkv2'\n", "unknown architecture 'rwkv2'; did you mean 'rwkv1'?"),
+        ("[model]\narch = 'rwkv11'\n", "unknown architecture 'rwkv11'; did you mean 'rwkv1'?"),
         ("[model]\narch = [1]\n", "unknown architecture [1]; known: "),
         ("[model]\nheads = 5\n", "model.heads=5 does not divide model.channels=128"),
         ("[model]\nvocab_size = 'all'\n", "model.vocab_size is 'all'"),

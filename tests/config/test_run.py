@@ -56,7 +56,7 @@ def test_seed_is_the_published_figure():
     ("call", "sentence"),
     [
         (lambda: preset("cpu-smal"), "unknown preset 'cpu-smal'; did you mean 'cpu-small'?"),
-        (lambda: model_config("rwkv"), "unknown architecture 'rwkv'; did you mean 'rwkv1'?"),
+        (lambda: model_config("rwkv11"), "unknown architecture 'rwkv11'; did you mean 'rwkv1'?"),
         (
             lambda: model_config("xyz"),
             "unknown architecture 'xyz'; known: rwkv1, rwkv1_exp, mha_rotary, mha_shift",

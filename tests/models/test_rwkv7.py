@@ -15,7 +15,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.token_shift import previous_token
 from timemix.models.registry import model_config
-from timemix.models.rwkv7.weights import from_published, our_name, published_name, to_published
+from timemix.models.rwkv7.weights import from_published, our_config, our_name, published_name, to_published
 from timemix.models.size import count_parameters, flops_per_token
 from timemix.training.optim import build_optimizers, learning_rate
 
@@ -244,6 +244,17 @@ def test_names_and_layouts_go_both_ways():
     assert all(torch.equal(back[name], weights[name]) for name in weights)
     unused = {f"blocks.0.att.v{i}": torch.zeros(1) for i in range(3)}
     assert from_published(weights | unused).keys() == ours.keys()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_settings_are_read_from_shapes(layers):
+    ranks = {"decay_rank": 24, "rate_rank": 20, "gate_rank": 40} | ({"residual_rank": 16} if layers > 1 else {})
+    config = model_config("rwkv7", **(SIZES | {"layers": layers, "ffn_ratio": 3.5} | ranks))
+    weights = to_published(dict(LanguageModel(config).named_parameters()))
+    assert our_config(weights, ctx_len=16) == config
+    del weights["blocks.0.att.r_k" if layers == 1 else "blocks.2.att.v1"]
+    with pytest.raises(InvalidValue, match="the weights have no 'blocks"):
+        our_config(weights, ctx_len=16)
 
 
 @pytest.mark.parametrize(

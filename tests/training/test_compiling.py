@@ -69,7 +69,7 @@ def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiling.cpp_compiler() is None, reason="there is no C++ compiler")
-@pytest.mark.parametrize("arch", ["rwkv1", "mha_pro"])
+@pytest.mark.parametrize("arch", ["rwkv1", "mha_pro", "rwkv7"])
 def test_a_compiled_run_learns_and_resumes_the_same(tmp_path, arch):
     whole = small_trainer(tmp_path, arch, name="whole", compile="on")
     losses = [whole.train_step() for _ in range(8)]

@@ -102,7 +102,7 @@ class TrainConfig:
     """Schedule of the learning rate from --train.lr to --train.lr-final.
     With `constant`, the learning rate decays only over the last share of the run, --train.decay."""
     warmup: float = 0.0
-    """Share of the run, from 0 to 1, over which the learning rate rises from 0, or in rwkv7 from 0.01 of its value."""
+    """Share of the run, from 0 to 1, over which the learning rate rises from 0 (in rwkv7, from 0.01 --train.lr)."""
     decay: float = 0.2
     """Last share of the run, from 0 to 1, over which the learning rate of --train.schedule constant decays linearly."""
     optimizer: OptimizerName = "adamw"

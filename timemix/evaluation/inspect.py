@@ -109,9 +109,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
     if not any(tables):
         not_shown["tables"] = f"{model.config.arch} has no f, alpha, beta or gamma"
     if not any(block.shifted for block in model.blocks):
-        not_shown["token-shift"] = (
-            f"this {model.config.arch} has no token-shift: no channel comes from an earlier token"
-        )
+        not_shown["token-shift"] = f"no channel of this {model.config.arch} comes from earlier tokens alone"
     return Inspection(
         run=str(loaded.folder),
         arch=model.config.arch,

@@ -16,9 +16,11 @@ class Rwkv7Config(HeadsConfig):
     ffn_ratio: float = 4.0
     """Hidden size of the feed-forward sublayer as a multiple of --model.channels, above 0, at most 1000."""
     decay_rank: int = 0
-    """Rank of the low-rank map to the decay, at least 0. 0: 2.5 sqrt(--model.channels), rounded to a multiple of 32."""
+    """Rank of the low-rank map to the decay, at least 0. 0: 2.5 sqrt(--model.channels), rounded to a multiple
+    of 32."""
     rate_rank: int = 0
-    """Rank of the low-rank map to the in-context learning rate, at least 0. 0: the default of --model.decay-rank."""
+    """Rank of the low-rank map to the in-context learning rate, at least 0. 0: 2.5 sqrt(--model.channels),
+    rounded to a multiple of 32."""
     residual_rank: int = 0
     """Rank of the low-rank map to the value residual, at least 0. 0: 1.7 sqrt(--model.channels), rounded to a multiple
     of 32."""

@@ -9,10 +9,12 @@ tensors, so it applies to gradients too.
 """
 
 import re
+from typing import Any
 
 from torch import Tensor
 
 from timemix.errors import InvalidValue
+from timemix.models.rwkv7.config import Rwkv7Config
 
 _OUTSIDE = {
     "embedding.weight": "emb.weight",
@@ -22,11 +24,18 @@ _OUTSIDE = {
     "norm.bias": "ln_out.bias",
     "head.weight": "head.weight",
 }
+# The low-rank maps, and the letter of their matrices in the original code
 _LOW_RANK = {"decay": "w", "rate": "a", "residual": "v", "gate": "g"}
 _VECTORS = {
-    **{f"mixer.mix.{name}": f"att.x_{letter}" for name, letter in _LOW_RANK.items() if name != "residual"},
-    **{f"mixer.mix.{name}": f"att.x_{name[0]}" for name in ("receptance", "key", "value")},
-    **{f"mixer.{name}.bias": f"att.{letter}0" for name, letter in _LOW_RANK.items() if name != "gate"},
+    "mixer.mix.receptance": "att.x_r",
+    "mixer.mix.decay": "att.x_w",
+    "mixer.mix.key": "att.x_k",
+    "mixer.mix.value": "att.x_v",
+    "mixer.mix.rate": "att.x_a",
+    "mixer.mix.gate": "att.x_g",
+    "mixer.decay.bias": "att.w0",
+    "mixer.rate.bias": "att.a0",
+    "mixer.residual.bias": "att.v0",
     "mixer.removal": "att.k_k",
     "mixer.replacement": "att.k_a",
     "ffn.mix": "ffn.x_k",
@@ -92,6 +101,40 @@ def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         published_name(name): weight.view(1, 1, -1) if _is_vector(name) else weight for name, weight in weights.items()
     }
+
+
+def our_config(weights: dict[str, Tensor], ctx_len: int) -> Rwkv7Config:
+    """Read the settings of a model from the shapes of its weights in the original code.
+
+    Published models choose the ranks of the low-rank maps by several rules, so only the shapes give the ranks.
+
+    Args:
+        weights: Weights by their names in the original code.
+        ctx_len: Context length in tokens, which no shape gives.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidValue: A weight that gives a size is missing.
+    """
+    layers = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=0)
+    last = f"blocks.{layers - 1}"
+    maps = {name: f"{last}.att.{letter}1" for name, letter in _LOW_RANK.items() if name != "residual" or layers > 1}
+    for name in ("emb.weight", f"{last}.att.r_k", f"{last}.ffn.key.weight", *maps.values()):
+        if name not in weights:
+            raise InvalidValue(f"the weights have no {name!r}; pass all weights of a model of RWKV-7")
+    vocab_size, channels = weights["emb.weight"].shape
+    ranks: dict[str, Any] = {f"{name}_rank": weights[theirs].shape[1] for name, theirs in maps.items()}
+    return Rwkv7Config(
+        vocab_size=vocab_size,
+        ctx_len=ctx_len,
+        layers=layers,
+        channels=channels,
+        heads=len(weights[f"{last}.att.r_k"]),
+        ffn_ratio=len(weights[f"{last}.ffn.key.weight"]) / channels,
+        **ranks,
+    )
 
 
 def _is_vector(name: str) -> bool:
