@@ -102,10 +102,10 @@ def test_state_and_next_tokens(golden, case):
     model = golden.model(case)
     with torch.no_grad():
         _, state = model(golden.input, model.init_state(3))
-    layers = state.layers[-1:] if case else state.layers
-    golden.close(torch.stack([layer["wkv"][0, ::2] for layer in layers]).squeeze(), f"{case}state.wkv", "state")
+    layers, kind = (state.layers[-1:], "extreme") if case else (state.layers, "state")
+    golden.close(torch.stack([layer["wkv"][0, ::2] for layer in layers]).squeeze(), f"{case}state.wkv", kind)
     shifts = [torch.stack([layer[f"{name}_shift"].squeeze(1) for name in ("mixer", "ffn")]) for layer in layers]
-    golden.close(torch.stack(shifts).squeeze(), f"{case}state.shift", "state")
+    golden.close(torch.stack(shifts).squeeze(), f"{case}state.shift", kind)
     if not case:
         steps = []
         with torch.no_grad():

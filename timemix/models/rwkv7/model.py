@@ -24,8 +24,8 @@ from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
 
-LARGEST_LOG_DECAY = -math.exp(-0.5)
-"""Log-decay of a channel that forgets fastest: a channel keeps at least exp(-exp(-1/2)) = 0.545 of its state."""
+LEAST_LOG_DECAY = -math.exp(-0.5)
+"""Least log-decay: in each token, a channel of the keys keeps at least exp(-exp(-1/2)) = 0.545 of the state."""
 MIXED = ("receptance", "decay", "key", "value", "rate", "gate")
 """The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
 
@@ -120,7 +120,7 @@ class TimeMix(nn.Module):
             first = v
         else:
             v = v + (first - v) * torch.sigmoid(self.residual(mixed["value"]))
-        w = LARGEST_LOG_DECAY * torch.sigmoid(self.decay(mixed["decay"]))
+        w = LEAST_LOG_DECAY * torch.sigmoid(self.decay(mixed["decay"]))
         a = torch.sigmoid(self.rate(mixed["rate"]))
         # (B, T, C) -> (B, T, H, N), with unit length over N
         q = F.normalize(self._heads(k * broadcast_parameter(self.removal, k)), dim=-1, eps=1e-12)
