@@ -226,7 +226,10 @@ class Rwkv7Block(Block):
 
     @classmethod
     def forms(cls, config: Rwkv7Config, precision: str) -> dict[str, str]:
-        return {"wkv7": "{} ({})".format(*choose_backend("auto", config.ctx_len))}
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        # An expanded tensor has a shape, but no memory.
+        r = torch.empty(1, dtype=dtype).expand(1, config.ctx_len, config.heads, config.head_size)
+        return {"wkv7": "{} ({})".format(*choose_backend("auto", r))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         mixer = self.mixer
