@@ -38,6 +38,21 @@ def build(config, dtype=torch.float64, noise=0.3, **fields):
     return model
 
 
+def numbers_kept(blocks, x):
+    """Return how many numbers the blocks keep for the backward pass from x (B, T, C), without their weights."""
+    kept, carry = {}, None
+
+    def pack(x):
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    weights = {p.data_ptr() for block in blocks for p in block.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for block in blocks:
+            x, _, carry = block(x, carry=carry)
+    return sum(n for pointer, n in kept.items() if pointer not in weights)
+
+
 def varied(config) -> LanguageModel:
     """Return a model whose tables are all different and positive, as after training."""
     model = LanguageModel(config).double()

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from tests.helpers.models import numbers_kept
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.llama.model import RMSNorm
@@ -209,18 +210,8 @@ def test_size_at_equal_ffn_ratio_is_that_of_the_rotary_baseline_without_biases()
 
 def test_what_training_keeps_is_as_estimated():
     settings = config("grouped", channels=64, ctx_len=128, layers=3, ffn_ratio=2.5)
-    model, kept = LanguageModel(settings), {}
-
-    def pack(x):
-        kept[x.data_ptr()] = x.numel()
-        return x
-
-    weights = {p.data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        x = torch.randn(4, 128, 64, requires_grad=True)
-        for block in model.blocks:
-            x, _, _ = block(x)
-    numbers = sum(n for pointer, n in kept.items() if pointer not in weights)
+    model = LanguageModel(settings)
+    numbers = numbers_kept(model.blocks, torch.randn(4, 128, 64, requires_grad=True))
     estimate = 4 * 128 * settings.layers * model.block.kept(settings, 4).block
     assert numbers == pytest.approx(estimate, rel=0.2)
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from tests.helpers.models import numbers_kept
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
@@ -330,17 +331,7 @@ def test_previous_token_continues_after_padding():
 
 def test_what_training_keeps_is_as_estimated():
     settings = model_config("rwkv7", vocab_size=19, channels=64, heads=2, ctx_len=128, layers=3)
-    model, kept = LanguageModel(settings), {}
-
-    def pack(x):
-        kept[x.data_ptr()] = x.numel()
-        return x
-
-    weights = {p.data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        x, carry = torch.randn(4, 128, 64, requires_grad=True), None
-        for block in model.blocks:
-            x, _, carry = block(x, carry=carry)
-    numbers = sum(n for pointer, n in kept.items() if pointer not in weights)
+    model = LanguageModel(settings)
+    numbers = numbers_kept(model.blocks, torch.randn(4, 128, 64, requires_grad=True))
     estimate = 4 * 128 * settings.layers * model.block.kept(settings, 4).block
     assert numbers == pytest.approx(estimate, rel=0.2)

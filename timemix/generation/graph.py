@@ -86,9 +86,7 @@ class DecodeGraph:
         if self._positions is None:
             self._positions = state.position.to("cpu", copy=True)
             state.pending = self
-        end, limit = int(self._positions[rows].max()) + 1, self._model.max_position
-        if limit is not None and end > limit:
-            raise ValueError(f"{end} tokens are more than this model's context of {limit}; pass fewer")
+        self._model.check_end(int(self._positions[rows].max()) + 1)
         self._positions[rows] += 1
         given = torch.zeros(2, len(state.position), dtype=torch.int64)
         given[0, rows], given[1, rows] = tokens, 1

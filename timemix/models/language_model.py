@@ -119,6 +119,18 @@ class LanguageModel(nn.Module):
         """Device of the weights."""
         return self.head.weight.device
 
+    def check_end(self, end: int) -> None:
+        """Check that a number of tokens fits in the context.
+
+        Args:
+            end: Number of tokens of a row, including the next tokens.
+
+        Raises:
+            ValueError: The number exceeds `max_position`.
+        """
+        if self.max_position is not None and end > self.max_position:
+            raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}; pass fewer")
+
     def init_state(self, batch_size: int) -> State:
         """Create the state before the first token.
 
@@ -161,9 +173,7 @@ class LanguageModel(nn.Module):
             share()
         B, T = tokens.shape
         if self.max_position is not None and not is_recording():
-            end = T if state is None else int((state.position + (T if lengths is None else lengths)).max())
-            if end > self.max_position:
-                raise ValueError(f"{end} tokens are more than this model's context of {self.max_position}; pass fewer")
+            self.check_end(T if state is None else int((state.position + (T if lengths is None else lengths)).max()))
         x = self.input_norm(self.dropout(self.embedding(tokens)))
         layers: list[dict[str, Tensor]] = []
         carry: Tensor | None = None

@@ -19,6 +19,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from timemix.errors import Unavailable
 from timemix.runtime.cache import cache_folder
@@ -55,6 +58,23 @@ def library(source: Path, *flags: str) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{shlex.join(compiler)} failed: {_error_line(error)}"
     except OSError as error:
         return None, f"the compiled code cannot be saved or loaded: {error}"
+
+
+def passed(argument: Any) -> Any:
+    """Convert an argument for a C function: the address of a tensor or of a structure, and any other argument as it is.
+
+    Args:
+        argument: A contiguous tensor, a structure, None, or an instance of a class of ctypes.
+
+    Returns:
+        The argument, in a form that ctypes accepts.
+    """
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
+    if not isinstance(argument, Tensor):
+        return argument
+    assert argument.is_contiguous()
+    return ctypes.c_void_p(argument.data_ptr())
 
 
 def c_compiler() -> list[str] | None:

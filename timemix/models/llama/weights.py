@@ -6,6 +6,7 @@ from torch import Tensor
 
 from timemix.errors import InvalidValue
 from timemix.models.llama.config import LlamaConfig
+from timemix.models.published import PublishedNames
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -13,47 +14,18 @@ _OUTSIDE = {
     "head.weight": "lm_head.weight",
 }
 _IN_BLOCK = {
-    "mixer_norm": "input_layernorm",
-    "mixer.query": "self_attn.q_proj",
-    "mixer.key": "self_attn.k_proj",
-    "mixer.value": "self_attn.v_proj",
-    "mixer.output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.gate": "mlp.gate_proj",
-    "ffn.up": "mlp.up_proj",
-    "ffn.down": "mlp.down_proj",
+    "mixer_norm.weight": "input_layernorm.weight",
+    "mixer.query.weight": "self_attn.q_proj.weight",
+    "mixer.key.weight": "self_attn.k_proj.weight",
+    "mixer.value.weight": "self_attn.v_proj.weight",
+    "mixer.output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn.gate.weight": "mlp.gate_proj.weight",
+    "ffn.up.weight": "mlp.up_proj.weight",
+    "ffn.down.weight": "mlp.down_proj.weight",
 }
-_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
-
-
-def published_name(name: str) -> str:
-    """Convert the name of a parameter from `llama` to LlamaForCausalLM."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{_IN_BLOCK[rest.removesuffix('.weight')]}.weight"
-
-
-def our_name(name: str) -> str:
-    """Convert the name of a parameter from LlamaForCausalLM to `llama`.
-
-    Args:
-        name: Name in LlamaForCausalLM.
-
-    Returns:
-        Name in `llama`.
-
-    Raises:
-        InvalidValue: The name is unknown.
-    """
-    if name in _OUTSIDE_BACK:
-        return _OUTSIDE_BACK[name]
-    parts = name.split(".", 3)
-    known = _IN_BLOCK_BACK.get(parts[3].removesuffix(".weight")) if len(parts) == 4 else None
-    if parts[:2] != ["model", "layers"] or not name.endswith(".weight") or known is None:
-        raise InvalidValue(f"{name!r} is not a parameter of LlamaForCausalLM without biases; remove it")
-    return f"blocks.{parts[2]}.{known}.weight"
+_NAMES = PublishedNames("LlamaForCausalLM without biases", "model.layers", _OUTSIDE, _IN_BLOCK)
+published_name, our_name = _NAMES.published, _NAMES.ours
 
 
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from timemix.errors import InvalidValue
+from timemix.models.published import PublishedNames
 from timemix.models.rwkv7.config import Rwkv7Config
 
 _OUTSIDE = {
@@ -56,17 +57,9 @@ _IN_BLOCK = {
     "ffn.key.weight": "ffn.key.weight",
     "ffn.value.weight": "ffn.value.weight",
 }
-_OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
-_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _IN_BLOCK.items()}
+_NAMES = PublishedNames("RWKV-7", "blocks", _OUTSIDE, _IN_BLOCK)
+published_name = _NAMES.published
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
-
-
-def published_name(name: str) -> str:
-    """Convert the name of a parameter from `rwkv7` to the original code."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    _, layer, rest = name.split(".", 2)
-    return f"blocks.{layer}.{_IN_BLOCK[rest]}"
 
 
 def our_name(name: str) -> str:
@@ -81,13 +74,9 @@ def our_name(name: str) -> str:
     Raises:
         InvalidValue: The name is unknown.
     """
-    if name in _OUTSIDE_BACK:
-        return _OUTSIDE_BACK[name]
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    known = _IN_BLOCK_BACK.get(match[2]) if match else None
-    if match is None or known is None or _UNUSED.fullmatch(name):
+    if _UNUSED.fullmatch(name):
         raise InvalidValue(f"{name!r} is not a parameter of RWKV-7; remove it")
-    return f"blocks.{match[1]}.{known}"
+    return _NAMES.ours(name)
 
 
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:

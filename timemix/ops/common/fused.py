@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from timemix.runtime.native import library
+from timemix.runtime.native import library, passed
 
 ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
 """Names of the activations, in the order of `enum activation` (ops/common/activations.h)."""
@@ -247,14 +247,7 @@ def _call(name: str, like: Tensor, *arguments: Any) -> Any:
     code, _ = _library()
     assert code is not None
     first = (_TYPES.index(like.dtype), torch.get_num_threads())
-    return getattr(code, name)(*map(ctypes.c_int64, first), *map(_passed, arguments))
-
-
-def _passed(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        assert argument.is_contiguous()
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
+    return getattr(code, name)(*map(ctypes.c_int64, first), *map(passed, arguments))
 
 
 def _integers(*names: str) -> list[tuple[str, Any]]:

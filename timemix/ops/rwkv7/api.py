@@ -94,16 +94,15 @@ def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
     Raises:
         ValueError: The backend is unknown or does not support the receptances.
     """
-    reason = hindrance(r)
     if backend == "auto":
-        if reason is None:
+        if hindrance(r) is None:
             return "c", "the C code supports the dtype and the device"
         if r.shape[1] <= FEW_TOKENS:
             return "reference", f"a loop over at most {FEW_TOKENS} tokens"
         return "chunked", "matrix products in place of a loop over tokens"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
-    if backend == "c" and reason:
+    if backend == "c" and (reason := hindrance(r)):
         raise ValueError(f"backend='c' is not available: {reason}; choose auto")
     return backend, "asked for"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timemix.runtime.native import library
+from timemix.runtime.native import library, passed
 
 CHUNK = 16
 """Number of tokens from one stored state to the next."""
@@ -91,12 +91,11 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
     return _Inputs(*inputs[0].shape, *(x.data_ptr() for x in inputs), address)
 
 
-def _call(name: str, inputs: _Inputs, *arguments: Any) -> None:
+def _call(name: str, *arguments: Any) -> None:
     """Call a C function. Tensors are passed by address, and None as NULL."""
     code, _ = _library()
     assert code is not None
-    passed = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments)
-    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), ctypes.byref(inputs), *passed)
+    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
 
 
 class _Compiled(torch.autograd.Function):
@@ -118,8 +117,9 @@ class _Compiled(torch.autograd.Function):
         B, _, H, N = inputs[0].shape
         gradients = [torch.empty_like(x) for x in inputs]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
+        # SCRATCH in wkv7.c
         scratch = d_state.new_empty(B, H, (CHUNK + 1) * N * N + 2 * CHUNK * N)
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
-        _call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, ctypes.byref(addresses), scratch)
+        _call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
         return d_state, None, *gradients
