@@ -49,7 +49,6 @@ from timemix.experiments.jobs import (
 )
 from timemix.experiments.spec import TUNING_SEED, Experiment
 from timemix.experiments.variants import Variant
-from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.runtime.progress import clock
@@ -390,27 +389,6 @@ class Comparison:
                 return None
             write_text(path, json.dumps(to_json(measured)))
         return measured_before(path, StepMemory).peak_memory
-
-    def samples(self, variant: Variant, tokens: int = 200) -> dict[str, str]:
-        """Return a generated text for each prompt, from the model of a variant's first seed; empty without a result.
-
-        Args:
-            variant: The variant.
-            tokens: Number of generated tokens.
-        """
-        from timemix.generation.generate import generate
-
-        job = self.seed_jobs(variant)[0]
-        if self.good_result(job) is None:
-            return {}
-        path = self.out / "variants" / variant.name / "samples.json"
-        old = read_json(path) if path.exists() else {}
-        if list(old) != list(self.prompts) or not all(isinstance(text, str) for text in old.values()):
-            loaded = load(self.folder(job), device=str(choose_device(self.device)[0]))
-            texts = {p: generate(loaded, p, tokens=tokens)[0] for p in self.prompts}
-            write_text(path, json.dumps(texts))
-            return texts
-        return old
 
 
 def _call_name() -> str:

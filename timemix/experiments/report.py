@@ -23,8 +23,12 @@ from timemix.experiments.table import (
     verdict_rows,
     warnings,
 )
+from timemix.experiments.variants import Variant
 from timemix.reporting.plots import mean_over_runs, plot_bands, plot_positions, spare_colors
+from timemix.runs.load import load
+from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
+from timemix.storage.json_files import read_json
 
 MOST_POINTS = 400
 """Approximate number of points of a curve in report.html."""
@@ -148,9 +152,26 @@ def _html_table(rows: list[list[str]], *, words: tuple[int, ...]) -> str:
     return f"<table>{''.join(lines)}</table>" if lines else ""
 
 
+def _samples(comparison: Comparison, variant: Variant, tokens: int = 200) -> dict[str, str]:
+    """Return a generated text for each prompt, from the model of a variant's first seed; empty without a result."""
+    from timemix.generation.generate import generate
+
+    job = comparison.seed_jobs(variant)[0]
+    if comparison.good_result(job) is None:
+        return {}
+    path = comparison.out / "variants" / variant.name / "samples.json"
+    old = read_json(path) if path.exists() else {}
+    if list(old) != list(comparison.prompts) or not all(isinstance(text, str) for text in old.values()):
+        loaded = load(comparison.folder(job), device=str(choose_device(comparison.device)[0]))
+        texts = {p: generate(loaded, p, tokens=tokens)[0] for p in comparison.prompts}
+        write_text(path, json.dumps(texts))
+        return texts
+    return old
+
+
 def _html_samples(comparison: Comparison) -> str:
     """Return the samples of all variants as HTML, one group for each prompt."""
-    samples = {variant.heading: comparison.samples(variant) for variant in comparison.experiment.variants}
+    samples = {variant.heading: _samples(comparison, variant) for variant in comparison.experiment.variants}
     groups = []
     for prompt in comparison.prompts:
         texts = [
