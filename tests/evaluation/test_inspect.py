@@ -104,7 +104,7 @@ def test_a_model_without_token_shift_is_reported(tmp_path):
     loaded, tokens = trained(tmp_path, "mha_rotary")
     found = inspect_run(loaded, tokens)
     report = to_json(found)
-    assert report["not_shown"].keys() == {"tables", "token-shift"}
+    assert report["not_shown"].keys() == {"tables", "token-shift", "states"}
     assert all(r["shifted"] is None and "loss_without_shifted" not in r for r in report["projections"])
     assert [p.name for p in draw(found, loaded.config.model, tmp_path / "pictures")] == ["projections.png"]
 

@@ -1,4 +1,4 @@
-"""The command-line verb inspect: show the curves, projections and token-shift of a trained model."""
+"""The command-line verb inspect: show the curves, projections, token-shift and matrix states of a trained model."""
 
 import json
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
-    from timemix.evaluation.inspect import Inspection
+    from timemix.evaluation.inspect import Inspection, Projection
+    from timemix.evaluation.states import StateReport
 
 
 @dataclass(frozen=True)
 class InspectArguments:
-    """Show the curves over time, the outputs of the projections and the use of token-shift of a trained model.
+    """Show the curves over time, the projections, the use of token-shift and the matrix states of a trained model.
 
     Examples:
         timemix inspect runs/mine
@@ -76,6 +77,8 @@ def inspect(arguments: list[str]) -> int:
         print(json.dumps(to_json(report)))
         return 0
     _print_projections(report)
+    if report.states is not None:
+        _print_states(report.states)
     for part, reason in report.not_shown.items():
         print(f"not shown: {part}: {reason}")
     print("\n".join(str(picture) for picture in pictures))
@@ -83,17 +86,43 @@ def inspect(arguments: list[str]) -> int:
 
 
 def _print_projections(report: "Inspection") -> None:
-    print(
-        f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens\n\n"
-        "share  part of the shifted channels in |weight| x deviation of the input\n"
-        "start  the same share at the start of training\n"
-        "added  rise of the loss, in nats per token, if this projection alone does not see the shifted channels\n"
-    )
-    print("layer  part   projection      mean  deviation  share  start    added")
-    for row in report.projections:
-        share, start = (("-" if x is None else f"{x:.2f}") for x in (row.share, row.share_at_start))
-        added = f"{row.loss_without_shifted - report.loss:+.4f}" if row.loss_without_shifted is not None else "-"
+    print(f"{report.arch}, {report.loss:.4f} nats per token on {report.tokens:,} tokens\n")
+    has_shift = "token-shift" not in report.not_shown
+    if has_shift:
         print(
-            f"{row.layer:>5}  {row.half:<6} {row.projection:<11} {row.mean:>8.3f} {row.deviation:>10.3f}"
-            f" {share:>6} {start:>6} {added:>8}"
+            "share  part of the shifted channels in |weight| x deviation of the input\n"
+            "start  the same share at the start of training\n"
+            "added  rise of the loss, in nats per token, if this projection alone does not see the shifted channels\n"
         )
+    print("layer  part   projection      mean  deviation" + ("  share  start    added" if has_shift else ""))
+    for row in report.projections:
+        line = f"{row.layer:>5}  {row.half:<6} {row.projection:<11} {row.mean:>8.3f} {row.deviation:>10.3f}"
+        print(line + (_shift_columns(row, report.loss) if has_shift else ""))
+
+
+def _shift_columns(row: "Projection", loss: float) -> str:
+    share, start = (("-" if x is None else f"{x:.2f}") for x in (row.share, row.share_at_start))
+    added = f"{row.loss_without_shifted - loss:+.4f}" if row.loss_without_shifted is not None else "-"
+    return f" {share:>6} {start:>6} {added:>8}"
+
+
+def _print_states(states: "StateReport") -> None:
+    print(
+        "\nhalf-life  tokens after which half of the state is left, at 10, 50 and 90 % of channels and tokens\n"
+        "rate       in-context learning rate: mean and standard deviation over channels and tokens\n"
+        "norm       Frobenius norm of the state, mean over the text\n"
+        "rank       effective rank of the state, mean over the text\n"
+    )
+    print("layer  head  half-life 10 %      50 %      90 %   rate  deviation      norm    rank")
+    for row in states.heads:
+        low, middle, high = (f"{x:,.1f}" for x in row.half_life)
+        norm, rank = (sum(values) / len(values) for values in (row.norm, row.effective_rank))
+        print(
+            f"{row.layer:>5}  {row.head:>4}  {low:>14} {middle:>9} {high:>9} {row.rate:>6.2f}"
+            f" {row.rate_deviation:>10.2f} {norm:>9.2f} {rank:>7.2f}"
+        )
+    print("\ntokens that change the states of a layer most: mean change |S[t] - S[t-1]|, and number of occurrences\n")
+    for layer in dict.fromkeys(row.layer for row in states.changes):
+        own = [f"{row.text!r} {row.change:.2f} ({row.count:,}x)" for row in states.changes if row.layer == layer]
+        print(f"layer {layer}: {', '.join(own)}")
+    print()

@@ -1,4 +1,4 @@
-"""Inspection of a trained model: its tables over positions, outputs of its projections, and its use of token-shift."""
+"""Inspection of a trained model: tables over positions, outputs of projections, use of token-shift, matrix states."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from timemix.data.batches import validation_windows
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
 from timemix.evaluation.loss import loss_per_token
+from timemix.evaluation.states import StateReport, draw_states, measure_states
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.ops.common import fused
@@ -45,8 +46,10 @@ class Projection:
     """Sublayer: "mixer" (time-mix or attention) or "ffn" (channel-mix or feed-forward)."""
     projection: str
     """Name of the projection, such as "key"."""
+    after_sigmoid: bool
+    """Whether the model applies a sigmoid to the outputs. The statistics then describe the outputs of the sigmoid."""
     mean: float
-    """Mean of the outputs. For a receptance, the outputs are taken after the sigmoid."""
+    """Mean of the outputs."""
     deviation: float
     """Standard deviation of the outputs."""
     quantiles: list[float]
@@ -84,6 +87,8 @@ class Inspection:
     """
     projections: list[Projection]
     """Statistics of every projection of every layer."""
+    states: StateReport | None = field(metadata=OPTIONAL)
+    """Measurements of the matrix states along the text, or None if the architecture has no matrix states."""
     not_shown: dict[str, str]
     """Parts of the report that the architecture of the model lacks, each with a reason."""
 
@@ -110,6 +115,9 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
         not_shown["tables"] = f"{model.config.arch} has no f, alpha, beta or gamma"
     if not any(block.shifted for block in model.blocks):
         not_shown["token-shift"] = f"no channel of this {model.config.arch} comes from earlier tokens alone"
+    states = measure_states(model, loaded.tokenizer, tokens)
+    if states is None:
+        not_shown["states"] = f"{model.config.arch} has no matrix states"
     return Inspection(
         run=str(loaded.folder),
         arch=model.config.arch,
@@ -117,6 +125,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
         loss=loss_per_token(model, tokens),
         tables=tables,
         projections=measure_projections(model, start, tokens),
+        states=states,
         not_shown=not_shown,
     )
 
@@ -140,12 +149,14 @@ def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.n
             use_before = _use(old, before[layer, half, name].deviation, shifted)
             with _without(linear, shifted):
                 without = loss_per_token(model, tokens)
-        mean, deviation, quantiles = seen.summary(name)
+        after_sigmoid = name in block.gates
+        mean, deviation, quantiles = seen.summary(after_sigmoid)
         rows.append(
             Projection(
                 layer=layer,
                 half=half,
                 projection=name,
+                after_sigmoid=after_sigmoid,
                 mean=mean,
                 deviation=deviation,
                 quantiles=quantiles,
@@ -177,10 +188,10 @@ class _Seen:
         """Standard deviation of each input channel, (C,)."""
         return torch.cat(self.inputs).std(0, correction=0)
 
-    def summary(self, name: str) -> tuple[float, float, list[float]]:
-        """Return mean, standard deviation and quantiles of the outputs. Apply the sigmoid first for a receptance."""
+    def summary(self, after_sigmoid: bool) -> tuple[float, float, list[float]]:
+        """Return mean, standard deviation and quantiles of the outputs, or of the sigmoid of the outputs."""
         values = torch.cat(self.outputs)
-        values = values.sigmoid() if name == "receptance" else values
+        values = values.sigmoid() if after_sigmoid else values
         spread = np.quantile(values.numpy(), QUANTILES)
         return float(values.mean()), float(values.std()), spread.tolist()
 
@@ -248,7 +259,7 @@ def _without(linear: nn.Linear, shifted: int) -> Iterator[None]:
 
 
 def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
-    """Draw projections.png, tables.png if the architecture has tables, and shift.png if it has token-shift.
+    """Draw projections.png, and tables.png, shift.png and states.png if the architecture has these parts.
 
     Args:
         report: Report of `inspect_run`.
@@ -270,6 +281,9 @@ def draw(report: Inspection, config: ModelConfig, out: Path) -> list[Path]:
         if shown:
             drawing(report, config, out / name)
             pictures.append(out / name)
+    if report.states is not None:
+        draw_states(report.states, out / "states.png")
+        pictures.append(out / "states.png")
     return pictures
 
 
@@ -325,7 +339,7 @@ def _draw_projections(report: Inspection, config: ModelConfig, out: Path) -> Non
                 axes.plot([row.layer] * 2, [low, high], color="#0072B2", linewidth=1)
                 axes.plot([row.layer] * 2, [lower, upper], color="#0072B2", linewidth=6, solid_capstyle="butt")
                 axes.plot(row.layer, middle, "o", color="white", markeredgecolor="#0072B2", markersize=4)
-            axes.set_title(f"{half}: " + ("sigmoid(receptance)" if name == "receptance" else name), fontsize=9)
+            axes.set_title(f"{half}: " + (f"sigmoid({name})" if rows[0].after_sigmoid else name), fontsize=9)
             axes.set_xticks([r.layer for r in rows])
             _plain(axes)
         for axes in grid[i][len(here) :]:

@@ -82,7 +82,12 @@ class Block(nn.Module):
     Args:
         config: Settings of the model.
         layer: Index of the block, from 0.
+
+    Attributes:
+        gates: Names of the projections whose outputs go through a sigmoid.
     """
+
+    gates: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -272,6 +277,21 @@ class Block(nn.Module):
         """
         return {}
 
+    def recurrence(self) -> nn.Module | None:
+        """Return the module that updates the matrix state S of each head, for `timemix inspect`.
+
+        The module has no parameters. It gets all arguments by keyword, and returns its output and the next state:
+
+        - `log_decay` (B, T, H, N): logarithm of the share of S that each channel of the keys keeps in a token,
+        - `rate` (B, T, H, N): in-context learning rate of each channel of the keys,
+        - `state` (B, H, values, keys), or None in training, and `lengths` (B,), as in `forward`,
+        - any other tensors (B, T, H, N).
+
+        Returns:
+            The module; None if the architecture has no matrix states.
+        """
+        return None
+
 
 class ShiftedBlock(Block):
     """The block of 2021: x = x + mixer(shift(norm(x))), then x = x + ffn(shift(norm(x))).
@@ -285,6 +305,7 @@ class ShiftedBlock(Block):
 
     Mixer: ClassVar[type[Any]]
     Ffn: ClassVar[type[Any]]
+    gates = ("receptance",)
     TABLES = ("f", "alpha", "beta", "gamma")
     PROJECTIONS = ("query", "receptance", "key", "value")
 

@@ -69,6 +69,24 @@ class LowRank(nn.Module):
         return y if self.bias is None else y + broadcast_parameter(self.bias, y)
 
 
+class Recurrence(nn.Module):
+    """The recurrence `wkv7` of a time-mix, as a module, so that a hook can read its arguments and its state."""
+
+    def forward(
+        self,
+        r: Tensor,
+        log_decay: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        rate: Tensor,
+        state: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute `wkv7`, where the state forgets its values along q (B, T, H, N) at the in-context learning rate."""
+        return wkv7(r, log_decay, k, v, -q, q * rate, state, lengths=lengths)
+
+
 class TimeMix(nn.Module):
     """The time-mix of RWKV-7, in the formulas for one token and one head.
 
@@ -96,6 +114,7 @@ class TimeMix(nn.Module):
         self.removal = nn.Parameter(torch.zeros(C))
         self.replacement = nn.Parameter(torch.zeros(C))
         self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size))
+        self.recurrence = Recurrence()
         self.norm_weight = nn.Parameter(torch.ones(C))
         self.norm_bias = nn.Parameter(torch.zeros(C))
 
@@ -127,7 +146,7 @@ class TimeMix(nn.Module):
         q = F.normalize(self._heads(k * broadcast_parameter(self.removal, k)), dim=-1, eps=1e-12)
         k = k * (1 + (a - 1) * broadcast_parameter(self.replacement, k))
         r, w, k, v, a = (self._heads(each) for each in (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -q, q * a, wkv, lengths=lengths)
+        y, wkv = self.recurrence(r=r, log_decay=w, k=k, v=v, q=q, rate=a, state=wkv, lengths=lengths)
         y = self._with_bonus(y, r, k, v).flatten(2) * self.gate(mixed["gate"])
         out: Tensor = self.output(y.to(mixed["gate"].dtype))
         return out, wkv, first
@@ -241,3 +260,6 @@ class Rwkv7Block(Block):
             ("mixer", "value"): mixer.value,
             ("ffn", "key"): self.ffn.key,
         }
+
+    def recurrence(self) -> nn.Module:
+        return self.mixer.recurrence
