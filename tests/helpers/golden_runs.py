@@ -1,4 +1,4 @@
-"""Short loss curves of the architectures of 2021 in every preset, to detect changes of behaviour.
+"""Short loss curves of the architectures of 2021 in their presets, and of rwkv7, to detect changes of behaviour.
 
 python -m tests.helpers.golden_runs rewrites tests/golden/runs.json, after a change that is meant to change it.
 """
@@ -25,7 +25,11 @@ from timemix.training.trainer import Trainer
 PATH = Path(__file__).parent.parent / "golden" / "runs.json"
 STEPS = 5
 ARCHITECTURES = ("rwkv1", "rwkv1_exp", "mha_rotary", "mha_shift", "mha_pro")
-NAMES = [f"{name} {arch}" for name in PRESETS for arch in ARCHITECTURES] + ["cpu-small rwkv1 muon"]
+NAMES = [
+    *(f"{name} {arch}" for name in PRESETS if preset(name).model.arch in ARCHITECTURES for arch in ARCHITECTURES),
+    "cpu-small rwkv1 muon",
+    "cpu-small rwkv7",
+]
 
 
 def corpus(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Training of the 2021 architectures in every preset is unchanged: another loss means another behaviour."""
+"""Training of the 2021 architectures in their presets, and of rwkv7, is unchanged: a new loss is a new behaviour."""
 
 import json
 

@@ -26,7 +26,7 @@ from timemix.config.presets import DEFAULT_PRESET, PRESETS, preset
 from timemix.config.run import RunConfig
 from timemix.data.config import DataConfig
 from timemix.errors import InvalidValue
-from timemix.models.registry import ARCHITECTURES, DEFAULT_ARCHITECTURE
+from timemix.models.registry import ARCHITECTURES
 
 Arguments = TypeVar("Arguments")
 
@@ -58,7 +58,7 @@ class Choice:
 
     def preset_config(self) -> RunConfig:
         """Return the settings of the preset for the architecture."""
-        return preset(self.preset or DEFAULT_PRESET, self.arch or DEFAULT_ARCHITECTURE)
+        return preset(self.preset or DEFAULT_PRESET, self.arch)
 
 
 def first_parse(arguments: Sequence[str]) -> Choice:

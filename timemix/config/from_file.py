@@ -9,7 +9,7 @@ from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import FORMAT_VERSION, RunConfig, check_budget, current
 from timemix.errors import DamagedFile
 from timemix.models.config import ModelConfig
-from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture
+from timemix.models.registry import find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml, to_dict
 
 
@@ -33,8 +33,9 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
         tables = current(data, FORMAT_VERSION)
         model = tables.get("model")
         given = model if isinstance(model, dict) else {}
-        own = given.get("arch", arch or DEFAULT_ARCHITECTURE)
-        find_architecture(own)
+        own = given.get("arch", arch)
+        if own is not None:
+            find_architecture(own)
         check_budget(train if isinstance(train := tables.get("train"), dict) else {})
     except UNFIT as error:
         raise DamagedFile(f"{path}: {error}") from error
@@ -42,7 +43,7 @@ def config_from_file(path: Path, name: str = DEFAULT_PRESET, arch: str | None = 
     try:
         config = from_dict(RunConfig, _merged(to_dict(base), tables))
         config = replace(config, model=replace(config.model, vocab_size=base.model.vocab_size))
-        if other.model.arch != own:
+        if other.model.arch != base.model.arch:
             config = replace(config, model=_carried(config.model, given, other.model))
         return config
     except UNFIT as error:

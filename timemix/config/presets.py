@@ -7,7 +7,7 @@ from timemix.data.config import DataConfig
 from timemix.errors import InvalidValue, nearest
 from timemix.models.registry import DEFAULT_ARCHITECTURE, find_architecture, model_config
 
-_SIZES: dict[str, dict[str, dict[str, Any]]] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "demo": {
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128, "ffn_ratio": 2.5, "dropout": 0.2},
         "data": {"order": "epoch"},
@@ -64,6 +64,27 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
         # For the published figure, the attention models were trained with a lower learning rate and weight decay.
         "attention": {"lr": 4e-4, "weight_decay": 0.01},
     },
+    "rwkv7-small": {
+        "arch": "rwkv7",
+        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 256},
+        "data": {"order": "epoch"},
+        "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
+    },
+    # This preset has the size of the published model of 191 M parameters, and the learning rate and weight decay of the
+    # original training code for this size.
+    "rwkv7-0.1b": {
+        "arch": "rwkv7",
+        "model": {"layers": 12, "heads": 12, "channels": 768, "ctx_len": 4096, "vocab_size": 65536},
+        "train": {
+            "steps": 20_000,
+            "batch_size": 64,
+            "accumulation": 16,
+            "lr": 6e-4,
+            "lr_final": 6e-5,
+            "warmup": 0.0005,
+            "weight_decay": 0.1,
+        },
+    },
 }
 PRESETS = tuple(_SIZES)
 DEFAULT_PRESET = "cpu-small"
@@ -74,12 +95,12 @@ _ATTENTION = ("mha_rotary", "mha_shift", "mha_pro")
 _RECIPES: dict[str, dict[str, Any]] = {"rwkv7": {"eps": 1e-18}}
 
 
-def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
+def preset(name: str, arch: str | None = None) -> RunConfig:
     """Return the run config of a preset for an architecture.
 
     Args:
         name: Name of the preset, one of `PRESETS`.
-        arch: Name of the architecture.
+        arch: Name of the architecture. Default: the architecture of the preset.
 
     Raises:
         InvalidValue: The preset or the architecture is unknown.
@@ -87,6 +108,7 @@ def preset(name: str, arch: str = DEFAULT_ARCHITECTURE) -> RunConfig:
     if name not in _SIZES:
         raise InvalidValue(f"unknown preset {name!r}{nearest(name, PRESETS)}")
     sizes = _SIZES[name]
+    arch = sizes.get("arch", DEFAULT_ARCHITECTURE) if arch is None else arch
     fields = sizes["model"] | (sizes.get("ffn", {}) if arch in _CHANNEL_MIXES else {})
     known = find_architecture(arch).config.__dataclass_fields__
     model = model_config(arch, **{field: value for field, value in fields.items() if field in known})

@@ -37,7 +37,7 @@ class DataConfig:
     """Largest number of held-out tokens, at least 1, in 20 evenly spaced pieces. Default: all."""
     order: Literal["random", "epoch"] = "random"
     """Order of the training windows: `random` positions, or each window once per `epoch`.
-    The presets demo, cpu-small and record choose epoch. Only training uses the order."""
+    The presets demo, cpu-small, record and rwkv7-small choose epoch. Only training uses the order."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:

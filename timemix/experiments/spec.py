@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
-from timemix.experiments.variants import Variant, architecture_of, flat, merged, variant_config
+from timemix.experiments.variants import Variant, flat, merged, named_architecture, variant_config
 from timemix.models.registry import find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml
 
@@ -151,7 +152,7 @@ class Experiment:
         }
 
     def _lacks(self, variant: Variant, key: str) -> bool:
-        arch = architecture_of(flattened(merged(self.base, variant.set)))
+        arch = preset(self.preset, named_architecture(flattened(merged(self.base, variant.set)))).model.arch
         name = key.rpartition(".")[2]
         return key.startswith("model.") and name not in find_architecture(arch).config.__dataclass_fields__
 

@@ -7,7 +7,6 @@ from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import InvalidValue
-from timemix.models.registry import DEFAULT_ARCHITECTURE
 from timemix.storage.settings import from_dict, to_dict
 
 
@@ -46,7 +45,7 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         own: dict[str, Any] = {}
         for layer in (base, variant.set, nested(point)):
             own = merged(own, flattened(layer))
-        config = from_dict(RunConfig, merged(to_dict(preset(preset_name, architecture_of(own))), own))
+        config = from_dict(RunConfig, merged(to_dict(preset(preset_name, named_architecture(own))), own))
         if config.train.seconds is not None or config.train.tokens is not None:
             raise InvalidValue(
                 "train.seconds and train.tokens cannot be set in an experiment; give the experiment tokens or seconds"
@@ -56,10 +55,10 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         raise InvalidValue(f"variant {variant.name!r}: {error}") from error
 
 
-def architecture_of(fields: dict[str, Any]) -> str:
-    """Return the architecture that fields of a run's config name, or the default architecture."""
+def named_architecture(fields: dict[str, Any]) -> str | None:
+    """Return the architecture that fields of a run's config name; None if they name no architecture."""
     model = fields.get("model", {})
-    return str(model.get("arch", DEFAULT_ARCHITECTURE)) if isinstance(model, dict) else DEFAULT_ARCHITECTURE
+    return str(model["arch"]) if isinstance(model, dict) and "arch" in model else None
 
 
 def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:

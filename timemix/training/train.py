@@ -7,7 +7,6 @@ from typing import Any
 from timemix.config.presets import preset
 from timemix.config.run import BUDGETS, RunConfig, check_budget
 from timemix.errors import InvalidValue
-from timemix.models.registry import DEFAULT_ARCHITECTURE
 from timemix.runs.load import Loaded, load
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.hooks import Hook
@@ -87,7 +86,7 @@ def _changed(config: RunConfig | str, changes: dict[str, Mapping[str, Any] | Non
     given = {part: dict(own) for part, own in changes.items() if own}
     check_budget(given.get("train", {}))
     if isinstance(config, str):
-        config = preset(config, given.get("model", {}).get("arch", DEFAULT_ARCHITECTURE))
+        config = preset(config, given.get("model", {}).get("arch"))
     if not given:
         return config
     tables = to_dict(config)
