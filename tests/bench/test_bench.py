@@ -152,7 +152,7 @@ def test_the_verb_writes_its_report(tmp_path, capsys):
         (["op", "--heads", "3"], "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),
         (["op", "--ctx-lens", "0"], "--ctx-lens is [0]; it must be one or more numbers, each at least 1"),
         (["op", "--seconds", "0"], "--seconds is 0.0"),
-        (["train", "--model.arch", "mha_pro"], "leave model.arch, model.weights"),
+        (["train", "--model.arch", "mha_pro"], "choose model.arch rwkv1"),
         (["train", "huge"], "unknown preset 'huge'"),
     ],
 )

@@ -174,12 +174,19 @@ def test_several_sizes_and_a_fine_tune(run, tmp_path, capsys):
     assert (out / "8" / "loss.png").exists()
 
 
-def test_an_unknown_architecture_is_one_sentence_on_the_command_line(tmp_path, capsys):
-    trainer = small_trainer(tmp_path, "mha_rotary")
+@pytest.mark.parametrize(
+    ("arch", "sentence"),
+    [
+        ("mha_rotary", "a run of mha_rotary cannot get a constant state; use a run of rwkv1"),
+        ("rwkv7", "a run of rwkv7 already has a constant state; use the run as it is"),
+    ],
+)
+def test_an_unfit_architecture_is_one_sentence_on_the_command_line(tmp_path, capsys, arch, sentence):
+    trainer = small_trainer(tmp_path, arch)
     trainer.run()
     status, _, errors = call(capsys, "convert", trainer.out, "--constant-state", 4, "--out", tmp_path / "new")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "cannot get a constant state; use a run of rwkv1" in errors
+    assert sentence in errors
     assert not (tmp_path / "new").exists()
 
 

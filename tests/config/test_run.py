@@ -11,6 +11,7 @@ from timemix.config.presets import PRESETS, preset
 from timemix.config.run import RunConfig, TrainConfig, read_count, read_toml, to_toml
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.models.registry import ARCHITECTURES, model_config
+from timemix.models.size import count_parameters
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.optim import learning_rate
 
@@ -50,6 +51,23 @@ def test_seed_is_the_published_figure():
     assert config.train.steps * config.train.batch_size == pytest.approx(500_000, abs=64)
     assert (config.train.lr, config.train.weight_decay) == (4e-4, 0.01)
     assert (preset("seed").train.lr, preset("seed").train.weight_decay) == (6e-4, 0.0)
+
+
+def test_a_preset_names_its_architecture(tmp_path):
+    assert preset("cpu-small").model.arch == "rwkv1"
+    assert preset("rwkv7-small").model.arch == "rwkv7"
+    other = preset("rwkv7-small", "rwkv1")
+    assert (other.model.arch, other.model.ctx_len, other.train.eps) == ("rwkv1", 256, 1e-8)
+    path = tmp_path / "config.toml"
+    path.write_text("[model]\nlayers = 2\n")
+    assert config_from_file(path, "rwkv7-small").model == dataclasses.replace(preset("rwkv7-small").model, layers=2)
+    assert config_from_file(path, "rwkv7-small", "llama").model.arch == "llama"
+    path.write_text('[model]\narch = "mha_pro"\n')
+    assert config_from_file(path, "rwkv7-small").model == preset("rwkv7-small", "mha_pro").model
+
+
+def test_the_large_preset_of_rwkv7_has_the_size_of_the_published_model():
+    assert count_parameters(preset("rwkv7-0.1b").model)["total"] == 191_034_624
 
 
 @pytest.mark.parametrize(

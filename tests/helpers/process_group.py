@@ -36,11 +36,12 @@ SETTINGS = {
     "float64": {"precision": "float64"},
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "mha_pro": {},
+    "rwkv7": {"precision": "float64"},
 }
 
 
 def config(folder: Path, name: str, strategy: str):
-    arch = name if name.startswith("mha") else "rwkv1"
+    arch = name if name in list_architectures() else "rwkv1"
     # 5 heads of 3 channels give two processes parts of unequal size.
     settings = {"steps": 6, "valid_every": 3, "save_every": 3, "log_every": 1} | SETTINGS[name]
     made = small_config(folder / "tokens", arch, strategy=strategy, **settings)

@@ -1,7 +1,9 @@
 """RWKV-7: values, initial values and a training run of the original training code, its names, and its settings."""
 
+import dataclasses
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -316,6 +318,32 @@ def test_the_state_is_float32_in_a_model_of_bfloat16_and_has_the_same_size_every
         _, state = model(torch.randint(19, (2, 50)), state)
     assert {x.dtype for layer in state.layers for x in layer.values()} == {torch.float32}
     assert state.nbytes == size == 2 * (8 + 3 * 4 * (2 * 32 + 32 * 16))
+
+
+@torch.no_grad()
+def test_a_state_at_position_one_million_continues_like_any_other():
+    model = LanguageModel(model_config("rwkv7", **SIZES)).eval()
+    tokens = torch.randint(19, (2, 20))
+    _, state = model(tokens, model.init_state(2))
+    far = dataclasses.replace(state.clone(), position=torch.full((2,), 10**6))
+    near_logits, near = model(tokens, state)
+    far_logits, far = model(tokens, far)
+    assert torch.equal(near_logits, far_logits)
+    assert far.position.tolist() == [10**6 + 20] * 2
+    assert far.nbytes == near.nbytes == model.init_state(2).nbytes
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_memory_is_constant_over_a_million_tokens():
+    model = LanguageModel(model_config("rwkv7", vocab_size=19, layers=1, channels=16, heads=2, ctx_len=16)).eval()
+    state, memory = model.init_state(1), []
+    for _ in range(200):
+        logits, state = model(torch.randint(19, (1, 5000)), state, logits="last")
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert state.position.tolist() == [10**6]
+    assert logits.isfinite().all()
+    assert memory[-1] - memory[20] < 10_000, "the peak memory grew by more than 10 MB"
 
 
 def test_previous_token_continues_after_padding():

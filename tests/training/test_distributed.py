@@ -104,8 +104,9 @@ def others(tmp_path_factory):
 @pytest.mark.parametrize("name", ["plain", *(slow(name) for name in SETTINGS if name != "plain")])
 def test_two_processes_learn_what_one_does(request, name, strategy):
     folder = request.getfixturevalue("folder" if name == "plain" else "others")
-    # Muon enlarges small singular values, together with their rounding errors.
-    tolerance = {"float64": 1e-12, "muon": 1e-4}.get(name, 1e-5)
+    # Muon enlarges small singular values, together with their rounding errors. The LayerNorm after the small initial
+    # embedding of rwkv7 enlarges rounding errors too.
+    tolerance = {"float64": 1e-12, "rwkv7": 1e-7, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
 
 

@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimizer", "order", "accumulation"),
-    pairwise(["float32", "bfloat16", "float64"], ["adamw", "muon"], ["random", "epoch"], [1, 2]),
+    ("precision", "optimizer", "order", "accumulation", "arch"),
+    pairwise(["float32", "bfloat16", "float64"], ["adamw", "muon"], ["random", "epoch"], [1, 2], ["rwkv1", "rwkv7"]),
 )
-def test_stopped_and_resumed_twice_is_the_undisturbed_run(tmp_path, precision, optimizer, order, accumulation):
+def test_stopped_and_resumed_twice_is_the_undisturbed_run(tmp_path, precision, optimizer, order, accumulation, arch):
     settings = {"precision": precision, "optimizer": optimizer, "accumulation": accumulation, "weight_decay": 0.1}
-    config = with_model(small_config(write_text_file(tmp_path), steps=9, **settings), dropout=0.2)
+    config = with_model(small_config(write_text_file(tmp_path), arch, steps=9, **settings), dropout=0.2)
     config = replace(config, data=replace(config.data, order=order))
     new_run(config, tmp_path / "whole").run()
     with pytest.raises(Interrupted):

@@ -77,10 +77,14 @@ def naive_config(model: ModelConfig) -> Rwkv1Config:
     Raises:
         InvalidValue: The model is not an rwkv1 with tables f, alpha and beta.
     """
-    if not isinstance(model, Rwkv1Config) or model.weights == "free" or not (model.alpha and model.beta):
+    if not isinstance(model, Rwkv1Config):
         raise InvalidValue(
-            f"model.arch={model.arch!r} with these settings has no naive implementation to compare with;"
-            " leave model.arch, model.weights, model.alpha and model.beta out"
+            f"model.arch={model.arch!r} has no naive implementation to compare with; choose model.arch rwkv1"
+        )
+    if model.weights == "free" or not (model.alpha and model.beta):
+        raise InvalidValue(
+            "these settings of rwkv1 have no naive implementation to compare with; leave model.weights, model.alpha and"
+            " model.beta out"
         )
     config = replace(model)
     # The checks of the config reject the naive backend, so this code bypasses the checks.

@@ -78,7 +78,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "train": {
             "steps": 20_000,
             "batch_size": 64,
-            "accumulation": 16,
+            "accumulation": 64,
             "lr": 6e-4,
             "lr_final": 6e-5,
             "warmup": 0.0005,

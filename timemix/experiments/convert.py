@@ -138,7 +138,10 @@ def check_conversion(conversion: Conversion, config: RunConfig) -> None:
 
 def _recurrent_part(model: ModelConfig) -> Any:
     """Return the module that converts models of this architecture; raise InvalidValue without such a module."""
-    part = find_architecture(model.arch).recurrent
+    architecture = find_architecture(model.arch)
+    if not architecture.bounded:
+        raise InvalidValue(f"a run of {model.arch} already has a constant state; use the run as it is")
+    part = architecture.recurrent
     if part is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.recurrent is not None)
         raise InvalidValue(f"a run of {model.arch} cannot get a constant state; use a run of {able}")
