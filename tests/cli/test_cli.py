@@ -474,6 +474,11 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
         ("sample runs/mine --top-p 2", "--top-p is 2.0; it must be above 0 and at most 1"),
         ("sample runs/mine --seed -1", "--seed is -1; it must be a whole number from 0 to 2^64 - 1"),
         ("eval runs/mine --stride 0", "--stride is 0; it must be at least 1 token"),
+        (
+            "eval runs/mine --carry-state",
+            "--carry-state is True, but the context of rwkv1 is bounded by ctx_len; leave it out, or use a run of"
+            " rwkv1_exp or rwkv7",
+        ),
         ("plot runs/mine --smoothing 3", "--smoothing is 3.0; it must be from 0 to 1"),
         ("bench op --heads 3", "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),
         ("bench op --ctx-lens 8 0", "--ctx-lens is [8, 0]; it must be one or more numbers, each at least 1"),

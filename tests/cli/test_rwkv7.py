@@ -98,6 +98,8 @@ def test_losses_of_the_run_and_of_a_text(use, trained):
     out, _ = use("eval", "mine", "--json")
     last = json.loads((trained / "mine/metrics.jsonl").read_text().splitlines()[-1])
     assert json.loads(out)["nats_per_token"] == pytest.approx(last["valid_loss"], abs=1e-3)
+    out, _ = use("eval", "mine", "--carry-state", "--json")
+    assert json.loads(out)["nats_per_token"] != pytest.approx(last["valid_loss"], abs=1e-6)
     out, _ = use("eval", "mine", "--data", "my.txt", "--stride", 4)
     assert re.match(r"\d\.\d{4} nats per token", out)
 

@@ -18,6 +18,7 @@ from timemix.data.config import DataConfig
 from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
+from timemix.models.registry import list_architectures
 from timemix.training.start import new_run
 
 
@@ -75,6 +76,33 @@ def test_stride_one_sees_the_whole_window_before_every_token():
         logits, _ = model(piece[None], logits="last")
         total += F.cross_entropy(logits, torch.tensor([int(text[t])])).item()
     assert loss_per_token(model, text, stride=1) == pytest.approx(total / 19)
+
+
+@pytest.mark.parametrize("arch", list_architectures(bounded=False))
+def test_a_carried_state_gives_every_token_the_whole_text_before_it(arch):
+    model = build(VARIANTS[arch])
+    text = np.random.default_rng(0).integers(0, 11, 43).astype(np.uint8)
+    logits, _ = model(torch.from_numpy(text[:-1].astype(np.int64))[None])
+    expected = F.cross_entropy(logits[0], torch.from_numpy(text[1:].astype(np.int64))).item()
+    carried = loss_per_token(model, text, carry_state=True)
+    assert carried == pytest.approx(expected, rel=1e-9)
+    assert abs(carried - loss_per_token(model, text)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arch", "stride", "sentence"),
+    [
+        (
+            "llama",
+            None,
+            "carry_state is True, but the context of llama is bounded by ctx_len; leave it out, or use a run",
+        ),
+        ("rwkv7", 4, "stride=4 excludes carry_state=True; leave one of them out"),
+    ],
+)
+def test_a_state_that_cannot_be_carried_is_refused(arch, stride, sentence):
+    with pytest.raises(InvalidValue, match=sentence):
+        loss_per_token(build(VARIANTS[arch]), np.zeros(20, np.uint8), stride=stride, carry_state=True)
 
 
 @pytest.fixture(scope="module")

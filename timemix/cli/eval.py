@@ -36,6 +36,9 @@ class EvalArguments:
     stride: int | None = None
     """Distance between the starts of windows in tokens, at least 1; a smaller stride gives more context. Default:
     ctx_len."""
+    carry_state: bool = False
+    """State carried from window to window, so that every token has the whole text before it as its context; only for
+    architectures with unbounded context, and without --stride."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -65,7 +68,11 @@ def eval(arguments: list[str]) -> int:
     precision, _ = choose_precision(parsed.precision, device)
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
     loaded = replace(loaded, model=rounded(loaded.model, parsed.weights))
-    options: dict[str, Any] = {"precision": precision, "stride": parsed.stride}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "stride": parsed.stride,
+        "carry_state": parsed.carry_state,
+    }
     if parsed.data is None:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:

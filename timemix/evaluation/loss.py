@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from timemix.data.corpus import Corpus
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel, evaluating
+from timemix.models.registry import list_architectures
 from timemix.runs.load import Loaded, load
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
@@ -77,6 +79,7 @@ def loss_per_token(
     *,
     precision: str = "float32",
     stride: int | None = None,
+    carry_state: bool = False,
     tokens_per_batch: int = 8192,
     world: World = ALONE,
 ) -> float:
@@ -87,15 +90,19 @@ def loss_per_token(
         tokens: Token ids, (tokens,), at least 2.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
         stride: Distance between the starts of windows in tokens, at least 1; None: adjacent windows.
+        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
+            as its context. This needs an architecture with unbounded context, and excludes `stride`.
         tokens_per_batch: Number of tokens in a batch.
         world: Processes that share the batches. All processes must call this function, and each process gets the loss
             of the whole text.
 
     Raises:
-        InvalidValue: `stride` is below 1.
+        InvalidValue: `stride` is below 1, or `carry_state` is not supported.
     """
     if stride is not None and stride < 1:
         raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
+    if carry_state:
+        return _loss_with_carried_state(model, tokens, precision, stride)
     ctx_len = model.config.ctx_len
     total = 0.0
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
@@ -110,6 +117,28 @@ def loss_per_token(
             loss = cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
             total += loss if world.rank < len(turns) else 0.0
     (total,) = world.sum(total)
+    return total / (len(tokens) - 1)
+
+
+@torch.no_grad()
+def _loss_with_carried_state(
+    model: LanguageModel, tokens: np.ndarray | Tokens, precision: str, stride: int | None
+) -> float:
+    """Return the mean loss in nats over all tokens but the first, with the state carried through the whole text."""
+    if model.max_position is not None:
+        raise InvalidValue(
+            f"carry_state is True, but the context of {model.config.arch} is bounded by ctx_len; leave it out, or use"
+            f" a run of {' or '.join(list_architectures(bounded=False))}"
+        )
+    if stride is not None:
+        raise InvalidValue(f"stride={stride} excludes carry_state=True; leave one of them out")
+    total, state = 0.0, model.init_state(1)
+    with evaluating(model):
+        for inputs, targets in validation_windows(tokens, model.config.ctx_len, 1):
+            x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
+            with autocast(precision, model.device):
+                logits, state = model(x, state)
+            total += cross_entropy(logits, y, reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
@@ -195,7 +224,12 @@ class Evaluation:
 
 
 def evaluate(
-    run: str | Path | Loaded, text: str | None = None, *, precision: str = "float32", stride: int | None = None
+    run: str | Path | Loaded,
+    text: str | None = None,
+    *,
+    precision: str = "float32",
+    stride: int | None = None,
+    carry_state: bool = False,
 ) -> Evaluation:
     """Measure the loss of a trained model on a text.
 
@@ -204,13 +238,16 @@ def evaluate(
         text: Text of at least two tokens. Default: the held-out text of the run.
         precision: Precision of matrix products: "float32" or "bfloat16".
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
+        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
+            as its context. This needs an architecture with unbounded context, and excludes `stride`.
 
     Returns:
         The loss in nats per token, bits per character and bits per byte (UTF-8), with the numbers of tokens, characters
         and bytes.
 
     Raises:
-        InvalidValue: The text has fewer than two tokens, `stride` is below 1, or `precision` is unknown.
+        InvalidValue: The text has fewer than two tokens, `stride` is below 1, `carry_state` is not supported, or
+            `precision` is unknown.
         FileError: The run, or its data, cannot be loaded.
     """
     if precision not in ("float32", "bfloat16"):
@@ -218,13 +255,20 @@ def evaluate(
     if not isinstance(text, str | None):
         raise InvalidValue(f"text is {type(text).__name__}; it must be a str")
     loaded = run if isinstance(run, Loaded) else load(run)
+    options: dict[str, Any] = {"precision": precision, "stride": stride, "carry_state": carry_state}
     if text is None:
-        return evaluate_held_out(loaded.model, loaded.corpus(), precision=precision, stride=stride)
-    return evaluate_text(loaded.model, loaded.tokenizer, text, precision=precision, stride=stride)
+        return evaluate_held_out(loaded.model, loaded.corpus(), **options)
+    return evaluate_text(loaded.model, loaded.tokenizer, text, **options)
 
 
 def evaluate_text(
-    model: LanguageModel, tokenizer: Tokenizer, text: str, *, precision: str = "float32", stride: int | None = None
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    precision: str = "float32",
+    stride: int | None = None,
+    carry_state: bool = False,
 ) -> Evaluation:
     """Measure the loss of a model on a text.
 
@@ -238,9 +282,11 @@ def evaluate_text(
         text: The text.
         precision: Precision of matrix products: "float32" or "bfloat16".
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
+        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
+            as its context. This needs an architecture with unbounded context, and excludes `stride`.
 
     Raises:
-        InvalidValue: The text gives fewer than two tokens, or `stride` is below 1.
+        InvalidValue: The text gives fewer than two tokens, `stride` is below 1, or `carry_state` is not supported.
     """
     tokens, unknown = tokenizer.encode_counted(text)
     left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
@@ -250,11 +296,16 @@ def evaluate_text(
         whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()),
     )
     first = tokenizer.first_size(text)
-    return _in_units(model, tokens, whole, read, first, precision=precision, stride=stride)
+    return _in_units(model, tokens, whole, read, first, precision=precision, stride=stride, carry_state=carry_state)
 
 
 def evaluate_held_out(
-    model: LanguageModel, corpus: Corpus, *, precision: str = "float32", stride: int | None = None
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    precision: str = "float32",
+    stride: int | None = None,
+    carry_state: bool = False,
 ) -> Evaluation:
     """Measure the loss of a model on the validation tokens of a prepared folder.
 
@@ -263,9 +314,11 @@ def evaluate_held_out(
         corpus: The prepared folder.
         precision: Precision of matrix products: "float32" or "bfloat16".
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
+        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
+            as its context. This needs an architecture with unbounded context, and excludes `stride`.
 
     Raises:
-        InvalidValue: Fewer than two tokens are held out, or `stride` is below 1.
+        InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
     """
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
@@ -273,7 +326,9 @@ def evaluate_held_out(
     # Folders that earlier versions of timemix prepared do not store the size of the first token. Without a stored size,
     # <unk> counts as one character of one byte.
     first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
-    return _in_units(model, corpus.valid, whole, read, first, precision=precision, stride=stride)
+    return _in_units(
+        model, corpus.valid, whole, read, first, precision=precision, stride=stride, carry_state=carry_state
+    )
 
 
 def _in_units(
@@ -285,6 +340,7 @@ def _in_units(
     *,
     precision: str,
     stride: int | None,
+    carry_state: bool,
 ) -> Evaluation:
     """Measure the loss on the tokens of a text.
 
@@ -296,10 +352,11 @@ def _in_units(
         first: Numbers of characters and bytes of the first token.
         precision: Precision of matrix products.
         stride: Distance between the starts of windows in tokens.
+        carry_state: Whether to carry the state from window to window.
     """
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
-    nats = loss_per_token(model, tokens, precision=precision, stride=stride)
+    nats = loss_per_token(model, tokens, precision=precision, stride=stride, carry_state=carry_state)
     bits = nats * (len(tokens) - 1) / math.log(2)
     characters, bytes_ = (max(size - own, 1) for size, own in zip(read, first, strict=True))
     return Evaluation(
