@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from timemix.data.shards import Tokens
 from timemix.models.language_model import LanguageModel, evaluating
+from timemix.ops.common import fused
 from timemix.reporting.plots import save_picture
 from timemix.tokenizers.base import Tokenizer
 
@@ -101,7 +102,7 @@ def measure_states(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarra
     found: list[dict[str, Tensor]] = []
     changes = torch.zeros(len(recurrences), model.config.vocab_size, dtype=torch.float64)
     state = model.init_state(1)
-    with evaluating(model), _recorded(recurrences) as calls:
+    with evaluating(model), fused.left_out(), _recorded(recurrences) as calls:
         for begin in range(0, len(tokens), PIECE):
             piece = torch.from_numpy(tokens[begin : begin + PIECE].astype(np.int64))
             _, state = model(piece[None].to(model.device), state, logits=None)
