@@ -128,7 +128,7 @@ def _loss_with_carried_state(
     if model.max_position is not None:
         raise InvalidValue(
             f"carry_state is True, but the context of {model.config.arch} is bounded by ctx_len; leave it out, or use"
-            f" a run of {' or '.join(list_architectures(bounded=False))}"
+            f" a run of {', '.join(list_architectures(bounded=False))}"
         )
     if stride is not None:
         raise InvalidValue(f"stride={stride} excludes carry_state=True; leave one of them out")
