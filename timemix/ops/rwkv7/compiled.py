@@ -73,9 +73,9 @@ def compiled_wkv7(
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged. The flag
-    # -fno-associative-math preserves the accuracy of small decays, see wkv7.c.
+    # -fno-associative-math preserves the accuracy of small decays, see wkv7.c. The file time_mix.c includes wkv7.c.
     flags = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
-    return library(Path(__file__).with_name("wkv7.c"), *flags)
+    return library(Path(__file__).with_name("time_mix.c"), *flags)
 
 
 class _Inputs(ctypes.Structure):
@@ -91,11 +91,29 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
     return _Inputs(*inputs[0].shape, *(x.data_ptr() for x in inputs), address)
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a C function. Tensors are passed by address, and None as NULL."""
+def call(name: str, *arguments: Any) -> None:
+    """Call a C function with the number of threads and further arguments.
+
+    Args:
+        name: Name of the function.
+        *arguments: Contiguous tensors and structures, passed by address; None, passed as NULL; numbers of ctypes.
+    """
     code, _ = _library()
     assert code is not None
     getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
+
+
+def scratch_size(N: int, per_token: int) -> int:
+    """Return the number of float32 numbers that a thread needs for the backward pass of a chunk.
+
+    Args:
+        N: Head size.
+        per_token: Number of arrays (N,) that the C code stores for each token.
+
+    Returns:
+        SCRATCH(N) of wkv7.c or MIX_SCRATCH(N) of time_mix.c.
+    """
+    return (CHUNK + 1) * N * N + per_token * CHUNK * N
 
 
 class _Compiled(torch.autograd.Function):
@@ -106,7 +124,7 @@ class _Compiled(torch.autograd.Function):
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
         starts = end.new_empty(B, H, -(-T // CHUNK), N, N) if any(ctx.needs_input_grad) else None
-        _call("timemix_wkv7", _inputs(inputs, resets), end, y, starts)
+        call("timemix_wkv7", _inputs(inputs, resets), end, y, starts)
         ctx.save_for_backward(*inputs, starts, resets)
         return y, end
 
@@ -114,12 +132,10 @@ class _Compiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts, resets = ctx.saved_tensors
-        B, _, H, N = inputs[0].shape
         gradients = [torch.empty_like(x) for x in inputs]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        # SCRATCH in wkv7.c
-        scratch = d_state.new_empty(B, H, (CHUNK + 1) * N * N + 2 * CHUNK * N)
+        scratch = d_state.new_empty(torch.get_num_threads(), scratch_size(inputs[0].shape[-1], per_token=2))
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
-        _call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
+        call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
         return d_state, None, *gradients

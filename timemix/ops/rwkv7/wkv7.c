@@ -145,6 +145,9 @@ INLINE void wkv7_head_back(int64_t N, const wkv7_inputs *x, int64_t row, int64_t
     }                          \
     }
 
+/* The first task of a thread; a task is one head of one sequence. */
+#define FIRST_TASK(x, thread) ((x)->B * (x)->H * (thread) / threads)
+
 /* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H, chunks,
    N, N) is NULL if no gradients are needed. */
 void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y, float *starts) {
@@ -157,12 +160,13 @@ void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y,
 }
 
 /* Computes the gradients of the inputs. dstate holds the gradient of the last S on entry, and of the first S on return.
-   scratch is (B, H, SCRATCH(N)). */
+   scratch is (threads, SCRATCH(N)), so that each thread uses the same memory again for its next head. */
 void timemix_wkv7_back(int64_t threads, const wkv7_inputs *x, const float *starts, const float *dy, float *dstate,
                        const wkv7_gradients *gradients, float *scratch) {
     const int64_t size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < x->B * x->H; task++)
-        WITH_CONSTANT(x->N, wkv7_head_back(M, x, task / x->H, task % x->H, starts + task * chunks * size, dy,
-                                           dstate + task * size, gradients, scratch + task * SCRATCH(x->N)))
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t task = FIRST_TASK(x, thread); task < FIRST_TASK(x, thread + 1); task++)
+            WITH_CONSTANT(x->N, wkv7_head_back(M, x, task / x->H, task % x->H, starts + task * chunks * size, dy,
+                                               dstate + task * size, gradients, scratch + thread * SCRATCH(x->N)))
 }

@@ -1,0 +1,275 @@
+/* The time-mix of RWKV-7 between its matrix products, forward and backward, in one loop over tokens.
+
+   Inputs of a token and a head: the products r, k, v, decay, rate, residual and gate, and `first`, the v of layer 0. The
+   biases of decay, rate and residual are added here. The other vectors are removal, replacement, bonus, weight, bias.
+
+    m = exp(-exp(-1/2) sigmoid(decay)) - 1          e = sigmoid(rate)          s = sigmoid(residual)
+    v' = v + (first - v) s                          k' = k (1 + (e - 1) replacement)
+    z = k removal                                   q = z / max(|z|, 1e-12)
+    y = wkv7(r, m, k', v', -q, q e)                 unit = (y - mean(y)) / sqrt(variance(y) + epsilon)
+    p = sum(r k' bonus)                             out = gate (unit weight + bias + p v')
+
+   Backward, with dX the gradient of the loss for X, and g = dout gate:
+
+    dgate = dout out / gate     dy = (h - mean(h) - unit mean(h unit)) / sqrt(variance(y) + epsilon),   h = g weight
+    dp = sum(g v')              wkv7 gives dr, dlog m, dk', dv', da and db from dy, for a = -q and b = q e
+    dr += dp k' bonus           dk' += dp r bonus                          dv' += p g
+    dq = db e - da              de = db q + dk' k replacement              dz = (dq - q sum(q dq)) / |z|
+    dk = dk' (1 + (e - 1) replacement) + dz removal                        drate = de e (1 - e)
+    dv = dv' (1 - s)            dfirst = dv' s                             dresidual = dv' (first - v) s (1 - s)
+
+   The loops read products and write gradients in the type of the products. The numbers between them are float32, stay in
+   the cache, and are computed again in the backward pass. Products, gradients and out are (B, T, H, N). */
+
+#include "ops/rwkv7/wkv7.c"
+
+/* -exp(-1/2), the least log-decay. */
+#define LEAST -0.60653066f
+
+typedef struct {
+    int64_t B, T, H, N;
+    float epsilon;
+    const void *r, *k, *v, *decay, *rate, *residual, *gate;
+    /* In layer 0, `residual` and `first` are NULL, and v' = v. */
+    const float *first;
+} mix_inputs;
+
+typedef struct {
+    void *r, *k, *v, *decay, *rate, *residual, *gate;
+    float *first;
+} mix_gradients;
+
+/* Vectors (H, N), and their gradients summed over the tokens of a sequence (B, H, N). */
+typedef struct {
+    const float *decay, *rate, *residual, *removal, *replacement, *bonus, *weight, *bias;
+} mix_vectors;
+
+typedef struct {
+    float *decay, *rate, *residual, *removal, *replacement, *bonus, *weight, *bias;
+} mix_sums;
+
+/* Numbers of a token and a head: w = sigmoid(decay), and a = -q. Each array is (N,), but inverse is one number 1 / |z|. */
+typedef struct {
+    float *r, *m, *k, *v, *a, *b, *w, *e, *s, *u, *y, *inverse;
+} mix_token;
+
+#define TOKEN(N) (12 * (N))
+
+INLINE mix_token token_in(float *x, int64_t N) {
+    return (mix_token){x,         x + N,     x + 2 * N, x + 3 * N, x + 4 * N,  x + 5 * N,
+                       x + 6 * N, x + 7 * N, x + 8 * N, x + 9 * N, x + 10 * N, x + 11 * N};
+}
+
+/* Computes the arguments of wkv7. The head starts at `at` in the products, and at c in the vectors. */
+INLINE void before_wkv7(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
+                        const mix_token *t) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < N; j++) {
+        const float key = load(type, x->k, at + j), z = key * p->removal[c + j];
+        t->r[j] = load(type, x->r, at + j);
+        t->v[j] = load(type, x->v, at + j);
+        t->w[j] = sigmoid_series(load(type, x->decay, at + j) + p->decay[c + j]);
+        t->e[j] = sigmoid_series(load(type, x->rate, at + j) + p->rate[c + j]);
+        t->m[j] = expm1_series(LEAST * t->w[j]);
+        t->k[j] = key * (1 + (t->e[j] - 1) * p->replacement[c + j]);
+        t->a[j] = -z;
+        square += z * z;
+    }
+    const float length = sqrtf(square), inverse = 1 / (length < 1e-12f ? 1e-12f : length);
+    *t->inverse = inverse;
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        t->a[j] *= inverse;
+        t->b[j] = -t->a[j] * t->e[j];
+    }
+    if (!x->first) return;
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        t->s[j] = sigmoid_series(load(type, x->residual, at + j) + p->residual[c + j]);
+        t->v[j] += (x->first[at + j] - t->v[j]) * t->s[j];
+    }
+}
+
+/* Statistics of y, and p = sum(r k' bonus). */
+typedef struct {
+    float mean, scale, p;
+} mix_head;
+
+INLINE mix_head statistics(int64_t N, float epsilon, const float *bonus, const mix_token *t) {
+    float sum = 0, variance = 0, p = 0;
+#pragma omp simd reduction(+ : sum, p)
+    for (int64_t j = 0; j < N; j++) {
+        sum += t->y[j];
+        p += t->r[j] * t->k[j] * bonus[j];
+    }
+    const float mean = sum / N;
+#pragma omp simd reduction(+ : variance)
+    for (int64_t j = 0; j < N; j++) variance += (t->y[j] - mean) * (t->y[j] - mean);
+    return (mix_head){mean, 1 / sqrtf(variance / N + epsilon), p};
+}
+
+/* Computes out (N,) from y. */
+INLINE void after_wkv7(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
+                       const mix_token *t, void *out) {
+    const mix_head h = statistics(N, x->epsilon, p->bonus + c, t);
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        const float unit = (t->y[j] - h.mean) * h.scale, normed = unit * p->weight[c + j] + p->bias[c + j];
+        store(type, out, at + j, (normed + h.p * t->v[j]) * load(type, x->gate, at + j));
+    }
+}
+
+/* Computes dgate and dy (N,), and adds to dr, dk and dv (N,), which hold zeros, the gradients that pass wkv7 by. `own` is
+   the position of the head in the sums. */
+INLINE void after_wkv7_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
+                            const mix_token *t, const void *dout, const mix_gradients *d, const mix_sums *sums,
+                            int64_t own, float *dy, float *dr, float *dk, float *dv) {
+    const mix_head h = statistics(N, x->epsilon, p->bonus + c, t);
+    float dp = 0, mean = 0, product = 0;
+#pragma omp simd reduction(+ : dp, mean, product)
+    for (int64_t j = 0; j < N; j++) {
+        const float unit = (t->y[j] - h.mean) * h.scale, dout_j = load(type, dout, at + j);
+        const float g = dout_j * load(type, x->gate, at + j);
+        store(type, d->gate, at + j, dout_j * (unit * p->weight[c + j] + p->bias[c + j] + h.p * t->v[j]));
+        sums->weight[own + j] += g * unit;
+        sums->bias[own + j] += g;
+        dp += g * t->v[j];
+        dv[j] = h.p * g;
+        dy[j] = g * p->weight[c + j];
+        mean += dy[j];
+        product += dy[j] * unit;
+    }
+    mean /= N;
+    product /= N;
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        dy[j] = h.scale * (dy[j] - mean - (t->y[j] - h.mean) * h.scale * product);
+        dr[j] = dp * t->k[j] * p->bonus[c + j];
+        dk[j] = dp * t->r[j] * p->bonus[c + j];
+        sums->bonus[own + j] += dp * t->r[j] * t->k[j];
+    }
+}
+
+/* Computes the gradients of the products (N,) from the gradients of the arguments of wkv7. dw is that of log(1 + m). */
+INLINE void before_wkv7_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
+                             const mix_token *t, const wkv7_gradients *g, const mix_gradients *d, const mix_sums *sums,
+                             int64_t own) {
+    float along = 0, dq[MOST];
+    const float inverse = *t->inverse;
+#pragma omp simd reduction(+ : along)
+    for (int64_t j = 0; j < N; j++) {
+        dq[j] = g->b[j] * t->e[j] - g->a[j];
+        along -= t->a[j] * dq[j];
+    }
+    /* The length of a shorter z is replaced by a constant. */
+    if (inverse >= 1e12f) along = 0;
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        const float key = load(type, x->k, at + j), replacement = p->replacement[c + j], e = t->e[j], w = t->w[j];
+        const float dz = (dq[j] + t->a[j] * along) * inverse, de = g->k[j] * key * replacement - g->b[j] * t->a[j];
+        const float drate = de * e * (1 - e), ddecay = g->w[j] * LEAST * w * (1 - w);
+        store(type, d->r, at + j, g->r[j]);
+        store(type, d->k, at + j, g->k[j] * (1 + (e - 1) * replacement) + dz * p->removal[c + j]);
+        store(type, d->rate, at + j, drate);
+        store(type, d->decay, at + j, ddecay);
+        sums->rate[own + j] += drate;
+        sums->decay[own + j] += ddecay;
+        sums->removal[own + j] += dz * key;
+        sums->replacement[own + j] += g->k[j] * key * (e - 1);
+    }
+    if (!x->first) {
+#pragma omp simd
+        for (int64_t j = 0; j < N; j++) store(type, d->v, at + j, g->v[j]);
+        return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        const float s = t->s[j], value = load(type, x->v, at + j);
+        const float dresidual = g->v[j] * (x->first[at + j] - value) * s * (1 - s);
+        store(type, d->v, at + j, g->v[j] * (1 - s));
+        store(type, d->residual, at + j, dresidual);
+        d->first[at + j] = g->v[j] * s;
+        sums->residual[own + j] += dresidual;
+    }
+}
+
+INLINE void mix_head_forward(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t row,
+                             int64_t head, float *S, void *out, float *starts) {
+    float numbers[TOKEN(MOST)];
+    const mix_token t = token_in(numbers, N);
+    for (int64_t i = 0; i < x->T; i++) {
+        const int64_t at = ((row * x->T + i) * x->H + head) * N;
+        if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * N * N, S, N * N * sizeof(float));
+        before_wkv7(type, N, x, p, at, head * N, &t);
+        wkv7_token(N, S, S, t.r, t.m, t.k, t.v, t.a, t.b, t.u, t.y);
+        after_wkv7(type, N, x, p, at, head * N, &t, out);
+    }
+}
+
+/* Numbers of the backward pass for a chunk of a head: S before each token and after the last, and the tokens. */
+#define MIX_SCRATCH(N) ((CHUNK + 1) * (N) * (N) + CHUNK * TOKEN(N))
+
+INLINE void mix_head_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t row,
+                          int64_t head, const float *starts, const void *dout, float *dS, const mix_gradients *d,
+                          const mix_sums *sums, float *scratch) {
+    const int64_t size = N * N, own = (row * x->H + head) * N;
+    float *states = scratch, *numbers = states + (CHUNK + 1) * size, dy[MOST], dr[MOST], dk[MOST], dv[MOST];
+    float of[6][MOST];
+    const wkv7_gradients g = {of[0], of[1], of[2], of[3], of[4], of[5]};
+    for (int64_t chunk = (x->T - 1) / CHUNK; chunk >= 0; chunk--) {
+        const int64_t first = chunk * CHUNK, count = x->T - first < CHUNK ? x->T - first : CHUNK;
+        memcpy(states, starts + chunk * size, size * sizeof(float));
+        for (int64_t i = 0; i < count; i++) {
+            const mix_token t = token_in(numbers + i * TOKEN(N), N);
+            before_wkv7(type, N, x, p, ((row * x->T + first + i) * x->H + head) * N, head * N, &t);
+            wkv7_token(N, states + i * size, states + (i + 1) * size, t.r, t.m, t.k, t.v, t.a, t.b, t.u, t.y);
+        }
+        for (int64_t i = count - 1; i >= 0; i--) {
+            const int64_t at = ((row * x->T + first + i) * x->H + head) * N;
+            const mix_token t = token_in(numbers + i * TOKEN(N), N);
+            after_wkv7_back(type, N, x, p, at, head * N, &t, dout, d, sums, own, dy, dr, dk, dv);
+            wkv7_token_back(N, states + i * size, t.r, t.m, t.k, t.v, t.a, t.b, t.u, dy, dS, g.r, g.w, g.k, g.v, g.a,
+                            g.b);
+            for (int64_t j = 0; j < N; j++) {
+                g.r[j] += dr[j];
+                g.k[j] += dk[j];
+                g.v[j] += dv[j];
+            }
+            before_wkv7_back(type, N, x, p, at, head * N, &t, &g, d, sums, own);
+        }
+    }
+}
+
+/* Computes out. state (B, H, N, N) holds S before the first token on entry, and S after the last token on return. starts
+   (B, H, chunks, N, N) is NULL if no gradients are needed. */
+void timemix_time_mix(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p, float *state, void *out,
+                      float *starts) {
+    const int64_t size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < x->B * x->H; i++) {
+        float *own = starts ? starts + i * chunks * size : NULL, *S = state + i * size;
+        if (type == FLOAT32)
+            WITH_CONSTANT(x->N, mix_head_forward(FLOAT32, M, x, p, i / x->H, i % x->H, S, out, own))
+        else WITH_CONSTANT(x->N, mix_head_forward(BFLOAT16, M, x, p, i / x->H, i % x->H, S, out, own))
+    }
+}
+
+/* Computes the gradients d of the products. dstate holds the gradient of the last S on entry, and of the first S on return.
+   The sums hold zeros on entry. scratch is (threads, MIX_SCRATCH(N)). */
+void timemix_time_mix_back(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p,
+                           const float *starts, const void *dout, float *dstate, const mix_gradients *d,
+                           const mix_sums *sums, float *scratch) {
+    const int64_t H = x->H, size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        float *work = scratch + thread * MIX_SCRATCH(x->N);
+        for (int64_t i = FIRST_TASK(x, thread); i < FIRST_TASK(x, thread + 1); i++) {
+            const float *own = starts + i * chunks * size;
+            float *dS = dstate + i * size;
+            if (type == FLOAT32)
+                WITH_CONSTANT(x->N, mix_head_back(FLOAT32, M, x, p, i / H, i % H, own, dout, dS, d, sums, work))
+            else WITH_CONSTANT(x->N, mix_head_back(BFLOAT16, M, x, p, i / H, i % H, own, dout, dS, d, sums, work))
+        }
+    }
+}
