@@ -19,6 +19,7 @@ from timemix.models.layers.token_shift import TokenShift
 from timemix.models.registry import model_config
 from timemix.models.rwkv1.time_mix import fusible
 from timemix.ops.common import fused
+from timemix.ops.common.norms import norm_shift
 
 pytestmark = pytest.mark.skipif(not fused.available(), reason="no C compiler on this machine")
 
@@ -41,8 +42,8 @@ def logits_and_gradients(config, tokens, dtype=torch.float32, precision=torch.fl
 
 def called(monkeypatch):
     """Record the names of the C kernels as they are called."""
-    names, call = [], fused._call
-    monkeypatch.setattr(fused, "_call", lambda name, *arguments: names.append(name) or call(name, *arguments))
+    names, call = [], fused.call
+    monkeypatch.setattr(fused, "call", lambda name, *arguments: names.append(name) or call(name, *arguments))
     return names
 
 
@@ -140,7 +141,7 @@ def test_norm_and_shift_of_any_size(B, T, C, fractions, scale, seed):
     # Nearly equal channels would leave few digits of their differences, here as in PyTorch.
     x = ((torch.randn(B, T, C) + 8 * (-1.0) ** torch.arange(C)) * scale).requires_grad_()
     weight, bias = leaf(C), leaf(C)
-    y = fused.norm_shift(x, weight, bias, 1e-5, shift.edges, torch.float32)
+    y = norm_shift(x, weight, bias, 1e-5, shift.edges, torch.float32)
     wide = [each.detach().double().requires_grad_() for each in (x, weight, bias)]
     expected, _ = shift(F.layer_norm(wide[0], (C,), *wide[1:], eps=1e-5))
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
@@ -229,7 +230,7 @@ def fused_parts(tokens):
     B, T, C, heads = *tokens.shape, 48, 4
     x, weight, bias, kvr, kvr_bias = leaf(B, T, C), leaf(C), leaf(C), leaf(B, T, 3 * C), leaf(3 * C)
     alpha, beta, gamma = leaf(heads, T), leaf(heads, T), leaf(T)
-    normed = fused.norm_shift(x, weight, bias, 1e-5, (0, 20, 30), torch.float32)
+    normed = norm_shift(x, weight, bias, 1e-5, (0, 20, 30), torch.float32)
     source, total, gate = fused.weigh(kvr, kvr_bias, alpha, heads)
     y = fused.divide(source, total, gate, beta).flatten(2) + normed
     hidden, gate = fused.gates(kvr, kvr_bias, C, "mish")

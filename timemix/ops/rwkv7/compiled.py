@@ -40,6 +40,15 @@ def hindrance(x: Tensor) -> str | None:
     return None if code else reason
 
 
+def compiles() -> bool:
+    """Return whether the C code can be compiled and loaded.
+
+    Returns:
+        False if there is no C compiler, or compiling or loading failed.
+    """
+    return _library()[0] is not None
+
+
 def compiled_wkv7(
     r: Tensor,
     w: Tensor,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timemix.ops.rwkv7.compiled import CHUNK, call, scratch_size
+from timemix.ops.common import fused
+from timemix.ops.rwkv7.compiled import CHUNK, MOST, call, compiles, scratch_size
 
 
 class Products(NamedTuple):
@@ -41,6 +42,19 @@ class Vectors(NamedTuple):
     bonus: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
+
+
+def supports(x: Tensor, head_size: int) -> bool:
+    """Return whether to use `time_mix` in a model.
+
+    Args:
+        x: A product (B, T, C).
+        head_size: Number N of channels of a head.
+
+    Returns:
+        False if the C code does not support the product or is slower than PyTorch.
+    """
+    return head_size <= MOST and fused.serves(x) and compiles()
 
 
 def time_mix(
