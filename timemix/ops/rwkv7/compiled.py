@@ -112,29 +112,34 @@ def call(name: str, *arguments: Any) -> None:
     getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
 
 
-def scratch_size(N: int, per_token: int) -> int:
-    """Return the number of float32 numbers that a thread needs for the backward pass of a chunk.
+def starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Allocate memory for the C code.
 
     Args:
-        N: Head size.
-        per_token: Number of arrays (N,) that the C code stores for each token.
+        state: State (B, H, N, N), float32.
+        tokens: Number T of tokens.
 
     Returns:
-        SCRATCH(N) of wkv7.c or MIX_SCRATCH(N) of time_mix.c.
+        The state before every `CHUNK` tokens, to be stored for the backward pass, and memory for each thread, as
+        SCRATCH in wkv7.c.
     """
-    return (CHUNK + 1) * N * N + per_token * CHUNK * N
+    B, H, N, _ = state.shape
+    padded = -(-N // 16) * 16
+    starts = state.new_empty(B, H, -(-tokens // CHUNK), N, padded)
+    scratch = state.new_empty(torch.get_num_threads(), (12 * CHUNK + 12 + (CHUNK + 2) * N) * padded)
+    return starts, scratch
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, resets: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         resets = None if resets is None else resets.contiguous()
-        B, T, H, N = inputs[0].shape
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
-        starts = end.new_empty(B, H, -(-T // CHUNK), N, N) if any(ctx.needs_input_grad) else None
-        call("timemix_wkv7", _inputs(inputs, resets), end, y, starts)
-        ctx.save_for_backward(*inputs, starts, resets)
+        starts, scratch = starts_and_scratch(end, y.shape[1])
+        kept = starts if any(ctx.needs_input_grad) else None
+        call("timemix_wkv7", _inputs(inputs, resets), end, y, kept, scratch)
+        ctx.save_for_backward(*inputs, kept, resets)
         return y, end
 
     @staticmethod
@@ -143,7 +148,7 @@ class _Compiled(torch.autograd.Function):
         *inputs, starts, resets = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        scratch = d_state.new_empty(torch.get_num_threads(), scratch_size(inputs[0].shape[-1], per_token=2))
+        _, scratch = starts_and_scratch(d_state, 0)
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
         call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)

@@ -48,16 +48,14 @@ typedef struct {
     float *decay, *rate, *residual, *removal, *replacement, *bonus, *weight, *bias;
 } mix_sums;
 
-/* Numbers of a token and a head: w = sigmoid(decay), and a = -q. Each array is (N,), but inverse is one number 1 / |z|. */
+/* Numbers of a token and a head: those of wkv7 with a = -q, and w = sigmoid(decay). inverse is one number 1 / |z|. */
 typedef struct {
-    float *r, *m, *k, *v, *a, *b, *w, *e, *s, *u, *y, *inverse;
+    wkv7_token of;
+    float *w, *e, *s, *inverse;
 } mix_token;
 
-#define TOKEN(N) (12 * (N))
-
-INLINE mix_token token_in(float *x, int64_t N) {
-    return (mix_token){x,         x + N,     x + 2 * N, x + 3 * N, x + 4 * N,  x + 5 * N,
-                       x + 6 * N, x + 7 * N, x + 8 * N, x + 9 * N, x + 10 * N, x + 11 * N};
+INLINE mix_token mix_token_of(wkv7_scratch *s) {
+    return (mix_token){token_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
 /* Computes the arguments of wkv7. The head starts at `at` in the products, and at c in the vectors. */
@@ -67,27 +65,27 @@ INLINE void before_wkv7(enum type type, int64_t N, const mix_inputs *x, const mi
 #pragma omp simd reduction(+ : square)
     for (int64_t j = 0; j < N; j++) {
         const float key = load(type, x->k, at + j), z = key * p->removal[c + j];
-        t->r[j] = load(type, x->r, at + j);
-        t->v[j] = load(type, x->v, at + j);
+        t->of.r[j] = load(type, x->r, at + j);
+        t->of.v[j] = load(type, x->v, at + j);
         t->w[j] = sigmoid_series(load(type, x->decay, at + j) + p->decay[c + j]);
         t->e[j] = sigmoid_series(load(type, x->rate, at + j) + p->rate[c + j]);
-        t->m[j] = expm1_series(LEAST * t->w[j]);
-        t->k[j] = key * (1 + (t->e[j] - 1) * p->replacement[c + j]);
-        t->a[j] = -z;
+        t->of.m[j] = expm1_series(LEAST * t->w[j]);
+        t->of.k[j] = key * (1 + (t->e[j] - 1) * p->replacement[c + j]);
+        t->of.a[j] = -z;
         square += z * z;
     }
     const float length = sqrtf(square), inverse = 1 / (length < 1e-12f ? 1e-12f : length);
     *t->inverse = inverse;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        t->a[j] *= inverse;
-        t->b[j] = -t->a[j] * t->e[j];
+        t->of.a[j] *= inverse;
+        t->of.b[j] = -t->of.a[j] * t->e[j];
     }
     if (!x->first) return;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
         t->s[j] = sigmoid_series(load(type, x->residual, at + j) + p->residual[c + j]);
-        t->v[j] += (x->first[at + j] - t->v[j]) * t->s[j];
+        t->of.v[j] += (x->first[at + j] - t->of.v[j]) * t->s[j];
     }
 }
 
@@ -100,12 +98,12 @@ INLINE mix_head statistics(int64_t N, float epsilon, const float *bonus, const m
     float sum = 0, variance = 0, p = 0;
 #pragma omp simd reduction(+ : sum, p)
     for (int64_t j = 0; j < N; j++) {
-        sum += t->y[j];
-        p += t->r[j] * t->k[j] * bonus[j];
+        sum += t->of.y[j];
+        p += t->of.r[j] * t->of.k[j] * bonus[j];
     }
     const float mean = sum / N;
 #pragma omp simd reduction(+ : variance)
-    for (int64_t j = 0; j < N; j++) variance += (t->y[j] - mean) * (t->y[j] - mean);
+    for (int64_t j = 0; j < N; j++) variance += (t->of.y[j] - mean) * (t->of.y[j] - mean);
     return (mix_head){mean, 1 / sqrtf(variance / N + epsilon), p};
 }
 
@@ -115,8 +113,8 @@ INLINE void after_wkv7(enum type type, int64_t N, const mix_inputs *x, const mix
     const mix_head h = statistics(N, x->epsilon, p->bonus + c, t);
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        const float unit = (t->y[j] - h.mean) * h.scale, normed = unit * p->weight[c + j] + p->bias[c + j];
-        store(type, out, at + j, (normed + h.p * t->v[j]) * load(type, x->gate, at + j));
+        const float unit = (t->of.y[j] - h.mean) * h.scale, normed = unit * p->weight[c + j] + p->bias[c + j];
+        store(type, out, at + j, (normed + h.p * t->of.v[j]) * load(type, x->gate, at + j));
     }
 }
 
@@ -129,12 +127,12 @@ INLINE void after_wkv7_back(enum type type, int64_t N, const mix_inputs *x, cons
     float dp = 0, mean = 0, product = 0;
 #pragma omp simd reduction(+ : dp, mean, product)
     for (int64_t j = 0; j < N; j++) {
-        const float unit = (t->y[j] - h.mean) * h.scale, dout_j = load(type, dout, at + j);
+        const float unit = (t->of.y[j] - h.mean) * h.scale, dout_j = load(type, dout, at + j);
         const float g = dout_j * load(type, x->gate, at + j);
-        store(type, d->gate, at + j, dout_j * (unit * p->weight[c + j] + p->bias[c + j] + h.p * t->v[j]));
+        store(type, d->gate, at + j, dout_j * (unit * p->weight[c + j] + p->bias[c + j] + h.p * t->of.v[j]));
         sums->weight[own + j] += g * unit;
         sums->bias[own + j] += g;
-        dp += g * t->v[j];
+        dp += g * t->of.v[j];
         dv[j] = h.p * g;
         dy[j] = g * p->weight[c + j];
         mean += dy[j];
@@ -144,10 +142,10 @@ INLINE void after_wkv7_back(enum type type, int64_t N, const mix_inputs *x, cons
     product /= N;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        dy[j] = h.scale * (dy[j] - mean - (t->y[j] - h.mean) * h.scale * product);
-        dr[j] = dp * t->k[j] * p->bonus[c + j];
-        dk[j] = dp * t->r[j] * p->bonus[c + j];
-        sums->bonus[own + j] += dp * t->r[j] * t->k[j];
+        dy[j] = h.scale * (dy[j] - mean - (t->of.y[j] - h.mean) * h.scale * product);
+        dr[j] = dp * t->of.k[j] * p->bonus[c + j];
+        dk[j] = dp * t->of.r[j] * p->bonus[c + j];
+        sums->bonus[own + j] += dp * t->of.r[j] * t->of.k[j];
     }
 }
 
@@ -160,14 +158,14 @@ INLINE void before_wkv7_back(enum type type, int64_t N, const mix_inputs *x, con
 #pragma omp simd reduction(+ : along)
     for (int64_t j = 0; j < N; j++) {
         dq[j] = g->b[j] * t->e[j] - g->a[j];
-        along -= t->a[j] * dq[j];
+        along -= t->of.a[j] * dq[j];
     }
     /* The length of a shorter z is replaced by a constant. */
     if (inverse >= 1e12f) along = 0;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
         const float key = load(type, x->k, at + j), replacement = p->replacement[c + j], e = t->e[j], w = t->w[j];
-        const float dz = (dq[j] + t->a[j] * along) * inverse, de = g->k[j] * key * replacement - g->b[j] * t->a[j];
+        const float dz = (dq[j] + t->of.a[j] * along) * inverse, de = g->k[j] * key * replacement - g->b[j] * t->of.a[j];
         const float drate = de * e * (1 - e), ddecay = g->w[j] * LEAST * w * (1 - w);
         store(type, d->r, at + j, g->r[j]);
         store(type, d->k, at + j, g->k[j] * (1 + (e - 1) * replacement) + dz * p->removal[c + j]);
@@ -194,82 +192,86 @@ INLINE void before_wkv7_back(enum type type, int64_t N, const mix_inputs *x, con
     }
 }
 
-INLINE void mix_head_forward(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t row,
-                             int64_t head, float *S, void *out, float *starts) {
-    float numbers[TOKEN(MOST)];
-    const mix_token t = token_in(numbers, N);
+INLINE void mix_head_forward(const int K, enum type type, const mix_inputs *x, const mix_vectors *p, int64_t row,
+                             int64_t head, float *state, void *out, float *starts, float *memory) {
+    const int64_t N = x->N, size = N * PADDED(N);
+    wkv7_scratch scratch = scratch_of(N, memory);
+    const mix_token t = mix_token_of(&scratch);
+    float *S = scratch.states;
+    transpose_in(N, state, S);
     for (int64_t i = 0; i < x->T; i++) {
         const int64_t at = ((row * x->T + i) * x->H + head) * N;
-        if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * N * N, S, N * N * sizeof(float));
+        if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
         before_wkv7(type, N, x, p, at, head * N, &t);
-        wkv7_token(N, S, S, t.r, t.m, t.k, t.v, t.a, t.b, t.u, t.y);
+        wkv7_step(K, N, S, S, &t.of);
         after_wkv7(type, N, x, p, at, head * N, &t, out);
     }
+    transpose_out(N, S, state);
 }
 
-/* Numbers of the backward pass for a chunk of a head: S before each token and after the last, and the tokens. */
-#define MIX_SCRATCH(N) ((CHUNK + 1) * (N) * (N) + CHUNK * TOKEN(N))
-
-INLINE void mix_head_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t row,
-                          int64_t head, const float *starts, const void *dout, float *dS, const mix_gradients *d,
-                          const mix_sums *sums, float *scratch) {
-    const int64_t size = N * N, own = (row * x->H + head) * N;
-    float *states = scratch, *numbers = states + (CHUNK + 1) * size, dy[MOST], dr[MOST], dk[MOST], dv[MOST];
-    float of[6][MOST];
-    const wkv7_gradients g = {of[0], of[1], of[2], of[3], of[4], of[5]};
-    for (int64_t chunk = (x->T - 1) / CHUNK; chunk >= 0; chunk--) {
+INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, const mix_vectors *p, int64_t row,
+                          int64_t head, const float *starts, const void *dout, float *dstate, const mix_gradients *d,
+                          const mix_sums *sums, float *memory) {
+    const int64_t N = x->N, size = N * PADDED(N), own = (row * x->H + head) * N;
+    wkv7_scratch scratch = scratch_of(N, memory);
+    mix_token tokens[CHUNK];
+    for (int64_t i = 0; i < CHUNK; i++) tokens[i] = mix_token_of(&scratch);
+    const wkv7_gradients g = gradients_of(&scratch);
+    float *states = scratch.states, *dS = scratch.dS;
+    float *dy = array_of(&scratch), *dr = array_of(&scratch), *dk = array_of(&scratch), *dv = array_of(&scratch);
+    transpose_in(N, dstate, dS);
+    for (int64_t chunk = CHUNKS(x) - 1; chunk >= 0; chunk--) {
         const int64_t first = chunk * CHUNK, count = x->T - first < CHUNK ? x->T - first : CHUNK;
         memcpy(states, starts + chunk * size, size * sizeof(float));
         for (int64_t i = 0; i < count; i++) {
-            const mix_token t = token_in(numbers + i * TOKEN(N), N);
-            before_wkv7(type, N, x, p, ((row * x->T + first + i) * x->H + head) * N, head * N, &t);
-            wkv7_token(N, states + i * size, states + (i + 1) * size, t.r, t.m, t.k, t.v, t.a, t.b, t.u, t.y);
+            before_wkv7(type, N, x, p, ((row * x->T + first + i) * x->H + head) * N, head * N, tokens + i);
+            wkv7_step(K, N, states + i * size, states + (i + 1) * size, &tokens[i].of);
         }
         for (int64_t i = count - 1; i >= 0; i--) {
             const int64_t at = ((row * x->T + first + i) * x->H + head) * N;
-            const mix_token t = token_in(numbers + i * TOKEN(N), N);
-            after_wkv7_back(type, N, x, p, at, head * N, &t, dout, d, sums, own, dy, dr, dk, dv);
-            wkv7_token_back(N, states + i * size, t.r, t.m, t.k, t.v, t.a, t.b, t.u, dy, dS, g.r, g.w, g.k, g.v, g.a,
-                            g.b);
+            after_wkv7_back(type, N, x, p, at, head * N, tokens + i, dout, d, sums, own, dy, dr, dk, dv);
+            wkv7_step_back(K, N, states + i * size, &tokens[i].of, dy, dS, &g);
+#pragma omp simd
             for (int64_t j = 0; j < N; j++) {
                 g.r[j] += dr[j];
                 g.k[j] += dk[j];
                 g.v[j] += dv[j];
             }
-            before_wkv7_back(type, N, x, p, at, head * N, &t, &g, d, sums, own);
+            before_wkv7_back(type, N, x, p, at, head * N, tokens + i, &g, d, sums, own);
         }
     }
+    transpose_out(N, dS, dstate);
 }
 
 /* Computes out. state (B, H, N, N) holds S before the first token on entry, and S after the last token on return. starts
-   (B, H, chunks, N, N) is NULL if no gradients are needed. */
+   (B, H, chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
 void timemix_time_mix(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p, float *state, void *out,
-                      float *starts) {
-    const int64_t size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+                      float *starts, float *scratch) {
+    const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < x->B * x->H; i++) {
-        float *own = starts ? starts + i * chunks * size : NULL, *S = state + i * size;
-        if (type == FLOAT32)
-            WITH_CONSTANT(x->N, mix_head_forward(FLOAT32, M, x, p, i / x->H, i % x->H, S, out, own))
-        else WITH_CONSTANT(x->N, mix_head_forward(BFLOAT16, M, x, p, i / x->H, i % x->H, S, out, own))
-    }
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t i = FIRST_TASK(x, thread); i < FIRST_TASK(x, thread + 1); i++) {
+            float *own = starts ? starts + i * stored : NULL, *S = state + i * size;
+            float *memory = scratch + thread * SCRATCH(x->N);
+            if (type == FLOAT32)
+                WITH_CONSTANT(x->N, mix_head_forward(K, FLOAT32, x, p, i / H, i % H, S, out, own, memory))
+            else WITH_CONSTANT(x->N, mix_head_forward(K, BFLOAT16, x, p, i / H, i % H, S, out, own, memory))
+        }
 }
 
 /* Computes the gradients d of the products. dstate holds the gradient of the last S on entry, and of the first S on return.
-   The sums hold zeros on entry. scratch is (threads, MIX_SCRATCH(N)). */
+   The sums hold zeros on entry. */
 void timemix_time_mix_back(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p,
                            const float *starts, const void *dout, float *dstate, const mix_gradients *d,
                            const mix_sums *sums, float *scratch) {
-    const int64_t H = x->H, size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+    const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        float *work = scratch + thread * MIX_SCRATCH(x->N);
+    for (int64_t thread = 0; thread < threads; thread++)
         for (int64_t i = FIRST_TASK(x, thread); i < FIRST_TASK(x, thread + 1); i++) {
-            const float *own = starts + i * chunks * size;
-            float *dS = dstate + i * size;
+            const float *own = starts + i * stored;
+            float *dS = dstate + i * size, *memory = scratch + thread * SCRATCH(x->N);
             if (type == FLOAT32)
-                WITH_CONSTANT(x->N, mix_head_back(FLOAT32, M, x, p, i / H, i % H, own, dout, dS, d, sums, work))
-            else WITH_CONSTANT(x->N, mix_head_back(BFLOAT16, M, x, p, i / H, i % H, own, dout, dS, d, sums, work))
+                WITH_CONSTANT(x->N, mix_head_back(K, FLOAT32, x, p, i / H, i % H, own, dout, dS, d, sums, memory))
+            else WITH_CONSTANT(x->N, mix_head_back(K, BFLOAT16, x, p, i / H, i % H, own, dout, dS, d, sums, memory))
         }
-    }
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timemix.ops.common import fused
-from timemix.ops.rwkv7.compiled import CHUNK, MOST, call, compiles, scratch_size
+from timemix.ops.rwkv7.compiled import MOST, call, compiles, starts_and_scratch
 
 
 class Products(NamedTuple):
@@ -62,7 +62,7 @@ def time_mix(
 ) -> tuple[Tensor, Tensor]:
     """Compute the input of the output product of a time-mix.
 
-    Stored for the backward pass are the arguments, and the state before every `CHUNK` tokens.
+    Stored for the backward pass are the arguments, and the state before every 16 tokens.
 
     Args:
         products: Outputs of the matrix products (B, T, C).
@@ -117,14 +117,14 @@ class _TimeMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, state: Tensor, first: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
-        B, H, N, _ = state.shape
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(products.key), state.clone(memory_format=torch.contiguous_format)
-        starts = end.new_empty(B, H, -(-y.shape[1] // CHUNK), N, N) if any(ctx.needs_input_grad) else None
+        starts, scratch = starts_and_scratch(end, y.shape[1])
+        kept = starts if any(ctx.needs_input_grad) else None
         given = _inputs(eps, end, first, products), _Vectors(*_addresses(*vectors))
-        call("timemix_time_mix", _type(y), *given, end, y, starts)
+        call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
         ctx.eps = eps
-        ctx.save_for_backward(first, *tensors, starts)
+        ctx.save_for_backward(first, *tensors, kept)
         return y, end
 
     @staticmethod
@@ -132,12 +132,11 @@ class _TimeMix(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         first, *tensors, starts = ctx.saved_tensors
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
-        B, threads = len(dy), torch.get_num_threads()
         gradients = [None if x is None else torch.empty_like(x) for x in (*products, first)]
         # Sums over the tokens of each sequence: (B, C)
-        sums = [None if x is None else x.new_zeros(B, len(x)) for x in vectors]
+        sums = [None if x is None else x.new_zeros(len(dy), len(x)) for x in vectors]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        scratch = d_state.new_empty(threads, scratch_size(d_state.shape[-1], per_token=12))
+        _, scratch = starts_and_scratch(d_state, 0)
         given = _inputs(ctx.eps, d_state, first, products), _Vectors(*_addresses(*vectors))
         found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
         call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
