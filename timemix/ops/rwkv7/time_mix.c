@@ -59,33 +59,33 @@ INLINE mix_token mix_token_of(wkv7_scratch *s) {
 }
 
 /* Computes the arguments of wkv7. The head starts at `at` in the products, and at c in the vectors. */
-INLINE void before_wkv7(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
-                        const mix_token *t) {
+INLINE void before_wkv7(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
+                        mix_token t) {
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t j = 0; j < N; j++) {
-        const float key = load(type, x->k, at + j), z = key * p->removal[c + j];
-        t->of.r[j] = load(type, x->r, at + j);
-        t->of.v[j] = load(type, x->v, at + j);
-        t->w[j] = sigmoid_series(load(type, x->decay, at + j) + p->decay[c + j]);
-        t->e[j] = sigmoid_series(load(type, x->rate, at + j) + p->rate[c + j]);
-        t->of.m[j] = expm1_series(LEAST * t->w[j]);
-        t->of.k[j] = key * (1 + (t->e[j] - 1) * p->replacement[c + j]);
-        t->of.a[j] = -z;
+        const float key = load(type, x.k, at + j), z = key * p.removal[c + j];
+        t.of.r[j] = load(type, x.r, at + j);
+        t.of.v[j] = load(type, x.v, at + j);
+        t.w[j] = sigmoid_series(load(type, x.decay, at + j) + p.decay[c + j]);
+        t.e[j] = sigmoid_series(load(type, x.rate, at + j) + p.rate[c + j]);
+        t.of.m[j] = expm1_series(LEAST * t.w[j]);
+        t.of.k[j] = key * (1 + (t.e[j] - 1) * p.replacement[c + j]);
+        t.of.a[j] = -z;
         square += z * z;
     }
     const float length = sqrtf(square), inverse = 1 / (length < 1e-12f ? 1e-12f : length);
-    *t->inverse = inverse;
+    *t.inverse = inverse;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        t->of.a[j] *= inverse;
-        t->of.b[j] = -t->of.a[j] * t->e[j];
+        t.of.a[j] *= inverse;
+        t.of.b[j] = -t.of.a[j] * t.e[j];
     }
-    if (!x->first) return;
+    if (!x.first) return;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        t->s[j] = sigmoid_series(load(type, x->residual, at + j) + p->residual[c + j]);
-        t->of.v[j] += (x->first[at + j] - t->of.v[j]) * t->s[j];
+        t.s[j] = sigmoid_series(load(type, x.residual, at + j) + p.residual[c + j]);
+        t.of.v[j] += (x.first[at + j] - t.of.v[j]) * t.s[j];
     }
 }
 
@@ -94,47 +94,47 @@ typedef struct {
     float mean, scale, p;
 } mix_head;
 
-INLINE mix_head statistics(int64_t N, float epsilon, const float *bonus, const mix_token *t) {
+INLINE mix_head statistics(int64_t N, float epsilon, const float *bonus, mix_token t) {
     float sum = 0, variance = 0, p = 0;
 #pragma omp simd reduction(+ : sum, p)
     for (int64_t j = 0; j < N; j++) {
-        sum += t->of.y[j];
-        p += t->of.r[j] * t->of.k[j] * bonus[j];
+        sum += t.of.y[j];
+        p += t.of.r[j] * t.of.k[j] * bonus[j];
     }
     const float mean = sum / N;
 #pragma omp simd reduction(+ : variance)
-    for (int64_t j = 0; j < N; j++) variance += (t->of.y[j] - mean) * (t->of.y[j] - mean);
+    for (int64_t j = 0; j < N; j++) variance += (t.of.y[j] - mean) * (t.of.y[j] - mean);
     return (mix_head){mean, 1 / sqrtf(variance / N + epsilon), p};
 }
 
 /* Computes out (N,) from y. */
-INLINE void after_wkv7(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
-                       const mix_token *t, void *out) {
-    const mix_head h = statistics(N, x->epsilon, p->bonus + c, t);
+INLINE void after_wkv7(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
+                       mix_token t, void *out) {
+    const mix_head h = statistics(N, x.epsilon, p.bonus + c, t);
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        const float unit = (t->of.y[j] - h.mean) * h.scale, normed = unit * p->weight[c + j] + p->bias[c + j];
-        store(type, out, at + j, (normed + h.p * t->of.v[j]) * load(type, x->gate, at + j));
+        const float unit = (t.of.y[j] - h.mean) * h.scale, normed = unit * p.weight[c + j] + p.bias[c + j];
+        store(type, out, at + j, (normed + h.p * t.of.v[j]) * load(type, x.gate, at + j));
     }
 }
 
 /* Computes dgate and dy (N,), and adds to dr, dk and dv (N,), which hold zeros, the gradients that pass wkv7 by. `own` is
    the position of the head in the sums. */
-INLINE void after_wkv7_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
-                            const mix_token *t, const void *dout, const mix_gradients *d, const mix_sums *sums,
+INLINE void after_wkv7_back(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
+                            mix_token t, const void *dout, mix_gradients d, mix_sums sums,
                             int64_t own, float *dy, float *dr, float *dk, float *dv) {
-    const mix_head h = statistics(N, x->epsilon, p->bonus + c, t);
+    const mix_head h = statistics(N, x.epsilon, p.bonus + c, t);
     float dp = 0, mean = 0, product = 0;
 #pragma omp simd reduction(+ : dp, mean, product)
     for (int64_t j = 0; j < N; j++) {
-        const float unit = (t->of.y[j] - h.mean) * h.scale, dout_j = load(type, dout, at + j);
-        const float g = dout_j * load(type, x->gate, at + j);
-        store(type, d->gate, at + j, dout_j * (unit * p->weight[c + j] + p->bias[c + j] + h.p * t->of.v[j]));
-        sums->weight[own + j] += g * unit;
-        sums->bias[own + j] += g;
-        dp += g * t->of.v[j];
+        const float unit = (t.of.y[j] - h.mean) * h.scale, dout_j = load(type, dout, at + j);
+        const float g = dout_j * load(type, x.gate, at + j);
+        store(type, d.gate, at + j, dout_j * (unit * p.weight[c + j] + p.bias[c + j] + h.p * t.of.v[j]));
+        sums.weight[own + j] += g * unit;
+        sums.bias[own + j] += g;
+        dp += g * t.of.v[j];
         dv[j] = h.p * g;
-        dy[j] = g * p->weight[c + j];
+        dy[j] = g * p.weight[c + j];
         mean += dy[j];
         product += dy[j] * unit;
     }
@@ -142,53 +142,53 @@ INLINE void after_wkv7_back(enum type type, int64_t N, const mix_inputs *x, cons
     product /= N;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        dy[j] = h.scale * (dy[j] - mean - (t->of.y[j] - h.mean) * h.scale * product);
-        dr[j] = dp * t->of.k[j] * p->bonus[c + j];
-        dk[j] = dp * t->of.r[j] * p->bonus[c + j];
-        sums->bonus[own + j] += dp * t->of.r[j] * t->of.k[j];
+        dy[j] = h.scale * (dy[j] - mean - (t.of.y[j] - h.mean) * h.scale * product);
+        dr[j] = dp * t.of.k[j] * p.bonus[c + j];
+        dk[j] = dp * t.of.r[j] * p.bonus[c + j];
+        sums.bonus[own + j] += dp * t.of.r[j] * t.of.k[j];
     }
 }
 
 /* Computes the gradients of the products (N,) from the gradients of the arguments of wkv7. dw is that of log(1 + m). */
-INLINE void before_wkv7_back(enum type type, int64_t N, const mix_inputs *x, const mix_vectors *p, int64_t at, int64_t c,
-                             const mix_token *t, const wkv7_gradients *g, const mix_gradients *d, const mix_sums *sums,
+INLINE void before_wkv7_back(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
+                             mix_token t, wkv7_gradients g, mix_gradients d, mix_sums sums,
                              int64_t own) {
     float along = 0, dq[MOST];
-    const float inverse = *t->inverse;
+    const float inverse = *t.inverse;
 #pragma omp simd reduction(+ : along)
     for (int64_t j = 0; j < N; j++) {
-        dq[j] = g->b[j] * t->e[j] - g->a[j];
-        along -= t->of.a[j] * dq[j];
+        dq[j] = g.b[j] * t.e[j] - g.a[j];
+        along -= t.of.a[j] * dq[j];
     }
     /* The length of a shorter z is replaced by a constant. */
     if (inverse >= 1e12f) along = 0;
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        const float key = load(type, x->k, at + j), replacement = p->replacement[c + j], e = t->e[j], w = t->w[j];
-        const float dz = (dq[j] + t->of.a[j] * along) * inverse, de = g->k[j] * key * replacement - g->b[j] * t->of.a[j];
-        const float drate = de * e * (1 - e), ddecay = g->w[j] * LEAST * w * (1 - w);
-        store(type, d->r, at + j, g->r[j]);
-        store(type, d->k, at + j, g->k[j] * (1 + (e - 1) * replacement) + dz * p->removal[c + j]);
-        store(type, d->rate, at + j, drate);
-        store(type, d->decay, at + j, ddecay);
-        sums->rate[own + j] += drate;
-        sums->decay[own + j] += ddecay;
-        sums->removal[own + j] += dz * key;
-        sums->replacement[own + j] += g->k[j] * key * (e - 1);
+        const float key = load(type, x.k, at + j), replacement = p.replacement[c + j], e = t.e[j], w = t.w[j];
+        const float dz = (dq[j] + t.of.a[j] * along) * inverse, de = g.k[j] * key * replacement - g.b[j] * t.of.a[j];
+        const float drate = de * e * (1 - e), ddecay = g.w[j] * LEAST * w * (1 - w);
+        store(type, d.r, at + j, g.r[j]);
+        store(type, d.k, at + j, g.k[j] * (1 + (e - 1) * replacement) + dz * p.removal[c + j]);
+        store(type, d.rate, at + j, drate);
+        store(type, d.decay, at + j, ddecay);
+        sums.rate[own + j] += drate;
+        sums.decay[own + j] += ddecay;
+        sums.removal[own + j] += dz * key;
+        sums.replacement[own + j] += g.k[j] * key * (e - 1);
     }
-    if (!x->first) {
+    if (!x.first) {
 #pragma omp simd
-        for (int64_t j = 0; j < N; j++) store(type, d->v, at + j, g->v[j]);
+        for (int64_t j = 0; j < N; j++) store(type, d.v, at + j, g.v[j]);
         return;
     }
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        const float s = t->s[j], value = load(type, x->v, at + j);
-        const float dresidual = g->v[j] * (x->first[at + j] - value) * s * (1 - s);
-        store(type, d->v, at + j, g->v[j] * (1 - s));
-        store(type, d->residual, at + j, dresidual);
-        d->first[at + j] = g->v[j] * s;
-        sums->residual[own + j] += dresidual;
+        const float s = t.s[j], value = load(type, x.v, at + j);
+        const float dresidual = g.v[j] * (x.first[at + j] - value) * s * (1 - s);
+        store(type, d.v, at + j, g.v[j] * (1 - s));
+        store(type, d.residual, at + j, dresidual);
+        d.first[at + j] = g.v[j] * s;
+        sums.residual[own + j] += dresidual;
     }
 }
 
@@ -202,9 +202,9 @@ INLINE void mix_head_forward(const int K, enum type type, const mix_inputs *x, c
     for (int64_t i = 0; i < x->T; i++) {
         const int64_t at = ((row * x->T + i) * x->H + head) * N;
         if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
-        before_wkv7(type, N, x, p, at, head * N, &t);
-        wkv7_step(K, N, S, S, &t.of);
-        after_wkv7(type, N, x, p, at, head * N, &t, out);
+        before_wkv7(type, N, *x, *p, at, head * N, t);
+        wkv7_step(K, N, S, S, t.of);
+        after_wkv7(type, N, *x, *p, at, head * N, t, out);
     }
     transpose_out(N, S, state);
 }
@@ -224,20 +224,20 @@ INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, cons
         const int64_t first = chunk * CHUNK, count = x->T - first < CHUNK ? x->T - first : CHUNK;
         memcpy(states, starts + chunk * size, size * sizeof(float));
         for (int64_t i = 0; i < count; i++) {
-            before_wkv7(type, N, x, p, ((row * x->T + first + i) * x->H + head) * N, head * N, tokens + i);
-            wkv7_step(K, N, states + i * size, states + (i + 1) * size, &tokens[i].of);
+            before_wkv7(type, N, *x, *p, ((row * x->T + first + i) * x->H + head) * N, head * N, tokens[i]);
+            wkv7_step(K, N, states + i * size, states + (i + 1) * size, tokens[i].of);
         }
         for (int64_t i = count - 1; i >= 0; i--) {
             const int64_t at = ((row * x->T + first + i) * x->H + head) * N;
-            after_wkv7_back(type, N, x, p, at, head * N, tokens + i, dout, d, sums, own, dy, dr, dk, dv);
-            wkv7_step_back(K, N, states + i * size, &tokens[i].of, dy, dS, &g);
+            after_wkv7_back(type, N, *x, *p, at, head * N, tokens[i], dout, *d, *sums, own, dy, dr, dk, dv);
+            wkv7_step_back(K, N, states + i * size, tokens[i].of, dy, dS, g);
 #pragma omp simd
             for (int64_t j = 0; j < N; j++) {
                 g.r[j] += dr[j];
                 g.k[j] += dk[j];
                 g.v[j] += dv[j];
             }
-            before_wkv7_back(type, N, x, p, at, head * N, tokens + i, &g, d, sums, own);
+            before_wkv7_back(type, N, *x, *p, at, head * N, tokens[i], g, *d, *sums, own);
         }
     }
     transpose_out(N, dS, dstate);

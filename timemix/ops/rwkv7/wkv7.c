@@ -34,7 +34,9 @@
 /* Most vectors of values for which the sums of a token are in registers. */
 #define BLOCK (64 / WIDTH)
 
-/* Numbers of one token and one head: m = exp(w) - 1 and the other arguments, u, and y. Each array is (P,), and is zero from
+/* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.
+
+   Numbers of one token and one head: m = exp(w) - 1 and the other arguments, u, and y. Each array is (P,), and is zero from
    N on. */
 typedef struct {
     float *r, *m, *k, *v, *a, *b, *u, *y;
@@ -46,34 +48,34 @@ typedef struct {
 } wkv7_gradients;
 
 /* One token: computes next = S' (which may be the array S), u and y. K vectors of values are computed together. */
-INLINE void wkv7_step(const int K, int64_t N, const float *S, float *next, const wkv7_token *t) {
+INLINE void wkv7_step(const int K, int64_t N, const float *S, float *next, wkv7_token t) {
     const int64_t P = PADDED(N);
     for (int64_t first = 0; first < P; first += K * WIDTH) {
         vec u[BLOCK], y[BLOCK], v[BLOCK];
         for (int n = 0; n < K; n++) {
             u[n] = y[n] = (vec){0};
-            v[n] = vector_at(t->v + first + n * WIDTH);
+            v[n] = vector_at(t.v + first + n * WIDTH);
         }
         for (int64_t j = 0; j < N; j++)
-            for (int n = 0; n < K; n++) u[n] += vector_at(S + j * P + first + n * WIDTH) * t->a[j];
+            for (int n = 0; n < K; n++) u[n] += vector_at(S + j * P + first + n * WIDTH) * t.a[j];
         for (int64_t j = 0; j < N; j++)
             for (int n = 0; n < K; n++) {
                 const int64_t at = j * P + first + n * WIDTH;
-                const vec s = vector_at(S + at), new = s + (s * t->m[j] + (u[n] * t->b[j] + v[n] * t->k[j]));
+                const vec s = vector_at(S + at), new = s + (s * t.m[j] + (u[n] * t.b[j] + v[n] * t.k[j]));
                 put_vector(next + at, new);
-                y[n] += new * t->r[j];
+                y[n] += new * t.r[j];
             }
         for (int n = 0; n < K; n++) {
-            put_vector(t->u + first + n * WIDTH, u[n]);
-            put_vector(t->y + first + n * WIDTH, y[n]);
+            put_vector(t.u + first + n * WIDTH, u[n]);
+            put_vector(t.y + first + n * WIDTH, y[n]);
         }
     }
 }
 
-/* The part of wkv7_step_back that belongs to K vectors of values from `first` on. Adds to S^T dy in g->r, to the sums of
-   S * dS' in g->w, and to the gradients of k, a and b. */
-INLINE void wkv7_block_back(const int K, int64_t N, int64_t first, const float *S, const wkv7_token *t, const float *dy,
-                            float *dS, const wkv7_gradients *g) {
+/* The part of wkv7_step_back that belongs to K vectors of values from `first` on. Adds to S^T dy in g.r, to the sums of
+   S * dS' in g.w, and to the gradients of k, a and b. */
+INLINE void wkv7_block_back(const int K, int64_t N, int64_t first, const float *S, wkv7_token t, const float *dy,
+                            float *dS, wkv7_gradients g) {
     const int64_t P = PADDED(N);
     vec du[BLOCK], dv[BLOCK], out[BLOCK];
     for (int n = 0; n < K; n++) {
@@ -82,47 +84,47 @@ INLINE void wkv7_block_back(const int K, int64_t N, int64_t first, const float *
     }
     for (int64_t j = 0; j < N; j++)
         for (int n = 0; n < K; n++) {
-            const vec grad = vector_at(dS + j * P + first + n * WIDTH) + out[n] * t->r[j];
-            dv[n] += grad * t->k[j];
-            du[n] += grad * t->b[j];
+            const vec grad = vector_at(dS + j * P + first + n * WIDTH) + out[n] * t.r[j];
+            dv[n] += grad * t.k[j];
+            du[n] += grad * t.b[j];
         }
-    for (int n = 0; n < K; n++) put_vector(g->v + first + n * WIDTH, dv[n]);
+    for (int n = 0; n < K; n++) put_vector(g.v + first + n * WIDTH, dv[n]);
     for (int64_t j = 0; j < N; j++) {
         vec dr = {0}, dw = {0}, dk = {0}, da = {0}, db = {0};
         for (int n = 0; n < K; n++) {
             const int64_t at = j * P + first + n * WIDTH;
-            const vec s = vector_at(S + at), grad = vector_at(dS + at) + out[n] * t->r[j];
+            const vec s = vector_at(S + at), grad = vector_at(dS + at) + out[n] * t.r[j];
             dr += s * out[n];
             dw += s * grad;
             da += s * du[n];
-            dk += grad * vector_at(t->v + first + n * WIDTH);
-            db += grad * vector_at(t->u + first + n * WIDTH);
-            put_vector(dS + at, grad + (grad * t->m[j] + du[n] * t->a[j]));
+            dk += grad * vector_at(t.v + first + n * WIDTH);
+            db += grad * vector_at(t.u + first + n * WIDTH);
+            put_vector(dS + at, grad + (grad * t.m[j] + du[n] * t.a[j]));
         }
-        g->r[j] += total(dr);
-        g->w[j] += total(dw);
-        g->k[j] += total(dk);
-        g->a[j] += total(da);
-        g->b[j] += total(db);
+        g.r[j] += total(dr);
+        g.w[j] += total(dw);
+        g.k[j] += total(dk);
+        g.a[j] += total(da);
+        g.b[j] += total(db);
     }
 }
 
 /* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The gradients
    g of the token are overwritten. */
-INLINE void wkv7_step_back(const int K, int64_t N, const float *S, const wkv7_token *t, const float *dy, float *dS,
-                           const wkv7_gradients *g) {
+INLINE void wkv7_step_back(const int K, int64_t N, const float *S, wkv7_token t, const float *dy, float *dS,
+                           wkv7_gradients g) {
     float reads = 0, values = 0;
 #pragma omp simd reduction(+ : reads, values)
     for (int64_t i = 0; i < N; i++) {
-        reads += t->u[i] * dy[i];
-        values += t->v[i] * dy[i];
-        g->r[i] = g->w[i] = g->k[i] = g->a[i] = g->b[i] = 0;
+        reads += t.u[i] * dy[i];
+        values += t.v[i] * dy[i];
+        g.r[i] = g.w[i] = g.k[i] = g.a[i] = g.b[i] = 0;
     }
     for (int64_t first = 0; first < PADDED(N); first += K * WIDTH) wkv7_block_back(K, N, first, S, t, dy, dS, g);
 #pragma omp simd
     for (int64_t j = 0; j < N; j++) {
-        g->w[j] *= 1 + t->m[j];
-        g->r[j] += g->r[j] * t->m[j] + (reads * t->b[j] + values * t->k[j]);
+        g.w[j] *= 1 + t.m[j];
+        g.r[j] += g.r[j] * t.m[j] + (reads * t.b[j] + values * t.k[j]);
     }
 }
 
@@ -191,15 +193,15 @@ typedef struct {
 } wkv7_inputs;
 
 /* Reads the arguments of a token, which begin at `at`. */
-INLINE void wkv7_read(const wkv7_inputs *x, int64_t at, const wkv7_token *t) {
+INLINE void wkv7_read(wkv7_inputs x, int64_t at, wkv7_token t) {
 #pragma omp simd
-    for (int64_t j = 0; j < x->N; j++) {
-        t->r[j] = x->r[at + j];
-        t->m[j] = expm1_series(x->w[at + j]);
-        t->k[j] = x->k[at + j];
-        t->v[j] = x->v[at + j];
-        t->a[j] = x->a[at + j];
-        t->b[j] = x->b[at + j];
+    for (int64_t j = 0; j < x.N; j++) {
+        t.r[j] = x.r[at + j];
+        t.m[j] = expm1_series(x.w[at + j]);
+        t.k[j] = x.k[at + j];
+        t.v[j] = x.v[at + j];
+        t.a[j] = x.a[at + j];
+        t.b[j] = x.b[at + j];
     }
 }
 
@@ -214,8 +216,8 @@ INLINE void wkv7_head(const int K, const wkv7_inputs *x, int64_t row, int64_t he
         const int64_t token = row * x->T + i, at = (token * x->H + head) * N;
         if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
         if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
-        wkv7_read(x, at, &t);
-        wkv7_step(K, N, S, S, &t);
+        wkv7_read(*x, at, t);
+        wkv7_step(K, N, S, S, t);
         memcpy(y + at, t.y, N * sizeof(float));
     }
     transpose_out(N, S, state);
@@ -237,13 +239,13 @@ INLINE void wkv7_head_back(const int K, const wkv7_inputs *x, int64_t row, int64
             const int64_t token = row * x->T + first + i;
             float *S = states + i * size;
             if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
-            wkv7_read(x, (token * x->H + head) * N, tokens + i);
-            wkv7_step(K, N, S, S + size, tokens + i);
+            wkv7_read(*x, (token * x->H + head) * N, tokens[i]);
+            wkv7_step(K, N, S, S + size, tokens[i]);
         }
         for (int64_t i = count - 1; i >= 0; i--) {
             const int64_t token = row * x->T + first + i, at = (token * x->H + head) * N;
             memcpy(out, dy + at, N * sizeof(float));
-            wkv7_step_back(K, N, states + i * size, tokens + i, out, dS, &g);
+            wkv7_step_back(K, N, states + i * size, tokens[i], out, dS, g);
             memcpy(gradients->r + at, g.r, N * sizeof(float));
             memcpy(gradients->w + at, g.w, N * sizeof(float));
             memcpy(gradients->k + at, g.k, N * sizeof(float));
