@@ -25,6 +25,7 @@ from timemix.ops.common.norms import norm_mixtures
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
+from timemix.ops.rwkv7.compiled import MOST, compiles
 from timemix.ops.rwkv7.time_mix import Products, Vectors, supports, time_mix
 from timemix.runtime.device import autocast
 
@@ -287,8 +288,21 @@ class Rwkv7Block(Block):
 
     @classmethod
     def kept(cls, config: Rwkv7Config, rows: int) -> Kept:
+        """Count the stored numbers with C code. Of these, the state is N / 16 numbers per channel (ops/rwkv7/wkv7.c)."""
         C, hidden, ranks = config.channels, config.ffn_hidden, sum(config.ranks.values())
-        return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
+        if not cls.runs_in_c(config, "float32", torch.device("cpu")):
+            return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
+        return Kept(17 * C + C * config.head_size // 16 + 2 * hidden + ranks, 11 * C + hidden + ranks)
+
+    @classmethod
+    def runs_in_c(cls, config: Rwkv7Config, precision: str, device: torch.device) -> bool:
+        return (
+            precision in ("float32", "bfloat16")
+            and device.type == "cpu"
+            and config.head_size <= MOST
+            and fused.available()
+            and compiles()
+        )
 
     @classmethod
     def forms(cls, config: Rwkv7Config, precision: str, device: torch.device) -> dict[str, str]:

@@ -58,9 +58,19 @@ INLINE mix_token mix_token_of(wkv7_scratch *s) {
     return (mix_token){token_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
+/* Prefetches the inputs at a later token. Tokens are H N numbers apart, and processors do not predict such addresses. */
+INLINE void read_ahead(enum type type, const mix_inputs *x, int64_t at) {
+    const void *const inputs[] = {x->r, x->k, x->v, x->decay, x->rate, x->gate};
+    for (int i = 0; i < 6; i++) prefetch(type, inputs[i], at, x->N);
+    if (!x->first) return;
+    prefetch(type, x->residual, at, x->N);
+    prefetch(FLOAT32, x->first, at, x->N);
+}
+
 /* Computes the arguments of wkv7. The head starts at `at` in the products, and at c in the vectors. */
 INLINE void before_wkv7(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
                         mix_token t) {
+    read_ahead(type, &x, at + 2 * x.H * N);
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t j = 0; j < N; j++) {
