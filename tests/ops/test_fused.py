@@ -97,6 +97,7 @@ def test_a_model_is_as_exact_as_in_torch(name, shape, monkeypatch):
     of_2021 = isinstance(config, ShiftedConfig)
     assert ({"timemix_norm_shift", "timemix_norm_shift_back"} <= set(names)) == of_2021
     assert ("timemix_divide_back" in names) == fusible(config)
+    assert ({"timemix_mixtures_back", "timemix_activate_back"} <= set(names)) == (config.arch == "rwkv7")
     assert ("timemix_gates_back" in names) == (config.arch in ("rwkv1", "rwkv1_exp", "mha_pro"))
     in_torch(monkeypatch)
     exact = logits_and_gradients(config, tokens, torch.float64)
@@ -105,7 +106,7 @@ def test_a_model_is_as_exact_as_in_torch(name, shape, monkeypatch):
         assert one <= 1.5 * other + 1e-7
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro"])
+@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro", "rwkv7"])
 def test_bfloat16_products_are_as_exact_as_in_torch(arch, monkeypatch):
     tokens = torch.randint(13, (2, 129))
     config = model_config(arch)
@@ -168,6 +169,18 @@ def test_gates_of_any_size(rows, hidden, C, name, scale, seed):
     torch.testing.assert_close(y.double(), expected, atol=1e-6 * (1 + expected.abs().max().item()), rtol=1e-5)
     for one, other in zip(gradients(y, (kvr, bias)), gradients(expected, wide), strict=True):
         torch.testing.assert_close(one.double(), other, atol=3e-6 * max(1, other.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", fused.ACTIVATION_KINDS)
+def test_activated(name, dtype):
+    x = (torch.randn(3, 5, 7) * 4).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, expected = fused.activated(x, name), ACTIVATIONS[name](wide)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 3e-6
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+    for one, other in zip(gradients(y, [x]), gradients(expected, [wide]), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=3 * tolerance, rtol=3 * tolerance)
 
 
 @pytest.mark.parametrize("by", ["gate", "gamma"])

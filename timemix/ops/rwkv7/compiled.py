@@ -4,7 +4,6 @@ The C code supports float32 on the CPU. It requires a C compiler, and is not use
 """
 
 import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ CHUNK = 16
 
 MOST = 256
 """Largest head size N."""
+
+FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
+"""Flags of the compiler. -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
+-fno-associative-math preserves the accuracy of small decays, see wkv7.c."""
 
 
 def hindrance(x: Tensor) -> str | None:
@@ -79,12 +82,9 @@ def compiled_wkv7(
     return y, end
 
 
-@cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged. The flag
-    # -fno-associative-math preserves the accuracy of small decays, see wkv7.c. The file time_mix.c includes wkv7.c.
-    flags = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
-    return library(Path(__file__).with_name("time_mix.c"), *flags)
+    # The file time_mix.c includes wkv7.c.
+    return library(Path(__file__).with_name("time_mix.c"), *FLAGS)
 
 
 class _Inputs(ctypes.Structure):
