@@ -1,4 +1,4 @@
-"""The C code of the time-mix of RWKV-7: results and gradients equal the formulas in PyTorch, for any shape and value."""
+"""The time-mix of RWKV-7 in C: results and gradients equal the formulas in PyTorch, for any shape and value."""
 
 import platform
 
@@ -40,7 +40,7 @@ def formula(products, vectors, first, state, eps):
 
 
 def arguments(B, T, H, N, *, layer=1, seed=0, **values):
-    """Draw the arguments by name, as float32 numbers. A keyword sets an argument to a value or, if a string, scales it."""
+    """Draw the arguments by name. A keyword sets an argument to a number or, if it is a string, scales the argument."""
     generator = torch.Generator().manual_seed(seed)
     shapes = dict.fromkeys(Products._fields, (B, T, H * N)) | {"first": (B, T, H * N), "state": (B, H, N, N)}
     drawn = {name: torch.randn(shapes.get(name, (H * N,)), generator=generator) for name in NAMES}
@@ -52,7 +52,7 @@ def arguments(B, T, H, N, *, layer=1, seed=0, **values):
 
 
 def results(function, given_arguments, dtype=torch.float32, products=None):
-    """Return y, the next state and all gradients, in float64. `products` is the dtype of products, by default `dtype`."""
+    """Return y, the next state and all gradients, in float64. `products` is the dtype of the products."""
     dtypes = dict.fromkeys(NAMES, dtype) | dict.fromkeys(Products._fields, products or dtype)
     leaves = {
         name: None if x is None else x.detach().clone().to(dtypes[name]).requires_grad_()
@@ -87,8 +87,8 @@ HARD = {
     "directions of length 0": {"vector removal": 0.0},
     "keys of zero": {"key": 0.0},
     "equal values in a head": {"value": 0.0, "first": 0.0, "state": 0.0},
-    "arguments of sigmoids above 1,000": {name: "1e3" for name in ("decay", "rate", "residual")},
-    "large products": {name: "100" for name in ("receptance", "key", "value", "gate")},
+    "arguments of sigmoids above 1,000": dict.fromkeys(("decay", "rate", "residual"), "1e3"),
+    "large products": dict.fromkeys(("receptance", "key", "value", "gate"), "100"),
     "decays near 1": {"decay": -13.0, "vector decay": 0.0},
     "decays at the bound": {"decay": 50.0},
 }

@@ -157,15 +157,15 @@ class TimeMix(nn.Module):
             None if self.residual is None else self.residual(mixed["value"]),
             self.gate(mixed["gate"]),
         )
-        compute = self._in_c if lengths is None and supports(products.key, self.config.head_size) else self._in_torch
-        y, wkv = compute(products, wkv, first, lengths)
+        if lengths is None and supports(products.key, self.config.head_size):
+            y, wkv = self._in_c(products, wkv, first)
+        else:
+            y, wkv = self._in_torch(products, wkv, first, lengths)
         out: Tensor = self.output(y.to(mixed["gate"].dtype))
         return out, wkv, wide(products.value) if first is None else first
 
-    def _in_c(
-        self, products: Products, wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the input of the output product (B, T, C), and the next state. The file time_mix.c has the formulas."""
+    def _in_c(self, products: Products, wkv: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute the input of the output product (B, T, C) and the next state, by ops/rwkv7/time_mix.c."""
         B, H, N = len(products.key), self.config.heads, self.config.head_size
         start = products.key.new_zeros(B, H, N, N, dtype=torch.float32) if wkv is None else wkv
         bias = None if self.residual is None else self.residual.bias
@@ -288,7 +288,7 @@ class Rwkv7Block(Block):
 
     @classmethod
     def kept(cls, config: Rwkv7Config, rows: int) -> Kept:
-        """Count the stored numbers with C code. Of these, the state is N / 16 numbers per channel (ops/rwkv7/wkv7.c)."""
+        """Count the stored numbers. The C code stores the state of every 16 tokens, N / 16 numbers per channel."""
         C, hidden, ranks = config.channels, config.ffn_hidden, sum(config.ranks.values())
         if not cls.runs_in_c(config, "float32", torch.device("cpu")):
             return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)

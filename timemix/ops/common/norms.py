@@ -3,7 +3,8 @@
     norm_shift:     y[t, c] = z[t - d(c), c]
     norm_mixtures:  y_i[t]  = z[t] + (z[t-1] - z[t]) mix_i        for z = LayerNorm(x)
 
-The files norm_shift.c and mixtures.c contain the backward formulas. The module `fused` says when the kernels can be used.
+The files norm_shift.c and mixtures.c contain the backward formulas. The function `fused.serves` returns whether the
+kernels can be used.
 """
 
 import ctypes
@@ -100,7 +101,7 @@ class _NormShift(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        # Sums over parts of the rows: (fused.PARTS, C)
+        # Sums over parts of the rows: (PARTS, C)
         dweight, dbias = x.new_empty(2, fused.PARTS, x.shape[-1])
         fused.call("timemix_norm_shift_back", dy, ctx.shift, x, weight, mean, scale, dy, dx, dweight, dbias)
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
