@@ -86,7 +86,8 @@ INLINE void mixtures_back(enum type type, const mixing *s, int64_t row, const vo
     }
 }
 
-/* The rows of a part in the order of time. dz[t] is complete after row t + 1, so dx of a row is computed one row later. */
+/* The rows of a part in the order of time. dz[t] is complete after row t + 1, so dx of a row is computed one row
+   later. */
 INLINE void mixtures_back_part(enum type type, const mixing *s, int64_t first, int64_t end, const float *mean,
                                const float *scale, const void *const *dy, float *dx, float *dlast, float *dmix,
                                float *dweight, float *dbias) {
@@ -115,8 +116,8 @@ INLINE void mixtures_back_part(enum type type, const mixing *s, int64_t first, i
     }
 }
 
-/* dx (B, T, C) from the gradients dy[i] (B, T, C). dlast (B, C) is NULL if last is NULL. dmix (PARTS, count, C), dweight
-   and dbias (PARTS, C) hold zeros on entry, and are sums over parts of the rows. */
+/* dx (B, T, C) from the gradients dy[i] (B, T, C). dlast (B, C) is NULL if last is NULL. dmix (PARTS, count, C),
+   dweight and dbias (PARTS, C) hold zeros on entry, and are sums over parts of the rows. */
 void timemix_mixtures_back(int64_t type, int64_t threads, const mixing *s, const float *mean, const float *scale,
                            const void *const *dy, float *dx, float *dlast, float *dmix, float *dweight, float *dbias) {
     const int64_t C = s->C, rows = s->B * s->T;

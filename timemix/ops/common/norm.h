@@ -1,5 +1,5 @@
-/* LayerNorm of one row x (C,). The decode steps call normalize(). The training kernels norm_shift.c and mixtures.c call the
-   other functions. */
+/* LayerNorm of one row x (C,). The decode steps call normalize(). The training kernels norm_shift.c and mixtures.c
+   call the other functions. */
 
 #ifndef TIMEMIX_NORM_H
 #define TIMEMIX_NORM_H

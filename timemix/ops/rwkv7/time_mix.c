@@ -1,7 +1,8 @@
 /* The time-mix of RWKV-7 between its matrix products, forward and backward, in one loop over tokens.
 
-   Inputs of a token and a head: the products r, k, v, decay, rate, residual and gate, and `first`, the v of layer 0. The
-   biases of decay, rate and residual are added here. The other vectors are removal, replacement, bonus, weight, bias.
+   Inputs of a token and a head: the products r, k, v, decay, rate, residual and gate, and `first`, the v of layer 0.
+   The biases of decay, rate and residual are added here. The other vectors are removal, replacement, bonus, weight,
+   bias.
 
     m = exp(-exp(-1/2) sigmoid(decay)) - 1          e = sigmoid(rate)          s = sigmoid(residual)
     v' = v + (first - v) s                          k' = k (1 + (e - 1) replacement)
@@ -18,8 +19,8 @@
     dk = dk' (1 + (e - 1) replacement) + dz removal                        drate = de e (1 - e)
     dv = dv' (1 - s)            dfirst = dv' s                             dresidual = dv' (first - v) s (1 - s)
 
-   The loops read products and write gradients in the type of the products. The numbers between them are float32, stay in
-   the cache, and are computed again in the backward pass. Products, gradients and out are (B, T, H, N). */
+   The loops read products and write gradients in the type of the products. The numbers between them are float32, stay
+   in the cache, and are computed again in the backward pass. Products, gradients and out are (B, T, H, N). */
 
 #include "ops/rwkv7/wkv7.c"
 
@@ -58,7 +59,8 @@ INLINE mix_token mix_token_of(wkv7_scratch *s) {
     return (mix_token){token_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
-/* Prefetches the inputs at a later token. Tokens are H N numbers apart, and processors do not predict such addresses. */
+/* Prefetches the inputs at a later token. Tokens are H N numbers apart, and some processors do not predict such
+   addresses. */
 INLINE void read_ahead(enum type type, const mix_inputs *x, int64_t at) {
     const void *const inputs[] = {x->r, x->k, x->v, x->decay, x->rate, x->gate};
     for (int i = 0; i < 6; i++) prefetch(type, inputs[i], at, x->N);
@@ -128,8 +130,8 @@ INLINE void after_wkv7(enum type type, int64_t N, mix_inputs x, mix_vectors p, i
     }
 }
 
-/* Computes dgate and dy (N,), and adds to dr, dk and dv (N,), which hold zeros, the gradients that pass wkv7 by. `own` is
-   the position of the head in the sums. */
+/* Computes dgate and dy (N,), and adds to dr, dk and dv (N,), which hold zeros, the gradients that pass wkv7 by.
+   `own` is the position of the head in the sums. */
 INLINE void after_wkv7_back(enum type type, int64_t N, mix_inputs x, mix_vectors p, int64_t at, int64_t c,
                             mix_token t, const void *dout, mix_gradients d, mix_sums sums,
                             int64_t own, float *dy, float *dr, float *dk, float *dv) {
@@ -253,8 +255,8 @@ INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, cons
     transpose_out(N, dS, dstate);
 }
 
-/* Computes out. state (B, H, N, N) holds S before the first token on entry, and S after the last token on return. starts
-   (B, H, chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
+/* Computes out. state (B, H, N, N) holds S before the first token on entry, and S after the last token on return.
+   starts (B, H, chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
 void timemix_time_mix(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p, float *state, void *out,
                       float *starts, float *scratch) {
     const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
@@ -269,8 +271,8 @@ void timemix_time_mix(int64_t threads, int64_t type, const mix_inputs *x, const 
         }
 }
 
-/* Computes the gradients d of the products. dstate holds the gradient of the last S on entry, and of the first S on return.
-   The sums hold zeros on entry. */
+/* Computes the gradients d of the products. dstate holds the gradient of the last S on entry, and of the first S on
+   return. The sums hold zeros on entry. */
 void timemix_time_mix_back(int64_t threads, int64_t type, const mix_inputs *x, const mix_vectors *p,
                            const float *starts, const void *dout, float *dstate, const mix_gradients *d,
                            const mix_sums *sums, float *scratch) {

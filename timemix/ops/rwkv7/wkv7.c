@@ -2,26 +2,26 @@
 
     u = S a        S' = S diag(d) + u b^T + v k^T        y = S' r            with d = exp(w), and S = 0 at a reset
 
-   Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient that
-   later tokens have for S':
+   Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient
+   that later tokens have for S':
 
     dS' += dy r^T      dv = dS' k      dk = dS'^T v      du = dS' b      db = dS'^T u      da = S^T du
     dw = d * (sums over the values of S * dS')           dS = dS' diag(d) + du a^T
     dr = S'^T dy = d * (S^T dy) + (u . dy) b + (v . dy) k
 
-   d is computed as 1 + m with m = exp(w) - 1, because the rounding error of a d near 1 would be equal at every token, and
-   add up. This file is compiled without -fassociative-math, which would replace S + S m by S (1 + m).
+   d is computed as 1 + m with m = exp(w) - 1, because the rounding error of a d near 1 would be equal at every token,
+   and add up. This file is compiled without -fassociative-math, which would replace S + S m by S (1 + m).
 
-   Layout. Inside this file, S is transposed: (keys N, values P). A row belongs to one key and is a vector over the values,
-   padded with zeros to P numbers. So the products with S add up vectors, and need no sum over the elements of a vector.
-   Only the backward pass sums over elements, for the five gradients that belong to a key.
+   Layout. Inside this file, S is transposed: (keys N, values P). A row belongs to one key and is a vector over the
+   values, padded with zeros to P numbers. So the products with S add up vectors, and need no sum over the elements of
+   a vector. Only the backward pass sums over elements, for the five gradients that belong to a key.
 
-   Cost. A token takes about 11 N^2 operations per head forward. For C = 768 channels and N = 64, this is 4 % of the 24 C^2
-   operations of the matrix products of a layer.
+   Cost. A token takes about 11 N^2 operations per head forward. For C = 768 channels and N = 64, this is 4 % of the
+   24 C^2 operations of the matrix products of a layer.
 
-   The forward pass stores S at the start of every chunk. The backward pass computes the states within a chunk again, so
-   memory grows with T / CHUNK. Each task is one head of one sequence, so results are bit-identical for any number of
-   threads.
+   The forward pass stores S at the start of every chunk. The backward pass computes the states within a chunk again,
+   so memory grows with T / CHUNK. Each task is one head of one sequence, so results are bit-identical for any number
+   of threads.
 
    All numbers are float32. Inputs, y and gradients are (B, T, H, N), states are (B, H, N, N). */
 
@@ -36,8 +36,8 @@
 
 /* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.
 
-   Numbers of one token and one head: m = exp(w) - 1 and the other arguments, u, and y. Each array is (P,), and is zero from
-   N on. */
+   Numbers of one token and one head: m = exp(w) - 1 and the other arguments, u, and y. Each array is (P,), and is
+   zero from N on. */
 typedef struct {
     float *r, *m, *k, *v, *a, *b, *u, *y;
 } wkv7_token;
@@ -109,8 +109,8 @@ INLINE void wkv7_block_back(const int K, int64_t N, int64_t first, const float *
     }
 }
 
-/* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The gradients
-   g of the token are overwritten. */
+/* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The
+   gradients g of the token are overwritten. */
 INLINE void wkv7_step_back(const int K, int64_t N, const float *S, wkv7_token t, const float *dy, float *dS,
                            wkv7_gradients g) {
     float reads = 0, values = 0;
@@ -140,8 +140,8 @@ INLINE void transpose_out(int64_t N, const float *S, float *state) {
         for (int64_t j = 0; j < N; j++) state[i * N + j] = S[j * PADDED(N) + i];
 }
 
-/* Memory of a thread: arrays (P,) for each token of a chunk and for gradients, S before each token of a chunk and after the
-   last, and the gradient of S. */
+/* Memory of a thread: arrays (P,) for each token of a chunk and for gradients, S before each token of a chunk and
+   after the last, and the gradient of S. */
 #define ARRAYS (12 * CHUNK + 12)
 #define SCRATCH(N) (ARRAYS * PADDED(N) + (CHUNK + 2) * (N) * PADDED(N))
 
@@ -262,8 +262,8 @@ INLINE void wkv7_head_back(const int K, const wkv7_inputs *x, int64_t row, int64
 #define FIRST_TASK(x, thread) ((x)->B * (x)->H * (thread) / threads)
 #define CHUNKS(x) (((x)->T + CHUNK - 1) / CHUNK)
 
-/* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H, chunks,
-   N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
+/* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H,
+   chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
 void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y, float *starts, float *scratch) {
     const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -274,7 +274,8 @@ void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y,
         }
 }
 
-/* Computes the gradients of the inputs. dstate holds the gradient of the last S on entry, and of the first S on return. */
+/* Computes the gradients of the inputs. dstate holds the gradient of the last S on entry, and of the first S on
+   return. */
 void timemix_wkv7_back(int64_t threads, const wkv7_inputs *x, const float *starts, const float *dy, float *dstate,
                        const wkv7_gradients *gradients, float *scratch) {
     const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
