@@ -19,6 +19,7 @@ from timemix.models.layers.token_shift import TokenShift
 from timemix.models.registry import model_config
 from timemix.models.rwkv1.time_mix import fusible
 from timemix.ops.common import fused
+from timemix.ops.common.norms import norm_shift
 
 pytestmark = pytest.mark.skipif(not fused.available(), reason="no C compiler on this machine")
 
@@ -41,8 +42,8 @@ def logits_and_gradients(config, tokens, dtype=torch.float32, precision=torch.fl
 
 def called(monkeypatch):
     """Record the names of the C kernels as they are called."""
-    names, call = [], fused._call
-    monkeypatch.setattr(fused, "_call", lambda name, *arguments: names.append(name) or call(name, *arguments))
+    names, call = [], fused.call
+    monkeypatch.setattr(fused, "call", lambda name, *arguments: names.append(name) or call(name, *arguments))
     return names
 
 
@@ -96,6 +97,7 @@ def test_a_model_is_as_exact_as_in_torch(name, shape, monkeypatch):
     of_2021 = isinstance(config, ShiftedConfig)
     assert ({"timemix_norm_shift", "timemix_norm_shift_back"} <= set(names)) == of_2021
     assert ("timemix_divide_back" in names) == fusible(config)
+    assert ({"timemix_mixtures_back", "timemix_activate_back"} <= set(names)) == (config.arch == "rwkv7")
     assert ("timemix_gates_back" in names) == (config.arch in ("rwkv1", "rwkv1_exp", "mha_pro"))
     in_torch(monkeypatch)
     exact = logits_and_gradients(config, tokens, torch.float64)
@@ -104,7 +106,7 @@ def test_a_model_is_as_exact_as_in_torch(name, shape, monkeypatch):
         assert one <= 1.5 * other + 1e-7
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro"])
+@pytest.mark.parametrize("arch", ["rwkv1", "rwkv1_exp", "mha_pro", "rwkv7"])
 def test_bfloat16_products_are_as_exact_as_in_torch(arch, monkeypatch):
     tokens = torch.randint(13, (2, 129))
     config = model_config(arch)
@@ -140,7 +142,7 @@ def test_norm_and_shift_of_any_size(B, T, C, fractions, scale, seed):
     # Nearly equal channels would leave few digits of their differences, here as in PyTorch.
     x = ((torch.randn(B, T, C) + 8 * (-1.0) ** torch.arange(C)) * scale).requires_grad_()
     weight, bias = leaf(C), leaf(C)
-    y = fused.norm_shift(x, weight, bias, 1e-5, shift.edges, torch.float32)
+    y = norm_shift(x, weight, bias, 1e-5, shift.edges, torch.float32)
     wide = [each.detach().double().requires_grad_() for each in (x, weight, bias)]
     expected, _ = shift(F.layer_norm(wide[0], (C,), *wide[1:], eps=1e-5))
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
@@ -167,6 +169,18 @@ def test_gates_of_any_size(rows, hidden, C, name, scale, seed):
     torch.testing.assert_close(y.double(), expected, atol=1e-6 * (1 + expected.abs().max().item()), rtol=1e-5)
     for one, other in zip(gradients(y, (kvr, bias)), gradients(expected, wide), strict=True):
         torch.testing.assert_close(one.double(), other, atol=3e-6 * max(1, other.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", fused.ACTIVATION_KINDS)
+def test_activated(name, dtype):
+    x = (torch.randn(3, 5, 7) * 4).to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, expected = fused.activated(x, name), ACTIVATIONS[name](wide)
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 3e-6
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
+    for one, other in zip(gradients(y, [x]), gradients(expected, [wide]), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=3 * tolerance, rtol=3 * tolerance)
 
 
 @pytest.mark.parametrize("by", ["gate", "gamma"])
@@ -229,7 +243,7 @@ def fused_parts(tokens):
     B, T, C, heads = *tokens.shape, 48, 4
     x, weight, bias, kvr, kvr_bias = leaf(B, T, C), leaf(C), leaf(C), leaf(B, T, 3 * C), leaf(3 * C)
     alpha, beta, gamma = leaf(heads, T), leaf(heads, T), leaf(T)
-    normed = fused.norm_shift(x, weight, bias, 1e-5, (0, 20, 30), torch.float32)
+    normed = norm_shift(x, weight, bias, 1e-5, (0, 20, 30), torch.float32)
     source, total, gate = fused.weigh(kvr, kvr_bias, alpha, heads)
     y = fused.divide(source, total, gate, beta).flatten(2) + normed
     hidden, gate = fused.gates(kvr, kvr_bias, C, "mish")

@@ -11,6 +11,7 @@ from timemix.models.config import ModelConfig, ShiftedConfig
 from timemix.models.layers.linear import LayerNorm, Linear, product_dtype, to_product_dtype
 from timemix.models.layers.token_shift import TokenShift
 from timemix.ops.common import fused
+from timemix.ops.common.norms import norm_shift
 
 Tensors = dict[str, Tensor]
 
@@ -348,7 +349,7 @@ class ShiftedBlock(Block):
     ) -> tuple[Tensor, Tensor | None]:
         """Apply norm and token-shift to x (B, T, C). Return the result (B, T, C) and the next state of the shift."""
         if state is None and x.dtype == torch.float32 and fused.serves(x):
-            return fused.norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
+            return norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
         result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths)
         return result
 

@@ -16,13 +16,17 @@ from torch.nn import functional as F
 from timemix.models.layers.activations import relu2
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
-from timemix.models.layers.linear import LayerNorm, Linear, to_product_dtype
+from timemix.models.layers.linear import LayerNorm, Linear, product_dtype, to_product_dtype
 from timemix.models.layers.token_shift import previous_token
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.initial import set_initial_values
+from timemix.ops.common import fused
+from timemix.ops.common.norms import norm_mixtures
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
+from timemix.ops.rwkv7.compiled import MOST, compiles
+from timemix.ops.rwkv7.time_mix import Products, Vectors, supports, time_mix
 from timemix.runtime.device import autocast
 
 LEAST_LOG_DECAY = -math.exp(-0.5)
@@ -41,32 +45,63 @@ def interpolated(x: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
     return to_product_dtype(x + (previous - x) * broadcast_parameter(weight, x))
 
 
+def normed_mixtures(
+    norm: LayerNorm, x: Tensor, mix: tuple[Tensor, ...], state: Tensor | None, lengths: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Normalize x, and interpolate between each token and the previous token.
+
+    Args:
+        norm: LayerNorm of the sublayer.
+        x: Input of the sublayer (B, T, C).
+        mix: Share of the previous token in each mixture (C,).
+        state: Normalized token before x (B, 1, C); None: zeros, and the next state is None.
+        lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+
+    Returns:
+        The mixtures (B, T, C), in the dtype of products, and the next state.
+    """
+    if lengths is None and x.dtype == torch.float32 and fused.serves(x):
+        mixed = norm_mixtures(x, norm.weight, norm.bias, norm.eps, mix, state, product_dtype(x))
+        return mixed, None if state is None else norm(x[:, -1:])
+    y = norm(x)
+    previous, state = previous_token(y, state, lengths)
+    return tuple(interpolated(y, previous, each) for each in mix), state
+
+
 class LowRank(nn.Module):
-    """The map bias + act(x down) up, in at least float32, through few hidden channels.
+    """The map act(x down) up through few hidden channels, without its bias.
 
     Args:
         channels: Number C of channels of input and output.
         rank: Number R of hidden channels.
         act: Activation of the hidden channels; None: the identity.
-        bias: Whether the map has a bias.
     """
 
-    def __init__(
-        self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None, *, bias: bool = True
-    ) -> None:
+    def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.act = act
         # The names do not end in ".weight", because weight decay does not apply to these matrices.
         self.down_weight = nn.Parameter(torch.zeros(channels, rank))
         self.up_weight = nn.Parameter(torch.zeros(rank, channels))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, T, C) to (B, T, C)."""
+        """Map x (B, T, C) to (B, T, C), in the dtype of products."""
         # (B, T, C) -> (B, T, R)
         hidden = x @ self.down_weight
-        y = wide((hidden if self.act is None else self.act(hidden)) @ self.up_weight)
-        return y if self.bias is None else y + broadcast_parameter(self.bias, y)
+        return (hidden if self.act is None else self.act(hidden)) @ self.up_weight
+
+
+class LowRankLogits(LowRank):
+    """A low-rank map with a bias, whose results are arguments of a sigmoid."""
+
+    def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(channels, rank, act)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def sigmoid(self, product: Tensor) -> Tensor:
+        """Return sigmoid(product + bias) (B, T, C) for a result of `forward`, in at least float32."""
+        product = wide(product)
+        return torch.sigmoid(product + broadcast_parameter(self.bias, product))
 
 
 class Recurrence(nn.Module):
@@ -107,10 +142,10 @@ class TimeMix(nn.Module):
         self.key = Linear(C, C, bias=False)
         self.value = Linear(C, C, bias=False)
         self.output = Linear(C, C, bias=False)
-        self.decay = LowRank(C, ranks["decay"], torch.tanh)
-        self.rate = LowRank(C, ranks["rate"])
-        self.residual = LowRank(C, ranks["residual"]) if layer else None
-        self.gate = LowRank(C, ranks["gate"], torch.sigmoid, bias=False)
+        self.decay = LowRankLogits(C, ranks["decay"], torch.tanh)
+        self.rate = LowRankLogits(C, ranks["rate"])
+        self.residual = LowRankLogits(C, ranks["residual"]) if layer else None
+        self.gate = LowRank(C, ranks["gate"], torch.sigmoid)
         self.removal = nn.Parameter(torch.zeros(C))
         self.replacement = nn.Parameter(torch.zeros(C))
         self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size))
@@ -119,13 +154,12 @@ class TimeMix(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(C))
 
     def forward(
-        self, x: Tensor, previous: Tensor, wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
+        self, mixed: dict[str, Tensor], wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Apply the time-mix.
 
         Args:
-            x: Input (B, T, C).
-            previous: Input of the previous token of each token (B, T, C).
+            mixed: Mixtures of each token and the previous token (B, T, C), with the names in `MIXED`.
             wkv: State of `wkv7` (B, H, N, N); None: zeros, and the next state is None.
             first: Values of layer 0 (B, T, C); None in layer 0.
             lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
@@ -133,23 +167,55 @@ class TimeMix(nn.Module):
         Returns:
             Output (B, T, C), the next state of `wkv7`, and the values of layer 0.
         """
-        mixed = {name: interpolated(x, previous, self.mix[name]) for name in MIXED}
-        r, k = wide(self.receptance(mixed["receptance"])), wide(self.key(mixed["key"]))
-        v = wide(self.value(mixed["value"]))
-        if first is None or self.residual is None:
-            first = v
+        products = Products(
+            self.receptance(mixed["receptance"]),
+            self.key(mixed["key"]),
+            self.value(mixed["value"]),
+            self.decay(mixed["decay"]),
+            self.rate(mixed["rate"]),
+            None if self.residual is None else self.residual(mixed["value"]),
+            self.gate(mixed["gate"]),
+        )
+        if lengths is None and supports(products.key, self.config.head_size):
+            y, wkv = self._in_c(products, wkv, first)
         else:
-            v = v + (first - v) * torch.sigmoid(self.residual(mixed["value"]))
-        w = LEAST_LOG_DECAY * torch.sigmoid(self.decay(mixed["decay"]))
-        a = torch.sigmoid(self.rate(mixed["rate"]))
+            y, wkv = self._in_torch(products, wkv, first, lengths)
+        out: Tensor = self.output(y.to(mixed["gate"].dtype))
+        return out, wkv, wide(products.value) if first is None else first
+
+    def _in_c(self, products: Products, wkv: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute the input of the output product (B, T, C) and the next state, by ops/rwkv7/time_mix.c."""
+        B, H, N = len(products.key), self.config.heads, self.config.head_size
+        start = products.key.new_zeros(B, H, N, N, dtype=torch.float32) if wkv is None else wkv
+        bias = None if self.residual is None else self.residual.bias
+        vectors = Vectors(
+            self.decay.bias,
+            self.rate.bias,
+            bias,
+            self.removal,
+            self.replacement,
+            self.bonus,
+            self.norm_weight,
+            self.norm_bias,
+        )
+        y, end = time_mix(products, vectors, first, start, self.config.group_norm_eps)
+        return y, None if wkv is None else end
+
+    def _in_torch(
+        self, products: Products, wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute what `_in_c` computes, with PyTorch."""
+        r, k, v = wide(products.receptance), wide(products.key), wide(products.value)
+        if first is not None and self.residual is not None and products.residual is not None:
+            v = v + (first - v) * self.residual.sigmoid(products.residual)
+        w = LEAST_LOG_DECAY * self.decay.sigmoid(products.decay)
+        a = self.rate.sigmoid(products.rate)
         # (B, T, C) -> (B, T, H, N), with unit length over N
         q = F.normalize(self._heads(k * broadcast_parameter(self.removal, k)), dim=-1, eps=1e-12)
         k = k * (1 + (a - 1) * broadcast_parameter(self.replacement, k))
         r, w, k, v, a = (self._heads(each) for each in (r, w, k, v, a))
         y, wkv = self.recurrence(r=r, log_decay=w, k=k, v=v, q=q, rate=a, state=wkv, lengths=lengths)
-        y = self._with_bonus(y, r, k, v).flatten(2) * self.gate(mixed["gate"])
-        out: Tensor = self.output(y.to(mixed["gate"].dtype))
-        return out, wkv, first
+        return self._with_bonus(y, r, k, v).flatten(2) * wide(products.gate), wkv
 
     def _heads(self, x: Tensor) -> Tensor:
         # (B, T, C) -> (B, T, H, N)
@@ -172,9 +238,10 @@ class ChannelMix(nn.Module):
         self.key = Linear(config.channels, config.ffn_hidden, bias=False)
         self.value = Linear(config.ffn_hidden, config.channels, bias=False)
 
-    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        """Map x (B, T, C), with the input of the previous token of each token (B, T, C), to (B, T, C)."""
-        y: Tensor = self.value(relu2(self.key(interpolated(x, previous, self.mix))))
+    def forward(self, mixed: Tensor) -> Tensor:
+        """Map a mixture of each token and the previous token (B, T, C) to (B, T, C)."""
+        k = self.key(mixed)
+        y: Tensor = self.value(fused.activated(k, "relu2") if fused.serves(k) else relu2(k))
         return y
 
 
@@ -204,13 +271,12 @@ class Rwkv7Block(Block):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
-        y = self.mixer_norm(x)
-        previous, mixer_shift = previous_token(y, old.get("mixer_shift"), lengths)
-        y, wkv, carry = self.mixer(y, previous, old.get("wkv"), carry, lengths)
+        mix = tuple(self.mixer.mix[name] for name in MIXED)
+        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
+        y, wkv, carry = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), carry, lengths)
         x = x + self.dropout(y).to(x.dtype)
-        y = self.ffn_norm(x)
-        previous, ffn_shift = previous_token(y, old.get("ffn_shift"), lengths)
-        x = x + self.dropout(self.ffn(y, previous)).to(x.dtype)
+        (y,), ffn_shift = normed_mixtures(self.ffn_norm, x, (self.ffn.mix,), old.get("ffn_shift"), lengths)
+        x = x + self.dropout(self.ffn(y)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
             return x, None, carry
         return x, {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift, "wkv": wkv}, carry
@@ -241,8 +307,21 @@ class Rwkv7Block(Block):
 
     @classmethod
     def kept(cls, config: Rwkv7Config, rows: int) -> Kept:
+        """Count the stored numbers. The C code stores the state of every 16 tokens, N / 16 numbers per channel."""
         C, hidden, ranks = config.channels, config.ffn_hidden, sum(config.ranks.values())
-        return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
+        if not cls.runs_in_c(config, "float32", torch.device("cpu")):
+            return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
+        return Kept(17 * C + C * config.head_size // 16 + 2 * hidden + ranks, 11 * C + hidden + ranks)
+
+    @classmethod
+    def runs_in_c(cls, config: Rwkv7Config, precision: str, device: torch.device) -> bool:
+        return (
+            precision in ("float32", "bfloat16")
+            and device.type == "cpu"
+            and config.head_size <= MOST
+            and fused.available()
+            and compiles()
+        )
 
     @classmethod
     def forms(cls, config: Rwkv7Config, precision: str, device: torch.device) -> dict[str, str]:

@@ -58,6 +58,15 @@ INLINE float activate(enum activation kind, float x, float *slope) {
     return x * s;
 }
 
+/* Calls a function with the activation as a constant, so that the loops of the function have no branch. */
+#define OF_KIND(function, type, kind, ...)                       \
+    switch (kind) {                                              \
+    case GELU: function(type, GELU, __VA_ARGS__); break;         \
+    case MISH: function(type, MISH, __VA_ARGS__); break;         \
+    case RELU2: function(type, RELU2, __VA_ARGS__); break;       \
+    default: function(type, SILU, __VA_ARGS__);                  \
+    }
+
 /* mish(x) for the decode steps, by the formula in activate() */
 INLINE float mish(float x) {
     const float e = expf(fminf(x, 20)), n = e * (e + 2);

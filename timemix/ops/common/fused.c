@@ -7,7 +7,9 @@
    any number of threads. */
 
 #include "ops/common/norm_shift.c"
+#include "ops/common/mixtures.c"
 #include "ops/rwkv1/time_mix.c"
 #include "ops/common/lags.c"
 #include "ops/common/gates.c"
 #include "ops/common/scale.c"
+#include "ops/common/activate.c"

@@ -2,12 +2,13 @@
 
 Each kernel makes one pass over memory:
 
-    norm_shift:  y[t, c] = z[t - d(c), c],  z = LayerNorm(x)
     weigh:       source = alpha exp(k) v,   total[t] = sum_{u<=t} exp(k[u]),   gate = sigmoid(r)
     divide:      y = gate beta numerator / total
     gates:       hidden = act(k) v,   gate = sigmoid(r)
     scaled:      y = (x + bias) by
+    activated:   y = act(x)
     toeplitz, diagonal_sums:  as in ops.common.causal
+    norm_shift, norm_mixtures:  in ops.common.norms
 
 The file fused.c lists the C files, which contain the backward formulas. The kernels also add the biases of linear maps,
 and so save a pass over memory.
@@ -36,7 +37,7 @@ ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")
 _TYPES = (torch.float32, torch.bfloat16)
 """Dtypes of matrix products, in the order of `enum type` (ops/common/types.h)."""
 
-_PARTS = 16
+PARTS = 16
 """Number of parts in which C code sums over rows. The sums are bit-identical for any number of threads."""
 
 ENOUGH_ROWS = 64
@@ -107,27 +108,6 @@ def left_out() -> Iterator[None]:
         _left_out = before
 
 
-def norm_shift(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Apply LayerNorm, then token-shift.
-
-    Args:
-        x: Input (B, T, C), float32.
-        weight: Weight of LayerNorm (C,).
-        bias: Bias of LayerNorm (C,).
-        eps: Number that LayerNorm adds to the variance.
-        edges: Channels edges[d - 1] to edges[d] are shifted by d positions, with zeros before the first position.
-            Channels from the last edge on are not shifted.
-        dtype: Dtype of the result, float32 or bfloat16.
-
-    Returns:
-        y (B, T, C), in `dtype`.
-    """
-    result: Tensor = _NormShift.apply(x, _numbers(weight), _numbers(bias), eps, edges, dtype)  # type: ignore[no-untyped-call]
-    return result
-
-
 def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the sources, denominator and gate of a time-mix. k is clamped as in `wkv1`.
 
@@ -142,7 +122,7 @@ def weigh(kvr: Tensor, bias: Tensor, alpha: Tensor | None, heads: int) -> tuple[
         T, H, N) in float32. gate is sigmoid(r) (B, T, H, N).
     """
     result: tuple[Tensor, Tensor, Tensor] = _Weigh.apply(  # type: ignore[no-untyped-call]
-        kvr, _numbers(bias), None if alpha is None else _numbers(alpha), heads
+        kvr, numbers(bias), None if alpha is None else numbers(alpha), heads
     )
     return result
 
@@ -159,7 +139,7 @@ def divide(numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) 
     Returns:
         y (B, T, H, N), in the dtype of `gate`.
     """
-    result: Tensor = _Divide.apply(numerator, total, gate, None if beta is None else _numbers(beta))  # type: ignore[no-untyped-call]
+    result: Tensor = _Divide.apply(numerator, total, gate, None if beta is None else numbers(beta))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -175,7 +155,7 @@ def gates(kvr: Tensor, bias: Tensor, channels: int, activation: str) -> tuple[Te
     Returns:
         hidden = act(k) v (..., F), and gate = sigmoid(r) (..., C).
     """
-    result: tuple[Tensor, Tensor] = _Gates.apply(kvr, _numbers(bias), channels, activation)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _Gates.apply(kvr, numbers(bias), channels, activation)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -195,7 +175,21 @@ def scaled(x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
     """
     if by.ndim == 1 and len(by) < x.shape[1]:
         raise ValueError(f"by has {len(by)} factors for {x.shape[1]} positions; pass one for each position")
-    result: Tensor = _Scaled.apply(x, _numbers(bias), _numbers(by) if by.ndim == 1 else by.to(x.dtype))  # type: ignore[no-untyped-call]
+    result: Tensor = _Scaled.apply(x, numbers(bias), numbers(by) if by.ndim == 1 else by.to(x.dtype))  # type: ignore[no-untyped-call]
+    return result
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation.
+
+    Args:
+        x: Input of any shape, float32 or bfloat16.
+        activation: A name in `ACTIVATION_KINDS`.
+
+    Returns:
+        act(x), in the shape and dtype of x.
+    """
+    result: Tensor = _Activated.apply(x, ACTIVATION_KINDS.index(activation))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -211,7 +205,7 @@ def toeplitz(f: Tensor, rows: int, columns: int) -> Tensor:
         W (H, rows, columns).
     """
     matrices = f.new_empty(len(f), rows, columns)
-    _call("timemix_toeplitz", f, *map(ctypes.c_int64, (*matrices.shape, f.shape[1])), f.contiguous(), matrices)
+    call("timemix_toeplitz", f, *map(ctypes.c_int64, (*matrices.shape, f.shape[1])), f.contiguous(), matrices)
     return matrices
 
 
@@ -226,12 +220,19 @@ def diagonal_sums(pairs: Tensor) -> Tensor:
     """
     H, rows, columns = pairs.shape
     sums = pairs.new_empty(H, rows + columns - 1, dtype=torch.float32)
-    _call("timemix_diagonal_sums", pairs, *map(ctypes.c_int64, pairs.shape), pairs.contiguous(), sums)
+    call("timemix_diagonal_sums", pairs, *map(ctypes.c_int64, pairs.shape), pairs.contiguous(), sums)
     return sums
 
 
-def _numbers(x: Tensor) -> Tensor:
-    """Convert x to contiguous float32, the format of parameters in the C code."""
+def numbers(x: Tensor) -> Tensor:
+    """Convert a parameter to contiguous float32, the format of parameters in the C code.
+
+    Args:
+        x: The parameter.
+
+    Returns:
+        x, or a copy of x.
+    """
     return x.float().contiguous()
 
 
@@ -239,11 +240,20 @@ def _numbers(x: Tensor) -> Tensor:
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """Compile and load fused.c. Return the library and the compiler, or None and the reason for the failure."""
     # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
-    return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={_PARTS}")
+    return library(Path(__file__).with_name("fused.c"), "-fno-finite-math-only", f"-DPARTS={PARTS}")
 
 
-def _call(name: str, like: Tensor, *arguments: Any) -> Any:
-    """Call a C function for the dtype of `like`. Tensors are passed by address, and None as NULL."""
+def call(name: str, like: Tensor, *arguments: Any) -> Any:
+    """Call a C function of fused.c.
+
+    Args:
+        name: Name of the function.
+        like: Tensor whose dtype the function gets as `type`.
+        *arguments: Contiguous tensors and structures, passed by address; None, passed as NULL; numbers of ctypes.
+
+    Returns:
+        The result of the function.
+    """
     code, _ = _library()
     assert code is not None
     first = (_TYPES.index(like.dtype), torch.get_num_threads())
@@ -254,41 +264,12 @@ def _integers(*names: str) -> list[tuple[str, Any]]:
     return [(name, ctypes.c_int64) for name in names]
 
 
-class _Shift(ctypes.Structure):
-    _fields_ = [*_integers("groups"), ("edge", ctypes.POINTER(ctypes.c_int64)), *_integers("B", "T", "C")]
-
-
 class _Sizes(ctypes.Structure):
     _fields_ = [*_integers("B", "T", "H", "N", "positions"), ("table", ctypes.c_void_p)]
 
 
 class _Ffn(ctypes.Structure):
     _fields_ = _integers("rows", "F", "C", "activation")
-
-
-class _NormShift(torch.autograd.Function):
-    """Autograd function for the kernels of ops/common/norm_shift.c."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, edges: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        x = x.contiguous()
-        ctx.shift = _Shift(len(edges) - 1, (ctypes.c_int64 * len(edges))(*edges), *x.shape)
-        y, mean, scale = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
-        _call("timemix_norm_shift", y, ctx.shift, x, weight, bias, ctypes.c_float(eps), y, mean, scale)
-        ctx.save_for_backward(x, weight, mean, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale = ctx.saved_tensors
-        dy, dx = dy.contiguous(), torch.empty_like(x)
-        # Sums over parts of the rows: (_PARTS, C)
-        dweight, dbias = x.new_empty(2, _PARTS, x.shape[-1])
-        _call("timemix_norm_shift_back", dy, ctx.shift, x, weight, mean, scale, dy, dx, dweight, dbias)
-        return dx, dweight.sum(0), dbias.sum(0), None, None, None
 
 
 class _Weigh(torch.autograd.Function):
@@ -300,7 +281,7 @@ class _Weigh(torch.autograd.Function):
         B, T, H, N = *kvr.shape[:2], heads, kvr.shape[2] // 3 // heads
         source, gate = kvr.new_empty(H, T, B, N), kvr.new_empty(B, T, H, N)
         total = torch.empty_like(gate, dtype=torch.float32)
-        _call("timemix_weigh", kvr, _sizes(gate, alpha), kvr, bias, source, total, gate)
+        call("timemix_weigh", kvr, _sizes(gate, alpha), kvr, bias, source, total, gate)
         ctx.save_for_backward(kvr, bias, alpha, gate)
         return source, total, gate
 
@@ -311,7 +292,7 @@ class _Weigh(torch.autograd.Function):
         # dbias (B, 3 C) and dalpha (B, H, T): sums over the positions of each sequence.
         dkvr, dbias, dalpha = torch.empty_like(kvr), bias.new_empty(len(kvr), len(bias)), _by_sequence(alpha, gate)
         gradients = (each.contiguous() for each in (dsource, dtotal, dgate))
-        _call("timemix_weigh_back", kvr, _sizes(gate, alpha), kvr, bias, gate, *gradients, dkvr, dbias, dalpha)
+        call("timemix_weigh_back", kvr, _sizes(gate, alpha), kvr, bias, gate, *gradients, dkvr, dbias, dalpha)
         return dkvr, dbias.sum(0), _sum_of_table(dalpha, alpha), None
 
 
@@ -321,7 +302,7 @@ class _Divide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numerator: Tensor, total: Tensor, gate: Tensor, beta: Tensor | None) -> Tensor:
         numerator, y = numerator.contiguous(), torch.empty_like(gate)
-        _call("timemix_divide", gate, _sizes(gate, beta), numerator, total, gate, y)
+        call("timemix_divide", gate, _sizes(gate, beta), numerator, total, gate, y)
         ctx.save_for_backward(numerator, total, gate, beta)
         return y
 
@@ -331,7 +312,7 @@ class _Divide(torch.autograd.Function):
         numerator, total, gate, beta = ctx.saved_tensors
         dnumerator, dtotal, dgate = torch.empty_like(numerator), torch.empty_like(total), torch.empty_like(gate)
         dbeta, given = _by_sequence(beta, gate), (numerator, total, gate, dy.contiguous())
-        _call("timemix_divide_back", gate, _sizes(gate, beta), *given, dnumerator, dtotal, dgate, dbeta)
+        call("timemix_divide_back", gate, _sizes(gate, beta), *given, dnumerator, dtotal, dgate, dbeta)
         return dnumerator, dtotal, dgate, _sum_of_table(dbeta, beta)
 
 
@@ -363,7 +344,7 @@ class _Gates(torch.autograd.Function):
         rows, hidden_size = kvr.shape[:-1], (kvr.shape[-1] - channels) // 2
         hidden, gate = kvr.new_empty(*rows, hidden_size), kvr.new_empty(*rows, channels)
         ctx.ffn = _Ffn(rows.numel(), hidden_size, channels, ACTIVATION_KINDS.index(activation))
-        _call("timemix_gates", kvr, ctx.ffn, kvr, bias, hidden, gate)
+        call("timemix_gates", kvr, ctx.ffn, kvr, bias, hidden, gate)
         ctx.save_for_backward(kvr, bias, gate)
         return hidden, gate
 
@@ -371,9 +352,9 @@ class _Gates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor, dgate: Tensor) -> tuple[Tensor | None, ...]:
         kvr, bias, gate = ctx.saved_tensors
-        dkvr, dbias = torch.empty_like(kvr), bias.new_empty(_PARTS, len(bias))
+        dkvr, dbias = torch.empty_like(kvr), bias.new_empty(PARTS, len(bias))
         gradients = (each.contiguous() for each in (dhidden, dgate))
-        _call("timemix_gates_back", kvr, ctx.ffn, kvr, bias, gate, *gradients, dkvr, dbias)
+        call("timemix_gates_back", kvr, ctx.ffn, kvr, bias, gate, *gradients, dkvr, dbias)
         return dkvr, dbias.sum(0), None, None
 
 
@@ -384,7 +365,7 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor, by: Tensor) -> Tensor:
         x, by = x.contiguous(), by.contiguous()
         y = torch.empty_like(x)
-        _call("timemix_scale", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), y)
+        call("timemix_scale", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), y)
         ctx.save_for_backward(x, bias, by)
         return y
 
@@ -392,10 +373,10 @@ class _Scaled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, by = ctx.saved_tensors
-        dy, dx, dbias = dy.contiguous(), torch.empty_like(x), bias.new_empty(_PARTS, len(bias))
+        dy, dx, dbias = dy.contiguous(), torch.empty_like(x), bias.new_empty(PARTS, len(bias))
         dby = by.new_empty(x.shape[:2] if by.ndim == 1 else x.shape)
         outputs = (dx, dbias, *_gate_and_gamma(dby, by))
-        _call("timemix_scale_back", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), dy, *outputs)
+        call("timemix_scale_back", x, *_rows(x, by), x, bias, *_gate_and_gamma(by, by), dy, *outputs)
         if by.ndim == 1:
             # (B, T) -> (ctx_len,)
             dby = F.pad(dby.sum(0), (0, len(by) - dby.shape[1]))
@@ -411,3 +392,24 @@ def _rows(x: Tensor, by: Tensor) -> Iterator[ctypes.c_int64]:
 def _gate_and_gamma(x: Tensor, by: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return (None, x) if `by` is a gamma (ctx_len,), or (x, None) if `by` is a gate."""
     return (None, x) if by.ndim == 1 else (x, None)
+
+
+class _Activated(torch.autograd.Function):
+    """Autograd function for the kernels of ops/common/activate.c."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: int) -> Tensor:
+        x = x.contiguous()
+        ctx.sizes = ctypes.c_int64(x.numel()), ctypes.c_int64(kind)
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        call("timemix_activate", x, *ctx.sizes, x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        call("timemix_activate_back", x, *ctx.sizes, x, dy.contiguous(), dx)
+        return dx, None

@@ -58,15 +58,6 @@ INLINE void gates_back(enum type type, enum activation kind, const ffn *f, int64
     }
 }
 
-/* Calls a function with the activation as a constant, so that the loops of the function have no branch. */
-#define OF_KIND(function, type, kind, ...)                       \
-    switch (kind) {                                              \
-    case GELU: function(type, GELU, __VA_ARGS__); break;         \
-    case MISH: function(type, MISH, __VA_ARGS__); break;         \
-    case RELU2: function(type, RELU2, __VA_ARGS__); break;       \
-    default: function(type, SILU, __VA_ARGS__);                  \
-    }
-
 /* hidden (rows, F) = act(k) v, gate (rows, C) = sigmoid(r), from kvr (rows, 2 F + C) + bias (2 F + C,). */
 void timemix_gates(int64_t type, int64_t threads, const ffn *f, const void *kvr, const float *bias, void *hidden,
                    void *gate) {

@@ -10,8 +10,7 @@
     dweight[c] = sum_t dz unit,   dbias[c] = sum_t dz
     dx[t, c]   = r (g - mean_c(g) - unit mean_c(g unit)) */
 
-#include <math.h>
-
+#include "ops/common/norm.h"
 #include "ops/common/types.h"
 
 /* Token-shift: d(c) is g + 1 for edge[g] <= c < edge[g + 1], and 0 for c >= edge[groups]. */
@@ -26,13 +25,8 @@ typedef struct {
 INLINE void norm_shift(enum type type, const shift *s, int64_t row, const float *x, const float *weight,
                        const float *bias, float epsilon, void *y, float *mean, float *scale) {
     const int64_t C = s->C, t = row % s->T;
-    float m = 0, variance = 0;
-    for (int64_t c = 0; c < C; c++) m += x[row * C + c];
-    m /= C;
-    for (int64_t c = 0; c < C; c++) variance += (x[row * C + c] - m) * (x[row * C + c] - m);
-    const float r = 1 / sqrtf(variance / C + epsilon);
-    mean[row] = m;
-    scale[row] = r;
+    norm_statistics(x + row * C, epsilon, C, mean + row, scale + row);
+    const float m = mean[row], r = scale[row];
     for (int64_t g = 0; g <= s->groups; g++) {
         const int64_t first = s->edge[g], end = g < s->groups ? s->edge[g + 1] : C, d = g < s->groups ? g + 1 : 0;
         if (t + d < s->T) {
@@ -62,7 +56,6 @@ void timemix_norm_shift(int64_t type, int64_t threads, const shift *s, const flo
 INLINE void norm_shift_back(enum type type, const shift *s, int64_t row, const float *x, const float *weight, float m,
                             float r, const void *dy, float *dx, float *dweight, float *dbias, float *g, float *unit) {
     const int64_t C = s->C;
-    float sum = 0, product = 0;
     /* g = dz, which is the gradient of y at d(c) positions later. */
     for (int64_t n = 0; n <= s->groups; n++) {
         const int64_t first = s->edge[n], end = n < s->groups ? s->edge[n + 1] : C, d = n < s->groups ? n + 1 : 0;
@@ -72,17 +65,7 @@ INLINE void norm_shift_back(enum type type, const shift *s, int64_t row, const f
             for (int64_t c = first; c < end; c++) g[c] = load(type, gradient, c);
         } else memset(g + first, 0, (end - first) * sizeof(float));
     }
-#pragma omp simd reduction(+ : sum, product)
-    for (int64_t c = 0; c < C; c++) {
-        unit[c] = (x[row * C + c] - m) * r;
-        dweight[c] += g[c] * unit[c];
-        dbias[c] += g[c];
-        g[c] *= weight[c];
-        sum += g[c];
-        product += g[c] * unit[c];
-    }
-#pragma omp simd
-    for (int64_t c = 0; c < C; c++) dx[row * C + c] = r * (g[c] - (sum + unit[c] * product) / C);
+    norm_back(x + row * C, weight, m, r, C, g, unit, dx + row * C, dweight, dbias);
 }
 
 /* dx (B, T, C) from dy (B, T, C). dweight (PARTS, C) and dbias (PARTS, C) are sums over parts of the rows. The parts

@@ -21,6 +21,34 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
+/* x[0] to x[WIDTH - 1]. */
+INLINE vec vector_at(const float *x) {
+    vec y;
+    memcpy(&y, x, sizeof y);
+    return y;
+}
+
+INLINE void put_vector(float *x, vec y) { memcpy(x, &y, sizeof y); }
+
+/* The sum of the elements. */
+INLINE float total(vec x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 all = (__m512)x;
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), (__m256)_mm512_extractf64x4_pd((__m512d)all, 1));
+#else
+    const __m256 half = (__m256)x;
+#endif
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
+    float sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += x[i];
+    return sum;
+#endif
+}
+
 /* weights[at] to weights[at + WIDTH - 1] as float32.
 
    Intrinsics are used if available. For __builtin_convertvector, compilers emit two conversions, each of half a

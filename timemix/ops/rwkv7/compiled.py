@@ -4,7 +4,6 @@ The C code supports float32 on the CPU. It requires a C compiler, and is not use
 """
 
 import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ CHUNK = 16
 
 MOST = 256
 """Largest head size N."""
+
+FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
+"""Flags of the compiler. -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
+-fno-associative-math preserves the accuracy of small decays, see wkv7.c."""
 
 
 def hindrance(x: Tensor) -> str | None:
@@ -38,6 +41,15 @@ def hindrance(x: Tensor) -> str | None:
         return "torch.compile cannot compile calls of C code"
     code, reason = _library()
     return None if code else reason
+
+
+def compiles() -> bool:
+    """Return whether the C code can be compiled and loaded.
+
+    Returns:
+        False if there is no C compiler, or compiling or loading failed.
+    """
+    return _library()[0] is not None
 
 
 def compiled_wkv7(
@@ -70,12 +82,9 @@ def compiled_wkv7(
     return y, end
 
 
-@cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
-    # The flag -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged. The flag
-    # -fno-associative-math preserves the accuracy of small decays, see wkv7.c.
-    flags = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
-    return library(Path(__file__).with_name("wkv7.c"), *flags)
+    # The file time_mix.c includes wkv7.c.
+    return library(Path(__file__).with_name("time_mix.c"), *FLAGS)
 
 
 class _Inputs(ctypes.Structure):
@@ -91,35 +100,56 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
     return _Inputs(*inputs[0].shape, *(x.data_ptr() for x in inputs), address)
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a C function. Tensors are passed by address, and None as NULL."""
+def call(name: str, *arguments: Any) -> None:
+    """Call a C function with the number of threads and further arguments.
+
+    Args:
+        name: Name of the function.
+        *arguments: Contiguous tensors and structures, passed by address; None, passed as NULL; numbers of ctypes.
+    """
     code, _ = _library()
     assert code is not None
     getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
+
+
+def starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Allocate memory for the C code.
+
+    Args:
+        state: State (B, H, N, N), float32.
+        tokens: Number T of tokens.
+
+    Returns:
+        The state before every `CHUNK` tokens, to be stored for the backward pass, and memory for each thread, as
+        SCRATCH in wkv7.c.
+    """
+    B, H, N, _ = state.shape
+    padded = -(-N // 16) * 16
+    starts = state.new_empty(B, H, -(-tokens // CHUNK), N, padded)
+    scratch = state.new_empty(torch.get_num_threads(), (12 * CHUNK + 12 + (CHUNK + 2) * N) * padded)
+    return starts, scratch
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, resets: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         resets = None if resets is None else resets.contiguous()
-        B, T, H, N = inputs[0].shape
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
-        starts = end.new_empty(B, H, -(-T // CHUNK), N, N) if any(ctx.needs_input_grad) else None
-        _call("timemix_wkv7", _inputs(inputs, resets), end, y, starts)
-        ctx.save_for_backward(*inputs, starts, resets)
+        starts, scratch = starts_and_scratch(end, y.shape[1])
+        kept = starts if any(ctx.needs_input_grad) else None
+        call("timemix_wkv7", _inputs(inputs, resets), end, y, kept, scratch)
+        ctx.save_for_backward(*inputs, kept, resets)
         return y, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, starts, resets = ctx.saved_tensors
-        B, _, H, N = inputs[0].shape
         gradients = [torch.empty_like(x) for x in inputs]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        # SCRATCH in wkv7.c
-        scratch = d_state.new_empty(B, H, (CHUNK + 1) * N * N + 2 * CHUNK * N)
+        _, scratch = starts_and_scratch(d_state, 0)
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
-        _call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
+        call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
         return d_state, None, *gradients

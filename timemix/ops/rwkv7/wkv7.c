@@ -2,27 +2,188 @@
 
     u = S a        S' = S diag(d) + u b^T + v k^T        y = S' r            with d = exp(w), and S = 0 at a reset
 
-   Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient that
-   later tokens have for S':
+   Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient
+   that later tokens have for S':
 
     dS' += dy r^T      dv = dS' k      dk = dS'^T v      du = dS' b      db = dS'^T u      da = S^T du
     dw = d * (sums over the values of S * dS')           dS = dS' diag(d) + du a^T
     dr = S'^T dy = d * (S^T dy) + (u . dy) b + (v . dy) k
 
-   d is computed as 1 + m with m = exp(w) - 1, because the rounding error of a d near 1 would be equal at every token, and
-   add up. This file is compiled without -fassociative-math, which would replace S + S m by S (1 + m).
+   d is computed as 1 + m with m = exp(w) - 1, because the rounding error of a d near 1 would be equal at every token,
+   and add up. This file is compiled without -fassociative-math, which would replace S + S m by S (1 + m).
 
-   Cost. A row of S belongs to one value, and is a vector over the keys. The rows do not depend on one another, so a pass
-   over S handles one row after another. A token takes about 11 N^2 operations per head forward. For C = 768 channels and
-   N = 64, this is 4 % of the 24 C^2 operations of the matrix products of a layer.
+   Layout. Inside this file, S is transposed: (keys N, values P). A row belongs to one key and is a vector over the
+   values, padded with zeros to P numbers. So the products with S add up vectors, and need no sum over the elements of
+   a vector. Only the backward pass sums over elements, for the five gradients that belong to a key.
 
-   The forward pass stores S at the start of every chunk. The backward pass computes the states within a chunk again, so
-   memory grows with T / CHUNK. Each task is one head of one sequence, so results are bit-identical for any number of
-   threads.
+   Cost. A token takes about 11 N^2 operations per head forward. For C = 768 channels and N = 64, this is 4 % of the
+   24 C^2 operations of the matrix products of a layer.
+
+   The forward pass stores S at the start of every chunk. The backward pass computes the states within a chunk again,
+   so memory grows with T / CHUNK. Each task is one head of one sequence, so results are bit-identical for any number
+   of threads.
 
    All numbers are float32. Inputs, y and gradients are (B, T, H, N), states are (B, H, N, N). */
 
 #include "ops/common/exp.h"
+#include "ops/common/vectors.h"
+
+/* P, for the head size N. */
+#define PADDED(N) (((N) + 15) / 16 * 16)
+
+/* Most vectors of values for which the sums of a token are in registers. */
+#define BLOCK (64 / WIDTH)
+
+/* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.
+
+   Numbers of one token and one head: m = exp(w) - 1 and the other arguments, u, and y. Each array is (P,), and is
+   zero from N on. */
+typedef struct {
+    float *r, *m, *k, *v, *a, *b, *u, *y;
+} wkv7_token;
+
+/* Gradients of the arguments of one token and one head (P,). w is the gradient of log(1 + m). */
+typedef struct {
+    float *r, *w, *k, *v, *a, *b;
+} wkv7_gradients;
+
+/* One token: computes next = S' (which may be the array S), u and y. K vectors of values are computed together. */
+INLINE void wkv7_step(const int K, int64_t N, const float *S, float *next, wkv7_token t) {
+    const int64_t P = PADDED(N);
+    for (int64_t first = 0; first < P; first += K * WIDTH) {
+        vec u[BLOCK], y[BLOCK], v[BLOCK];
+        for (int n = 0; n < K; n++) {
+            u[n] = y[n] = (vec){0};
+            v[n] = vector_at(t.v + first + n * WIDTH);
+        }
+        for (int64_t j = 0; j < N; j++)
+            for (int n = 0; n < K; n++) u[n] += vector_at(S + j * P + first + n * WIDTH) * t.a[j];
+        for (int64_t j = 0; j < N; j++)
+            for (int n = 0; n < K; n++) {
+                const int64_t at = j * P + first + n * WIDTH;
+                const vec s = vector_at(S + at), new = s + (s * t.m[j] + (u[n] * t.b[j] + v[n] * t.k[j]));
+                put_vector(next + at, new);
+                y[n] += new * t.r[j];
+            }
+        for (int n = 0; n < K; n++) {
+            put_vector(t.u + first + n * WIDTH, u[n]);
+            put_vector(t.y + first + n * WIDTH, y[n]);
+        }
+    }
+}
+
+/* The part of wkv7_step_back that belongs to K vectors of values from `first` on. Adds to S^T dy in g.r, to the sums of
+   S * dS' in g.w, and to the gradients of k, a and b. */
+INLINE void wkv7_block_back(const int K, int64_t N, int64_t first, const float *S, wkv7_token t, const float *dy,
+                            float *dS, wkv7_gradients g) {
+    const int64_t P = PADDED(N);
+    vec du[BLOCK], dv[BLOCK], out[BLOCK];
+    for (int n = 0; n < K; n++) {
+        du[n] = dv[n] = (vec){0};
+        out[n] = vector_at(dy + first + n * WIDTH);
+    }
+    for (int64_t j = 0; j < N; j++)
+        for (int n = 0; n < K; n++) {
+            const vec grad = vector_at(dS + j * P + first + n * WIDTH) + out[n] * t.r[j];
+            dv[n] += grad * t.k[j];
+            du[n] += grad * t.b[j];
+        }
+    for (int n = 0; n < K; n++) put_vector(g.v + first + n * WIDTH, dv[n]);
+    for (int64_t j = 0; j < N; j++) {
+        vec dr = {0}, dw = {0}, dk = {0}, da = {0}, db = {0};
+        for (int n = 0; n < K; n++) {
+            const int64_t at = j * P + first + n * WIDTH;
+            const vec s = vector_at(S + at), grad = vector_at(dS + at) + out[n] * t.r[j];
+            dr += s * out[n];
+            dw += s * grad;
+            da += s * du[n];
+            dk += grad * vector_at(t.v + first + n * WIDTH);
+            db += grad * vector_at(t.u + first + n * WIDTH);
+            put_vector(dS + at, grad + (grad * t.m[j] + du[n] * t.a[j]));
+        }
+        g.r[j] += total(dr);
+        g.w[j] += total(dw);
+        g.k[j] += total(dk);
+        g.a[j] += total(da);
+        g.b[j] += total(db);
+    }
+}
+
+/* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The
+   gradients g of the token are overwritten. */
+INLINE void wkv7_step_back(const int K, int64_t N, const float *S, wkv7_token t, const float *dy, float *dS,
+                           wkv7_gradients g) {
+    float reads = 0, values = 0;
+#pragma omp simd reduction(+ : reads, values)
+    for (int64_t i = 0; i < N; i++) {
+        reads += t.u[i] * dy[i];
+        values += t.v[i] * dy[i];
+        g.r[i] = g.w[i] = g.k[i] = g.a[i] = g.b[i] = 0;
+    }
+    for (int64_t first = 0; first < PADDED(N); first += K * WIDTH) wkv7_block_back(K, N, first, S, t, dy, dS, g);
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        g.w[j] *= 1 + t.m[j];
+        g.r[j] += g.r[j] * t.m[j] + (reads * t.b[j] + values * t.k[j]);
+    }
+}
+
+/* The state of a head between its two layouts: (values N, keys N) outside this file, (keys N, values P) inside. */
+INLINE void transpose_in(int64_t N, const float *state, float *S) {
+    memset(S, 0, N * PADDED(N) * sizeof(float));
+    for (int64_t j = 0; j < N; j++)
+        for (int64_t i = 0; i < N; i++) S[j * PADDED(N) + i] = state[i * N + j];
+}
+
+INLINE void transpose_out(int64_t N, const float *S, float *state) {
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j < N; j++) state[i * N + j] = S[j * PADDED(N) + i];
+}
+
+/* Memory of a thread: arrays (P,) for each token of a chunk and for gradients, S before each token of a chunk and
+   after the last, and the gradient of S. */
+#define ARRAYS (12 * CHUNK + 12)
+#define SCRATCH(N) (ARRAYS * PADDED(N) + (CHUNK + 2) * (N) * PADDED(N))
+
+typedef struct {
+    int64_t P;
+    float *free, *states, *dS;
+} wkv7_scratch;
+
+INLINE wkv7_scratch scratch_of(int64_t N, float *x) {
+    const int64_t P = PADDED(N);
+    memset(x, 0, ARRAYS * P * sizeof(float));
+    return (wkv7_scratch){P, x, x + ARRAYS * P, x + ARRAYS * P + (CHUNK + 1) * N * P};
+}
+
+/* A new array (P,) of zeros. */
+INLINE float *array_of(wkv7_scratch *s) {
+    float *x = s->free;
+    s->free += s->P;
+    return x;
+}
+
+INLINE wkv7_token token_of(wkv7_scratch *s) {
+    return (wkv7_token){array_of(s), array_of(s), array_of(s), array_of(s),
+                        array_of(s), array_of(s), array_of(s), array_of(s)};
+}
+
+INLINE wkv7_gradients gradients_of(wkv7_scratch *s) {
+    return (wkv7_gradients){array_of(s), array_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
+}
+
+/* With a constant K, the compiler keeps the sums of a token in registers. K * WIDTH divides P. */
+#define WITH_CONSTANT(N, call)       \
+    if ((N) % 64 == 0) {             \
+        enum { K = BLOCK };          \
+        call;                        \
+    } else if ((N) % 32 == 0) {      \
+        enum { K = BLOCK / 2 };      \
+        call;                        \
+    } else {                         \
+        enum { K = 1 };              \
+        call;                        \
+    }
 
 typedef struct {
     int64_t B, T, H, N;
@@ -31,138 +192,98 @@ typedef struct {
     const uint8_t *resets;
 } wkv7_inputs;
 
-typedef struct {
-    float *r, *w, *k, *v, *a, *b;
-} wkv7_gradients;
-
-/* One token: computes next = S' (which may be the array S), u (N,) and y (N,). */
-INLINE void wkv7_token(int64_t N, const float *S, float *next, const float *r, const float *m, const float *k,
-                       const float *v, const float *a, const float *b, float *u, float *y) {
-    for (int64_t i = 0; i < N; i++) {
-        const float *row = S + i * N, value = v[i];
-        float *new = next + i * N, read = 0, sum = 0;
-#pragma omp simd reduction(+ : read)
-        for (int64_t j = 0; j < N; j++) read += row[j] * a[j];
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < N; j++) {
-            new[j] = row[j] + (row[j] * m[j] + (read * b[j] + value * k[j]));
-            sum += new[j] * r[j];
-        }
-        u[i] = read;
-        y[i] = sum;
-    }
-}
-
-/* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The
-   gradients (N,) of the token are overwritten. */
-INLINE void wkv7_token_back(int64_t N, const float *S, const float *r, const float *m, const float *k, const float *v,
-                            const float *a, const float *b, const float *u, const float *dy, float *dS, float *dr,
-                            float *dw, float *dk, float *dv, float *da, float *db) {
-    float reads = 0, values = 0;
-    for (int64_t j = 0; j < N; j++) dr[j] = dw[j] = dk[j] = da[j] = db[j] = 0;
-    for (int64_t i = 0; i < N; i++) {
-        const float *row = S + i * N, out = dy[i], value = v[i], read = u[i];
-        float *grad = dS + i * N, of_value = 0, of_read = 0;
-#pragma omp simd reduction(+ : of_value, of_read)
-        for (int64_t j = 0; j < N; j++) {
-            grad[j] += out * r[j];
-            of_value += grad[j] * k[j];
-            of_read += grad[j] * b[j];
-        }
+/* Reads the arguments of a token, which begin at `at`. */
+INLINE void wkv7_read(wkv7_inputs x, int64_t at, wkv7_token t) {
 #pragma omp simd
-        for (int64_t j = 0; j < N; j++) {
-            const float g = grad[j];
-            dr[j] += row[j] * out;
-            dw[j] += g * row[j];
-            dk[j] += g * value;
-            db[j] += g * read;
-            da[j] += row[j] * of_read;
-            grad[j] = g + (g * m[j] + of_read * a[j]);
-        }
-        dv[i] = of_value;
-        reads += read * out;
-        values += value * out;
-    }
-    for (int64_t j = 0; j < N; j++) {
-        dw[j] *= 1 + m[j];
-        dr[j] += dr[j] * m[j] + (reads * b[j] + values * k[j]);
+    for (int64_t j = 0; j < x.N; j++) {
+        t.r[j] = x.r[at + j];
+        t.m[j] = expm1_series(x.w[at + j]);
+        t.k[j] = x.k[at + j];
+        t.v[j] = x.v[at + j];
+        t.a[j] = x.a[at + j];
+        t.b[j] = x.b[at + j];
     }
 }
 
-INLINE void wkv7_head(int64_t N, const wkv7_inputs *x, int64_t row, int64_t head, float *S, float *y, float *starts) {
-    float m[MOST], u[MOST];
-    for (int64_t t = 0; t < x->T; t++) {
-        const int64_t token = row * x->T + t, at = (token * x->H + head) * N;
-        if (starts && t % CHUNK == 0) memcpy(starts + t / CHUNK * N * N, S, N * N * sizeof(float));
-        if (x->resets && x->resets[token]) memset(S, 0, N * N * sizeof(float));
-        for (int64_t j = 0; j < N; j++) m[j] = expm1_series(x->w[at + j]);
-        wkv7_token(N, S, S, x->r + at, m, x->k + at, x->v + at, x->a + at, x->b + at, u, y + at);
+INLINE void wkv7_head(const int K, const wkv7_inputs *x, int64_t row, int64_t head, float *state, float *y,
+                      float *starts, float *memory) {
+    const int64_t N = x->N, size = N * PADDED(N);
+    wkv7_scratch scratch = scratch_of(N, memory);
+    const wkv7_token t = token_of(&scratch);
+    float *S = scratch.states;
+    transpose_in(N, state, S);
+    for (int64_t i = 0; i < x->T; i++) {
+        const int64_t token = row * x->T + i, at = (token * x->H + head) * N;
+        if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
+        if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
+        wkv7_read(*x, at, t);
+        wkv7_step(K, N, S, S, t);
+        memcpy(y + at, t.y, N * sizeof(float));
     }
+    transpose_out(N, S, state);
 }
 
-/* Numbers of the backward pass for a chunk of a head: S before each token and after the last; u and m of each token. */
-#define SCRATCH(N) ((CHUNK + 1) * (N) * (N) + 2 * CHUNK * (N))
-
-INLINE void wkv7_head_back(int64_t N, const wkv7_inputs *x, int64_t row, int64_t head, const float *starts,
-                           const float *dy, float *dS, const wkv7_gradients *g, float *scratch) {
-    const int64_t size = N * N;
-    float *states = scratch, *u = states + (CHUNK + 1) * size, *m = u + CHUNK * N, y[MOST];
+INLINE void wkv7_head_back(const int K, const wkv7_inputs *x, int64_t row, int64_t head, const float *starts,
+                           const float *dy, float *dstate, const wkv7_gradients *gradients, float *memory) {
+    const int64_t N = x->N, size = N * PADDED(N);
+    wkv7_scratch scratch = scratch_of(N, memory);
+    wkv7_token tokens[CHUNK];
+    for (int64_t i = 0; i < CHUNK; i++) tokens[i] = token_of(&scratch);
+    const wkv7_gradients g = gradients_of(&scratch);
+    float *states = scratch.states, *dS = scratch.dS, *out = array_of(&scratch);
+    transpose_in(N, dstate, dS);
     for (int64_t chunk = (x->T - 1) / CHUNK; chunk >= 0; chunk--) {
         const int64_t first = chunk * CHUNK, count = x->T - first < CHUNK ? x->T - first : CHUNK;
         memcpy(states, starts + chunk * size, size * sizeof(float));
         for (int64_t i = 0; i < count; i++) {
-            const int64_t token = row * x->T + first + i, at = (token * x->H + head) * N;
+            const int64_t token = row * x->T + first + i;
             float *S = states + i * size;
             if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
-            for (int64_t j = 0; j < N; j++) m[i * N + j] = expm1_series(x->w[at + j]);
-            wkv7_token(N, S, S + size, x->r + at, m + i * N, x->k + at, x->v + at, x->a + at, x->b + at, u + i * N, y);
+            wkv7_read(*x, (token * x->H + head) * N, tokens[i]);
+            wkv7_step(K, N, S, S + size, tokens[i]);
         }
         for (int64_t i = count - 1; i >= 0; i--) {
             const int64_t token = row * x->T + first + i, at = (token * x->H + head) * N;
-            wkv7_token_back(N, states + i * size, x->r + at, m + i * N, x->k + at, x->v + at, x->a + at, x->b + at,
-                            u + i * N, dy + at, dS, g->r + at, g->w + at, g->k + at, g->v + at, g->a + at, g->b + at);
+            memcpy(out, dy + at, N * sizeof(float));
+            wkv7_step_back(K, N, states + i * size, tokens[i], out, dS, g);
+            memcpy(gradients->r + at, g.r, N * sizeof(float));
+            memcpy(gradients->w + at, g.w, N * sizeof(float));
+            memcpy(gradients->k + at, g.k, N * sizeof(float));
+            memcpy(gradients->v + at, g.v, N * sizeof(float));
+            memcpy(gradients->a + at, g.a, N * sizeof(float));
+            memcpy(gradients->b + at, g.b, N * sizeof(float));
             if (x->resets && x->resets[token]) memset(dS, 0, size * sizeof(float));
         }
     }
+    transpose_out(N, dS, dstate);
 }
 
-/* With a constant N, the compiler keeps vectors of a row in registers. */
-#define WITH_CONSTANT(N, call) \
-    switch (N) {               \
-    case 64: {                 \
-        enum { M = 64 };       \
-        call;                  \
-        break;                 \
-    }                          \
-    case 32: {                 \
-        enum { M = 32 };       \
-        call;                  \
-        break;                 \
-    }                          \
-    default: {                 \
-        const int64_t M = N;   \
-        call;                  \
-    }                          \
-    }
+/* The first task of a thread. A task is one head of one sequence. */
+#define FIRST_TASK(x, thread) ((x)->B * (x)->H * (thread) / threads)
+#define CHUNKS(x) (((x)->T + CHUNK - 1) / CHUNK)
 
-/* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H, chunks,
-   N, N) is NULL if no gradients are needed. */
-void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y, float *starts) {
-    const int64_t size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+/* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H,
+   chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */
+void timemix_wkv7(int64_t threads, const wkv7_inputs *x, float *state, float *y, float *starts, float *scratch) {
+    const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < x->B * x->H; task++) {
-        float *own = starts ? starts + task * chunks * size : NULL;
-        WITH_CONSTANT(x->N, wkv7_head(M, x, task / x->H, task % x->H, state + task * size, y, own))
-    }
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t i = FIRST_TASK(x, thread); i < FIRST_TASK(x, thread + 1); i++) {
+            float *own = starts ? starts + i * stored : NULL, *memory = scratch + thread * SCRATCH(x->N);
+            WITH_CONSTANT(x->N, wkv7_head(K, x, i / H, i % H, state + i * size, y, own, memory))
+        }
 }
 
-/* Computes the gradients of the inputs. dstate holds the gradient of the last S on entry, and of the first S on return.
-   scratch is (B, H, SCRATCH(N)). */
+/* Computes the gradients of the inputs. dstate holds the gradient of the last S on entry, and of the first S on
+   return. */
 void timemix_wkv7_back(int64_t threads, const wkv7_inputs *x, const float *starts, const float *dy, float *dstate,
                        const wkv7_gradients *gradients, float *scratch) {
-    const int64_t size = x->N * x->N, chunks = (x->T + CHUNK - 1) / CHUNK;
+    const int64_t H = x->H, size = x->N * x->N, stored = CHUNKS(x) * x->N * PADDED(x->N);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t task = 0; task < x->B * x->H; task++)
-        WITH_CONSTANT(x->N, wkv7_head_back(M, x, task / x->H, task % x->H, starts + task * chunks * size, dy,
-                                           dstate + task * size, gradients, scratch + task * SCRATCH(x->N)))
+    for (int64_t thread = 0; thread < threads; thread++)
+        for (int64_t i = FIRST_TASK(x, thread); i < FIRST_TASK(x, thread + 1); i++) {
+            float *memory = scratch + thread * SCRATCH(x->N);
+            WITH_CONSTANT(x->N, wkv7_head_back(K, x, i / H, i % H, starts + i * stored, dy, dstate + i * size,
+                                               gradients, memory))
+        }
 }

@@ -1,0 +1,143 @@
+"""The time-mix of RWKV-7 between its matrix products, in C. The file time_mix.c contains the formulas.
+
+The C code supports products in float32 and bfloat16 on the CPU. `models/rwkv7/model.py` contains the same formulas in
+PyTorch.
+"""
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from timemix.ops.common import fused
+from timemix.ops.rwkv7.compiled import MOST, call, compiles, starts_and_scratch
+
+
+class Products(NamedTuple):
+    """Outputs of matrix products (B, T, C), in one dtype, float32 or bfloat16, without biases."""
+
+    receptance: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor
+    rate: Tensor
+    residual: Tensor | None
+    """Logits of the share of the values of layer 0; None in layer 0."""
+    gate: Tensor
+
+
+class Vectors(NamedTuple):
+    """Parameters (C,), float32."""
+
+    decay: Tensor
+    """Bias of the decay."""
+    rate: Tensor
+    """Bias of the in-context learning rate."""
+    residual: Tensor | None
+    """Bias of the value residual; None in layer 0."""
+    removal: Tensor
+    replacement: Tensor
+    bonus: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def supports(x: Tensor, head_size: int) -> bool:
+    """Return whether to use `time_mix` in a model.
+
+    Args:
+        x: A product (B, T, C).
+        head_size: Number N of channels of a head.
+
+    Returns:
+        False if the C code does not support the product or is slower than PyTorch.
+    """
+    return head_size <= MOST and fused.serves(x) and compiles()
+
+
+def time_mix(
+    products: Products, vectors: Vectors, first: Tensor | None, state: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the input of the output product of a time-mix.
+
+    Stored for the backward pass are the arguments, and the state before every 16 tokens.
+
+    Args:
+        products: Outputs of the matrix products (B, T, C).
+        vectors: Parameters (C,).
+        first: Values of layer 0 (B, T, C), float32; None in layer 0.
+        state: State before these tokens (B, H, values N, keys N), float32. It is not changed, and gets a gradient.
+        eps: Constant that the norm of each head adds to the variance.
+
+    Returns:
+        The input of the output product (B, T, C), in the dtype of the products, and the state after these tokens.
+    """
+    apply: Any = _TimeMix.apply
+    given = (each if each is None else each.contiguous() for each in products)
+    numbers = (each if each is None else each.float().flatten().contiguous() for each in vectors)
+    y, end = apply(eps, state, None if first is None else first.contiguous(), *given, *numbers)
+    return y, end
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "BTHN"),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in (*Products._fields, "first")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in (*Products._fields, "first")]
+
+
+class _Vectors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in Vectors._fields]
+
+
+def _type(x: Tensor) -> ctypes.c_int64:
+    """Return the index of a dtype in `enum type` (ops/common/types.h)."""
+    return ctypes.c_int64((torch.float32, torch.bfloat16).index(x.dtype))
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if each is None else each.data_ptr() for each in tensors]
+
+
+def _inputs(eps: float, state: Tensor, first: Tensor | None, products: Products) -> _Inputs:
+    B, H, N, _ = state.shape
+    return _Inputs(B, products.key.shape[1], H, N, eps, *_addresses(*products, first))
+
+
+class _TimeMix(torch.autograd.Function):
+    """Autograd function for the kernels of time_mix.c."""
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, state: Tensor, first: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+        products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
+        # The C code updates the state in place, so it gets a copy.
+        y, end = torch.empty_like(products.key), state.clone(memory_format=torch.contiguous_format)
+        starts, scratch = starts_and_scratch(end, y.shape[1])
+        kept = starts if any(ctx.needs_input_grad) else None
+        given = _inputs(eps, end, first, products), _Vectors(*_addresses(*vectors))
+        call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
+        ctx.eps = eps
+        ctx.save_for_backward(first, *tensors, kept)
+        return y, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        first, *tensors, starts = ctx.saved_tensors
+        products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
+        gradients = [None if x is None else torch.empty_like(x) for x in (*products, first)]
+        # Sums over the tokens of each sequence: (B, C)
+        sums = [None if x is None else x.new_zeros(len(dy), len(x)) for x in vectors]
+        d_state = d_end.clone(memory_format=torch.contiguous_format)
+        _, scratch = starts_and_scratch(d_state, 0)
+        given = _inputs(ctx.eps, d_state, first, products), _Vectors(*_addresses(*vectors))
+        found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
+        call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
+        return None, d_state, gradients.pop(), *gradients, *(None if x is None else x.sum(0) for x in sums)
