@@ -19,6 +19,7 @@ from timemix.data.config import DataConfig
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
+from timemix.data.vocabulary import world_tokenizer
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing, untold
@@ -62,7 +63,7 @@ class Text:
         tokenizer: An existing tokenizer to use. Default: a new tokenizer.
 
     Attributes:
-        made: The argument `tokenizer`.
+        made: The argument `tokenizer`, or the World tokenizer if the config names it; otherwise None.
         sizes: Size of the split "train", and of the split "valid" if the validation text has its own source.
         sha256: Hash of all text, in hexadecimal.
         hash: Hash of both sources, with a NUL between the two sources.
@@ -70,12 +71,12 @@ class Text:
         first: Number of characters and bytes of the first token of each split that `encoded` has started.
 
     Raises:
-        InvalidValue: Both sources are the same text or share a file.
+        InvalidValue: Both sources are the same text or share a file, or the config names a vocabulary without effect.
         TimemixError: A source cannot be opened or read, for a reason that `open_source` lists.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
-        self.config, self.made = config, tokenizer
+        self.config, self.made = config, tokenizer or _world(config, progress)
         self.source = self._open(config.source, progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
@@ -197,6 +198,18 @@ class Text:
         valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
         # The validation text comes first: its unknown characters are reported before the long encoding of "train".
         return [valid, train]
+
+
+def _world(config: DataConfig, progress: ShowProgress) -> Tokenizer | None:
+    """Return the World tokenizer if a config names it."""
+    if config.tokenizer == "world":
+        return world_tokenizer(config.vocabulary, progress=progress)
+    if config.vocabulary is not None:
+        raise InvalidValue(
+            f"data.vocabulary={config.vocabulary!r} has no effect on data.tokenizer={config.tokenizer!r};"
+            " set data.tokenizer to world, or leave data.vocabulary out"
+        )
+    return None
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
@@ -370,7 +383,7 @@ def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int
 
 def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
     """Cut texts into pieces that can be encoded independently."""
-    return (pieces if made.kind in ("word", "subword") else equal_pieces)(texts, PART)
+    return equal_pieces(texts, PART) if made.border is None else pieces(texts, PART, made.border)
 
 
 def _to_encode(
