@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from timemix.tokenizers.longest_match import LongestMatch
 VOCAB_SIZE = 65536
 """Number of rows of the embedding of the published models."""
 
-# A space is no symbol of a byte, so no text contains these entries.
+# A space is not the symbol of a byte, so these entries match no text.
 _END_OF_TEXT = "<end of text>"
 _UNUSED = "<unused {}>"
 _EMPTY = re.compile("<(end of text|unused [0-9]+)>")
@@ -55,20 +56,7 @@ class WorldTokenizer(Tokenizer):
         if missing := {bytes([byte]) for byte in range(256)}.difference(tokens):
             raise InvalidValue(f"no token is the byte {min(missing)!r}; add the missing bytes")
         pieces = [b"", *tokens, *[b""] * (vocab_size - 1 - len(tokens))]
-        symbol_of = byte_symbols()
-        unused = map(_UNUSED.format, range(len(tokens) + 1, vocab_size))
-        entries = [_END_OF_TEXT, *("".join(symbol_of[byte] for byte in token) for token in tokens), *unused]
-        model = {
-            # Without a prefix, WordPiece is longest match. The time of the library is quadratic in the length of a text.
-            "type": "WordPiece",
-            "unk_token": _END_OF_TEXT,
-            "continuing_subword_prefix": "",
-            "max_input_chars_per_word": 2**53,
-            "vocab": numbered(entries),
-        }
-        nothing = {"type": "Replace", "pattern": {"Regex": f"^{_EMPTY.pattern}$"}, "content": ""}
-        decoder = {"type": "Sequence", "decoders": [nothing, BYTE_LEVEL]}
-        super().__init__("byte", pieces, written_document(model, decoder, pre_tokenizer=BYTE_LEVEL))
+        super().__init__("byte", pieces, _document(tokens, vocab_size))
         self.border = _border(tokens)
         self._longest_match = LongestMatch(pieces)
 
@@ -109,11 +97,29 @@ class WorldTokenizer(Tokenizer):
         return b"".join(pieces_of(np.asarray(ids), self._pieces))
 
 
-def _border(tokens: Sequence[bytes]) -> re.Pattern[str]:
-    """Return a pattern of characters before a space or a newline, and of newlines, that end a token in every text.
+def _document(tokens: Sequence[bytes], vocab_size: int) -> dict[str, Any]:
+    """Return the content of the `tokenizer.json`. Without a prefix, WordPiece is longest match."""
+    symbol_of = byte_symbols()
+    unused = map(_UNUSED.format, range(len(tokens) + 1, vocab_size))
+    entries = [_END_OF_TEXT, *("".join(symbol_of[byte] for byte in token) for token in tokens), *unused]
+    model = {
+        "type": "WordPiece",
+        "unk_token": _END_OF_TEXT,
+        "continuing_subword_prefix": "",
+        # The whole text is one word. The library takes a time that grows with the square of the length of the word.
+        "max_input_chars_per_word": 2**53,
+        "vocab": numbered(entries),
+    }
+    nothing = {"type": "Replace", "pattern": {"Regex": f"^{_EMPTY.pattern}$"}, "content": ""}
+    decoder = {"type": "Sequence", "decoders": [nothing, BYTE_LEVEL]}
+    return written_document(model, decoder, pre_tokenizer=BYTE_LEVEL)
 
-    A character and the next character are in different tokens if no token contains the last byte of the character before
-    the first byte of the next character. The pattern tests only ASCII characters, whose last byte is the character.
+
+def _border(tokens: Sequence[bytes]) -> re.Pattern[str]:
+    """Return a pattern of characters that end a token in every text: before a space or a newline, and newlines.
+
+    If no token contains two successive bytes, a token ends between these bytes in every text. The pattern matches ASCII
+    characters, which are single bytes.
     """
     text = np.frombuffer(b"".join(tokens), np.uint8)
     joined = np.zeros((256, 256), bool)
