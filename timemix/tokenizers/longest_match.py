@@ -53,15 +53,8 @@ class LongestMatch:
         blocks = [np.empty(0, np.int32)]
         while position.value < len(text):
             ids = np.empty(min(len(text) - position.value, BLOCK), np.int32)
-            count = code(
-                nodes.ctypes.data,
-                children.ctypes.data,
-                text,
-                len(text),
-                ctypes.byref(position),
-                ids.ctypes.data,
-                len(ids),
-            )
+            given = (nodes.ctypes.data, children.ctypes.data, text, len(text))
+            count = code(*given, ctypes.byref(position), ids.ctypes.data, len(ids))
             blocks.append(ids[:count])
         return np.concatenate(blocks)
 

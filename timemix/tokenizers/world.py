@@ -82,7 +82,12 @@ class WorldTokenizer(Tokenizer):
 
         Returns:
             Token ids (tokens,), of `self.dtype`.
+
+        Raises:
+            InvalidValue: `data` is not of type bytes.
         """
+        if not isinstance(data, bytes):
+            raise InvalidValue(f"data is of type {type(data).__name__}; it must be bytes")
         return self._longest_match.encode(data).astype(self.dtype)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
@@ -177,7 +182,7 @@ def _token(line: bytes, number: int) -> bytes:
     """Return the token of a line of a vocabulary file, or raise ValueError with the reason why there is none."""
     found = _LINE.fullmatch(line.decode("utf-8", "replace"))
     if found is None or not _LITERAL.fullmatch(found[2]):
-        shown = line[:40].decode("utf-8", "replace")
+        shown = line[:40].rstrip(b"\r\n").decode("utf-8", "replace")
         raise ValueError(f"is {shown!r}, not an id, a literal of str or bytes, and a length")
     if int(found[1]) != number:
         raise ValueError(f"has the id {found[1]} instead of {number}")
