@@ -18,6 +18,9 @@ from timemix.tokenizers.longest_match import LongestMatch
 VOCAB_SIZE = 65536
 """Number of rows of the embedding of the published models."""
 
+_SYMBOLS = dict(enumerate(byte_symbols()))
+_BYTES = {ord(symbol): byte for byte, symbol in _SYMBOLS.items()}
+
 # A space is not the symbol of a byte, so these entries match no text.
 _END_OF_TEXT = "<end of text>"
 _UNUSED = "<unused {}>"
@@ -67,8 +70,7 @@ class WorldTokenizer(Tokenizer):
         Args:
             entries: Entries of the vocabulary, in the order of their ids.
         """
-        byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-        tokens = [bytes(byte_of[symbol] for symbol in entry) for entry in entries if not _EMPTY.fullmatch(entry)]
+        tokens = [entry.translate(_BYTES).encode("latin-1") for entry in entries if not _EMPTY.fullmatch(entry)]
         return cls(tokens, len(entries))
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
@@ -104,9 +106,8 @@ class WorldTokenizer(Tokenizer):
 
 def _document(tokens: Sequence[bytes], vocab_size: int) -> dict[str, Any]:
     """Return the content of the `tokenizer.json`. Without a prefix, WordPiece is longest match."""
-    symbol_of = byte_symbols()
     unused = map(_UNUSED.format, range(len(tokens) + 1, vocab_size))
-    entries = [_END_OF_TEXT, *("".join(symbol_of[byte] for byte in token) for token in tokens), *unused]
+    entries = [_END_OF_TEXT, *(token.decode("latin-1").translate(_SYMBOLS) for token in tokens), *unused]
     model = {
         "type": "WordPiece",
         "unk_token": _END_OF_TEXT,
