@@ -170,7 +170,7 @@ FAULTS = {
     "a lone surrogate": (rb"258 '\ud800' 3", "line 258 has the token '.ud800', which is no text"),
     "a character beyond Unicode": (rb"258 '\U00110000' 4", "which is no text"),
     "an empty line": (b"", "line 258 is"),
-    "bytes that are not UTF-8": (b"258 '\xff' 1", "line 258 has a token of 3 bytes"),
+    "bytes that are not UTF-8": (b"258 '\xff' 3", "line 258 is not UTF-8"),
     "an empty token": (b"258 '' 0", "not an id, a literal"),
     "control characters": (b"258 '\0\x1b[31m' 6", "not an id, a literal"),
 }

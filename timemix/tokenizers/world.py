@@ -112,7 +112,7 @@ def _document(tokens: Sequence[bytes], vocab_size: int) -> dict[str, Any]:
         "type": "WordPiece",
         "unk_token": _END_OF_TEXT,
         "continuing_subword_prefix": "",
-        # The whole text is one word. The library takes a time that grows with the square of the length of the word.
+        # The whole text is one word.
         "max_input_chars_per_word": 2**53,
         "vocab": numbered(entries),
     }
@@ -168,11 +168,11 @@ def read_world(path: Path, vocab_size: int = VOCAB_SIZE) -> WorldTokenizer:
         try:
             token = _token(line, number)
             if number >= vocab_size:
-                raise ValueError(f"exceeds the {vocab_size - 1} ids of the vocabulary")
+                raise ValueError(f"line {number} exceeds the {vocab_size - 1} ids of the vocabulary")
             if line_of.setdefault(token, number) != number:
-                raise ValueError(f"repeats the token of line {line_of[token]}")
+                raise ValueError(f"line {number} repeats the token of line {line_of[token]}")
         except ValueError as error:
-            raise DamagedFile(f"{path} is no World vocabulary: line {number} {error}; restore the file") from error
+            raise DamagedFile(f"{path} is no World vocabulary: {error}; restore the file") from error
     try:
         return WorldTokenizer(list(line_of), vocab_size)
     except InvalidValue as error:
@@ -181,17 +181,20 @@ def read_world(path: Path, vocab_size: int = VOCAB_SIZE) -> WorldTokenizer:
 
 def _token(line: bytes, number: int) -> bytes:
     """Return the token of a line of a vocabulary file, or raise ValueError with the reason why there is none."""
-    found = _LINE.fullmatch(line.decode("utf-8", "replace"))
+    try:
+        found = _LINE.fullmatch(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is not UTF-8") from error
     if found is None or not _LITERAL.fullmatch(found[2]):
-        shown = line[:40].rstrip(b"\r\n").decode("utf-8", "replace")
-        raise ValueError(f"is {shown!r}, not an id, a literal of str or bytes, and a length")
+        shown = line[:40].rstrip(b"\r\n").decode(errors="replace")
+        raise ValueError(f"line {number} is {shown!r}, not an id, a literal of str or bytes, and a length")
     if int(found[1]) != number:
-        raise ValueError(f"has the id {found[1]} instead of {number}")
+        raise ValueError(f"line {number} has the id {found[1]} instead of {number}")
     try:
         literal = ast.literal_eval(found[2])
         token = literal if isinstance(literal, bytes) else literal.encode()
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"has the token {found[2][:40]}, which is no text") from error
+        raise ValueError(f"line {number} has the token {found[2][:40]}, which is no text") from error
     if len(token) != int(found[3]):
-        raise ValueError(f"has a token of {len(token)} bytes, but the length {found[3]}")
+        raise ValueError(f"line {number} has a token of {len(token)} bytes, but the length {found[3]}")
     return token
