@@ -19,7 +19,6 @@ from timemix.data.vocabulary import world_tokenizer
 from timemix.errors import DamagedFile, InvalidValue, Unavailable
 from timemix.tokenizers.longest_match import LongestMatch
 from timemix.tokenizers.make import load_tokenizer
-from timemix.tokenizers.pieces import pieces
 from timemix.tokenizers.world import WorldTokenizer, read_world
 
 # Few distinct bytes, so that random tokens occur in random texts. 0x80 to 0xFF alone are not UTF-8.
@@ -84,7 +83,7 @@ def test_pieces_give_the_ids_of_the_whole_text(more, text, size, cuts):
     tokenizer = WorldTokenizer(BYTES + more, 300)
     bounds = [0, *sorted(cuts), len(text)]
     parts = [text[start:end] for start, end in itertools.pairwise(bounds)]
-    cut = list(pieces(parts, size, tokenizer.border))
+    cut = list(tokenizer.cut(parts, size))
     assert "".join(cut) == text
     ids = [token for piece in cut for token in tokenizer.encode(piece).tolist()]
     assert ids == tokenizer.encode(text).tolist()
@@ -92,7 +91,7 @@ def test_pieces_give_the_ids_of_the_whole_text(more, text, size, cuts):
 
 def test_a_text_is_cut_where_no_token_reaches():
     tokenizer = WorldTokenizer([*BYTES, b". ", b"\n\n", b"b\n"], 300)
-    assert list(pieces(["a b. c\n\nab\nd\n鱼e"], 0, tokenizer.border)) == [
+    assert list(tokenizer.cut(["a b. c\n\nab\nd\n鱼e"], 0)) == [
         "a",
         " b. c",
         "\n\n",
@@ -102,7 +101,7 @@ def test_a_text_is_cut_where_no_token_reaches():
         "鱼e",
     ]
     joined = WorldTokenizer(BYTES + [bytes([left, right]) for left in range(256) for right in b" \n"], 1000)
-    assert list(pieces(["a b\n c"], 0, joined.border)) == ["a b\n c"]
+    assert list(joined.cut(["a b\n c"], 0)) == ["a b\n c"]
 
 
 def test_a_text_of_several_blocks(monkeypatch):
@@ -246,7 +245,7 @@ def test_the_published_vocabulary(published, tmp_path):
     lengths = [len(published.decode_bytes([token])) for token in range(1, 65530)]
     assert (min(lengths), max(lengths)) == (1, 128)
     # English text can be cut before every space after a word.
-    assert list(pieces(["Two words.\nnew line"], 0, published.border)) == ["Two", " words.", "\n", "new", " line"]
+    assert list(published.cut(["Two words.\nnew line"], 0)) == ["Two", " words.", "\n", "new", " line"]
     published.save(tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").hash == published.hash
     text = (EIFFEL + MIXED + " 二千年前\r\n\t🐈‍⬛") * 20

@@ -19,14 +19,14 @@ from timemix.data.config import DataConfig
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
-from timemix.data.vocabulary import world_tokenizer
+from timemix.data.vocabulary import given_tokenizer
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing, untold
 from timemix.storage.json_files import Count
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
-from timemix.tokenizers.pieces import PART, equal_pieces, pieces
+from timemix.tokenizers.pieces import PART
 
 logger = logging.getLogger("timemix")
 
@@ -76,7 +76,7 @@ class Text:
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
-        self.config, self.made = config, tokenizer or _world(config, progress)
+        self.config, self.made = config, tokenizer or given_tokenizer(config, progress)
         self.source = self._open(config.source, progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
@@ -198,18 +198,6 @@ class Text:
         valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
         # The validation text comes first: its unknown characters are reported before the long encoding of "train".
         return [valid, train]
-
-
-def _world(config: DataConfig, progress: ShowProgress) -> Tokenizer | None:
-    """Return the World tokenizer if a config names it."""
-    if config.tokenizer == "world":
-        return world_tokenizer(config.vocabulary, progress=progress)
-    if config.vocabulary is not None:
-        raise InvalidValue(
-            f"data.vocabulary={config.vocabulary!r} has no effect on data.tokenizer={config.tokenizer!r};"
-            " set data.tokenizer to world, or leave data.vocabulary out"
-        )
-    return None
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
@@ -355,7 +343,7 @@ def encoded(
             waiting: collections.deque[tuple[int, str]] = collections.deque()
             unknown: Counter[str] = Counter()
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
-                cut = _pieces(made, _part(_hashed(source.read(advance), seen), cuts, split))
+                cut = made.cut(_part(_hashed(source.read(advance), seen), cuts, split), PART)
                 if beginning := next(cut, ""):
                     text.first[split] = made.first_size(beginning)
                     cut = itertools.chain([beginning], cut)
@@ -379,11 +367,6 @@ def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int
     for number, text in texts:
         sha256.update(text.encode("utf-8", "surrogatepass"))
         yield number, text
-
-
-def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
-    """Cut texts into pieces that can be encoded independently."""
-    return equal_pieces(texts, PART) if made.border is None else pieces(texts, PART, made.border)
 
 
 def _to_encode(

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 
+from timemix.data.config import DataConfig
 from timemix.data.downloads import Download, fetch
 from timemix.errors import InvalidValue, Unavailable
 from timemix.runtime.progress import ShowProgress
@@ -21,6 +22,23 @@ PUBLISHED = Download(
 
 PACKAGES = ("rwkv", "pyrwkv-tokenizer")
 """Packages that include the vocabulary file."""
+
+
+def given_tokenizer(config: DataConfig, progress: ShowProgress) -> WorldTokenizer | None:
+    """Create the tokenizer of a config that is not trained on a text, or return None.
+
+    Raises:
+        InvalidValue: The config names a vocabulary, but another tokenizer.
+        TimemixError: There is no vocabulary, for a reason that `world_tokenizer` lists.
+    """
+    if config.tokenizer == "world":
+        return world_tokenizer(config.vocabulary, progress=progress)
+    if config.vocabulary is not None:
+        raise InvalidValue(
+            f"data.vocabulary={config.vocabulary!r} has no effect on data.tokenizer={config.tokenizer!r};"
+            " set data.tokenizer to world, or leave data.vocabulary out"
+        )
+    return None
 
 
 def world_tokenizer(

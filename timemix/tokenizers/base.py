@@ -18,7 +18,7 @@ import numpy as np
 
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
-from timemix.tokenizers.pieces import pieces
+from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
 
 KINDS = ("character", "byte", "word", "subword")
 """The kinds of tokenizers that are trained on a text. The kind "world" is read from a file."""
@@ -42,7 +42,7 @@ class Tokenizer(ABC):
         dtype: Smallest unsigned numpy type that holds every id.
         hash: SHA-256 of `to_json()` in hexadecimal. Tokenizers that give equal ids have equal hashes.
         spaced: Whether decoding puts a space between two tokens, except after a newline.
-        border: Pattern of characters after which a text can be cut, as in `pieces`, or None for any character.
+        border: Pattern of characters after which `cut` can cut a text, or None for any character.
         end_of_text: Id of the token that ends a text and stops generation, or None if there is no such token.
     """
 
@@ -137,6 +137,18 @@ class Tokenizer(ABC):
         ids, unknown = self._encode(text)
         return ids.astype(self.dtype, copy=False), unknown
 
+    def cut(self, parts: Iterable[str], size: int) -> Iterator[str]:
+        """Cut a text into pieces of at least `size` characters. The joined ids of the pieces are the ids of the text.
+
+        Args:
+            parts: Parts of the text, in order.
+            size: Number of characters. Only the last piece may be shorter.
+
+        Yields:
+            The pieces, in order.
+        """
+        return equal_pieces(parts, size) if self.border is None else pieces(parts, size, self.border)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode token ids to text.
 
@@ -198,7 +210,7 @@ class Tokenizer(ABC):
         Returns:
             Number of characters, and number of bytes. An <unk> token counts as the character or word that it replaces.
         """
-        ids, _ = self.encode_counted(next(pieces([text]), ""))
+        ids, _ = self.encode_counted(next(self.cut([text], PIECE), ""))
         if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
             return self.spelled_size([ids[:1]])
         unit = self._first_unit(text)
