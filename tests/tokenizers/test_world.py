@@ -21,10 +21,17 @@ from timemix.tokenizers.longest_match import LongestMatch
 from timemix.tokenizers.make import load_tokenizer
 from timemix.tokenizers.world import WorldTokenizer, read_world
 
-# Few distinct bytes, so that random tokens occur in random texts. 0x80 to 0xFF alone are not UTF-8.
-LETTERS = st.sampled_from([b"a", b"b", b" ", b"\n", b"\0", b"\xc3", b"\xa9", b"\xff"])
-TOKENS = st.lists(st.lists(LETTERS, min_size=2, max_size=6).map(b"".join), unique=True, max_size=30)
-TEXTS = st.lists(LETTERS, max_size=60).map(b"".join) | st.binary(max_size=60)
+LETTERS = "ab \né鱼"
+
+
+@st.composite
+def tokens_and_text(draw):
+    """Draw tokens that begin alike and that occur in the text: beginnings of the words of the text."""
+    words = draw(st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=8))
+    beginnings = {word.encode()[:length] for word in words for length in range(2, 16)} - set(BYTES)
+    more = draw(st.lists(st.sampled_from(sorted(beginnings)), unique=True, max_size=12)) if beginnings else []
+    return more, "".join(draw(st.lists(st.sampled_from([*words, *LETTERS, "\0"]), max_size=20)))
+
 
 EIFFEL = "The Eiffel tower is in the city of"
 EIFFEL_IDS = [6699, 304, 25740, 109, 39990, 4600, 4596, 22590, 30449, 4706]
@@ -52,9 +59,9 @@ def longest_match(text, tokens):
 
 
 @examples(300)
-@given(more=TOKENS, text=TEXTS, order=st.randoms(use_true_random=False))
-def test_c_and_python_find_the_longest_match(more, text, order):
-    tokens = BYTES + more
+@given(given=tokens_and_text(), end=st.binary(max_size=3), order=st.randoms(use_true_random=False))
+def test_c_and_python_find_the_longest_match(given, end, order):
+    tokens, text = BYTES + given[0], given[1].encode() + end
     order.shuffle(tokens)
     match = LongestMatch([b"", *tokens, b""])
     expected = longest_match(text, tokens)
@@ -63,9 +70,10 @@ def test_c_and_python_find_the_longest_match(more, text, order):
 
 
 @examples(100)
-@given(more=TOKENS, data=TEXTS)
-def test_any_bytes_come_back(more, data):
-    tokenizer = WorldTokenizer(BYTES + more, 300)
+@given(given=tokens_and_text(), data=st.binary(max_size=60))
+def test_any_bytes_come_back(given, data):
+    tokenizer = WorldTokenizer(BYTES + given[0], 300)
+    data += given[1].encode()
     ids = tokenizer.encode_bytes(data)
     assert ids.dtype == np.uint16
     assert tokenizer.decode_bytes(ids) == data
@@ -73,14 +81,9 @@ def test_any_bytes_come_back(more, data):
 
 
 @examples(200)
-@given(
-    more=TOKENS,
-    text=st.text("ab \né\0\r鱼", max_size=80),
-    size=st.integers(1, 9),
-    cuts=st.lists(st.integers(0, 80), max_size=4),
-)
-def test_pieces_give_the_ids_of_the_whole_text(more, text, size, cuts):
-    tokenizer = WorldTokenizer(BYTES + more, 300)
+@given(given=tokens_and_text(), size=st.integers(0, 9), cuts=st.lists(st.integers(0, 80), max_size=4))
+def test_pieces_give_the_ids_of_the_whole_text(given, size, cuts):
+    tokenizer, text = WorldTokenizer(BYTES + given[0], 300), given[1]
     bounds = [0, *sorted(cuts), len(text)]
     parts = [text[start:end] for start, end in itertools.pairwise(bounds)]
     cut = list(tokenizer.cut(parts, size))
@@ -100,6 +103,8 @@ def test_a_text_is_cut_where_no_token_reaches():
         "\n",
         "鱼e",
     ]
+    tokenizer = WorldTokenizer([*BYTES, "\n鱼".encode()[:2]], 300)
+    assert list(tokenizer.cut(["a\n鱼\nb c"], 0)) == ["a", "\n鱼\n", "b", " c"]
     joined = WorldTokenizer(BYTES + [bytes([left, right]) for left in range(256) for right in b" \n"], 1000)
     assert list(joined.cut(["a b\n c"], 0)) == ["a b\n c"]
 
