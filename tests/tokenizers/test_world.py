@@ -103,6 +103,8 @@ def test_a_text_is_cut_where_no_token_reaches():
         "\n",
         "鱼e",
     ]
+    # The tokens of the bytes 0x1F and 0x20 are neighbours in the vocabulary.
+    assert list(tokenizer.cut(["\x1f \n"], 0)) == ["\x1f", " ", "\n"]
     tokenizer = WorldTokenizer([*BYTES, "\n鱼".encode()[:2]], 300)
     assert list(tokenizer.cut(["a\n鱼\nb c"], 0)) == ["a", "\n鱼\n", "b", " c"]
     joined = WorldTokenizer(BYTES + [bytes([left, right]) for left in range(256) for right in b" \n"], 1000)
