@@ -1,6 +1,6 @@
 """Measure time and memory of preparing a large text; then kill another preparation half way, and resume it.
 
-    python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword] [--keep]
+    python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword world] [--keep]
 
 The script writes a synthetic text (random words with some non-ASCII letters, in lines and sentences) and the prepared
 folders to FOLDER, and deletes them at the end. The memory of a process is the value VmHWM of Linux. The script sums
@@ -24,6 +24,7 @@ SETTINGS = {
     "character": [],
     "word": ["--data.tokenizer", "word", "--data.unknown", "unk"],
     "subword": ["--data.tokenizer", "subword", "--data.vocab-size", "4096"],
+    "world": ["--data.tokenizer", "world"],
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.commands import run_command
 from tests.helpers.runs import TEXT
+from tests.helpers.vocabularies import BYTES, vocabulary_lines
 
 TINY = ("cpu-small", "--model.layers", "1", "--model.channels", "16", "--model.heads", "2", "--model.ctx-len", "16",
         "--train.batch-size", "4", "--train.steps", "3", "--train.precision", "float32")  # fmt: skip
@@ -97,3 +98,22 @@ def test_data_that_is_no_text_says_what_it_is(call):
                 2,
                 f"timemix: {what} {sentence}, which has tokens and no text; name a text file or a folder of texts\n",
             )
+
+
+def test_a_run_with_the_world_tokenizer_needs_its_vocabulary_once(call):
+    Path("text.txt").write_text("二千年前、the cat\n\nthe dog. " * 200)
+    Path("vocabulary.txt").write_bytes(vocabulary_lines([*BYTES, b" the", b"\n\n", "二千".encode()]))
+    world = ("--data.tokenizer", "world", "--data.vocabulary", "vocabulary.txt")
+    described = json.loads(call("data", "text.txt", *world, "--json")[1])
+    assert (described["tokenizer"], described["vocab_size"]) == ("world", 65536)
+    status, _, err = call("train", *TINY, "--data", "text.txt", *world, "--out", "run")
+    assert status == 0
+    assert f"vocabulary 65536; {described['train']['tokens']:,} training tokens" in err
+    Path("vocabulary.txt").unlink()
+    assert call("train", "--from", "run", "--out", "next", "--train.steps", "2")[0] == 0
+    status, out, _ = call("sample", "next", "--tokens", "5", "--prompt", "二千 the")
+    assert status == 0
+    assert out.startswith("二千 the")
+    status, _, err = call("data", "text.txt", *world)
+    assert status == 2
+    assert "--data.vocabulary='vocabulary.txt' is not a file, folder or download; set --data.vocabulary to the" in err

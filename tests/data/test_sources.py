@@ -1,6 +1,7 @@
 """Sources: all kinds of text, downloads from a server on 127.0.0.1, and the errors that a user sees."""
 
 import bz2
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -12,11 +13,11 @@ import re
 import socket
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.servers import serving
 from timemix.data import readers as decoding
 from timemix.data.config import DataConfig
 from timemix.data.downloads import DOWNLOADS, Download
@@ -316,57 +317,17 @@ def test_unreadable_places(monkeypatch):
     refused("folder/a.txt", r"cannot read folder/a\.txt: Permission denied")
 
 
-class Server(ThreadingHTTPServer):
-    """HTTP server with `content` at every path; it cuts the connection after `cuts[i]` bytes of the i-th answer."""
-
-    def __init__(self, content):
-        self.content = content
-        self.cuts = []
-        self.asked = []
-        self.ranges = True
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    def download(self, **fields):
-        return Download(url=f"http://127.0.0.1:{self.server_port}/text.zip", **({"file": "text.zip"} | fields))
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server = self.server
-        wanted = self.headers["Range"]
-        server.asked.append(wanted)
-        start = int(wanted[6:-1]) if wanted and server.ranges else 0
-        if start >= len(server.content):
-            self.send_error(416)
-            return
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def serve(monkeypatch):
     """Start a server for some content, registered as the download `served`."""
-    started = []
+    with contextlib.ExitStack() as stack:
 
-    def start(content, **fields):
-        server = Server(content)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        started.append((server, thread))
-        monkeypatch.setitem(DOWNLOADS, "served", server.download(**fields))
-        return server
+        def start(content, **fields):
+            server = stack.enter_context(serving(content))
+            monkeypatch.setitem(DOWNLOADS, "served", server.download(**fields))
+            return server
 
-    yield start
-    for server, thread in started:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        yield start
 
 
 def zipped(**members):

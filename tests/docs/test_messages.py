@@ -84,6 +84,11 @@ PROVOKED = {
         "train --data short.txt --out runs/next",
         "data my.txt --data.valid accents.txt",
     ],
+    "world-tokenizer": [
+        "data my.txt --data.tokenizer world --data.vocabulary nowhere.txt",
+        "data my.txt --data.tokenizer world --data.vocabulary short.txt",
+        "data my.txt --data.vocabulary my.txt",
+    ],
 }
 """Commands by the page that quotes what they print."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.vocabularies import BYTES, vocabulary_lines
 from timemix.cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,8 @@ def _parse_only() -> Iterator[None]:
 
 
 def write_texts(folder: Path) -> None:
-    """Create the texts that the pages name: my.txt, other.txt, valid.txt, and a folder of two files."""
+    """Create the files that the pages name: my.txt, other.txt, valid.txt, a folder of two files, and a vocabulary."""
+    (folder / "rwkv_vocab_v20230424.txt").write_bytes(vocabulary_lines(BYTES))
     (folder / "text").mkdir()
     for name in ("my.txt", "text/a.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Literal
 from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
-TokenizerKind = Literal["character", "byte", "word", "subword"]
+TokenizerKind = Literal["character", "byte", "word", "subword", "world"]
 HoldOut = Literal["each", "end"]
 Unknown = Literal["error", "unk", "byte"]
 
@@ -31,6 +31,9 @@ class DataConfig:
     """Unit of text that one token represents."""
     vocab_size: int = 4096
     """Largest size of a subword or word vocabulary, from 1 to 16777216 tokens."""
+    vocabulary: str | None = None
+    """Vocabulary of --data.tokenizer world: file, folder or download (rwkv_vocab_v20230424). Default: the file of the
+    package rwkv or pyrwkv-tokenizer."""
     unknown: Unknown = "error"
     """Treatment of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None

@@ -19,13 +19,14 @@ from timemix.data.config import DataConfig
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
+from timemix.data.vocabulary import given_tokenizer
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing, untold
 from timemix.storage.json_files import Count
 from timemix.tokenizers.base import Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
-from timemix.tokenizers.pieces import PART, equal_pieces, pieces
+from timemix.tokenizers.pieces import PART
 
 logger = logging.getLogger("timemix")
 
@@ -62,7 +63,7 @@ class Text:
         tokenizer: An existing tokenizer to use. Default: a new tokenizer.
 
     Attributes:
-        made: The argument `tokenizer`.
+        made: The argument `tokenizer`, or the World tokenizer if the config names it; otherwise None.
         sizes: Size of the split "train", and of the split "valid" if the validation text has its own source.
         sha256: Hash of all text, in hexadecimal.
         hash: Hash of both sources, with a NUL between the two sources.
@@ -70,12 +71,12 @@ class Text:
         first: Number of characters and bytes of the first token of each split that `encoded` has started.
 
     Raises:
-        InvalidValue: Both sources are the same text or share a file.
+        InvalidValue: Both sources are the same text or share a file, or the config names a vocabulary without effect.
         TimemixError: A source cannot be opened or read, for a reason that `open_source` lists.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
-        self.config, self.made = config, tokenizer
+        self.config, self.made = config, tokenizer or given_tokenizer(config, progress)
         self.source = self._open(config.source, progress)
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
@@ -342,7 +343,7 @@ def encoded(
             waiting: collections.deque[tuple[int, str]] = collections.deque()
             unknown: Counter[str] = Counter()
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
-                cut = _pieces(made, _part(_hashed(source.read(advance), seen), cuts, split))
+                cut = made.cut(_part(_hashed(source.read(advance), seen), cuts, split), PART)
                 if beginning := next(cut, ""):
                     text.first[split] = made.first_size(beginning)
                     cut = itertools.chain([beginning], cut)
@@ -366,11 +367,6 @@ def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int
     for number, text in texts:
         sha256.update(text.encode("utf-8", "surrogatepass"))
         yield number, text
-
-
-def _pieces(made: Tokenizer, texts: Iterator[str]) -> Iterator[str]:
-    """Cut texts into pieces that can be encoded independently."""
-    return (pieces if made.kind in ("word", "subword") else equal_pieces)(texts, PART)
 
 
 def _to_encode(

@@ -48,8 +48,9 @@ def prepare(
     held-out share.
 
     The text is read several times, in pieces. Several processes encode a large text, so a script that calls `prepare`
-    needs `if __name__ == "__main__"`. Memory use does not grow with the text, with two exceptions. Word and subword
-    tokenizers hold all distinct words in memory, and also a whole text that has no spaces or line ends.
+    needs `if __name__ == "__main__"`. Memory use does not grow with the text, with two exceptions. The training of a
+    word or subword tokenizer holds all distinct words in memory. Word, subword and World tokenizers hold a whole text
+    in memory if the text has no spaces or line ends.
 
     A stopped call leaves a folder .NAME.unfinished beside `out`, with the tokenizer and the finished token files. The
     next call with the same arguments and the same text resumes from the unfinished folder.
@@ -57,7 +58,7 @@ def prepare(
     Args:
         out: Folder to create.
         config: Source of the text, split and tokenizer.
-        tokenizer: An existing tokenizer to use. Default: a new tokenizer.
+        tokenizer: An existing tokenizer to use. Default: a new tokenizer, or the World tokenizer if `config` names it.
         progress: Whether to show the progress on standard error, or a function for progress lines.
 
     Returns:

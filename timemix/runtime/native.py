@@ -21,8 +21,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from timemix.errors import Unavailable
 from timemix.runtime.cache import cache_folder
 
@@ -71,7 +69,8 @@ def passed(argument: Any) -> Any:
     """
     if isinstance(argument, ctypes.Structure):
         return ctypes.byref(argument)
-    if not isinstance(argument, Tensor):
+    # The test for a tensor needs no PyTorch, because tokenizers load C code without PyTorch.
+    if not hasattr(argument, "data_ptr"):
         return argument
     assert argument.is_contiguous()
     return ctypes.c_void_p(argument.data_ptr())

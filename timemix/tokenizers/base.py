@@ -7,6 +7,7 @@ structure of a `tokenizer.json` determines the kind of the tokenizer and its tre
 import codecs
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,9 +18,11 @@ import numpy as np
 
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
-from timemix.tokenizers.pieces import pieces
+from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
 
 KINDS = ("character", "byte", "word", "subword")
+"""The kinds of tokenizers that are trained on a text. The kind "world" is read from a file."""
+
 UNKNOWN = "<unk>"
 
 
@@ -28,22 +31,24 @@ class Tokenizer(ABC):
 
     Args:
         unknown: Treatment of text outside the vocabulary: "error" (an exception), "unk" (the token <unk>) or "byte"
-            (tokens of its UTF-8 bytes). Byte and subword tokenizers always have "byte".
+            (tokens of its UTF-8 bytes). Byte, subword and World tokenizers always have "byte".
         pieces: UTF-8 bytes of each token, by id.
         document: Content of the `tokenizer.json`.
 
     Attributes:
-        kind: One of KINDS.
+        kind: One of KINDS, or "world".
         unknown: The argument `unknown`.
         vocab_size: Number of tokens. Token ids go from 0 to vocab_size - 1.
         dtype: Smallest unsigned numpy type that holds every id.
         hash: SHA-256 of `to_json()` in hexadecimal. Tokenizers that give equal ids have equal hashes.
         spaced: Whether decoding puts a space between two tokens, except after a newline.
+        border: Pattern of characters after which `cut` can cut a text, or None for any character.
         end_of_text: Id of the token that ends a text and stops generation, or None if there is no such token.
     """
 
     kind: str
     spaced = False
+    border: re.Pattern[str] | None = None
     end_of_text: int | None = None
 
     def __init__(self, unknown: str, pieces: Sequence[bytes], document: dict[str, Any]) -> None:
@@ -132,6 +137,18 @@ class Tokenizer(ABC):
         ids, unknown = self._encode(text)
         return ids.astype(self.dtype, copy=False), unknown
 
+    def cut(self, parts: Iterable[str], size: int) -> Iterator[str]:
+        """Cut a text into pieces of at least `size` characters. The joined ids of the pieces are the ids of the text.
+
+        Args:
+            parts: Parts of the text, in order.
+            size: Number of characters. Only the last piece may be shorter.
+
+        Yields:
+            The pieces, in order.
+        """
+        return equal_pieces(parts, size) if self.border is None else pieces(parts, size, self.border)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decode token ids to text.
 
@@ -193,7 +210,7 @@ class Tokenizer(ABC):
         Returns:
             Number of characters, and number of bytes. An <unk> token counts as the character or word that it replaces.
         """
-        ids, _ = self.encode_counted(next(pieces([text]), ""))
+        ids, _ = self.encode_counted(next(self.cut([text], PIECE), ""))
         if self.unknown != "unk" or ids[:1].tolist() != [self.vocab_size - 1]:
             return self.spelled_size([ids[:1]])
         unit = self._first_unit(text)
@@ -303,11 +320,7 @@ class StreamDecoder:
         Raises:
             InvalidValue: An id is outside the vocabulary.
         """
-        outside = (ids < 0) | (ids >= len(self._pieces))
-        if outside.any():
-            first = ids[outside][0]
-            raise InvalidValue(f"token {first} is outside the vocabulary of {len(self._pieces)}; ids start at 0")
-        found = [self._pieces[token] for token in ids.astype(np.int64).tolist()]
+        found = pieces_of(ids, self._pieces)
         if not self._spaced or not found:
             return self._utf8.decode(b"".join(found))
         # No word contains a space or newline.
@@ -322,6 +335,22 @@ class StreamDecoder:
             U+FFFD if the last character is incomplete, else an empty string.
         """
         return self._utf8.decode(b"", final=True)
+
+
+def pieces_of(ids: np.ndarray, pieces: Sequence[bytes]) -> list[bytes]:
+    """Return the bytes of each token.
+
+    Args:
+        ids: Token ids (tokens,).
+        pieces: Bytes of each token of the vocabulary, by id.
+
+    Raises:
+        InvalidValue: An id is outside the vocabulary.
+    """
+    outside = (ids < 0) | (ids >= len(pieces))
+    if outside.any():
+        raise InvalidValue(f"token {ids[outside][0]} is outside the vocabulary of {len(pieces)}; ids start at 0")
+    return [pieces[token] for token in ids.astype(np.int64).tolist()]
 
 
 def refuse_surrogates(text: str, before: int = 0) -> bytes:

@@ -14,6 +14,7 @@ from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 from timemix.tokenizers.document import in_order
 from timemix.tokenizers.subword import SubwordTokenizer, train_subwords
 from timemix.tokenizers.word import WordTokenizer, train_words
+from timemix.tokenizers.world import WorldTokenizer
 
 
 def train_tokenizer(
@@ -111,6 +112,8 @@ def _from_document(document: dict[str, Any]) -> Tokenizer:
     entries = in_order(model["vocab"])
     if model["type"] == "WordLevel":
         return WordTokenizer(entries[:-1], "unk") if model["unk_token"] == UNKNOWN else WordTokenizer(entries, "error")
+    if model["type"] == "WordPiece":
+        return WorldTokenizer.from_vocabulary(entries)
     if document["pre_tokenizer"] is None:
         if model["byte_fallback"]:
             return CharacterTokenizer(entries[:-256], "byte")

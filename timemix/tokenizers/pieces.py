@@ -10,20 +10,22 @@ PART = 1 << 20
 """Least number of characters that a process gets at a time."""
 
 
-_BORDER = re.compile(r"\S(?=[ \n])")
+WORD_END = re.compile(r"\S(?=[ \n])")
+"""A non-space character before a space or newline. No word, and no match of the byte-level splitting rule, extends
+across the end of this character or depends on text before this end."""
 
 
-def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
+def pieces(parts: Iterable[str], size: int | None = None, border: re.Pattern[str] = WORD_END) -> Iterator[str]:
     """Cut a text into pieces of at least `size` characters.
 
-    A cut lies before a space or newline that follows a non-space character. No word, and no match of the byte-level
-    splitting rule, extends across a cut or depends on text before the cut. Joining the ids of the pieces therefore
-    gives the ids of the whole text. The cuts do not depend on the division of the text into `parts`. A text without a
-    possible cut is one piece in memory, even if the text is very long.
+    A cut follows a match of `border`. No token extends across a cut or depends on text before the cut, so joining the
+    ids of the pieces gives the ids of the whole text. The cuts do not depend on the division of the text into `parts`.
+    A text without a possible cut is one piece in memory, even if the text is very long.
 
     Args:
         parts: Parts of the text, in order.
         size: Least number of characters of a piece, or None for PIECE characters.
+        border: Pattern of one character, which may look ahead at one more character.
 
     Yields:
         The pieces, in order.
@@ -33,7 +35,7 @@ def pieces(parts: Iterable[str], size: int | None = None) -> Iterator[str]:
     for part in parts:
         rest += part
         start = 0
-        while match := _BORDER.search(rest, max(start + size, searched)):
+        while match := border.search(rest, max(start + size, searched)):
             yield rest[start : match.end()]
             start = match.end()
         rest = rest[start:]

@@ -14,7 +14,7 @@ from timemix.errors import InvalidValue
 from timemix.runtime.processes import interruptible
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair_encoding, written_document
-from timemix.tokenizers.pieces import PIECE, pieces
+from timemix.tokenizers.pieces import PIECE, WORD_END, pieces
 
 LONGEST_WORD = 1024
 """Largest number of characters of a word in training. Training time grows with the square of the length of a word."""
@@ -33,6 +33,7 @@ class SubwordTokenizer(Tokenizer):
     """
 
     kind = "subword"
+    border = WORD_END
 
     def __init__(self, symbols: Sequence[str], merges: Sequence[Sequence[str]]) -> None:
         model = pair_encoding(symbols, merges=merges)

@@ -12,7 +12,7 @@ from tokenizers import normalizers
 from timemix.errors import InvalidValue
 from timemix.tokenizers.base import UNKNOWN, Tokenizer
 from timemix.tokenizers.document import numbered, written_document
-from timemix.tokenizers.pieces import PART, pieces
+from timemix.tokenizers.pieces import PART, WORD_END, pieces
 
 # Each character of STANDING_ALONE is a token by itself, as in the 2021 code.
 STANDING_ALONE = "\n.,?!:;-—|'\"`()0123456789[]{}=+*\\/~&$#%"
@@ -30,6 +30,7 @@ class WordTokenizer(Tokenizer):
     """
 
     kind = "word"
+    border = WORD_END
     spaced = True
 
     def __init__(self, words: Sequence[str], unknown: str) -> None:
