@@ -56,7 +56,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "red",
             "RWKV of 2021: time-mix with learned curves over time, channel-mix, token-shift",
-            decode="timemix.models.rwkv1.decode:CompiledStep",
+            decode="timemix.models.rwkv1.decode:Rwkv1Step",
             weights="timemix.models.rwkv1.weights",
             recurrent="timemix.models.rwkv1.to_exponential",
         ),
@@ -67,7 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "orange",
             "rwkv1 whose curves are sums of exponentials: a recurrent network with a state of constant size",
-            decode="timemix.models.rwkv1.decode:CompiledStep",
+            decode="timemix.models.rwkv1.decode:Rwkv1Step",
             bounded=False,
         ),
         Architecture(
