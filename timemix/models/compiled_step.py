@@ -154,6 +154,8 @@ class CompiledStep:
     compiled = True
     source: ClassVar[Path]
     """The C file of the architecture."""
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Additional flags of the compiler."""
     layer_type: ClassVar[type[ctypes.Structure]]
     """The C structure of a layer. Its fields for the state have the names of the state's tensors."""
     model_type: ClassVar[type[ctypes.Structure]]
@@ -184,7 +186,7 @@ class CompiledStep:
         Returns:
             The library and the compiler, or None and the reason of the failure.
         """
-        return library(cls.source)
+        return library(cls.source, *cls.flags)
 
     @classmethod
     def hindrance(cls, model: LanguageModel) -> str | None:

@@ -113,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2025,
             "purple",
             "RWKV-7: a recurrent network whose state, one matrix per head, changes by a generalized delta rule",
+            decode="timemix.models.rwkv7.decode:Rwkv7Step",
             weights="timemix.models.rwkv7.weights",
             bounded=False,
         ),

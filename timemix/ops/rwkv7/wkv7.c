@@ -2,8 +2,8 @@
 
     u = S a        S' = S diag(d) + u b^T + v k^T        y = S' r            with d = exp(w), and S = 0 at a reset
 
-   wkv7.h computes a token forward. Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient that
-   later tokens have for S':
+   wkv7.h computes a token forward. Backward, with dX the gradient of the loss for X, from the last token to the first.
+   dS' begins with the gradient that later tokens have for S':
 
     dS' += dy r^T      dv = dS' k      dk = dS'^T v      du = dS' b      db = dS'^T u      da = S^T du
     dw = d * (sums over the values of S * dS')           dS = dS' diag(d) + du a^T
