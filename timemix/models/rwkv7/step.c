@@ -125,10 +125,13 @@ INLINE void time_mix(int64_t N, const model *m, const layer *l, const rows *w, i
         l->head_norm[0] + c, l->head_norm[1] + c};
     float *r = w->r + at, *first = w->first + at;
     float less[N], k[N], v[N], minus_q[N], qa[N], u[N], y[N], squares = 0, bonus = 0;
-    if (!l->down[OF_RESIDUAL].weight) memcpy(first, value, N * sizeof(float));
+    if (!l->up[OF_RESIDUAL].weight) {
+        memcpy(first, value, N * sizeof(float));
+        memcpy(v, value, N * sizeof(float));
+    } else
+        for (int64_t n = 0; n < N; n++) v[n] = value[n] + (first[n] - value[n]) * sigmoid(residual[n]);
     for (int64_t n = 0; n < N; n++) {
         const float a = sigmoid(rate[n]), q = key[n] * l->removal[c + n];
-        v[n] = value[n] + (first[n] - value[n]) * sigmoid(residual[n]);
         /* exp(w) - 1 */
         less[n] = expm1_series(-0.60653066f * sigmoid(decay[n]));
         k[n] = key[n] * (1 + (a - 1) * l->replacement[c + n]);
