@@ -5,8 +5,8 @@
                       z = norm(x);   x += ffn_value(relu(ffn_key(mixture of z and previous z))^2)
     logits = head(norm(x))
 
-   Each of r, w, k, v, a and gate is a map of a mixture of z and the z of the previous token. time_mix() below has the
-   formulas.
+   Each of r, w, k, v, a and gate is a map of a mixture of z and the z of the previous token. prepare() and finish()
+   have the formulas.
 
    A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
    Only the mixtures and wkv7 connect the rows of a piece. Linear weights are float32, bfloat16, or int8 with a scale for
@@ -111,53 +111,71 @@ static void activate_low(const layer *l, const rows *w, int64_t i) {
     for (int64_t n = 0; n < G; n++) gate[n] = sigmoid(gate[n]);
 }
 
-/* The head h of row i, from the results of the products, which are r, k, v, decay, rate, residual and gate (N,):
+/* Tokens of a head that are computed together. Their vectors fit into the first-level cache beside S. */
+#define TOKENS 8
 
-    v = v + sigmoid(residual) (v of layer 0 - v)         w = -exp(-1/2) sigmoid(decay)        a = sigmoid(rate)
-    q = k removal / |k removal|                          k = k (1 + (a - 1) replacement)
-    y = wkv7(r, w, k, v, -q, q a)                        result = gate * (norm(y) + (r . bonus k) v)
+/* The vectors of up to TOKENS tokens of a head, each (tokens, N), in the names of wkv7.h, and r . bonus k. */
+typedef struct {
+    float *r, *m, *k, *v, *a, *b, *y, bonus[TOKENS];
+} head;
 
-   S (N, N) is the state of the head. The result (N,) replaces r. */
-INLINE void time_mix(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, float *S) {
+/* The inputs of wkv7 for the token t of x, which is row i, from the results of the products r, k, v, decay, rate and
+   residual (N,) of head h:
+
+    v = v + sigmoid(residual) (v of layer 0 - v)         w = -exp(-1/2) sigmoid(decay)        rate = sigmoid(rate)
+    q = k removal / |k removal|                          k = k (1 + (rate - 1) replacement)
+    m = exp(w) - 1          a = -q          b = q rate */
+INLINE void prepare(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t, head *x) {
     const int64_t c = h * N, at = i * m->common.channels + c;
-    const float *decay = w->up[OF_DECAY] + at, *rate = w->up[OF_RATE] + at, *residual = w->up[OF_RESIDUAL] + at;
-    const float *gate = w->up[OF_GATE] + at, *key = w->k + at, *value = w->v + at, *const norm[2] = {
-        l->head_norm[0] + c, l->head_norm[1] + c};
-    float *r = w->r + at, *first = w->first + at;
-    float less[N], k[N], v[N], minus_q[N], qa[N], u[N], y[N], squares = 0, bonus = 0;
-    if (!l->up[OF_RESIDUAL].weight) {
-        memcpy(first, value, N * sizeof(float));
-        memcpy(v, value, N * sizeof(float));
-    } else
+    const float *r = w->r + at, *key = w->k + at, *value = w->v + at;
+    const float *decay = w->up[OF_DECAY] + at, *rates = w->up[OF_RATE] + at, *residual = w->up[OF_RESIDUAL] + at;
+    float *first = w->first + at, *k = x->k + t * N, *v = x->v + t * N, *a = x->a + t * N, *b = x->b + t * N;
+    float squares = 0, bonus = 0;
+    memcpy(x->r + t * N, r, N * sizeof(float));
+    if (l->up[OF_RESIDUAL].weight)
         for (int64_t n = 0; n < N; n++) v[n] = value[n] + (first[n] - value[n]) * sigmoid(residual[n]);
-    for (int64_t n = 0; n < N; n++) {
-        const float a = sigmoid(rate[n]), q = key[n] * l->removal[c + n];
-        /* exp(w) - 1 */
-        less[n] = expm1_series(-0.60653066f * sigmoid(decay[n]));
-        k[n] = key[n] * (1 + (a - 1) * l->replacement[c + n]);
-        minus_q[n] = -q;
-        qa[n] = q * a;
+    else {
+        memcpy(v, value, N * sizeof(float));
+        memcpy(first, value, N * sizeof(float));
     }
 #pragma omp simd reduction(+ : squares, bonus)
     for (int64_t n = 0; n < N; n++) {
-        squares += minus_q[n] * minus_q[n];
+        const float rate = sigmoid(rates[n]), q = key[n] * l->removal[c + n];
+        x->m[t * N + n] = expm1_series(-0.60653066f * sigmoid(decay[n]));
+        k[n] = key[n] * (1 + (rate - 1) * l->replacement[c + n]);
+        a[n] = -q;
+        b[n] = q * rate;
+        squares += q * q;
         bonus += r[n] * k[n] * l->bonus[c + n];
     }
     const float scale = 1 / fmaxf(sqrtf(squares), 1e-12f);
     for (int64_t n = 0; n < N; n++) {
-        minus_q[n] *= scale;
-        qa[n] *= scale;
+        a[n] *= scale;
+        b[n] *= scale;
     }
-    wkv7_token(N, S, S, r, less, k, v, minus_q, qa, u, y);
-    normalize(y, norm, m->head_epsilon, N, y);
-    for (int64_t n = 0; n < N; n++) r[n] = gate[n] * (y[n] + bonus * v[n]);
+    x->bonus[t] = bonus;
 }
 
-/* All tokens of a piece p in the head h. */
-INLINE void time_mix_piece(int64_t N, const model *m, const layer *l, const batch *b, const rows *w, int64_t p,
-                           int64_t h) {
-    float *S = l->wkv + (b->slot[p] * m->heads + h) * N * N;
-    for (int64_t i = b->first[p]; i < b->first[p + 1]; i++) time_mix(N, m, l, w, i, h, S);
+/* r = gate * (norm(y) + (r . bonus k) v) for the token t of x, which is row i, in head h. The norm is over N. */
+INLINE void finish(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+                   const head *x) {
+    const int64_t c = h * N, at = i * m->common.channels + c;
+    const float *const norm[2] = {l->head_norm[0] + c, l->head_norm[1] + c}, *gate = w->up[OF_GATE] + at;
+    float *y = x->y + t * N, *r = w->r + at;
+    normalize(y, norm, m->head_epsilon, N, y);
+    for (int64_t n = 0; n < N; n++) r[n] = gate[n] * (y[n] + x->bonus[t] * x->v[t * N + n]);
+}
+
+/* The time-mix of all tokens of the piece p in head h, whose state S is (N, N). */
+INLINE void time_mix(int64_t N, const model *m, const layer *l, const batch *b, const rows *w, int64_t p, int64_t h) {
+    float *S = l->wkv + (b->slot[p] * m->heads + h) * N * N, held[7][TOKENS * N];
+    head x = {held[0], held[1], held[2], held[3], held[4], held[5], held[6], {0}};
+    for (int64_t i = b->first[p]; i < b->first[p + 1]; i += TOKENS) {
+        const int64_t left = b->first[p + 1] - i, count = left < TOKENS ? left : TOKENS;
+        for (int64_t t = 0; t < count; t++) prepare(N, m, l, w, i + t, h, t, &x);
+        wkv7_tokens(N, count, S, x.r, x.m, x.k, x.v, x.a, x.b, x.y);
+        for (int64_t t = 0; t < count; t++) finish(N, m, l, w, i + t, h, t, &x);
+    }
 }
 
 /* x += output(time-mix of the mixtures of z). */
@@ -179,7 +197,7 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
     /* The threads share the pairs of head and piece, so that a single long piece keeps all of them busy. */
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < m->heads * b->pieces; task++)
-        WITH_CONSTANT(N, time_mix_piece(M, m, l, b, w, task % b->pieces, task / b->pieces))
+        WITH_CONSTANT(N, time_mix(M, m, l, b, w, task / m->heads, task % m->heads))
     multiply(&l->output, w->r, w->z, count);
 #pragma omp barrier
 #pragma omp for schedule(static)
