@@ -88,16 +88,14 @@ static void norm_mix(const model *m, const batch *b, const rows *w, const float 
     const int64_t C = m->common.channels, count = b->first[b->pieces];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) normalize(w->x + i * C, norm, m->common.epsilon, C, w->z + i * C);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t p = piece_of(b, i);
-        const float *z = w->z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : z - C;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t i = 0; i < count; i++)
         for (int64_t n = 0; n < mixtures; n++) {
-            const float *weight = mix[n];
+            const int64_t p = piece_of(b, i);
+            const float *z = w->z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : z - C;
             float *in = w->in[n] + i * C;
-            for (int64_t c = 0; c < C; c++) in[c] = z[c] + (previous[c] - z[c]) * weight[c];
+            for (int64_t c = 0; c < C; c++) in[c] = z[c] + (previous[c] - z[c]) * mix[n][c];
         }
-    }
 #pragma omp for schedule(static) nowait
     for (int64_t p = 0; p < b->pieces; p++)
         memcpy(past + b->slot[p] * C, w->z + (b->first[p + 1] - 1) * C, C * sizeof(float));
@@ -114,18 +112,14 @@ static void activate_low(const layer *l, const rows *w, int64_t i) {
 /* Tokens of a head that are computed together. Their vectors fit into the first-level cache beside S. */
 #define TOKENS 8
 
-/* The vectors of up to TOKENS tokens of a head, each (tokens, N), in the names of wkv7.h, and r . bonus k. */
-typedef struct {
-    float *r, *m, *k, *v, *a, *b, *y, bonus[TOKENS];
-} head;
-
 /* The inputs of wkv7 for the token t of x, which is row i, from the results of the products r, k, v, decay, rate and
-   residual (N,) of head h:
+   residual (N,) of head h. Returns r . bonus k.
 
     v = v + sigmoid(residual) (v of layer 0 - v)         w = -exp(-1/2) sigmoid(decay)        rate = sigmoid(rate)
     q = k removal / |k removal|                          k = k (1 + (rate - 1) replacement)
     m = exp(w) - 1          a = -q          b = q rate */
-INLINE void prepare(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t, head *x) {
+static float prepare(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+                     const wkv7_tokens *x) {
     const int64_t c = h * N, at = i * m->common.channels + c;
     const float *r = w->r + at, *key = w->k + at, *value = w->v + at;
     const float *decay = w->up[OF_DECAY] + at, *rates = w->up[OF_RATE] + at, *residual = w->up[OF_RESIDUAL] + at;
@@ -153,34 +147,35 @@ INLINE void prepare(int64_t N, const model *m, const layer *l, const rows *w, in
         a[n] *= scale;
         b[n] *= scale;
     }
-    x->bonus[t] = bonus;
+    return bonus;
 }
 
-/* r = gate * (norm(y) + (r . bonus k) v) for the token t of x, which is row i, in head h. The norm is over N. */
-INLINE void finish(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
-                   const head *x) {
+/* r = gate * (norm(y) + bonus v) for the token t of x, which is row i, in head h. The norm is over N. */
+static void finish(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+                   const wkv7_tokens *x, float bonus) {
     const int64_t c = h * N, at = i * m->common.channels + c;
     const float *const norm[2] = {l->head_norm[0] + c, l->head_norm[1] + c}, *gate = w->up[OF_GATE] + at;
     float *y = x->y + t * N, *r = w->r + at;
     normalize(y, norm, m->head_epsilon, N, y);
-    for (int64_t n = 0; n < N; n++) r[n] = gate[n] * (y[n] + x->bonus[t] * x->v[t * N + n]);
+    for (int64_t n = 0; n < N; n++) r[n] = gate[n] * (y[n] + bonus * x->v[t * N + n]);
 }
 
 /* The time-mix of all tokens of the piece p in head h, whose state S is (N, N). */
-INLINE void time_mix(int64_t N, const model *m, const layer *l, const batch *b, const rows *w, int64_t p, int64_t h) {
-    float *S = l->wkv + (b->slot[p] * m->heads + h) * N * N, held[7][TOKENS * N];
-    head x = {held[0], held[1], held[2], held[3], held[4], held[5], held[6], {0}};
+static void time_mix(const model *m, const layer *l, const batch *b, const rows *w, int64_t p, int64_t h) {
+    const int64_t N = m->common.channels / m->heads;
+    float *S = l->wkv + (b->slot[p] * m->heads + h) * N * N, held[7][TOKENS * N], bonus[TOKENS];
+    const wkv7_tokens x = {held[0], held[1], held[2], held[3], held[4], held[5], held[6]};
     for (int64_t i = b->first[p]; i < b->first[p + 1]; i += TOKENS) {
         const int64_t left = b->first[p + 1] - i, count = left < TOKENS ? left : TOKENS;
-        for (int64_t t = 0; t < count; t++) prepare(N, m, l, w, i + t, h, t, &x);
-        wkv7_tokens(N, count, S, x.r, x.m, x.k, x.v, x.a, x.b, x.y);
-        for (int64_t t = 0; t < count; t++) finish(N, m, l, w, i + t, h, t, &x);
+        for (int64_t t = 0; t < count; t++) bonus[t] = prepare(N, m, l, w, i + t, h, t, &x);
+        wkv7(N, count, S, &x);
+        for (int64_t t = 0; t < count; t++) finish(N, m, l, w, i + t, h, t, &x, bonus[t]);
     }
 }
 
 /* x += output(time-mix of the mixtures of z). */
 static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels, N = C / m->heads;
+    const int64_t count = b->first[b->pieces], C = m->common.channels;
     static const enum mixture source[LOW_RANKS] = {DECAY, RATE, VALUE, GATE};
     norm_mix(m, b, w, l->mixer_norm, l->mix, MIXTURES, l->mixer_shift);
     multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
@@ -197,7 +192,7 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
     /* The threads share the pairs of head and piece, so that a single long piece keeps all of them busy. */
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < m->heads * b->pieces; task++)
-        WITH_CONSTANT(N, time_mix(M, m, l, b, w, task / m->heads, task % m->heads))
+        time_mix(m, l, b, w, task / m->heads, task % m->heads);
     multiply(&l->output, w->r, w->z, count);
 #pragma omp barrier
 #pragma omp for schedule(static)

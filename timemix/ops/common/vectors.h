@@ -21,19 +21,6 @@ typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t bytes __attribute__((vector_size(WIDTH)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
-/* The sum of the numbers of a vector. */
-INLINE float sum_of(vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float all[WIDTH], sum = 0;
-    memcpy(all, &x, sizeof all);
-#pragma omp simd reduction(+ : sum)
-    for (int n = 0; n < WIDTH; n++) sum += all[n];
-    return sum;
-#endif
-}
-
 /* weights[at] to weights[at + WIDTH - 1] as float32.
 
    Intrinsics are used if available. For __builtin_convertvector, compilers emit two conversions, each of half a

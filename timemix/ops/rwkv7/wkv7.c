@@ -2,12 +2,15 @@
 
     u = S a        S' = S diag(d) + u b^T + v k^T        y = S' r            with d = exp(w), and S = 0 at a reset
 
-   wkv7.h computes a token forward. Backward, with dX the gradient of the loss for X, from the last token to the first.
-   dS' begins with the gradient that later tokens have for S':
+   Backward, with dX the gradient of the loss for X, from the last token to the first. dS' begins with the gradient that
+   later tokens have for S':
 
     dS' += dy r^T      dv = dS' k      dk = dS'^T v      du = dS' b      db = dS'^T u      da = S^T du
     dw = d * (sums over the values of S * dS')           dS = dS' diag(d) + du a^T
     dr = S'^T dy = d * (S^T dy) + (u . dy) b + (v . dy) k
+
+   d is computed as 1 + m with m = exp(w) - 1, because the rounding error of a d near 1 would be equal at every token, and
+   add up. This file is compiled without -fassociative-math, which would replace S + S m by S (1 + m).
 
    Cost. A row of S belongs to one value, and is a vector over the keys. The rows do not depend on one another, so a pass
    over S handles one row after another. A token takes about 11 N^2 operations per head forward. For C = 768 channels and
@@ -20,7 +23,6 @@
    All numbers are float32. Inputs, y and gradients are (B, T, H, N), states are (B, H, N, N). */
 
 #include "ops/common/exp.h"
-#include "ops/rwkv7/wkv7.h"
 
 typedef struct {
     int64_t B, T, H, N;
@@ -32,6 +34,24 @@ typedef struct {
 typedef struct {
     float *r, *w, *k, *v, *a, *b;
 } wkv7_gradients;
+
+/* One token: computes next = S' (which may be the array S), u (N,) and y (N,). */
+INLINE void wkv7_token(int64_t N, const float *S, float *next, const float *r, const float *m, const float *k,
+                       const float *v, const float *a, const float *b, float *u, float *y) {
+    for (int64_t i = 0; i < N; i++) {
+        const float *row = S + i * N, value = v[i];
+        float *new = next + i * N, read = 0, sum = 0;
+#pragma omp simd reduction(+ : read)
+        for (int64_t j = 0; j < N; j++) read += row[j] * a[j];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < N; j++) {
+            new[j] = row[j] + (row[j] * m[j] + (read * b[j] + value * k[j]));
+            sum += new[j] * r[j];
+        }
+        u[i] = read;
+        y[i] = sum;
+    }
+}
 
 /* One token backward: dS is the gradient of S' on entry, and of S on return. S is the state before the token. The
    gradients (N,) of the token are overwritten. */
@@ -105,6 +125,25 @@ INLINE void wkv7_head_back(int64_t N, const wkv7_inputs *x, int64_t row, int64_t
         }
     }
 }
+
+/* With a constant N, the compiler keeps vectors of a row in registers. */
+#define WITH_CONSTANT(N, call) \
+    switch (N) {               \
+    case 64: {                 \
+        enum { M = 64 };       \
+        call;                  \
+        break;                 \
+    }                          \
+    case 32: {                 \
+        enum { M = 32 };       \
+        call;                  \
+        break;                 \
+    }                          \
+    default: {                 \
+        const int64_t M = N;   \
+        call;                  \
+    }                          \
+    }
 
 /* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H, chunks,
    N, N) is NULL if no gradients are needed. */
