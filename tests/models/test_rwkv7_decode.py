@@ -30,6 +30,7 @@ VARIANTS = {
     "odd sizes": {"heads": 3, "channels": 21, "ffn_ratio": 1.7},
     "odd ranks": {"decay_rank": 5, "rate_rank": 3, "residual_rank": 1, "gate_rank": 70},
     "narrow hidden": {"ffn_ratio": 0.1},
+    "few active hidden channels": {"layers": 2, "channels": 64},
 }
 
 
@@ -42,7 +43,15 @@ def _needs_a_compiler():
 def model_of(variant):
     sizes = {"vocab_size": VOCABULARY, "layers": 3, "heads": 4, "channels": 32, "ctx_len": 16}
     fields = sizes | VARIANTS[variant]
-    return build(model_config("rwkv7"), torch.float32, fields["channels"] ** -0.5, **fields)
+    model = build(model_config("rwkv7"), torch.float32, fields["channels"] ** -0.5, **fields)
+    if variant == "few active hidden channels":
+        with torch.no_grad():
+            for block in model.blocks:
+                # The first channel of the input is constant, and lowers every hidden channel.
+                block.ffn.mix.zero_()
+                block.ffn_norm.weight[0], block.ffn_norm.bias[0] = 0, 1
+                block.ffn.key.weight[:, 0] = -1.5
+    return model
 
 
 def assert_close(found, expected):
@@ -144,6 +153,18 @@ def test_a_late_position_changes_neither_bits_nor_bytes(position):
     assert late.position.item() == position + 5
     assert late.nbytes == early.nbytes
     assert step.looks_back(position) == 0
+
+
+def test_the_variant_with_few_active_hidden_channels_has_few():
+    """The step then leaves out weights, with one row and with blocks of several rows."""
+    model, shares = model_of("few active hidden channels"), []
+    for block in model.blocks:
+        block.ffn.key.register_forward_hook(lambda module, given, found: shares.append((found[0] > 0).float()))
+    with torch.no_grad():
+        model(torch.randint(VOCABULARY, (1, 60)))
+    for active in shares:
+        assert 0 < active.mean() < 0.2
+        assert active.view(-1, 6, active.shape[1]).amax(1).mean() < 0.6
 
 
 def test_keys_without_direction_give_no_nan():

@@ -22,6 +22,7 @@
 #include "ops/common/exp.h"
 #include "ops/common/norm.h"
 #include "ops/common/panels.h"
+#include "ops/common/sparse.h"
 #include "ops/common/step.h"
 #include "ops/common/types.h"
 #include "ops/rwkv7/wkv7.h"
@@ -56,15 +57,17 @@ typedef struct {
     float *up[LOW_RANKS];     /* results of the low-rank maps */
     float *r, *k, *v, *first; /* `first`: v of layer 0 */
     float *hidden;            /* (rows, F) */
+    int32_t *lists;           /* (blocks, LIST(F)): hidden channels that are not zero, see sparse.h */
 } rows;
 
-/* Number of (rows, C) tensors in `rows` without `hidden`. */
+/* Number of (rows, C) tensors in `rows`. */
 #define WIDE (2 + MIXTURES + LOW_RANKS + 4)
 
 /* Size of the scratch memory of timemix_step, in numbers. */
 int64_t timemix_scratch(const model *m, int64_t count, int64_t pieces) {
     (void)pieces;
-    return count * (WIDE * m->common.channels + m->ranks + m->hidden);
+    const int64_t blocks = (count + ROWS - 1) / ROWS;
+    return count * (WIDE * m->common.channels + m->ranks + m->hidden) + blocks * LIST(m->hidden);
 }
 
 /* Divides the scratch memory. The ranks are equal in all layers; layer 0 has no residual, so the last layer counts. */
@@ -78,6 +81,7 @@ static rows divided(const model *m, int64_t count, float *scratch) {
     for (int64_t n = 0; n < LOW_RANKS; n++, scratch += size) w.up[n] = scratch;
     for (int64_t n = 0; n < LOW_RANKS; scratch += count * last->down[n++].outputs) w.low[n] = scratch;
     w.hidden = scratch;
+    w.lists = (int32_t *)(scratch + count * m->hidden);
     return w;
 }
 
@@ -206,13 +210,15 @@ static void channel_mix(const model *m, const layer *l, const batch *b, const ro
     norm_mix(m, b, w, l->ffn_norm, &l->ffn_mix, 1, l->ffn_shift);
     multiply(&l->ffn_key, w->in[0], w->hidden, count);
 #pragma omp barrier
+    /* Most hidden channels of a trained model are zero after the activation. */
 #pragma omp for schedule(static)
-    for (int64_t part = 0; part < PARTS * count; part++)
-        for (int64_t n = F * part / PARTS; n < F * (part + 1) / PARTS; n++) {
-            const float positive = fmaxf(w->hidden[n], 0);
-            w->hidden[n] = positive * positive;
-        }
-    multiply(&l->ffn_value, w->hidden, w->z, count);
+    for (int64_t row = 0; row < count; row += ROWS) {
+        const int64_t some = count - row < ROWS ? count - row : ROWS;
+        float *hidden = w->hidden + row * F;
+        for (int64_t n = 0; n < some * F; n++) hidden[n] = fmaxf(hidden[n], 0) * fmaxf(hidden[n], 0);
+        compress(hidden, F, some, w->lists + row / ROWS * LIST(F));
+    }
+    multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++)
