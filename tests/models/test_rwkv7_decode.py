@@ -192,7 +192,14 @@ def test_a_wrong_call_changes_nothing():
     assert all(not x.any() for layer in state.layers for x in layer.values())
 
 
-def test_float64_uses_the_models_forward_with_a_reason():
-    step = build_step(build(MODELS["rwkv7"], torch.float64))
+@pytest.mark.parametrize(
+    ("dtype", "fields", "words"),
+    [
+        (torch.float64, {}, "not torch.float64"),
+        (torch.float32, {"heads": 1, "channels": 320}, "needs a head size of at most 256"),
+    ],
+)
+def test_unsupported_models_use_their_forward_with_a_reason(dtype, fields, words):
+    step = build_step(build(MODELS["rwkv7"], dtype, layers=1, **fields))
     assert not step.compiled
-    assert "not torch.float64" in step.reason
+    assert words in step.reason

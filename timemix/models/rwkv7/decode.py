@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from timemix.models.compiled_step import Common, CompiledStep, LinearMap
+from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.model import MIXED, LowRank, Rwkv7Block
+from timemix.ops.rwkv7.compiled import MOST
 
 _LOW_RANKS = ("decay", "rate", "residual", "gate")
 _MIXER, _FFN = ("receptance", "key", "value", "output"), ("key", "value")
@@ -46,6 +48,14 @@ class Rwkv7Step(CompiledStep):
     # wkv7.h gives the reason.
     flags = ("-fno-associative-math",)
     layer_type, model_type = _Layer, _Model
+
+    @classmethod
+    def hindrance(cls, model: LanguageModel) -> str | None:
+        """Return the reason why this step cannot run for a model; None if the step can run."""
+        # The C code holds some vectors of a head on the stack.
+        if cast(Rwkv7Config, model.config).head_size > MOST:
+            return f"the compiled step needs a head size of at most {MOST}"
+        return super().hindrance(model)
 
     def layer_fields(self, block: Block) -> dict[str, Any]:
         """Return the weights of a block."""
