@@ -99,7 +99,7 @@ class ToyBlock(Block):
         return weights | {name: F.pad(x, (0, ctx_len - len(x))) for name, x in curves.items()}
 
     @classmethod
-    def forms(cls, config, precision):
+    def forms(cls, config, precision, device):
         return {"mean": "loop (the only one)"}
 
     @property

@@ -1,5 +1,9 @@
 """wkv7: the loop against the formula, the chunks against the loop in outputs, states and all gradients, hard values."""
 
+import importlib.util
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.helpers.tiers import examples, slow
-from timemix.ops.rwkv7 import BACKENDS, choose_backend, compiled, wkv7
+from timemix.ops.rwkv7 import BACKENDS, choose_backend, compiled, library, wkv7
 
+ON_THE_CPU = [name for name in BACKENDS if name != "fla"]
 NAMES = ("r", "w", "k", "v", "a", "b", "state")
 BOUND = -0.6065306597
 """Lowest log-decay of RWKV-7: -exp(-1/2)."""
@@ -147,7 +152,7 @@ def test_strong_decays_stay_finite():
         assert error(value, expected[name]) < 1e-4, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 @given(cut=st.integers(1, 19), data=st.data())
 @examples(40)
 def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
@@ -165,7 +170,7 @@ def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
     torch.testing.assert_close(state, end, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_padding_changes_nothing_and_gets_no_gradient(backend):
     arguments = inputs(2, 9, 1, 4, dtype_of(backend))
     broken = [x.detach().clone() for x in arguments]
@@ -195,7 +200,7 @@ def test_the_gradient_is_the_numerical_one(backend):
 
 
 def test_a_state_is_returned_on_request_and_never_changed():
-    for backend in BACKENDS:
+    for backend in ON_THE_CPU:
         *arguments, state = inputs(1, 5, 1, 2, dtype_of(backend))
         assert wkv7(*arguments, backend=backend)[1] is None
         before = state.detach().clone()
@@ -248,3 +253,85 @@ def test_without_a_compiler_the_chunks_compute(monkeypatch):
     assert choose_backend("auto", x)[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
         choose_backend("c", x)
+
+
+def fla_by_chunks(error=0.0):
+    """Return a function with the arguments and layouts of `fla.ops.rwkv7.chunk_rwkv7`, which "chunked" computes."""
+
+    def chunk_rwkv7(r, w, k, v, a, b, *, initial_state, output_final_state, lower_bound):
+        assert {x.dtype for x in (r, k, v, a, b)} == {torch.bfloat16}
+        assert output_final_state
+        assert w.min() >= lower_bound
+        given = [x.float() for x in (r, w, k, v, a, b)]
+        y, end = wkv7(*given, initial_state.mT, backend="chunked")
+        return y.to(torch.bfloat16) * (1 + error), end.mT
+
+    return chunk_rwkv7
+
+
+@pytest.fixture
+def install_fla(monkeypatch):
+    """Return a function that puts a stub of the package flash-linear-attention in place, for tensors on the CPU."""
+
+    def install(chunk_rwkv7):
+        module = types.ModuleType("fla.ops.rwkv7")
+        module.chunk_rwkv7 = chunk_rwkv7
+        for name in ("fla", "fla.ops"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", module)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(library, "DEVICES", ("cpu",))
+
+    library._difference.cache_clear()
+    yield install
+    library._difference.cache_clear()
+
+
+def test_fla_equals_the_loop_up_to_the_rounding_of_bfloat16(install_fla):
+    install_fla(fla_by_chunks())
+    torch.manual_seed(0)
+    arguments = inputs(2, 37, 2, 8)
+    options = {"lengths": torch.tensor([37, 20])}
+    found = results([x.float() for x in arguments], "fla", **options)
+    for name, value in results(arguments, "reference", **options).items():
+        assert error(found[name], value) < 0.02, name
+    assert "fla" not in choose_backend("auto", arguments[0].float())
+
+
+def test_autocast_chooses_fla(install_fla, monkeypatch):
+    install_fla(fla_by_chunks())
+    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    x, resets = torch.zeros(1, 100, 1, 8), torch.zeros(1, 100, dtype=torch.bool)
+    assert choose_backend("auto", x)[0] == "chunked"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choose_backend("auto", x)[0] == "fla"
+        assert choose_backend("auto", x, resets)[0] == "chunked"
+        assert choose_backend("auto", x[:, :1])[0] == "reference"
+        assert wkv7(*[x] * 6)[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="backend='fla' is not available: .* supports neither float64 nor resets"):
+        wkv7(*[x] * 6, resets=resets, backend="fla")
+
+
+def failing(*_, **__):
+    raise RuntimeError("no kernel\nfor this device")
+
+
+@pytest.mark.parametrize(
+    ("chunk_rwkv7", "words"),
+    [
+        (fla_by_chunks(error=0.05), r"results of the package flash-linear-attention differ by 5\.\de-02 from"),
+        (failing, "the package flash-linear-attention fails: no kernel;"),
+    ],
+)
+def test_wrong_kernels_of_fla_are_not_used(install_fla, chunk_rwkv7, words):
+    install_fla(chunk_rwkv7)
+    x = torch.zeros(1, 100, 1, 8)
+    with pytest.raises(ValueError, match=f"backend='fla' is not available: {words}"):
+        choose_backend("fla", x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choose_backend("auto", x)[0] == "c"
+
+
+def test_fla_needs_cuda():
+    with pytest.raises(ValueError, match="backend='fla' is not available: .* needs cuda, not cpu; choose auto"):
+        choose_backend("fla", torch.zeros(1, 100, 1, 8))

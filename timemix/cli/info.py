@@ -67,11 +67,12 @@ def describe_model(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     from timemix.runtime.device import choose_device, choose_precision
     from timemix.training.memory import training_memory
 
-    precision, _ = choose_precision(train.precision, choose_device(train.device)[0])
+    device, _ = choose_device(train.device)
+    precision, _ = choose_precision(train.precision, device)
     report: dict[str, Any] = {
         "arch": model.arch,
         "size": model.size_words(),
-        **block_class(model).forms(model, precision),
+        **block_class(model).forms(model, precision, device),
     }
     report["parameters"] = count_parameters(model)
     report["parameters_by_arch"] = {

@@ -99,13 +99,14 @@ def stopped_early(trainer: "Trainer") -> str:
 def _introduce(trainer: "Trainer") -> None:
     config, world = trainer.config, trainer.world
     held_out = f" ({words})" if (words := trainer.corpus.info.held_out) else ""
+    forms = trainer.model.block.forms(config.model, trainer.precision, trainer.device)
     processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
     print(
         f"{config.model.arch}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters,"
         f" vocabulary {config.model.vocab_size};"
         f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out{held_out}\n"
         f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
-        + "".join(f", {op} {form}" for op, form in trainer.model.block.forms(config.model, trainer.precision).items())
+        + "".join(f", {op} {form}" for op, form in forms.items())
         + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
         file=sys.stderr,
     )

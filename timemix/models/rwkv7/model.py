@@ -23,6 +23,7 @@ from timemix.models.rwkv7.initial import set_initial_values
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
+from timemix.runtime.device import autocast
 
 LEAST_LOG_DECAY = -math.exp(-0.5)
 """Least log-decay: in each token, a channel of the keys keeps at least exp(-exp(-1/2)) = 0.545 of the state."""
@@ -225,11 +226,12 @@ class Rwkv7Block(Block):
         return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
 
     @classmethod
-    def forms(cls, config: Rwkv7Config, precision: str) -> dict[str, str]:
+    def forms(cls, config: Rwkv7Config, precision: str, device: torch.device) -> dict[str, str]:
         dtype = torch.float64 if precision == "float64" else torch.float32
         # An expanded tensor has a shape, but no memory.
-        r = torch.empty(1, dtype=dtype).expand(1, config.ctx_len, config.heads, config.head_size)
-        return {"wkv7": "{} ({})".format(*choose_backend("auto", r))}
+        r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
+        with autocast(precision, device):
+            return {"wkv7": "{} ({})".format(*choose_backend("auto", r))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         mixer = self.mixer

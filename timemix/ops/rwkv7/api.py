@@ -5,17 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from timemix.ops.rwkv7 import compiled, library
 from timemix.ops.rwkv7.chunked import chunked_wkv7
-from timemix.ops.rwkv7.compiled import compiled_wkv7, hindrance
 from timemix.ops.rwkv7.reference import reference_wkv7
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference_wkv7,
     "chunked": chunked_wkv7,
-    "c": compiled_wkv7,
+    "c": compiled.compiled_wkv7,
+    "fla": library.library_wkv7,
 }
-"""The backends of wkv7 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, and "c"
-loops over tokens in C."""
+"""The backends of wkv7 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, "c" loops
+over tokens in C, and "fla" calls the kernels of the package flash-linear-attention in bfloat16."""
 
 FEW_TOKENS = 4
 """Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
@@ -76,17 +77,19 @@ def wkv7(
         inputs = [x.where(counts[:, :, None, None], 0) for x in inputs]
         resets = None if resets is None else resets & counts
     start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    chosen, _ = choose_backend(backend, inputs[0], resets)
     with torch.autocast(r.device.type, enabled=False):
-        y, end = BACKENDS[choose_backend(backend, inputs[0])[0]](*inputs, start, resets)
+        y, end = BACKENDS[chosen](*inputs, start, resets)
     return y.to(v.dtype), None if state is None else end
 
 
-def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
+def choose_backend(backend: str, r: Tensor, resets: Tensor | None = None) -> tuple[str, str]:
     """Choose the backend of wkv7.
 
     Args:
         backend: "auto" or a name in `BACKENDS`.
         r: Receptances (B, T, H, N), in the dtype of the computation.
+        resets: Whether to set S to zero before each token (B, T); None for never.
 
     Returns:
         The name of the backend, and the reason for the choice.
@@ -95,15 +98,24 @@ def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
         ValueError: The backend is unknown or does not support the receptances.
     """
     if backend == "auto":
-        if hindrance(r) is None:
+        if compiled.hindrance(r) is None:
             return "c", "the C code supports the dtype and the device"
         if r.shape[1] <= FEW_TOKENS:
             return "reference", f"a loop over at most {FEW_TOKENS} tokens"
+        # The kernels of fla compute in bfloat16, so "auto" chooses them only where autocast lowers the precision.
+        lower = r.device.type in library.DEVICES and torch.is_autocast_enabled(r.device.type)
+        if lower and library.hindrance(r, resets) is None:
+            return "fla", "the package flash-linear-attention supports the dtype and the device"
         return "chunked", "matrix products in place of a loop over tokens"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
-    if backend == "c" and (reason := hindrance(r)):
-        raise ValueError(f"backend='c' is not available: {reason}; choose auto")
+    reason = None
+    if backend == "c":
+        reason = compiled.hindrance(r)
+    elif backend == "fla":
+        reason = library.hindrance(r, resets)
+    if reason is not None:
+        raise ValueError(f"{backend=} is not available: {reason}; choose auto")
     return backend, "asked for"
 
 
