@@ -216,7 +216,7 @@ static void channel_mix(const model *m, const layer *l, const batch *b, const ro
         const int64_t some = count - row < ROWS ? count - row : ROWS;
         float *hidden = w->hidden + row * F;
         for (int64_t n = 0; n < some * F; n++) hidden[n] = fmaxf(hidden[n], 0) * fmaxf(hidden[n], 0);
-        compress(hidden, F, some, w->lists + row / ROWS * LIST(F));
+        compress(&l->ffn_value, hidden, some, w->lists + row / ROWS * LIST(F));
     }
     multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
 #pragma omp barrier

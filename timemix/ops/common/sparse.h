@@ -22,11 +22,16 @@
 /* The length of the list of a block that leaves out nothing. Its rows are not compressed. */
 #define ALL -1
 
+/* Whether the weights of each input can be read alone. */
+INLINE int can_skip(const linear *l) { return l->type <= INT8; }
+
 /* Lists the inputs at which x (rows, inputs) is not zero in all rows, in ascending order. Then moves their columns to the
    front of x. */
-LOCAL void compress(float *x, int64_t inputs, int64_t rows, int32_t *list) {
+LOCAL void compress(const linear *l, float *x, int64_t rows, int32_t *list) {
+    const int64_t inputs = l->inputs;
     int32_t *index = list + 1;
     int64_t length = 0;
+    if (!can_skip(l)) return;
     for (int64_t i = 0; i < inputs; i++) {
         int any = 0;
         for (int64_t r = 0; r < rows; r++) any |= x[r * inputs + i] != 0;
@@ -47,19 +52,20 @@ INLINE void multiply_sparse_panel(const linear *l, int64_t first, enum type type
                                   float *y, int64_t count, const int rows) {
     const int64_t inputs = l->inputs, at = first * inputs, length = list[0];
     const int32_t *index = list + 1;
+    const float *scale = l->scale;
     vec sum[ROWS][VECTORS] = {{{0}}};
     for (int64_t n = 0; n < length; n++) {
-        const int64_t from_here = at + index[n] * PANEL;
+        const int64_t here = at + index[n] * PANEL;
         prefetch(type, l->weight, at + (int64_t)index[n + FETCHED(type)] * PANEL, PANEL);
         vec weight[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weight[v] = load_vector(l->weight, from_here + v * WIDTH, type);
+        for (int v = 0; v < VECTORS; v++) weight[v] = load_vector(l->weight, here + v * WIDTH, type);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECTORS; v++) sum[r][v] += weight[v] * x[r * inputs + n];
     }
     for (int r = 0; r < rows; r++) {
         float all[PANEL];
         memcpy(all, sum[r], sizeof all);
-        for (int o = 0; o < PANEL; o++) all[o] *= l->scale ? l->scale[first + o] : 1;
+        for (int o = 0; o < PANEL; o++) all[o] *= scale ? scale[first + o] : 1;
         memcpy(y + r * l->outputs + first, all, count * sizeof(float));
     }
 }
@@ -86,6 +92,10 @@ INLINE void multiply_sparse_block(const linear *l, int64_t first, enum type type
 /* multiply() for a map without bias. compress() has compressed each block of x, into lists (blocks, LIST(inputs)). */
 LOCAL void multiply_sparse(const linear *l, const float *x, const int32_t *lists, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
+    if (!can_skip(l)) {
+        multiply(l, x, y, rows);
+        return;
+    }
 #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t n = 0; n < panels; n++)
         for (int64_t block = 0; block < blocks; block++) {

@@ -17,7 +17,7 @@
 
 /* Rows of S that are computed together. Their sums hide the latency of one another, and they share the vectors of a
    token. The rows fit into the registers for N = 64. */
-#define GROUP (WIDTH == 16 ? 4 : 1)
+#define STATE_ROWS (WIDTH == 16 ? 4 : 1)
 
 /* Distance in numbers from the rows in use to the rows that are prefetched. If each text has one token, the states of the
    next heads are still in memory. */
@@ -39,20 +39,20 @@ INLINE float sum_of(vec x) {
 #endif
 }
 
-/* The rows i to i + GROUP - 1 of S, which have a constant number of vectors. */
+/* The rows i to i + STATE_ROWS - 1 of S, which have a constant number of vectors. */
 INLINE void wkv7_rows(const int vectors, int64_t i, int64_t T, float *S, const wkv7_tokens *x) {
     const int64_t N = vectors * WIDTH;
-    vec row[GROUP][vectors];
+    vec row[STATE_ROWS][vectors];
     memcpy(row, S + i * N, sizeof row);
-    prefetch(FLOAT32, S, i * N + NEXT, GROUP * N);
+    prefetch(FLOAT32, S, i * N + NEXT, STATE_ROWS * N);
     for (int64_t t = 0; t < T; t++) {
-        vec part[GROUP] = {{0}};
-        float u[GROUP];
+        vec part[STATE_ROWS] = {{0}};
+        float u[STATE_ROWS];
         for (int n = 0; n < vectors; n++) {
             const vec a = load_vector(x->a, t * N + n * WIDTH, FLOAT32);
-            for (int g = 0; g < GROUP; g++) part[g] += row[g][n] * a;
+            for (int g = 0; g < STATE_ROWS; g++) part[g] += row[g][n] * a;
         }
-        for (int g = 0; g < GROUP; g++) {
+        for (int g = 0; g < STATE_ROWS; g++) {
             u[g] = sum_of(part[g]);
             part[g] = (vec){0};
         }
@@ -60,12 +60,12 @@ INLINE void wkv7_rows(const int vectors, int64_t i, int64_t T, float *S, const w
             const int64_t at = t * N + n * WIDTH;
             const vec r = load_vector(x->r, at, FLOAT32), m = load_vector(x->m, at, FLOAT32);
             const vec k = load_vector(x->k, at, FLOAT32), b = load_vector(x->b, at, FLOAT32);
-            for (int g = 0; g < GROUP; g++) {
+            for (int g = 0; g < STATE_ROWS; g++) {
                 row[g][n] += row[g][n] * m + (u[g] * b + x->v[t * N + i + g] * k);
                 part[g] += row[g][n] * r;
             }
         }
-        for (int g = 0; g < GROUP; g++) x->y[t * N + i + g] = sum_of(part[g]);
+        for (int g = 0; g < STATE_ROWS; g++) x->y[t * N + i + g] = sum_of(part[g]);
     }
     memcpy(S + i * N, row, sizeof row);
 }
@@ -91,10 +91,10 @@ INLINE void wkv7_row(int64_t N, int64_t i, int64_t T, float *S, const wkv7_token
 LOCAL void wkv7(int64_t N, int64_t T, float *S, const wkv7_tokens *x) {
     switch (N) {
     case 64:
-        for (int64_t i = 0; i < N; i += GROUP) wkv7_rows(64 / WIDTH, i, T, S, x);
+        for (int64_t i = 0; i < N; i += STATE_ROWS) wkv7_rows(64 / WIDTH, i, T, S, x);
         break;
     case 32:
-        for (int64_t i = 0; i < N; i += GROUP) wkv7_rows(32 / WIDTH, i, T, S, x);
+        for (int64_t i = 0; i < N; i += STATE_ROWS) wkv7_rows(32 / WIDTH, i, T, S, x);
         break;
     default:
         for (int64_t i = 0; i < N; i++) wkv7_row(N, i, T, S, x);
