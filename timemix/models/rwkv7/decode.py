@@ -92,4 +92,5 @@ class Rwkv7Step(CompiledStep):
             return LinearMap(), LinearMap()
         pack = self.parameters.panels
         down = pack(low_rank.down_weight.t(), None, "float32")
-        return down, pack(low_rank.up_weight.t(), low_rank.bias, "float32")
+        # The gate has no bias.
+        return down, pack(low_rank.up_weight.t(), getattr(low_rank, "bias", None), "float32")
