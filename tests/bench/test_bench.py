@@ -16,10 +16,10 @@ from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
+from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
 from timemix.models.registry import model_config
-from timemix.models.rwkv1.decode import CompiledStep
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import wkv1
 from timemix.storage.json_files import to_json

@@ -15,8 +15,7 @@ from timemix.cli.main import main
 from timemix.generation.decode import ModelStep, build_step
 from timemix.models.quantize import quantized, rounded
 from timemix.models.registry import model_config
-from timemix.models.rwkv1 import decode as step_module
-from timemix.models.rwkv1.decode import CompiledStep
+from timemix.models.rwkv1.decode import Rwkv1Step
 from timemix.runtime import native
 
 CTX = 24
@@ -63,7 +62,7 @@ def begun(model, rows):
 
 @pytest.fixture(autouse=True)
 def _needs_a_compiler():
-    found, reason = step_module.step_library()
+    found, reason = Rwkv1Step.library()
     assert found is not None, f"these tests are of the compiled step: {reason}"
 
 
@@ -103,7 +102,7 @@ def test_sums_over_the_past_equal_those_of_the_model(begin, scale):
         if begin:
             _, state = model(torch.randint(19, (2, begin)), state)
         plain, state = state.clone(), state.clone()
-        step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+        step, rows = Rwkv1Step(model, "float32"), torch.tensor([0, 1])
         for t in range(begin, 210):
             tokens = torch.randint(19, (2,))
             logits, plain = model(tokens[:, None], plain, logits="last")
@@ -124,7 +123,7 @@ def test_sums_over_the_past_equal_those_of_the_model(begin, scale):
 
 def test_sums_over_the_past_see_writes_that_a_put_follows_also_without_counts():
     model = model_of("rwkv1", ctx_len=160)
-    step, rows = CompiledStep(model, "float32"), torch.tensor([0, 1])
+    step, rows = Rwkv1Step(model, "float32"), torch.tensor([0, 1])
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             _, state = model(torch.randint(19, (2, 130)), model.init_state(2))
@@ -144,7 +143,7 @@ def test_equals_the_model_for_hard_keys(scale):
         for block in model.blocks:
             block.mixer.key.weight.mul_(scale)
     state, other = model.init_state(1), model.init_state(1)
-    step = CompiledStep(model, "float32")
+    step = Rwkv1Step(model, "float32")
     for _ in range(CTX):
         token = torch.randint(model.config.vocab_size, (1,))
         with torch.no_grad():
@@ -174,7 +173,7 @@ def test_some_rows_leave_the_others_alone(kind):
 def test_wrong_tokens_and_the_end_of_the_context_change_nothing():
     model = model_of("rwkv1")
     state = model.init_state(2)
-    step = CompiledStep(model, "float32")
+    step = Rwkv1Step(model, "float32")
     for token in (-1, 19):
         with pytest.raises(ValueError, match="outside the vocabulary of 19"):
             build_step(model, backend="model")(torch.tensor([1, token]), state, torch.tensor([0, 1]))
@@ -215,7 +214,7 @@ def test_rounding_costs_little_loss(capsys, tmp_path):
 
 def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
     model = model_of("wide heads")
-    step = CompiledStep(model, "float32")
+    step = Rwkv1Step(model, "float32")
     found = []
     threads = torch.get_num_threads()
     for count in (1, 2, 3):

@@ -5,10 +5,9 @@
                       z = shift(norm(x));   x += sigmoid(R' z) output'(act(K' z) V' z)
     logits = head(norm(x))
 
-   A call processes pieces. A piece consists of consecutive tokens of one text: one new token, or a part of a prompt. A
-   row is one token of a piece. All rows are multiplied by the weights together (panels.h). Only token-shift and
-   time-mix connect the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for each output. All other
-   numbers are float32.
+   A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
+   Only token-shift and time-mix connect the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for
+   each output. All other numbers are float32.
 
    The order in which a number of a row is summed depends only on the position of the row. So each result is
    bit-identical for any division of texts into pieces, and for any other texts, slots or threads. */
@@ -21,11 +20,8 @@
 #include "ops/common/exp.h"
 #include "ops/common/norm.h"
 #include "ops/common/panels.h"
+#include "ops/common/step.h"
 #include "ops/common/types.h"
-
-/* Parts into which the elementwise work on a row is divided, for any number of threads. The numbers at the end of a
-   part that do not fill a vector use another exp than full vectors, so the results depend on where parts end. */
-#define PARTS 8
 
 /* Positions whose sums over the tokens before them, `far`, are computed together. */
 #define BLOCK 64
@@ -42,30 +38,24 @@ typedef struct {
     const float *f;                                  /* (H, history), rwkv1 */
     const float *alpha, *beta, *gamma;               /* (H, positions), (H, positions), (positions,), or NULL for 1 */
     const float *own, *other, *begin, *coefficients; /* (H, K), rwkv1_exp; begin = phi(0) */
-    const float *taps, *fade;                        /* (H, M), (H,), rwkv1_exp; fade = rho */
+    const float *direct, *fade;                      /* (H, M), (H,), rwkv1_exp; fade = rho */
     float *numerators; /* rwkv1 (slots, H, history, N): x of each past position; rwkv1_exp (slots, H, K, N): S */
     float *denominators;            /* (slots, H, N): D */
     float *mixer_shift, *ffn_shift; /* (slots, farthest, C): newest inputs of each sublayer, oldest first */
-    float *newest;                  /* (slots, H, M, N), rwkv1_exp: newest x, oldest first */
+    float *taps;                    /* (slots, H, M, N), rwkv1_exp: newest x, oldest first */
     float *far;                     /* (slots, H, BLOCK, N), rwkv1: sums over the blocks before the newest one */
 } layer;
 
 typedef struct {
-    int64_t type, activation, vocabulary, layers, heads, channels, hidden;
+    common common;
+    int64_t activation, heads, hidden;
     int64_t positions; /* entries of alpha, beta and gamma; the last entry applies to all later positions */
-    int64_t limit;     /* the number of positions, 0 if unlimited */
     int64_t history;   /* ctx_len of rwkv1, 0 for rwkv1_exp */
     int64_t modes;     /* K, 0 for rwkv1 */
-    int64_t newest;    /* M */
-    int64_t threads;
-    float epsilon;
-    const float *embedding, *norm[2]; /* (V, C), {weight, bias} (C,) */
-    linear head;
+    int64_t taps;      /* M */
+    int64_t *known;    /* (slots,), rwkv1: first position of the block whose sums `far` are stored, -1 for none */
     layer *layer;
 } model;
-
-/* Outputs of a panel, for the layout of weights in decode.py. */
-int64_t timemix_panel(void) { return PANEL; }
 
 /* Positions of a block, for the shape of `far`. */
 int64_t timemix_block(void) { return BLOCK; }
@@ -149,14 +139,14 @@ static inline int64_t entry(const model *m, int64_t position) {
 
     rwkv1:      numerator[t] = far[t] + sum_{start<=u<=t} f(t-u) x[u],   far[t] = sum_{u<start} f(t-u) x[u],   rho = 1
     rwkv1_exp:  S_j[t] = rho (own_j S_j[t-1] + other_j S_partner[t-1]) + phi_j(0) x[t]
-                numerator[t] = sum_j coefficients_j S_j[t] + sum_{lag<M} taps(lag) rho^lag x[t-lag]
+                numerator[t] = sum_j coefficients_j S_j[t] + sum_{lag<M} direct(lag) rho^lag x[t-lag]
 
    rho = exp(-forget) from position ctx_len on, else 1. start, a multiple of BLOCK, is the first position of the block
    of t. far is computed for a whole block at once, as a product of many sources and many targets, which reads the
    history once. `begin`: far is not computed yet for the block of t. */
 static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int64_t position, int begin,
                      const float *key, const float *value, float *y) {
-    const int64_t N = m->channels / m->heads, K = m->modes, M = m->newest;
+    const int64_t N = m->common.channels / m->heads, K = m->modes, M = m->taps;
     const int64_t at = h * m->positions + entry(m, position);
     const float alpha = l->alpha ? l->alpha[at] : 1, beta = l->beta ? l->beta[at] : 1;
     const float fade = l->fade && position >= m->positions - 1 ? l->fade[h] : 1;
@@ -195,65 +185,66 @@ static void time_mix(const model *m, const layer *l, int64_t row, int64_t h, int
             a[n] = p;
         }
     }
-    float *newest = l->newest + (row * m->heads + h) * M * N;
+    float *newest = l->taps + (row * m->heads + h) * M * N;
     /* The loop runs from the oldest entry to the newest, so that each entry is read before it is overwritten. */
     for (int64_t lag = M; lag-- > 0;)
         for (int64_t n = 0; n < N; n++) {
             float *x = newest + (M - 1 - lag) * N + n;
             *x = lag == 0 ? source[n] : fade * x[N];
-            y[n] += l->taps[h * M + lag] * *x;
+            y[n] += l->direct[h * M + lag] * *x;
         }
     for (int64_t n = 0; n < N; n++) y[n] = beta * y[n] / total[n];
 }
 
-/* Results of timemix_step. decode.py has the error message for each number. */
-enum fault { NONE, UNKNOWN_TOKEN, PAST_THE_END, NO_SUCH_SLOT };
+/* Numbers per row for k, v, r side by side: (3, C) in time-mix, (2, F) and (C) in channel-mix. */
+static int64_t inner(const model *m) {
+    const int64_t C = m->common.channels, F = m->hidden;
+    return 3 * C > 2 * F + C ? 3 * C : 2 * F + C;
+}
 
-/* logits (outputs, V) after the rows wanted[i], i < outputs, of some pieces. The formula is at the top of this file.
+/* Numbers per row for `mixed`: (C) in time-mix, (F) in channel-mix. */
+static int64_t wide(const model *m) { return m->common.channels > m->hidden ? m->common.channels : m->hidden; }
 
-   slot (pieces,), first (pieces + 1,): piece p has the rows first[p] to first[p + 1] - 1, and belongs to slot[p] of a
-       state with `slots` slots. The slots of the pieces are all different.
-   tokens (rows,): token ids.
-   position (slots,): number of tokens of each slot so far. The call updates it.
-   known (slots,): first position of the block whose sums `far` of a slot has, -1 for none. The call
-       updates it. NULL without `far`.
-   scratch: rows (3 C + max(3 C, 2 F + C) + max(C, F)) + pieces farthest C numbers.
+/* Size of the scratch memory of timemix_step, in numbers. */
+int64_t timemix_scratch(const model *m, int64_t rows, int64_t pieces) {
+    const int64_t C = m->common.channels;
+    int64_t farthest = 0;
+    for (int64_t n = 0; n < m->common.layers; n++)
+        if (m->layer[n].farthest > farthest) farthest = m->layer[n].farthest;
+    return rows * (3 * C + inner(m) + wide(m)) + pieces * farthest * C;
+}
 
-   Returns NONE, or a fault before anything is written. */
-int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs, const int64_t *slot,
-                 const int64_t *first, int64_t *position, int64_t *known, const int64_t *tokens, const int64_t *wanted,
-                 float *logits, float *scratch) {
-    const int64_t rows = first[pieces];
-    for (int64_t i = 0; i < pieces; i++) {
-        if (slot[i] < 0 || slot[i] >= slots || position[slot[i]] < 0) return NO_SUCH_SLOT;
-        if (m->limit && position[slot[i]] + first[i + 1] - first[i] > m->limit) return PAST_THE_END;
-    }
-    for (int64_t i = 0; i < rows; i++)
-        if (tokens[i] < 0 || tokens[i] >= m->vocabulary) return UNKNOWN_TOKEN;
-    const int64_t C = m->channels, F = m->hidden, H = m->heads, N = C / H, t = m->type;
-    const int64_t inner = 3 * C > 2 * F + C ? 3 * C : 2 * F + C, wide = C > F ? C : F;
-    /* scratch: x (rows, C), in (rows, C), then k, v, r side by side: (3, rows, C) in time-mix, (2, rows, F) and (rows,
-       C) in channel-mix; then mixed (rows, C) or (rows, F); then the lines of norm_shift. */
-    float *x = scratch, *in = x + rows * C, *k = in + rows * C, *mixed = k + rows * inner, *lines = mixed + rows * wide;
+/* logits (outputs, V) after the wanted rows of some pieces. The formula is at the top of this file. scratch has
+   timemix_scratch() numbers. Returns NONE, or a fault before anything is written. */
+int timemix_step(const model *m, const batch *b, float *logits, float *scratch) {
+    const enum fault fault = check(&m->common, b);
+    if (fault != NONE) return fault;
+    const int64_t *slot = b->slot, *first = b->first, *position = b->position;
+    const int64_t pieces = b->pieces, rows = first[pieces];
+    const int64_t C = m->common.channels, F = m->hidden, H = m->heads, N = C / H;
+    const float epsilon = m->common.epsilon;
+    /* scratch: x (rows, C), in (rows, C), then k, v, r, then mixed (rows, C) or (rows, F), then the lines of
+       norm_shift. */
+    float *x = scratch, *in = x + rows * C, *k = in + rows * C, *mixed = k + rows * inner(m);
+    float *lines = mixed + rows * wide(m);
     /* The whole step is one parallel region: starting a region costs as much as a small product. Each `omp for` ends in
        a barrier; multiply() does not. */
-#pragma omp parallel num_threads(m->threads)
+#pragma omp parallel num_threads(m->common.threads)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) memcpy(x + i * C, m->embedding + tokens[i] * C, C * sizeof(float));
-        for (int64_t n = 0; n < m->layers; n++) {
+        embed(&m->common, b, x);
+        for (int64_t n = 0; n < m->common.layers; n++) {
             const layer *l = m->layer + n;
             float *v = k + rows * C, *r = v + rows * C;
             /* in = shift(norm(x)) */
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < pieces; p++) {
                 const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->farthest * C;
-                norm_shift(x + at, l->mixer_norm, m->epsilon, l, count, C, l->mixer_shift + slot[p] * farthest,
+                norm_shift(x + at, l->mixer_norm, epsilon, l, count, C, l->mixer_shift + slot[p] * farthest,
                            lines + at + p * farthest, in + at);
             }
-            multiply(&l->key, t, in, k, rows);
-            multiply(&l->value, t, in, v, rows);
-            multiply(&l->receptance, t, in, r, rows);
+            multiply(&l->key, in, k, rows);
+            multiply(&l->value, in, v, rows);
+            multiply(&l->receptance, in, r, rows);
 #pragma omp barrier
             /* mixed = sigmoid(r) wkv(k, v): (rows, C) as (rows, H, N). The threads share the pairs of head and piece,
                so that a single long piece keeps all of them busy. */
@@ -262,12 +253,12 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
                 const int64_t h = task / pieces, p = task % pieces;
                 for (int64_t i = first[p]; i < first[p + 1]; i++) {
                     const int64_t at = i * C + h * N, now = position[slot[p]] + i - first[p], start = now - now % BLOCK;
-                    const int begin = now == start || (known && i == first[p] && known[slot[p]] != start);
+                    const int begin = now == start || (m->known && i == first[p] && m->known[slot[p]] != start);
                     time_mix(m, l, slot[p], h, now, begin, k + at, v + at, mixed + at);
                     for (int64_t c = at; c < at + N; c++) mixed[c] *= sigmoid(r[c]);
                 }
             }
-            multiply(&l->output, t, mixed, in, rows);
+            multiply(&l->output, mixed, in, rows);
 #pragma omp barrier
             /* x += gamma output(mixed);   in = shift(norm(x)) */
             float *fv = k + rows * F, *fr = fv + rows * F;
@@ -278,12 +269,12 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
                     const float gamma = l->gamma ? l->gamma[entry(m, position[slot[p]] + i)] : 1;
                     for (int64_t c = at + i * C; c < at + (i + 1) * C; c++) x[c] += gamma * in[c];
                 }
-                norm_shift(x + at, l->ffn_norm, m->epsilon, l, count, C, l->ffn_shift + slot[p] * farthest,
+                norm_shift(x + at, l->ffn_norm, epsilon, l, count, C, l->ffn_shift + slot[p] * farthest,
                            lines + at + p * farthest, in + at);
             }
-            multiply(&l->ffn_key, t, in, k, rows);
-            multiply(&l->ffn_value, t, in, fv, rows);
-            multiply(&l->ffn_receptance, t, in, fr, rows);
+            multiply(&l->ffn_key, in, k, rows);
+            multiply(&l->ffn_value, in, fv, rows);
+            multiply(&l->ffn_receptance, in, fr, rows);
 #pragma omp barrier
             /* mixed (rows, F) = act(k) v */
 #pragma omp for schedule(static)
@@ -291,7 +282,7 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
                 const int64_t begin = F * part / PARTS, count = F * (part + 1) / PARTS - begin;
                 multiply_activated(k + begin, fv + begin, count, m->activation, mixed + begin);
             }
-            multiply(&l->ffn_output, t, mixed, in, rows);
+            multiply(&l->ffn_output, mixed, in, rows);
 #pragma omp barrier
             /* x += sigmoid(r) output(mixed) */
 #pragma omp for schedule(static)
@@ -300,14 +291,12 @@ int timemix_step(const model *m, int64_t pieces, int64_t slots, int64_t outputs,
                 add_gated(fr + begin, in + begin, count, x + begin);
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < outputs; i++) normalize(x + wanted[i] * C, m->norm, m->epsilon, C, in + i * C);
-        multiply(&m->head, t, in, logits, outputs);
+        predict(&m->common, b, x, in, logits);
     }
-    for (int64_t p = 0; p < pieces; p++) {
-        position[slot[p]] += first[p + 1] - first[p];
+    advance(b);
+    for (int64_t p = 0; m->known && p < pieces; p++) {
         const int64_t last = position[slot[p]] - 1;
-        if (known) known[slot[p]] = last - last % BLOCK;
+        m->known[slot[p]] = last - last % BLOCK;
     }
     return NONE;
 }

@@ -39,7 +39,7 @@ typedef struct {
     const void *weight; /* (panels, inputs, PANEL) */
     const float *scale; /* (panels * PANEL,), or NULL for 1 */
     const float *bias;  /* (panels * PANEL,), or NULL for 0 */
-    int64_t outputs, inputs;
+    int64_t type, outputs, inputs;
 } linear;
 
 /* y[r, first + o] = scale sum_i x[r, i] weight[first + o, i] + bias, for r < rows and o < count <= PANEL.
@@ -85,11 +85,11 @@ INLINE void multiply_block(const linear *l, int64_t first, enum type type, const
     }
 }
 
-/* y (rows, outputs) = x (rows, inputs) weight^T + bias, where `type` is the type of the weights.
+/* y (rows, outputs) = x (rows, inputs) weight^T + bias.
 
    The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows.
    There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
-LOCAL void multiply(const linear *l, int64_t type, const float *x, float *y, int64_t rows) {
+LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
 #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t n = 0; n < panels; n++)
@@ -98,8 +98,8 @@ LOCAL void multiply(const linear *l, int64_t type, const float *x, float *y, int
             const int64_t row = block * ROWS, some = rows - row < ROWS ? rows - row : ROWS;
             const float *in = x + row * l->inputs;
             float *out = y + row * l->outputs;
-            if (type == FLOAT32) multiply_block(l, first, FLOAT32, in, out, count, some);
-            else if (type == BFLOAT16) multiply_block(l, first, BFLOAT16, in, out, count, some);
+            if (l->type == FLOAT32) multiply_block(l, first, FLOAT32, in, out, count, some);
+            else if (l->type == BFLOAT16) multiply_block(l, first, BFLOAT16, in, out, count, some);
             else multiply_block(l, first, INT8, in, out, count, some);
         }
 }

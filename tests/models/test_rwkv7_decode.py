@@ -1,0 +1,205 @@
+"""The compiled step of RWKV-7: values of the original code, the model's logits and states, bits that do not change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from tests.helpers.models import VARIANTS as MODELS
+from tests.helpers.models import build
+from tests.helpers.pairwise import pairwise
+from tests.helpers.tiers import examples
+from timemix.errors import InvalidValue
+from timemix.generation.decode import build_step
+from timemix.models.language_model import LanguageModel
+from timemix.models.quantize import WEIGHTS, rounded
+from timemix.models.registry import model_config
+from timemix.models.rwkv7.decode import Rwkv7Step
+from timemix.models.rwkv7.weights import from_published
+
+VOCABULARY = 19
+VARIANTS = {
+    "rwkv7": {},
+    "one layer": {"layers": 1},
+    "heads of 32": {"heads": 2, "channels": 64},
+    "heads of 64": {"heads": 2, "channels": 128},
+    "odd sizes": {"heads": 3, "channels": 21, "ffn_ratio": 1.7},
+    "odd ranks": {"decay_rank": 5, "rate_rank": 3, "residual_rank": 1, "gate_rank": 70},
+    "narrow hidden": {"ffn_ratio": 0.1},
+    "few active hidden channels": {"layers": 2, "channels": 64},
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler():
+    found, reason = Rwkv7Step.library()
+    assert found is not None, f"these tests are of the compiled step: {reason}"
+
+
+def model_of(variant):
+    sizes = {"vocab_size": VOCABULARY, "layers": 3, "heads": 4, "channels": 32, "ctx_len": 16}
+    fields = sizes | VARIANTS[variant]
+    model = build(model_config("rwkv7"), torch.float32, fields["channels"] ** -0.5, **fields)
+    if variant == "few active hidden channels":
+        with torch.no_grad():
+            for block in model.blocks:
+                # The first channel of the input is constant, and lowers every hidden channel.
+                block.ffn.mix.zero_()
+                block.ffn_norm.weight[0], block.ffn_norm.bias[0] = 0, 1
+                block.ffn.key.weight[:, 0] = -1.5
+    return model
+
+
+def assert_close(found, expected):
+    largest = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found / largest, expected / largest, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], WEIGHTS))
+def test_equals_the_model_in_logits_and_state(variant, rows, weights):
+    model = model_of(variant)
+    expected = rounded(model, weights)
+    step = build_step(model, weights, backend="compiled")
+    tokens = torch.randint(VOCABULARY, (rows, 20))
+    with torch.no_grad():
+        logits, after = expected(tokens, expected.init_state(rows))
+    state, slots, counts = model.init_state(rows), torch.arange(rows), torch.full((rows,), 13)
+    found, state = step(tokens[:, :13].flatten(), state, slots, counts, torch.arange(13 * rows))
+    assert_close(found.view(rows, 13, -1), logits[:, :13])
+    for t in range(13, 20):
+        found, state = step(tokens[:, t], state, slots)
+        assert_close(found, logits[:, t])
+    assert state.position.equal(after.position)
+    for own, theirs in zip(state.layers, after.layers, strict=True):
+        assert own.keys() == theirs.keys()
+        for name in own:
+            assert_close(own[name], theirs[name])
+
+
+def test_equals_the_original_code():
+    """The logits of the original code for a prompt and five more tokens (tests/golden/README.md)."""
+    path = Path(__file__).parents[1] / "golden/rwkv7.safetensors"
+    with safe_open(path, "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        meta = {key: json.loads(value) for key, value in file.metadata().items()}
+    names = {"vocab_size": "vocab_size", "layers": "n_layer", "heads": "n_head", "channels": "n_embd"}
+    config = model_config(
+        "rwkv7", **{ours: meta[theirs] for ours, theirs in names.items()}, group_norm_eps=meta["group_norm_eps"]
+    )
+    model = LanguageModel(config)
+    weights = {name.removeprefix("weights."): x for name, x in golden.items() if name.startswith("weights.")}
+    model.load_state_dict(from_published(weights))
+    step = build_step(model, backend="compiled")
+    prompts, slots = golden["input"].long(), torch.arange(3)
+    counts = torch.full((3,), prompts.shape[1])
+    found, state = step(prompts.flatten(), model.init_state(3), slots, counts, torch.arange(prompts.numel()))
+    logits = found.view(*prompts.shape, -1)
+    torch.testing.assert_close(logits[0, ::2].double(), golden["logits"].squeeze(), atol=1e-5, rtol=0)
+    steps = []
+    for tokens in golden["next.tokens"].unbind(1):
+        found, state = step(tokens, state, slots)
+        steps.append(found)
+    torch.testing.assert_close(torch.stack(steps, 1).double(), golden["next.logits"].squeeze(), atol=1e-5, rtol=0)
+
+
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    weights=st.sampled_from(WEIGHTS),
+    cuts=st.lists(st.tuples(st.integers(1, 23), st.integers(0, 9)), min_size=1, max_size=6),
+    slot=st.integers(0, 3),
+    threads=st.integers(1, 3),
+)
+@examples(25)
+def test_bits_do_not_depend_on_pieces_company_slot_or_threads(variant, weights, cuts, slot, threads):
+    """Each cut is the number of tokens of the text and of another text in one call."""
+    torch.manual_seed(0)
+    step = build_step(model := model_of(variant), weights, backend="compiled")
+    tokens = torch.randint(VOCABULARY, (sum(count for count, _ in cuts),))
+    alone, logits = model.init_state(1), []
+    for token in tokens:
+        found, alone = step(token[None], alone, torch.tensor([0]))
+        logits.append(found[0])
+    before, state, at, other = torch.get_num_threads(), model.init_state(4), 0, (slot + 1) % 4
+    try:
+        torch.set_num_threads(threads)
+        for count, beside in cuts:
+            pieces, rows, counts = [tokens[at : at + count]], [slot], [count]
+            if beside:
+                pieces.insert(0, torch.randint(VOCABULARY, (beside,)))
+                rows, counts = [other, slot], [beside, count]
+            wanted = torch.arange(beside, beside + count)
+            found, state = step(torch.cat(pieces), state, torch.tensor(rows), torch.tensor(counts), wanted)
+            assert found.equal(torch.stack(logits[at : at + count]))
+            at += count
+    finally:
+        torch.set_num_threads(before)
+    for own, theirs in zip(state.layers, alone.layers, strict=True):
+        assert all(own[name][slot].equal(theirs[name][0]) for name in own)
+
+
+@pytest.mark.parametrize("position", [100, 1_000_000])
+def test_a_late_position_changes_neither_bits_nor_bytes(position):
+    step = build_step(model := model_of("rwkv7"), backend="compiled")
+    early, late, slots = model.init_state(1), model.init_state(1), torch.tensor([0])
+    late.position += position
+    for token in torch.randint(VOCABULARY, (5, 1)):
+        expected, early = step(token, early, slots)
+        found, late = step(token, late, slots)
+        assert found.equal(expected)
+    assert late.position.item() == position + 5
+    assert late.nbytes == early.nbytes
+    assert step.looks_back(position) == 0
+
+
+def test_the_variant_with_few_active_hidden_channels_has_few():
+    """The step then leaves out weights, with one row and with blocks of several rows."""
+    model, shares = model_of("few active hidden channels"), []
+    for block in model.blocks:
+        block.ffn.key.register_forward_hook(lambda module, given, found: shares.append((found[0] > 0).float()))
+    with torch.no_grad():
+        model(torch.randint(VOCABULARY, (1, 60)))
+    for active in shares:
+        assert 0 < active.mean() < 0.2
+        assert active.view(-1, 6, active.shape[1]).amax(1).mean() < 0.6
+
+
+def test_keys_without_direction_give_no_nan():
+    """A key of zeros has no direction: q is zero, as in the model."""
+    model = model_of("heads of 32")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.removal.zero_()
+    tokens, state = torch.randint(VOCABULARY, (6,)), model.init_state(1)
+    with torch.no_grad():
+        expected, _ = model(tokens[None], model.init_state(1))
+    slots, counts = torch.tensor([0]), torch.tensor([6])
+    found, _ = build_step(model, backend="compiled")(tokens, state, slots, counts, torch.arange(6))
+    assert_close(found, expected[0])
+
+
+def test_a_wrong_call_changes_nothing():
+    step = build_step(model := model_of("rwkv7"), backend="compiled")
+    state = model.init_state(2)
+    with pytest.raises(InvalidValue, match="token 19 is outside the vocabulary of 19"):
+        step(torch.tensor([1, 19]), state, torch.tensor([0, 1]))
+    with pytest.raises(InvalidValue, match="rows holds an index outside 0 to 1"):
+        step(torch.tensor([1, 2]), state, torch.tensor([0, 2]))
+    assert state.position.tolist() == [0, 0]
+    assert all(not x.any() for layer in state.layers for x in layer.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "words"),
+    [
+        (torch.float64, {}, "not torch.float64"),
+        (torch.float32, {"heads": 1, "channels": 320}, "needs a head size of at most 256"),
+    ],
+)
+def test_unsupported_models_use_their_forward_with_a_reason(dtype, fields, words):
+    step = build_step(build(MODELS["rwkv7"], dtype, layers=1, **fields))
+    assert not step.compiled
+    assert words in step.reason
