@@ -60,6 +60,8 @@ def new_run(
         Unavailable: The machine lacks the device or the memory.
         TimemixError: The run cannot start for another reason, such as a damaged file or a full disk.
     """
+    if not config.data.source:
+        raise InvalidValue("data.source is missing, because imported weights have no text; name a text")
     if start is None:
         _check_length(config.train)
         start = None if config.start is None else load(config.start)
