@@ -9,7 +9,8 @@ import torch
 import timemix
 from tests.helpers.commands import run_command
 from tests.helpers.published import TEXT, expected, imported
-from timemix.config.run import RunConfig
+from timemix.cli.train import train_options
+from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine
@@ -99,6 +100,12 @@ def test_fine_tuning_needs_a_text(run, tmp_path):
     with pytest.raises(InvalidValue, match="data.source is missing, because imported weights have no text"):
         new_run(config, tmp_path / "next")
     assert not (tmp_path / "next").exists()
+
+
+def test_the_train_command_needs_no_number_of_steps(run):
+    """The run of an import has 0 steps."""
+    assert load(run).config.train.steps == 0
+    assert train_options(["--from", str(run), "--data", "my.txt", "--out", "next"]).train.steps == TrainConfig.steps
 
 
 def test_the_train_command(run, tmp_path, capsys, monkeypatch):
