@@ -1,4 +1,4 @@
-"""Published weights of RWKV-7: import with the logits of the original code, export to the same bytes, and refusals."""
+"""Published weights of RWKV-7: import with the logits of the original code, bit-identical export, and refusals."""
 
 import hashlib
 import json
