@@ -22,6 +22,7 @@ WINGS = (
     "experiments",
     "bench",
     "training",
+    "interop",
     "evaluation",
     "generation",
     "reporting",

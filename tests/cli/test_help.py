@@ -14,7 +14,7 @@ from tests.helpers.commands import run_command
 from tests.helpers.runs import small_trainer
 from timemix.cli import bench, main, options
 from timemix.cli.bench import VERBS as BENCH_VERBS
-from timemix.cli.flags import _TRAIN_GROUPS, MOST_USED, examples, options_class, options_of, view
+from timemix.cli.flags import _TRAIN_GROUPS, MOST_USED, examples, options_class, options_of, verb_name, view
 from timemix.cli.main import EXAMPLES, GROUPS, VERBS
 from timemix.cli.options import Choice
 from timemix.cli.train import ResumeArguments, TrainArguments
@@ -60,7 +60,7 @@ def only_parse(monkeypatch):
 
     options_of_verb = options.parse
     for verb in VERBS:
-        module = __import__(f"timemix.cli.{verb}", fromlist=["parse"])
+        module = __import__(f"timemix.cli.{verb_name(verb)}", fromlist=["parse"])
         monkeypatch.setattr(module, "parse", parse)
 
 

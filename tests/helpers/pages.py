@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.vocabularies import BYTES, vocabulary_lines
+from timemix.cli.flags import verb_name
 from timemix.cli.main import VERBS, main
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +155,7 @@ def _parse_only() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for verb in VERBS:
-            module = importlib.import_module(f"timemix.cli.{verb}")
+            module = importlib.import_module(f"timemix.cli.{verb_name(verb)}")
             patch.setattr(module, "parse", parse_and_stop)
         yield
 

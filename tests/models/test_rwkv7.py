@@ -256,7 +256,7 @@ def test_settings_are_read_from_shapes(layers):
     weights = to_published(dict(LanguageModel(config).named_parameters()))
     assert our_config(weights, ctx_len=16) == config
     del weights["blocks.0.att.r_k" if layers == 1 else "blocks.2.att.v1"]
-    with pytest.raises(InvalidValue, match="the weights have no 'blocks"):
+    with pytest.raises(InvalidValue, match="the weights have no matrix 'blocks"):
         our_config(weights, ctx_len=16)
 
 

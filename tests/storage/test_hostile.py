@@ -6,9 +6,7 @@ import math
 import os
 import pickle
 import re
-import resource
 import shutil
-import signal
 import struct
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 import timemix
+from tests.helpers.limits import a_gibibyte_more, seconds
 from tests.helpers.runs import small_config, write_text_file
 from timemix.data.corpus import open_corpus
 from timemix.data.prepare import prepare
@@ -309,35 +308,6 @@ def damaged(path: Path, others: list[Path], draw: np.random.Generator, pickled: 
         place = draw.integers(len(raw) if draw.integers(2) else min(len(raw), 300))
         flipped[place] ^= 1 << int(draw.integers(8))
     return bytes(flipped)
-
-
-@contextlib.contextmanager
-def a_gibibyte_more():
-    """Raise an error if the block needs more memory than this."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
-
-
-@contextlib.contextmanager
-def seconds(limit: int):
-    """Raise an error if the block takes longer."""
-
-    def late(number, frame):
-        raise TimeoutError
-
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(limit)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
 
 
 @pytest.mark.slow

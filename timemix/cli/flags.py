@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import keyword
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -95,10 +96,15 @@ class Option:
         return [self.name, *aliases, *negative]
 
 
+def verb_name(verb: str) -> str:
+    """Return the name of the module and of the function of a verb: the verb, or `import_` for the keyword `import`."""
+    return f"{verb}_" if keyword.iskeyword(verb) else verb
+
+
 def options_class(module: str, verb: str = "") -> type[Any]:
     """Return the options dataclass of a command-line verb, such as `BenchOpArguments` for "bench" and "op"."""
     name = f"{module.capitalize()}{verb.capitalize()}Arguments"
-    kind: type[Any] = getattr(importlib.import_module(f"timemix.cli.{module}"), name)
+    kind: type[Any] = getattr(importlib.import_module(f"timemix.cli.{verb_name(module)}"), name)
     return kind
 
 

@@ -27,6 +27,8 @@ GROUPS = {
         "sample": "generate text with a trained model",
         "eval": "measure the loss of a trained model on a text",
         "convert": "convert a trained model to a recurrent network with constant state",
+        "import": "import published weights of RWKV as a run",
+        "export": "export a trained model for other programs",
     },
     "compare": {
         "compare": "train architectures or settings on equal terms, and report the best variant",
@@ -99,9 +101,11 @@ def _run(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise InvalidValue(f"unknown verb {verb!r}{nearest(verb, VERBS)}")
     _refuse_empty(arguments)
-    module = importlib.import_module(f"timemix.cli.{verb}")
+    from timemix.cli.flags import verb_name
+
+    module = importlib.import_module(f"timemix.cli.{verb_name(verb)}")
     try:
-        status: int = getattr(module, verb)(arguments[1:])
+        status: int = getattr(module, verb_name(verb))(arguments[1:])
     except SystemExit as end:
         # tyro has printed the help.
         status = end.code if isinstance(end.code, int) else 0

@@ -102,7 +102,7 @@ def sample(arguments: list[str]) -> int:
     from timemix.runtime.device import choose_device
 
     sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
-    loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
+    loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]), mapped=True)
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
     tokenizer, prompt = loaded.tokenizer, parsed.prompt
     if prompt is None:

@@ -149,7 +149,10 @@ def _defaults(choice: Choice) -> RunConfig:
     source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
     # The new run can have another text: only the data settings `source` and `order` of the old run apply.
     data = DataConfig(source=source, order=config.data.order)
-    return replace(config, data=data, train=replace(config.train, device="auto"), start=None)
+    # A run of imported weights has neither a text nor steps.
+    steps = config.train.steps if config.data.source else TrainConfig.steps
+    train = replace(config.train, device="auto", steps=steps)
+    return replace(config, data=data, train=train, start=None)
 
 
 def _check_resumable(arguments: list[str], run: Path) -> None:

@@ -137,15 +137,17 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
 
     Args:
         run: The run folder.
-        source: `data.source` of the run.
+        source: `data.source` of the run, "" for a run of imported weights.
 
     Raises:
-        MissingFile: Neither RUN/data nor the prepared folder exists.
+        MissingFile: Neither RUN/data nor the prepared folder exists, or the run has no text.
         FileError: A file is missing, damaged, or does not fit the other files.
     """
     own = run / "data"
     if own.is_dir():
         return open_corpus(own)
+    if not source:
+        raise MissingFile(f"{run} has no text, because its weights were imported; pass a text as data")
     if not is_corpus(Path(source)):
         raise MissingFile(
             f"the tokens of {run} are missing: neither {own} nor {source} is a prepared folder; restore one of them"

@@ -62,7 +62,7 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
     """Build the decode step of a model.
 
     Args:
-        model: The model, whose weights must not change while the step is in use.
+        model: The model, whose weights must not change while the step is in use. The weights may be mapped.
         weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
         backend: "compiled", "model", or "auto", which is "compiled" if supported, otherwise "model".
 
@@ -80,7 +80,20 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
         return cast(Step, load_part(cast(str, find_architecture(model.config.arch).decode))(model, weights))
     if backend == "compiled":
         raise InvalidValue(f"backend={backend!r} is not available: {reason}; use auto or model")
-    return ModelStep(rounded(model, weights), reason)
+    return ModelStep(rounded(_unmapped(model), weights), reason)
+
+
+def _unmapped(model: LanguageModel) -> LanguageModel:
+    """Return a model with its weights in memory, in at least float32, as PyTorch's operators need them."""
+    if not model.is_mapped:
+        return model
+    with torch.device("meta"):
+        own = LanguageModel(model.config)
+    weights = {
+        name: x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for name, x in model.state_dict().items()
+    }
+    own.load_state_dict(weights, assign=True)
+    return own.eval()
 
 
 def _hindrance(model: LanguageModel) -> str | None:

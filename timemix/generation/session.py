@@ -66,7 +66,10 @@ def model_hash(model: LanguageModel, config: str | None = None) -> str:
     sha256 = hashlib.sha256((config or json.dumps(to_dict(model.config), sort_keys=True)).encode())
     for name, weight in sorted(model.state_dict().items()):
         sha256.update(name.encode())
-        sha256.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        # Weights in bfloat16 give the hash of the same numbers in float32. The parts bound the memory of the copies.
+        for part in weight.detach().split(4096) if weight.ndim else (weight.detach(),):
+            wide = part.to("cpu", torch.promote_types(part.dtype, torch.float32)).contiguous()
+            sha256.update(wide.view(torch.uint8).numpy())
     return sha256.hexdigest()
 
 

@@ -106,6 +106,8 @@ class LanguageModel(nn.Module):
             self.get_submodule(parent).add_module(own, create())
         self.dropout = nn.Dropout(config.dropout)
         self.recompute: Recompute = "none"
+        self.is_mapped = False
+        """Whether the weights are mapped from a file, in the types of the file, for a decode step to copy."""
         if self.device.type != "meta":
             self.block.set_initial_values(self)
 

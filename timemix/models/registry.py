@@ -30,6 +30,10 @@ class Architecture:
         summary: Description of the architecture in one line.
         decode: "module:class" of the compiled decode step; None: the model's own forward pass computes each step.
         weights: "module" that converts weights from and to published names; None: there are no published names.
+        version: Version of the published models of RWKV whose weights `weights` converts, such as "7"; None: timemix
+            imports no published models.
+        hugging_face: "module" that converts weights and settings from and to the Hugging Face form; None: no such
+            module.
         recurrent: "module" that converts a trained model to a model with a constant state; None: no such module.
         bounded: Whether the context of the architecture ends at ctx_len.
     """
@@ -42,6 +46,8 @@ class Architecture:
     summary: str
     decode: str | None = None
     weights: str | None = None
+    version: str | None = None
+    hugging_face: str | None = None
     recurrent: str | None = None
     bounded: bool = True
 
@@ -115,6 +121,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "RWKV-7: a recurrent network whose state, one matrix per head, changes by a generalized delta rule",
             decode="timemix.models.rwkv7.decode:Rwkv7Step",
             weights="timemix.models.rwkv7.weights",
+            version="7",
+            hugging_face="timemix.models.rwkv7.hugging_face",
             bounded=False,
         ),
     )

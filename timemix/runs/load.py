@@ -110,7 +110,7 @@ def empty_model(config: ModelConfig, folder: Path) -> LanguageModel:
     return model
 
 
-def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu") -> Loaded:
+def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu", mapped: bool = False) -> Loaded:
     """Load a trained model with its tokenizer and config.
 
     Args:
@@ -118,6 +118,9 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
             checkpoint folder.
         device: PyTorch device, such as "cpu" or "cuda:1".
+        mapped: Whether the weights may stay mapped from their file, in the types of the file, which saves memory. Such
+            a model is for `Engine` and `build_step`, which copy the weights in the format of generation. While the
+            model is in use, its file must not be overwritten. Only a model on the CPU, in one file, is mapped.
 
     Returns:
         The model in eval mode, with the tokenizer, the config and the checkpoint folder.
@@ -128,10 +131,10 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         Unavailable: The device does not exist on this machine.
     """
     where, _ = choose_device(device)
-    return read_checkpoint(run, checkpoint, lambda folder: _loaded(folder, where))
+    return read_checkpoint(run, checkpoint, lambda folder: _loaded(folder, where, mapped))
 
 
-def _loaded(folder: Path, device: torch.device) -> Loaded:
+def _loaded(folder: Path, device: torch.device, mapped: bool) -> Loaded:
     config = read_toml(folder / "config.toml")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != config.model.vocab_size:
@@ -145,11 +148,14 @@ def _loaded(folder: Path, device: torch.device) -> Loaded:
         raise DamagedFile(
             f"{folder / 'tokenizer.json'} is damaged: its content differs from its hash; restore it from a copy"
         )
-    dtype = torch.float64 if config.train.precision == "float64" else torch.float32
     model = empty_model(config.model, folder)
     with open_stored(folder, "model") as stored:
         stored.check_content()
-        # Copy the tensors: tensors of the file may be mapped memory, whose content changes with the file.
-        weights = {name: stored.tensor(name).to(device, dtype, copy=True) for name in model.state_dict()}
+        weights = {name: stored.tensor(name) for name in model.state_dict()}
+        model.is_mapped = mapped and device.type == "cpu" and stored.is_mapped
+        if not model.is_mapped:
+            # The content of mapped memory changes with the file, so the tensors are copied.
+            dtype = torch.float64 if config.train.precision == "float64" else torch.float32
+            weights = {name: x.to(device, dtype, copy=True) for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)

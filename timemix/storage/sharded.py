@@ -41,6 +41,11 @@ class StoredTensors:
             if not self._make_up(self._parts.get(name, []), self.shapes.get(name)):
                 raise DamagedFile(f"{path} does not fit its files: the rows of {name} in the files are not one tensor")
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `tensor` returns tensors that are mapped from a file: each tensor is in one file."""
+        return all(len(parts) == 1 for parts in self._parts.values())
+
     @staticmethod
     def _make_up(parts: list[Any], shape: list[int] | None) -> bool:
         """Return whether the rows of a tensor in all files together have the shape of the whole tensor."""

@@ -1,8 +1,10 @@
 """Safetensors files, with checksums and clear errors."""
 
 import contextlib
+import ctypes
 import errno
 import json
+import mmap
 import os
 import re
 import zlib
@@ -69,7 +71,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(metadata | header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
-def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor], *, mapped: bool = False) -> str:
     """Return the CRC-32 of the names and contents of tensors, in hexadecimal.
 
     CRC-32 detects every change of a single byte, at several gigabytes per second.
@@ -77,12 +79,30 @@ def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
     Args:
         names: Names of the tensors, in any order.
         tensor: Function that returns the tensor of a name.
+        mapped: Whether the tensors are mapped from a file, so that their memory can be released after use.
     """
     crc = 0
     for name in sorted(names):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensor(name).reshape(-1).view(torch.uint8).numpy().data, crc)
+        content = tensor(name)
+        crc = zlib.crc32(content.reshape(-1).view(torch.uint8).numpy().data, crc)
+        if mapped:
+            release(content)
     return f"{crc:08x}"
+
+
+def release(mapped: Tensor) -> None:
+    """Release the memory of a tensor that is mapped from a file. The next access reads the file again.
+
+    Args:
+        mapped: A contiguous tensor of `open_tensors`, whose numbers were never written. A tensor in other memory would
+            lose its numbers.
+    """
+    begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        # If the call fails, the memory stays in use, which does no harm.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def check_content(tensors: Any, path: Path) -> None:
@@ -96,7 +116,7 @@ def check_content(tensors: Any, path: Path) -> None:
         DamagedFile: The content has changed since the file was written.
     """
     known = (tensors.metadata() or {}).get(CHECKSUM)
-    if known is not None and known != _checksum(tensors.keys(), tensors.get_tensor):
+    if known is not None and known != _checksum(tensors.keys(), tensors.get_tensor, mapped=True):
         raise DamagedFile(f"{path} is damaged: its content differs from its checksum; restore it from a copy")
 
 
@@ -130,3 +150,20 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise DamagedFile(
             f"{path} is damaged or not a safetensors file: {error}; restore it, or name another file"
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, and check their content.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name, mapped from the file.
+
+    Raises:
+        FileError: The file is missing, damaged or not a safetensors file.
+    """
+    with open_tensors(path) as file:
+        check_content(file, path)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

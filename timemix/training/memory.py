@@ -44,18 +44,28 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     return int(width * (held + tokens * per_token + own.squares))
 
 
-def refuse_too_large(config: RunConfig, world: World) -> None:
-    """Check that the run fits into the free memory.
+def run_memory(config: RunConfig, world: World) -> tuple[int, int]:
+    """Return the estimated number of bytes that the processes of a run need on a device, and the free memory in bytes.
 
-    Raises:
-        Unavailable: The estimate exceeds the free memory.
+    Args:
+        config: Config of the run.
+        world: The processes of the run.
     """
     device, _ = choose_device(config.train.device, world.local_rank)
     precision, _ = choose_precision(config.train.precision, device)
     needed = training_memory(config.model, config.train, precision, world.size)
     if device.type == "cpu":
         needed *= world.local_size
-    free = free_memory(device)
+    return needed, free_memory(device)
+
+
+def refuse_too_large(config: RunConfig, world: World) -> None:
+    """Check that the run fits into the free memory.
+
+    Raises:
+        Unavailable: The estimate exceeds the free memory.
+    """
+    needed, free = run_memory(config, world)
     if needed > free:
         raise Unavailable(
             f"this run needs about {needed / 2**30:.1f} GiB of memory, but only {free / 2**30:.1f} GiB are free;"

@@ -20,7 +20,7 @@ from timemix.storage.files import cannot_write, check_name, remove_unfinished, w
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.budget import steps_of_tokens, with_steps
-from timemix.training.memory import refuse_too_large
+from timemix.training.memory import refuse_too_large, run_memory
 from timemix.training.parallel import check_shares
 from timemix.training.saving import fill
 from timemix.training.signals import signals_raised
@@ -60,9 +60,11 @@ def new_run(
         Unavailable: The machine lacks the device or the memory.
         TimemixError: The run cannot start for another reason, such as a damaged file or a full disk.
     """
+    if not config.data.source:
+        raise InvalidValue("data.source is missing, because imported weights have no text; name a text")
     if start is None:
         _check_length(config.train)
-        start = None if config.start is None else load(config.start)
+        start = None if config.start is None else load(config.start, mapped=True)
     if start is not None:
         _check_start(config.model, start)
     check_shares(config.train, world)
@@ -85,6 +87,8 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     corpus = corpus or open_run_corpus(out, config.data.source)
     config = resolved(config, corpus)
     world.first_does(lambda: refuse_too_large(config, world))
+    if start is not None and (note := _note_of_copies(start, config, world)):
+        world.first_does(lambda: show(progress, note))
     config = with_steps(config, corpus, out, world, lambda sentence: show(progress, sentence))
     world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
     trainer = Trainer(config, out, corpus, lock, world)
@@ -94,6 +98,18 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
         # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
     return trainer
+
+
+def _note_of_copies(start: Loaded, config: RunConfig, world: World) -> str:
+    """Return a note on the memory of training from weights in few bits, or "" for weights in float32 or float64."""
+    small = {str(x.dtype).removeprefix("torch.") for x in start.model.parameters() if x.dtype.itemsize < 4}
+    if not small:
+        return ""
+    needed, free = (size / 2**30 for size in run_memory(config, world))
+    return (
+        f"the weights of {start.folder} are in {' and '.join(sorted(small))}; training updates copies in float32, and"
+        f" needs about {needed:.1f} GiB of memory ({free:.1f} GiB are free)"
+    )
 
 
 def _check_length(train: TrainConfig) -> None:

@@ -60,6 +60,7 @@ _IN_BLOCK = {
 _NAMES = PublishedNames("RWKV-7", "blocks", _OUTSIDE, _IN_BLOCK)
 published_name = _NAMES.published
 _UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
+_BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 
 
 def our_name(name: str) -> str:
@@ -92,7 +93,7 @@ def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def our_config(weights: dict[str, Tensor], ctx_len: int) -> Rwkv7Config:
+def our_config(weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv7Config:
     """Read the settings of a model from the shapes of its weights in the original code.
 
     Published models choose the ranks of the low-rank maps by several rules, so only the shapes give the ranks.
@@ -100,30 +101,48 @@ def our_config(weights: dict[str, Tensor], ctx_len: int) -> Rwkv7Config:
     Args:
         weights: Weights by their names in the original code.
         ctx_len: Context length in tokens, which no shape gives.
+        **fields: Other settings that no shape gives.
 
     Returns:
-        The settings.
+        The settings. The caller checks the names and shapes of the other weights.
 
     Raises:
-        InvalidValue: A weight that gives a size is missing.
+        InvalidValue: A weight that gives a size is missing or no matrix, or a size is not supported.
     """
-    layers = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=0)
-    last = f"blocks.{layers - 1}"
-    maps = {name: f"{last}.att.{letter}1" for name, letter in _LOW_RANK.items() if name != "residual" or layers > 1}
+    numbers = [int(found[1]) for name in weights if (found := _BLOCK.match(name))]
+    last = f"blocks.{max(numbers, default=0)}"
+    maps = {name: f"{last}.att.{letter}1" for name, letter in _LOW_RANK.items()}
+    if last == "blocks.0":
+        del maps["residual"]
     for name in ("emb.weight", f"{last}.att.r_k", f"{last}.ffn.key.weight", *maps.values()):
-        if name not in weights:
-            raise InvalidValue(f"the weights have no {name!r}; pass all weights of a model of RWKV-7")
+        if name not in weights or weights[name].ndim != 2 or not weights[name].numel():
+            raise InvalidValue(f"the weights have no matrix {name!r}; pass all weights of a model of RWKV-7")
     vocab_size, channels = weights["emb.weight"].shape
     ranks: dict[str, Any] = {f"{name}_rank": weights[theirs].shape[1] for name, theirs in maps.items()}
     return Rwkv7Config(
         vocab_size=vocab_size,
         ctx_len=ctx_len,
-        layers=layers,
+        layers=1 + max(numbers, default=0),
         channels=channels,
         heads=len(weights[f"{last}.att.r_k"]),
         ffn_ratio=len(weights[f"{last}.ffn.key.weight"]) / channels,
         **ranks,
+        **fields,
     )
+
+
+def check_exportable(config: Rwkv7Config) -> None:
+    """Raise InvalidValue if the original code, which has fixed constants, does not compute the same model."""
+    if config.group_norm_eps != Rwkv7Config.group_norm_eps:
+        raise InvalidValue(
+            f"group_norm_eps is {config.group_norm_eps:g}, but the original code has {Rwkv7Config.group_norm_eps:g};"
+            " use the Hugging Face form (hf)"
+        )
+
+
+def unused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the original code that no model uses: v0, v1 and v2 of layer 0."""
+    return {name: weight for name, weight in weights.items() if _UNUSED.fullmatch(name)}
 
 
 def _is_vector(name: str) -> bool:

@@ -1,0 +1,85 @@
+"""Export of a trained model to the formats of other programs. The weights keep the types of the checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from timemix.config.run import read_toml
+from timemix.errors import AlreadyExists, InvalidValue
+from timemix.interop.hugging_face import WEIGHTS
+from timemix.models.config import ModelConfig
+from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
+from timemix.runs.folder import find
+from timemix.runs.load import empty_model
+from timemix.storage.files import atomic_folder, check_name
+from timemix.storage.sharded import open_stored
+from timemix.storage.tensors import read_tensors, write_tensors
+
+Form = Literal["pth", "hf"]
+PTH = "model.pth"
+
+
+def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best") -> Path:
+    """Export a trained model. The numbers and types of all weights stay unchanged.
+
+    Args:
+        run: Run folder, or a checkpoint folder.
+        to: "pth": the original names, in a file of `torch.save`. "hf": a folder of Hugging Face.
+        out: New folder.
+        checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
+            checkpoint folder.
+
+    Returns:
+        The checkpoint folder that was exported.
+
+    Raises:
+        AlreadyExists: `out` exists.
+        InvalidValue: The architecture has no published form, or the form does not support a setting of the model.
+        FileError: The checkpoint is missing or damaged.
+        CannotWrite: The folder cannot be written.
+    """
+    check_name(out)
+    if out.exists():
+        raise AlreadyExists(f"{out} exists already; choose another folder")
+    folder = find(run, checkpoint)
+    config = read_toml(folder / "config.toml").model
+    entry = find_architecture(config.arch)
+    if entry.version is None:
+        able = ", ".join(name for name, each in ARCHITECTURES.items() if each.version is not None)
+        raise InvalidValue(f"a model of {config.arch} has no published form; export a model of {able}")
+    converter = load_part(str(entry.weights))
+    with open_stored(folder, "model") as stored:
+        empty_model(config, folder)
+        stored.check_content()
+        weights = converter.to_published({name: stored.tensor(name) for name in stored.shapes})
+        with atomic_folder(out) as temporary:
+            if to == "pth":
+                _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
+            else:
+                _write_folder(temporary, weights, config, load_part(str(entry.hugging_face)))
+            shutil.copy(folder / "tokenizer.json", temporary)
+    return folder
+
+
+def _unused(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an imported file that the model does not use."""
+    path = folder / "unused.safetensors"
+    return read_tensors(path) if path.exists() else {}
+
+
+def _write_pth(path: Path, weights: dict[str, Tensor], config: ModelConfig, converter: Any) -> None:
+    """Write weights under their original names. The file is a pickle, which other programs read."""
+    converter.check_exportable(config)
+    torch.save({name: x.contiguous() for name, x in weights.items()}, path)
+
+
+def _write_folder(folder: Path, weights: dict[str, Tensor], config: ModelConfig, form: Any) -> None:
+    """Write weights and settings in the form of Hugging Face."""
+    types = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
+    document = form.document(config) | ({"dtype": types.pop()} if len(types) == 1 else {})
+    (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_tensors(folder / WEIGHTS, form.to_hugging_face(weights), {"format": "pt"})

@@ -1,0 +1,102 @@
+"""Import of published weights: a run folder with a checkpoint of step 0, which holds the weights in their own types."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from timemix.config.presets import DEFAULT_PRESET, preset
+from timemix.config.run import RunConfig, to_toml
+from timemix.data.config import DataConfig, TokenizerKind, Unknown
+from timemix.errors import AlreadyExists, InvalidValue
+from timemix.interop.published import Published, read_published
+from timemix.runs.folder import Progress
+from timemix.runs.save import save_checkpoint
+from timemix.storage.files import atomic_folder, check_name
+from timemix.storage.settings import check_range
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.make import load_tokenizer
+
+CTX_LEN = 1024
+"""Default context length in tokens. It is the length of windows in training and eval, since the context has no end."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The result of an import.
+
+    Args:
+        config: Config of the run.
+        parameters: Number of parameters.
+        formats: Number formats of the weights, such as "bfloat16".
+    """
+
+    config: RunConfig
+    parameters: int
+    formats: str
+
+
+def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len: int = CTX_LEN) -> Imported:
+    """Import published weights as a run, which is complete at step 0.
+
+    Args:
+        path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
+        out: Run folder, which must not exist.
+        tokenizer: A `tokenizer.json` of timemix; None: `tokenizer.json` in the folder `path`.
+        ctx_len: Context length in tokens.
+
+    Returns:
+        The config of the run, with the number and the formats of the weights.
+
+    Raises:
+        AlreadyExists: `out` exists.
+        InvalidValue: The tokenizer is missing or of another model, or `ctx_len` is out of range.
+        FileError: A file cannot be read, is damaged, or is of a model that timemix does not support.
+        CannotWrite: The run cannot be written.
+    """
+    check_name(out)
+    if out.exists():
+        raise AlreadyExists(f"{out} exists already; choose another folder")
+    check_range("ctx_len", ctx_len, 1, 2**20)
+    published = read_published(path, ctx_len)
+    own = _tokenizer(path, tokenizer, published.config.vocab_size)
+    config = _config(published, own)
+    tensors = {"model": published.weights} | ({"unused": published.unused} if published.unused else {})
+    progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None, data={"tokenizer": own.hash})
+    with atomic_folder(out) as temporary:
+        save_checkpoint(temporary, tensors, config, own, progress)
+        (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    formats = sorted({str(x.dtype).removeprefix("torch.") for x in published.weights.values()})
+    return Imported(config, sum(x.numel() for x in published.weights.values()), ", ".join(formats))
+
+
+def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model with a vocabulary of `vocab_size` tokens."""
+    file = path / "tokenizer.json" if given is None else given
+    if given is None and not file.exists():
+        raise InvalidValue(
+            f"tokenizer is missing: {path} has no tokenizer.json; give the tokenizer.json of a run with the tokenizer"
+            " of this model"
+        )
+    tokenizer = load_tokenizer(file)
+    if tokenizer.vocab_size != vocab_size:
+        raise InvalidValue(
+            f"tokenizer {str(file)!r} has {tokenizer.vocab_size:,} tokens, but the model in {path} has {vocab_size:,};"
+            " give the tokenizer of this model"
+        )
+    return tokenizer
+
+
+def _config(published: Published, tokenizer: Tokenizer) -> RunConfig:
+    """Return the config of the run, without a text. Its settings of training are the defaults of `train --from RUN`."""
+    train = replace(
+        preset(DEFAULT_PRESET, published.config.arch).train,
+        steps=0,
+        batch_size=4,
+        lr=1e-5,
+        lr_final=1e-6,
+        weight_decay=0.0,
+        valid_every=50,
+    )
+    kind, unknown = cast(TokenizerKind, tokenizer.kind), cast(Unknown, tokenizer.unknown)
+    data = DataConfig(source="", tokenizer=kind, unknown=unknown)
+    return RunConfig(model=published.config, data=data, train=train)

@@ -1,0 +1,137 @@
+"""Published weights: which version of RWKV a file or folder holds, and the settings and weights of the model.
+
+The names of the weights give the version, and their shapes give all sizes. The code of the architecture converts names,
+shapes and settings (`Architecture.weights` and `Architecture.hugging_face`).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timemix.errors import DamagedFile, InvalidValue
+from timemix.interop.hugging_face import model_type, read_folder
+from timemix.models.config import ModelConfig
+from timemix.models.language_model import LanguageModel
+from timemix.models.registry import ARCHITECTURES, Architecture, load_part
+from timemix.storage.tensors import read_tensors
+from timemix.storage.torch_files import read_torch_file
+
+_VARIANT_6 = "6 in a variant without releases (x060a, x060b or x060c)"
+# Versions by a name that only this version and the versions above it in the table have
+_VERSIONS = (
+    ("8", r"\.ffn\.enn\.|rosa"),
+    ("7b", r"\bqkv\."),
+    ("7a", r"\.ffn\.s_emb"),
+    ("7", r"\.att\.(r_k|k_k)$"),
+    (_VARIANT_6, r"\.att\.gate_w1$"),
+    ("6", r"\.time_maa_"),
+    ("5", r"\.att\.ln_x\."),
+    ("4", r"\.att\.time_decay$"),
+)
+_MODEL_TYPES = {"rwkv": "4", "rwkv5": "5", "rwkv6": "6"}
+_PREFIX = "_forward_module."
+"""Prefix of all names in files that DeepSpeed wrote."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model from published weights.
+
+    Args:
+        config: Settings of the model.
+        weights: Weights by their names in timemix, in the types of the file. The weights are mapped from the file.
+        unused: Tensors of the file that the model does not use, by their published names.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    unused: dict[str, Tensor]
+
+
+def version_of(names: set[str]) -> str | None:
+    """Return the version of RWKV whose weights have these names, such as "7" or "7a"; None if no version has them."""
+    version = next((version for version, name in _VERSIONS if any(re.search(name, each) for each in names)), None)
+    if version == "6" and not any(name.endswith(".att.gate.weight") for name in names):
+        return _VARIANT_6
+    return version
+
+
+def read_published(path: Path, ctx_len: int) -> Published:
+    """Read a model from a `.pth` file, a safetensors file, or a folder of Hugging Face.
+
+    Args:
+        path: The file or folder.
+        ctx_len: Context length in tokens, which published weights do not give.
+
+    Returns:
+        The model.
+
+    Raises:
+        MissingFile: The file or folder does not exist.
+        DamagedFile: The file is damaged, holds another model, or a weight is missing, not finite or of a wrong shape.
+        FileError: The file cannot be read.
+    """
+    document = None
+    if path.is_dir():
+        weights, document = read_folder(path)
+    else:
+        weights = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    weights = {name.removeprefix(_PREFIX): x for name, x in weights.items()}
+    entry = _architecture(path, weights, document)
+    converter = load_part(str(entry.weights))
+    try:
+        fields = {}
+        if document is not None:
+            form = load_part(str(entry.hugging_face))
+            weights = form.from_hugging_face(weights)
+            head_size = converter.our_config(weights, ctx_len).head_size
+            fields = form.settings(document, head_size)
+        config = converter.our_config(weights, ctx_len, **fields)
+        published = Published(config, converter.from_published(weights), converter.unused(weights))
+    except InvalidValue as error:
+        raise DamagedFile(f"{path} holds no complete model: {error}") from error
+    _check(path, published, converter)
+    return published
+
+
+def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, Any] | None) -> Architecture:
+    """Return the architecture of weights, or raise DamagedFile with the name of the version that the weights have."""
+    known = {each.version: each for each in ARCHITECTURES.values() if each.version is not None}
+    ours = " and ".join(f"RWKV-{version}" for version in known)
+    if document is not None:
+        types = {load_part(str(each.hugging_face)).MODEL_TYPE: version for version, each in known.items()}
+        found = model_type(path, document)
+        version = (types | _MODEL_TYPES).get(found)
+        what = f"the config.json in {path} has model_type {found!r}"
+    else:
+        version = version_of(set(weights))
+        what = f"{path} has no weight of a model of RWKV, such as 'blocks.0.att.key.weight'"
+    if version is None:
+        raise DamagedFile(f"{what}; give the weights of {ours}")
+    if version not in known:
+        raise DamagedFile(f"{path} holds weights of RWKV-{version}, which timemix does not support; import {ours}")
+    return known[version]
+
+
+def _check(path: Path, published: Published, converter: Any) -> None:
+    """Check that weights have the names, shapes and types of the model, and are finite."""
+    with torch.device("meta"):
+        shapes = {name: x.shape for name, x in LanguageModel(published.config).state_dict().items()}
+    for name in sorted(shapes.keys() | published.weights.keys()):
+        x = published.weights.get(name)
+        if x is None or name not in shapes:
+            where = "lacks" if x is None else "has the unknown weight"
+            raise DamagedFile(f"{path} {where} {converter.published_name(name)!r}; restore it from a copy")
+        theirs = converter.published_name(name)
+        if x.shape != shapes[name]:
+            raise DamagedFile(
+                f"{path} is damaged: {theirs!r} is {list(x.shape)}, not {list(shapes[name])}; restore it from a copy"
+            )
+        if not x.is_floating_point() or x.dtype.itemsize < 2:
+            raise DamagedFile(f"{path} has {theirs!r} in {x.dtype}; give bfloat16, float16, float32 or float64")
+        if not torch.isfinite(x).all():
+            raise DamagedFile(f"{path} is damaged: {theirs!r} has a number that is not finite; restore it from a copy")
