@@ -38,7 +38,7 @@ class Engine:
         model: The model.
         tokenizer: Tokenizer that decodes the text of events; None: events have no text.
         slots: Largest number of active samples, at least 1; further samples are pending.
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         step: Decode step to use; None: the fastest step that the model supports.
         max_pending: Largest number of pending requests, at least 1; None: any number.
 
