@@ -177,7 +177,7 @@ def test_generation_beside_others(arch, tmp_path):
     for row in alone["paths"]:
         assert row["tokens_per_second"] == pytest.approx(1 / row["seconds"])
         assert ("share_of_floor" in row) == row["name"].startswith("step")
-    assert len(batches["paths"]) == (6 if compiled else 2)
+    assert len(batches["paths"]) == (2 * len(WEIGHTS) if compiled else 2)
     for row in batches["paths"]:
         assert row["tokens_per_second"] == pytest.approx(int(row["name"].split()[0]) / row["seconds"])
     assert [row["name"] for row in positions["paths"]] == [f"position {p:,}" for p in bench_sample.POSITIONS]
@@ -211,6 +211,10 @@ def test_the_bytes_of_the_floor():
     total = sum(p.numel() for p in model.parameters())
     assert bench_sample._weight_bytes(model, "float32") == 4 * (total - 11 * 8)
     assert bench_sample._weight_bytes(model, "int8") == linear + 4 * (total - 11 * 8 - linear)
+    head = 11 * 8
+    assert bench_sample._weight_bytes(model, "int4") == (linear - head) * 18 // 32 + head + 4 * (
+        total - 11 * 8 - linear
+    )
     # Half of the history, the sums, and two rows for the token-shift.
     assert bench_sample._state_bytes(model, build_step(model), 24) == 2 * 4 * 8 * (24 + 1 + 2)
 

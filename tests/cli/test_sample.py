@@ -80,7 +80,7 @@ def test_log_probabilities_in_json(sample):
     assert list(json.loads(out)) == ["prompt", "texts"]
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_rounded_weights_write_nearly_the_same(sample, weights):
     options = ["--prompt", PROMPT, "--tokens", 1, "--json", "--log-probabilities"]
     exact = json.loads(sample(*options)[1])

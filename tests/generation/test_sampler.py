@@ -11,8 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.helpers import sorted_sampling
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
+from timemix.generation.ranking import LARGE, most_probable
 from timemix.generation.sampler import Sampler, draw
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "top_a.safetensors"
@@ -380,3 +382,62 @@ def test_top_p_keeps_the_fewest_that_reach_it(shares, dtype):
 
 def test_a_tiny_top_p_keeps_the_most_probable():
     assert probabilities(Sampler(top_p=1e-9), [0.1, 0.2, 0.0]).tolist() == [[0, 1, 0]]
+
+
+SIZES = st.sampled_from([1, 2, 100, LARGE, LARGE + 1, 3 * LARGE])
+SETTINGS = {
+    "temperature": TEMPERATURE,
+    "top_k": st.sampled_from([0, 1, 50, 700, LARGE + 2]),
+    "top_p": st.sampled_from([1e-9, 0.5, 0.9, 0.999, 1 - 1e-8, 1.0]),
+    "min_p": st.sampled_from([0.0, 1e-7, 0.05, 1.0]),
+    "top_a": st.sampled_from([0.0, 0.02, 0.2, 1.0]),
+    "top_a_power": st.sampled_from([0.0, 0.5, 2.0]),
+    "repetition_penalty": PENALTY,
+}
+
+
+@st.composite
+def rows_of_logits(draw_):
+    """Logits (2, V) with and without ties and infinities, near zero, far apart, or of the shape of a trained model."""
+    V, generator = draw_(SIZES), np.random.default_rng(draw_(st.integers(0, 2**32)))
+    logits = generator.standard_normal((2, V)) * draw_(st.sampled_from([0.0, 0.1, 1.0, 5.0]))
+    if draw_(st.booleans()):
+        logits -= 1.2 * np.log(generator.permutation(V) + 1)
+    if draw_(st.booleans()):
+        logits = np.round(8 * logits) / 8
+    infinity = draw_(st.sampled_from([0, -np.inf, np.inf]))
+    if infinity:
+        logits[:, generator.permutation(V)[: V // 2]] = infinity
+    return logits.astype(draw_(st.sampled_from([np.float32, np.float64])))
+
+
+@given(rows_of_logits(), st.fixed_dictionaries(SETTINGS), st.integers(0, 2**64 - 1))
+@examples(100)
+def test_equals_a_sort_of_the_whole_vocabulary(logits, settings, seed):
+    seen = logits > np.median(logits)
+    sampler = Sampler(**settings)
+    p = sampler.probabilities(torch.from_numpy(logits), torch.from_numpy(seen))
+    drawn = sampler.draw(logits, seen, seed=[seed] * 2, sample=[1, 2], position=[3, 3])
+    assert draw(p, seed=seed, sample=[1, 2], position=[3, 3]).tolist() == drawn.tolist()
+    for i in range(2):
+        expected = sorted_sampling.probabilities(sampler, logits[i], seen[i])
+        assert np.array_equal(p[i].numpy() > 0, expected > 0)
+        np.testing.assert_allclose(p[i].numpy(), expected, rtol=1e-12)
+        bits = np.random.Philox(key=seed | (i + 1) << 64, counter=3).random_raw()
+        assert sorted_sampling.token(expected, (int(bits) >> 11) * 2.0**-53) == drawn[i]
+
+
+@given(rows_of_logits(), st.integers(0, 2 * LARGE))
+@examples(50)
+def test_the_most_probable_tokens_are_the_first_of_a_sort(logits, count):
+    found = most_probable(logits[0], count)
+    assert found.tolist() == (-logits[0]).argsort(kind="stable")[:count].tolist()
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, 1e-300, 1.0]), min_size=1, max_size=5), st.integers(0, 2**53 - 1))
+@example([0.0, 1.0, 0.0], 2**53 - 1)
+def test_no_row_of_any_size_draws_a_token_of_probability_zero(pattern, number):
+    weights = np.resize(pattern, 3 * LARGE + 5)
+    weights[7] = 1.0
+    p = torch.from_numpy(weights / weights.sum())
+    assert weights[draw_at(number << 11, p)] > 0

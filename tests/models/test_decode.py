@@ -66,7 +66,9 @@ def _needs_a_compiler():
     assert found is not None, f"these tests are of the compiled step: {reason}"
 
 
-@pytest.mark.parametrize(("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], ["float32", "bfloat16", "int8"]))
+@pytest.mark.parametrize(
+    ("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], ["float32", "bfloat16", "int8", "int4"])
+)
 def test_equals_the_model_in_logits_and_state(variant, rows, weights):
     model = model_of(variant)
     expected = rounded(model, weights)
@@ -199,17 +201,18 @@ def test_eight_bits_are_within_half_a_step():
 
 
 def test_rounding_costs_little_loss(capsys, tmp_path):
-    """int8 loses less than 0.005 nats, measured as in `timemix eval`."""
+    """int8 loses less than 0.005 nats and int4 less than 0.05 nats, measured as in `timemix eval`."""
     trainer = small_trainer(tmp_path, steps=60)
     trainer.run()
     losses = {}
-    for weights in ("float32", "bfloat16", "int8"):
+    for weights in ("float32", "bfloat16", "int8", "int4"):
         with pytest.raises(SystemExit):
             main(["eval", str(trainer.out), "--json", "--weights", weights])
         losses[weights] = json.loads(capsys.readouterr().out)["nats_per_token"]
-    assert len(set(losses.values())) == 3
+    assert len(set(losses.values())) == 4
     assert abs(losses["bfloat16"] - losses["float32"]) < 0.005
     assert abs(losses["int8"] - losses["float32"]) < 0.005
+    assert abs(losses["int4"] - losses["float32"]) < 0.05
 
 
 def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():

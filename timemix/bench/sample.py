@@ -24,7 +24,7 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.models.quantize import WEIGHTS, Weights, rounded
+from timemix.models.quantize import GROUP, WEIGHTS, Weights, head_format, rounded
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
 from timemix.runtime.machine import largest_cache, peak_memory
@@ -37,7 +37,7 @@ Steps = dict[Weights, tuple[Step, LanguageModel]]
 """For each format of the weights, a step and the model whose logits the step must reproduce."""
 
 POSITIONS = (1, 100, 1_000, 10_000, 100_000, 1_000_000)
-_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_BYTES: dict[Weights, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5 + 2 / GROUP}
 
 
 def bench_sample(model: ModelConfig, *, batches: Sequence[int], seconds: float, say: Say) -> Report:
@@ -300,11 +300,12 @@ def _middle(model: LanguageModel) -> int:
     return max(1, model.config.ctx_len // 2 - STEPS // 2)
 
 
-def _weight_bytes(model: LanguageModel, weights: str) -> int:
+def _weight_bytes(model: LanguageModel, weights: Weights) -> int:
     """Return the size in bytes of the weights that a step reads: all weights but the embedding."""
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
-    return linear * _BYTES[weights] + rest * 4
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rest = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel() - sum(w.numel() for w in linear)
+    blocks = sum(w.numel() for w in linear if w is not model.head.weight)
+    return int(blocks * _BYTES[weights] + model.head.weight.numel() * _BYTES[head_format(weights)]) + rest * 4
 
 
 def _state_bytes(model: LanguageModel, step: Step, position: int) -> int:

@@ -43,7 +43,7 @@ class EvalArguments:
     """Checkpoint: best, newest, or the number of its step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Precision of the matrix products; `auto` is bfloat16 if the processor supports it, otherwise float32."""
-    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """Number format of the weights, as in timemix sample --weights."""
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""

@@ -73,7 +73,7 @@ class SampleArguments:
     """Prompt. Default: empty with --load-state, otherwise a newline, or token 0 if the vocabulary has no newline."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
-    weights: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """Number format of the weights; fewer bytes are faster and less exact."""
     load_state: Path | None = None
     """State file from --save-state, with which generation resumes. Default: no state."""

@@ -63,7 +63,7 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
 
     Args:
         model: The model, whose weights must not change while the step is in use. The weights may be mapped.
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         backend: "compiled", "model", or "auto", which is "compiled" if supported, otherwise "model".
 
     Returns:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
+from timemix.generation.ranking import most_probable
 from timemix.generation.request import Request
 from timemix.generation.row import Row
-from timemix.generation.sampler import Sampler, draw
+from timemix.generation.sampler import Sampler
 
 Drawn = tuple[int, float | None, tuple[tuple[int, float], ...]]
 """A token, its log-probability (None unless requested), and (token, log-probability) of the most probable tokens."""
@@ -26,24 +26,21 @@ class Drawer:
 
         Args:
             rows: The R rows that each get a token.
-            logits: Logits (R, V) float64.
+            logits: Logits (R, V), float32 or float64.
 
         Returns:
             For each row the drawn token with its log-probabilities, or the reason why no token can be drawn.
         """
-        biased = logits.copy() if any(row.request.logit_bias for row in rows) else logits
-        for x, row in zip(biased, rows, strict=True):
-            if bias := row.request.logit_bias:
-                x[list(bias)] += list(bias.values())
-        # The sum of a row is finite if all numbers of the row are finite.
-        finite = np.isfinite(logits.sum(-1))
-        possible = finite & (biased.max(-1, initial=-np.inf) > -np.inf)
+        # A row is finite if its smallest and its largest number are finite: NaN is both.
+        finite = np.isfinite(logits.min(-1)) & np.isfinite(logits.max(-1))
+        biased = _biased(rows, logits)
+        possible = finite & (biased.max(-1) > -np.inf)
         found: list[Drawn | str] = [
             "logit_bias excludes every token" if each else "the model's logits are not finite" for each in finite
         ]
         good = np.flatnonzero(possible).tolist()
         if good:
-            tokens = self._tokens([rows[i] for i in good], biased[good])
+            tokens = self._tokens([rows[i] for i in good], biased if possible.all() else biased[good])
             for i, token in zip(good, tokens, strict=True):
                 found[i] = _drawn(rows[i].request, token, logits[i])
         return found
@@ -55,11 +52,12 @@ class Drawer:
             self._requests, self._sampler = requests, Sampler.joined([request.sampler for request in requests])
         seen = None
         if any(request.sampler.repetition_penalty != 1 for request in requests):
-            seen = torch.zeros(logits.shape, dtype=torch.bool)
+            seen = np.zeros(logits.shape, bool)
             for i, row in enumerate(rows):
                 seen[i, list(row.seen)] = True
-        tokens: list[int] = draw(
-            self._sampler.probabilities(torch.from_numpy(logits), seen),
+        tokens: list[int] = self._sampler.draw(
+            logits,
+            seen,
             seed=[int(request.seed) for request in requests],
             sample=[row.sample for row in rows],
             position=[row.written for row in rows],
@@ -67,24 +65,31 @@ class Drawer:
         return tokens
 
 
+def _biased(rows: Sequence[Row], logits: np.ndarray) -> np.ndarray:
+    """Return the logits (R, V) with the biases of the requests, float64 if a request has a bias."""
+    if not any(row.request.logit_bias for row in rows):
+        return logits
+    biased = logits.astype(np.float64)
+    for x, row in zip(biased, rows, strict=True):
+        if bias := row.request.logit_bias:
+            x[list(bias)] += list(bias.values())
+    return biased
+
+
 def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
     """Return a token with the log-probabilities that the request asks for, computed from logits (V,) without bias."""
     count = request.top_log_probabilities
     if not (request.log_probabilities or count):
         return token, None, ()
-    scores = log_softmax(logits)
     # Among equally probable tokens, the lowest ids come first.
-    best = (-scores).argsort(kind="stable")[:count].tolist()
-    return (
-        token,
-        float(scores[token]) if request.log_probabilities else None,
-        tuple((i, float(scores[i])) for i in best),
-    )
+    best = most_probable(logits, count)
+    score, *top = log_softmax(logits, [token, *best]).tolist()
+    return token, score if request.log_probabilities else None, tuple(zip(best.tolist(), top, strict=True))
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities (V,) in nats of logits (V,)."""
+def log_softmax(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """Return the log-probabilities (n,) float64 in nats of some tokens (n,), from logits (V,)."""
     with np.errstate(invalid="ignore"):
-        shifted: np.ndarray = logits - logits.max()
-        scores: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+        shifted: np.ndarray = np.subtract(logits, logits.max(), dtype=np.float64)
+        scores: np.ndarray = shifted[tokens] - np.log(np.exp(shifted).sum())
     return scores

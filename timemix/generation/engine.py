@@ -13,6 +13,7 @@ from timemix.generation.decode import Step, build_step
 from timemix.generation.drawer import Drawer, Drawn, log_softmax
 from timemix.generation.request import Event, Request, is_integer
 from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
+from timemix.generation.sampler import numbers
 from timemix.generation.session import Session
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
@@ -37,7 +38,7 @@ class Engine:
         model: The model.
         tokenizer: Tokenizer that decodes the text of events; None: events have no text.
         slots: Largest number of active samples, at least 1; further samples are pending.
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         step: Decode step to use; None: the fastest step that the model supports.
         max_pending: Largest number of pending requests, at least 1; None: any number.
 
@@ -301,14 +302,15 @@ class Engine:
         else:
             given = torch.tensor(wanted, dtype=torch.int64)
             found, self._state = self.advance(torch.tensor(tokens), self._state, slots, counts, given)
-        logits = found.cpu().double().numpy()
+        logits = numbers(found)
         for row, count in pieces:
             row.position, row.unread = row.position + count, row.unread - count
         for i, row, index in scored:
             assert row.prompt_scores is not None
-            row.prompt_scores[index] = float(log_softmax(logits[i])[row.request.prompt[index]])
+            row.prompt_scores[index] = float(log_softmax(logits[i], [row.request.prompt[index]])[0])
         readers = [row for _, row in done]
-        return list(zip(readers, self._drawer.draw(readers, logits[[i for i, _ in done]]), strict=True))
+        last = logits if len(done) == len(wanted) else logits[[i for i, _ in done]]
+        return list(zip(readers, self._drawer.draw(readers, last), strict=True))
 
     def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
         """Return the rows of a step with their numbers of tokens: the next piece of a prompt, or one token."""

@@ -54,7 +54,7 @@ def generate_tokens(
         seed: Random seed, 0 to 2^64 - 1.
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
         keep: Share of the context that "reanchor" processes again, above 0 and at most 1.
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
 
     Returns:
         The generated token ids of each prompt, without the prompt.
@@ -99,8 +99,8 @@ def stream(
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
         sampler: Sampler of the tokens; None: temperature 1 without filters.
         stop: One stop string or several; the text ends before the first stop string that occurs.
-        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; a format with fewer
-            bits is faster.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16", "int8" or "int4"; a format with
+            fewer bits is faster.
 
     Returns:
         Iterator over pieces of the text after the prompt. A piece has at least one character.
@@ -163,8 +163,8 @@ def generate(
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
         sampler: Sampler of the tokens; None: temperature 1 without filters.
         stop: One stop string or several; a text ends before the first stop string that occurs.
-        weights: Format to which the linear weights are rounded, "float32", "bfloat16" or "int8"; a format with fewer
-            bits is faster.
+        weights: Format to which the linear weights are rounded, "float32", "bfloat16", "int8" or "int4"; a format with
+            fewer bits is faster.
 
     Returns:
         `count` texts, without the prompt.

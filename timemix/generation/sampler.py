@@ -1,11 +1,16 @@
 """From logits to the next token: filters remove tokens, and a draw chooses one of the remaining tokens.
 
-Shapes: B is the number of rows of a batch, V is the size of the vocabulary. All arithmetic is float64 on the CPU, row
-by row, so that a row gets the same token on every device, alone or in any batch.
+Shapes: B is the number of rows of a batch, V is the size of the vocabulary, and M is the number of candidate tokens.
+All arithmetic is float64 on the CPU, row by row, so that a row gets the same token on every device, alone or in any
+batch.
+
+The cost for a large vocabulary: the weight exp((logit - largest logit) / temperature) of each token is computed once.
+A lower bound on the weights of the tokens that stay then selects the candidates, and the filters process only the
+candidates.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -15,11 +20,15 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
+from timemix.generation.ranking import LARGE, leading, reached
 
 PerRow = float | Sequence[float] | Tensor
 
 TOP_P_ERROR = 1e-6
 """Tolerance in the comparison of a sum of probabilities with `top_p`: float32 logits give no more exact sums."""
+
+FEW = 256
+"""Number of tokens that usually reach `top_p` together."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("at least 0", lambda x: x >= 0),
@@ -135,53 +144,69 @@ class Sampler:
             ValueError: A row holds NaN or only -inf, a field has neither 1 nor B values, or `repetition_penalty` is on
                 and `seen` is None.
         """
-        # For small arrays, a numpy call takes half the time of a torch call.
-        x = logits.detach().cpu().double().numpy()
-        B, V = x.shape
-        if self.repetition_penalty != 1:
-            if seen is None:
-                raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
-            penalty = self._column("repetition_penalty", B)
-            x = np.where(seen.cpu().numpy(), np.where(x > 0, x / penalty, x * penalty), x)
+        rows, V = numbers(logits), logits.shape[1]
+        p = np.zeros(rows.shape)
+        for at, tokens, weights in self._filtered(rows, None if seen is None else seen.cpu().numpy()):
+            normalized = weights / weights.sum(-1, keepdims=True)
+            np.put_along_axis(p[at], np.arange(V)[None] if tokens is None else tokens, normalized, -1)
+        return torch.from_numpy(p)
 
-        largest = x.max(-1, keepdims=True)
-        if not (largest > -math.inf).all():
-            row = int((largest[:, 0] > -math.inf).argmin())
-            fault = "hold NaN" if np.isnan(largest[row]) else "are all -inf"
-            raise ValueError(f"logits of row {row} {fault}; a row needs a number above -inf, and no NaN")
+    def draw(
+        self,
+        logits: np.ndarray,
+        seen: np.ndarray | None = None,
+        *,
+        seed: Sequence[int],
+        sample: Sequence[int],
+        position: Sequence[int],
+    ) -> np.ndarray:
+        """Draw the next token of each row, as `draw(self.probabilities(logits, seen), ...)` does.
 
-        temperature = self._column("temperature", B)
-        greedy = temperature == 0
-        # The difference at the largest logit is set to 0, not computed: inf - inf is NaN.
-        difference = np.subtract(x, largest, out=np.zeros_like(x), where=x != largest)
-        # An overflow to infinity is the right limit for temperatures near 0.
-        with np.errstate(over="ignore"):
-            weights = np.exp(difference / np.where(greedy, 1, temperature))
-        total = weights.sum(-1, keepdims=True)
-        p = weights / total
-        p_max = 1 / total
-        keep = np.ones(x.shape, bool)
-        if self.min_p != 0:
-            keep &= p >= self._column("min_p", B) * p_max
-        if self.top_a != 0:
-            threshold = self._column("top_a", B) * p_max ** self._column("top_a_power", B)
-            keep &= p >= np.minimum(threshold, p_max)
-        if self.top_k != 0 or self.top_p != 1:
-            top_k, top_p = self._column("top_k", B), self._column("top_p", B)
-            # Rank the tokens by logit: different logits can have probabilities that round to the same number.
-            order = (-x).argsort(-1, kind="stable")
-            ranked = np.take_along_axis(p, order, -1)
-            sum_before = ranked.cumsum(-1) - ranked
-            in_top_k = (np.arange(V) < top_k) | (top_k == 0)
-            in_top_p = (sum_before < top_p - TOP_P_ERROR) | (top_p == 1) | (np.arange(V) == 0)
-            kept = np.empty_like(keep)
-            np.put_along_axis(kept, order, in_top_k & in_top_p, -1)
-            keep &= kept
-        if greedy.any():
-            # numpy's argmax returns the first of equal numbers, as documented.
-            keep &= (np.arange(V) == x.argmax(-1)[:, None]) | ~greedy
-        weights = np.where(keep, weights, 0)
-        return torch.from_numpy(weights / weights.sum(-1, keepdims=True))
+        Args:
+            logits: Logits (B, V), float32 or float64.
+            seen: As for `probabilities`.
+            seed: As for the function `draw`, one number per row.
+            sample: As for the function `draw`.
+            position: As for the function `draw`.
+
+        Returns:
+            Token ids (B,) int64.
+
+        Raises:
+            InvalidValue: A seed is outside 0 to 2^64 - 1.
+            ValueError: As for `probabilities`.
+        """
+        u = _uniforms(seed, sample, position)
+        found = np.empty(len(logits), np.int64)
+        for at, tokens, weights in self._filtered(logits, seen):
+            index = _search(weights, u[at])
+            found[at] = index if tokens is None else np.take_along_axis(tokens, index[:, None], -1)[:, 0]
+        return found
+
+    def _filtered(
+        self, logits: np.ndarray, seen: np.ndarray | None
+    ) -> Iterator[tuple[slice, np.ndarray | None, np.ndarray]]:
+        """Yield some rows of a batch at a time, with the tokens (rows, M) that can stay and their weights (rows, M).
+
+        The probabilities of the rows are proportional to the weights. The weights of removed tokens are 0. The tokens
+        are in ascending order; None: all tokens, M = V.
+        """
+        B, V = logits.shape
+        columns = {field.name: self._column(field.name, B) for field in fields(self)}
+        if self.repetition_penalty != 1 and seen is None:
+            raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
+        size = 1 if V > LARGE else max(1, B)
+        for at in (slice(begin, begin + size) for begin in range(0, B, size)):
+            own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
+            x = logits[at]
+            if self.repetition_penalty != 1 and seen is not None:
+                x = _penalized(x, seen[at], own["repetition_penalty"])
+            largest = x.max(-1, keepdims=True)
+            if not (largest > -math.inf).all():
+                row = int((largest[:, 0] > -math.inf).argmin())
+                fault = "hold NaN" if np.isnan(largest[row]) else "are all -inf"
+                raise ValueError(f"logits of row {at.start + row} {fault}; a row needs a number above -inf, and no NaN")
+            yield at, *_survivors(x, largest.astype(np.float64), own)
 
     def _column(self, name: str, rows: int) -> np.ndarray:
         """Return a field as (1, 1) or (B, 1), to broadcast over (B, V)."""
@@ -199,6 +224,87 @@ def _is_finite(value: Any) -> bool:
     except OverflowError:
         # The value is an integer larger than any float.
         return False
+
+
+def numbers(logits: Tensor) -> np.ndarray:
+    """Return logits as an array of float64, or of float32 if float32 holds them exactly."""
+    x = logits.detach().cpu()
+    return (x if x.dtype == torch.float64 else x.float()).numpy()
+
+
+def _penalized(logits: np.ndarray, seen: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """Return logits (B, V) float64 after `repetition_penalty` (B, 1) for the tokens in the mask `seen` (B, V)."""
+    x = logits.astype(np.float64)
+    # Indices into all numbers of x: the search in one dimension is faster than the search in two dimensions.
+    at = seen.ravel().nonzero()[0]
+    found, own = x.ravel()[at], np.broadcast_to(penalty, (len(x), 1))[at // x.shape[1], 0]
+    x.ravel()[at] = np.where(found > 0, found / own, found * own)
+    return x
+
+
+def _survivors(
+    logits: np.ndarray, largest: np.ndarray, settings: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return tokens (B, M), None for all tokens, and their weights (B, M), which are 0 for removed tokens.
+
+    weight = exp((logit - largest) / temperature). If V > LARGE, then B is 1.
+    """
+    temperature, top_k, top_p = settings["temperature"], settings["top_k"], settings["top_p"]
+    greedy = temperature == 0
+    if greedy.all():
+        # numpy's argmax returns the first of equal numbers, as documented.
+        return logits.argmax(-1)[:, None], np.ones((len(logits), 1))
+    weights = _weights(logits, largest, np.where(greedy, 1, temperature))
+    total = weights.sum(-1, keepdims=True)
+    p_max = 1 / total
+    threshold = np.minimum(settings["top_a"] * p_max ** settings["top_a_power"], p_max)
+    floor = np.maximum(settings["min_p"] * p_max, threshold)
+    # A token stays if fewer than `count` tokens rank before it, and if the sum of their probabilities is below `mass`.
+    count = np.where(greedy, 1, np.where(top_k == 0, np.inf, top_k))
+    # The smallest limit is above 0, because the most probable token always stays.
+    mass = np.where(top_p == 1, np.inf, np.maximum(top_p - TOP_P_ERROR, 1e-300))
+    is_ranked = bool((np.minimum(count, mass) < np.inf).any())
+    if not (is_ranked or floor.any()):
+        return None, weights
+    tokens = None
+    if logits.shape[1] > LARGE:
+        candidates = weights >= _bound(weights[0], *(x.item() for x in (total, floor, count, top_p)))
+        # Copies of most of the numbers take more time than they save.
+        if np.count_nonzero(candidates) < candidates.size / 2:
+            tokens = np.flatnonzero(candidates)[None]
+            logits, weights = logits[:, tokens[0]], weights[:, tokens[0]]
+    p = weights / total
+    keep = p >= floor
+    if is_ranked:
+        keep &= leading(logits, p, count, mass)
+    return tokens, np.where(keep, weights, 0)
+
+
+def _weights(logits: np.ndarray, largest: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+    """Return exp((logits - largest) / temperature), (B, V) float64."""
+    # An overflow to -infinity is the right limit for temperatures near 0.
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference = np.subtract(logits, largest, dtype=np.float64)
+        if np.isinf(largest).any():
+            # inf - inf is NaN.
+            difference[logits == largest] = 0
+        if (temperature != 1).any():
+            difference /= temperature
+    weights: np.ndarray = np.exp(difference, out=difference)
+    return weights
+
+
+def _bound(weights: np.ndarray, total: float, floor: float, count: float, top_p: float) -> float:
+    """Return a number that the weight of each token that stays reaches, from weights (V,)."""
+    # The subtrahends cover the rounding of floor * total.
+    bounds = [floor * total * (1 - 1e-9) - 1e-300, reached(weights, count)]
+    if top_p < 1:
+        # If the largest weights have enough probability, all tokens that stay are among the largest weights.
+        few = reached(weights, FEW)
+        is_enough = few > 0 and weights[np.flatnonzero(weights >= few)].sum() >= top_p * total
+        # All tokens with smaller weights than the second number together have a probability below 1 - top_p.
+        bounds.append(few if is_enough else (1 - top_p) * total / len(weights))
+    return max(bounds)
 
 
 def draw(
@@ -231,17 +337,46 @@ def draw(
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
-    counters = zip(seeds, _integers(sample), _integers(position), strict=True)
-    generator = np.random.Philox(key=0)
-    u = np.array([_uniform(generator, *counter) for counter in counters])
-
-    cumulative = probabilities.detach().cpu().double().numpy().cumsum(-1)
-    total = cumulative[:, -1]
+    u = _uniforms(seeds, _integers(sample), _integers(position))
+    p = probabilities.detach().cpu().double().numpy()
+    total = p.sum(-1)
     if not (np.abs(total - 1) < 0.01).all():
         raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
-    # u is below 1 even after rounding, so u * total < total. The count below is therefore an index inside the
-    # vocabulary.
-    return torch.from_numpy((cumulative <= (u * total)[:, None]).sum(-1))
+    return torch.from_numpy(_search(p, u))
+
+
+def _search(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Return for each row the first index whose cumulative weight is above u times the sum of the row.
+
+    Args:
+        weights: Weights (B, M), at least 0; each row has a weight above 0.
+        u: Numbers (B,) from 0 to less than 1.
+    """
+    if weights.shape[1] > LARGE:
+        return np.array([_search_blocks(*each) for each in zip(weights, u, strict=True)])
+    cumulative = weights.cumsum(-1)
+    # u is below 1 even after rounding, so u * sum < sum. The count below is therefore an index inside the row.
+    found: np.ndarray = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
+    return found
+
+
+def _search_blocks(weights: np.ndarray, u: float) -> int:
+    """Return the index of `_search` for weights (M,). Sums of blocks take less time than a cumulative sum."""
+    size = 256
+    cumulative = np.add.reduceat(weights, np.arange(0, len(weights), size)).cumsum()
+    target = u * cumulative[-1]
+    block = int(cumulative.searchsorted(target, "right"))
+    own = weights[block * size : (block + 1) * size]
+    inside = own.cumsum() + (cumulative[block - 1] if block else 0)
+    # The sum of a block can round to a larger number than its cumulative sum.
+    index = min(int(inside.searchsorted(target, "right")), int(own.nonzero()[0][-1]))
+    return block * size + index
+
+
+def _uniforms(seed: Sequence[int], sample: Sequence[int], position: Sequence[int]) -> np.ndarray:
+    """Return the random number of each row (B,)."""
+    generator = np.random.Philox(key=0)
+    return np.array([_uniform(generator, *counter) for counter in zip(seed, sample, position, strict=True)])
 
 
 def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
-from timemix.models.quantize import WEIGHTS, Weights, quantized
+from timemix.models.quantize import GROUP, WEIGHTS, Weights, head_format, quantized, quantized_in_groups
 from timemix.models.state import State
 from timemix.runtime.native import library
 from timemix.runtime.threads import share
@@ -68,7 +68,7 @@ class Parameters:
     The C structures hold addresses of tensors. This object keeps the tensors alive.
 
     Args:
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         panel: Number of outputs in a panel (ops/common/panels.h).
     """
 
@@ -124,21 +124,40 @@ class Parameters:
         """
         outputs, inputs = weight.shape
         weight, scale = weight.detach(), None
-        if weights == "int8":
+        if weights == "int4":
+            codes, scale = quantized_in_groups(weight)
+            weight = _words(codes)
+        elif weights == "int8":
             weight, scale = quantized(weight)
         elif weights == "bfloat16":
             weight = weight.to(torch.bfloat16)
         missing = -outputs % self.panel
-        # (outputs, inputs) -> (panels, PANEL, inputs) -> (panels, inputs, PANEL), with zeros after the last output
-        panels = F.pad(weight, (0, 0, 0, missing)).view(-1, self.panel, inputs).transpose(1, 2)
         return LinearMap(
-            weight=self.address(panels),
-            scale=None if scale is None else self.address(F.pad(scale, (0, missing))),
+            weight=self.address(self._in_panels(weight)),
+            scale=None if scale is None else self.address(self._in_panels(scale.view(outputs, -1))),
             bias=None if bias is None else self.address(F.pad(bias.detach(), (0, missing))),
             type=WEIGHTS.index(weights),
             outputs=outputs,
             inputs=inputs,
         )
+
+    def _in_panels(self, x: Tensor) -> Tensor:
+        """Return (outputs, n) as (panels, n, PANEL), with zeros after the last output."""
+        # (outputs, n) -> (panels, PANEL, n) -> (panels, n, PANEL)
+        return F.pad(x, (0, 0, 0, -len(x) % self.panel)).view(-1, self.panel, x.shape[1]).transpose(1, 2)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Pack the codes (outputs, inputs) of 8 inputs into one word: (outputs, words) int32, the first input lowest.
+
+    The words of a group are complete: a group of 32 inputs has 4 words.
+    """
+    outputs, inputs = codes.shape
+    # (outputs, inputs) -> (outputs, words, 8)
+    eights = F.pad(codes, (0, -inputs % GROUP)).view(outputs, -1, 8).to(torch.int64)
+    words = (eights << torch.arange(0, 32, 4)).sum(-1)
+    # The same 32 bits as a signed number.
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
 class CompiledStep:
@@ -148,7 +167,7 @@ class CompiledStep:
 
     Args:
         model: A supported model (`hindrance` checks the support).
-        weights: Format to which the linear weights are rounded: "float32", "bfloat16" or "int8".
+        weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
     """
 
     compiled = True
@@ -271,7 +290,7 @@ class CompiledStep:
             embedding=self.parameters.address(model.embedding.weight),
             input_norm=self.parameters.norm(model.input_norm),
             norm=self.parameters.norm(norm),
-            head=self.parameters.linear(model.head),
+            head=self.parameters.panels(model.head.weight, model.head.bias, head_format(self.parameters.weights)),
         )
 
     def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,20 @@
 /* Linear maps of a few rows, at the speed of reading the weights from memory.
 
-    y[r, o] = scale[o] sum_i x[r, i] weight[o, i] + bias[o]
+    y[r, o] = scale[o] sum_i x[r, i] weight[o, i] + bias[o]                              float32, bfloat16 and int8
+    y[r, o] = sum_g scale[o, g] sum_{i in g} x[r, i] LEVELS[code[o, i]] + bias[o]        int4, groups g of 32 inputs
 
-   x, y, scale and bias are float32. weight is float32, bfloat16 or int8. Only int8 weights have a scale.
+   x, y, bias and the scale of int8 are float32. The scale of int4 is bfloat16. Float32 and bfloat16 weights have no
+   scale.
 
    Layout: weight (outputs, inputs) -> (panels, inputs, PANEL). A panel has, for each input, the weights of PANEL
    outputs side by side. So a product reads contiguous memory, and needs no sum over the elements of a vector. The last
-   panel is padded with zeros.
+   panel is padded with zeros. In int4, a word has the codes of 8 inputs of one output, the first input in the lowest
+   bits: (panels, 4 groups, PANEL) words, and (panels, groups, PANEL) scales. So a vector of words, shifted by 4 bits
+   for each input, holds the codes of a vector of outputs in its lowest bits.
 
-   Each output is one chain of multiply-adds over the inputs in ascending order, for any number of rows and threads. So
-   the outputs of a row are bit-identical for any other rows of the batch. */
+   Each output is one chain of multiply-adds over the inputs in ascending order, for any number of rows and threads. In
+   int4, each group is a chain, and the sums of the groups are another chain. So the outputs of a row are bit-identical
+   for any other rows of the batch. */
 
 #ifndef TIMEMIX_PANELS_H
 #define TIMEMIX_PANELS_H
@@ -35,9 +40,13 @@
 #define AHEAD 8192
 #endif
 
+/* Inputs of a group of int4, and inputs of a word. */
+#define GROUP 32
+#define WORD 8
+
 typedef struct {
-    const void *weight; /* (panels, inputs, PANEL) */
-    const float *scale; /* (panels * PANEL,), or NULL for 1 */
+    const void *weight; /* (panels, inputs, PANEL); int4: words (panels, 4 groups, PANEL) */
+    const void *scale;  /* int8: (panels * PANEL,); int4: (panels, groups, PANEL); otherwise NULL for 1 */
     const float *bias;  /* (panels * PANEL,), or NULL for 0 */
     int64_t type, outputs, inputs;
 } linear;
@@ -49,6 +58,7 @@ typedef struct {
 INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            const int rows) {
     const int64_t inputs = l->inputs, at = first * inputs;
+    const float *scale = l->scale;
     const char *ahead = (const char *)l->weight + at * BYTES(type) + AHEAD;
     vec sum[ROWS][VECTORS] = {{{0}}};
     for (int64_t i = 0; i < inputs; i++) {
@@ -64,24 +74,68 @@ INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const
         float all[PANEL];
         memcpy(all, sum[r], sizeof all);
         for (int o = 0; o < PANEL; o++)
-            all[o] = all[o] * (l->scale ? l->scale[first + o] : 1) + (l->bias ? l->bias[first + o] : 0);
+            all[o] = all[o] * (scale ? scale[first + o] : 1) + (l->bias ? l->bias[first + o] : 0);
         if (count == PANEL) memcpy(y + r * l->outputs + first, all, sizeof all);
         else memcpy(y + r * l->outputs + first, all, count * sizeof(float));
     }
 }
 
-/* multiply_panel for a variable number of rows, 1 to ROWS. */
+/* sum[r, n] += x[r, i] LEVELS[code[i]] for the `count` inputs i of a word. x is (rows, inputs). */
+INLINE void add_word(const uint32_t *word, const float *x, int64_t inputs, const int count, const int rows,
+                     vec sum[ROWS][VECTORS]) {
+    words code[VECTORS];
+    memcpy(code, word, sizeof code);
+    for (int i = 0; i < count; i++)
+        for (int n = 0; n < VECTORS; n++) {
+            const vec level = load_levels(code[n]);
+            code[n] >>= 4;
+            for (int r = 0; r < rows; r++) sum[r][n] = multiply_add(level, x[r * inputs + i], sum[r][n]);
+        }
+}
+
+/* multiply_panel for int4 */
+INLINE void multiply_groups(const linear *l, int64_t first, const float *x, float *y, int64_t count, const int rows) {
+    const int64_t inputs = l->inputs, groups = (inputs + GROUP - 1) / GROUP;
+    const uint32_t *word = (const uint32_t *)l->weight + first * groups * (GROUP / WORD);
+    vec total[ROWS][VECTORS] = {{{0}}};
+    for (int64_t g = 0; g < groups; g++) {
+        vec sum[ROWS][VECTORS] = {{{0}}};
+        for (int64_t i = g * GROUP; i < (g + 1) * GROUP && i < inputs; i += WORD, word += PANEL) {
+            for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char *)word + AHEAD + line);
+            if (i + WORD <= inputs) add_word(word, x + i, inputs, WORD, rows, sum);
+            else add_word(word, x + i, inputs, inputs - i, rows, sum);
+        }
+        for (int n = 0; n < VECTORS; n++) {
+            const vec scale = load_vector(l->scale, (first * groups + g * PANEL) + n * WIDTH, BFLOAT16);
+            for (int r = 0; r < rows; r++) total[r][n] += scale * sum[r][n];
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float all[PANEL];
+        memcpy(all, total[r], sizeof all);
+        for (int o = 0; l->bias && o < PANEL; o++) all[o] += l->bias[first + o];
+        memcpy(y + r * l->outputs + first, all, count * sizeof(float));
+    }
+}
+
+INLINE void multiply_rows(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
+                          const int rows) {
+    if (type == INT4) multiply_groups(l, first, x, y, count, rows);
+    else multiply_panel(l, first, type, x, y, count, rows);
+}
+
+/* multiply_rows for a variable number of rows, 1 to ROWS. */
 INLINE void multiply_block(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                            int64_t rows) {
     switch (rows) {
-    case 1: multiply_panel(l, first, type, x, y, count, 1); break;
-    case 2: multiply_panel(l, first, type, x, y, count, 2); break;
+    case 1: multiply_rows(l, first, type, x, y, count, 1); break;
+    case 2: multiply_rows(l, first, type, x, y, count, 2); break;
 #if ROWS > 3
-    case 3: multiply_panel(l, first, type, x, y, count, 3); break;
-    case 4: multiply_panel(l, first, type, x, y, count, 4); break;
-    case 5: multiply_panel(l, first, type, x, y, count, 5); break;
+    case 3: multiply_rows(l, first, type, x, y, count, 3); break;
+    case 4: multiply_rows(l, first, type, x, y, count, 4); break;
+    case 5: multiply_rows(l, first, type, x, y, count, 5); break;
 #endif
-    default: multiply_panel(l, first, type, x, y, count, ROWS);
+    default: multiply_rows(l, first, type, x, y, count, ROWS);
     }
 }
 
@@ -100,7 +154,8 @@ LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
             float *out = y + row * l->outputs;
             if (l->type == FLOAT32) multiply_block(l, first, FLOAT32, in, out, count, some);
             else if (l->type == BFLOAT16) multiply_block(l, first, BFLOAT16, in, out, count, some);
-            else multiply_block(l, first, INT8, in, out, count, some);
+            else if (l->type == INT8) multiply_block(l, first, INT8, in, out, count, some);
+            else multiply_block(l, first, INT4, in, out, count, some);
         }
 }
 

@@ -11,8 +11,8 @@
 /* LOCAL marks a function of a header that some including files do not call. */
 #define LOCAL static __attribute__((unused))
 
-/* Only weights can be INT8 (panels.h). */
-enum type { FLOAT32, BFLOAT16, INT8 };
+/* Only weights can be INT8 or INT4 (panels.h). */
+enum type { FLOAT32, BFLOAT16, INT8, INT4 };
 #define BYTES(type) ((type) == FLOAT32 ? 4 : (type) == BFLOAT16 ? 2 : 1)
 
 typedef union {

@@ -81,4 +81,37 @@ INLINE vec load_vector(const void *weights, int64_t at, enum type type) {
 #endif
 }
 
+/* sum + a x. -ffast-math allows the compiler to merge several additions, in an order that depends on the surrounding
+   code. The intrinsics of AVX prevent this. */
+INLINE vec multiply_add(vec a, float x, vec sum) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(x), (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(x), (__m256)sum);
+#else
+    return sum + a * x;
+#endif
+}
+
+/* The values of the codes of INT4, equal to LEVELS in models/quantize.py. */
+static const float LEVELS[16] = {-127, -100, -79, -63, -49, -36, -24, -12, 0, 11, 23, 36, 50, 65, 83, 106};
+
+/* LEVELS[codes & 15].
+
+   One instruction of AVX-512 selects from 16 numbers. One instruction of AVX2 selects from 8 numbers, so bit 3 of the
+   code, moved to the sign, chooses between two selections. */
+INLINE vec load_levels(words codes) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(LEVELS));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS), (__m256i)codes);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS + 8), (__m256i)codes);
+    return (vec)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+#else
+    vec x;
+    for (int n = 0; n < WIDTH; n++) x[n] = LEVELS[codes[n] & 15];
+    return x;
+#endif
+}
+
 #endif
