@@ -77,6 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "gray",
             "multi-head attention with rotary positions, GeGLU",
+            decode="timemix.models.attention.decode:AttentionStep",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -86,6 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "green",
             "mha_rotary with token-shift",
+            decode="timemix.models.attention.decode:AttentionStep",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -104,6 +106,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2023,
             "blue",
             "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
+            decode="timemix.models.llama.decode:LlamaStep",
             weights="timemix.models.llama.weights",
         ),
         Architecture(

@@ -57,6 +57,17 @@ static enum fault check(const common *m, const batch *b) {
     return NONE;
 }
 
+/* Returns the piece of a row. */
+LOCAL int64_t piece_of(const batch *b, int64_t row) {
+    int64_t low = 0, high = b->pieces;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        if (b->first[middle] <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 /* x (rows, C) = input_norm(embedding[token]). As all functions below except advance(), it is called inside a parallel
    region by all threads, which share the rows. */
 static void embed(const common *m, const batch *b, float *x) {
