@@ -165,12 +165,12 @@ def test_wrong_uses_end_in_one_sentence(arguments, words):
 WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
+@pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "llama", "mha_pro"])
 def test_generation_beside_others(arch, tmp_path):
     found = bench_sample.bench_sample(model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     alone, batches, positions, first = report["results"]
-    compiled = arch != "mha_rotary"
+    compiled = arch != "mha_pro"
     names = [row["name"] for row in alone["paths"]]
     assert names[:2] == ["recomputing the context float32", "the model's forward float32"]
     assert [n for n in names if n.startswith("step")] == ([f"step {w}" for w in WEIGHTS] if compiled else [])

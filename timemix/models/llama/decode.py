@@ -1,4 +1,4 @@
-"""The compiled decode step of llama: the C code of models/attention, with RMSNorm, shared key/value heads and SwiGLU."""
+"""The compiled decode step of llama, by the C code of models/attention."""
 
 from typing import Any, cast
 
