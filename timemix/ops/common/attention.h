@@ -102,7 +102,8 @@ INLINE void attend_block(const float *q, const float *keys, const float *values,
 /* attend_block for any N. The usual sizes are constants, whose loops the compiler unrolls. */
 static void attend_some(const float *q, const float *keys, const float *values, int64_t count, int64_t N, softmax *s,
                         float *y) {
-    if (N == 32) attend_block(q, keys, values, count, 32, s, y);
+    if (N == 16) attend_block(q, keys, values, count, 16, s, y);
+    else if (N == 32) attend_block(q, keys, values, count, 32, s, y);
     else if (N == 64) attend_block(q, keys, values, count, 64, s, y);
     else if (N == 128) attend_block(q, keys, values, count, 128, s, y);
     else attend_block(q, keys, values, count, N, s, y);
