@@ -50,9 +50,10 @@ static void add(const float *y, int64_t n, float *x) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-/* x += y, unless y is NULL; then in = shift(norm(x)). All are (rows, C); past and lines as in norm_shift(). */
-static void enter(const model *m, const batch *b, const layer *l, const float *y, const float *const norm[2],
-                  float *past, float *lines, float *x, float *in) {
+/* x += y, unless y is NULL; then in = shift(norm(x)). x, y and in are (rows, C), and `in` may be y. `past` and `lines`
+   are those of norm_shift() for all slots and all pieces. */
+static void add_norm(const model *m, const batch *b, const layer *l, const float *y, const float *const norm[2],
+                     float *past, float *lines, float *x, float *in) {
     const int64_t C = m->common.channels, farthest = l->shift.farthest * C;
     const float epsilon = m->common.epsilon;
     if (!farthest) {
@@ -93,8 +94,8 @@ static void append(const model *m, const batch *b, const layer *l, float *q, con
     }
 }
 
-/* mixed (rows, H, N) = attention of the queries q (rows, H, N) over the cache. The threads share the pairs of a head and
-   TARGETS rows. The rows of a pair may belong to several pieces. */
+/* mixed (rows, H, N) = attention of the queries q (rows, H, N) over the cache. The threads share the pairs of a head
+   and TARGETS rows. The rows of a pair may belong to several pieces. */
 static void mix(const model *m, const batch *b, const layer *l, const float *q, float *mixed) {
     const int64_t C = m->common.channels, H = m->heads, G = m->key_heads, N = C / H, rows = b->first[b->pieces];
 #pragma omp for collapse(2) schedule(dynamic)
@@ -158,7 +159,7 @@ int timemix_step(const model *m, const batch *b, float *logits, float *scratch) 
         embed(&m->common, b, x);
         for (int64_t n = 0; n < m->common.layers; n++) {
             const layer *l = m->layer + n;
-            enter(m, b, l, n ? in : NULL, l->mixer_norm, l->mixer_shift, lines, x, in);
+            add_norm(m, b, l, n ? in : NULL, l->mixer_norm, l->mixer_shift, lines, x, in);
             multiply(&l->query, in, q, rows);
             multiply(&l->key, in, k, rows);
             multiply(&l->value, in, v, rows);
@@ -167,7 +168,7 @@ int timemix_step(const model *m, const batch *b, float *logits, float *scratch) 
             mix(m, b, l, q, mixed);
             multiply(&l->output, mixed, in, rows);
 #pragma omp barrier
-            enter(m, b, l, in, l->ffn_norm, l->ffn_shift, lines, x, in);
+            add_norm(m, b, l, in, l->ffn_norm, l->ffn_shift, lines, x, in);
             multiply(&l->ffn_key, in, q, rows);
             multiply(&l->ffn_value, in, ffn_v, rows);
 #pragma omp barrier

@@ -4,10 +4,11 @@
 
    The keys and values of a head are (positions, N), and q and k are rotated by their positions.
 
-   The sums run over blocks of BLOCK positions, which begin at multiples of BLOCK. The largest score so far is subtracted
-   from each score ("online softmax", arXiv 1805.02867), so a block is read once:
+   The sums run over blocks of BLOCK positions, which begin at multiples of BLOCK. The largest score so far, m, is
+   subtracted from each score ("online softmax", arXiv 1805.02867), so each block is read once. After a block:
 
-    m' = max(m, max_u s[u]),   c = exp(m - m'),   sum' = c sum + sum_u exp(s[u] - m'),   y' = c y + sum_u exp(s[u] - m') v[u]
+    m' = max(m, max_u s[u]),   c = exp(m - m')
+    sum' = c sum + sum_u exp(s[u] - m'),   y' = c y + sum_u exp(s[u] - m') v[u]
 
    So the order of all sums of a target depends only on its position. */
 
@@ -31,8 +32,11 @@ typedef struct {
     float largest, sum;
 } softmax;
 
-/* x[i], x[i + R/2] = x[i] cos[i] - x[i + R/2] sin[i], x[i + R/2] cos[i] + x[i] sin[i] for i < R/2 = pairs; then y (N,) is
-   the whole x (N,) times `scale`. */
+/* y (N,) = scale times x (N,), with the first dimensions rotated in pairs. For i < pairs:
+
+    (x[i], x[i + pairs])  ->  (x[i] cos[i] - x[i + pairs] sin[i],  x[i + pairs] cos[i] + x[i] sin[i])
+
+   y may be x. */
 LOCAL void rotate(const float *x, const float *cosine, const float *sine, int64_t pairs, int64_t N, float scale,
                   float *y) {
     for (int64_t i = 0; i < pairs; i++) {
@@ -109,9 +113,9 @@ static void attend_some(const float *q, const float *keys, const float *values, 
     else attend_block(q, keys, values, count, N, s, y);
 }
 
-/* y[i] (N,) of the consecutive targets i < count <= TARGETS, at the positions t = position + i. q[i], rotated and scaled
-   by 1/sqrt(N), and y[i] are `size` numbers from q[i - 1] and y[i - 1]. keys and values (positions, N) contain all
-   positions up to the last target. */
+/* y[i] (N,) of consecutive targets i < count <= TARGETS, at the positions position + i. The queries q[i] (N,) are
+   rotated and scaled by 1/sqrt(N). In q and y, a target is `size` numbers from the next target. keys and values
+   (positions, N) contain all positions up to the last target. */
 LOCAL void attend(const float *q, const float *keys, const float *values, int64_t position, int64_t count, int64_t N,
                   int64_t size, float *y) {
     softmax s[TARGETS];
