@@ -1,17 +1,20 @@
 """Benchmarks: timed paths must first agree with the naive implementation, and reports print the measured figures."""
 
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers.tiers import slow
 from timemix.bench import baselines, race
 from timemix.bench import op as bench_op
 from timemix.bench import sample as bench_sample
 from timemix.bench import train as bench_train
-from timemix.bench.baselines import plain_wkv1
+from timemix.bench.baselines import library_like, plain_wkv1
 from timemix.cli.bench import bench as verb
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
@@ -19,7 +22,7 @@ from timemix.generation.decode import build_step
 from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
-from timemix.models.registry import model_config
+from timemix.models.registry import list_architectures, model_config
 from timemix.ops.common import fused
 from timemix.ops.rwkv1.api import wkv1
 from timemix.storage.json_files import to_json
@@ -165,12 +168,12 @@ def test_wrong_uses_end_in_one_sentence(arguments, words):
 WRITER = {"vocab_size": 11, "layers": 2, "heads": 2, "channels": 8, "ctx_len": 48}
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "mha_rotary"])
+@pytest.mark.parametrize("arch", ["rwkv1", slow("rwkv1_exp"), "llama", "mha_pro"])
 def test_generation_beside_others(arch, tmp_path):
     found = bench_sample.bench_sample(model_config(arch, **WRITER), batches=[1, 3], seconds=0.01, say=lambda line: None)
     report = to_json(found)
     alone, batches, positions, first = report["results"]
-    compiled = arch != "mha_rotary"
+    compiled = arch != "mha_pro"
     names = [row["name"] for row in alone["paths"]]
     assert names[:2] == ["recomputing the context float32", "the model's forward float32"]
     assert [n for n in names if n.startswith("step")] == ([f"step {w}" for w in WEIGHTS] if compiled else [])
@@ -188,6 +191,25 @@ def test_generation_beside_others(arch, tmp_path):
     assert "share of the floor" in words or not compiled
     bench_sample.draw_batches(found, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arch", list_architectures())
+def test_the_library_model_has_about_the_parameters_of_the_timed_model(arch, monkeypatch):
+    class TheirModel(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+    library = SimpleNamespace(LlamaConfig=SimpleNamespace, LlamaForCausalLM=TheirModel)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    model = model_config(arch, channels=96, ctx_len=32)
+    theirs = library_like(model, torch.device("cpu")).config
+    blocks = LanguageModel(model).blocks
+    # 4 C^2 in attention, 3 C hidden in the feed-forward sublayer; `hidden` is a multiple of 8
+    per_layer = 4 * 96**2 + 3 * 96 * theirs.intermediate_size
+    assert abs(per_layer - sum(p.numel() for p in blocks.parameters()) / len(blocks)) <= 3 * 96 * 4
+    if arch == "llama":
+        assert theirs.intermediate_size == model.ffn_hidden
 
 
 def test_a_step_that_is_wrong_gets_no_figure(monkeypatch):

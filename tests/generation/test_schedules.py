@@ -24,6 +24,9 @@ SIZES = {
     "rwkv1_exp": {"layers": 2, "ctx_len": 24},
     "exponentials, odd": {"layers": 1, "ctx_len": 12, "channels": 21, "heads": 3},
     "rwkv7": {"layers": 2},
+    "mha_rotary": {"layers": 1, "ctx_len": 150, "channels": 36, "heads": 3},
+    "shift interpolated": {"layers": 2, "ctx_len": 24},
+    "grouped heads": {"layers": 2, "ctx_len": 150, "channels": 64},
 }
 
 

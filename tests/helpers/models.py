@@ -25,6 +25,7 @@ VARIANTS = {name: model_config(name) for name in ARCHITECTURES} | {
     "a head per channel": model_config("rwkv1", heads=16),
     "a head per channel, pro": model_config("mha_pro", heads=16),
     "relu2": model_config("rwkv1", activation="relu2"),
+    "grouped heads": model_config("llama", kv_heads=2),
 }
 
 

@@ -1,16 +1,20 @@
-"""The compiled step agrees with the model: logits and state, all weights, any rows, extreme keys."""
+"""The compiled steps agree with the model: logits and state, all weights, any rows, extreme keys."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers.models import VARIANTS as MODELS
 from tests.helpers.models import build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
+from tests.helpers.tiers import examples
 from timemix.cli.main import main
 from timemix.generation.decode import ModelStep, build_step
 from timemix.models.quantize import quantized, rounded
@@ -34,6 +38,19 @@ VARIANTS = {
     "odd exponentials, taps": {"exponentials": 5, "taps": 3},
     "one exponential, no tables": {"exponentials": 1, "alpha": False, "beta": False, "gamma": False},
 }
+ATTENTION = {
+    "rotary": {"arch": "mha_rotary"},
+    "rotary, odd sizes": {"arch": "mha_rotary", "channels": 21, "heads": 3, "ffn_ratio": 1.7, "vocab_size": 13},
+    "rotary, heads of 108": {"arch": "mha_rotary", "channels": 216, "heads": 2, "activation": "mish"},
+    "rotary, shift by three": {"arch": "mha_shift", "token_shift": (0.25, 0.0, 0.5), "activation": "relu2"},
+    "rotary, shift that ends": {"arch": "mha_shift", "token_shift": (0.5,), "token_shift_top": ()},
+    "llama": {"arch": "llama"},
+    "llama, grouped heads of 32": {"arch": "llama", "channels": 128, "kv_heads": 2, "norm_eps": 1e-2},
+    "llama, one head of keys": {"arch": "llama", "kv_heads": 1, "rotary_base": 100.0},
+    "llama, heads of 64": {"arch": "llama", "channels": 128, "heads": 2},
+    "llama, a head of 140": {"arch": "llama", "channels": 140, "heads": 1},
+}
+VARIANTS |= ATTENTION
 
 
 def model_of(variant, **changed):
@@ -41,7 +58,7 @@ def model_of(variant, **changed):
     fields = sizes | VARIANTS[variant] | changed
     # Otherwise wide matrices make their outputs large.
     noise = fields["channels"] ** -0.5
-    arch = "rwkv1_exp" if "exponentials" in fields else "rwkv1"
+    arch = fields.pop("arch", "rwkv1_exp" if "exponentials" in fields else "rwkv1")
     model = build(model_config(arch, **fields), torch.float32, noise, **fields)
     if arch == "rwkv1_exp":
         with torch.no_grad():
@@ -138,14 +155,62 @@ def test_sums_over_the_past_see_writes_that_a_put_follows_also_without_counts():
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@functools.cache
+def whole(variant, weights):
+    """Return a compiled step, a text as long as the context, its logits and its state by the model's forward pass."""
+    model = model_of(variant, ctx_len=150)
+    tokens = torch.randint(model.config.vocab_size, (150,))
+    with torch.no_grad():
+        logits, state = rounded(model, weights)(tokens[None], model.init_state(1))
+    return build_step(model, weights, backend="compiled"), tokens, logits[0], state
+
+
+@pytest.mark.parametrize(("variant", "weights"), pairwise(ATTENTION, ["float32", "bfloat16", "int8"], strength=1))
+@given(st.data())
+@examples(200)
+def test_attention_to_a_filled_cache_equals_that_of_the_model(variant, weights, data):
+    """A piece of any length continues a cache of any length, across the blocks of 64 positions."""
+    step, tokens, expected, whole_state = whole(variant, weights)
+    begin = data.draw(st.integers(0, 149))
+    end = data.draw(st.integers(begin + 1, 150))
+    state, largest = step.model.init_state(3), float(expected.abs().max())
+    for first, last in ((0, begin), (begin, end)):
+        if count := last - first:
+            given_to = tokens[first:last], state, torch.tensor([1]), torch.tensor([count]), torch.arange(count)
+            found, state = step(*given_to)
+            torch.testing.assert_close(found / largest, expected[first:last] / largest, atol=1e-5, rtol=0)
+    for own, theirs in zip(state.layers, whole_state.layers, strict=True):
+        for name in ("keys", "values"):
+            torch.testing.assert_close(own[name][1, :, :end], theirs[name][0, :, :end], atol=1e-4, rtol=1e-4)
+            assert not own[name][1, :, end:].any()
+            assert not own[name][[0, 2]].any()
+
+
+@pytest.mark.parametrize("variant", ["rotary", "llama, heads of 64"])
+def test_attention_ignores_what_the_cache_holds_past_the_text(variant):
+    model = model_of(variant, ctx_len=150)
+    step, tokens = build_step(model, backend="compiled"), torch.randint(19, (70,))
+    found = []
+    for filler in (0.0, float("inf"), float("nan")):
+        state = model.init_state(2)
+        for layer in state.layers:
+            for x in layer.values():
+                x.fill_(filler)
+        logits, state = step(tokens, state, torch.tensor([1]), torch.tensor([70]), torch.arange(70))
+        found += [logits]
+    assert found[0].equal(found[1])
+    assert found[0].equal(found[2])
+
+
 @pytest.mark.parametrize("scale", [8.0, 60.0])
-def test_equals_the_model_for_hard_keys(scale):
-    model = model_of("rwkv1")
+@pytest.mark.parametrize("variant", ["rwkv1", "rotary", "llama"])
+def test_equals_the_model_for_hard_keys(variant, scale):
+    model = model_of(variant)
     with torch.no_grad():
         for block in model.blocks:
             block.mixer.key.weight.mul_(scale)
     state, other = model.init_state(1), model.init_state(1)
-    step = Rwkv1Step(model, "float32")
+    step = build_step(model, backend="compiled")
     for _ in range(CTX):
         token = torch.randint(model.config.vocab_size, (1,))
         with torch.no_grad():
@@ -155,8 +220,9 @@ def test_equals_the_model_for_hard_keys(scale):
 
 
 @pytest.mark.parametrize("kind", ["compiled", "model"])
-def test_some_rows_leave_the_others_alone(kind):
-    model = model_of("rwkv1")
+@pytest.mark.parametrize("variant", ["rwkv1", "rotary, shift by three", "llama"])
+def test_some_rows_leave_the_others_alone(variant, kind):
+    model = model_of(variant)
     step = build_step(model, backend=kind)
     state = begun(model, 5)
     before = state.clone()
@@ -172,10 +238,11 @@ def test_some_rows_leave_the_others_alone(kind):
             torch.testing.assert_close(own[name], theirs[name], atol=1e-5, rtol=1e-5)
 
 
-def test_wrong_tokens_and_the_end_of_the_context_change_nothing():
-    model = model_of("rwkv1")
+@pytest.mark.parametrize("variant", ["rwkv1", "rotary, shift by three", "llama"])
+def test_wrong_tokens_and_the_end_of_the_context_change_nothing(variant):
+    model = model_of(variant)
     state = model.init_state(2)
-    step = Rwkv1Step(model, "float32")
+    step = build_step(model, backend="compiled")
     for token in (-1, 19):
         with pytest.raises(ValueError, match="outside the vocabulary of 19"):
             build_step(model, backend="model")(torch.tensor([1, token]), state, torch.tensor([0, 1]))
@@ -215,14 +282,15 @@ def test_rounding_costs_little_loss(capsys, tmp_path):
     assert abs(losses["int4"] - losses["float32"]) < 0.05
 
 
-def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
-    model = model_of("wide heads")
-    step = Rwkv1Step(model, "float32")
-    found = []
+@pytest.mark.parametrize("variant", ["wide heads", "rotary, shift by three", "llama, grouped heads of 32"])
+def test_the_number_of_threads_is_that_of_torch_and_changes_nothing(variant):
+    model = model_of(variant)
+    step = build_step(model, backend="compiled")
+    found, tokens, counts = [], torch.randint(19, (24,)), torch.tensor([1, 23])
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(step(torch.tensor([1]), model.init_state(1), torch.tensor([0]))[0])
+        found.append(step(tokens, model.init_state(2), torch.tensor([1, 0]), counts, torch.arange(24))[0])
     torch.set_num_threads(threads)
     assert found[0].equal(found[1])
     assert found[0].equal(found[2])
@@ -231,7 +299,8 @@ def test_the_number_of_threads_is_that_of_torch_and_changes_nothing():
 @pytest.mark.parametrize(
     ("variant", "dtype", "words"),
     [
-        ("mha_rotary", torch.float32, "no compiled step for mha_rotary"),
+        ("mha_pro", torch.float32, "no compiled step for mha_pro"),
+        ("mha_rotary", torch.float64, "not torch.float64"),
         ("weighted", torch.float32, "weighted denominator"),
         ("free W", torch.float32, "a free W"),
         ("rwkv1", torch.float64, "not torch.float64"),

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tests.helpers.golden import ARCHITECTURES, TOLERANCE, Golden
 from timemix.config.run import TrainConfig
 from timemix.errors import InvalidValue
+from timemix.generation.decode import build_step
 from timemix.models.registry import find_architecture, load_part
 from timemix.models.rwkv1.weights import our_name, published_name, to_published
 from timemix.training.optim import build_optimizers
@@ -75,6 +76,15 @@ def test_carried_state_gives_the_same_logits(golden, dtype):
             logits, state = golden.model(piece, state)
             parts.append(logits)
     close(torch.cat(parts, 1), golden.tensors["logits"], dtype)
+
+
+@pytest.mark.parametrize("name", ["RWKV", "MHA_rotary", "MHA_shift"])
+def test_compiled_step_gives_the_same_logits(name):
+    golden = Golden(name, torch.float32)
+    inputs, (B, T) = golden.tensors["input"], golden.tensors["input"].shape
+    step, state = build_step(golden.model, backend="compiled"), golden.model.init_state(B)
+    found, _ = step(inputs.flatten(), state, torch.arange(B), torch.full((B,), T), torch.arange(B * T))
+    close(found.view(B, T, -1), golden.tensors["logits"], torch.float32)
 
 
 def test_training_trajectory(golden, dtype):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tests.helpers.models import numbers_kept
 from timemix.errors import InvalidValue
+from timemix.generation.decode import build_step
 from timemix.models.language_model import LanguageModel
 from timemix.models.llama.model import RMSNorm
 from timemix.models.llama.weights import (
@@ -115,6 +116,15 @@ def test_carried_state_and_padding_give_the_same_logits(golden, kind):
         found = torch.cat([first[row, :n], step[row], last[row]])
         torch.testing.assert_close(found, expected[row, : n + 15], atol=1e-5, rtol=1e-5)
     assert state.layers[0]["keys"].shape == (2, KV_HEADS[kind] or 4, CTX, 4)
+
+
+def test_compiled_step_gives_the_same_logits(golden, kind):
+    model, tokens = our_model(published_weights(golden, kind), kind), golden["tokens"]
+    step = build_step(model, backend="compiled")
+    found, _ = step(
+        tokens.flatten(), model.init_state(2), torch.arange(2), torch.tensor([CTX, CTX]), torch.arange(2 * CTX)
+    )
+    torch.testing.assert_close(found.view(2, CTX, -1), golden[f"{kind}.logits"], atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_and_logits_beside_transformers(kind):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from timemix.bench.race import Contender
 from timemix.errors import InvalidValue
-from timemix.models.config import ModelConfig, ShiftedConfig
+from timemix.models.config import HeadsConfig, ModelConfig
+from timemix.models.language_model import LanguageModel
 from timemix.models.registry import like_size_of
 from timemix.models.rwkv1.config import Rwkv1Config
 from timemix.ops.rwkv1.api import BACKENDS, wkv1
@@ -118,11 +119,12 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
     except ImportError:
         return None
-    assert isinstance(model, ShiftedConfig)
+    assert isinstance(model, HeadsConfig)
     C = model.channels
-    # Matrix elements per layer in units of C^2: rwkv1 has 4 in the time-mix and 1 + 3 r in the channel-mix. Llama has 4
-    # in attention, and three matrices of `hidden` x C.
-    hidden = int((model.ffn_ratio + 1 / 3) * C) // 8 * 8
+    with torch.device("meta"):
+        of_layer = sum(p.numel() for block in LanguageModel(model).blocks for p in block.parameters()) // model.layers
+    # A layer of Llama has 4 C^2 parameters in attention, and three matrices of `hidden` x C.
+    hidden = max(8, round((of_layer - 4 * C * C) / (3 * C) / 8) * 8)
     config = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=C,

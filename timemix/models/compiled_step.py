@@ -8,8 +8,8 @@ whole model. The compiled step processes prompts and new tokens of many texts in
 bit-identical for every division of the text into pieces, and for any other texts in a call.
 
 An architecture adds a C file that opens with the formula, and a class derived from `CompiledStep`. This module prepares
-the memory layout that the C file reads. The structures of this module equal the C structures of ops/common/panels.h and
-ops/common/step.h, field by field.
+the memory layout that the C file reads. The structures of this module equal the C structures of ops/common/panels.h,
+ops/common/shift.h and ops/common/step.h, field by field.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
+from timemix.models.layers.token_shift import TokenShift
 from timemix.models.quantize import GROUP, WEIGHTS, Weights, head_format, quantized, quantized_in_groups
 from timemix.models.state import State
 from timemix.runtime.native import library
@@ -38,6 +39,12 @@ class LinearMap(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("type", "outputs", "inputs")),
     ]
+
+
+class Shift(ctypes.Structure):
+    """The structure `token_shift` of shift.h."""
+
+    _fields_ = [("distance", ctypes.c_void_p), ("farthest", ctypes.c_int64)]
 
 
 class Common(ctypes.Structure):
@@ -89,16 +96,31 @@ class Parameters:
         return self._held[-1].data_ptr()
 
     def norm(self, norm: nn.Module) -> ctypes.Array[Any]:
-        """Return the addresses of the weight and bias of a LayerNorm; NULL for any other module.
+        """Return the addresses of the weight and bias of a norm. The bias of an RMSNorm is NULL.
 
         Args:
-            norm: The norm.
+            norm: A LayerNorm or an RMSNorm. Both addresses of any other module are NULL.
 
         Returns:
             An array of two addresses.
         """
-        pair = (self.address(norm.weight), self.address(norm.bias)) if isinstance(norm, nn.LayerNorm) else (None, None)
+        pair: list[int | None] = [None, None]
+        if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+            pair[0] = self.address(norm.weight)
+        if isinstance(norm, nn.LayerNorm):
+            pair[1] = self.address(norm.bias)
         return (ctypes.c_void_p * 2)(*pair)
+
+    def shift(self, shift: TokenShift) -> Shift:
+        """Return the structure of a token-shift.
+
+        Args:
+            shift: The token-shift.
+
+        Returns:
+            The structure that shift.h reads.
+        """
+        return Shift(self.address(shift.distances()), shift.distance)
 
     def linear(self, linear: nn.Linear) -> LinearMap:
         """Round the weight of a linear map, and copy it into panels.

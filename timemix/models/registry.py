@@ -83,6 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "gray",
             "multi-head attention with rotary positions, GeGLU",
+            decode="timemix.models.attention.decode:AttentionStep",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -92,6 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2021,
             "green",
             "mha_rotary with token-shift",
+            decode="timemix.models.attention.decode:AttentionStep",
             weights="timemix.models.rwkv1.weights",
         ),
         Architecture(
@@ -110,6 +112,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             2023,
             "blue",
             "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
+            decode="timemix.models.llama.decode:LlamaStep",
             weights="timemix.models.llama.weights",
         ),
         Architecture(

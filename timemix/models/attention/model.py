@@ -29,6 +29,11 @@ from timemix.ops.common.history import append, lags, positions_read, weights_at
 from timemix.runtime.distributed import set_whole
 
 
+def rotated(head_size: int) -> int:
+    """Return the number of rotated dimensions of each head: the first half, rounded down to an even number."""
+    return head_size // 4 * 2
+
+
 class RotaryAttention(nn.Module):
     """Causal multi-head attention with rotary positions, computed by PyTorch's fused kernel.
 
@@ -70,8 +75,7 @@ class RotaryAttention(nn.Module):
         if position is not None:
             # Rows may be at different positions, so the targets are (B, 1, T).
             target = position[:, None, None] + target
-        # Rotate the first half of each head's dimensions, rounded down to an even number.
-        turned = self.config.head_size // 4 * 2
+        turned = rotated(self.config.head_size)
         q = rotary(q, target, self.rotary_base, turned)
         k = rotary(k, target, self.rotary_base, turned)
         if state is not None and position is not None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.models.compiled_step import Common, CompiledStep, LinearMap
+from timemix.models.compiled_step import Common, CompiledStep, LinearMap, Shift
 from timemix.models.config import ShiftedConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
@@ -33,8 +33,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         ("mixer_norm", ctypes.c_void_p * 2),
         ("ffn_norm", ctypes.c_void_p * 2),
-        ("distance", ctypes.c_void_p),
-        ("farthest", ctypes.c_int64),
+        ("shift", Shift),
         *((name, LinearMap) for name in _LINEARS),
         *((name, ctypes.c_void_p) for name in ("f", "alpha", "beta", "gamma")),
         *((name, ctypes.c_void_p) for name in ("own", "other", "begin", "coefficients", "direct", "fade")),
@@ -145,8 +144,7 @@ class Rwkv1Step(CompiledStep):
         return {
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
-            "distance": given.address(block.shift.distances()),
-            "farthest": block.shift.distance,
+            "shift": given.shift(block.shift),
             **{name: None if table is None else given.address(table) for name, table in tables.items()},
             **{name: given.linear(linear) for name, linear in linears.items()},
         }

@@ -20,6 +20,7 @@
 #include "ops/common/exp.h"
 #include "ops/common/norm.h"
 #include "ops/common/panels.h"
+#include "ops/common/shift.h"
 #include "ops/common/step.h"
 #include "ops/common/types.h"
 
@@ -32,8 +33,7 @@
    later, slot j of the state becomes own[j] S[j] + other[j] S[partner of j], where slots 2i and 2i+1 are partners. */
 typedef struct {
     const float *mixer_norm[2], *ffn_norm[2]; /* {weight, bias} (C,) */
-    const int32_t *distance;                  /* (C,): token-shift distance of each channel */
-    int64_t farthest;                         /* the largest distance */
+    token_shift shift;
     linear key, value, receptance, output, ffn_key, ffn_value, ffn_receptance, ffn_output;
     const float *f;                                  /* (H, history), rwkv1 */
     const float *alpha, *beta, *gamma;               /* (H, positions), (H, positions), (positions,), or NULL for 1 */
@@ -59,20 +59,6 @@ typedef struct {
 
 /* Positions of a block, for the shape of `far`. */
 int64_t timemix_block(void) { return BLOCK; }
-
-/* in (count, C) = shift(norm(x)) along a piece: in[i, c] = norm(x)[i - distance[c], c].
-
-   past (farthest, C) is the newest normalized rows before the piece, oldest first; the newest rows of the piece replace
-   them. line (farthest + count, C) is scratch: past, then the rows of the piece. */
-static void norm_shift(const float *x, const float *const norm[2], float epsilon, const layer *l, int64_t count,
-                       int64_t C, float *past, float *line, float *in) {
-    const int64_t farthest = l->farthest;
-    memcpy(line, past, farthest * C * sizeof(float));
-    for (int64_t i = 0; i < count; i++) normalize(x + i * C, norm, epsilon, C, line + (farthest + i) * C);
-    memcpy(past, line + count * C, farthest * C * sizeof(float));
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = 0; c < C; c++) in[i * C + c] = line[(farthest + i - l->distance[c]) * C + c];
-}
 
 /* x[i] += sigmoid(gate[i]) y[i], i < n. */
 static void add_gated(const float *gate, const float *y, int64_t n, float *x) {
@@ -210,7 +196,7 @@ int64_t timemix_scratch(const model *m, int64_t rows, int64_t pieces) {
     const int64_t C = m->common.channels;
     int64_t farthest = 0;
     for (int64_t n = 0; n < m->common.layers; n++)
-        if (m->layer[n].farthest > farthest) farthest = m->layer[n].farthest;
+        if (m->layer[n].shift.farthest > farthest) farthest = m->layer[n].shift.farthest;
     return rows * (3 * C + inner(m) + wide(m)) + pieces * farthest * C;
 }
 
@@ -238,8 +224,8 @@ int timemix_step(const model *m, const batch *b, float *logits, float *scratch) 
             /* in = shift(norm(x)) */
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < pieces; p++) {
-                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->farthest * C;
-                norm_shift(x + at, l->mixer_norm, epsilon, l, count, C, l->mixer_shift + slot[p] * farthest,
+                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->shift.farthest * C;
+                norm_shift(x + at, l->mixer_norm, epsilon, &l->shift, count, C, l->mixer_shift + slot[p] * farthest,
                            lines + at + p * farthest, in + at);
             }
             multiply(&l->key, in, k, rows);
@@ -264,12 +250,12 @@ int timemix_step(const model *m, const batch *b, float *logits, float *scratch) 
             float *fv = k + rows * F, *fr = fv + rows * F;
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < pieces; p++) {
-                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->farthest * C;
+                const int64_t at = first[p] * C, count = first[p + 1] - first[p], farthest = l->shift.farthest * C;
                 for (int64_t i = 0; i < count; i++) {
                     const float gamma = l->gamma ? l->gamma[entry(m, position[slot[p]] + i)] : 1;
                     for (int64_t c = at + i * C; c < at + (i + 1) * C; c++) x[c] += gamma * in[c];
                 }
-                norm_shift(x + at, l->ffn_norm, epsilon, l, count, C, l->ffn_shift + slot[p] * farthest,
+                norm_shift(x + at, l->ffn_norm, epsilon, &l->shift, count, C, l->ffn_shift + slot[p] * farthest,
                            lines + at + p * farthest, in + at);
             }
             multiply(&l->ffn_key, in, k, rows);

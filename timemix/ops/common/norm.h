@@ -1,5 +1,5 @@
-/* LayerNorm of one row x (C,). The decode steps call normalize(). The training kernels norm_shift.c and mixtures.c
-   call the other functions. */
+/* LayerNorm and RMSNorm of one row x (C,). The decode steps call normalize(). The training kernels norm_shift.c and
+   mixtures.c call the other functions. */
 
 #ifndef TIMEMIX_NORM_H
 #define TIMEMIX_NORM_H
@@ -8,8 +8,21 @@
 
 #include "ops/common/types.h"
 
-/* y (C,) = (x - mean) / sqrt(variance + epsilon) weight + bias; norm is {weight, bias}. */
+/* y (C,) = x / sqrt(mean(x^2) + epsilon) weight */
+LOCAL void normalize_rms(const float *x, const float *weight, float epsilon, int64_t C, float *y) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < C; c++) squares += x[c] * x[c];
+    const float scale = 1 / sqrtf(squares / C + epsilon);
+    for (int64_t c = 0; c < C; c++) y[c] = x[c] * scale * weight[c];
+}
+
+/* y (C,) = (x - mean) / sqrt(variance + epsilon) weight + bias; norm is {weight, bias}. RMSNorm if there is no bias. */
 LOCAL void normalize(const float *x, const float *const norm[2], float epsilon, int64_t C, float *y) {
+    if (!norm[1]) {
+        normalize_rms(x, norm[0], epsilon, C, y);
+        return;
+    }
     float mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
     for (int64_t c = 0; c < C; c++) mean += x[c];
