@@ -186,7 +186,7 @@ def test_a_pickled_folder(folder, tmp_path):
         ({"tie_word_embeddings": True}, "has tie_word_embeddings True"),
         ({"model_type": "rwkv"}, "RWKV-4, which timemix does not support"),
         ({"model_type": "rwkv6"}, "RWKV-6, which timemix does not support"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2'; give the weights of RWKV-7"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; give weights of RWKV-7"),
         ({"model_type": ["rwkv7"]}, r"model_type \['rwkv7'\]"),
         ({"model_type": None}, "model_type None"),
     ],

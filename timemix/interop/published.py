@@ -103,7 +103,8 @@ def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, An
     known = {each.version: each for each in ARCHITECTURES.values() if each.version is not None}
     ours = " and ".join(f"RWKV-{version}" for version in known)
     if document is not None:
-        types = {load_part(str(each.hugging_face)).MODEL_TYPE: version for version, each in known.items()}
+        forms = {version: each.hugging_face for version, each in known.items() if each.hugging_face is not None}
+        types = {load_part(form).MODEL_TYPE: version for version, form in forms.items()}
         found = model_type(path, document)
         version = (types | _MODEL_TYPES).get(found)
         what = f"the config.json in {path} has model_type {found!r}"
@@ -111,7 +112,7 @@ def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, An
         version = version_of(set(weights))
         what = f"{path} has no weight of a model of RWKV, such as 'blocks.0.att.key.weight'"
     if version is None:
-        raise DamagedFile(f"{what}; give the weights of {ours}")
+        raise DamagedFile(f"{what}; give weights of {ours}: a file of the original code, or a folder of Hugging Face")
     if version not in known:
         raise DamagedFile(f"{path} holds weights of RWKV-{version}, which timemix does not support; import {ours}")
     return known[version]

@@ -34,8 +34,6 @@ _TYPES = {
     "torch BFloat16Storage": torch.bfloat16,
 }
 _MARK = object()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1")
 
 
 class _Refused(ValueError):
@@ -156,42 +154,46 @@ class _Machine:
 
     def _step(self, name: str, argument: Any, place: int) -> None:
         """Run one operation of a pickle."""
-        stack = self.stack
         match name:
             case "PROTO" | "STOP":
                 pass
             case "MARK":
-                stack.append(_MARK)
-            case "EMPTY_DICT":
-                stack.append({})
+                self.stack.append(_MARK)
             case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
+                self.memo[argument] = self.stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(self._popped(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(name)))
-            case "TUPLE":
-                stack.append(self._popped_to_mark())
+                self.stack.append(self.memo[argument])
             case "SETITEM":
                 self._set_items(self._popped(2))
             case "SETITEMS":
                 self._set_items(self._popped_to_mark())
-            case "GLOBAL":
-                stack.append(_known_function(argument))
-            case "BINPERSID":
-                stack.append(self._storage(*_checked(stack.pop(), (str, _Function, str, str, int))))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(self._called(function, arguments))
             case "BUILD":
                 # The attributes of a dictionary, such as the version numbers in `_metadata`, are not used.
-                stack.pop()
-            case _ if name in _LITERALS:
-                stack.append(argument)
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
+                self.stack.pop()
             case _:
-                raise _Refused(f"its pickle has the operation {name} at byte {place}")
+                self.stack.append(self._created(name, argument, place))
+
+    def _created(self, name: str, argument: Any, place: int) -> Any:
+        """Return the object that an operation puts on the stack."""
+        match name:
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+                return argument
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name]
+            case "EMPTY_DICT":
+                return {}
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                return self._popped(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(name))
+            case "TUPLE":
+                return self._popped_to_mark()
+            case "GLOBAL":
+                return _known_function(argument)
+            case "BINPERSID":
+                return self._storage(*_checked(self.stack.pop(), (str, _Function, str, str, int)))
+            case "REDUCE":
+                arguments, function = self.stack.pop(), self.stack.pop()
+                return self._called(function, arguments)
+        raise _Refused(f"its pickle has the operation {name} at byte {place}")
 
     def _popped(self, count: int) -> tuple[Any, ...]:
         """Remove and return the newest objects of the stack."""

@@ -20,6 +20,20 @@ from timemix.models.rwkv7.config import Rwkv7Config
 MODEL_TYPE = "rwkv7"
 """Value of `model_type` in config.json."""
 _NORM_EPS = 1e-5
+# Fields of config.json that are equal in all models
+_CONSTANTS = {
+    "attn_mode": "chunk",
+    "hidden_act": "sqrelu",
+    "norm_first": True,
+    "norm_bias": True,
+    "norm_eps": _NORM_EPS,
+    "fuse_norm": False,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 _STACKED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _OUTSIDE = {
     "emb.weight": "model.embeddings.weight",
@@ -115,9 +129,8 @@ def settings(document: dict[str, Any], head_size: int) -> dict[str, Any]:
     Raises:
         InvalidValue: The model differs from RWKV-7.
     """
-    needed = {"norm_eps": _NORM_EPS, "norm_bias": True, "hidden_act": "sqrelu", "tie_word_embeddings": False}
-    for name, value in needed.items():
-        if (found := document.get(name, value)) != value:
+    for name in ("norm_eps", "norm_bias", "hidden_act", "tie_word_embeddings"):
+        if (found := document.get(name, value := _CONSTANTS[name])) != value:
             raise InvalidValue(f"its config.json has {name} {found!r}; only {value!r} is supported")
     # Code that reads the Hugging Face form computes the constant of the norm over each head from the size of a head.
     return {"group_norm_eps": head_size * _NORM_EPS}
@@ -145,7 +158,6 @@ def document(config: Rwkv7Config) -> dict[str, Any]:
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": MODEL_TYPE,
-        "attn_mode": "chunk",
         "vocab_size": config.vocab_size,
         "hidden_size": config.channels,
         "hidden_ratio": config.ffn_ratio,
@@ -157,15 +169,6 @@ def document(config: Rwkv7Config) -> dict[str, Any]:
         "num_attention_heads": config.heads,
         "value_dim": [config.channels] * config.layers,
         **{f"{theirs}_low_rank_dim": config.ranks[ours] for ours, theirs in ranks.items()},
-        "hidden_act": "sqrelu",
         "max_position_embeddings": config.ctx_len,
-        "norm_first": True,
-        "norm_bias": True,
-        "norm_eps": _NORM_EPS,
-        "fuse_norm": False,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
+        **_CONSTANTS,
     }
