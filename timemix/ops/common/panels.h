@@ -27,12 +27,14 @@
 #define VECTORS 4
 #define PANEL (VECTORS * WIDTH)
 
-/* Number of rows in a block. The ROWS * VECTORS sums of a panel fit into the vector registers. There are 32 vector
-   registers with AVX-512 and 16 otherwise. */
+/* ROWS is the number of rows in a block. The ROWS * VECTORS sums of a panel fit into the vector registers. There are 32
+   vector registers with AVX-512 and 16 otherwise. AT_ONCE is the number of vectors of int4 words in registers. */
 #if defined(__AVX512F__)
 #define ROWS 6
+#define AT_ONCE VECTORS
 #else
 #define ROWS 3
+#define AT_ONCE 1
 #endif
 
 /* Distance in bytes from the weights in use to the weights that are prefetched. */
@@ -83,14 +85,20 @@ INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const
 /* sum[r, n] += x[r, i] LEVELS[code[i]] for the `count` inputs i of a word. x is (rows, inputs). */
 INLINE void add_word(const uint32_t *word, const float *x, int64_t inputs, const int count, const int rows,
                      vec sum[ROWS][VECTORS]) {
-    words code[VECTORS];
-    memcpy(code, word, sizeof code);
-    for (int i = 0; i < count; i++)
-        for (int n = 0; n < VECTORS; n++) {
-            const vec level = load_levels(code[n]);
-            code[n] >>= 4;
-            for (int r = 0; r < rows; r++) sum[r][n] = multiply_add(level, x[r * inputs + i], sum[r][n]);
+    for (int first = 0; first < VECTORS; first += AT_ONCE) {
+        prepared levels[AT_ONCE];
+        for (int n = 0; n < AT_ONCE; n++) {
+            words codes;
+            memcpy(&codes, word + (first + n) * WIDTH, sizeof codes);
+            levels[n] = prepare(codes);
         }
+        for (int i = 0; i < count; i++)
+            for (int n = 0; n < AT_ONCE; n++) {
+                const vec weight = level(levels[n], i);
+                for (int r = 0; r < rows; r++)
+                    sum[r][first + n] = multiply_add(weight, x[r * inputs + i], sum[r][first + n]);
+            }
+    }
 }
 
 /* multiply_panel for int4 */

@@ -81,37 +81,80 @@ INLINE vec load_vector(const void *weights, int64_t at, enum type type) {
 #endif
 }
 
+/* The kind of a register of 16 bytes in an asm statement; otherwise memory. */
+#if defined(__x86_64__)
+#define REGISTER "+x"
+#elif defined(__aarch64__)
+#define REGISTER "+w"
+#else
+#define REGISTER "+m"
+#endif
+
 /* sum + a x. -ffast-math allows the compiler to merge several additions, in an order that depends on the surrounding
-   code. The intrinsics of AVX prevent this. */
+   code. The intrinsics of AVX prevent this, and so does an asm statement that can change the sum. */
 INLINE vec multiply_add(vec a, float x, vec sum) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(x), (__m512)sum);
 #elif defined(__AVX2__) && defined(__FMA__)
     return (vec)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(x), (__m256)sum);
 #else
-    return sum + a * x;
+    typedef float half __attribute__((vector_size(2 * WIDTH)));
+    half halves[2];
+    sum += a * x;
+    memcpy(halves, &sum, sizeof sum);
+    __asm__("" : REGISTER(halves[0]), REGISTER(halves[1]));
+    memcpy(&sum, halves, sizeof sum);
+    return sum;
 #endif
 }
 
 /* The values of the codes of INT4, equal to LEVELS in models/quantize.py. */
-static const float LEVELS[16] = {-127, -100, -79, -63, -49, -36, -24, -12, 0, 11, 23, 36, 50, 65, 83, 106};
+static const int8_t LEVELS[16] = {-127, -100, -79, -63, -49, -36, -24, -12, 0, 11, 23, 36, 50, 65, 83, 106};
 
-/* LEVELS[codes & 15].
-
-   One instruction of AVX-512 selects from 16 numbers. One instruction of AVX2 selects from 8 numbers, so bit 3 of the
-   code, moved to the sign, chooses between two selections. */
-INLINE vec load_levels(words codes) {
+/* A vector of words of 8 codes, prepared for level(). AVX-512 selects from 16 float32 numbers by the lowest 4 bits of a
+   word. Without AVX-512, the 8 codes become 8 bytes LEVELS[code], in one word for codes 0, 2, 4, 6 and in one word for
+   codes 1, 3, 5, 7. */
 #if defined(__AVX512F__)
-    return (vec)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(LEVELS));
-#elif defined(__AVX2__)
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS), (__m256i)codes);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS + 8), (__m256i)codes);
-    return (vec)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+typedef words prepared;
+
+INLINE prepared prepare(words codes) { return codes; }
+
+INLINE vec level(prepared codes, int i) {
+    const __m512 levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)LEVELS)));
+    return (vec)_mm512_permutexvar_ps((__m512i)(codes >> 4 * i), levels);
+}
 #else
-    vec x;
-    for (int n = 0; n < WIDTH; n++) x[n] = LEVELS[codes[n] & 15];
-    return x;
+typedef struct {
+    words even, odd;
+} prepared;
+
+/* LEVELS of each byte, which is 0 to 15 */
+INLINE words look_up(words codes) {
+#if defined(__AVX2__)
+    const __m256i levels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)LEVELS));
+    return (words)_mm256_shuffle_epi8(levels, (__m256i)codes);
+#else
+    uint8_t code[4 * WIDTH];
+    memcpy(code, &codes, sizeof code);
+    for (int n = 0; n < 4 * WIDTH; n++) code[n] = (uint8_t)LEVELS[code[n]];
+    memcpy(&codes, code, sizeof code);
+    return codes;
 #endif
 }
+
+INLINE prepared prepare(words codes) {
+    return (prepared){look_up(codes & 0x0f0f0f0f), look_up(codes >> 4 & 0x0f0f0f0f)};
+}
+
+/* The two shifts extend the sign of a byte to the word. */
+INLINE vec level(prepared levels, int i) {
+    const integers whole = (integers)(i % 2 ? levels.odd : levels.even) << (24 - i / 2 * 8) >> 24;
+#if defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps((__m256i)whole);
+#else
+    return __builtin_convertvector(whole, vec);
+#endif
+}
+#endif
 
 #endif
