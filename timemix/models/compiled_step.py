@@ -15,6 +15,7 @@ ops/common/shift.h and ops/common/step.h, field by field.
 import ctypes
 import operator
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -30,6 +31,13 @@ from timemix.models.quantize import GROUP, WEIGHTS, Weights, head_format, quanti
 from timemix.models.state import State
 from timemix.runtime.native import library
 from timemix.runtime.threads import share
+from timemix.storage.tensors import release
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of mapped weights that a compiled step copies."""
+
+_PANELS = 16
+"""Number of panels that are rounded at a time."""
 
 
 class LinearMap(ctypes.Structure):
@@ -51,7 +59,7 @@ class Common(ctypes.Structure):
     """The structure `common` of step.h: the model without its blocks."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("vocabulary", "layers", "channels", "limit", "threads")),
+        *((name, ctypes.c_int64) for name in ("vocabulary", "layers", "channels", "limit", "threads", "stored")),
         ("epsilon", ctypes.c_float),
         ("embedding", ctypes.c_void_p),
         ("input_norm", ctypes.c_void_p * 2),
@@ -77,23 +85,35 @@ class Parameters:
     Args:
         weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         panel: Number of outputs in a panel (ops/common/panels.h).
+        mapped: Whether the parameters are mapped from a file, so that their memory is released after use.
     """
 
-    def __init__(self, weights: Weights, panel: int) -> None:
-        self.weights, self.panel = weights, panel
+    def __init__(self, weights: Weights, panel: int, *, mapped: bool = False) -> None:
+        self.weights, self.panel, self.mapped = weights, panel, mapped
         self._held: list[Tensor] = []
 
     def address(self, x: Tensor) -> int:
         """Return the address of a tensor's numbers, which stays valid while this object exists.
 
         Args:
-            x: The tensor. The C code reads a contiguous tensor in place.
+            x: The tensor, of any type. The C code reads a contiguous tensor in place.
 
         Returns:
             The address.
         """
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
+
+    def vector(self, x: Tensor) -> int:
+        """Return the address of a parameter's numbers in float32, which stays valid while this object exists.
+
+        Args:
+            x: The parameter. The C code reads a contiguous parameter of float32 in place.
+
+        Returns:
+            The address.
+        """
+        return self.address(x.float())
 
     def norm(self, norm: nn.Module) -> ctypes.Array[Any]:
         """Return the addresses of the weight and bias of a norm. The bias of an RMSNorm is NULL.
@@ -106,9 +126,9 @@ class Parameters:
         """
         pair: list[int | None] = [None, None]
         if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
-            pair[0] = self.address(norm.weight)
+            pair[0] = self.vector(norm.weight)
         if isinstance(norm, nn.LayerNorm):
-            pair[1] = self.address(norm.bias)
+            pair[1] = self.vector(norm.bias)
         return (ctypes.c_void_p * 2)(*pair)
 
     def shift(self, shift: TokenShift) -> Shift:
@@ -145,28 +165,49 @@ class Parameters:
             The structure that panels.h reads.
         """
         outputs, inputs = weight.shape
-        weight, scale = weight.detach(), None
-        if weights == "int4":
-            codes, scale = quantized_in_groups(weight)
-            weight = _words(codes)
-        elif weights == "int8":
-            weight, scale = quantized(weight)
-        elif weights == "bfloat16":
-            weight = weight.to(torch.bfloat16)
-        missing = -outputs % self.panel
+        scales: list[Tensor] = []
+
+        def parts() -> Iterator[Tensor]:
+            # Rounding a part of the outputs at a time needs little memory.
+            for part in weight.detach().split(_PANELS * self.panel):
+                rounded, scale = _rounded(part.float(), weights)
+                scales.extend([] if scale is None else [scale])
+                yield rounded
+
+        panels = self._in_panels(parts(), outputs)
+        if self.mapped and weight.is_contiguous():
+            release(weight)
         return LinearMap(
-            weight=self.address(self._in_panels(weight)),
-            scale=None if scale is None else self.address(self._in_panels(scale.view(outputs, -1))),
-            bias=None if bias is None else self.address(F.pad(bias.detach(), (0, missing))),
+            weight=self.address(panels),
+            scale=self.address(self._in_panels(scales, outputs)) if scales else None,
+            bias=None if bias is None else self.vector(F.pad(bias.detach(), (0, -outputs % self.panel))),
             type=WEIGHTS.index(weights),
             outputs=outputs,
             inputs=inputs,
         )
 
-    def _in_panels(self, x: Tensor) -> Tensor:
-        """Return (outputs, n) as (panels, n, PANEL), with zeros after the last output."""
-        # (outputs, n) -> (panels, PANEL, n) -> (panels, n, PANEL)
-        return F.pad(x, (0, 0, 0, -len(x) % self.panel)).view(-1, self.panel, x.shape[1]).transpose(1, 2)
+    def _in_panels(self, parts: Iterable[Tensor], outputs: int) -> Tensor:
+        """Return the parts (some outputs, n) of a tensor as (panels, n, PANEL), with zeros after the last output."""
+        found, at = torch.empty(0), 0
+        for part in parts:
+            # (outputs, n) -> (panels, PANEL, n) -> (panels, n, PANEL)
+            own = F.pad(part, (0, 0, 0, -len(part) % self.panel)).view(-1, self.panel, part.shape[1]).transpose(1, 2)
+            if at == 0:
+                found = own.new_empty(-(-outputs // self.panel), *own.shape[1:])
+            found[at : at + len(own)] = own
+            at += len(own)
+        return found
+
+
+def _rounded(weight: Tensor, weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """Round a weight (outputs, inputs) float32. Return the numbers that panels.h reads, and scales (outputs, n)."""
+    if weights == "int4":
+        codes, scale = quantized_in_groups(weight)
+        return _words(codes), scale
+    if weights == "int8":
+        integers, scale = quantized(weight)
+        return integers, scale[:, None]
+    return weight.to(torch.bfloat16 if weights == "bfloat16" else torch.float32), None
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -210,7 +251,7 @@ class CompiledStep:
         self.model = model
         # Only one call at a time may use the structures and the scratch memory.
         self._lock = threading.Lock()
-        self.parameters = Parameters(weights, found.timemix_panel())
+        self.parameters = Parameters(weights, found.timemix_panel(), mapped=model.is_mapped)
         layers = [self.layer_type(**self.layer_fields(block)) for block in model.blocks]
         self._layers = (self.layer_type * len(layers))(*layers)
         self._model = self.model_type(common=self._common(), layer=self._layers, **self.model_fields())
@@ -239,8 +280,9 @@ class CompiledStep:
         Returns:
             The reason; None if the step can run.
         """
-        if model.device.type != "cpu" or model.head.weight.dtype != torch.float32:
-            return f"the compiled step is for float32 on the CPU, not {model.head.weight.dtype} on {model.device.type}"
+        dtype = model.head.weight.dtype
+        if model.device.type != "cpu" or not (dtype == torch.float32 or (model.is_mapped and dtype in _STORED)):
+            return f"the compiled step is for float32 on the CPU, not {dtype} on {model.device.type}"
         found, reason = cls.library()
         return None if found else reason
 
@@ -302,14 +344,17 @@ class CompiledStep:
     def _common(self) -> Common:
         """Return the structure of the layers before the first block and after the last block."""
         model = self.model
-        norm = cast(nn.LayerNorm, model.norm)
+        norm, embedding = cast(nn.LayerNorm, model.norm), model.embedding.weight
+        if embedding.dtype == torch.float16:
+            embedding = embedding.float()
         return Common(
             vocabulary=model.config.vocab_size,
             layers=model.config.layers,
             channels=model.config.channels,
             limit=model.max_position or 0,
+            stored=WEIGHTS.index("bfloat16" if embedding.dtype == torch.bfloat16 else "float32"),
             epsilon=norm.eps,
-            embedding=self.parameters.address(model.embedding.weight),
+            embedding=self.parameters.address(embedding),
             input_norm=self.parameters.norm(model.input_norm),
             norm=self.parameters.norm(norm),
             head=self.parameters.panels(model.head.weight, model.head.bias, head_format(self.parameters.weights)),

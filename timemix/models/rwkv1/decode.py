@@ -145,7 +145,7 @@ class Rwkv1Step(CompiledStep):
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
             "shift": given.shift(block.shift),
-            **{name: None if table is None else given.address(table) for name, table in tables.items()},
+            **{name: None if table is None else given.vector(table) for name, table in tables.items()},
             **{name: given.linear(linear) for name, linear in linears.items()},
         }
 

@@ -62,18 +62,18 @@ class Rwkv7Step(CompiledStep):
         block = cast(Rwkv7Block, block)
         mixer, ffn, given = block.mixer, block.ffn, self.parameters
         down, up = zip(*(self._low_rank(getattr(mixer, name)) for name in _LOW_RANKS), strict=True)
-        head_norm = (given.address(mixer.norm_weight), given.address(mixer.norm_bias))
+        head_norm = (given.vector(mixer.norm_weight), given.vector(mixer.norm_bias))
         return {
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
             "head_norm": head_norm,
-            "mix": tuple(given.address(mixer.mix[name]) for name in MIXED),
-            "ffn_mix": given.address(ffn.mix),
+            "mix": tuple(given.vector(mixer.mix[name]) for name in MIXED),
+            "ffn_mix": given.vector(ffn.mix),
             "down": down,
             "up": up,
             **{name: given.linear(getattr(mixer, name)) for name in _MIXER},
             **{f"ffn_{name}": given.linear(getattr(ffn, name)) for name in _FFN},
-            **{name: given.address(getattr(mixer, name)) for name in _VECTORS},
+            **{name: given.vector(getattr(mixer, name)) for name in _VECTORS},
         }
 
     def model_fields(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@
                       z = norm(x);   x += ffn_value(relu(ffn_key(mixture of z and previous z))^2)
     logits = head(norm(x))
 
-   Each of r, w, k, v, a and gate is a map of a mixture of z and the z of the previous token. prepare() and finish()
+   Each of r, w, k, v, a and gate is a map of a mixture of z and the z of the previous token. before_wkv7() and finish()
    have the formulas.
 
    A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
@@ -122,7 +122,7 @@ static void activate_low(const layer *l, const rows *w, int64_t i) {
     v = v + sigmoid(residual) (v of layer 0 - v)         w = -exp(-1/2) sigmoid(decay)        rate = sigmoid(rate)
     q = k removal / |k removal|                          k = k (1 + (rate - 1) replacement)
     m = exp(w) - 1          a = -q          b = q rate */
-static float prepare(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+static float before_wkv7(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
                      const wkv7_tokens *x) {
     const int64_t c = h * N, at = i * m->common.channels + c;
     const float *r = w->r + at, *key = w->k + at, *value = w->v + at;
@@ -171,7 +171,7 @@ static void time_mix(const model *m, const layer *l, const batch *b, const rows 
     const wkv7_tokens x = {held[0], held[1], held[2], held[3], held[4], held[5], held[6]};
     for (int64_t i = b->first[p]; i < b->first[p + 1]; i += TOKENS) {
         const int64_t left = b->first[p + 1] - i, count = left < TOKENS ? left : TOKENS;
-        for (int64_t t = 0; t < count; t++) bonus[t] = prepare(N, m, l, w, i + t, h, t, &x);
+        for (int64_t t = 0; t < count; t++) bonus[t] = before_wkv7(N, m, l, w, i + t, h, t, &x);
         wkv7(N, count, S, &x);
         for (int64_t t = 0; t < count; t++) finish(N, m, l, w, i + t, h, t, &x, bonus[t]);
     }

@@ -19,9 +19,10 @@
 typedef struct {
     int64_t vocabulary, layers, channels;
     int64_t limit; /* the number of positions, 0 if unlimited */
-    int64_t threads;
+    int64_t threads, stored; /* stored: type of the embedding, FLOAT32 or BFLOAT16 */
     float epsilon;
-    const float *embedding, *input_norm[2], *norm[2]; /* (V, C), {weight, bias} (C,); input_norm {NULL, NULL} for none */
+    const void *embedding;                  /* (V, C) */
+    const float *input_norm[2], *norm[2];   /* {weight, bias} (C,); input_norm {NULL, NULL} for none */
     linear head;
 } common;
 
@@ -74,9 +75,9 @@ static void embed(const common *m, const batch *b, float *x) {
     const int64_t C = m->channels;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b->first[b->pieces]; i++) {
-        const float *row = m->embedding + b->tokens[i] * C;
-        if (m->input_norm[0]) normalize(row, m->input_norm, m->epsilon, C, x + i * C);
-        else memcpy(x + i * C, row, C * sizeof(float));
+        float *row = x + i * C;
+        for (int64_t c = 0; c < C; c++) row[c] = load(m->stored, m->embedding, b->tokens[i] * C + c);
+        if (m->input_norm[0]) normalize(row, m->input_norm, m->epsilon, C, row);
     }
 }
 
