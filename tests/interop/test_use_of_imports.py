@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,8 +20,12 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, save_session
 from timemix.interop.export import export_run
+from timemix.interop.importing import import_run
+from timemix.models.language_model import build_model
+from timemix.models.rwkv7.weights import to_published
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
+from timemix.tokenizers.make import train_tokenizer
 from timemix.training.start import new_run
 
 
@@ -129,3 +135,32 @@ def test_logits_of_rwkv7_hf(run, tmp_path, dtype):
     with torch.no_grad():
         logits = model(expected()["input"]).logits
     torch.testing.assert_close(logits.double(), expected()["logits"], atol=1e-5, rtol=0)
+
+
+MEASURE = """
+import re, sys
+from timemix.generation.generate import generate
+from timemix.runs.load import load
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+generate(load(sys.argv[1], mapped=True), "the ", tokens=2, weights="bfloat16")
+before = peak()
+generate(load(sys.argv[2], mapped=True), "the ", tokens=2, weights="bfloat16")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_of_generation(run, tmp_path):
+    """Generation takes at most 1.15 x the weights in the type in which they are used, here about 117 MB."""
+    sizes = {"vocab_size": 32768, "layers": 8, "channels": 512, "heads": 8}
+    model = build_model("rwkv7", **sizes).bfloat16()
+    torch.save(to_published(model.state_dict()), tmp_path / "large.pth")
+    letters = "".join(map(chr, range(32, 32768 + 32)))
+    train_tokenizer("character", letters).save(tmp_path / "large.json")
+    import_run(tmp_path / "large.pth", tmp_path / "large", tmp_path / "large.json")
+    arguments = [sys.executable, "-c", MEASURE, str(run), str(tmp_path / "large")]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert int(found) < 1.15 * 2 * sum(x.numel() for x in model.parameters())

@@ -36,7 +36,7 @@ from timemix.storage.tensors import release
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 """Types of mapped weights that a compiled step copies."""
 
-_PANELS = 16
+_PANELS = 8
 """Number of panels that are rounded at a time."""
 
 
@@ -173,10 +173,10 @@ class Parameters:
                 rounded, scale = _rounded(part.float(), weights)
                 scales.extend([] if scale is None else [scale])
                 yield rounded
+                if self.mapped and weight.is_contiguous():
+                    release(part)
 
         panels = self._in_panels(parts(), outputs)
-        if self.mapped and weight.is_contiguous():
-            release(weight)
         return LinearMap(
             weight=self.address(panels),
             scale=self.address(self._in_panels(scales, outputs)) if scales else None,
