@@ -86,15 +86,15 @@ INLINE void multiply_panel(const linear *l, int64_t first, enum type type, const
 INLINE void add_word(const uint32_t *word, const float *x, int64_t inputs, const int count, const int rows,
                      vec sum[ROWS][VECTORS]) {
     for (int first = 0; first < VECTORS; first += AT_ONCE) {
-        prepared levels[AT_ONCE];
+        unpacked levels[AT_ONCE];
         for (int n = 0; n < AT_ONCE; n++) {
             words codes;
             memcpy(&codes, word + (first + n) * WIDTH, sizeof codes);
-            levels[n] = prepare(codes);
+            levels[n] = unpack_codes(codes);
         }
         for (int i = 0; i < count; i++)
             for (int n = 0; n < AT_ONCE; n++) {
-                const vec weight = level(levels[n], i);
+                const vec weight = level_of(levels[n], i);
                 for (int r = 0; r < rows; r++)
                     sum[r][first + n] = multiply_add(weight, x[r * inputs + i], sum[r][first + n]);
             }

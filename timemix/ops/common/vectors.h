@@ -111,22 +111,22 @@ INLINE vec multiply_add(vec a, float x, vec sum) {
 /* The values of the codes of INT4, equal to LEVELS in models/quantize.py. */
 static const int8_t LEVELS[16] = {-127, -100, -79, -63, -49, -36, -24, -12, 0, 11, 23, 36, 50, 65, 83, 106};
 
-/* A vector of words of 8 codes, prepared for level(). AVX-512 selects from 16 float32 numbers by the lowest 4 bits of a
-   word. Without AVX-512, the 8 codes become 8 bytes LEVELS[code], in one word for codes 0, 2, 4, 6 and in one word for
+/* A vector of words of 8 codes, unpacked for level_of(). AVX-512 selects from 16 float32 numbers by the lowest 4 bits of
+   a word. Without AVX-512, the 8 codes become 8 bytes LEVELS[code], in one word for codes 0, 2, 4, 6 and in one word for
    codes 1, 3, 5, 7. */
 #if defined(__AVX512F__)
-typedef words prepared;
+typedef words unpacked;
 
-INLINE prepared prepare(words codes) { return codes; }
+INLINE unpacked unpack_codes(words codes) { return codes; }
 
-INLINE vec level(prepared codes, int i) {
+INLINE vec level_of(unpacked codes, int i) {
     const __m512 levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)LEVELS)));
     return (vec)_mm512_permutexvar_ps((__m512i)(codes >> 4 * i), levels);
 }
 #else
 typedef struct {
     words even, odd;
-} prepared;
+} unpacked;
 
 /* LEVELS of each byte, which is 0 to 15 */
 INLINE words look_up(words codes) {
@@ -142,12 +142,12 @@ INLINE words look_up(words codes) {
 #endif
 }
 
-INLINE prepared prepare(words codes) {
-    return (prepared){look_up(codes & 0x0f0f0f0f), look_up(codes >> 4 & 0x0f0f0f0f)};
+INLINE unpacked unpack_codes(words codes) {
+    return (unpacked){look_up(codes & 0x0f0f0f0f), look_up(codes >> 4 & 0x0f0f0f0f)};
 }
 
 /* The two shifts extend the sign of a byte to the word. */
-INLINE vec level(prepared levels, int i) {
+INLINE vec level_of(unpacked levels, int i) {
     const integers whole = (integers)(i % 2 ? levels.odd : levels.even) << (24 - i / 2 * 8) >> 24;
 #if defined(__AVX2__)
     return (vec)_mm256_cvtepi32_ps((__m256i)whole);
