@@ -111,9 +111,9 @@ INLINE vec multiply_add(vec a, float x, vec sum) {
 /* The values of the codes of INT4, equal to LEVELS in models/quantize.py. */
 static const int8_t LEVELS[16] = {-127, -100, -79, -63, -49, -36, -24, -12, 0, 11, 23, 36, 50, 65, 83, 106};
 
-/* A vector of words of 8 codes, unpacked for level_of(). AVX-512 selects from 16 float32 numbers by the lowest 4 bits of
-   a word. Without AVX-512, the 8 codes become 8 bytes LEVELS[code], in one word for codes 0, 2, 4, 6 and in one word for
-   codes 1, 3, 5, 7. */
+/* A vector of words of 8 codes, unpacked for level_of(). AVX-512 selects from 16 float32 numbers by the lowest 4 bits
+   of a word. Without AVX-512, the 8 codes become 8 bytes LEVELS[code], in one word for codes 0, 2, 4, 6 and in one word
+   for codes 1, 3, 5, 7. */
 #if defined(__AVX512F__)
 typedef words unpacked;
 
