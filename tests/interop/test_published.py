@@ -21,10 +21,12 @@ from tests.helpers.published import (
     published_weights,
     tokenizer_file,
 )
+from tests.helpers.vocabularies import BYTES, vocabulary_lines
 from timemix.errors import AlreadyExists, DamagedFile, FileError, InvalidValue, MissingFile
 from timemix.interop.export import export_run
 from timemix.interop.importing import import_run
 from timemix.interop.published import read_published, version_of
+from timemix.runs.load import load
 from timemix.tokenizers.make import train_tokenizer
 
 OTHERS = json.loads((GOLDEN / "other-versions.json").read_text())
@@ -325,6 +327,25 @@ def test_refusals_of_an_import(tmp_path, run):
 def test_an_exported_folder_brings_its_tokenizer(folder, tmp_path):
     import_run(folder, tmp_path / "again")
     check_logits(tmp_path / "again")
+
+
+def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
+    """A vocabulary file is given, lies in the folder of Hugging Face, or belongs to an installed package."""
+    vocabulary = tmp_path / "rwkv_vocab_v20230424.txt"
+    vocabulary.write_bytes(vocabulary_lines([*BYTES, b"the "]))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embeddings.weight", "lm_head.weight"):
+        weights[name] = torch.zeros(300, 64, dtype=torch.bfloat16)
+    theirs = write_folder(tmp_path / "hf", weights)
+    import_run(theirs, tmp_path / "given", vocabulary)
+    assert load(tmp_path / "given").tokenizer.encode("the cat").tolist() == [257, 100, 98, 117]
+    with pytest.raises(InvalidValue, match="tokenizer is missing: .* has no tokenizer.json"):
+        import_run(theirs, tmp_path / "none")
+    vocabulary.rename(theirs / vocabulary.name)
+    import_run(theirs, tmp_path / "beside")
+    assert load(tmp_path / "beside").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
+    with pytest.raises(DamagedFile, match="exceeds the 49 ids"):
+        import_run(PTH, tmp_path / "run", theirs / vocabulary.name)
 
 
 def test_refusals_of_an_export(tmp_path, run):

@@ -17,7 +17,7 @@ class ImportArguments:
     The weights keep their number format on disk. Names and shapes give the version and the sizes of the model.
 
     Examples:
-        timemix import rwkv7.pth --tokenizer runs/mine/data/tokenizer.json --out runs/rwkv7
+        timemix import rwkv7.pth --tokenizer rwkv_vocab_v20230424.txt --out runs/rwkv7
         timemix import rwkv7-hf --out runs/rwkv7 --ctx-len 4096
     """
 
@@ -31,7 +31,8 @@ class ImportArguments:
     out: Path
     """New folder for the run."""
     tokenizer: Path | None = None
-    """Tokenizer of the model: a tokenizer.json of timemix. Default: tokenizer.json in the folder of Hugging Face."""
+    """Tokenizer of the model: rwkv_vocab_v20230424.txt, or a tokenizer.json of timemix. Default: such a file in the
+    folder of Hugging Face, or for 65,536 tokens the file of the package rwkv or pyrwkv-tokenizer."""
     ctx_len: int = 1024
     """Length of windows in training and eval in tokens, from 1 to 1048576. Generation has no such limit."""
     json: bool = False

@@ -7,7 +7,8 @@ from typing import cast
 from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
-from timemix.errors import AlreadyExists, InvalidValue
+from timemix.data.vocabulary import PACKAGES, PUBLISHED, world_tokenizer
+from timemix.errors import AlreadyExists, InvalidValue, Unavailable
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
@@ -15,6 +16,7 @@ from timemix.storage.files import atomic_folder, check_name
 from timemix.storage.settings import check_range
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
+from timemix.tokenizers.world import VOCAB_SIZE, read_world
 
 CTX_LEN = 1024
 """Default context length in tokens. It is the length of windows in training and eval, since the context has no end."""
@@ -41,7 +43,9 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     Args:
         path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
         out: Run folder, which must not exist.
-        tokenizer: A `tokenizer.json` of timemix; None: `tokenizer.json` in the folder `path`.
+        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: one of the files
+            `rwkv_vocab_v20230424.txt` and `tokenizer.json` in the folder `path`, or for 65,536 tokens the vocabulary
+            file of an installed package.
         ctx_len: Context length in tokens.
 
     Returns:
@@ -71,19 +75,33 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
 def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a model with a vocabulary of `vocab_size` tokens."""
-    file = path / "tokenizer.json" if given is None else given
-    if given is None and not file.exists():
-        raise InvalidValue(
-            f"tokenizer is missing: {path} has no tokenizer.json; give the tokenizer.json of a run with the tokenizer"
-            " of this model"
-        )
-    tokenizer = load_tokenizer(file)
+    names = (PUBLISHED.file, "tokenizer.json")
+    file = given or next((path / name for name in names if (path / name).exists()), None)
+    if file is None:
+        return _world_of_a_package(path, vocab_size)
+    tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise InvalidValue(
             f"tokenizer {str(file)!r} has {tokenizer.vocab_size:,} tokens, but the model in {path} has {vocab_size:,};"
             " give the tokenizer of this model"
         )
     return tokenizer
+
+
+def _world_of_a_package(path: Path, vocab_size: int) -> Tokenizer:
+    """Return the World tokenizer of an installed package, for a model with the vocabulary size of the World models."""
+    try:
+        if vocab_size == VOCAB_SIZE:
+            return world_tokenizer()
+    except Unavailable as error:
+        raise InvalidValue(
+            f"tokenizer is missing: {path} has no {PUBLISHED.file}; give this file, or install a package with the file:"
+            f" pip install {PACKAGES[0]}"
+        ) from error
+    raise InvalidValue(
+        f"tokenizer is missing: {path} has no tokenizer.json; give the tokenizer.json of a run with the tokenizer of"
+        " this model"
+    )
 
 
 def _config(published: Published, tokenizer: Tokenizer) -> RunConfig:
