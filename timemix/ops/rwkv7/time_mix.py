@@ -16,7 +16,17 @@ from timemix.ops.rwkv7.compiled import MOST, call, compiles, starts_and_scratch
 
 
 class Products(NamedTuple):
-    """Outputs of matrix products (B, T, C), in one dtype, float32 or bfloat16, without biases."""
+    """Outputs of matrix products without biases (B, T, C), in one dtype, float32 or bfloat16.
+
+    Args:
+        receptance: Receptances.
+        key: Keys.
+        value: Values.
+        decay: Logits of the decay.
+        rate: Logits of the in-context learning rate.
+        residual: Logits of the share of the values of layer 0; None in layer 0.
+        gate: Gates.
+    """
 
     receptance: Tensor
     key: Tensor
@@ -24,19 +34,26 @@ class Products(NamedTuple):
     decay: Tensor
     rate: Tensor
     residual: Tensor | None
-    """Logits of the share of the values of layer 0; None in layer 0."""
     gate: Tensor
 
 
 class Vectors(NamedTuple):
-    """Parameters (C,), float32."""
+    """Parameters of a time-mix, each with C numbers.
+
+    Args:
+        decay: Bias of the logits of the decay.
+        rate: Bias of the logits of the in-context learning rate.
+        residual: Bias of the logits of the share of the values of layer 0; None in layer 0.
+        removal: Factors of the keys whose directions are removed from the state.
+        replacement: Weight of the in-context learning rate in the factor of a key.
+        bonus: Weight of the current token.
+        norm_weight: Weight of the norm of each head.
+        norm_bias: Bias of the norm of each head.
+    """
 
     decay: Tensor
-    """Bias of the decay."""
     rate: Tensor
-    """Bias of the in-context learning rate."""
     residual: Tensor | None
-    """Bias of the value residual; None in layer 0."""
     removal: Tensor
     replacement: Tensor
     bonus: Tensor
