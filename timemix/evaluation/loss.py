@@ -132,14 +132,15 @@ def _loss_with_carried_state(
         )
     if stride is not None:
         raise InvalidValue(f"stride={stride} excludes carry_state=True; leave one of them out")
-    total, state = 0.0, model.init_state(1)
+    total, count, state = 0.0, 0, model.init_state(1)
     with evaluating(model):
         for inputs, targets in validation_windows(tokens, model.config.ctx_len, 1):
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
                 logits, state = model(x, state)
             total += cross_entropy(logits, y, reduction="sum").item()
-    return total / (len(tokens) - 1)
+            count += y.numel()
+    return total / count
 
 
 @torch.no_grad()
