@@ -57,7 +57,7 @@ def test_a_preset_names_its_architecture(tmp_path):
     assert preset("cpu-small").model.arch == "rwkv1"
     assert preset("rwkv7-small").model.arch == "rwkv7"
     other = preset("rwkv7-small", "rwkv1")
-    assert (other.model.arch, other.model.ctx_len, other.train.eps) == ("rwkv1", 256, 1e-8)
+    assert (other.model.arch, other.model.ctx_len, other.train.eps) == ("rwkv1", 128, 1e-8)
     path = tmp_path / "config.toml"
     path.write_text("[model]\nlayers = 2\n")
     assert config_from_file(path, "rwkv7-small").model == dataclasses.replace(preset("rwkv7-small").model, layers=2)

@@ -66,15 +66,24 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "rwkv7-small": {
         "arch": "rwkv7",
-        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 256},
+        "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128},
         "data": {"order": "epoch"},
-        "train": {"steps": 2000, "batch_size": 12, "lr": 4e-3, "warmup": 0.02, "weight_decay": 0.1},
+        "train": {
+            "steps": 1800,
+            "batch_size": 6,
+            "optimizer": "muon",
+            "lr": 8e-3,
+            "embedding_lr": 3.0,
+            "warmup": 0.02,
+            "weight_decay": 0.1,
+        },
     },
     # This preset has the size of the published model of 191 M parameters, and the learning rate and weight decay of the
     # original training code for this size.
     "rwkv7-0.1b": {
         "arch": "rwkv7",
         "model": {"layers": 12, "heads": 12, "channels": 768, "ctx_len": 4096, "vocab_size": 65536},
+        "data": {"tokenizer": "world"},
         "train": {
             "steps": 20_000,
             "batch_size": 64,

@@ -24,7 +24,6 @@ LEAST = -2.5
 """Least log-decay for which chunks of 64 tokens stay in the range of float32."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hindrance(r: Tensor, resets: Tensor | None = None) -> str | None:
     """Return the reason why the kernels of fla cannot compute wkv7.
 
@@ -39,12 +38,13 @@ def hindrance(r: Tensor, resets: Tensor | None = None) -> str | None:
         return f"the package flash-linear-attention needs cuda, not {r.device.type}"
     if r.dtype == torch.float64 or resets is not None:
         return "the package flash-linear-attention supports neither float64 nor resets"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot compile the package flash-linear-attention"
     if importlib.util.find_spec("fla") is None:
         return "the package flash-linear-attention is not installed"
     return _difference(r.device, r.shape[-1])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def library_wkv7(
     r: Tensor,
     w: Tensor,
