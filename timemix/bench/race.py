@@ -234,7 +234,7 @@ def _commit() -> str:
 
 
 _MORE = {
-    "share_of_peak": "share of the peak by 6 N D",
+    "share_of_peak": "share of the peak",
     "share_of_floor": "share of the floor",
     "state_bytes": "size of the state, bytes",
     "peak_memory": "peak memory of the process up to this row, bytes",

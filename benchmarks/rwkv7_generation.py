@@ -1,0 +1,229 @@
+"""The generation part of benchmarks/rwkv7.py."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from other_programs import LlamaCpp, RwkvPackage, differs
+from rwkv7_common import CPU, Record, random_model, rwkv7, say, square_product
+from torch import Tensor, nn
+
+from timemix.bench.race import Contender, Heat, race
+from timemix.generation.decode import build_step
+from timemix.generation.engine import Engine
+from timemix.generation.request import Request
+from timemix.generation.sampler import Sampler
+from timemix.models.language_model import LanguageModel
+from timemix.models.quantize import WEIGHTS, Weights, rounded
+from timemix.runtime.machine import keep_freed_memory, resident_memory
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
+"""Largest difference of logits between two programs, relative to the largest logit."""
+
+
+STEPS = 16
+"""Number of consecutive tokens that a contender generates in each call."""
+
+GGUF: dict[Weights, tuple[str, ...]] = {
+    "float32": ("f32",),
+    "bfloat16": ("bf16", "f16"),
+    "int8": ("q8_0",),
+    "int4": ("q4_0",),
+}
+"""Files of llama.cpp with about as many bits as each format of timemix."""
+
+
+def prompt(length: int, vocab_size: int) -> list[int]:
+    return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def last_logits(model: LanguageModel, weights: Weights, length: int) -> Tensor:
+    """Return the logits after a prompt from the model's own forward pass, with rounded weights."""
+    tokens = torch.tensor([prompt(length, model.config.vocab_size)])
+    with torch.no_grad():
+        return rounded(model, weights)(tokens, logits="last")[0][0]
+
+
+def decoding(model: LanguageModel, weights: Weights, rows: int, expected: Tensor) -> Contender:
+    """Return a contender of timemix that decodes STEPS tokens of each row, after a comparison of logits."""
+    stepper, state = build_step(model, weights), model.init_state(rows)
+    places = torch.arange(rows)
+    tokens = torch.tensor(prompt(33, model.config.vocab_size)).repeat(rows)
+    logits, state = stepper(tokens, state, places, torch.full((rows,), 33))
+    fault = differs(logits[-1], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
+
+    def call() -> None:
+        nonlocal state
+        for _ in range(STEPS):
+            _, state = stepper(tokens[:rows], state, places)
+
+    return Contender(f"timemix {weights}", call, rows * STEPS, fault)
+
+
+def llama_decoding(file: Path, weights: Weights, rows: int, threads: int, expected: Tensor) -> Contender:
+    """Return a contender of llama.cpp that decodes STEPS tokens of each row, after a comparison of logits."""
+    runner = LlamaCpp(file, rows, threads)
+    runner([prompt(33, len(expected))] * rows)
+    fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
+
+    def call() -> None:
+        for _ in range(STEPS):
+            runner([[5]] * rows)
+
+    return Contender(f"llama.cpp {file.stem}", call, rows * STEPS, fault)
+
+
+def files_of(folder: Path | None, weights: Weights) -> Iterator[Path]:
+    """Yield the GGUF files in a folder with about as many bits as a format of timemix."""
+    if folder is None:
+        return
+    for name in GGUF[weights]:
+        if (file := folder / f"{name}.gguf").exists():
+            yield file
+
+
+def moved_bytes(model: LanguageModel, weights: Weights, rows: int) -> float:
+    """Return the least number of bytes that a step reads and writes: weights once, the state of each row twice."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}[weights]
+    return linear * bits / 8 + rest * 4 + 2 * model.init_state(rows).nbytes
+
+
+def decode(
+    model: LanguageModel, weights: Weights, rows: int, threads: int, folder: Path | None, seconds: float
+) -> Heat:
+    """Time decoding beside llama.cpp with about as many bits, and beside the time to read the weights and the state."""
+    torch.set_num_threads(threads)
+    expected = last_logits(model, weights, 33)
+    contenders = [decoding(model, weights, rows, expected)]
+    contenders += [llama_decoding(file, weights, rows, threads, expected) for file in files_of(folder, weights)]
+    if weights == "float32" and rows == 1:
+        contenders += rwkv_package(model, 33, decodes=True)
+    memory = torch.ones(2**26)
+    contenders.append(Contender("reading memory", memory.sum, 1))
+    *paths, reading = race(contenders, seconds, CPU, say)
+    bandwidth = 4 * memory.numel() / (reading.seconds or 1)
+    floor = moved_bytes(model, weights, rows) / bandwidth
+    paths = [replace(row, share_of_floor=row.seconds and floor / (row.seconds / STEPS)) for row in paths]
+    title = f"{rows} rows, {threads} threads, memory bandwidth {bandwidth / 1e9:.1f} GB/s in the same rounds"
+    return Heat(title=title, bandwidth=bandwidth, paths=paths)
+
+
+def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Contender]:
+    """Return a contender of the package rwkv that decodes STEPS tokens or reads a prompt; [] without the package."""
+    try:
+        runner = RwkvPackage(model)
+    except ImportError:
+        say("the package rwkv is not installed: it is skipped")
+        return []
+    tokens = prompt(length, model.config.vocab_size)
+    fault = differs(runner(tokens), last_logits(model, "float32", length), 1e-3)
+
+    def call() -> None:
+        if decodes:
+            for _ in range(STEPS):
+                runner([5])
+        else:
+            runner.clear()
+            runner(tokens)
+
+    return [Contender("rwkv float32", call, STEPS if decodes else length, fault)]
+
+
+def prefill(model: LanguageModel, length: int, folder: Path | None, seconds: float) -> Heat:
+    """Time reading a prompt, beside llama.cpp and the package rwkv. Only the last token gets logits."""
+    tokens = prompt(length, model.config.vocab_size)
+    contenders = []
+    formats: tuple[Weights, ...] = ("float32", "bfloat16")
+    for weights in formats:
+        expected = last_logits(model, weights, length)
+        stepper = build_step(model, weights)
+
+        def call(stepper: Any = stepper) -> Tensor:
+            engine = Engine(model, step=stepper)
+            engine.add(Request(tokens, 1, Sampler(temperature=0)))
+            while engine.busy:
+                engine.step()
+            return engine
+
+        logits, _ = stepper(
+            torch.tensor(tokens), model.init_state(1), torch.zeros(1, dtype=torch.int64), torch.tensor([length])
+        )
+        fault = differs(logits[0], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
+        contenders.append(Contender(f"timemix {weights}", call, length, fault))
+        for file in list(files_of(folder, weights))[:1]:
+            runner = LlamaCpp(file, 1, torch.get_num_threads())
+
+            def read(runner: LlamaCpp = runner) -> None:
+                runner.clear()
+                runner([tokens])
+
+            read()
+            fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
+            contenders.append(Contender(f"llama.cpp {file.stem}", read, length, fault))
+    if length <= 1024:
+        contenders += rwkv_package(model, length, decodes=False)
+    size = 2048 if model.config.channels > 64 else 64
+    *paths, product = race([*contenders, square_product(size, "float32")], seconds, CPU, say)
+    peak = 2 * size**3 / (product.seconds or 1)
+    # The head computes logits of one token only.
+    inside = 2 * sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
+    paths = [replace(row, share_of_peak=row.seconds and inside * length / row.seconds / peak) for row in paths]
+    return Heat(
+        title=f"prompt of {length} tokens, {torch.get_num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s",
+        paths=paths,
+    )
+
+
+def far_position(seconds: float, far: int) -> Heat:
+    """Time decoding at position 100 and at a far position, which is really decoded, with the memory of the process."""
+    model = random_model(rwkv7(4, 128, 65))
+    stepper, token, place = build_step(model), torch.tensor([5]), torch.zeros(1, dtype=torch.int64)
+    memory: dict[str, int] = {}
+
+    def at(position: int) -> Contender:
+        state = model.init_state(1)
+        for _ in range(position):
+            _, state = stepper(token, state, place)
+
+        def call() -> None:
+            nonlocal state
+            for _ in range(STEPS):
+                _, state = stepper(token, state, place)
+
+        memory[f"position {position:,}"] = resident_memory()
+        return Contender(f"position {position:,}", call, STEPS)
+
+    paths = race([at(100), at(far)], seconds, CPU, say)
+    return Heat(title=f"4 x 128; {stepper.reason}", paths=[replace(row, peak_memory=memory[row.name]) for row in paths])
+
+
+PUBLISHED = {"0.19 B": (12, 768), "0.4 B": (24, 1024), "1.5 B": (24, 2048)}
+"""Layers and channels of published sizes with the World vocabulary of 65,536 tokens."""
+
+
+def published_size(name: str, toy: bool) -> LanguageModel:
+    layers, channels = (2, 64) if toy else PUBLISHED[name]
+    return random_model(rwkv7(layers, channels, 96 if toy else 65536)).eval()
+
+
+def generation(record: Record, name: str, folder: Path | None, toy: bool) -> None:
+    keep_freed_memory()
+    model, seconds, threads = published_size(name, toy), 0.01 if toy else 4.0, torch.get_num_threads()
+    for weights in WEIGHTS:
+        for count in sorted({1, threads}):
+            work = lambda weights=weights, count=count: decode(model, weights, 1, count, folder, seconds)  # noqa: E731
+            record.part(f"{name}: decode in {weights}, {count} threads", work)
+        torch.set_num_threads(threads)
+        for rows in (8, 32):
+            work = lambda weights=weights, rows=rows: decode(model, weights, rows, threads, folder, seconds)  # noqa: E731
+            record.part(f"{name}: decode in {weights}, {rows} rows", work)
+    for length in (8, 24) if toy else (512, 4096):
+        record.part(
+            f"{name}: prefill of {length} tokens", lambda length=length: prefill(model, length, folder, seconds)
+        )
+    if name == "0.19 B":
+        record.part("far position", lambda: far_position(seconds, 1000 if toy else 10**6))
