@@ -64,6 +64,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         # For the published figure, the attention models were trained with a lower learning rate and weight decay.
         "attention": {"lr": 4e-4, "weight_decay": 0.01},
     },
+    # docs/log/2026-11-27-rwkv7-small.md compares settings.
     "rwkv7-small": {
         "arch": "rwkv7",
         "model": {"layers": 4, "heads": 4, "channels": 128, "ctx_len": 128},
