@@ -330,7 +330,7 @@ def test_an_exported_folder_brings_its_tokenizer(folder, tmp_path):
 
 
 def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
-    """A vocabulary file is given, lies in the folder of Hugging Face, or belongs to an installed package."""
+    """A vocabulary file is given, lies in the folder or beside the file, or belongs to an installed package."""
     vocabulary = tmp_path / "rwkv_vocab_v20230424.txt"
     vocabulary.write_bytes(vocabulary_lines([*BYTES, b"the "]))
     weights = load_file(folder / "model.safetensors")
@@ -346,6 +346,10 @@ def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
     assert load(tmp_path / "beside").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
     with pytest.raises(DamagedFile, match="exceeds the 49 ids"):
         import_run(PTH, tmp_path / "run", theirs / vocabulary.name)
+    export_run(tmp_path / "beside", "pth", tmp_path / "exported")
+    (theirs / vocabulary.name).rename(tmp_path / "exported" / vocabulary.name)
+    import_run(tmp_path / "exported" / "model.pth", tmp_path / "file")
+    assert load(tmp_path / "file").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
 
 
 def test_refusals_of_an_export(tmp_path, run):

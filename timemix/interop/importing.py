@@ -43,9 +43,9 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     Args:
         path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
         out: Run folder, which must not exist.
-        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: one of the files
-            `rwkv_vocab_v20230424.txt` and `tokenizer.json` in the folder `path`, or for 65,536 tokens the vocabulary
-            file of an installed package.
+        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the file
+            `rwkv_vocab_v20230424.txt` in the folder `path` or beside the file `path`, the file `tokenizer.json` in the
+            folder `path`, or for 65,536 tokens the vocabulary file of an installed package.
         ctx_len: Context length in tokens.
 
     Returns:
@@ -75,8 +75,9 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
 def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a model with a vocabulary of `vocab_size` tokens."""
-    names = (PUBLISHED.file, "tokenizer.json")
-    file = given or next((path / name for name in names if (path / name).exists()), None)
+    is_folder = path.is_dir()
+    beside = [(path if is_folder else path.parent) / PUBLISHED.file, *([path / "tokenizer.json"] if is_folder else [])]
+    file = given or next((each for each in beside if each.exists()), None)
     if file is None:
         return _world_of_a_package(path, vocab_size)
     tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
