@@ -88,4 +88,4 @@ class AttentionStep(CompiledStep):
             Values by name of the field.
         """
         turns = rotary_turns.function(torch.arange(self.model.config.ctx_len), base, dims)
-        return {"pairs": dims // 2, "turns": self.parameters.address(turns.float())}
+        return {"pairs": dims // 2, "turns": self.parameters.vector(turns)}
