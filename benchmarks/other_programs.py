@@ -89,7 +89,7 @@ class LlamaCpp:
     def __init__(self, file: Path, rows: int, threads: int) -> None:
         from llama_cpp import llama_cpp
 
-        self.lib, self.rows = llama_cpp, rows
+        self.lib, self.rows, self.name = llama_cpp, rows, file.stem
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()

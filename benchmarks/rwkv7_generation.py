@@ -1,9 +1,9 @@
 """The generation part of benchmarks/rwkv7.py."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from other_programs import LlamaCpp, RwkvPackage, differs
@@ -17,7 +17,7 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, rounded
-from timemix.runtime.machine import keep_freed_memory, resident_memory
+from timemix.runtime.machine import free_memory, keep_freed_memory, resident_memory
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
 """Largest difference of logits between two programs, relative to the largest logit."""
@@ -62,9 +62,9 @@ def decoding(model: LanguageModel, weights: Weights, rows: int, expected: Tensor
     return Contender(f"timemix {weights}", call, rows * STEPS, fault)
 
 
-def llama_decoding(file: Path, weights: Weights, rows: int, threads: int, expected: Tensor) -> Contender:
+def llama_decoding(runner: LlamaCpp, weights: Weights, expected: Tensor) -> Contender:
     """Return a contender of llama.cpp that decodes STEPS tokens of each row, after a comparison of logits."""
-    runner = LlamaCpp(file, rows, threads)
+    rows = runner.rows
     runner([prompt(33, len(expected))] * rows)
     fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
 
@@ -72,7 +72,7 @@ def llama_decoding(file: Path, weights: Weights, rows: int, threads: int, expect
         for _ in range(STEPS):
             runner([[5]] * rows)
 
-    return Contender(f"llama.cpp {file.stem}", call, rows * STEPS, fault)
+    return Contender(f"llama.cpp {runner.name}", call, rows * STEPS, fault)
 
 
 def files_of(folder: Path | None, weights: Weights) -> Iterator[Path]:
@@ -99,12 +99,15 @@ def decode(
     torch.set_num_threads(threads)
     expected = last_logits(model, weights, 33)
     contenders = [decoding(model, weights, rows, expected)]
-    contenders += [llama_decoding(file, weights, rows, threads, expected) for file in files_of(folder, weights)]
-    if weights == "float32" and rows == 1:
-        contenders += rwkv_package(model, 33, decodes=True)
-    memory = torch.ones(2**26)
-    contenders.append(Contender("reading memory", memory.sum, 1))
-    *paths, reading = race(contenders, seconds, CPU, say)
+    with ExitStack() as opened:
+        for file in files_of(folder, weights):
+            runner = opened.enter_context(closing(LlamaCpp(file, rows, threads)))
+            contenders.append(llama_decoding(runner, weights, expected))
+        if weights == "float32" and rows == 1:
+            contenders += rwkv_package(model, 33, decodes=True)
+        memory = torch.ones(2**26)
+        contenders.append(Contender("reading memory", memory.sum, 1))
+        *paths, reading = race(contenders, seconds, CPU, say)
     bandwidth = 4 * memory.numel() / (reading.seconds or 1)
     floor = moved_bytes(model, weights, rows) / bandwidth
     paths = [replace(row, share_of_floor=row.seconds and floor / (row.seconds / STEPS)) for row in paths]
@@ -113,7 +116,11 @@ def decode(
 
 
 def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Contender]:
-    """Return a contender of the package rwkv that decodes STEPS tokens or reads a prompt; [] without the package."""
+    """Return a contender of the package rwkv that decodes STEPS tokens or reads a prompt; [] where it cannot run."""
+    # The package converts its own copy of the weights.
+    if free_memory(CPU) < 3 * sum(p.nbytes for p in model.parameters()):
+        say("there is too little memory for the package rwkv: it is skipped")
+        return []
     try:
         runner = RwkvPackage(model)
     except ImportError:
@@ -133,29 +140,25 @@ def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Co
     return [Contender("rwkv float32", call, STEPS if decodes else length, fault)]
 
 
-def prefill(model: LanguageModel, length: int, folder: Path | None, seconds: float) -> Heat:
+def prefill(model: LanguageModel, weights: Weights, length: int, folder: Path | None, seconds: float) -> Heat:
     """Time reading a prompt, beside llama.cpp and the package rwkv. Only the last token gets logits."""
-    tokens = prompt(length, model.config.vocab_size)
-    contenders = []
-    formats: tuple[Weights, ...] = ("float32", "bfloat16")
-    for weights in formats:
-        expected = last_logits(model, weights, length)
-        stepper = build_step(model, weights)
+    tokens, threads = prompt(length, model.config.vocab_size), torch.get_num_threads()
+    expected, stepper = last_logits(model, weights, length), build_step(model, weights)
 
-        def call(stepper: Any = stepper) -> Tensor:
-            engine = Engine(model, step=stepper)
-            engine.add(Request(tokens, 1, Sampler(temperature=0)))
-            while engine.busy:
-                engine.step()
-            return engine
+    def call() -> None:
+        engine = Engine(model, step=stepper)
+        engine.add(Request(tokens, 1, Sampler(temperature=0)))
+        while engine.busy:
+            engine.step()
 
-        logits, _ = stepper(
-            torch.tensor(tokens), model.init_state(1), torch.zeros(1, dtype=torch.int64), torch.tensor([length])
-        )
-        fault = differs(logits[0], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
-        contenders.append(Contender(f"timemix {weights}", call, length, fault))
-        for file in list(files_of(folder, weights))[:1]:
-            runner = LlamaCpp(file, 1, torch.get_num_threads())
+    logits, _ = stepper(
+        torch.tensor(tokens), model.init_state(1), torch.zeros(1, dtype=torch.int64), torch.tensor([length])
+    )
+    fault = differs(logits[0], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
+    contenders = [Contender(f"timemix {weights}", call, length, fault)]
+    with ExitStack() as opened:
+        for file in files_of(folder, weights):
+            runner = opened.enter_context(closing(LlamaCpp(file, 1, threads)))
 
             def read(runner: LlamaCpp = runner) -> None:
                 runner.clear()
@@ -163,18 +166,17 @@ def prefill(model: LanguageModel, length: int, folder: Path | None, seconds: flo
 
             read()
             fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
-            contenders.append(Contender(f"llama.cpp {file.stem}", read, length, fault))
-    if length <= 1024:
-        contenders += rwkv_package(model, length, decodes=False)
-    size = 2048 if model.config.channels > 64 else 64
-    *paths, product = race([*contenders, square_product(size, "float32")], seconds, CPU, say)
+            contenders.append(Contender(f"llama.cpp {runner.name}", read, length, fault))
+        if weights == "float32" and length <= 1024:
+            contenders += rwkv_package(model, length, decodes=False)
+        size = 2048 if model.config.channels > 64 else 64
+        *paths, product = race([*contenders, square_product(size, "float32")], seconds, CPU, say)
     peak = 2 * size**3 / (product.seconds or 1)
     # The head computes logits of one token only.
     inside = 2 * sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
     paths = [replace(row, share_of_peak=row.seconds and inside * length / row.seconds / peak) for row in paths]
     return Heat(
-        title=f"prompt of {length} tokens, {torch.get_num_threads()} threads; float32 peak {peak / 1e9:.0f} GFLOP/s",
-        paths=paths,
+        title=f"prompt of {length} tokens, {threads} threads; float32 peak {peak / 1e9:.0f} GFLOP/s", paths=paths
     )
 
 
@@ -222,8 +224,8 @@ def generation(record: Record, name: str, folder: Path | None, toy: bool) -> Non
             work = lambda weights=weights, rows=rows: decode(model, weights, rows, threads, folder, seconds)  # noqa: E731
             record.part(f"{name}: decode in {weights}, {rows} rows", work)
     for length in (8, 24) if toy else (512, 4096):
-        record.part(
-            f"{name}: prefill of {length} tokens", lambda length=length: prefill(model, length, folder, seconds)
-        )
+        for weights in WEIGHTS[:2]:
+            work = lambda weights=weights, length=length: prefill(model, weights, length, folder, seconds)  # noqa: E731
+            record.part(f"{name}: prefill of {length} tokens in {weights}", work)
     if name == "0.19 B":
         record.part("far position", lambda: far_position(seconds, 1000 if toy else 10**6))
