@@ -21,6 +21,7 @@ WINGS = (
     "cli",
     "experiments",
     "bench",
+    "server",
     "training",
     "interop",
     "evaluation",

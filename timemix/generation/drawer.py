@@ -81,13 +81,21 @@ def _drawn(request: Request, token: int, logits: np.ndarray) -> Drawn:
     count = request.top_log_probabilities
     if not (request.log_probabilities or count):
         return token, None, ()
-    # Among equally probable tokens, the lowest ids come first.
+    score, top = scores_of(logits, token, count)
+    return token, score if request.log_probabilities else None, top
+
+
+def scores_of(logits: np.ndarray, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return the log-probability of a token, and (token, log-probability) of the `count` most probable tokens.
+
+    Among equally probable tokens, the lowest ids come first.
+    """
     best = most_probable(logits, count)
-    score, *top = log_softmax(logits, [token, *best]).tolist()
-    return token, score if request.log_probabilities else None, tuple(zip(best.tolist(), top, strict=True))
+    score, *top = _log_softmax(logits, [token, *best]).tolist()
+    return score, tuple(zip(best.tolist(), top, strict=True))
 
 
-def log_softmax(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+def _log_softmax(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Return the log-probabilities (n,) float64 in nats of some tokens (n,), from logits (V,)."""
     with np.errstate(invalid="ignore"):
         shifted: np.ndarray = np.subtract(logits, logits.max(), dtype=np.float64)

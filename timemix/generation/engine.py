@@ -10,7 +10,7 @@ import torch
 
 from timemix.errors import InvalidValue, TooManyRequests
 from timemix.generation.decode import Step, build_step
-from timemix.generation.drawer import Drawer, Drawn, log_softmax
+from timemix.generation.drawer import Drawer, Drawn, scores_of
 from timemix.generation.request import Event, Request, is_integer
 from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
 from timemix.generation.sampler import numbers
@@ -145,6 +145,33 @@ class Engine:
         """Whether a request is active or pending."""
         with self._changed:
             return any(not row.is_cancelled for row in (*self._rows, *self._pending))
+
+    @property
+    def active(self) -> int:
+        """Number of samples that have a slot."""
+        with self._changed:
+            return len(self._rows)
+
+    @property
+    def pending(self) -> int:
+        """Number of samples that wait for a slot."""
+        with self._changed:
+            return len(self._pending)
+
+    def progress(self, id: int) -> tuple[int, int]:
+        """Return how much of a request's prompt is processed.
+
+        Args:
+            id: Id of the request.
+
+        Returns:
+            Number of processed tokens, and number of all tokens of the prompt; (0, 0) if the request is not active.
+        """
+        with self._changed:
+            for row in self._rows:
+                if row.id == id:
+                    return len(row.request.prompt) - min(row.unread, len(row.request.prompt)), len(row.request.prompt)
+        return 0, 0
 
     def session(self, id: int, sample: int | None = None) -> Session:
         """Wait for the step in progress, then return a copy of the session of an active request.
@@ -307,7 +334,9 @@ class Engine:
             row.position, row.unread = row.position + count, row.unread - count
         for i, row, index in scored:
             assert row.prompt_scores is not None
-            row.prompt_scores[index] = float(log_softmax(logits[i], [row.request.prompt[index]])[0])
+            row.prompt_scores[index] = scores_of(
+                logits[i], row.request.prompt[index], row.request.top_log_probabilities
+            )
         readers = [row for _, row in done]
         last = logits if len(done) == len(wanted) else logits[[i for i, _ in done]]
         return list(zip(readers, self._drawer.draw(readers, last), strict=True))
@@ -367,7 +396,10 @@ class Engine:
     def _scored(self, row: Row, event: Event) -> Event:
         """Add the log-probabilities of the prompt to a row's first event."""
         scores, row.prompt_scores = row.prompt_scores, None
-        return event if scores is None else replace(event, prompt_log_probabilities=tuple(scores))
+        if scores is None:
+            return event
+        found, top = zip(*scores, strict=True)
+        return replace(event, prompt_log_probabilities=found, prompt_top_log_probabilities=top)
 
     def _session_of(self, row: Row) -> Session:
         """Return a copy of a row as a session."""

@@ -43,7 +43,8 @@ class Request:
         stop_tokens: Token ids; the text ends before the first stop token that is drawn. The last event reports the stop
             token, and the session contains the stop token.
         logit_bias: Numbers, by token id, that are added to the logits before sampling; -inf excludes a token.
-        top_log_probabilities: Number of most probable tokens to report with each token, at least 0.
+        top_log_probabilities: Number of most probable tokens to report with each token, at least 0. Prompt tokens are
+            included if `prompt_log_probabilities` is set.
         prompt_log_probabilities: Whether the first event reports the log-probability of each prompt token.
 
     Raises:
@@ -182,6 +183,8 @@ class Event:
         top_log_probabilities: (token id, log-probability) of the most probable tokens, the most probable first.
         prompt_log_probabilities: Log-probability in nats of each prompt token in the first event, if the request asks
             for it; otherwise None. The value is None for the first token of a text.
+        prompt_top_log_probabilities: (token id, log-probability) of the most probable tokens in place of each prompt
+            token, under the same conditions; empty for the first token of a text.
         reason: Reason of the error, if `finished` is "error"; otherwise None.
     """
 
@@ -194,4 +197,5 @@ class Event:
     sample: int = 0
     top_log_probabilities: tuple[tuple[int, float], ...] = ()
     prompt_log_probabilities: tuple[float | None, ...] | None = None
+    prompt_top_log_probabilities: tuple[tuple[tuple[int, float], ...], ...] | None = None
     reason: str | None = None

@@ -72,7 +72,8 @@ class Row:
         slot: Index of a row of the engine's state; -1 while pending.
         last_read: Count of the engine's clock when the row last processed a piece of its prompt.
         is_cancelled: Whether the row must leave the engine after the step in progress.
-        prompt_scores: Log-probabilities of the prompt tokens; None unless the request asks for them.
+        prompt_scores: Log-probability of each prompt token, and (token, log-probability) of the most probable tokens;
+            None unless the request asks for them.
     """
 
     id: int
@@ -89,7 +90,7 @@ class Row:
     slot: int = -1
     last_read: int = 0
     is_cancelled: bool = False
-    prompt_scores: list[float | None] | None = None
+    prompt_scores: list[tuple[float | None, tuple[tuple[int, float], ...]]] | None = None
     first: int = field(init=False)
     """Value of `written` when the request began."""
 
@@ -143,7 +144,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
         emitter=new_emitter(request, tokens, tokenizer),
         state=None if start is None else start.state,
         forks=request.samples - 1,
-        prompt_scores=[None] * len(prompt) if request.prompt_log_probabilities else None,
+        prompt_scores=[(None, ())] * len(prompt) if request.prompt_log_probabilities else None,
     )
     if limit is not None and row.position == 0:
         row.unread = min(row.unread, limit)

@@ -228,6 +228,20 @@ class Tokenizer(ABC):
         """
         return StreamDecoder(self._pieces, self.spaced)
 
+    def piece(self, token: int) -> bytes:
+        """Return the UTF-8 bytes of a token, which may be a part of a character.
+
+        Args:
+            token: Token id.
+
+        Returns:
+            The bytes, without a space between words.
+
+        Raises:
+            InvalidValue: The id is outside the vocabulary.
+        """
+        return piece_of(token, self._pieces)
+
     def differences(self, other: "Tokenizer") -> str:
         """Describe the differences between two tokenizers, for an error message.
 
@@ -299,9 +313,7 @@ class StreamDecoder:
         Raises:
             InvalidValue: The id is outside the vocabulary.
         """
-        if not 0 <= token < len(self._pieces):
-            raise InvalidValue(f"token {token} is outside the vocabulary of {len(self._pieces)}; ids start at 0")
-        piece = self._pieces[token]
+        piece = piece_of(token, self._pieces)
         if not self._spaced:
             return self._utf8.decode(piece)
         space = b" " if self._space_due else b""
@@ -335,6 +347,17 @@ class StreamDecoder:
             U+FFFD if the last character is incomplete, else an empty string.
         """
         return self._utf8.decode(b"", final=True)
+
+
+def piece_of(token: int, pieces: Sequence[bytes]) -> bytes:
+    """Return the bytes of a token.
+
+    Raises:
+        InvalidValue: The id is outside the vocabulary.
+    """
+    if not 0 <= token < len(pieces):
+        raise InvalidValue(f"token {token} is outside the vocabulary of {len(pieces)}; ids start at 0")
+    return pieces[token]
 
 
 def pieces_of(ids: np.ndarray, pieces: Sequence[bytes]) -> list[bytes]:

@@ -1,0 +1,128 @@
+"""The command-line verb serve: offer trained models over HTTP."""
+
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from timemix.cli.options import parse
+from timemix.errors import InvalidValue, Unavailable
+
+if TYPE_CHECKING:
+    from timemix.server.engine_thread import Served
+
+Runs = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="RUN [RUN ...]", help="Run folders, or checkpoints; each is a model of the API."),
+]
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """Offer trained models over HTTP: an API in the form of OpenAI's, and a page to write with a model.
+
+    Examples:
+        timemix serve runs/mine
+        timemix serve runs/mine runs/other --port 8080 --weights int8 --api-key-file keys.txt
+    """
+
+    runs: Runs
+    host: str = "127.0.0.1"
+    """Address on which the server listens; 127.0.0.1 is reached from this machine alone."""
+    port: int = 8000
+    """Port, from 0 to 65535 (0: a free port)."""
+    slots: int = 32
+    """Largest number of texts that each model generates at once, at least 1."""
+    queue: int = 256
+    """Largest number of requests that wait for a slot, at least 1; further requests get status 429."""
+    checkpoint: str = "best"
+    """Checkpoint: best, newest, or the number of its step."""
+    weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
+    """Number format of the weights; fewer bytes are faster and less exact."""
+    api_key_file: Path | None = None
+    """File with one API key a line, of which each request must send one. Default: requests need no key."""
+    cors: tuple[str, ...] = ()
+    """Origins of web pages that may send requests, such as http://localhost:3000."""
+    drain_seconds: float = 30.0
+    """Time in seconds, at least 0, that running requests get after Ctrl-C or SIGTERM."""
+    device: str = "auto"
+    """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("port", 0, 65535), ("slots", 1, 2**20), ("queue", 1, 2**20)):
+            if not low <= getattr(self, name) <= high:
+                raise InvalidValue(f"--{name} is {getattr(self, name)}; it must be from {low} to {high}")
+        if not self.drain_seconds >= 0:
+            raise InvalidValue(f"--drain-seconds is {self.drain_seconds}; it must be at least 0")
+        if not self.runs:
+            raise InvalidValue("no run is given; give at least one: timemix serve RUN")
+
+
+def serve(arguments: list[str]) -> int:
+    parsed = parse(ServeArguments, arguments, "serve")
+    listening = _listen(parsed.host, parsed.port)
+    with listening:
+        from timemix.server.app import Settings
+        from timemix.server.app import serve as run
+        from timemix.server.security import read_keys
+
+        keys = () if parsed.api_key_file is None else read_keys(parsed.api_key_file)
+        models = _models(parsed)
+        host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        url = f"http://{host}:{listening.getsockname()[1]}/"
+        settings = Settings(parsed.host, keys, parsed.cors, parsed.drain_seconds)
+        run(models, settings, listening, lambda: print(f"timemix: serving at {url} (Ctrl-C ends it)", flush=True))
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise Unavailable(
+            f"the server cannot listen on {host}:{port}: {reason}; choose another --host or --port"
+        ) from None
+    return listening
+
+
+def _models(parsed: ServeArguments) -> "Sequence[Served]":
+    """Load the models of the runs."""
+    from timemix.generation.engine import Engine
+    from timemix.runs.load import load
+    from timemix.runtime.device import choose_device
+    from timemix.server.engine_thread import Served
+
+    device = str(choose_device(parsed.device)[0])
+    models: list[Served] = []
+    for run in parsed.runs:
+        loaded = load(run, checkpoint=parsed.checkpoint, device=device, mapped=True)
+        name = _free_name(run, {each.name for each in models})
+        engine = Engine(
+            loaded.model, loaded.tokenizer, slots=parsed.slots, weights=parsed.weights, max_pending=parsed.queue
+        )
+        if not engine.advance.compiled:
+            reason = engine.advance.reason
+            print(f"timemix: {name} uses PyTorch, not the compiled step: {reason}", file=sys.stderr, flush=True)
+        created = int(loaded.folder.stat().st_mtime)
+        models.append(Served(name, engine, parsed.weights, created))
+        config = loaded.model.config
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        print(f"timemix: model {name}: {config.arch}, {parameters:,} parameters, {parsed.weights}", flush=True)
+    return models
+
+
+def _free_name(run: Path, taken: set[str]) -> str:
+    """Return the name of a run's folder, with a number if another model has this name."""
+    base = run.resolve().name
+    return next(name for i in range(1, len(taken) + 2) if (name := base if i == 1 else f"{base}-{i}") not in taken)

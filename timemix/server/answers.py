@@ -1,0 +1,349 @@
+"""The way from events of the engine to an answer, whole or as a stream, in the form of one endpoint."""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from timemix.generation.request import Event, Request
+from timemix.generation.session import Session
+from timemix.server.engine_thread import EngineThread, Served, Stream
+from timemix.server.errors import ApiError
+from timemix.server.fields import checked
+from timemix.tokenizers.base import Tokenizer
+
+KEEP_ALIVE = 10.0
+"""Seconds without an event after which a stream gets a comment, so that no program on the way closes it."""
+
+LONGEST_SEND = 60.0
+"""Seconds after which a client that reads nothing loses its request."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of one token.
+
+    Args:
+        token: Token id.
+        log_probability: Log-probability in nats; None for the first token of a text.
+        top: (token id, log-probability) of the most probable tokens.
+        offset: Number of characters of the text before this token.
+    """
+
+    token: int
+    log_probability: float | None
+    top: Sequence[tuple[int, float]]
+    offset: int
+
+
+@dataclass
+class Piece:
+    """New content of one choice.
+
+    Args:
+        index: Index of the choice.
+        text: New text.
+        scores: New scores; None if the call asks for none.
+        finish: Reason of the end, in the last piece.
+        extras: Further fields of the choice.
+    """
+
+    index: int
+    text: str = ""
+    scores: list[Score] | None = None
+    finish: str | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: "Piece") -> None:
+        """Append a later piece."""
+        self.text += other.text
+        self.scores = self.scores if other.scores is None else [*(self.scores or []), *other.scores]
+        self.finish = other.finish or self.finish
+        for name, value in other.extras.items():
+            joined = isinstance(value, list) and name in self.extras
+            self.extras[name] = self.extras[name] + value if joined else value
+
+
+class Form(ABC):
+    """The form of the answers of an endpoint.
+
+    Attributes:
+        prefix: Prefix of the ids of answers.
+        whole: Value of "object" in a whole answer.
+        part: Value of "object" in a chunk of a stream.
+    """
+
+    prefix: str
+    whole: str
+    part: str
+
+    @abstractmethod
+    def choice(self, piece: Piece, tokenizer: Tokenizer, *, is_part: bool) -> dict[str, Any]:
+        """Return a choice of an answer, or of a chunk of a stream if `is_part`."""
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return the choice of the first chunk of a stream, or None if the first chunk holds text."""
+        return None
+
+
+@dataclass
+class Call:
+    """A call of the API for text.
+
+    Args:
+        served: The model.
+        form: Form of the answer.
+        requests: Request to the engine for each prompt.
+        echo: Text of each prompt to repeat; [] without echo.
+        scored: Whether the answer reports log-probabilities.
+        returns_ids: Whether the answer reports token ids.
+        is_stream: Whether the answer is a stream.
+        includes_usage: Whether the last chunk of a stream reports the usage.
+        repeats_usage: Whether each chunk of a stream reports the usage so far.
+        keep: Function that stores the session of a choice and returns its description; None: no session is kept.
+    """
+
+    served: Served
+    form: Form
+    requests: list[Request]
+    echo: list[str]
+    scored: bool
+    returns_ids: bool
+    is_stream: bool
+    includes_usage: bool = False
+    repeats_usage: bool = False
+    keep: Callable[[Session], dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        self.id, self.created = f"{self.form.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self._generated = self._cached = 0
+        self._choices: dict[int, _Choice] = {}
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return the first fields of an answer or a chunk."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+
+    def usage(self) -> dict[str, Any]:
+        """Return the numbers of tokens so far."""
+        prompt = sum(len(request.prompt) for request in self.requests)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self._generated,
+            "total_tokens": prompt + self._generated,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
+        }
+
+    @property
+    def size(self) -> int:
+        """Number of choices."""
+        return sum(request.samples for request in self.requests)
+
+    def piece(self, place: int, event: Event) -> Piece:
+        """Return the new content that an event of the request at `place` gives.
+
+        Raises:
+            ApiError: The choice cannot continue.
+        """
+        request = self.requests[place]
+        if event.finished == "error":
+            is_bias = "logit_bias" in (event.reason or "")
+            raise ApiError(400 if is_bias else 500, f"{event.reason}", "logit_bias" if is_bias else None)
+        index = sum(each.samples for each in self.requests[:place]) + event.sample - request.sample
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(self, index, place)
+        self._generated += event.token is not None
+        return choice.piece(event)
+
+    def stored(self, session: Session) -> dict[str, Any]:
+        """Store the session of a choice and return its description."""
+        assert self.keep is not None
+        return self.keep(session)
+
+
+class _Choice:
+    """One choice of an answer.
+
+    Args:
+        call: The call.
+        index: Index of the choice.
+        place: Index of the prompt.
+    """
+
+    def __init__(self, call: Call, index: int, place: int) -> None:
+        self._call, self._index, self._request = call, index, call.requests[place]
+        self._echo = call.echo[place] if call.echo else None
+        self._decoder = call.served.tokenizer.stream()
+        self._offset = self._written = 0
+        self._is_new = True
+
+    def piece(self, event: Event) -> Piece:
+        """Return the new content that an event gives."""
+        call, piece = self._call, Piece(self._index, event.text, finish=event.finished)
+        if call.scored:
+            piece.scores = []
+        if call.returns_ids:
+            piece.extras["token_ids"] = [] if event.token is None else [event.token]
+        if self._is_new:
+            self._is_new = False
+            self._begin(piece, event)
+        if call.scored and event.token is not None:
+            assert piece.scores is not None
+            score = self._score(event.token, event.log_probability, event.top_log_probabilities)
+            piece.scores.append(score)
+        self._written += 1
+        if event.session is not None:
+            piece.extras["state"] = call.stored(event.session)
+        return piece
+
+    def _begin(self, piece: Piece, event: Event) -> None:
+        """Add the prompt to the first piece, as far as the call asks for it."""
+        prompt = self._request.prompt
+        if self._call.returns_ids:
+            piece.extras["prompt_token_ids"] = list(prompt)
+        if self._echo is None:
+            return
+        piece.text = self._echo + piece.text
+        if piece.scores is not None:
+            scores = event.prompt_log_probabilities or (None,) * len(prompt)
+            tops = event.prompt_top_log_probabilities or ((),) * len(prompt)
+            piece.scores += map(self._score, prompt, scores, tops)
+
+    def _score(self, token: int, log_probability: float | None, top: Sequence[tuple[int, float]]) -> Score:
+        offset = self._offset
+        self._offset += len(self._decoder.push(token))
+        return Score(token, log_probability, top, offset)
+
+
+async def respond(request: HttpRequest, call: Call, thread: EngineThread) -> Response:
+    """Answer a call: at once as a stream, or with the whole answer. A client that leaves frees its slots.
+
+    Args:
+        request: The HTTP request, whose body has been read.
+        call: The call.
+        thread: The thread that steps the engine.
+
+    Raises:
+        ApiError: The call cannot be answered.
+    """
+    stream = checked("prompt", lambda: thread.submit(call.served, call.requests))
+    if call.is_stream:
+        return EventStream(call, stream)
+    collecting = asyncio.ensure_future(_whole(call, stream))
+    leaving = asyncio.ensure_future(_until_disconnected(request.receive))
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(collecting.result()) if collecting.done() else Response(status_code=499)
+    finally:
+        await _end(stream, collecting, leaving)
+
+
+async def _whole(call: Call, stream: Stream) -> dict[str, Any]:
+    """Return the whole answer."""
+    pieces = [Piece(index) for index in range(call.size)]
+    while not stream.has_ended:
+        for place, event in await stream.take():
+            piece = call.piece(place, event)
+            pieces[piece.index].add(piece)
+    choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
+    return call.head(call.form.whole) | {"choices": choices, "usage": call.usage()}
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(stream: Stream, *tasks: asyncio.Future[Any]) -> None:
+    """Cancel the requests and the tasks of a call."""
+    stream.cancel()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """A stream of server-sent events.
+
+    Args:
+        call: The call.
+        stream: The events of the engine.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, call: Call, stream: Stream) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._call, self._stream = call, stream
+        head = call.head(call.form.part)
+        self._head = f"data: {json.dumps(head)[:-1]}, "
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, until its end or until the client leaves."""
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_until_disconnected(receive))
+        try:
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                with contextlib.suppress(TimeoutError):
+                    writing.result()
+        finally:
+            await _end(self._stream, writing, leaving)
+
+    async def _write(self, send: Send) -> None:
+        call, stream = self._call, self._stream
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        openings = [call.form.opening(index) for index in range(call.size)]
+        data = "".join(self._chunk(opening) for opening in openings if opening)
+        try:
+            while not stream.has_ended:
+                if data:
+                    await _send(send, data)
+                data = self._chunks(await stream.take(KEEP_ALIVE))
+            if call.includes_usage:
+                data += self._chunk(None, call.usage())
+            data += "data: [DONE]\n\n"
+        except ApiError as error:
+            data = f"data: {json.dumps(error.body())}\n\n"
+        await _send(send, data, more=False)
+
+    def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
+        """Return the chunks of new events, or a comment if there are none."""
+        if not events:
+            processed, total = self._stream.progress()
+            return f": reading {processed}/{total}\n\n"
+        call, found = self._call, []
+        for place, event in events:
+            piece = call.piece(place, event)
+            if piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
+                found.append(self._chunk(call.form.choice(piece, call.served.tokenizer, is_part=True)))
+        return "".join(found)
+
+    def _chunk(self, choice: dict[str, Any] | None, usage: dict[str, Any] | None = None) -> str:
+        """Return one chunk of the stream: with a choice, or without choices and with the usage of the whole call."""
+        call = self._call
+        if usage is None and call.repeats_usage:
+            usage = call.usage()
+        known = f', "usage": {json.dumps(usage)}' if call.includes_usage or call.repeats_usage else ""
+        choices = "" if choice is None else json.dumps(choice)
+        return f'{self._head}"choices": [{choices}]{known}}}\n\n'
+
+
+async def _send(send: Send, data: str, *, more: bool = True) -> None:
+    """Send a part of a stream.
+
+    Raises:
+        TimeoutError: The client has read nothing for a long time.
+    """
+    async with asyncio.timeout(LONGEST_SEND):
+        await send({"type": "http.response.body", "body": data.encode(), "more_body": more})

@@ -1,0 +1,265 @@
+"""The endpoint /v1/completions, and the fields that it shares with /v1/chat/completions."""
+
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from timemix.generation.request import Request
+from timemix.generation.sampler import Sampler
+from timemix.server.answers import Call, Form, Piece, Score, respond
+from timemix.server.engine_thread import Served
+from timemix.server.errors import ApiError
+from timemix.server.fields import Fields, checked
+from timemix.server.service import service_of
+from timemix.tokenizers.base import Tokenizer
+
+MOST_TOKENS = 1_000_000
+"""Largest number of tokens that one call can ask for in each choice."""
+
+MOST_CHOICES = 128
+"""Largest number of choices of one prompt."""
+
+MOST_STOPS = 16
+"""Largest number of stop strings, and of stop tokens."""
+
+MOST_TOP = 20
+"""Largest number of most probable tokens in an answer."""
+
+UNSUPPORTED = (
+    "response_format",
+    "grammar",
+    "json_schema",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "use_beam_search",
+)
+"""Fields of other servers that change the answer and are not supported."""
+
+
+async def complete(request: HttpRequest) -> Response:
+    """Answer POST /v1/completions."""
+    service = service_of(request)
+    fields = await Fields.read(request, service.most_bytes)
+    served = service.model(fields.text("model"))
+    fields.unsupported("suffix", ("",))
+    fields.unsupported("best_of", (1,))
+    count = fields.integer("logprobs", -1, 0, MOST_TOP)
+    asked = engine_fields(fields, served, default_tokens=16)
+    echo = fields.flag("echo")
+    prompts, texts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
+    asked |= {
+        "log_probabilities": count >= 0,
+        "top_log_probabilities": max(count, 0),
+        "prompt_log_probabilities": echo and count >= 0,
+    }
+    requests = [build_request(prompt, asked, served, "prompt") for prompt in prompts]
+    call = Call(
+        served=served,
+        form=CompletionForm(),
+        requests=requests,
+        echo=texts if echo else [],
+        scored=count >= 0,
+        returns_ids=fields.flag("return_token_ids"),
+        **stream_fields(fields),
+    )
+    return await respond(request, call, service.thread)
+
+
+def stream_fields(fields: Fields) -> dict[str, Any]:
+    """Return the fields of a call about its stream.
+
+    Args:
+        fields: Fields of the body.
+
+    Raises:
+        ApiError: A field is wrong.
+    """
+    is_stream, options = fields.flag("stream"), fields.get("stream_options")
+    if options is not None and not is_stream:
+        raise ApiError(400, "stream_options needs stream: true; leave stream_options out", "stream_options")
+    if not isinstance(options or {}, dict):
+        fields.refuse("stream_options", "an object")
+    inner = Fields(options or {})
+    return {
+        "is_stream": is_stream,
+        "includes_usage": inner.flag("include_usage"),
+        "repeats_usage": inner.flag("continuous_usage_stats"),
+    }
+
+
+def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: str = "max_tokens") -> dict[str, Any]:
+    """Return the arguments of the engine's Request, apart from the prompt and the log-probabilities.
+
+    Args:
+        fields: Fields of the body.
+        served: The model.
+        default_tokens: Number of tokens if the body names none.
+        tokens: Field that holds the number of tokens.
+
+    Raises:
+        ApiError: A field is wrong or not supported.
+    """
+    for name in UNSUPPORTED:
+        fields.unsupported(name, ({"type": "text"}, False))
+    sampler = {name: fields.number(name, default) for name, default in vars(Sampler()).items()}
+    seed = fields.get("seed")
+    if seed is not None:
+        seed = fields.integer("seed", 0, -(2**63), 2**64 - 1) % 2**64
+    stop_tokens = fields.ids("stop_token_ids")
+    if len(stop_tokens) > MOST_STOPS:
+        raise ApiError(400, f"stop_token_ids has {len(stop_tokens)} ids; give at most {MOST_STOPS}", "stop_token_ids")
+    _check_ids("stop_token_ids", stop_tokens, served)
+    bias = _logit_bias(fields)
+    _check_ids("logit_bias", bias, served)
+    end = served.tokenizer.end_of_text
+    if end is not None and not fields.flag("ignore_eos"):
+        stop_tokens += (end,)
+    context = fields.one_of("context", "", ("", "reanchor", "exact", "error"))
+    return {
+        "tokens": fields.integer(tokens, default_tokens, 0, MOST_TOKENS),
+        "sampler": checked(None, lambda: Sampler(**sampler)),
+        # A call without a seed gets a text of its own.
+        "seed": secrets.randbits(64) if seed is None else seed,
+        "samples": fields.integer("n", 1, 1, MOST_CHOICES),
+        "stop": fields.texts("stop", MOST_STOPS),
+        "stop_tokens": stop_tokens,
+        "logit_bias": bias,
+        "context": context,
+    }
+
+
+def build_request(prompt: list[int], asked: dict[str, Any], served: Served, param: str) -> Request:
+    """Return a request to the engine.
+
+    Args:
+        prompt: Token ids of the prompt.
+        asked: Arguments from `engine_fields`.
+        served: The model.
+        param: Field of the body that holds the prompt.
+
+    Raises:
+        ApiError: The prompt is empty, does not fit the context, or a token is outside the vocabulary.
+    """
+    limit, context, tokens = served.engine.model.max_position, asked["context"], asked["tokens"]
+    needed = len(prompt) + (tokens if context == "error" else 0)
+    if limit is not None and context in ("", "error") and needed > limit:
+        rest = f" and {tokens} new tokens" if context == "error" else ""
+        raise ApiError(
+            400,
+            f"the context of {served.name} has {limit} tokens, but the prompt has {len(prompt)}{rest}; shorten the"
+            ' prompt, or send context: "reanchor", which leaves out its beginning',
+            param,
+            "context_length_exceeded",
+        )
+    if not prompt:
+        end = served.tokenizer.end_of_text
+        if end is None:
+            raise ApiError(400, "the prompt is empty; give at least one token", param)
+        prompt = [end]
+    own = asked | {"context": "exact" if context == "exact" else "reanchor"}
+    return checked(param, lambda: Request(prompt, **own))
+
+
+def _check_ids(name: str, ids: Iterable[int], served: Served) -> None:
+    vocab_size = served.engine.model.config.vocab_size
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ApiError(400, f"{name} holds {token}; the vocabulary has ids from 0 to {vocab_size - 1}", name)
+
+
+def _logit_bias(fields: Fields) -> dict[int, float]:
+    """Return the biases by token id."""
+    given = fields.get("logit_bias")
+    if given is None:
+        return {}
+    try:
+        return {int(token): float(Fields(given).number(token, 0.0)) for token in given}
+    except (TypeError, ValueError, AttributeError, ApiError):
+        fields.refuse("logit_bias", "an object of numbers by token id")
+
+
+def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
+    """Return the token ids and the text of each prompt.
+
+    Args:
+        fields: Fields of the body.
+        tokenizer: The tokenizer.
+
+    Raises:
+        ApiError: The field `prompt` is missing or wrong.
+    """
+    given = fields.get("prompt")
+    wanted = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    if given is None:
+        raise ApiError(400, f"prompt is missing; give {wanted}", "prompt")
+    if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(x, int) for x in given)):
+        given = [given]
+    if not (isinstance(given, list) and given):
+        fields.refuse("prompt", wanted)
+    prompts, texts = [], []
+    for each in given:
+        own = Fields({"prompt": each})
+        if isinstance(each, str):
+            text = own.text("prompt") or ""
+            ids = checked("prompt", lambda text=text: tokenizer.encode(text).tolist())  # type: ignore[misc]
+        elif isinstance(each, list):
+            ids = list(own.ids("prompt"))
+            text = checked("prompt", lambda ids=ids: tokenizer.decode(ids))  # type: ignore[misc]
+        else:
+            fields.refuse("prompt", wanted)
+        prompts.append(ids)
+        texts.append(text)
+    return prompts, texts
+
+
+def spelled(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token, with a distinct spelling for tokens that are not text of their own.
+
+    Args:
+        tokenizer: The tokenizer.
+        token: Token id.
+
+    Returns:
+        The text; `bytes:` and the bytes in hexadecimal if they are not UTF-8; `token_id:` and the id of an empty token.
+    """
+    piece = tokenizer.piece(token)
+    try:
+        return piece.decode() or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+class CompletionForm(Form):
+    """The form of /v1/completions."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, piece: Piece, tokenizer: Tokenizer, *, is_part: bool) -> dict[str, Any]:
+        """Return a choice."""
+        scores = None if piece.scores is None else _legacy(piece.scores, tokenizer)
+        found = {"index": piece.index, "text": piece.text, "logprobs": scores, "finish_reason": piece.finish}
+        return found | piece.extras
+
+
+def _legacy(scores: list[Score], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return log-probabilities in the form of /v1/completions."""
+    spell: Callable[[int], str] = lambda token: spelled(tokenizer, token)  # noqa: E731
+    return {
+        "tokens": [spell(score.token) for score in scores],
+        "token_logprobs": [score.log_probability for score in scores],
+        # The drawn token is reported even if it is not among the most probable tokens.
+        "top_logprobs": [
+            None
+            if score.log_probability is None
+            else {spell(token): x for token, x in score.top} | {spell(score.token): score.log_probability}
+            for score in scores
+        ],
+        "text_offset": [score.offset for score in scores],
+    }
