@@ -1,8 +1,9 @@
 """The generation part of benchmarks/rwkv7.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
 """Largest difference of logits between two programs, relative to the largest logit."""
 
 
+PROMPT = 33
+"""Number of tokens of the prompt before the decoded tokens."""
+
 STEPS = 16
 """Number of consecutive tokens that a contender generates in each call."""
 
@@ -39,33 +43,54 @@ def prompt(length: int, vocab_size: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def last_logits(model: LanguageModel, weights: Weights, length: int) -> Tensor:
-    """Return the logits after a prompt from the model's own forward pass, with rounded weights."""
-    tokens = torch.tensor([prompt(length, model.config.vocab_size)])
+class Prepared:
+    """A model whose weights are in one format, with the logits that other programs must reach.
+
+    Args:
+        model: The model in float32.
+        weights: Format of the weights.
+        lengths: Lengths of the prompts whose logits are needed.
+    """
+
+    def __init__(self, model: LanguageModel, weights: Weights, lengths: Sequence[int]) -> None:
+        self.model, self.weights = model, weights
+        whole = rounded(model, weights)
+        self.expected = {length: last_logits(whole, length) for length in lengths}
+        del whole
+        self.stepper = build_step(model, weights)
+
+    def fault(self, logits: Tensor, length: int) -> str | None:
+        """Return a message if the compiled step is not available, or its logits are wrong."""
+        if not self.stepper.compiled:
+            return self.stepper.reason
+        return differs(logits, self.expected[length], TOLERANCE[self.weights])
+
+
+def last_logits(model: LanguageModel, length: int) -> Tensor:
+    """Return the logits after a prompt from the model's own forward pass."""
     with torch.no_grad():
-        return rounded(model, weights)(tokens, logits="last")[0][0]
+        return model(torch.tensor([prompt(length, model.config.vocab_size)]), logits="last")[0][0]
 
 
-def decoding(model: LanguageModel, weights: Weights, rows: int, expected: Tensor) -> Contender:
+def decoding(prepared: Prepared, rows: int) -> Contender:
     """Return a contender of timemix that decodes STEPS tokens of each row, after a comparison of logits."""
-    stepper, state = build_step(model, weights), model.init_state(rows)
+    stepper, state = prepared.stepper, prepared.model.init_state(rows)
     places = torch.arange(rows)
-    tokens = torch.tensor(prompt(33, model.config.vocab_size)).repeat(rows)
-    logits, state = stepper(tokens, state, places, torch.full((rows,), 33))
-    fault = differs(logits[-1], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
+    tokens = torch.tensor(prompt(PROMPT, prepared.model.config.vocab_size)).repeat(rows)
+    logits, state = stepper(tokens, state, places, torch.full((rows,), PROMPT))
 
     def call() -> None:
         nonlocal state
         for _ in range(STEPS):
             _, state = stepper(tokens[:rows], state, places)
 
-    return Contender(f"timemix {weights}", call, rows * STEPS, fault)
+    return Contender(f"timemix {prepared.weights}", call, rows * STEPS, prepared.fault(logits[-1], PROMPT))
 
 
 def llama_decoding(runner: LlamaCpp, weights: Weights, expected: Tensor) -> Contender:
     """Return a contender of llama.cpp that decodes STEPS tokens of each row, after a comparison of logits."""
     rows = runner.rows
-    runner([prompt(33, len(expected))] * rows)
+    runner([prompt(PROMPT, len(expected))] * rows)
     fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
 
     def call() -> None:
@@ -92,19 +117,17 @@ def moved_bytes(model: LanguageModel, weights: Weights, rows: int) -> float:
     return linear * bits / 8 + rest * 4 + 2 * model.init_state(rows).nbytes
 
 
-def decode(
-    model: LanguageModel, weights: Weights, rows: int, threads: int, folder: Path | None, seconds: float
-) -> Heat:
+def decode(prepared: Prepared, rows: int, threads: int, folder: Path | None, seconds: float) -> Heat:
     """Time decoding beside llama.cpp with about as many bits, and beside the time to read the weights and the state."""
     torch.set_num_threads(threads)
-    expected = last_logits(model, weights, 33)
-    contenders = [decoding(model, weights, rows, expected)]
+    model, weights, expected = prepared.model, prepared.weights, prepared.expected[PROMPT]
+    contenders = [decoding(prepared, rows)]
     with ExitStack() as opened:
         for file in files_of(folder, weights):
             runner = opened.enter_context(closing(LlamaCpp(file, rows, threads)))
             contenders.append(llama_decoding(runner, weights, expected))
         if weights == "float32" and rows == 1:
-            contenders += rwkv_package(model, 33, decodes=True)
+            contenders += rwkv_package(prepared, PROMPT, decodes=True)
         memory = torch.ones(2**26)
         contenders.append(Contender("reading memory", memory.sum, 1))
         *paths, reading = race(contenders, seconds, CPU, say)
@@ -115,8 +138,9 @@ def decode(
     return Heat(title=title, bandwidth=bandwidth, paths=paths)
 
 
-def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Contender]:
+def rwkv_package(prepared: Prepared, length: int, *, decodes: bool) -> list[Contender]:
     """Return a contender of the package rwkv that decodes STEPS tokens or reads a prompt; [] where it cannot run."""
+    model = prepared.model
     # The package converts its own copy of the weights.
     if free_memory(CPU) < 3 * sum(p.nbytes for p in model.parameters()):
         say("there is too little memory for the package rwkv: it is skipped")
@@ -127,7 +151,7 @@ def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Co
         say("the package rwkv is not installed: it is skipped")
         return []
     tokens = prompt(length, model.config.vocab_size)
-    fault = differs(runner(tokens), last_logits(model, "float32", length), 1e-3)
+    fault = differs(runner(tokens), prepared.expected[length], 1e-3)
 
     def call() -> None:
         if decodes:
@@ -140,10 +164,14 @@ def rwkv_package(model: LanguageModel, length: int, *, decodes: bool) -> list[Co
     return [Contender("rwkv float32", call, STEPS if decodes else length, fault)]
 
 
-def prefill(model: LanguageModel, weights: Weights, length: int, folder: Path | None, seconds: float) -> Heat:
+def prefill(prepared: Prepared, length: int, folder: Path | None, seconds: float) -> Heat:
     """Time reading a prompt, beside llama.cpp and the package rwkv. Only the last token gets logits."""
-    tokens, threads = prompt(length, model.config.vocab_size), torch.get_num_threads()
-    expected, stepper = last_logits(model, weights, length), build_step(model, weights)
+    model, weights, stepper = prepared.model, prepared.weights, prepared.stepper
+    tokens, threads, expected = (
+        prompt(length, model.config.vocab_size),
+        torch.get_num_threads(),
+        prepared.expected[length],
+    )
 
     def call() -> None:
         engine = Engine(model, step=stepper)
@@ -154,8 +182,7 @@ def prefill(model: LanguageModel, weights: Weights, length: int, folder: Path | 
     logits, _ = stepper(
         torch.tensor(tokens), model.init_state(1), torch.zeros(1, dtype=torch.int64), torch.tensor([length])
     )
-    fault = differs(logits[0], expected, TOLERANCE[weights]) if stepper.compiled else stepper.reason
-    contenders = [Contender(f"timemix {weights}", call, length, fault)]
+    contenders = [Contender(f"timemix {weights}", call, length, prepared.fault(logits[0], length))]
     with ExitStack() as opened:
         for file in files_of(folder, weights):
             runner = opened.enter_context(closing(LlamaCpp(file, 1, threads)))
@@ -168,7 +195,7 @@ def prefill(model: LanguageModel, weights: Weights, length: int, folder: Path | 
             fault = differs(runner.logits(len(expected)), expected, TOLERANCE[weights])
             contenders.append(Contender(f"llama.cpp {runner.name}", read, length, fault))
         if weights == "float32" and length <= 1024:
-            contenders += rwkv_package(model, length, decodes=False)
+            contenders += rwkv_package(prepared, length, decodes=False)
         size = 2048 if model.config.channels > 64 else 64
         *paths, product = race([*contenders, square_product(size, "float32")], seconds, CPU, say)
     peak = 2 * size**3 / (product.seconds or 1)
@@ -215,17 +242,29 @@ def published_size(name: str, toy: bool) -> LanguageModel:
 def generation(record: Record, name: str, folder: Path | None, toy: bool) -> None:
     keep_freed_memory()
     model, seconds, threads = published_size(name, toy), 0.01 if toy else 4.0, torch.get_num_threads()
+    short, long = (8, 24) if toy else (512, 4096)
     for weights in WEIGHTS:
+        prompts = (short, long) if weights in ("float32", "bfloat16") else ()
+        parts: dict[str, Callable[[Prepared], Heat]] = {}
         for count in sorted({1, threads}):
-            work = lambda weights=weights, count=count: decode(model, weights, 1, count, folder, seconds)  # noqa: E731
-            record.part(f"{name}: decode in {weights}, {count} threads", work)
-        torch.set_num_threads(threads)
+            parts[f"decode in {weights}, {count} threads"] = partial(
+                decode, rows=1, threads=count, folder=folder, seconds=seconds
+            )
         for rows in (8, 32):
-            work = lambda weights=weights, rows=rows: decode(model, weights, rows, threads, folder, seconds)  # noqa: E731
-            record.part(f"{name}: decode in {weights}, {rows} rows", work)
-    for length in (8, 24) if toy else (512, 4096):
-        for weights in WEIGHTS[:2]:
-            work = lambda weights=weights, length=length: prefill(model, weights, length, folder, seconds)  # noqa: E731
-            record.part(f"{name}: prefill of {length} tokens in {weights}", work)
+            parts[f"decode in {weights}, {rows} rows"] = partial(
+                decode, rows=rows, threads=threads, folder=folder, seconds=seconds
+            )
+        for length in prompts:
+            parts[f"prefill of {length} tokens in {weights}"] = partial(
+                prefill, length=length, folder=folder, seconds=seconds
+            )
+        wanted = {part: work for part, work in parts.items() if f"{name}: {part}" not in record.parts}
+        if not wanted:
+            continue
+        # The weights are rounded and packed once for all parts, which takes minutes for a large model.
+        prepared = Prepared(model, weights, (PROMPT, *prompts))
+        for part, work in wanted.items():
+            record.part(f"{name}: {part}", partial(work, prepared))
+            torch.set_num_threads(threads)
     if name == "0.19 B":
         record.part("far position", lambda: far_position(seconds, 1000 if toy else 10**6))
