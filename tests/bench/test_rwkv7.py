@@ -44,5 +44,5 @@ def test_every_part_of_generation_runs(tmp_path):
             path = rows(found[f"0.19 B: decode in {weights}, {name}"])[f"timemix {weights}"]
             assert path["tokens_per_second"] > 0, path
             assert path["share_of_floor"] > 0
-    assert rows(found["0.19 B: prefill of 24 tokens"])["timemix float32"]["tokens_per_second"] > 0
+    assert rows(found["0.19 B: prefill of 24 tokens in float32"])["timemix float32"]["tokens_per_second"] > 0
     assert rows(found["far position"]).keys() == {"position 100", "position 1,000"}
