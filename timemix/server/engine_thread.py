@@ -246,7 +246,11 @@ class EngineThread:
         """Step an engine that has work; return whether it had work."""
         if not served.engine.busy:
             return False
-        events = served.engine.step()
+        try:
+            events = served.engine.step()
+        except BaseException as error:
+            error.add_note(f"timemix: the engine of the model {served.name!r} has failed; the server ends")
+            raise
         if events:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, served, events)
