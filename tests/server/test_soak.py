@@ -47,9 +47,10 @@ def send_many(running, count, clients=8):
     def send(client):
         with connect(running.http) as connection:
             for number in range(client, count, clients):
-                body = {"prompt": "the cat", "max_tokens": 3, "seed": number, "stream": number % 2 == 0, "n": 1 + number % 3}
+                is_stream = number % 2 == 0
+                body = {"prompt": "the cat", "max_tokens": 3, "seed": number, "n": 1 + number % 3, "stream": is_stream}
                 connection.sendall(posted("/v1/completions", body))
-                read_until(connection, b"[DONE]\n\n\r\n0\r\n\r\n" if body["stream"] else b"}}}")
+                read_until(connection, b"[DONE]\n\n\r\n0\r\n\r\n" if is_stream else b"}}}")
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(send, range(clients)))

@@ -21,10 +21,13 @@ from timemix.server.fields import checked
 from timemix.tokenizers.base import Tokenizer
 
 KEEP_ALIVE = 5.0
-"""A stream without an event gets a comment after 1 to 2 times these seconds, so that no program on the way closes it."""
+"""A stream without an event gets a comment after 1 to 2 times these seconds, so that no proxy closes it."""
 
 LONGEST_SEND = 60.0
 """Seconds after which a client that reads nothing loses its request."""
+
+_MARK = "\0text\0"
+"""Text that is replaced by the text of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Piece:
     scores: list[Score] | None = None
     finish: str | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether the piece holds nothing but text."""
+        return self.scores is None and self.finish is None and not self.extras
 
     def add(self, other: "Piece") -> None:
         """Append a later piece."""
@@ -298,6 +306,7 @@ class EventStream(Response):
         head = call.head(call.form.part)
         self._head = f"data: {json.dumps(head)[:-1]}, "
         self._parts_sent = 0
+        self._frames: dict[int, tuple[str, str]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, until its end or until the client leaves."""
@@ -352,9 +361,25 @@ class EventStream(Response):
         call, found = self._call, []
         for place, event in events:
             piece = call.piece(place, event)
-            if piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
-                found.append(self._chunk(call.form.choice(piece, call.served.tokenizer, is_part=True)))
+            if piece.text and piece.is_text_only and not call.repeats_usage:
+                begin, end = self._frame(piece.index)
+                found += begin, json.dumps(piece.text), end
+            elif piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
+                found.append(self._choice_chunk(piece))
         return "".join(found)
+
+    def _frame(self, index: int) -> tuple[str, str]:
+        """Return the beginning and the end of each chunk of a choice that holds text alone: the frame of the text."""
+        # Most chunks differ in their text alone. To encode each chunk as a whole takes three times as long.
+        frame = self._frames.get(index)
+        if frame is None:
+            begin, _, end = self._choice_chunk(Piece(index, _MARK)).partition(json.dumps(_MARK))
+            frame = self._frames[index] = begin, end
+        return frame
+
+    def _choice_chunk(self, piece: Piece) -> str:
+        """Return the chunk of a piece."""
+        return self._chunk(self._call.form.choice(piece, self._call.served.tokenizer, is_part=True))
 
     def _chunk(self, choice: dict[str, Any] | None, usage: dict[str, Any] | None = None) -> str:
         """Return one chunk of the stream: with a choice, or without choices and with the usage of the whole call."""
