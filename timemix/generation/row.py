@@ -141,7 +141,8 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
         position=0 if start is None else int(start.state.position),
         written=0 if start is None else start.written,
         seen=set(prompt) | (set() if start is None else start.seen),
-        emitter=new_emitter(request, tokens, tokenizer),
+        # The text of the next token depends on few tokens before it: spare the decoding of a long prompt.
+        emitter=new_emitter(request, tokens[-UNFINISHED:], tokenizer),
         state=None if start is None else start.state,
         forks=request.samples - 1,
         prompt_scores=[(None, ())] * len(prompt) if request.prompt_log_probabilities else None,

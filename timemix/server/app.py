@@ -28,6 +28,9 @@ from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
 from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 
+SEND_BUFFER = 2**16
+"""Size in bytes of the kernel's buffer of each connection. By default, it grows to megabytes for a slow client."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -219,6 +222,8 @@ def serve(models: Sequence[Served], settings: Settings, listening: socket.socket
     """
     died: list[BaseException] = []
     server: _Server
+    # Accepted connections inherit the size.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def on_death(error: BaseException) -> None:
         died.append(error)

@@ -13,7 +13,7 @@ from timemix.server.errors import ApiError
 from timemix.server.metrics import Metrics
 from timemix.tokenizers.base import Tokenizer
 
-MOST_UNREAD = 16_384
+MOST_UNREAD = 4096
 """Largest number of events that wait for a client. A client that reads more slowly loses its request."""
 
 
@@ -76,32 +76,28 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no further event comes."""
-        return not (self._open or self._unread) or self.fault is not None
+        """Whether all samples have ended and all events have been taken. A stream with a fault never ends."""
+        return self.fault is None and not (self._open or self._unread)
 
-    async def take(self, seconds: float | None = None) -> list[tuple[int, Event]]:
+    async def take(self) -> list[tuple[int, Event]]:
         """Wait for events.
 
-        Args:
-            seconds: Longest time to wait; None: any time.
-
         Returns:
-            All unread events, each with the place of its request in the call; [] after the longest time.
+            All unread events, each with the place of its request in the call; [] after a call of `wake`.
 
         Raises:
             ApiError: The server had to end the requests.
         """
-        if not self._unread and self.fault is None:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
-            except TimeoutError:
-                return []
+        await self._ready.wait()
         if self.fault is not None:
             raise self.fault
         events, self._unread = self._unread, []
         self._ready.clear()
         return events
+
+    def wake(self) -> None:
+        """End the wait of `take`."""
+        self._ready.set()
 
     def progress(self) -> tuple[int, int]:
         """Return the number of prompt tokens that have been processed, and the number of all prompt tokens."""
@@ -181,11 +177,15 @@ class EngineThread:
             The stream of their events.
 
         Raises:
-            ApiError: The queue is full (429), or the server is closing or broken (503).
+            ApiError: The queue is full (429), the server is closing or broken (503), or the requests never fit into
+                the queue (400).
             InvalidValue: A request does not fit the model.
         """
         if self.is_closing or self.fault is not None:
             raise ApiError(503, "the server is closing; send the request again later", headers={"Retry-After": "5"})
+        engine = served.engine
+        if engine.max_pending is not None and len(requests) > (most := engine.slots + engine.max_pending):
+            raise ApiError(400, f"prompt holds {len(requests)} prompts; the server takes at most {most}", "prompt")
         try:
             stream = Stream(served, requests, self)
         except TooManyRequests:
@@ -246,7 +246,11 @@ class EngineThread:
         """Step an engine that has work; return whether it had work."""
         if not served.engine.busy:
             return False
-        events = served.engine.step()
+        try:
+            events = served.engine.step()
+        except BaseException as error:
+            error.add_note(f"timemix: the engine of the model {served.name!r} has failed; the server ends")
+            raise
         if events:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, served, events)

@@ -5,9 +5,11 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
+from timemix.server.answers import while_connected
 from timemix.server.completions import build_request, engine_fields, prompts_of, spelled
+from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
 from timemix.server.service import service_of
@@ -16,7 +18,7 @@ MOST = 1000
 """Largest number of tokens in an answer."""
 
 
-async def next_token(request: HttpRequest) -> JSONResponse:
+async def next_token(request: HttpRequest) -> Response:
     """Answer POST /v1/next_token: the most probable tokens at temperature 1, before bias and filters."""
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
@@ -28,13 +30,15 @@ async def next_token(request: HttpRequest) -> JSONResponse:
     asked: dict[str, Any] = engine_fields(fields, served, 1) | {"tokens": 1, "samples": 1}
     built = build_request(prompts[0], asked | {"top_log_probabilities": count}, served, "prompt")
     stream = service.thread.submit(served, [built])
-    try:
-        (_, event), *_ = await stream.take()
-    finally:
-        stream.cancel()
+    return await while_connected(request.receive, stream, _answer(stream, count))
+
+
+async def _answer(stream: Stream, count: int) -> Response:
+    """Return the answer with the `count` most probable tokens of a stream's only event."""
+    (_, event), *_ = await stream.take()
     if event.finished == "error":
         raise ApiError(500, f"{event.reason}")
-    top = event.top_log_probabilities
+    served, top = stream.served, event.top_log_probabilities
     rest = 1 - math.fsum(math.exp(x) for _, x in top)
     tokenizer = served.tokenizer
     found = [

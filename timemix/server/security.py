@@ -4,7 +4,6 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -55,7 +54,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], origins: Sequence[str], hosts: Sequence[str]) -> None:
         self._app, self._origins, self._hosts = app, set(origins), set(hosts)
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, then pass it on with the digest of its key as `scope["state"]["owner"]`."""
@@ -75,15 +74,16 @@ class Guard:
         """
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._hosts and _name(host) not in self._hosts:
+        if self._hosts and _name(host).lower() not in self._hosts:
             raise ApiError(403, f"the host {host!r} is not served; open the address that the server printed", "Host")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self._origins and origin.partition("://")[2] != host:
             raise ApiError(403, f"pages of {origin!r} are not allowed; start the server with --cors {origin}", "Origin")
         # A preflight request of a browser carries no key.
         if not self._digests or scope["path"] in PUBLIC or scope["method"] == "OPTIONS":
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
+        # Clients send a key that is not ASCII as UTF-8. Starlette decodes every header as Latin-1.
+        digest = _digest(key.strip().encode("latin-1"))
         # Compare with every key, so that the time says nothing about the keys.
         found = [secrets.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(found):
@@ -96,8 +96,8 @@ class Guard:
         return digest.hex()
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _name(host: str) -> str:
