@@ -84,7 +84,7 @@ def stream_fields(fields: Fields) -> dict[str, Any]:
     is_stream, options = fields.flag("stream"), fields.get("stream_options")
     if options is not None and not is_stream:
         raise ApiError(400, "stream_options needs stream: true; leave stream_options out", "stream_options")
-    if not isinstance(options or {}, dict):
+    if not isinstance(options, dict | None):
         fields.refuse("stream_options", "an object")
     inner = Fields(options or {})
     return {
@@ -118,10 +118,10 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     _check_ids("stop_token_ids", stop_tokens, served)
     bias = _logit_bias(fields)
     _check_ids("logit_bias", bias, served)
-    end = served.tokenizer.end_of_text
-    if end is not None and not fields.flag("ignore_eos"):
+    end, ignores_end = served.tokenizer.end_of_text, fields.flag("ignore_eos")
+    if end is not None and not ignores_end:
         stop_tokens += (end,)
-    context = fields.one_of("context", "", ("", "reanchor", "exact", "error"))
+    context = fields.one_of("context", "", ("reanchor", "exact", "error"))
     return {
         "tokens": fields.integer(tokens, default_tokens, 0, MOST_TOKENS),
         "sampler": checked(None, lambda: Sampler(**sampler)),

@@ -98,7 +98,7 @@ class Fields:
     def texts(self, name: str, most: int) -> tuple[str, ...]:
         """Return the strings of a field that holds a string or a list of strings; empty if the field is absent."""
         found = self.get(name)
-        found = [found] if isinstance(found, str) else found or []
+        found = [] if found is None else [found] if isinstance(found, str) else found
         if not (isinstance(found, list) and all(isinstance(x, str) and x and _is_unicode(x) for x in found)):
             self.refuse(name, "a string or a list of strings, none of them empty")
         if len(found) > most:
