@@ -23,6 +23,9 @@ MOST_TOKENS = 1_000_000
 MOST_CHOICES = 128
 """Largest number of choices of one prompt."""
 
+MOST_PROMPTS = 1024
+"""Largest number of prompts of one call."""
+
 MOST_STOPS = 16
 """Largest number of stop strings, and of stop tokens."""
 
@@ -59,7 +62,8 @@ async def complete(request: HttpRequest) -> Response:
         "top_log_probabilities": max(count, 0),
         "prompt_log_probabilities": echo and count >= 0,
     }
-    requests = [build_request(prompt, asked, served, "prompt") for prompt in prompts]
+    # A long prompt takes long to check: other requests continue meanwhile.
+    requests = await run_in_threadpool(lambda: [build_request(prompt, asked, served, "prompt") for prompt in prompts])
     call = Call(
         served=served,
         form=CompletionForm(),
@@ -179,9 +183,11 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     given = fields.get("logit_bias")
     if given is None:
         return {}
+    if not (isinstance(given, dict) and all(token.isascii() and token.isdigit() for token in given)):
+        fields.refuse("logit_bias", "an object of numbers by token id")
     try:
-        return {int(token): float(Fields(given).number(token, 0.0)) for token in given}
-    except (TypeError, ValueError, AttributeError, ApiError):
+        return {int(token): Fields(given).number(token, 0.0) for token in given}
+    except (ValueError, ApiError):
         fields.refuse("logit_bias", "an object of numbers by token id")
 
 
@@ -203,6 +209,8 @@ def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], l
         given = [given]
     if not (isinstance(given, list) and given):
         fields.refuse("prompt", wanted)
+    if len(given) > MOST_PROMPTS:
+        raise ApiError(400, f"prompt holds {len(given)} prompts; give at most {MOST_PROMPTS}", "prompt")
     prompts, texts = [], []
     for each in given:
         own = Fields({"prompt": each})
