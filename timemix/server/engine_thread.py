@@ -181,8 +181,8 @@ class EngineThread:
             The stream of their events.
 
         Raises:
-            ApiError: The call has more requests than the slots and the queue together (400), the queue is full (429), or
-                the server is closing or broken (503).
+            ApiError: The call has more requests than slots and queue together (400), the queue is full (429), or the
+                server is closing or broken (503).
             InvalidValue: A request does not fit the model.
         """
         if self.is_closing or self.fault is not None:

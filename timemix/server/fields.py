@@ -116,7 +116,9 @@ class Fields:
             ApiError: The field has another value.
         """
         found = self.get(name)
-        if found is not None and not any(found == each and type(found) is type(each) for each in harmless):
+        # In Python, True equals 1.
+        is_same = (found == each and isinstance(found, bool) == isinstance(each, bool) for each in harmless)
+        if found is not None and not any(is_same):
             raise ApiError(400, f"{name} is not supported; leave {name} out", name, "unsupported_parameter")
 
     def refuse(self, name: str, wanted: str) -> NoReturn:
