@@ -113,9 +113,8 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     for name in UNSUPPORTED:
         fields.unsupported(name, ({"type": "text"}, False))
     sampler = {name: fields.number(name, default) for name, default in vars(Sampler()).items()}
-    seed = fields.get("seed")
-    if seed is not None:
-        seed = fields.integer("seed", 0, -(2**63), 2**64 - 1) % 2**64
+    # Many clients send -1 if the user has chosen no seed.
+    seed = fields.integer("seed", -1, -(2**63), 2**64 - 1)
     stop_tokens = fields.ids("stop_token_ids")
     if len(stop_tokens) > MOST_STOPS:
         raise ApiError(400, f"stop_token_ids has {len(stop_tokens)} ids; give at most {MOST_STOPS}", "stop_token_ids")
@@ -130,7 +129,7 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
         "tokens": fields.integer(tokens, default_tokens, 0, MOST_TOKENS),
         "sampler": checked(None, lambda: Sampler(**sampler)),
         # A call without a seed gets a text of its own.
-        "seed": secrets.randbits(64) if seed is None else seed,
+        "seed": secrets.randbits(64) if seed == -1 else seed % 2**64,
         "samples": fields.integer("n", 1, 1, MOST_CHOICES),
         "stop": fields.texts("stop", MOST_STOPS),
         "stop_tokens": stop_tokens,
