@@ -1,4 +1,4 @@
-"""Write the pages of the reference: from docstrings, from `--help`, and from the dataclasses of settings.
+"""Write the pages of the reference: from docstrings, `--help`, dataclasses of settings, and the server's description.
 
 The site builder turns each `::: name` into the docstring of that name. Nothing here needs the site builder.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import griffe
+from docs_http import http_page
 
 from timemix import errors
 from timemix.cli.bench import VERBS as BENCH_VERBS
@@ -146,6 +147,7 @@ def pages() -> dict[str, str]:
     written = {f"reference/api/{name}.md": "\n".join(_api(page)) for name, page in API.items()}
     written["reference/api/errors.md"] = "\n".join(_errors())
     written["reference/settings.md"] = "\n".join(_settings())
+    written["reference/http.md"] = http_page()
     verbs = [(), *((verb,) for verb in VERBS), *(("bench", verb) for verb in BENCH_VERBS)]
     with ThreadPoolExecutor(2) as threads:
         helps = dict(zip(verbs, threads.map(_help, verbs), strict=True))
@@ -157,11 +159,12 @@ def pages() -> dict[str, str]:
 
 def _index() -> Iterator[str]:
     """Yield the first page of the reference: a table for each part."""
-    yield "# Reference\n\nThese pages come from the docstrings, the help texts and the settings of the program."
+    yield "# Reference\n\nThese pages come from the docstrings, help texts, settings and HTTP API of the program."
     yield "\n## Python\n\n| page | task |\n| --- | --- |"
     yield from (f"| [{page.title}](api/{name}.md) | {page.summary} |" for name, page in API.items())
     yield "\n## Command line\n\n| command | result |\n| --- | --- |"
     yield from (f"| [`timemix {verb}`](cli/{verb}.md) | {text} |" for verb, text in VERBS.items())
+    yield "\n## HTTP\n\n[The HTTP API](http.md) of `timemix serve`: requests, fields, answers and errors."
     yield "\n## Settings\n\n[All settings](settings.md) of `config.toml`, with type, default and meaning."
 
 

@@ -15,6 +15,7 @@ import uvicorn
 
 from tests.helpers.engines import CHARACTERS
 from tests.helpers.models import build
+from tests.helpers.openapi import check_answer
 from timemix.generation.engine import Engine
 from timemix.models.registry import model_config
 from timemix.server.app import SEND_BUFFER, Settings, create_app
@@ -50,16 +51,21 @@ class Running:
     app: Any
 
     def call(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Answer:
-        """Send a request: with a body (bytes, or a value that becomes JSON) as POST, otherwise as GET."""
+        """Send a request: with a body (bytes, or a value that becomes JSON) as POST, otherwise as GET.
+
+        The answer must be one that openapi.json declares.
+        """
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.url + path, data, names, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return Answer(answer.status, dict(answer.headers), answer.read())
+                found = Answer(answer.status, dict(answer.headers), answer.read())
         except urllib.error.HTTPError as error:
             with error:
-                return Answer(error.code, dict(error.headers), error.read())
+                found = Answer(error.code, dict(error.headers), error.read())
+        check_answer(request.get_method(), path, found.status, found.headers, found.body)
+        return found
 
     def complete(self, **body: Any) -> Any:
         """Return the answer of /v1/completions, which must succeed."""

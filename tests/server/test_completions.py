@@ -125,14 +125,22 @@ def test_null_counts_as_absent(server):
         ({"prompt": "a", "logprobs": 21}, "logprobs", "to 20"),
         ({"prompt": "a", "stop": [""]}, "stop", "none of them empty"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"prompt": "a", "stop": False}, "stop", "a string or a list"),
+        ({"prompt": ["a"] * 1025}, "prompt", "at most 1024"),
         ({"prompt": "a", "stop_token_ids": [11]}, "stop_token_ids", "from 0 to 10"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "by token id"),
         ({"prompt": "a", "logit_bias": [1]}, "logit_bias", "by token id"),
+        ({"prompt": "a", "logit_bias": {" 1": 1}}, "logit_bias", "by token id"),
+        ({"prompt": "a", "logit_bias": {"1": "2"}}, "logit_bias", "by token id"),
+        ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "by token id"),
         ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options", "an object"),
         ({"prompt": "a", "stream": 1}, "stream", "true or false"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "true or false"),
+        ({"prompt": "a", "context": ""}, "context", "one of reanchor, exact, error"),
         ({"prompt": "a", "seed": 2**64}, "seed", "whole number"),
         ({"prompt": "a", "model": "bounded", "max_tokens": 20, "context": "error"}, "prompt", "12 tokens"),
         ({"prompt": "a" * 13, "model": "bounded"}, "prompt", "has 12 tokens, but the prompt has 13"),
@@ -159,6 +167,14 @@ def test_a_body_that_is_no_object(server, body):
     answer = server.call("/v1/completions", body)
     assert answer.status == 400
     assert "JSON" in answer.json["error"]["message"]
+
+
+def test_more_prompts_than_slots_and_queue_together():
+    with served([tiny(slots=1, max_pending=1)]) as small:
+        assert len(small.complete(prompt=["a", "b"], max_tokens=1)["choices"]) == 2
+        answer = small.call("/v1/completions", {"prompt": ["a", "b", "c"]})
+        assert answer.status == 400
+        assert answer.json["error"]["message"] == "prompt holds 3 prompts; give at most 2"
 
 
 def test_an_unknown_model(server):

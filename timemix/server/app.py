@@ -7,6 +7,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from timemix.server.completions import complete
@@ -100,7 +101,13 @@ def _routes() -> list[Route]:
         Route("/tokenizer_info", tokenizer_info, methods=["GET"]),
         Route("/health", health, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
+        Route("/openapi.json", describe, methods=["GET"]),
     ]
+
+
+async def describe(_: HttpRequest) -> Response:
+    """Answer GET /openapi.json with the description of the API."""
+    return FileResponse(Path(__file__).with_name("openapi.json"), media_type="application/json")
 
 
 async def health(request: HttpRequest) -> Response:

@@ -23,6 +23,9 @@ MOST_TOKENS = 1_000_000
 MOST_CHOICES = 128
 """Largest number of choices of one prompt."""
 
+MOST_PROMPTS = 1024
+"""Largest number of prompts of one call."""
+
 MOST_STOPS = 16
 """Largest number of stop strings, and of stop tokens."""
 
@@ -59,7 +62,8 @@ async def complete(request: HttpRequest) -> Response:
         "top_log_probabilities": max(count, 0),
         "prompt_log_probabilities": echo and count >= 0,
     }
-    requests = [build_request(prompt, asked, served, "prompt") for prompt in prompts]
+    # A long prompt takes long to check: other requests continue meanwhile.
+    requests = await run_in_threadpool(lambda: [build_request(prompt, asked, served, "prompt") for prompt in prompts])
     call = Call(
         served=served,
         form=CompletionForm(),
@@ -84,7 +88,7 @@ def stream_fields(fields: Fields) -> dict[str, Any]:
     is_stream, options = fields.flag("stream"), fields.get("stream_options")
     if options is not None and not is_stream:
         raise ApiError(400, "stream_options needs stream: true; leave stream_options out", "stream_options")
-    if not isinstance(options or {}, dict):
+    if not isinstance(options, dict | None):
         fields.refuse("stream_options", "an object")
     inner = Fields(options or {})
     return {
@@ -109,24 +113,23 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     for name in UNSUPPORTED:
         fields.unsupported(name, ({"type": "text"}, False))
     sampler = {name: fields.number(name, default) for name, default in vars(Sampler()).items()}
-    seed = fields.get("seed")
-    if seed is not None:
-        seed = fields.integer("seed", 0, -(2**63), 2**64 - 1) % 2**64
+    # Many clients send -1 if the user has chosen no seed.
+    seed = fields.integer("seed", -1, -(2**63), 2**64 - 1)
     stop_tokens = fields.ids("stop_token_ids")
     if len(stop_tokens) > MOST_STOPS:
         raise ApiError(400, f"stop_token_ids has {len(stop_tokens)} ids; give at most {MOST_STOPS}", "stop_token_ids")
     _check_ids("stop_token_ids", stop_tokens, served)
     bias = _logit_bias(fields)
     _check_ids("logit_bias", bias, served)
-    end = served.tokenizer.end_of_text
-    if end is not None and not fields.flag("ignore_eos"):
+    end, ignores_end = served.tokenizer.end_of_text, fields.flag("ignore_eos")
+    if end is not None and not ignores_end:
         stop_tokens += (end,)
-    context = fields.one_of("context", "", ("", "reanchor", "exact", "error"))
+    context = fields.one_of("context", "", ("reanchor", "exact", "error"))
     return {
         "tokens": fields.integer(tokens, default_tokens, 0, MOST_TOKENS),
         "sampler": checked(None, lambda: Sampler(**sampler)),
         # A call without a seed gets a text of its own.
-        "seed": secrets.randbits(64) if seed is None else seed,
+        "seed": secrets.randbits(64) if seed == -1 else seed % 2**64,
         "samples": fields.integer("n", 1, 1, MOST_CHOICES),
         "stop": fields.texts("stop", MOST_STOPS),
         "stop_tokens": stop_tokens,
@@ -179,9 +182,11 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     given = fields.get("logit_bias")
     if given is None:
         return {}
+    if not (isinstance(given, dict) and all(token.isascii() and token.isdigit() for token in given)):
+        fields.refuse("logit_bias", "an object of numbers by token id")
     try:
-        return {int(token): float(Fields(given).number(token, 0.0)) for token in given}
-    except (TypeError, ValueError, AttributeError, ApiError):
+        return {int(token): Fields(given).number(token, 0.0) for token in given}
+    except (ValueError, ApiError):
         fields.refuse("logit_bias", "an object of numbers by token id")
 
 
@@ -203,6 +208,8 @@ def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], l
         given = [given]
     if not (isinstance(given, list) and given):
         fields.refuse("prompt", wanted)
+    if len(given) > MOST_PROMPTS:
+        raise ApiError(400, f"prompt holds {len(given)} prompts; give at most {MOST_PROMPTS}", "prompt")
     prompts, texts = [], []
     for each in given:
         own = Fields({"prompt": each})

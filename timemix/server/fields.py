@@ -98,7 +98,7 @@ class Fields:
     def texts(self, name: str, most: int) -> tuple[str, ...]:
         """Return the strings of a field that holds a string or a list of strings; empty if the field is absent."""
         found = self.get(name)
-        found = [found] if isinstance(found, str) else found or []
+        found = [] if found is None else [found] if isinstance(found, str) else found
         if not (isinstance(found, list) and all(isinstance(x, str) and x and _is_unicode(x) for x in found)):
             self.refuse(name, "a string or a list of strings, none of them empty")
         if len(found) > most:
@@ -116,7 +116,9 @@ class Fields:
             ApiError: The field has another value.
         """
         found = self.get(name)
-        if found is not None and not any(found == each and type(found) is type(each) for each in harmless):
+        # In Python, True equals 1.
+        is_same = (found == each and isinstance(found, bool) == isinstance(each, bool) for each in harmless)
+        if found is not None and not any(is_same):
             raise ApiError(400, f"{name} is not supported; leave {name} out", name, "unsupported_parameter")
 
     def refuse(self, name: str, wanted: str) -> NoReturn:

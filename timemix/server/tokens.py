@@ -32,6 +32,8 @@ async def detokenize(request: HttpRequest) -> JSONResponse:
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
     served, ids = service.model(fields.text("model")), fields.ids("tokens")
+    if fields.get("tokens") is None:
+        raise ApiError(400, "tokens is missing; give a list of token ids", "tokens")
     text = checked("tokens", lambda: served.tokenizer.decode(ids))
     return JSONResponse({"prompt": text})
 

@@ -1,0 +1,36 @@
+"""Requests that schemathesis derives from openapi.json: no fault of the server, no answer that is not declared."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck
+from schemathesis.checks import positive_data_acceptance
+
+from tests.helpers.openapi import DOCUMENT, is_awaited
+from tests.helpers.serving import served, tiny
+from tests.helpers.tiers import examples
+
+EXAMPLES = 400
+"""Number of random requests of each operation."""
+NOT_CHECKED = [positive_data_acceptance]
+"""The schemas do not state the vocabulary of a model, so that the server refuses some values that they accept."""
+
+pytestmark = pytest.mark.slow
+description = schemathesis.openapi.from_dict(DOCUMENT)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served([tiny(), tiny("bounded", "rwkv1")]) as running:
+        yield running
+
+
+@description.exclude(lambda context: is_awaited(context.operation.path)).parametrize()
+@examples(EXAMPLES, suppress_health_check=list(HealthCheck))
+def test_each_answer_is_declared(case, server):
+    if isinstance(case.body, dict):
+        # A million tokens take hours.
+        for name, most in (("max_tokens", 6), ("n", 3)):
+            value = case.body.get(name)
+            if isinstance(value, int | float) and most < value <= 1_000_000:
+                case.body[name] = most
+    case.call_and_validate(base_url=server.url, excluded_checks=NOT_CHECKED)
