@@ -3,9 +3,11 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -166,6 +168,7 @@ class Terminal:
 
     def read(self):
         """Read more of the output."""
+        assert select.select([self._ours], [], [], 60)[0], self.text
         self.text += os.read(self._ours, 2**16).decode()
 
     def type(self, text):
@@ -185,6 +188,9 @@ class Terminal:
             while True:
                 self.read()
         return self.process.wait(timeout=60), self.text
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -214,12 +220,14 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(folder):
         screen.wait_for("\n")
         while len(screen.text) < 300:
             screen.read()
-        screen.process.send_signal(signal.SIGINT)
+        screen.interrupt()
         assert "interrupted" not in screen.wait_for("main> ")
         screen.type("/undo\n")
         screen.wait_for("removed 'the cat' and its answer")
         screen.wait_for("main> ")
-        screen.process.send_signal(signal.SIGINT)
+        # The prompt is printed shortly before Python waits for a line, and a signal in between waits for the line too.
+        time.sleep(0.5)
+        screen.interrupt()
         assert screen.end() == (130, "\r\ntimemix: interrupted\r\n")
 
 

@@ -122,13 +122,15 @@ class _Console:
             with contextlib.suppress(ImportError):
                 # After the import, `input` edits lines and has a history.
                 importlib.import_module("readline")
-        while True:
-            try:
-                yield input(f"{self._name}> " if self._is_terminal and sys.stdout.isatty() else "").removesuffix("\r")
-            except EOFError:
-                break
-        if self._is_terminal:
-            print()
+        prompts = self._is_terminal and sys.stdout.isatty()
+        try:
+            while True:
+                yield input(f"{self._name}> " if prompts else "").removesuffix("\r")
+        except (EOFError, KeyboardInterrupt) as end:
+            if prompts:
+                print()
+            if isinstance(end, KeyboardInterrupt):
+                raise
 
     def _handle(self, line: str) -> None:
         """Run a command, or answer a message."""
