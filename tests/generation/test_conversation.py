@@ -116,7 +116,7 @@ def test_an_unfinished_answer_is_continued_or_left_as_it_is(tokenizer, tokens):
         generated = tokenizer.decode(tokenizer.encode(script)[: None if continues else tokens])
         written = WORLD.render([Message("user", "Hello!")]) + generated
         assert tokenizer.decode(step.read[:read]) == tokenizer.decode(tokenizer.encode(written)[:-1])
-        assert tokenizer.decode(step.read) == written + WORLD.following("x", written)
+        assert tokenizer.decode(step.read) == written + WORLD.following([Message("user", "x")], written)
 
 
 def test_an_answer_that_the_caller_stops_is_kept(tokenizer):

@@ -78,7 +78,7 @@ def test_the_text_of_a_next_turn_extends_the_text_before(messages, answer):
     assert after.startswith(before)
     for end in range(len(WORLD.separator + "User:") + 1):
         written = before + (WORLD.separator + "User:")[:end]
-        assert written + WORLD.following("Bye!", written) == after
+        assert written + WORLD.following([Message("user", "Bye!")], written) == after
 
 
 def test_messages_of_unknown_roles_and_no_messages_are_refused():

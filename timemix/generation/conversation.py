@@ -122,11 +122,11 @@ class Conversation:
         """
         if not message.strip():
             raise InvalidValue("the message is empty; give at least one character")
+        messages = [Message("user", message)]
         if self.session is None:
-            messages = [Message("system", self._system), Message("user", message)]
-            text = self._template.render(messages)
+            text = self._template.render([Message("system", self._system), *messages])
         else:
-            text = self._template.following(message, self._end(self.session))
+            text = self._template.following(messages, self._end(self.session))
         return self._take(Turn(message, tuple(self._tokenizer.encode(text).tolist()), self.session))
 
     def proceed(self) -> Generator[str, None, None]:

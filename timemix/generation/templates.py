@@ -115,20 +115,23 @@ class ChatTemplate:
         text = message.content.replace("\r\n", "\n").replace("\r", "\n").lstrip()
         return text if message.role == "assistant" else _BLANK_LINES.sub("\n", text)
 
-    def following(self, text: str, end: str) -> str:
+    def following(self, messages: Sequence[Message], end: str) -> str:
         """Return the text to read after a conversation so far, before the next answer.
 
         Args:
-            text: Content of the next user message, not empty.
+            messages: The next messages, at least one.
             end: End of the conversation so far. Its last characters may already begin the next message: the model
                 generates the stop string before the stop string ends an answer.
 
         Returns:
-            The part of the separator and of the next message that does not end the conversation so far.
+            The part of the separator and of the next messages that does not end the conversation so far.
+
+        Raises:
+            InvalidValue: There are no messages.
         """
-        whole = self.separator + self.render([Message("user", text)])
-        head = self.separator + self.label("user")
-        return whole[next(n for n in range(len(head), -1, -1) if end.endswith(head[:n])) :]
+        text = self.separator + self.render(messages)
+        longest = len(self.separator + self.label(messages[0].role))
+        return text[next(n for n in range(longest, -1, -1) if end.endswith(text[:n])) :]
 
 
 WORLD = ChatTemplate("world", "\n\n", stop=("\n\nUser:",), has_labels=True)
