@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.helpers.models import VARIANTS, build
+from tests.helpers.scripted import Scripted
 from tests.helpers.vocabularies import BYTES
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.conversation import TURNS_KEPT, Conversation
-from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
@@ -25,32 +25,10 @@ END = 0
 """Id of the token that ends a text."""
 
 
-class Scripted:
-    """A decode step that makes the model generate given tokens, and that records all tokens that the model reads."""
-
-    compiled, reason = True, ""
-
-    def __init__(self, model, script):
-        self._step, self._script, self._vocab_size = build_step(model), iter(script), model.config.vocab_size
-        self.read = []
-
-    def looks_back(self, position):
-        return 1
-
-    def __call__(self, tokens, state, rows, counts=None, wanted=None):
-        self.read += tokens.tolist()
-        logits, state = self._step(tokens, state, rows, counts, wanted)
-        if len(logits):
-            logits = torch.full((1, self._vocab_size), -100.0)
-            logits[0, next(self._script)] = 100.0
-        return logits, state
-
-
 def scripted(tokenizer, *script, **options):
     """Return a conversation whose answers are given, and the step that records what the model reads."""
-    tokens = [x for part in script for x in ([part] if isinstance(part, int) else tokenizer.encode(part).tolist())]
     model = build(VARIANTS["rwkv7"], torch.float32, vocab_size=300)
-    step = Scripted(model, tokens)
+    step = Scripted(model, tokenizer, script)
     return Conversation(Engine(model, tokenizer, slots=1, step=step), WORLD, **options), step
 
 

@@ -53,8 +53,8 @@ async def chat(request: HttpRequest) -> Response:
         "log_probabilities": is_scored,
         "top_log_probabilities": top,
     }
-    text = template.render(messages)
-    ids = await run_in_threadpool(checked, "messages", lambda: tokenizer.encode(text).tolist())
+    encode = lambda: tokenizer.encode(template.render(messages)).tolist()  # noqa: E731
+    ids = await run_in_threadpool(checked, "messages", encode)
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
     call = Call(
         served=served,
