@@ -22,7 +22,7 @@ from timemix.errors import FileError, InvalidValue, NotFinite
 
 ROOT = Path(__file__).parents[2]
 VERBS = ("demo", "train", "sample", "eval", "compare", "convert", "inspect", "plot", "runs", "data", "bench", "info")
-VERBS += ("completion",)
+VERBS += ("completion", "chat")
 QUICK = ["--train.steps", "6", "--train.valid-every", "3", "--train.batch-size", "2", "--model.channels", "16"]
 TINY = [*QUICK, "--model.layers", "1"]
 

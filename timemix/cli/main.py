@@ -25,6 +25,7 @@ GROUPS = {
     },
     "use": {
         "sample": "generate text with a trained model",
+        "chat": "talk with a trained model in the terminal",
         "serve": "offer trained models over HTTP, in the form of OpenAI's API",
         "eval": "measure the loss of a trained model on a text",
         "convert": "convert a trained model to a recurrent network with constant state",

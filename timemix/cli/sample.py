@@ -19,18 +19,17 @@ from timemix.errors import InvalidValue
 if TYPE_CHECKING:
     from timemix.generation.engine import Engine
     from timemix.generation.request import Event
+    from timemix.generation.sampler import Sampler
     from timemix.generation.session import Session
     from timemix.runs.load import Loaded
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Length, number and randomness of the texts."""
+    """Length and randomness of the texts."""
 
     tokens: int = 300
     """Number of generated tokens, at least 1."""
-    count: int = 1
-    """Number of texts, at least 1, generated in one batch."""
     seed: int = 0
     """Random seed, from 0 to 2^64 - 1; the same seed gives the same text."""
     temperature: float = 1.0
@@ -54,9 +53,14 @@ class Sampling:
     """Stop strings; a text ends before the first stop string."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "count"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.tokens < 1:
+            raise InvalidValue(f"--tokens is {self.tokens}; it must be at least 1")
+
+    def sampler(self) -> "Sampler":
+        """Return the sampler of these settings."""
+        from timemix.generation.sampler import Sampler
+
+        return Sampler(**{each.name: getattr(self, each.name) for each in fields(Sampler)})
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class SampleArguments:
     run: RunFolder
     prompt: str | None = None
     """Prompt. Default: empty with --load-state, otherwise a newline, or token 0 if the vocabulary has no newline."""
+    count: int = 1
+    """Number of texts, at least 1, generated in one batch."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -89,19 +95,18 @@ class SampleArguments:
 
 
 def sample(arguments: list[str]) -> int:
-    _check_prompt(arguments)
+    refuse_dashes(arguments, "--prompt", "--stop")
     parsed = parse(SampleArguments, arguments, "sample")
     settings = parsed.sampling
     _check(parsed)
     from timemix.generation.engine import Engine
     from timemix.generation.prompts import default_prompt
     from timemix.generation.request import Request
-    from timemix.generation.sampler import Sampler
     from timemix.generation.session import load_session, save_session
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device
 
-    sampler = Sampler(**{f.name: getattr(settings, f.name) for f in fields(Sampler)})
+    sampler = settings.sampler()
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]), mapped=True)
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
     tokenizer, prompt = loaded.tokenizer, parsed.prompt
@@ -109,16 +114,15 @@ def sample(arguments: list[str]) -> int:
         prompt = default_prompt(tokenizer) if start is None else ""
     ids = tokenizer.encode(prompt).tolist()
     _note_long_prompt(len(ids), loaded)
-    engine = Engine(loaded.model, tokenizer, slots=settings.count, weights=parsed.weights)
-    if not engine.advance.compiled:
-        print(f"timemix: generation uses PyTorch, not the compiled step: {engine.advance.reason}", file=sys.stderr)
+    engine = Engine(loaded.model, tokenizer, slots=parsed.count, weights=parsed.weights)
+    note_uncompiled(engine)
     engine.add(
         Request(
             ids,
             tokens=settings.tokens,
             sampler=sampler,
             seed=settings.seed,
-            samples=settings.count,
+            samples=parsed.count,
             stop=settings.stop,
             stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
             log_probabilities=parsed.log_probabilities,
@@ -128,7 +132,7 @@ def sample(arguments: list[str]) -> int:
         )
     )
     saving = parsed.save_state
-    noted: AbstractContextManager[list[int]] = _interrupts_noted() if saving else nullcontext([])
+    noted: AbstractContextManager[list[int]] = interrupts_noted() if saving else nullcontext([])
     with noted as interrupts:
         sessions: list[Session] = []
         gone: BrokenPipeError | None = None
@@ -147,22 +151,31 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
-def _check_prompt(arguments: list[str]) -> None:
+def refuse_dashes(arguments: list[str], *flags: str) -> None:
+    """Refuse a text that begins with a dash after one of these flags: it would be read as another flag."""
     for flag, value in itertools.pairwise(arguments):
-        if flag in ("--prompt", "--stop") and value.startswith("-"):
+        if flag in flags and value.startswith("-"):
             raise InvalidValue(f"{flag} needs a text; a text that begins with '-' is given as {flag}={value}")
 
 
 def _check(parsed: SampleArguments) -> None:
-    count = parsed.sampling.count
+    count = parsed.count
+    if count < 1:
+        raise InvalidValue(f"--count is {count}; it must be at least 1")
     if parsed.save_state is not None and count > 1:
         raise InvalidValue(f"--count is {count}, but --save-state saves the state of one text; leave one of them out")
     if parsed.log_probabilities and not parsed.json:
         raise InvalidValue("--log-probabilities needs --json; add --json")
 
 
+def note_uncompiled(engine: "Engine") -> None:
+    """Print the reason if an engine does not use the compiled step."""
+    if not engine.advance.compiled:
+        print(f"timemix: generation uses PyTorch, not the compiled step: {engine.advance.reason}", file=sys.stderr)
+
+
 @contextmanager
-def _interrupts_noted() -> Iterator[list[int]]:
+def interrupts_noted() -> Iterator[list[int]]:
     """Append each Ctrl-C to the yielded list instead of raising KeyboardInterrupt."""
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
@@ -185,7 +198,7 @@ def _printed(engine: "Engine", prompt: str, parsed: SampleArguments, sessions: "
     """
     from timemix.generation.generate import events_of
 
-    count = parsed.sampling.count
+    count = parsed.count
     streaming = count == 1 and not parsed.json
     form = escaped if sys.stdout.isatty() else str
     texts = [""] * count

@@ -20,6 +20,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from timemix.generation.templates import template_of
+from timemix.server.chat import chat
 from timemix.server.completions import complete
 from timemix.server.engine_thread import EngineThread, Served
 from timemix.server.errors import ApiError, answer_error
@@ -93,6 +95,7 @@ def create_app(models: Sequence[Served], settings: Settings, on_death: Callable[
 def _routes() -> list[Route]:
     return [
         Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", show_model, methods=["GET"]),
@@ -120,7 +123,7 @@ async def health(request: HttpRequest) -> Response:
 
 
 def _describe(served: Served) -> dict[str, Any]:
-    model = served.engine.model
+    model, template = served.engine.model, template_of(served.tokenizer)
     return {
         "id": served.name,
         "object": "model",
@@ -133,7 +136,7 @@ def _describe(served: Served) -> dict[str, Any]:
         "state_bytes": model.init_state(1).nbytes,
         "tokenizer": served.tokenizer.kind,
         "weights": served.weights,
-        "chat_template": None,
+        "chat_template": template.name if template.has_labels else None,
     }
 
 

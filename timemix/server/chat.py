@@ -1,0 +1,159 @@
+"""The endpoint /v1/chat/completions: the messages become one text by the chat template of the model."""
+
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from timemix.generation.templates import Message, Role, template_of
+from timemix.server.answers import Call, Form, Piece, Score, respond
+from timemix.server.completions import MOST_TOP, build_request, engine_fields, spelled, stream_fields
+from timemix.server.errors import ApiError
+from timemix.server.fields import Fields, checked
+from timemix.server.service import service_of
+from timemix.tokenizers.base import Tokenizer
+
+DEFAULT_TOKENS = 1024
+"""Largest number of tokens of an answer if the body names none."""
+
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles of the API, with their roles in a template."""
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "chat_template": (),
+    "echo": (False,),
+}
+"""Fields of other servers that change the answer and are not supported, with their values that change nothing."""
+
+
+async def chat(request: HttpRequest) -> Response:
+    """Answer POST /v1/chat/completions."""
+    service = service_of(request)
+    fields = await Fields.read(request, service.most_bytes)
+    served = service.model(fields.text("model"))
+    for name, harmless in UNSUPPORTED.items():
+        fields.unsupported(name, harmless)
+    messages = messages_of(fields)
+    template, tokenizer = template_of(served.tokenizer), served.tokenizer
+    is_scored, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, MOST_TOP)
+    if top and not is_scored:
+        raise ApiError(400, "top_logprobs needs logprobs: true; leave top_logprobs out", "top_logprobs")
+    limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+    asked = engine_fields(fields, served, DEFAULT_TOKENS, limit)
+    asked |= {
+        "stop": (*template.stop, *asked["stop"]),
+        "log_probabilities": is_scored,
+        "top_log_probabilities": top,
+    }
+    encode = lambda: tokenizer.encode(template.render(messages)).tolist()  # noqa: E731
+    ids = await run_in_threadpool(checked, "messages", encode)
+    is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
+    call = Call(
+        served=served,
+        form=ChatForm("" if is_begun else template.space),
+        requests=[build_request(ids, asked, served, "messages")],
+        echo=[],
+        scored=is_scored,
+        returns_ids=fields.flag("return_token_ids"),
+        **stream_fields(fields),
+    )
+    return await respond(request, call, service.thread)
+
+
+def messages_of(fields: Fields) -> list[Message]:
+    """Return the messages of a body.
+
+    Args:
+        fields: Fields of the body.
+
+    Raises:
+        ApiError: The field `messages` is missing or wrong.
+    """
+    given = fields.get("messages")
+    if given is None:
+        raise ApiError(400, "messages is missing; give a list of messages", "messages")
+    if not (isinstance(given, list) and given):
+        fields.refuse("messages", "a list of at least one message")
+    return [_message(f"messages[{i}]", each) for i, each in enumerate(given)]
+
+
+def _message(name: str, given: Any) -> Message:
+    """Return one message."""
+    if not isinstance(given, dict):
+        Fields({name: given}).refuse(name, "an object with role and content")
+    own = Fields({f"{name}.{key}": value for key, value in given.items()})
+    role = f"{name}.role"
+    if own.get(role) is None:
+        raise ApiError(400, f"{role} is missing; give one of {', '.join(ROLES)}", role)
+    own.unsupported(f"{name}.tool_calls", ([],))
+    return Message(ROLES[own.one_of(role, "", ROLES)], _content(own, f"{name}.content"))
+
+
+def _content(own: Fields, name: str) -> str:
+    """Return the text of a message: a string, the lines of a list of text parts, or "" for null."""
+    given = own.get(name)
+    if not isinstance(given, list):
+        return own.text(name) or ""
+    texts = []
+    for i, part in enumerate(given):
+        part_name = f"{name}[{i}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            shown = f" of type {kind!r}" if isinstance(kind, str) else ""
+            raise ApiError(400, f"{part_name} is no text{shown}; send parts of the type 'text' alone", part_name)
+        texts.append(Fields({f"{part_name}.text": part.get("text")}).text(f"{part_name}.text") or "")
+    return "\n".join(texts)
+
+
+class ChatForm(Form):
+    """The form of /v1/chat/completions.
+
+    Args:
+        space: Text with which the model begins an answer, and which the answer leaves out.
+    """
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, space: str) -> None:
+        self._space = space
+        self._begun: set[int] = set()
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """Return the choice of the first chunk, which holds the role."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def choice(self, piece: Piece, tokenizer: Tokenizer, *, is_part: bool) -> dict[str, Any]:
+        """Return a choice."""
+        text = piece.text
+        if text and piece.index not in self._begun:
+            self._begun.add(piece.index)
+            text = text.removeprefix(self._space)
+        content = {"content": text} if text or not is_part else {}
+        body = {"delta": content} if is_part else {"message": {"role": "assistant"} | content | {"refusal": None}}
+        scores = None
+        if piece.scores is not None:
+            scores = {"content": [_score(score, tokenizer) for score in piece.scores], "refusal": None}
+        return {"index": piece.index} | body | {"logprobs": scores, "finish_reason": piece.finish} | piece.extras
+
+
+def _score(score: Score, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the log-probability of a token, and those of the most probable tokens."""
+    top = [_entry(token, value, tokenizer) for token, value in score.top]
+    return _entry(score.token, score.log_probability, tokenizer) | {"top_logprobs": top}
+
+
+def _entry(token: int, log_probability: float | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "token": spelled(tokenizer, token),
+        "logprob": log_probability,
+        "bytes": list(tokenizer.piece(token)),
+    }
