@@ -99,8 +99,12 @@ class Row:
 
     @property
     def has_read(self) -> bool:
-        """Whether all prompt tokens but the last are processed. Each sample processes the last prompt token itself."""
-        return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
+        """Whether all prompt tokens but the last are processed. Each sample processes the last prompt token itself.
+
+        A request that returns neither tokens, scores nor a session needs no prompt.
+        """
+        is_needed = self.request.tokens > 0 or self.prompt_scores is not None or self.request.keep_session
+        return self.unread == 1 or not is_needed
 
     def piece(self, size: int) -> int:
         """Return the number of tokens to process next, up to the next position that is a multiple of `size`."""
