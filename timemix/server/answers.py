@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +129,7 @@ class Call:
     is_stream: bool
     includes_usage: bool = False
     repeats_usage: bool = False
-    keep: Callable[[Session], dict[str, Any]] | None = None
+    keep: Callable[[Session], Awaitable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         self.id, self.created = f"{self.form.prefix}-{uuid.uuid4().hex}", int(time.time())
@@ -154,27 +155,37 @@ class Call:
         """Number of choices."""
         return sum(request.samples for request in self.requests)
 
-    def piece(self, place: int, event: Event) -> Piece:
+    async def piece(self, place: int, event: Event) -> Piece:
         """Return the new content that an event of the request at `place` gives.
 
         Raises:
-            ApiError: The choice cannot continue.
+            ApiError: The choice cannot continue, or its state cannot be stored.
         """
         request = self.requests[place]
-        if event.finished == "error":
-            is_bias = "logit_bias" in (event.reason or "")
-            raise ApiError(400 if is_bias else 500, f"{event.reason}", "logit_bias" if is_bias else None)
+        check_event(event, request)
         index = sum(each.samples for each in self.requests[:place]) + event.sample - request.sample
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _Choice(self, index, place)
         self._generated += event.token is not None
-        return choice.piece(event)
+        if event.sample == request.sample:
+            # The other samples share the prompt of the first sample.
+            self._cached += event.cached
+            self.served.metrics.cached_tokens += event.cached
+        piece = choice.piece(event)
+        if event.session is not None and self.keep is not None:
+            piece.extras["state"] = await self.keep(event.session)
+        return piece
 
-    def stored(self, session: Session) -> dict[str, Any]:
-        """Store the session of a choice and return its description."""
-        assert self.keep is not None
-        return self.keep(session)
+
+def check_event(event: Event, request: Request) -> None:
+    """Raise ApiError if an event of a request reports an error, or has log-probabilities that JSON cannot express."""
+    scores = event.prompt_log_probabilities if request.start is not None else None
+    if event.finished != "error" and all(x is None or math.isfinite(x) for x in scores or ()):
+        return
+    reason = event.reason or "the log-probabilities of the prompt are not finite"
+    param = "logit_bias" if "logit_bias" in reason else "state" if request.start is not None else None
+    raise ApiError(500 if param is None else 400, reason, param)
 
 
 class _Choice:
@@ -200,6 +211,8 @@ class _Choice:
             piece.scores = []
         if call.returns_ids:
             piece.extras["token_ids"] = [] if event.token is None else [event.token]
+        if event.restarted:
+            piece.extras["restarts"] = [self._written]
         if self._is_new:
             self._is_new = False
             self._begin(piece, event)
@@ -208,8 +221,6 @@ class _Choice:
             score = self._score(event.token, event.log_probability, event.top_log_probabilities)
             piece.scores.append(score)
         self._written += 1
-        if event.session is not None:
-            piece.extras["state"] = call.stored(event.session)
         return piece
 
     def _begin(self, piece: Piece, event: Event) -> None:
@@ -270,7 +281,7 @@ async def _whole(call: Call, stream: Stream) -> Response:
     pieces = [Piece(index) for index in range(call.size)]
     while not stream.has_ended:
         for place, event in await stream.take():
-            piece = call.piece(place, event)
+            piece = await call.piece(place, event)
             pieces[piece.index].add(piece)
     choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
     return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
@@ -340,7 +351,7 @@ class EventStream(Response):
             while not stream.has_ended:
                 if data:
                     await self._send(send, data)
-                data = self._chunks(await stream.take())
+                data = await self._chunks(await stream.take())
             if call.includes_usage:
                 data += self._chunk(None, call.usage())
             data += "data: [DONE]\n\n"
@@ -353,18 +364,19 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": data.encode(), "more_body": more})
         self._parts_sent += 1
 
-    def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
+    async def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
         """Return the chunks of new events, or a comment if there are none."""
         if not events:
             processed, total = self._stream.progress()
             return f": reading {processed}/{total}\n\n"
-        call, found = self._call, []
+        call = self._call
+        found: list[str] = []
         for place, event in events:
-            piece = call.piece(place, event)
+            piece = await call.piece(place, event)
             if piece.text and piece.is_text_only and not call.repeats_usage:
                 begin, end = self._frame(piece.index)
                 found += begin, json.dumps(piece.text), end
-            elif piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
+            elif piece.text or piece.finish or piece.scores or any(piece.extras.values()):
                 found.append(self._choice_chunk(piece))
         return "".join(found)
 

@@ -20,6 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from timemix.generation.prefix_cache import PrefixCache
 from timemix.generation.templates import template_of
 from timemix.server.chat import chat
 from timemix.server.completions import complete
@@ -29,6 +30,8 @@ from timemix.server.metrics import Series, to_text
 from timemix.server.next_token import next_token
 from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
+from timemix.server.state_store import StateStore
+from timemix.server.states import create_state, delete_state, fork_state, list_states, load_state, save_state
 from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 
 SEND_BUFFER = 2**16
@@ -44,12 +47,16 @@ class Settings:
         keys: API keys; empty: no key is needed.
         origins: Origins of foreign pages that may send requests.
         drain_seconds: Longest time in seconds that running requests get when the server ends.
+        state_bytes: Largest size in bytes of all states that clients store.
+        state_dir: Folder of the files of these states; None: memory.
     """
 
     host: str = "127.0.0.1"
     keys: Sequence[str] = ()
     origins: Sequence[str] = ()
     drain_seconds: float = 30.0
+    state_bytes: int = 10**9
+    state_dir: Path | None = None
 
     @property
     def hosts(self) -> Sequence[str]:
@@ -88,7 +95,7 @@ def create_app(models: Sequence[Served], settings: Settings, on_death: Callable[
         lifespan=lifespan,
         exception_handlers={ApiError: answer_error, HTTPException: _answer_http, Exception: _answer_bug},
     )
-    app.state.service = Service(models, thread)
+    app.state.service = Service(models, thread, StateStore(settings.state_bytes, settings.state_dir))
     return app
 
 
@@ -97,6 +104,12 @@ def _routes() -> list[Route]:
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),
+        Route("/v1/states", create_state, methods=["POST"]),
+        Route("/v1/states", list_states, methods=["GET"]),
+        Route("/v1/states/{id}", load_state, methods=["GET"]),
+        Route("/v1/states/{id}", save_state, methods=["PUT"]),
+        Route("/v1/states/{id}", delete_state, methods=["DELETE"]),
+        Route("/v1/states/{id}/fork", fork_state, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", show_model, methods=["GET"]),
         Route("/tokenize", tokenize, methods=["POST"]),
@@ -152,10 +165,16 @@ async def show_model(request: HttpRequest) -> Response:
 
 async def metrics(request: HttpRequest) -> Response:
     """Answer GET /metrics in the text format of Prometheus."""
-    models = service_of(request).models
+    models, states = service_of(request).models, service_of(request).states
 
     def series(name: str, kind: str, help: str, value: Callable[[Served], Any]) -> Series:
         return Series(name, kind, help, [({"model": each.name}, value(each)) for each in models])
+
+    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
+        caches = [(each.name, each.engine.cache) for each in models]
+        return Series(
+            name, kind, help, [({"model": name}, value(cache)) for name, cache in caches if cache is not None]
+        )
 
     finished = [
         ({"model": each.name, "reason": reason}, float(count))
@@ -166,10 +185,17 @@ async def metrics(request: HttpRequest) -> Response:
         series("requests_running", "gauge", "Samples that have a slot.", lambda m: m.engine.active),
         series("requests_waiting", "gauge", "Samples that wait for a slot.", lambda m: m.engine.pending),
         series("prompt_tokens_total", "counter", "Tokens of prompts.", lambda m: m.metrics.prompt_tokens),
+        series("cached_tokens_total", "counter", "Prompt tokens from the cache.", lambda m: m.metrics.cached_tokens),
         series("generated_tokens_total", "counter", "Generated tokens.", lambda m: m.metrics.generated_tokens),
         Series("samples_finished_total", "counter", "Samples that have ended, by reason.", finished),
         series("time_to_first_token_seconds", "histogram", "Time to the first token.", lambda m: m.metrics.first_token),
         series("time_between_tokens_seconds", "histogram", "Time between tokens.", lambda m: m.metrics.between_tokens),
+        cached("state_cache_hits_total", "counter", "Prompts that began with a cached state.", lambda c: c.hits),
+        cached("state_cache_misses_total", "counter", "Prompts that found no cached state.", lambda c: c.misses),
+        cached("state_cache_bytes", "gauge", "Size of the cached states.", lambda c: c.nbytes),
+        cached("state_cache_entries", "gauge", "Number of cached states.", len),
+        Series("states_stored", "gauge", "Number of states that clients store.", [({}, len(states))]),
+        Series("states_bytes", "gauge", "Size of the states that clients store.", [({}, states.nbytes)]),
     ]
     return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
 

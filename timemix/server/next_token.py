@@ -7,8 +7,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from timemix.server.answers import while_connected
-from timemix.server.completions import build_request, engine_fields, prompts_of, spelled
+from timemix.generation.request import Request
+from timemix.server.answers import check_event, while_connected
+from timemix.server.completions import build_request, engine_fields, prompts_of, spelled, state_fields
 from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
@@ -27,17 +28,17 @@ async def next_token(request: HttpRequest) -> Response:
     prompts, _ = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     if len(prompts) > 1:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
-    asked: dict[str, Any] = engine_fields(fields, served, 1) | {"tokens": 1, "samples": 1}
+    asked: dict[str, Any] = engine_fields(fields, served, 1) | await state_fields(request, fields, served)
+    asked |= {"tokens": 1, "samples": 1, "keep_session": False}
     built = build_request(prompts[0], asked | {"top_log_probabilities": count}, served, "prompt")
     stream = service.thread.submit(served, [built])
-    return await while_connected(request.receive, stream, _answer(stream, count))
+    return await while_connected(request.receive, stream, _answer(stream, built, count))
 
 
-async def _answer(stream: Stream, count: int) -> Response:
-    """Return the answer with the `count` most probable tokens of a stream's only event."""
+async def _answer(stream: Stream, request: Request, count: int) -> Response:
+    """Return the answer with the `count` most probable tokens of the only event of a stream with one request."""
     (_, event), *_ = await stream.take()
-    if event.finished == "error":
-        raise ApiError(500, f"{event.reason}")
+    check_event(event, request)
     served, top = stream.served, event.top_log_probabilities
     rest = 1 - math.fsum(math.exp(x) for _, x in top)
     tokenizer = served.tokenizer
