@@ -14,8 +14,9 @@ from safetensors import safe_open
 from tests.helpers import sorted_sampling
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
+from timemix.generation.random_draws import draw
 from timemix.generation.ranking import LARGE, most_probable
-from timemix.generation.sampler import Sampler, draw
+from timemix.generation.sampler import Sampler
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "top_a.safetensors"
 
@@ -106,6 +107,41 @@ def test_repetition_penalty_is_charged_before_greedy_choice():
     seen = torch.tensor([[True, False]])
     p = probabilities(Sampler(temperature=0, repetition_penalty=2), [3.0, 2.0], seen=seen)
     assert p.tolist() == [[0, 1]]
+
+
+COUNTS = torch.tensor([[0, 1, 2, 5]])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (Sampler(presence_penalty=0.5), [1, 0.5, 0.5, 0.5]),
+        (Sampler(frequency_penalty=0.25), [1, 0.75, 0.5, -0.25]),
+        (Sampler(presence_penalty=-1, frequency_penalty=0.5), [1, 1.5, 1, -0.5]),
+        # All penalties precede the temperature.
+        (Sampler(temperature=0.5, presence_penalty=0.5), [2, 1, 1, 1]),
+    ],
+    ids=str,
+)
+def test_penalties_on_generated_tokens_by_the_formula_of_openai(sampler, expected):
+    p = sampler.probabilities(torch.ones(1, 4), counts=COUNTS)[0]
+    torch.testing.assert_close(p, torch.tensor(expected).double().softmax(-1))
+
+
+def test_the_repetition_penalty_precedes_the_other_penalties():
+    sampler = Sampler(repetition_penalty=2, presence_penalty=1)
+    p = sampler.probabilities(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool), COUNTS)[0]
+    torch.testing.assert_close(p, torch.tensor([0.5, -0.5, -0.5, -0.5]).double().softmax(-1))
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("value", [1e308, -1e308])
+def test_a_huge_penalty_does_not_exclude_every_token(penalty, value):
+    sampler = Sampler(**{penalty: abs(value) if penalty == "repetition_penalty" else value})
+    seen = torch.ones(1, 4, dtype=torch.bool)
+    p = sampler.probabilities(torch.tensor([[-3.0, -20.0, -1.0, -math.inf]]), seen, torch.full((1, 4), 7))[0]
+    assert p.sum().item() == pytest.approx(1)
+    assert p[3] == 0
 
 
 @given(LOGITS, samplers(PENALTY), st.lists(st.booleans(), min_size=V, max_size=V))
@@ -252,6 +288,8 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("top_a", -0.1, "-0.1; it must be from 0 to 1"),
         ("top_a_power", -1, "-1; it must be at least 0"),
         ("repetition_penalty", 0, "0; it must be above 0"),
+        ("presence_penalty", math.inf, "inf; it must be a finite number"),
+        ("frequency_penalty", "a", "'a'; it must be a finite number"),
         ("top_p", [0.5, 2.0], "2.0; it must be above 0 and at most 1"),
         ("temperature", "a", "'a'; it must be at least 0"),
         ("temperature", None, "None; it must be at least 0"),
@@ -270,6 +308,9 @@ def test_misuse_is_refused():
         probabilities(Sampler(top_k=[1, 2, 3]), [0.0, 1.0], [0.0, 1.0])
     with pytest.raises(ValueError, match="repetition_penalty is on, but seen is None"):
         probabilities(Sampler(repetition_penalty=1.1), [0.0, 1.0])
+    for penalty in ({"presence_penalty": 1}, {"frequency_penalty": [0, -1]}):
+        with pytest.raises(ValueError, match="a penalty on generated tokens is on, but counts is None"):
+            probabilities(Sampler(**penalty), [0.0, 1.0], [0.0, 1.0])
 
 
 def test_draws_follow_the_probabilities():
@@ -393,6 +434,8 @@ SETTINGS = {
     "top_a": st.sampled_from([0.0, 0.02, 0.2, 1.0]),
     "top_a_power": st.sampled_from([0.0, 0.5, 2.0]),
     "repetition_penalty": PENALTY,
+    "presence_penalty": st.sampled_from([0.0, 0.5, -2.0]),
+    "frequency_penalty": st.sampled_from([0.0, 0.25, -1.0]),
 }
 
 
@@ -415,12 +458,15 @@ def rows_of_logits(draw_):
 @examples(100)
 def test_equals_a_sort_of_the_whole_vocabulary(logits, settings, seed):
     seen = logits > np.median(logits)
+    counts = np.arange(logits.size).reshape(logits.shape) % 5 * seen
     sampler = Sampler(**settings)
-    p = sampler.probabilities(torch.from_numpy(logits), torch.from_numpy(seen))
-    drawn = sampler.draw(logits, seen, seed=[seed] * 2, sample=[1, 2], position=[3, 3])
+    p = sampler.probabilities(*map(torch.from_numpy, (logits, seen, counts)))
+    listed = [row.nonzero()[0].tolist() for row in seen]
+    counted = [{t: int(row[t]) for t in row.nonzero()[0]} for row in counts]
+    drawn = sampler.draw(logits, listed, counted, seed=[seed] * 2, sample=[1, 2], position=[3, 3])
     assert draw(p, seed=seed, sample=[1, 2], position=[3, 3]).tolist() == drawn.tolist()
     for i in range(2):
-        expected = sorted_sampling.probabilities(sampler, logits[i], seen[i])
+        expected = sorted_sampling.probabilities(sampler, logits[i], seen[i], counts[i])
         assert np.array_equal(p[i].numpy() > 0, expected > 0)
         np.testing.assert_allclose(p[i].numpy(), expected, rtol=1e-12)
         bits = np.random.Philox(key=seed | (i + 1) << 64, counter=3).random_raw()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.engines import CHARACTERS, KINDS, alone
+from tests.helpers.engines import CHARACTERS, KINDS, alone, finish
 from tests.helpers.pairwise import pairwise
 from timemix.errors import DamagedFile, MissingFile
 from timemix.generation.engine import Engine
@@ -15,9 +15,7 @@ from timemix.generation.session import load_session, model_hash, save_session
 def stream_of(model, tokens=9):
     engine = Engine(model, CHARACTERS)
     engine.add(Request([1, 2, 3], tokens, Sampler(repetition_penalty=1.2), keep_session=True))
-    while engine.busy:
-        *_, event = engine.step()
-    return event.session
+    return finish(engine)[0][-1].session
 
 
 @pytest.mark.parametrize(("kind", "tokens"), pairwise(KINDS, [0, 1, 9, 30], strength=1))

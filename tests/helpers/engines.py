@@ -4,7 +4,7 @@ import torch
 
 from tests.helpers.models import VARIANTS, build
 from timemix.generation.engine import Engine
-from timemix.generation.sampler import draw
+from timemix.generation.random_draws import draw
 from timemix.tokenizers.character import CharacterTokenizer
 
 CHARACTERS = CharacterTokenizer(list("abcdefghijk"), "error")

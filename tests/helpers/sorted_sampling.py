@@ -5,10 +5,11 @@ import numpy as np
 from timemix.generation.sampler import TOP_P_ERROR
 
 
-def probabilities(sampler, logits, seen):
-    """Return the probabilities (V,) of one row, from logits (V,) and the mask `seen` (V,)."""
+def probabilities(sampler, logits, seen, counts):
+    """Return the probabilities (V,) of one row, from logits (V,), the mask `seen` (V,) and numbers `counts` (V,)."""
     x = logits.astype(np.float64)
     x = np.where(seen, np.where(x > 0, x / sampler.repetition_penalty, x * sampler.repetition_penalty), x)
+    x = x - sampler.frequency_penalty * counts - sampler.presence_penalty * (counts > 0)
     largest = x.max()
     difference = np.subtract(x, largest, out=np.zeros_like(x), where=x != largest)
     with np.errstate(over="ignore"):

@@ -47,6 +47,10 @@ class Sampling:
     """Exponent P of the threshold of --top-a, at least 0."""
     repetition_penalty: float = 1.0
     """Penalty on tokens that occur in the context, above 0 (1: off)."""
+    presence_penalty: float = 0.0
+    """Number subtracted from the logits of tokens that the generated text contains (0: off)."""
+    frequency_penalty: float = 0.0
+    """Number subtracted from the logit of a token for each time that the generated text contains it (0: off)."""
     context: Literal["reanchor", "exact"] = "reanchor"
     """Rule past ctx_len: `reanchor` restarts from the newest half of the context, at a constant cost per token, and
     `exact` recomputes the whole context for each token."""

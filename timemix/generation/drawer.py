@@ -50,14 +50,10 @@ class Drawer:
         requests = [row.request for row in rows]
         if list(map(id, requests)) != list(map(id, self._requests)):
             self._requests, self._sampler = requests, Sampler.joined([request.sampler for request in requests])
-        seen = None
-        if any(request.sampler.repetition_penalty != 1 for request in requests):
-            seen = np.zeros(logits.shape, bool)
-            for i, row in enumerate(rows):
-                seen[i, list(row.seen)] = True
         tokens: list[int] = self._sampler.draw(
             logits,
-            seen,
+            [row.seen for row in rows],
+            [row.counts for row in rows],
             seed=[int(request.seed) for request in requests],
             sample=[row.sample for row in rows],
             position=[row.written for row in rows],

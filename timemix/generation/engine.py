@@ -3,15 +3,17 @@
 import itertools
 import threading
 from collections import deque
+from copy import copy
 from dataclasses import replace
-from typing import Literal
+from functools import partial
 
 import torch
 
 from timemix.errors import InvalidValue, TooManyRequests
 from timemix.generation.decode import Step, build_step
 from timemix.generation.drawer import Drawer, Drawn, scores_of
-from timemix.generation.request import Event, Request, is_integer
+from timemix.generation.prefix_cache import PrefixCache, new_prefix
+from timemix.generation.request import Event, Finished, Request, is_integer
 from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
 from timemix.generation.sampler import numbers
 from timemix.generation.session import Session
@@ -41,6 +43,8 @@ class Engine:
         weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         step: Decode step to use; None: the fastest step that the model supports.
         max_pending: Largest number of pending requests, at least 1; None: any number.
+        cache: Cache of states after prefixes of prompts, for this engine alone; None: each prompt is processed as a
+            whole. With and without a cache, texts are bit-identical, except for requests with `reuse_decoded`.
 
     Raises:
         InvalidValue: `slots` or `max_pending` is below 1, `weights` is unknown, `model` is not a language model, or
@@ -56,6 +60,7 @@ class Engine:
         weights: Weights = "float32",
         step: Step | None = None,
         max_pending: int | None = None,
+        cache: PrefixCache | None = None,
     ) -> None:
         if not isinstance(model, LanguageModel):
             raise InvalidValue(f"model is a {type(model).__name__}; pass the model of a loaded run: load(...).model")
@@ -68,7 +73,7 @@ class Engine:
                 f" {model.config.vocab_size}; pass the tokenizer of the model"
             )
         self.model, self.tokenizer, self.slots, self.max_pending = model, tokenizer, slots, max_pending
-        self.advance = step or build_step(model, weights)
+        self.advance, self.cache = step or build_step(model, weights), cache
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._pending: deque[Row] = deque()
         self._rows: list[Row] = []
@@ -99,15 +104,18 @@ class Engine:
                 tokenizer, or the session of the request belongs to another model.
             TooManyRequests: `max_pending` requests are pending.
         """
-        vocab_size = self.model.config.vocab_size
-        outside = next((t for t in request.token_ids() if not 0 <= t < vocab_size), None)
-        if outside is not None:
-            raise InvalidValue(f"token {outside} is outside the vocabulary of {vocab_size}; ids start at 0")
+        vocab_size, ids = self.model.config.vocab_size, request.token_ids()
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < vocab_size:
+                raise InvalidValue(f"token {token} is outside the vocabulary of {vocab_size}; ids start at 0")
         if request.stop and self.tokenizer is None:
             raise InvalidValue("stop strings need a tokenizer; pass one to Engine, or use stop_tokens")
         if request.start is not None and _shapes(request.start.state) != _shapes(self._state):
             raise InvalidValue("start is a session of another model; pass a session of this model")
         row = new_row(-1, request, self.tokenizer, self.model.max_position)
+        if self.cache is not None and request.start is None and not request.prompt_log_probabilities:
+            unread = row.tokens[-row.unread :]
+            row.prefix = new_prefix(request.scope, unread, PIECE, allows_decoded=request.reuse_decoded)
         with self._changed:
             pending = {each.id for each in self._pending if not each.is_cancelled}
             # Requests that get a free slot at the next step do not count as pending.
@@ -159,18 +167,20 @@ class Engine:
             return len(self._pending)
 
     def progress(self, id: int) -> tuple[int, int]:
-        """Return how much of a request's prompt is processed.
+        """Return how much of a request's prompt is processed, without waiting for the step in progress.
 
         Args:
             id: Id of the request.
 
         Returns:
-            Number of processed tokens, and number of all tokens of the prompt; (0, 0) if the request is not active.
+            Number of processed prompt tokens, which includes tokens from the cache, and number of prompt tokens. Of a
+            prompt that exceeds the context, only the tokens that the model uses count. Tokens that a continued session
+            has not processed count as prompt tokens. (0, 0) if the request is neither active nor pending.
         """
         with self._changed:
-            for row in self._rows:
-                if row.id == id:
-                    return len(row.request.prompt) - min(row.unread, len(row.request.prompt)), len(row.request.prompt)
+            for row in (*self._rows, *self._pending):
+                if row.id == id and not row.is_cancelled:
+                    return row.progress
         return 0, 0
 
     def session(self, id: int, sample: int | None = None) -> Session:
@@ -245,12 +255,11 @@ class Engine:
             row = self._pending.popleft()
             row.slot = self._free.pop()
             self._rows.append(row)
-            slot, state = torch.tensor([row.slot], device=self.model.device), row.state or self.model.init_state(1)
-            self._state.put(slot, state)
+            self._state.put(torch.tensor([row.slot], device=self.model.device), self._first_state(row))
             row.state = None
             self._fork(row)
         return [
-            self._end(row, Event(row.id, None, self._last_text(row), sample=row.sample), "length")
+            self._end(row, row.event(None, row.last_text(), "length"))
             for row in list(self._rows)
             if row.request.tokens == 0 and row.has_read
         ]
@@ -259,13 +268,15 @@ class Engine:
         """Put the other samples of a request first in the queue when its row has one unprocessed prompt token left."""
         if not (row.forks and row.has_read):
             return
-        state = self._state.select(torch.tensor([row.slot], device=self.model.device)) if row.position else None
+        state = self._copy(row) if row.position else None
         forks = [
             replace(
                 row,
                 sample=row.sample + number,
                 tokens=list(row.tokens),
                 seen=set(row.seen),
+                counts=dict(row.counts),
+                prefix=copy(row.prefix),
                 emitter=new_emitter(row.request, row.tokens, self.tokenizer),
                 state=state,
                 forks=0,
@@ -275,6 +286,20 @@ class Engine:
         ]
         row.forks = 0
         self._pending.extendleft(reversed(forks))
+
+    def _first_state(self, row: Row) -> State:
+        """Return the state from which a row begins: its own, the state of its longest cached prefix, or a new state."""
+        if row.state is not None:
+            return row.state
+        if self.cache is not None and row.prefix is not None and (found := self.cache.find(row.prefix)):
+            row.cached = row.position = found[0]
+            row.unread -= row.cached
+            return found[1]
+        return self.model.init_state(1)
+
+    def _copy(self, row: Row) -> State:
+        """Return a copy of the state of an active row."""
+        return self._state.select(torch.tensor([row.slot], device=self.model.device))
 
     def _grow(self, slots: int) -> None:
         """Enlarge the state to at least `slots` rows."""
@@ -296,7 +321,8 @@ class Engine:
         full = [row for row in rows if row.position + row.unread > limit]
         for row in full:
             kept = limit if row.request.context == "exact" else max(1, int(row.request.keep * limit))
-            row.position, row.unread = 0, min(kept, len(row.tokens))
+            row.position, row.unread, row.prefix = 0, min(kept, len(row.tokens)), None
+            row.is_restarted = row.request.context == "reanchor"
         if full:
             slots = torch.tensor([row.slot for row in full], device=self.model.device)
             self._state.put(slots, self.model.init_state(len(slots)))
@@ -332,6 +358,8 @@ class Engine:
         logits = numbers(found)
         for row, count in pieces:
             row.position, row.unread = row.position + count, row.unread - count
+            if self.cache is not None and row.prefix is not None and row.position % PIECE == 0:
+                self.cache.store(row.prefix, row.tokens, row.position, partial(self._copy, row))
         for i, row, index in scored:
             assert row.prompt_scores is not None
             row.prompt_scores[index] = scores_of(
@@ -358,56 +386,34 @@ class Engine:
         """Append a drawn token to a row and return the event of the token; remove the row if its text has ended."""
         if isinstance(drawn, str):
             self._leave(row)
-            return Event(row.id, None, "", finished="error", sample=row.sample, reason=drawn)
+            return row.event(None, "", "error", reason=drawn)
         token, log_probability, top = drawn
         row.tokens.append(token)
         row.seen.add(token)
+        row.counts[token] = row.counts.get(token, 0) + 1
         row.unread = 1
         row.written += 1
-        if len(row.tokens) > 2 * self._tokens_kept:
-            del row.tokens[: -self._tokens_kept]
+        held = max(self._tokens_kept, PIECE)
+        if len(row.tokens) > 2 * held:
+            del row.tokens[:-held]
         last = row.written - row.first >= row.request.tokens
-        text, is_stopped = self._text(row, token, last)
-        event = Event(row.id, token, text, log_probability, sample=row.sample, top_log_probabilities=top)
-        if is_stopped or last:
-            return self._end(row, event, "stop" if is_stopped else "length")
-        return self._scored(row, event)
+        text, is_stopped = row.text(token, last)
+        finished: Finished | None = "stop" if is_stopped else "length" if last else None
+        event = row.event(token, text, finished, log_probability=log_probability, top_log_probabilities=top)
+        return event if finished is None else self._end(row, event)
 
-    def _text(self, row: Row, token: int, last: bool) -> tuple[str, bool]:
-        """Return the text that can be emitted now, and whether a stop string or a stop token ended the text."""
-        is_stop = token in row.request.stop_tokens
-        if row.emitter is None:
-            return "", is_stop
-        if is_stop:
-            return row.emitter.end(), True
-        text, is_stopped = row.emitter.push(token)
-        return text + (self._last_text(row) if last and not is_stopped else ""), is_stopped
-
-    def _last_text(self, row: Row) -> str:
-        """Return the text that a row still holds back at its end; empty if its session keeps that text."""
-        return "" if row.emitter is None or row.request.keep_session else row.emitter.end()
-
-    def _end(self, row: Row, event: Event, finished: Literal["length", "stop"]) -> Event:
-        """Remove a row and return its last event, with the session and the scores of the prompt."""
+    def _end(self, row: Row, event: Event) -> Event:
+        """Remove a row and return its last event, with its session if the request keeps the session."""
         session = self._session_of(row) if row.request.keep_session else None
         self._leave(row)
-        return self._scored(row, replace(event, finished=finished, session=session))
-
-    def _scored(self, row: Row, event: Event) -> Event:
-        """Add the log-probabilities of the prompt to a row's first event."""
-        scores, row.prompt_scores = row.prompt_scores, None
-        if scores is None:
-            return event
-        found, top = zip(*scores, strict=True)
-        return replace(event, prompt_log_probabilities=found, prompt_top_log_probabilities=top)
+        return event if session is None else replace(event, session=session)
 
     def _session_of(self, row: Row) -> Session:
         """Return a copy of a row as a session."""
-        slot = torch.tensor([row.slot], device=self.model.device)
-        state = self._state.select(slot) if row.position else self.model.init_state(1)
+        state = self._copy(row) if row.position else self.model.init_state(1)
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
         held = "" if row.emitter is None else row.emitter.held
-        return Session(state, tokens, row.unread, row.written, frozenset(row.seen), held)
+        return Session(state, tokens, row.unread, row.written, frozenset(row.seen), held, dict(row.counts))
 
 
 def _shapes(state: State) -> list[dict[str, torch.Size]]:

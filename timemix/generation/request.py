@@ -12,6 +12,7 @@ from timemix.generation.sampler import Sampler
 from timemix.generation.session import Session
 
 Context = Literal["reanchor", "exact"]
+Finished = Literal["length", "stop", "error"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class Request:
         logit_bias: Numbers, by token id, that are added to the logits before sampling; -inf excludes a token.
         top_log_probabilities: Number of most probable tokens to report with each token, at least 0. Prompt tokens are
             included if `prompt_log_probabilities` is set.
-        prompt_log_probabilities: Whether the first event reports the log-probability of each prompt token.
+        prompt_log_probabilities: Whether the first event reports the log-probability of each prompt token. Such a
+            request does not use the engine's cache, because the model must process the whole prompt.
+        scope: Name of the group of requests, such as the requests of one user, that share the engine's cache.
+        reuse_decoded: Whether the engine's cache may store states of generated tokens for this request, and give such
+            states to this request. With the compiled step, these states are bit-identical to the states of a prompt.
+            With the model's own forward pass, they agree to 1e-5.
 
     Raises:
         InvalidValue: The prompt or a stop string is empty, a value has a wrong type, or a number is out of its range.
@@ -67,6 +73,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_log_probabilities: int = 0
     prompt_log_probabilities: bool = False
+    scope: str = ""
+    reuse_decoded: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampler, Sampler):
@@ -95,6 +103,8 @@ class Request:
             raise InvalidValue(
                 f"sample={self.sample} with samples={self.samples} passes 2^64 - 1; choose a smaller sample"
             )
+        if not isinstance(self.scope, str):
+            raise InvalidValue(f"scope is {self.scope!r}; it must be a string")
         if self.start is not None and not 0 <= self.start.written < 2**63:
             raise InvalidValue(f"start.written is {self.start.written}; it must be from 0 to 2^63 - 1")
         self._check_prompt()
@@ -134,7 +144,7 @@ class Request:
         Returns:
             Ids of the prompt, the session, the stop tokens and the logit bias; an id may occur several times.
         """
-        old = () if self.start is None else (*self.start.tokens, *self.start.seen)
+        old = () if self.start is None else (*self.start.tokens, *self.start.seen, *self.start.counts)
         return (*self.prompt, *old, *self.stop_tokens, *self.logit_bias)
 
 
@@ -186,16 +196,21 @@ class Event:
         prompt_top_log_probabilities: (token id, log-probability) of the most probable tokens in place of each prompt
             token, under the same conditions; empty for the first token of a text.
         reason: Reason of the error, if `finished` is "error"; otherwise None.
+        cached: Number of prompt tokens that the model did not process, because the engine's cache had the state after
+            them; 0 in later events of a sample.
+        restarted: Whether the context was full and re-anchored before this token (`context="reanchor"`).
     """
 
     id: int
     token: int | None
     text: str
     log_probability: float | None = None
-    finished: Literal["length", "stop", "error"] | None = None
+    finished: Finished | None = None
     session: Session | None = None
     sample: int = 0
     top_log_probabilities: tuple[tuple[int, float], ...] = ()
     prompt_log_probabilities: tuple[float | None, ...] | None = None
     prompt_top_log_probabilities: tuple[tuple[tuple[int, float], ...], ...] | None = None
     reason: str | None = None
+    cached: int = 0
+    restarted: bool = False

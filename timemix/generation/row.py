@@ -1,10 +1,12 @@
 """A text in progress inside the engine, and the decoder that emits this text."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from timemix.generation.request import Request
+from timemix.generation.prefix_cache import Prefix
+from timemix.generation.request import Event, Finished, Request
 from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
@@ -66,6 +68,7 @@ class Row:
         position: Number of tokens in the state; 0 again after a restart.
         written: Number of tokens generated so far, including the tokens of a continued session.
         seen: Token ids that occurred in the text.
+        counts: Number of times that the generated text contains each of its tokens.
         emitter: Emitter that decodes the tokens; None without a tokenizer.
         state: State from which a pending row begins; None: the state before the first token.
         forks: Number of further samples that begin once this sample has processed the prompt.
@@ -74,6 +77,10 @@ class Row:
         is_cancelled: Whether the row must leave the engine after the step in progress.
         prompt_scores: Log-probability of each prompt token, and (token, log-probability) of the most probable tokens;
             None unless the request asks for them.
+        total: Number of prompt tokens: the value of `unread` when the request began.
+        prefix: Prefixes of the text, for the cache; None if the row does not use the cache.
+        cached: Number of prompt tokens whose state came from the cache.
+        is_restarted: Whether the context was re-anchored since the newest event.
     """
 
     id: int
@@ -84,6 +91,7 @@ class Row:
     position: int
     written: int
     seen: set[int]
+    counts: dict[int, int]
     emitter: Emitter | None
     state: State | None
     forks: int = 0
@@ -91,6 +99,10 @@ class Row:
     last_read: int = 0
     is_cancelled: bool = False
     prompt_scores: list[tuple[float | None, tuple[tuple[int, float], ...]]] | None = None
+    total: int = 0
+    prefix: Prefix | None = None
+    cached: int = 0
+    is_restarted: bool = False
     first: int = field(init=False)
     """Value of `written` when the request began."""
 
@@ -100,7 +112,14 @@ class Row:
     @property
     def has_read(self) -> bool:
         """Whether all prompt tokens but the last are processed. Each sample processes the last prompt token itself."""
-        return self.unread == 1 or (self.request.tokens == 0 and self.prompt_scores is None)
+        request = self.request
+        return self.unread == 1 or not (request.tokens or request.keep_session or self.prompt_scores is not None)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Number of processed prompt tokens, and number of prompt tokens."""
+        is_complete = self.written > self.first
+        return self.total if is_complete else max(0, self.total - self.unread), self.total
 
     def piece(self, size: int) -> int:
         """Return the number of tokens to process next, up to the next position that is a multiple of `size`."""
@@ -115,6 +134,38 @@ class Row:
         # Index into the prompt of the token after the first unread token.
         after = len(self.prompt_scores) - self.unread + 1
         return [(i, after + i) for i in range(count) if 0 <= after + i < len(self.prompt_scores)]
+
+    def text(self, token: int, last: bool) -> tuple[str, bool]:
+        """Return the text that can be emitted after a token, and whether the token ended the text."""
+        is_stop = token in self.request.stop_tokens
+        if self.emitter is None:
+            return "", is_stop
+        if is_stop:
+            return self.emitter.end(), True
+        text, is_stopped = self.emitter.push(token)
+        return text + (self.last_text() if last and not is_stopped else ""), is_stopped
+
+    def last_text(self) -> str:
+        """Return the text that the row still holds back at its end; empty if its session keeps that text."""
+        return "" if self.emitter is None or self.request.keep_session else self.emitter.end()
+
+    def event(self, token: int | None, text: str, finished: Finished | None, **fields: Any) -> Event:
+        """Return the next event of the row. Only the first event has scores of the prompt and counts cached tokens."""
+        if self.prompt_scores is not None:
+            fields["prompt_log_probabilities"] = tuple(score for score, _ in self.prompt_scores)
+            fields["prompt_top_log_probabilities"] = tuple(top for _, top in self.prompt_scores)
+        event = Event(
+            self.id,
+            token,
+            text,
+            finished=finished,
+            sample=self.sample,
+            cached=self.cached,
+            restarted=self.is_restarted,
+            **fields,
+        )
+        self.prompt_scores, self.cached, self.is_restarted = None, 0, False
+        return event
 
 
 def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int | None) -> Row:
@@ -141,6 +192,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
         position=0 if start is None else int(start.state.position),
         written=0 if start is None else start.written,
         seen=set(prompt) | (set() if start is None else start.seen),
+        counts={} if start is None else dict(start.counts),
         emitter=new_emitter(request, tokens, tokenizer),
         state=None if start is None else start.state,
         forks=request.samples - 1,
@@ -148,6 +200,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
     )
     if limit is not None and row.position == 0:
         row.unread = min(row.unread, limit)
+    row.total = row.unread
     return row
 
 
@@ -156,4 +209,4 @@ def new_emitter(request: Request, tokens: list[int], tokenizer: Tokenizer | None
     if tokenizer is None:
         return None
     held = "" if request.start is None or len(request.prompt) else request.start.held
-    return Emitter(tokenizer, tokens, held, tuple(request.stop))
+    return Emitter(tokenizer, tokens[-UNFINISHED:], held, tuple(request.stop))

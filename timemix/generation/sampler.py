@@ -10,7 +10,8 @@ candidates.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
+from timemix.generation.random_draws import search, uniforms
 from timemix.generation.ranking import LARGE, leading, reached
 
 PerRow = float | Sequence[float] | Tensor
@@ -38,6 +40,8 @@ _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "top_a": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "top_a_power": ("at least 0", lambda x: x >= 0),
     "repetition_penalty": ("above 0", lambda x: x > 0),
+    "presence_penalty": ("a finite number", math.isfinite),
+    "frequency_penalty": ("a finite number", math.isfinite),
 }
 
 
@@ -49,11 +53,13 @@ class Sampler:
     this order:
 
     1. `repetition_penalty`.
-    2. `temperature`: p = softmax(logits / temperature).
-    3. The filters. Each filter is applied to the same p, not to the result of another filter. A token stays if every
+    2. `presence_penalty` and `frequency_penalty`: with c the number of times that the text generated so far contains a
+       token, frequency_penalty * c is subtracted from the logit of the token, and presence_penalty if c > 0.
+    3. `temperature`: p = softmax(logits / temperature).
+    4. The filters. Each filter is applied to the same p, not to the result of another filter. A token stays if every
        filter keeps the token. Among equally probable tokens the lowest ids rank first. The most probable token always
        stays.
-    4. The probabilities of the tokens that stay are divided by their sum.
+    5. The probabilities of the tokens that stay are divided by their sum.
 
     Args:
         temperature: Divisor of the logits, at least 0; 0 gives all probability to the largest logit, or to the lowest
@@ -66,13 +72,17 @@ class Sampler:
         top_a_power: Exponent of p_max in the threshold of top_a, at least 0.
         repetition_penalty: Penalty, above 0: positive logits of tokens seen in the context are divided by the penalty,
             negative logits are multiplied by the penalty; 1 = off.
+        presence_penalty: Number subtracted from the logits of generated tokens; 0 = off. Tokens of the prompt do not
+            count, and a negative number makes generated tokens more probable.
+        frequency_penalty: Number subtracted from the logits of generated tokens, once for each occurrence; 0 = off.
 
     Raises:
         InvalidValue: A value is out of its range.
 
     Source:
-        repetition_penalty: CTRL, arXiv 1909.05858. top_k: arXiv 1805.04833. top_p: arXiv 1904.09751.
-        min_p: arXiv 2407.01082. top_a: RWKV-LM 0.01, doi 10.5281/zenodo.5196577.
+        repetition_penalty: CTRL, arXiv 1909.05858. presence_penalty and frequency_penalty: OpenAI API.
+        top_k: arXiv 1805.04833. top_p: arXiv 1904.09751. min_p: arXiv 2407.01082.
+        top_a: RWKV-LM 0.01, doi 10.5281/zenodo.5196577.
     """
 
     temperature: PerRow = 1.0
@@ -82,6 +92,8 @@ class Sampler:
     top_a: PerRow = 0.0
     top_a_power: PerRow = 2.0
     repetition_penalty: PerRow = 1.0
+    presence_penalty: PerRow = 0.0
+    frequency_penalty: PerRow = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -129,24 +141,42 @@ class Sampler:
         columns = {field.name: tuple(getattr(each, field.name) for each in samplers) for field in fields(Sampler)}
         return Sampler(**{name: values if len(set(values)) > 1 else values[0] for name, values in columns.items()})
 
-    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+    @property
+    def needs_seen(self) -> bool:
+        """Whether the tokens of the context are needed, for `repetition_penalty`."""
+        return self._is_on("repetition_penalty", 1)
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the numbers of generated tokens are needed, for the penalties on generated tokens."""
+        return self._is_on("presence_penalty", 0) or self._is_on("frequency_penalty", 0)
+
+    def _is_on(self, name: str, off: float) -> bool:
+        value = getattr(self, name)
+        return any(each != off for each in (value if isinstance(value, tuple) else (value,)))
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """Return the probabilities of the next token of each row.
 
         Args:
             logits: Logits (B, V) of any float type and device. Infinite logits are limits: tokens at +inf share all
                 probability, and tokens at -inf have no probability.
             seen: Mask (B, V) bool of the tokens that occurred in each row's context; needed for `repetition_penalty`.
+            counts: Number of times (B, V) that each row's generated text contains each token; needed for
+                `presence_penalty` and `frequency_penalty`.
 
         Returns:
             Probabilities (B, V), float64 on the CPU; each row sums to 1.
 
         Raises:
-            ValueError: A row holds NaN or only -inf, a field has neither 1 nor B values, or `repetition_penalty` is on
-                and `seen` is None.
+            ValueError: A row holds NaN or only -inf, a field has neither 1 nor B values, or a penalty is on and `seen`
+                or `counts` is None.
         """
         rows, V = numbers(logits), logits.shape[1]
         p = np.zeros(rows.shape)
-        for at, tokens, weights in self._filtered(rows, None if seen is None else seen.cpu().numpy()):
+        listed = None if seen is None else [row.nonzero().flatten().tolist() for row in seen]
+        counted = None if counts is None else [{t: row[t] for t in row.nonzero()[0]} for row in counts.cpu().numpy()]
+        for at, tokens, weights in self._filtered(rows, listed, counted):
             normalized = weights / weights.sum(-1, keepdims=True)
             np.put_along_axis(p[at], np.arange(V)[None] if tokens is None else tokens, normalized, -1)
         return torch.from_numpy(p)
@@ -154,17 +184,19 @@ class Sampler:
     def draw(
         self,
         logits: np.ndarray,
-        seen: np.ndarray | None = None,
+        seen: Sequence[Collection[int]] | None = None,
+        counts: Sequence[Mapping[int, int]] | None = None,
         *,
         seed: Sequence[int],
         sample: Sequence[int],
         position: Sequence[int],
     ) -> np.ndarray:
-        """Draw the next token of each row, as `draw(self.probabilities(logits, seen), ...)` does.
+        """Draw the next token of each row, as `draw(self.probabilities(logits, seen, counts), ...)` does.
 
         Args:
             logits: Logits (B, V), float32 or float64.
-            seen: As for `probabilities`.
+            seen: For each row the different tokens that occurred in its context.
+            counts: For each row the number of times that the generated text contains each of its tokens.
             seed: As for the function `draw`, one number per row.
             sample: As for the function `draw`.
             position: As for the function `draw`.
@@ -176,15 +208,18 @@ class Sampler:
             InvalidValue: A seed is outside 0 to 2^64 - 1.
             ValueError: As for `probabilities`.
         """
-        u = _uniforms(seed, sample, position)
+        u = uniforms(seed, sample, position)
         found = np.empty(len(logits), np.int64)
-        for at, tokens, weights in self._filtered(logits, seen):
-            index = _search(weights, u[at])
+        for at, tokens, weights in self._filtered(logits, seen, counts):
+            index = search(weights, u[at])
             found[at] = index if tokens is None else np.take_along_axis(tokens, index[:, None], -1)[:, 0]
         return found
 
     def _filtered(
-        self, logits: np.ndarray, seen: np.ndarray | None
+        self,
+        logits: np.ndarray,
+        seen: Sequence[Collection[int]] | None,
+        counts: Sequence[Mapping[int, int]] | None,
     ) -> Iterator[tuple[slice, np.ndarray | None, np.ndarray]]:
         """Yield some rows of a batch at a time, with the tokens (rows, M) that can stay and their weights (rows, M).
 
@@ -193,14 +228,20 @@ class Sampler:
         """
         B, V = logits.shape
         columns = {field.name: self._column(field.name, B) for field in fields(self)}
-        if self.repetition_penalty != 1 and seen is None:
+        if self.needs_seen and seen is None:
             raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
+        if self.needs_counts and counts is None:
+            raise ValueError("a penalty on generated tokens is on, but counts is None; pass the counts of each row")
         size = 1 if V > LARGE else max(1, B)
         for at in (slice(begin, begin + size) for begin in range(0, B, size)):
             own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
             x = logits[at]
-            if self.repetition_penalty != 1 and seen is not None:
-                x = _penalized(x, seen[at], own["repetition_penalty"])
+            if self.needs_seen or self.needs_counts:
+                x = x.astype(np.float64)
+            if self.needs_seen and seen is not None:
+                _penalize_seen(x, seen[at], own["repetition_penalty"])
+            if self.needs_counts and counts is not None:
+                _penalize_counted(x, counts[at], own["presence_penalty"], own["frequency_penalty"])
             largest = x.max(-1, keepdims=True)
             if not (largest > -math.inf).all():
                 row = int((largest[:, 0] > -math.inf).argmin())
@@ -232,14 +273,39 @@ def numbers(logits: Tensor) -> np.ndarray:
     return (x if x.dtype == torch.float64 else x.float()).numpy()
 
 
-def _penalized(logits: np.ndarray, seen: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Return logits (B, V) float64 after `repetition_penalty` (B, 1) for the tokens in the mask `seen` (B, V)."""
-    x = logits.astype(np.float64)
-    # Indices into all numbers of x: the search in one dimension is faster than the search in two dimensions.
-    at = seen.ravel().nonzero()[0]
-    found, own = x.ravel()[at], np.broadcast_to(penalty, (len(x), 1))[at // x.shape[1], 0]
-    x.ravel()[at] = np.where(found > 0, found / own, found * own)
-    return x
+def _penalize_seen(x: np.ndarray, seen: Sequence[Collection[int]], penalty: np.ndarray) -> None:
+    """Apply `repetition_penalty` (B, 1) to the logits x (B, V), in place, for the tokens that each row has seen."""
+    for logits, tokens, own in zip(x, seen, np.broadcast_to(penalty[:, 0], len(x)), strict=True):
+        if own != 1:
+            at = np.fromiter(tokens, np.int64, len(tokens))
+            with np.errstate(over="ignore"):
+                logits[at] = _limited(np.where(logits[at] > 0, logits[at] / own, logits[at] * own), logits[at])
+
+
+def _penalize_counted(
+    x: np.ndarray, counts: Sequence[Mapping[int, int]], presence: np.ndarray, frequency: np.ndarray
+) -> None:
+    """Apply `presence_penalty` and `frequency_penalty` (B, 1) to the logits x (B, V), in place.
+
+    logit(token) -= presence + frequency * counts[token], for the tokens in `counts`.
+    """
+    penalties = (np.broadcast_to(each[:, 0], len(x)) for each in (presence, frequency))
+    for logits, own, once, each in zip(x, counts, *penalties, strict=True):
+        if once != 0 or each != 0:
+            at = np.fromiter(own.keys(), np.int64, len(own))
+            with np.errstate(over="ignore"):
+                penalty = _finite(once + each * np.fromiter(own.values(), np.float64, len(own)))
+                logits[at] = _limited(logits[at] - penalty, logits[at])
+
+
+def _limited(penalized: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Return penalized logits, where finite logits stay finite: a penalty must not exclude every token."""
+    return np.where(np.isfinite(logits), _finite(penalized), penalized)
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    """Return x (n,) with the largest finite numbers in place of infinities."""
+    return np.clip(x, -sys.float_info.max, sys.float_info.max)
 
 
 def _survivors(
@@ -305,91 +371,3 @@ def _bound(weights: np.ndarray, total: float, floor: float, count: float, top_p:
         # All tokens with smaller weights than the second number together have a probability below 1 - top_p.
         bounds.append(few if is_enough else (1 - top_p) * total / len(weights))
     return max(bounds)
-
-
-def draw(
-    probabilities: Tensor,
-    *,
-    seed: int | Sequence[int] | Tensor,
-    sample: Sequence[int] | Tensor,
-    position: Sequence[int] | Tensor,
-) -> Tensor:
-    """Draw one token for each row, by the inverse of the row's cumulative distribution.
-
-    The random number of a row comes from the generator Philox with key (seed, sample) and counter `position`. The
-    random number depends only on the key and the counter, and no generator state is stored. A token of probability 0 is
-    never drawn.
-
-    Args:
-        probabilities: Probabilities (B, V); each row sums to 1.
-        seed: Random seed, 0 to 2^64 - 1: one number for all rows, or (B,).
-        sample: Number of each row's text (B,), 0 to 2^64 - 1.
-        position: Number of the token in each row's text (B,), at least 0.
-
-    Returns:
-        Token ids (B,) int64.
-
-    Raises:
-        InvalidValue: A seed is outside 0 to 2^64 - 1.
-        ValueError: A row of probabilities does not sum to 1 within 0.01.
-
-    Source:
-        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-    """
-    seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
-    u = _uniforms(seeds, _integers(sample), _integers(position))
-    p = probabilities.detach().cpu().double().numpy()
-    total = p.sum(-1)
-    if not (np.abs(total - 1) < 0.01).all():
-        raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
-    return torch.from_numpy(_search(p, u))
-
-
-def _search(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Return for each row the first index whose cumulative weight is above u times the sum of the row.
-
-    Args:
-        weights: Weights (B, M), at least 0; each row has a weight above 0.
-        u: Numbers (B,) from 0 to less than 1.
-    """
-    if weights.shape[1] > LARGE:
-        return np.array([_search_blocks(*each) for each in zip(weights, u, strict=True)])
-    cumulative = weights.cumsum(-1)
-    # u is below 1 even after rounding, so u * sum < sum. The count below is therefore an index inside the row.
-    found: np.ndarray = (cumulative <= (u * cumulative[:, -1])[:, None]).sum(-1)
-    return found
-
-
-def _search_blocks(weights: np.ndarray, u: float) -> int:
-    """Return the index of `_search` for weights (M,). Sums of blocks take less time than a cumulative sum."""
-    size = 256
-    cumulative = np.add.reduceat(weights, np.arange(0, len(weights), size)).cumsum()
-    target = u * cumulative[-1]
-    block = int(cumulative.searchsorted(target, "right"))
-    own = weights[block * size : (block + 1) * size]
-    inside = own.cumsum() + (cumulative[block - 1] if block else 0)
-    # The sum of a block can round to a larger number than its cumulative sum.
-    index = min(int(inside.searchsorted(target, "right")), int(own.nonzero()[0][-1]))
-    return block * size + index
-
-
-def _uniforms(seed: Sequence[int], sample: Sequence[int], position: Sequence[int]) -> np.ndarray:
-    """Return the random number of each row (B,)."""
-    generator = np.random.Philox(key=0)
-    return np.array([_uniform(generator, *counter) for counter in zip(seed, sample, position, strict=True)])
-
-
-def _uniform(generator: np.random.Philox, seed: int, sample: int, position: int) -> float:
-    """Return a random multiple of 2^-53 in [0, 1) that does not depend on earlier numbers of the generator."""
-    if not 0 <= seed < 2**64:
-        raise InvalidValue(f"seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
-    # Setting the state of a generator takes a fifth of the time that a new generator takes.
-    state = generator.state
-    state["state"] = {"key": np.array([seed, sample], np.uint64), "counter": np.array([position, 0, 0, 0], np.uint64)}
-    state["buffer_pos"] = 4
-    generator.state = state
-    return (int(generator.random_raw()) >> 11) * 2.0**-53
-
-
-def _integers(values: Sequence[int] | Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from timemix.config.version_1 import representation
 from timemix.errors import DamagedFile
@@ -14,7 +17,7 @@ from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import Count, to_json, to_record
 from timemix.storage.settings import to_dict
-from timemix.storage.tensors import check_content, open_tensors, write_tensors
+from timemix.storage.tensors import MOST_BRACES, check_content, open_tensors, tensors_from_bytes, tensors_to_bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Session:
         seen: Token ids that occurred in the text.
         held: Text that is not emitted yet, because it may begin a stop string, or follows a stop string within one
             token.
+        counts: Number of times that the tokens generated so far contain each of their ids.
     """
 
     state: State
@@ -38,6 +42,7 @@ class Session:
     written: int = 0
     seen: frozenset[int] = field(default_factory=frozenset)
     held: str = ""
+    counts: Mapping[int, int] = field(default_factory=dict)
 
     def clone(self) -> "Session":
         """Return a copy with its own state, so that the original and the copy can continue in different ways.
@@ -63,13 +68,30 @@ def model_hash(model: LanguageModel, config: str | None = None) -> str:
     Returns:
         The hash in hexadecimal.
     """
-    sha256 = hashlib.sha256((config or json.dumps(to_dict(model.config), sort_keys=True)).encode())
-    for name, weight in sorted(model.state_dict().items()):
+    weights = sorted(model.state_dict().items())
+    # The hash of all weights takes a second per gigabyte, so it is computed again only if PyTorch has changed a weight.
+    # `_version` counts the changes of a tensor.
+    key = config, [(name, x.data_ptr(), x._version) for name, x in weights]
+    known, found, _ = _HASHES.get(model, (None, "", weights))
+    if key != known:
+        found = _hash(config or json.dumps(to_dict(model.config), sort_keys=True), weights)
+        _HASHES[model] = key, found, weights
+    return found
+
+
+_HASHES: "WeakKeyDictionary[LanguageModel, tuple[object, str, object]]" = WeakKeyDictionary()
+"""For each model, the key of its newest hash, the hash, and the weights, whose addresses are thus in use."""
+
+
+def _hash(config: str, weights: Sequence[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 of a config and of weights by name."""
+    sha256 = hashlib.sha256(config.encode())
+    for name, weight in weights:
         sha256.update(name.encode())
         # Weights in bfloat16 give the hash of the same numbers in float32. The parts bound the memory of the copies.
         for part in weight.detach().split(4096) if weight.ndim else (weight.detach(),):
-            wide = part.to("cpu", torch.promote_types(part.dtype, torch.float32)).contiguous()
-            sha256.update(wide.view(torch.uint8).numpy())
+            wide: Tensor = part.to("cpu", torch.promote_types(part.dtype, torch.float32)).contiguous()
+            sha256.update(wide.view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
@@ -84,6 +106,20 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
     Raises:
         CannotWrite: The file cannot be written.
     """
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(session_to_bytes(session, model))
+
+
+def session_to_bytes(session: Session, model: LanguageModel) -> bytes:
+    """Return the content of the file that `save_session` writes.
+
+    Args:
+        session: The session.
+        model: The session's model.
+
+    Returns:
+        The content, a safetensors file.
+    """
     tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(session.state.layers) for name, x in layer.items()}
     about = _About(
         model=model_hash(model),
@@ -93,11 +129,13 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
         written=session.written,
         seen=tuple(sorted(session.seen)),
         held=session.held,
+        counted=tuple(session.counts),
+        counts=tuple(session.counts.values()),
     )
-    with atomic_file(Path(path)) as temporary:
-        write_tensors(
-            temporary, tensors | {"position": session.state.position}, {"timemix_session": json.dumps(to_json(about))}
-        )
+    metadata = {"timemix_session": json.dumps(to_json(about))}
+    return tensors_to_bytes(
+        {name: x.cpu() for name, x in (tensors | {"position": session.state.position}).items()}, metadata
+    )
 
 
 def load_session(path: str | Path, model: LanguageModel) -> Session:
@@ -115,38 +153,76 @@ def load_session(path: str | Path, model: LanguageModel) -> Session:
     """
     path = Path(path)
     with open_tensors(path) as file:
-        metadata = file.metadata() or {}
-        # Files of versions before 0.3 have the key `timemix_stream`.
-        about = _about(path, metadata.get("timemix_session", metadata.get("timemix_stream")))
-        if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
-            raise DamagedFile(
-                f"{path} holds a session of another model ({about.architecture}); use it with the run that saved it"
-            )
         check_content(file, path)
-        state = model.init_state(1)
-        try:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            state.position.copy_(found.pop("position"))
-            for i, layer in enumerate(state.layers):
-                for name, x in layer.items():
-                    saved = found.pop(f"layers.{i}.{name}")
-                    if saved.shape != x.shape:
-                        raise ValueError(f"{name} has shape {list(saved.shape)}, not {list(x.shape)}")
-                    x.copy_(saved)
-            if found:
-                raise ValueError(f"{sorted(found)[0]} is not part of a session")
-            vocab_size, unread = model.config.vocab_size, about.unread
-            if not 1 <= unread <= len(about.tokens) or not all(
-                0 <= t < vocab_size for t in (*about.tokens, *about.seen)
-            ):
-                raise ValueError("its tokens do not fit the model")
-            if not 0 <= int(state.position) <= (model.max_position or 2**62):
-                raise ValueError(f"its position {int(state.position)} does not fit the model")
-        except KeyError as error:
-            raise DamagedFile(f"{path} is damaged: {error.args[0]} is missing; save the session again") from None
-        except (ValueError, RuntimeError) as error:
-            raise DamagedFile(f"{path} is damaged: {error}; save the session again") from None
-    return Session(state, about.tokens, unread, about.written, frozenset(about.seen), about.held)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _session(str(path), tensors, file.metadata() or {}, model)
+
+
+def session_from_bytes(content: bytes, model: LanguageModel) -> Session:
+    """Return the session whose file has a given content, which may come from anyone.
+
+    Args:
+        content: Content of a file that `save_session` wrote, or the result of `session_to_bytes`.
+        model: The model that the session belongs to.
+
+    Returns:
+        The session, on the model's device.
+
+    Raises:
+        DamagedFile: The content is damaged, is no session file, or belongs to another model.
+    """
+    name = "the session"
+    try:
+        tensors, metadata = tensors_from_bytes(content, 1 + sum(map(len, model.init_state(1).layers)))
+    except ValueError as error:
+        raise DamagedFile(f"{name} is damaged: {error}; send the session again") from None
+    return _session(name, tensors, metadata, model)
+
+
+def _session(name: str, tensors: dict[str, Tensor], metadata: dict[str, str], model: LanguageModel) -> Session:
+    """Return the session of a file, after all checks. `name` names the file in messages."""
+    # Files of versions before 0.3 have the key `timemix_stream`.
+    about = _about(name, metadata.get("timemix_session", metadata.get("timemix_stream")))
+    if about.model != model_hash(model) and not _is_of_version_1(about.model, model):
+        raise DamagedFile(
+            f"{name} holds a session of another model ({about.architecture}); use it with the run that saved it"
+        )
+    try:
+        _check(about, model)
+        state = _state(tensors, model)
+    except KeyError as error:
+        raise DamagedFile(f"{name} is damaged: {error.args[0]} is missing; save the session again") from None
+    except ValueError as error:
+        raise DamagedFile(f"{name} is damaged: {error}; save the session again") from None
+    counts = dict(zip(about.counted, about.counts, strict=True))
+    return Session(state, about.tokens, about.unread, about.written, frozenset(about.seen), about.held, counts)
+
+
+def _check(about: "_About", model: LanguageModel) -> None:
+    """Check the fields of a session file against a model. Raise ValueError if they do not fit."""
+    ids = (*about.tokens, *about.seen, *about.counted)
+    if not (1 <= about.unread <= len(about.tokens) and max(ids) < model.config.vocab_size):
+        raise ValueError("its tokens do not fit the model")
+    if len(about.counted) != len(about.counts):
+        raise ValueError(f"it has {len(about.counts)} counts for {len(about.counted)} tokens")
+
+
+def _state(tensors: dict[str, Tensor], model: LanguageModel) -> State:
+    """Return the state that a file holds. Raise KeyError for a missing tensor, and ValueError for a wrong tensor."""
+    state, left = model.init_state(1), dict(tensors)
+    own = {"position": state.position}
+    own |= {f"layers.{i}.{name}": x for i, layer in enumerate(state.layers) for name, x in layer.items()}
+    for name, x in own.items():
+        saved = left.pop(name)
+        if saved.shape != x.shape or saved.is_floating_point() != x.is_floating_point() or saved.is_complex():
+            raise ValueError(f"{name} is {saved.dtype} {list(saved.shape)}, not {x.dtype} {list(x.shape)}")
+        if not x.copy_(saved).isfinite().all():
+            raise ValueError(f"{name} holds a number that is not finite")
+    if left:
+        raise ValueError(f"{min(left)} is not part of a session")
+    if not 0 <= int(state.position) <= (model.max_position or 2**62):
+        raise ValueError(f"its position {int(state.position)} does not fit the model")
+    return state
 
 
 def _is_of_version_1(saved: str, model: LanguageModel) -> bool:
@@ -166,13 +242,19 @@ class _About:
     written: Count
     seen: tuple[Count, ...]
     held: str
+    # Files of versions before 0.3 have no counts.
+    counted: tuple[Count, ...] = ()
+    counts: tuple[Count, ...] = ()
 
 
-def _about(path: Path, text: str | None) -> _About:
+def _about(name: str, text: str | None) -> _About:
     """Parse the metadata of a session file."""
     if text is None:
-        raise DamagedFile(f"{path} is no session file of timemix; give a file that timemix saved")
+        raise DamagedFile(f"{name} is no session file of timemix; give a file that timemix saved")
     try:
+        # The record is flat. Many small lists would need much more memory than their text.
+        if text.count("[") + text.count("{") > MOST_BRACES:
+            raise ValueError
         return to_record(json.loads(text), _About)
     except (ValueError, RecursionError):
-        raise DamagedFile(f"{path} is damaged: its metadata cannot be read; save the session again") from None
+        raise DamagedFile(f"{name} is damaged: its metadata cannot be read; save the session again") from None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from timemix.errors import DamagedFile, MissingFile
@@ -22,6 +22,9 @@ from timemix.storage.files import check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
 """Maximum size in bytes of the JSON header of a safetensors file, enough for about 100,000 tensors."""
+
+MOST_BRACES = 1000
+"""Maximum number of opening braces in the header of a file in memory, beside one for each tensor."""
 
 CHECKSUM = "crc32"
 """Metadata key of the checksum of the tensors in a file. Earlier versions of timemix wrote files without a checksum."""
@@ -63,12 +66,62 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def _sort_metadata(path: Path) -> None:
     """Sort the metadata of a file, since the library writes any order, so that equal tensors give identical files."""
     with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+        header = file.read(int.from_bytes(file.read(8), "little"))
         file.seek(8)
-        # Only the order of the metadata changes, so the header keeps its length.
-        file.write(json.dumps(metadata | header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+        file.write(_sorted_header(header))
+
+
+def _sorted_header(header: bytes) -> bytes:
+    """Return a header with sorted metadata, of the same length, because only the order of the metadata changes."""
+    parsed = json.loads(header)
+    metadata = {"__metadata__": dict(sorted(parsed.pop("__metadata__").items()))}
+    text = json.dumps(metadata | parsed, ensure_ascii=False, separators=(",", ":"))
+    return text.encode().ljust(len(header))
+
+
+def tensors_to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the content of the file that `write_tensors` writes.
+
+    Args:
+        tensors: Tensors by name.
+        metadata: Metadata of the file by name, to which the checksum is added.
+
+    Returns:
+        The content.
+    """
+    whole = {name: x.contiguous() for name, x in tensors.items()}
+    content = save(whole, metadata | {CHECKSUM: _checksum(whole, whole.__getitem__)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    return content[:8] + _sorted_header(content[8:end]) + content[end:]
+
+
+def tensors_from_bytes(content: bytes, most: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file in memory, and check the tensors.
+
+    A hostile file needs at most about 20 times its size in memory.
+
+    Args:
+        content: Content of the file.
+        most: Largest number of tensors.
+
+    Returns:
+        Tensors by name, and metadata by name.
+
+    Raises:
+        ValueError: The content is damaged or not a safetensors file. The message is a clause that states the reason.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + min(size, LARGEST_HEADER)]
+    # A tensor without numbers takes 50 bytes in the header, and 1,000 bytes in memory.
+    if size > LARGEST_HEADER or header.count(b"{") > most + MOST_BRACES:
+        raise ValueError(f"its header has {size:,} bytes and describes {header.count(b'{'):,} objects")
+    try:
+        tensors, metadata = load(content), json.loads(header).get("__metadata__", {})
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"it is not a safetensors file ({error})") from None
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, tensors.__getitem__):
+        raise ValueError("its content differs from its checksum")
+    return tensors, metadata
 
 
 def _checksum(names: Iterable[str], tensor: Callable[[str], Tensor], *, mapped: bool = False) -> str:
