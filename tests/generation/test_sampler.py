@@ -425,7 +425,7 @@ def test_a_tiny_top_p_keeps_the_most_probable():
     assert probabilities(Sampler(top_p=1e-9), [0.1, 0.2, 0.0]).tolist() == [[0, 1, 0]]
 
 
-SIZES = st.sampled_from([1, 2, 100, LARGE, LARGE + 1, 3 * LARGE])
+SIZES = st.sampled_from([1, 2, 100, 1000, LARGE, LARGE + 1, 3 * LARGE])
 SETTINGS = {
     "temperature": TEMPERATURE,
     "top_k": st.sampled_from([0, 1, 50, 700, LARGE + 2]),
