@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from timemix.generation.prefix_cache import Prefix
+from timemix.generation.random_draws import Uniforms
 from timemix.generation.request import Event, Finished, Request
 from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
@@ -105,9 +106,11 @@ class Row:
     is_restarted: bool = False
     first: int = field(init=False)
     """Value of `written` when the request began."""
+    uniforms: Uniforms = field(init=False)
+    """Random numbers of the sample."""
 
     def __post_init__(self) -> None:
-        self.first = self.written
+        self.first, self.uniforms = self.written, Uniforms(int(self.request.seed), int(self.sample))
 
     @property
     def has_read(self) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
-from timemix.generation.random_draws import search, uniforms
+from timemix.generation.random_draws import search
 from timemix.generation.ranking import LARGE, leading, reached
 
 PerRow = float | Sequence[float] | Tensor
@@ -190,28 +190,22 @@ class Sampler:
         seen: Sequence[Collection[int]] | None = None,
         counts: Sequence[Mapping[int, int]] | None = None,
         *,
-        seed: Sequence[int],
-        sample: Sequence[int],
-        position: Sequence[int],
+        u: np.ndarray,
     ) -> np.ndarray:
-        """Draw the next token of each row, as `draw(self.probabilities(logits, seen, counts), ...)` does.
+        """Draw the next token of each row, by the inverse of its cumulative distribution.
 
         Args:
             logits: Logits (B, V), float32 or float64.
             seen: For each row the different tokens that occurred in its context.
             counts: For each row the number of times that the generated text contains each of its tokens.
-            seed: As for the function `draw`, one number per row.
-            sample: As for the function `draw`.
-            position: As for the function `draw`.
+            u: Random numbers (B,), from 0 to less than 1.
 
         Returns:
             Token ids (B,) int64.
 
         Raises:
-            InvalidValue: A seed is outside 0 to 2^64 - 1.
             ValueError: As for `probabilities`.
         """
-        u = uniforms(seed, sample, position)
         found = np.empty(len(logits), np.int64)
         for at, tokens, weights in self._filtered(logits, seen, counts):
             index = search(weights, u[at])
