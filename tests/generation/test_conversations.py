@@ -104,7 +104,7 @@ def interleaved(engine, conversations, chosen):
         while waiting and len(active) < 24 and chosen.random() < 0.7:
             conversation = waiting.pop(chosen.randrange(len(waiting)))
             active[engine.add(conversation.next_request())] = conversation
-        if active and chosen.random() < 0.02:
+        if active and chosen.random() < 0.05:
             id = chosen.choice(list(active))
             assert engine.cancel(id)
             active.pop(id).is_cancelled = True

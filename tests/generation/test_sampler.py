@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tests.helpers import sorted_sampling
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
-from timemix.generation.random_draws import draw
+from timemix.generation.random_draws import BLOCK, Uniforms, draw
 from timemix.generation.ranking import LARGE, most_probable
 from timemix.generation.sampler import Sampler
 
@@ -374,8 +374,8 @@ def draw_at(bits, p):
     """Return the token of a row for a generator that returns these 64 bits."""
 
     class Fixed(np.random.Philox):
-        def random_raw(self):
-            return bits
+        def random_raw(self, size):
+            return np.full(size, bits, np.uint64)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "Philox", Fixed)
@@ -425,7 +425,7 @@ def test_a_tiny_top_p_keeps_the_most_probable():
     assert probabilities(Sampler(top_p=1e-9), [0.1, 0.2, 0.0]).tolist() == [[0, 1, 0]]
 
 
-SIZES = st.sampled_from([1, 2, 100, LARGE, LARGE + 1, 3 * LARGE])
+SIZES = st.sampled_from([1, 2, 100, 1000, LARGE, LARGE + 1, 3 * LARGE])
 SETTINGS = {
     "temperature": TEMPERATURE,
     "top_k": st.sampled_from([0, 1, 50, 700, LARGE + 2]),
@@ -463,7 +463,8 @@ def test_equals_a_sort_of_the_whole_vocabulary(logits, settings, seed):
     p = sampler.probabilities(*map(torch.from_numpy, (logits, seen, counts)))
     listed = [row.nonzero()[0].tolist() for row in seen]
     counted = [{t: int(row[t]) for t in row.nonzero()[0]} for row in counts]
-    drawn = sampler.draw(logits, listed, counted, seed=[seed] * 2, sample=[1, 2], position=[3, 3])
+    u = [Uniforms(seed, sample).at(3) for sample in (1, 2)]
+    drawn = sampler.draw(logits, listed, counted, u=np.array(u))
     assert draw(p, seed=seed, sample=[1, 2], position=[3, 3]).tolist() == drawn.tolist()
     for i in range(2):
         expected = sorted_sampling.probabilities(sampler, logits[i], seen[i], counts[i])
@@ -487,3 +488,13 @@ def test_no_row_of_any_size_draws_a_token_of_probability_zero(pattern, number):
     weights[7] = 1.0
     p = torch.from_numpy(weights / weights.sum())
     assert weights[draw_at(number << 11, p)] > 0
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.lists(st.integers(0, 3 * BLOCK), min_size=1), st.data())
+@examples(50)
+def test_a_random_number_depends_on_seed_sample_and_position_alone(seed, sample, positions, data):
+    begin = data.draw(st.sampled_from([0, 1000, 2**63 - 1 - 3 * BLOCK]))
+    uniforms = Uniforms(seed, sample)
+    for position in positions:
+        bits = np.random.Philox(key=seed | sample << 64, counter=begin + position).random_raw()
+        assert uniforms.at(begin + position) == (int(bits) >> 11) * 2.0**-53

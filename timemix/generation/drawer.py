@@ -54,9 +54,7 @@ class Drawer:
             logits,
             [row.seen for row in rows],
             [row.counts for row in rows],
-            seed=[int(request.seed) for request in requests],
-            sample=[row.sample for row in rows],
-            position=[row.written for row in rows],
+            u=np.array([row.uniforms.at(row.written) for row in rows]),
         ).tolist()
         return tokens
 

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from timemix.errors import InvalidValue, TooManyRequests
+from timemix.generation.batch import Batch
 from timemix.generation.decode import Step, build_step
-from timemix.generation.drawer import Drawer, Drawn, scores_of
+from timemix.generation.drawer import Drawer, Drawn
 from timemix.generation.prefix_cache import PrefixCache, new_prefix
 from timemix.generation.request import Event, Finished, Request, is_integer
 from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
@@ -175,16 +176,13 @@ class Engine:
         Returns:
             Number of processed prompt tokens, which includes tokens from the cache, and number of prompt tokens. Of a
             prompt that exceeds the context, only the tokens that the model uses count. Tokens that a continued session
-            has not processed count as prompt tokens.
-
-        Raises:
-            KeyError: The request is neither active nor pending.
+            has not processed count as prompt tokens. (0, 0) if the request is neither active nor pending.
         """
         with self._changed:
             for row in (*self._rows, *self._pending):
                 if row.id == id and not row.is_cancelled:
                     return row.progress
-        raise KeyError(id)
+        return 0, 0
 
     def session(self, id: int, sample: int | None = None) -> Session:
         """Wait for the step in progress, then return a copy of the session of an active request.
@@ -333,44 +331,16 @@ class Engine:
     def _compute(self, rows: list[Row]) -> list[tuple[Row, Drawn | str]]:
         """Compute a step; return the drawn token, or the reason of an error, for each row without unread tokens."""
         self._make_room(rows)
-        pieces = self._pieces(rows)
-        if not pieces:
+        batch = Batch(self._pieces(rows))
+        if not batch.pieces:
             return []
-        tokens: list[int] = []
-        # `wanted` holds the indices into `tokens` whose logits are needed. `done` holds the rows that draw a token,
-        # each with an index into `wanted`. `scored` holds the prompt tokens that get a log-probability, each with an
-        # index into `wanted`.
-        wanted: list[int] = []
-        done: list[tuple[int, Row]] = []
-        scored: list[tuple[int, Row, int]] = []
-        for row, count in pieces:
-            for offset, index in row.scored(count):
-                scored.append((len(wanted), row, index))
-                wanted.append(len(tokens) + offset)
-            begin = len(row.tokens) - row.unread
-            tokens += row.tokens[begin : begin + count]
-            if count == row.unread:
-                done.append((len(wanted), row))
-                wanted.append(len(tokens) - 1)
-        slots, counts = torch.tensor([(row.slot, count) for row, count in pieces]).unbind(1)
-        if len(tokens) == len(pieces) == len(wanted):
-            found, self._state = self.advance(torch.tensor(tokens), self._state, slots)
-        else:
-            given = torch.tensor(wanted, dtype=torch.int64)
-            found, self._state = self.advance(torch.tensor(tokens), self._state, slots, counts, given)
-        logits = numbers(found)
-        for row, count in pieces:
-            row.position, row.unread = row.position + count, row.unread - count
-            if self.cache is not None and row.prefix is not None and row.position % PIECE == 0:
-                self.cache.store(row.prefix, row.tokens, row.position, partial(self._copy, row))
-        for i, row, index in scored:
-            assert row.prompt_scores is not None
-            row.prompt_scores[index] = scores_of(
-                logits[i], row.request.prompt[index], row.request.top_log_probabilities
-            )
-        readers = [row for _, row in done]
-        last = logits if len(done) == len(wanted) else logits[[i for i, _ in done]]
-        return list(zip(readers, self._drawer.draw(readers, last), strict=True))
+        found, self._state = self.advance(batch.tokens, self._state, batch.slots, *batch.counts_and_wanted())
+        readers, logits = batch.note_processed(numbers(found))
+        if self.cache is not None:
+            for row, _ in batch.pieces:
+                if row.prefix is not None and row.position % PIECE == 0:
+                    self.cache.store(row.prefix, row.tokens, row.position, partial(self._copy, row))
+        return list(zip(readers, self._drawer.draw(readers, logits), strict=True))
 
     def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
         """Return the rows of a step with their numbers of tokens: the next piece of a prompt, or one token."""
@@ -409,7 +379,7 @@ class Engine:
         """Remove a row and return its last event, with its session if the request keeps the session."""
         session = self._session_of(row) if row.request.keep_session else None
         self._leave(row)
-        return event if session is None else replace(event, session=session)
+        return event if session is None else event._replace(session=session)
 
     def _session_of(self, row: Row) -> Session:
         """Return a copy of a row as a session."""

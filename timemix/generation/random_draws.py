@@ -12,6 +12,9 @@ from torch import Tensor
 from timemix.errors import InvalidValue
 from timemix.generation.ranking import LARGE
 
+BLOCK = 64
+"""Number of tokens whose random numbers are computed together."""
+
 
 def draw(
     probabilities: Tensor,
@@ -43,12 +46,12 @@ def draw(
         Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
-    u = uniforms(seeds, _integers(sample), _integers(position))
+    u = [Uniforms(*key).at(number) for *key, number in zip(seeds, _integers(sample), _integers(position), strict=True)]
     p = probabilities.detach().cpu().double().numpy()
     total = p.sum(-1)
     if not (np.abs(total - 1) < 0.01).all():
         raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
-    return torch.from_numpy(search(p, u))
+    return torch.from_numpy(search(p, np.array(u)))
 
 
 def search(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -82,33 +85,41 @@ def _search_blocks(weights: np.ndarray, u: float) -> int:
     return block * size + index
 
 
-def uniforms(seed: Sequence[int], sample: Sequence[int], position: Sequence[int]) -> np.ndarray:
-    """Return the random number of each row.
+class Uniforms:
+    """The random numbers of one text, a multiple of 2^-53 from 0 to less than 1 for each token.
+
+    A generator computes the numbers of a block of tokens together, in a tenth of the time of single numbers.
 
     Args:
-        seed: As for `draw`, one number per row.
-        sample: As for `draw`.
-        position: As for `draw`.
-
-    Returns:
-        Multiples (B,) of 2^-53, from 0 to less than 1.
+        seed: Random seed, 0 to 2^64 - 1.
+        sample: Number of the text, 0 to 2^64 - 1.
 
     Raises:
-        InvalidValue: A seed is outside 0 to 2^64 - 1.
+        InvalidValue: The seed is out of its range.
     """
-    for each in seed:
-        if not 0 <= each < 2**64:
-            raise InvalidValue(f"seed is {each}; it must be a whole number from 0 to 2^64 - 1")
-    # Setting the state of a generator takes a tenth of the time that a new generator takes.
-    generator = np.random.Philox(key=0)
-    state = generator.state
-    key, counter = state["state"]["key"], state["state"]["counter"]
-    found = np.empty(len(seed))
-    for i, (*own_key, own_position) in enumerate(zip(seed, sample, position, strict=True)):
-        key[0], key[1], counter[0] = *own_key, own_position
-        generator.state = state
-        found[i] = (generator.random_raw() >> 11) * 2.0**-53
-    return found
+
+    def __init__(self, seed: int, sample: int) -> None:
+        if not 0 <= seed < 2**64:
+            raise InvalidValue(f"seed is {seed}; it must be a whole number from 0 to 2^64 - 1")
+        self._key = np.array([seed, sample], np.uint64)
+        self._begin = 0
+        self._numbers: list[float] = []
+
+    def at(self, position: int) -> float:
+        """Return the random number of a token.
+
+        Args:
+            position: Number of the token in the text, at least 0.
+
+        Returns:
+            The number, which does not depend on the numbers that were requested before.
+        """
+        if not 0 <= position - self._begin < len(self._numbers):
+            generator = np.random.Philox(key=self._key, counter=np.array([position, 0, 0, 0], np.uint64))
+            # For each value of its counter, the generator has four numbers of 64 bits.
+            bits = generator.random_raw(4 * BLOCK)[::4]
+            self._begin, self._numbers = position, ((bits >> 11) * 2.0**-53).tolist()
+        return self._numbers[position - self._begin]
 
 
 def _integers(values: Sequence[int] | Tensor) -> list[int]:

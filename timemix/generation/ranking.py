@@ -12,22 +12,25 @@ LARGE = 4096
 """Number of tokens above which a row is processed alone, so that its numbers stay in the processor's cache."""
 
 COLUMN = 64
-"""Number of values that `reached` replaces by their maximum."""
+"""Largest number of values that `reached` replaces by their maximum."""
 
 
-def reached(values: np.ndarray, count: float) -> float:
-    """Return a number that at least `count` of the values (V,) reach; -inf if no such number is found quickly."""
-    columns = len(values) // COLUMN
-    if not 0 < count <= columns:
-        return -math.inf
+def reached(values: np.ndarray, count: float) -> np.ndarray:
+    """Return for each row of values (B, V) a number (B, 1) that at least `count` values reach; -inf if V < count."""
+    B, V = values.shape
+    if not 0 < count <= V:
+        return np.full((B, 1), -np.inf)
+    number = int(count)
+    column = max(1, min(COLUMN, V // (4 * number)))
+    columns = V // column
     # The largest values of `count` columns reach the result.
-    largest = values[: COLUMN * columns].reshape(COLUMN, columns).max(0)
-    return float(np.partition(largest, columns - int(count))[columns - int(count)])
+    largest = values[:, : column * columns].reshape(B, column, columns).max(1)
+    return np.partition(largest, columns - number)[:, columns - number, None]
 
 
 def most_probable(logits: np.ndarray, count: int) -> np.ndarray:
     """Return the ids of the `count` largest logits (V,), the largest first, and the lowest id first among equals."""
-    tokens = np.flatnonzero(logits >= reached(logits, count)) if count else np.arange(0)
+    tokens = np.flatnonzero(logits >= reached(logits[None], count)[0]) if count else np.arange(0)
     return tokens[(-logits[tokens]).argsort(kind="stable")[:count]]
 
 

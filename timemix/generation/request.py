@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 from timemix.errors import InvalidValue, nearest
 from timemix.generation.sampler import Sampler
@@ -178,8 +178,7 @@ def _ids(name: str, values: Any) -> tuple[int, ...]:
     return tuple(map(int, listed))
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Report one token of a request, or the end of a request.
 
     Each token has one event, also if its text is empty.

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from timemix.generation.prefix_cache import Prefix
+from timemix.generation.random_draws import Uniforms
 from timemix.generation.request import Event, Finished, Request
 from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
@@ -105,9 +106,11 @@ class Row:
     is_restarted: bool = False
     first: int = field(init=False)
     """Value of `written` when the request began."""
+    uniforms: Uniforms = field(init=False)
+    """Random numbers of the sample."""
 
     def __post_init__(self) -> None:
-        self.first = self.written
+        self.first, self.uniforms = self.written, Uniforms(int(self.request.seed), int(self.sample))
 
     @property
     def has_read(self) -> bool:
@@ -193,8 +196,7 @@ def new_row(id: int, request: Request, tokenizer: Tokenizer | None, limit: int |
         written=0 if start is None else start.written,
         seen=set(prompt) | (set() if start is None else start.seen),
         counts={} if start is None else dict(start.counts),
-        # The text of the next token depends on few tokens before it: spare the decoding of a long prompt.
-        emitter=new_emitter(request, tokens[-UNFINISHED:], tokenizer),
+        emitter=new_emitter(request, tokens, tokenizer),
         state=None if start is None else start.state,
         forks=request.samples - 1,
         prompt_scores=[(None, ())] * len(prompt) if request.prompt_log_probabilities else None,

@@ -9,6 +9,7 @@ A lower bound on the weights of the tokens that stay then selects the candidates
 candidates.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
-from timemix.generation.random_draws import search, uniforms
+from timemix.generation.random_draws import search
 from timemix.generation.ranking import LARGE, leading, reached
 
 PerRow = float | Sequence[float] | Tensor
@@ -30,7 +31,7 @@ TOP_P_ERROR = 1e-6
 """Tolerance in the comparison of a sum of probabilities with `top_p`: float32 logits give no more exact sums."""
 
 FEW = 256
-"""Number of tokens that usually reach `top_p` together."""
+"""Number of tokens of a large vocabulary that usually reach `top_p` together."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("at least 0", lambda x: x >= 0),
@@ -177,8 +178,10 @@ class Sampler:
         listed = None if seen is None else [row.nonzero().flatten().tolist() for row in seen]
         counted = None if counts is None else [{t: row[t] for t in row.nonzero()[0]} for row in counts.cpu().numpy()]
         for at, tokens, weights in self._filtered(rows, listed, counted):
-            normalized = weights / weights.sum(-1, keepdims=True)
-            np.put_along_axis(p[at], np.arange(V)[None] if tokens is None else tokens, normalized, -1)
+            # A cumulative sum has the same bits with further weights 0.
+            normalized = weights / weights.cumsum(-1)[:, -1:]
+            # A row may list a token again, with weight 0.
+            np.add.at(p[at], (np.arange(len(weights))[:, None], np.arange(V) if tokens is None else tokens), normalized)
         return torch.from_numpy(p)
 
     def draw(
@@ -187,28 +190,22 @@ class Sampler:
         seen: Sequence[Collection[int]] | None = None,
         counts: Sequence[Mapping[int, int]] | None = None,
         *,
-        seed: Sequence[int],
-        sample: Sequence[int],
-        position: Sequence[int],
+        u: np.ndarray,
     ) -> np.ndarray:
-        """Draw the next token of each row, as `draw(self.probabilities(logits, seen, counts), ...)` does.
+        """Draw the next token of each row, by the inverse of its cumulative distribution.
 
         Args:
             logits: Logits (B, V), float32 or float64.
             seen: For each row the different tokens that occurred in its context.
             counts: For each row the number of times that the generated text contains each of its tokens.
-            seed: As for the function `draw`, one number per row.
-            sample: As for the function `draw`.
-            position: As for the function `draw`.
+            u: Random numbers (B,), from 0 to less than 1.
 
         Returns:
             Token ids (B,) int64.
 
         Raises:
-            InvalidValue: A seed is outside 0 to 2^64 - 1.
             ValueError: As for `probabilities`.
         """
-        u = uniforms(seed, sample, position)
         found = np.empty(len(logits), np.int64)
         for at, tokens, weights in self._filtered(logits, seen, counts):
             index = search(weights, u[at])
@@ -224,7 +221,8 @@ class Sampler:
         """Yield some rows of a batch at a time, with the tokens (rows, M) that can stay and their weights (rows, M).
 
         The probabilities of the rows are proportional to the weights. The weights of removed tokens are 0. The tokens
-        are in ascending order; None: all tokens, M = V.
+        are in ascending order; None: all tokens, M = V. If the rows have different numbers of tokens, token 0 with
+        weight 0 fills the shorter rows.
         """
         B, V = logits.shape
         columns = {field.name: self._column(field.name, B) for field in fields(self)}
@@ -300,12 +298,14 @@ def _penalize_counted(
 
 def _limited(penalized: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """Return penalized logits, where finite logits stay finite: a penalty must not exclude every token."""
-    return np.where(np.isfinite(logits), _finite(penalized), penalized)
+    limited: np.ndarray = np.where(np.isfinite(logits), _finite(penalized), penalized)
+    return limited
 
 
 def _finite(x: np.ndarray) -> np.ndarray:
     """Return x (n,) with the largest finite numbers in place of infinities."""
-    return np.clip(x, -sys.float_info.max, sys.float_info.max)
+    finite: np.ndarray = np.clip(x, -sys.float_info.max, sys.float_info.max)
+    return finite
 
 
 def _survivors(
@@ -333,12 +333,10 @@ def _survivors(
     if not (is_ranked or floor.any()):
         return None, weights
     tokens = None
-    if logits.shape[1] > LARGE:
-        candidates = weights >= _bound(weights[0], *(x.item() for x in (total, floor, count, top_p)))
-        # Copies of most of the numbers take more time than they save.
-        if np.count_nonzero(candidates) < candidates.size / 2:
-            tokens = np.flatnonzero(candidates)[None]
-            logits, weights = logits[:, tokens[0]], weights[:, tokens[0]]
+    candidates = weights >= _bound(weights, total, floor, count, top_p)
+    # Copies of most of the numbers take more time than they save.
+    if np.count_nonzero(candidates) < candidates.size / 2:
+        tokens, logits, weights = _selected(candidates, logits, weights)
     p = weights / total
     keep = p >= floor
     if is_ranked:
@@ -360,14 +358,40 @@ def _weights(logits: np.ndarray, largest: np.ndarray, temperature: np.ndarray) -
     return weights
 
 
-def _bound(weights: np.ndarray, total: float, floor: float, count: float, top_p: float) -> float:
-    """Return a number that the weight of each token that stays reaches, from weights (V,)."""
+def _bound(
+    weights: np.ndarray, total: np.ndarray, floor: np.ndarray, count: np.ndarray, top_p: np.ndarray
+) -> np.ndarray:
+    """Return a number (B, 1) that the weight of each token that stays reaches, from weights (B, V)."""
     # The subtrahends cover the rounding of floor * total.
-    bounds = [floor * total * (1 - 1e-9) - 1e-300, reached(weights, count)]
-    if top_p < 1:
+    V = weights.shape[1]
+    bounds = [floor * total * (1 - 1e-9) - 1e-300]
+    is_counted = count < np.inf
+    if is_counted.any():
+        bounds.append(np.where(is_counted, reached(weights, count[is_counted].max()), -np.inf))
+    if (top_p < 1).any():
         # If the largest weights have enough probability, all tokens that stay are among the largest weights.
-        few = reached(weights, FEW)
-        is_enough = few > 0 and weights[np.flatnonzero(weights >= few)].sum() >= top_p * total
-        # All tokens with smaller weights than the second number together have a probability below 1 - top_p.
-        bounds.append(few if is_enough else (1 - top_p) * total / len(weights))
-    return max(bounds)
+        few = reached(weights, min(FEW, V // 8))
+        at = np.flatnonzero(weights >= few)
+        sums = np.bincount(at // V, weights.ravel()[at], len(weights))[:, None]
+        is_enough = (few > 0) & (sums >= top_p * total)
+        # All tokens with smaller weights than this bound together have a probability below 1 - top_p.
+        rest = (1 - top_p) * total / V
+        bounds.append(np.where(top_p < 1, np.where(is_enough, few, rest), -np.inf))
+    return functools.reduce(np.maximum, bounds)
+
+
+def _selected(mask: np.ndarray, logits: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tokens in a mask (B, V), in ascending order, with their logits and weights, each as (B, M).
+
+    M is the largest number of tokens of a row. The other rows end with tokens of logit -inf and weight 0.
+    """
+    at = np.flatnonzero(mask)
+    if len(mask) == 1:
+        return at[None], logits[:, at], weights[:, at]
+    row, token = divmod(at, mask.shape[1])
+    sizes = np.bincount(row, minlength=len(mask))[:, None]
+    is_used = np.arange(sizes.max()) < sizes  # (B, M)
+    tokens, own_weights = np.zeros(is_used.shape, np.int64), np.zeros(is_used.shape)
+    own_logits = np.full(is_used.shape, -np.inf, logits.dtype)
+    tokens[is_used], own_logits[is_used], own_weights[is_used] = token, logits.ravel()[at], weights.ravel()[at]
+    return tokens, own_logits, own_weights
