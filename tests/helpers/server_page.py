@@ -23,6 +23,13 @@ class Page:
 
     def open(self, fragment=""):
         self.browser.get(f"{self.server.url}/{fragment}")
+        return self.ready()
+
+    def reload(self):
+        self.browser.refresh()
+        return self.ready()
+
+    def ready(self):
         self.until(lambda: self.find("#facts").text)
         self.idle()
         return self
