@@ -11,6 +11,7 @@ import torch
 from tests.helpers.browser import open_browser
 from tests.helpers.server_page import Page, cyclic, keys, press
 from tests.helpers.serving import served, tiny
+from tests.helpers.tiers import slow
 from timemix.generation.sampler import Sampler
 from timemix.server.app import Settings
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
@@ -54,6 +55,7 @@ def test_a_text_is_that_of_the_api_and_each_token_is_shaded(page):
     )
 
 
+@pytest.mark.slow
 def test_a_text_goes_over_several_calls(page):
     page.set(max_tokens=9)
     page.type("ab")
@@ -77,7 +79,7 @@ def test_stop_keeps_the_text_so_far(page):
     assert page.banner == ""
 
 
-@pytest.mark.parametrize("text", ["你🙂", "é\n😀"])
+@pytest.mark.parametrize("text", ["你🙂", slow("é\n😀")])
 def test_characters_of_several_bytes_are_shown_whole(browser, text):
     with served([cyclic(ByteTokenizer(), text)]) as running:
         page = Page(browser, running).open()
@@ -191,6 +193,7 @@ def test_the_keyboard_finds_alternatives_and_forks(page):
     assert page.find("#set-seed").get_attribute("value") == "1"
 
 
+@pytest.mark.slow
 def test_an_edit_keeps_the_tokens_before_it(page):
     page.set(max_tokens=10)
     page.type("abc")
@@ -234,6 +237,7 @@ def test_the_score_of_a_text(page):
     assert page.find("#score-view").text == "abcabkhgf"
 
 
+@pytest.mark.slow
 def test_samples_have_the_seeds_of_the_api(page):
     page.set(max_tokens=15, seed=4)
     page.type("abc")
@@ -289,6 +293,7 @@ def test_a_state_that_the_server_lost_is_read_again(page):
     assert len(page.text) == len(text) + 8
 
 
+@pytest.mark.slow
 def test_two_tabs_have_two_sessions(page):
     first = page.browser.current_window_handle
     page.type("abc")
@@ -337,6 +342,7 @@ def test_a_server_that_is_gone_is_reported_at_once(browser):
     browser.get_log("browser")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_within_a_text(browser):
     with served([tiny()]) as running:
         page = Page(browser, running).open()
@@ -350,6 +356,7 @@ def test_a_server_that_dies_within_a_text(browser):
     browser.get_log("browser")
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_and_stays_in_the_tab(browser):
     with served([tiny()], Settings(keys=["open sesame"])) as running:
         page = Page(browser, running)
@@ -367,6 +374,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser):
     browser.get_log("browser")
 
 
+@pytest.mark.slow
 def test_a_link_opens_the_text_with_its_settings(page):
     page.set(seed=9, top_k=3)
     page.type("abc")
@@ -387,6 +395,7 @@ def test_a_link_opens_the_text_with_its_settings(page):
         page.browser.switch_to.window(page.browser.window_handles[0])
 
 
+@pytest.mark.slow
 def test_code_gives_the_same_text(page, monkeypatch):
     page.set(seed=9, top_k=3, max_tokens=12)
     page.type("abc")
@@ -440,7 +449,7 @@ return low;
 """
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("theme", ["light", slow("dark")])
 def test_text_has_contrast(page, theme):
     page.set(max_tokens=60, temperature=2)
     page.run("document.documentElement.dataset.theme = arguments[0]", theme)
@@ -455,6 +464,7 @@ def test_text_has_contrast(page, theme):
         assert page.run(CONTRAST) == []
 
 
+@pytest.mark.slow
 def test_a_phone_shows_everything(page):
     page.browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
@@ -480,6 +490,7 @@ def test_a_phone_shows_everything(page):
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 def test_each_control_has_a_name(page):
     page.type("abc")
     page.generate()
@@ -497,6 +508,7 @@ return [node.state, stateRows(await fetchState(node.state)).map(row => rms(row.n
 """
 
 
+@pytest.mark.slow
 def test_states_are_drawn_compared_and_mixed(page):
     page.set(max_tokens=20)
     page.type("abcabc")
@@ -536,6 +548,7 @@ def next_tokens(page, name):
     return page.run(f"return {name}.top.toSorted((a, b) => a.id - b.id).map(each => Math.exp(each.logprob))")
 
 
+@pytest.mark.slow
 def test_a_state_goes_through_a_file(page):
     page.set(max_tokens=10)
     page.type("abc")
@@ -566,6 +579,7 @@ def test_a_state_goes_through_a_file(page):
     page.browser.get_log("browser")
 
 
+@pytest.mark.slow
 def test_a_session_goes_through_a_file(page):
     page.set(max_tokens=10, seed=5)
     page.type("abc")
@@ -586,6 +600,7 @@ def test_a_session_goes_through_a_file(page):
     assert page.run("return [session.settings.temperature, session.settings.seed, session.settings.top_k]") == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_where_a_bounded_context_was_anchored_again(browser):
     with served([tiny(arch="rwkv1")]) as running:
         page = Page(browser, running).open()
