@@ -28,6 +28,7 @@ from timemix.server.engine_thread import EngineThread, Served
 from timemix.server.errors import ApiError, answer_error
 from timemix.server.metrics import Series, to_text
 from timemix.server.next_token import next_token
+from timemix.server.page import show_page
 from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
 from timemix.server.state_store import StateStore
@@ -101,6 +102,7 @@ def create_app(models: Sequence[Served], settings: Settings, on_death: Callable[
 
 def _routes() -> list[Route]:
     return [
+        Route("/", show_page, methods=["GET"]),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),

@@ -24,7 +24,9 @@ async def tokenize(request: HttpRequest) -> JSONResponse:
     if not reports:
         checked("prompt", lambda: tokenizer.refuse(unknown))
     found = {"tokens": ids.tolist(), "count": len(ids), "max_model_len": served.engine.model.max_position}
-    return JSONResponse(found | ({"unknown": list(unknown)} if reports else {}))
+    # Other tokenizers have a token for unknown text, so that a prompt may contain it.
+    refused = list(unknown) if tokenizer.unknown == "error" else []
+    return JSONResponse(found | ({"unknown": refused} if reports else {}))
 
 
 async def detokenize(request: HttpRequest) -> JSONResponse:
