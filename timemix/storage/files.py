@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
+from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
 """Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory as the file."""
@@ -47,6 +48,12 @@ def check_regular(path: Path, largest: int | None = None, what: str = "") -> Non
             f"{path} is damaged: it has {found.st_size:,} bytes, more than the maximum of {largest:,} bytes;"
             " restore it from a copy"
         )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise AlreadyExists if a path exists, also as a link to a missing file."""
+    if os.path.lexists(folder):
+        raise AlreadyExists(f"{folder} exists already; choose another folder")
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
@@ -192,10 +199,16 @@ def explained(path: Path) -> Iterator[None]:
         raise CannotWrite(cannot_write(path, error)) from error
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`."""
-    for name in (".*.partial-*", ".*.replaced-*"):
-        for path in folder.glob(name):
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`.
+
+    Args:
+        folder: The folder.
+        name: Name of the only folder whose temporary folders are removed; None for all folders.
+    """
+    stem = "*" if name is None else glob.escape(name)
+    for pattern in (f".{stem}.partial-*", f".{stem}.replaced-*"):
+        for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
