@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import timemix
 from tests.helpers.commands import run_command
+from tests.helpers.limits import bytes_per_file
 from tests.helpers.published import (
     GOLDEN,
     PTH,
@@ -22,7 +23,7 @@ from tests.helpers.published import (
     tokenizer_file,
 )
 from tests.helpers.vocabularies import BYTES, vocabulary_lines
-from timemix.errors import AlreadyExists, DamagedFile, FileError, InvalidValue, MissingFile
+from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, FileError, InvalidValue, MissingFile
 from timemix.interop.export import export_run
 from timemix.interop.importing import import_run
 from timemix.interop.published import read_published, version_of
@@ -350,6 +351,22 @@ def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
     (theirs / vocabulary.name).rename(tmp_path / "exported" / vocabulary.name)
     import_run(tmp_path / "exported" / "model.pth", tmp_path / "file")
     assert load(tmp_path / "file").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
+
+
+@pytest.mark.parametrize("limit", [2**13, 2**17])
+@pytest.mark.parametrize("to", ["pth", "hf"])
+def test_an_export_to_a_full_disk(run, tmp_path, to, limit):
+    """The weights take 262 KB."""
+    with bytes_per_file(limit), pytest.raises(CannotWrite, match="cannot write .*out: File too large"):
+        export_run(run, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_to_a_full_disk(tmp_path):
+    tokenizer = tokenizer_file(tmp_path)
+    with bytes_per_file(2**17), pytest.raises(CannotWrite, match="cannot write .*out.*: File too large"):
+        import_run(PTH, tmp_path / "out", tokenizer)
+    assert list(tmp_path.iterdir()) == [tokenizer]
 
 
 def test_refusals_of_an_export(tmp_path, run):

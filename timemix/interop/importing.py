@@ -8,11 +8,12 @@ from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.vocabulary import PACKAGES, PUBLISHED, world_tokenizer
-from timemix.errors import AlreadyExists, InvalidValue, Unavailable
+from timemix.errors import InvalidValue, Unavailable
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
-from timemix.storage.files import atomic_folder, check_name
+from timemix.storage.files import check_name, refuse_existing
+from timemix.storage.locks import new_folder
 from timemix.storage.settings import check_range
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -53,20 +54,20 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
     Raises:
         AlreadyExists: `out` exists.
+        InUse: Another process is writing `out`.
         InvalidValue: The tokenizer is missing or of another model, or `ctx_len` is out of range.
         FileError: A file cannot be read, is damaged, or is of a model that timemix does not support.
         CannotWrite: The run cannot be written.
     """
     check_name(out)
-    if out.exists():
-        raise AlreadyExists(f"{out} exists already; choose another folder")
+    refuse_existing(out)
     check_range("ctx_len", ctx_len, 1, 2**20)
     published = read_published(path, ctx_len)
     own = _tokenizer(path, tokenizer, published.config.vocab_size)
     config = _config(published, own)
     tensors = {"model": published.weights} | ({"unused": published.unused} if published.unused else {})
     progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None, data={"tokenizer": own.hash})
-    with atomic_folder(out) as temporary:
+    with new_folder(out) as temporary:
         save_checkpoint(temporary, tensors, config, own, progress)
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
     formats = sorted({str(x.dtype).removeprefix("torch.") for x in published.weights.values()})
