@@ -312,7 +312,7 @@ def test_damaged_models(tmp_path, name):
 def test_refusals_of_an_import(tmp_path, run):
     with pytest.raises(AlreadyExists, match="exists already"):
         import_run(PTH, run, None)
-    with pytest.raises(InvalidValue, match=r"tokenizer is missing: .*rwkv7.pth has no tokenizer.json"):
+    with pytest.raises(InvalidValue, match=r"tokenizer is missing: .*rwkv7.pth has 50 tokens, not the 65,536 "):
         import_run(PTH, tmp_path / "run", None)
     with pytest.raises(InvalidValue, match="ctx_len is 0"):
         import_run(PTH, tmp_path / "run", None, ctx_len=0)
@@ -340,8 +340,13 @@ def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
     theirs = write_folder(tmp_path / "hf", weights)
     import_run(theirs, tmp_path / "given", vocabulary)
     assert load(tmp_path / "given").tokenizer.encode("the cat").tolist() == [257, 100, 98, 117]
-    with pytest.raises(InvalidValue, match="tokenizer is missing: .* has no tokenizer.json"):
+    with pytest.raises(InvalidValue, match="tokenizer is missing: the model in .* has 300 tokens"):
         import_run(theirs, tmp_path / "none")
+    (theirs / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with pytest.raises(InvalidValue, match="tokenizer is missing: .*hf/tokenizer.json is no tokenizer file of timemix"):
+        import_run(theirs, tmp_path / "none")
+    with pytest.raises(DamagedFile, match="tokenizer.json is no tokenizer file of timemix; give the tokenizer.json of"):
+        import_run(theirs, tmp_path / "none", theirs / "tokenizer.json")
     vocabulary.rename(theirs / vocabulary.name)
     import_run(theirs, tmp_path / "beside")
     assert load(tmp_path / "beside").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
@@ -413,7 +418,12 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     (tmp_path / "my.txt").write_text(TEXT)
     assert run_command(capsys, "eval", "run", "--data", "my.txt")[0] == 0
     status, _, err = run_command(capsys, "eval", "run")
-    assert (status, err) == (2, "timemix: run has no text, because its weights were imported; pass a text as data\n")
+    sentence = "timemix: --data is missing: run has no text, because its weights were imported; give a text\n"
+    assert (status, err) == (2, sentence)
+    assert run_command(capsys, "inspect", "run")[::2] == (2, sentence)
+    status, _, err = run_command(capsys, "train", "--resume", "run")
+    assert status == 2
+    assert err.startswith("timemix: run cannot be resumed, because its weights were imported without a text; fine-tune")
     assert "complete" in run_command(capsys, "runs", "run")[1]
 
 

@@ -8,7 +8,7 @@ from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.vocabulary import PACKAGES, PUBLISHED, world_tokenizer
-from timemix.errors import InvalidValue, Unavailable
+from timemix.errors import DamagedFile, InvalidValue, Unavailable
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
@@ -81,7 +81,16 @@ def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     file = given or next((each for each in beside if each.exists()), None)
     if file is None:
         return _world_of_a_package(path, vocab_size)
-    tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
+    try:
+        tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
+    except DamagedFile as error:
+        if given is not None or file.suffix != ".json":
+            raise
+        # Many folders of Hugging Face contain the tokenizer.json of another program.
+        raise InvalidValue(
+            f"tokenizer is missing: {file} is no tokenizer file of timemix; give {PUBLISHED.file}, or a tokenizer.json"
+            " of timemix"
+        ) from error
     if tokenizer.vocab_size != vocab_size:
         raise InvalidValue(
             f"tokenizer {str(file)!r} has {tokenizer.vocab_size:,} tokens, but the model in {path} has {vocab_size:,};"
@@ -101,8 +110,8 @@ def _world_of_a_package(path: Path, vocab_size: int) -> Tokenizer:
             f" pip install {PACKAGES[0]}"
         ) from error
     raise InvalidValue(
-        f"tokenizer is missing: {path} has no tokenizer.json; give the tokenizer.json of a run with the tokenizer of"
-        " this model"
+        f"tokenizer is missing: the model in {path} has {vocab_size:,} tokens, not the {VOCAB_SIZE:,} of the World"
+        f" tokenizer; give a tokenizer.json of timemix with {vocab_size:,} tokens"
     )
 
 

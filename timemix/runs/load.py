@@ -41,6 +41,7 @@ class Loaded:
         """Open the tokens on which the model was trained and validated.
 
         Raises:
+            InvalidValue: The run has no text, because its weights were imported.
             MissingFile: The tokens do not exist.
             DamagedFile: A file is damaged, or the tokens have changed since training.
         """
