@@ -14,8 +14,7 @@ from timemix.models.config import ModelConfig
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.runs.folder import find
 from timemix.runs.load import empty_model
-from timemix.storage.files import check_name, refuse_existing
-from timemix.storage.locks import new_folder
+from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.sharded import open_stored
 from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.storage.torch_files import write_torch_file
@@ -39,7 +38,6 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
 
     Raises:
         AlreadyExists: `out` exists.
-        InUse: Another process is writing `out`.
         InvalidValue: The architecture has no published form, or the form does not support a setting of the model.
         FileError: The checkpoint is missing or damaged.
         CannotWrite: The folder cannot be written.

@@ -12,8 +12,7 @@ from timemix.errors import DamagedFile, InvalidValue, Unavailable
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
-from timemix.storage.files import check_name, refuse_existing
-from timemix.storage.locks import new_folder
+from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.settings import check_range
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -21,6 +20,10 @@ from timemix.tokenizers.world import VOCAB_SIZE, read_world
 
 CTX_LEN = 1024
 """Default context length in tokens. It is the length of windows in training and eval, since the context has no end."""
+
+
+NAMES = (PUBLISHED.file, "tokenizer.json")
+"""Names of tokenizer files in the folder of the weights, in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     Args:
         path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
         out: Run folder, which must not exist.
-        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the file
-            `rwkv_vocab_v20230424.txt` in the folder `path` or beside the file `path`, the file `tokenizer.json` in the
-            folder `path`, or for 65,536 tokens the vocabulary file of an installed package.
+        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the first file of
+            NAMES in the folder `path` or beside the file `path`, or for 65,536 tokens the vocabulary file of an
+            installed package.
         ctx_len: Context length in tokens.
 
     Returns:
@@ -54,7 +57,6 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
     Raises:
         AlreadyExists: `out` exists.
-        InUse: Another process is writing `out`.
         InvalidValue: The tokenizer is missing or of another model, or `ctx_len` is out of range.
         FileError: A file cannot be read, is damaged, or is of a model that timemix does not support.
         CannotWrite: The run cannot be written.
@@ -76,9 +78,8 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
 def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a model with a vocabulary of `vocab_size` tokens."""
-    is_folder = path.is_dir()
-    beside = [(path if is_folder else path.parent) / PUBLISHED.file, *([path / "tokenizer.json"] if is_folder else [])]
-    file = given or next((each for each in beside if each.exists()), None)
+    folder = path if path.is_dir() else path.parent
+    file = given or next((each for name in NAMES if (each := folder / name).exists()), None)
     if file is None:
         return _world_of_a_package(path, vocab_size)
     try:

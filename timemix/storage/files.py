@@ -125,6 +125,31 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write a new folder atomically, as `atomic_folder` does, but never replace a folder.
+
+    Temporary folders of the same name that killed processes left are removed.
+
+    Args:
+        folder: The folder, which must not exist.
+
+    Raises:
+        AlreadyExists: The folder exists at the begin or at the end of the `with` block.
+        CannotWrite: The disk is full or not writable.
+    """
+    import psutil
+
+    refuse_existing(folder)
+    for left in folder.parent.glob(f"{glob.escape(unfinished_name(folder, 0).name[:-1])}*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        yield temporary
+        refuse_existing(folder)
+
+
 def unfinished_name(folder: Path, process: int) -> Path:
     """Return the path of the temporary folder that `atomic_folder` writes in the process with the given id."""
     return folder.with_name(f".{folder.name}.partial-{process}")
@@ -199,16 +224,10 @@ def explained(path: Path) -> Iterator[None]:
         raise CannotWrite(cannot_write(path, error)) from error
 
 
-def remove_unfinished(folder: Path, name: str | None = None) -> None:
-    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`.
-
-    Args:
-        folder: The folder.
-        name: Name of the only folder whose temporary folders are removed; None for all folders.
-    """
-    stem = "*" if name is None else glob.escape(name)
-    for pattern in (f".{stem}.partial-*", f".{stem}.replaced-*"):
-        for path in folder.glob(pattern):
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`."""
+    for name in (".*.partial-*", ".*.replaced-*"):
+        for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from timemix.errors import FileError, InUse
-from timemix.storage.files import atomic_folder, explained, refuse_existing, remove_unfinished, write_text
+from timemix.storage.files import explained, write_text
 from timemix.storage.json_files import read_json
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -80,33 +80,6 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield lock.is_locked
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Write a new folder atomically. Yield a temporary folder, which is renamed when the `with` block succeeds.
-
-    Only one process at a time writes the folder. Temporary folders that killed processes left are removed.
-
-    Args:
-        folder: The folder, which must not exist.
-
-    Raises:
-        AlreadyExists: The folder exists.
-        InUse: Another process is writing the folder.
-        CannotWrite: The disk is full or not writable.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    with claimed(path) as mine:
-        if not mine:
-            raise InUse(f"another process is writing {folder}; wait until it ends, or choose another folder")
-        try:
-            refuse_existing(folder)
-            remove_unfinished(folder.parent, folder.name)
-            with atomic_folder(folder) as temporary:
-                yield temporary
-        finally:
-            path.unlink(missing_ok=True)
 
 
 class FolderLock:
