@@ -1,4 +1,4 @@
-"""Limits of memory and time for code that reads files with any content."""
+"""Limits of memory and time for code that reads files with any content, and of the size of files."""
 
 import contextlib
 import resource
@@ -16,6 +16,17 @@ def a_gibibyte_more():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@contextlib.contextmanager
+def bytes_per_file(limit: int):
+    """Let every write past this number of bytes of a file fail, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @contextlib.contextmanager

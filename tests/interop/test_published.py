@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import timemix
 from tests.helpers.commands import run_command
+from tests.helpers.limits import bytes_per_file
 from tests.helpers.published import (
     GOLDEN,
     PTH,
@@ -22,7 +23,7 @@ from tests.helpers.published import (
     tokenizer_file,
 )
 from tests.helpers.vocabularies import BYTES, vocabulary_lines
-from timemix.errors import AlreadyExists, DamagedFile, FileError, InvalidValue, MissingFile
+from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, FileError, InvalidValue, MissingFile
 from timemix.interop.export import export_run
 from timemix.interop.importing import import_run
 from timemix.interop.published import read_published, version_of
@@ -311,7 +312,7 @@ def test_damaged_models(tmp_path, name):
 def test_refusals_of_an_import(tmp_path, run):
     with pytest.raises(AlreadyExists, match="exists already"):
         import_run(PTH, run, None)
-    with pytest.raises(InvalidValue, match=r"tokenizer is missing: .*rwkv7.pth has no tokenizer.json"):
+    with pytest.raises(InvalidValue, match=r"tokenizer is missing: .*rwkv7.pth has 50 tokens, not the 65,536 "):
         import_run(PTH, tmp_path / "run", None)
     with pytest.raises(InvalidValue, match="ctx_len is 0"):
         import_run(PTH, tmp_path / "run", None, ctx_len=0)
@@ -339,17 +340,41 @@ def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
     theirs = write_folder(tmp_path / "hf", weights)
     import_run(theirs, tmp_path / "given", vocabulary)
     assert load(tmp_path / "given").tokenizer.encode("the cat").tolist() == [257, 100, 98, 117]
-    with pytest.raises(InvalidValue, match="tokenizer is missing: .* has no tokenizer.json"):
+    with pytest.raises(InvalidValue, match="tokenizer is missing: the model in .* has 300 tokens"):
         import_run(theirs, tmp_path / "none")
+    (theirs / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with pytest.raises(InvalidValue, match="tokenizer is missing: .*hf/tokenizer.json is no tokenizer file of timemix"):
+        import_run(theirs, tmp_path / "none")
+    with pytest.raises(DamagedFile, match="tokenizer.json is no tokenizer file of timemix; give the tokenizer.json of"):
+        import_run(theirs, tmp_path / "none", theirs / "tokenizer.json")
     vocabulary.rename(theirs / vocabulary.name)
     import_run(theirs, tmp_path / "beside")
     assert load(tmp_path / "beside").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
     with pytest.raises(DamagedFile, match="exceeds the 49 ids"):
         import_run(PTH, tmp_path / "run", theirs / vocabulary.name)
     export_run(tmp_path / "beside", "pth", tmp_path / "exported")
+    import_run(tmp_path / "exported/model.pth", tmp_path / "own")
     (theirs / vocabulary.name).rename(tmp_path / "exported" / vocabulary.name)
-    import_run(tmp_path / "exported" / "model.pth", tmp_path / "file")
-    assert load(tmp_path / "file").tokenizer.hash == load(tmp_path / "given").tokenizer.hash
+    (tmp_path / "exported/tokenizer.json").write_text("{}")
+    import_run(tmp_path / "exported/model.pth", tmp_path / "file")
+    hashes = {load(tmp_path / name).tokenizer.hash for name in ("given", "own", "file")}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("limit", [2**13, 2**17])
+@pytest.mark.parametrize("to", ["pth", "hf"])
+def test_an_export_to_a_full_disk(run, tmp_path, to, limit):
+    """The weights take 262 KB."""
+    with bytes_per_file(limit), pytest.raises(CannotWrite, match="cannot write .*out: File too large"):
+        export_run(run, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_to_a_full_disk(tmp_path):
+    tokenizer = tokenizer_file(tmp_path)
+    with bytes_per_file(2**17), pytest.raises(CannotWrite, match="cannot write .*out.*: File too large"):
+        import_run(PTH, tmp_path / "out", tokenizer)
+    assert list(tmp_path.iterdir()) == [tokenizer]
 
 
 def test_refusals_of_an_export(tmp_path, run):
@@ -396,7 +421,12 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     (tmp_path / "my.txt").write_text(TEXT)
     assert run_command(capsys, "eval", "run", "--data", "my.txt")[0] == 0
     status, _, err = run_command(capsys, "eval", "run")
-    assert (status, err) == (2, "timemix: run has no text, because its weights were imported; pass a text as data\n")
+    sentence = "timemix: --data is missing: run has no text, because its weights were imported; give a text\n"
+    assert (status, err) == (2, sentence)
+    assert run_command(capsys, "inspect", "run")[::2] == (2, sentence)
+    status, _, err = run_command(capsys, "train", "--resume", "run")
+    assert status == 2
+    assert err.startswith("timemix: run cannot be resumed, because its weights were imported without a text; fine-tune")
     assert "complete" in run_command(capsys, "runs", "run")[1]
 
 

@@ -10,7 +10,7 @@ import torch
 
 import timemix
 from tests.helpers.commands import run_command
-from tests.helpers.published import TEXT, expected, imported
+from tests.helpers.published import TEXT, expected, imported, published_weights
 from timemix.cli.train import train_options
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.errors import InvalidValue
@@ -54,6 +54,19 @@ def test_a_mapped_model_generates_the_same_tokens(run):
         assert torch.equal(a, b)
     assert timemix.generate(mapped, "the ", tokens=30) == timemix.generate(copied, "the ", tokens=30)
     assert mapped.model.is_mapped
+
+
+@pytest.mark.parametrize("part", ["emb", "head", "ln_out", "att.w0", "ffn.key", ""])
+@pytest.mark.parametrize("backend", ["auto", "model"])
+def test_weights_in_float64_among_others(tmp_path, part, backend):
+    original = {name: x.double() if part in name else x for name, x in published_weights().items()}
+    torch.save(original, tmp_path / "a.pth")
+    model = load(imported(tmp_path, tmp_path / "a.pth"), mapped=True).model
+    tokens, rows = expected()["input"][0], torch.zeros(1, dtype=torch.int64)
+    step = build_step(model, backend=backend)
+    logits, _ = step(tokens, model.init_state(1), rows, torch.tensor([len(tokens)]))
+    assert step.compiled == (backend == "auto")
+    torch.testing.assert_close(logits[0].double(), expected()["logits"][0, -1], atol=1e-5, rtol=0)
 
 
 def test_a_session_of_a_mapped_model_belongs_to_the_model_in_float32(run, tmp_path):

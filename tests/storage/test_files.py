@@ -12,8 +12,8 @@ from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
-from timemix.errors import CannotWrite, FileError, InUse
-from timemix.storage.files import atomic_folder, write_text
+from timemix.errors import AlreadyExists, CannotWrite, FileError, InUse
+from timemix.storage.files import atomic_folder, new_folder, write_text
 from timemix.storage.locks import FolderLock, claimed
 from timemix.training.start import new_run, resume_run
 
@@ -42,6 +42,31 @@ def test_other_failures_to_sync_are_reported(tmp_path, monkeypatch, code):
     with pytest.raises(CannotWrite), atomic_folder(tmp_path / "folder") as folder:
         (folder / "a").write_text("a")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_new_folder_removes_what_killed_processes_left_of_it(tmp_path):
+    ended, running = 2**31 - 1, os.getppid()
+    names = [f".a[1].partial-{ended}", f".a[1].partial-{running}", f".b.partial-{ended}", f".a1.partial-{ended}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "a[1]") as folder:
+        (folder / "file").write_text("a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1]", *names[1:]}
+
+
+def test_a_new_folder_never_replaces_a_folder(tmp_path):
+    """The last block imitates a process that writes the same folder faster."""
+    with new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(AlreadyExists, match="a exists already"), new_folder(tmp_path / "a"):
+        pass
+    with pytest.raises(AlreadyExists, match="b exists already"), new_folder(tmp_path / "b"):
+        (tmp_path / "a").rename(tmp_path / "b")
+    assert (tmp_path / "b/file").read_text() == "first"
+    (tmp_path / "link").symlink_to("missing")
+    with pytest.raises(AlreadyExists, match="link exists already"), new_folder(tmp_path / "link"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "link"}
 
 
 @pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP], ids=errno.errorcode.get)

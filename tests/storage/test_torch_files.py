@@ -121,6 +121,20 @@ def in_big_endian(raw: bytes) -> bytes:
     return zipped({n: b"big" if n.endswith("byteorder") else x for n, x in parts_of(raw).items()})
 
 
+class Claim:
+    """A tensor with any size and stride, as a pickle can name it."""
+
+    def __init__(self, size, stride) -> None:
+        numbers = torch.zeros(2**18)
+        self.storage = torch.storage.TypedStorage(
+            wrap_storage=numbers.untyped_storage(), dtype=numbers.dtype, _internal=True
+        )
+        self.size, self.stride = tuple(size), tuple(stride)
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.size, self.stride, False, OrderedDict())
+
+
 MANY = OrderedDict.fromkeys(map(str, range(50)), torch.zeros(1000))
 BAD = {
     "no bytes": (b"", "is empty"),
@@ -134,6 +148,8 @@ BAD = {
     "integers": (saved({"a": torch.arange(3)}), "'torch.LongStorage', which is no part of a tensor"),
     "numbers as names": (saved({3: GRID}), "key of its dictionary is of type int"),
     "one number for a billion": (saved({"a": torch.zeros(1).expand(2**15, 2**15)}), "too large size"),
+    "no numbers in eight long dimensions": (saved({"a": Claim([2**20] * 7 + [0], [0] * 8)}), "too large size"),
+    "one number in eight long dimensions": (saved({"a": Claim([2**20] * 8, [0] * 8)}), "too large size"),
     "one storage for 50 tensors": (saved(MANY), "more than the"),
     "compressed entries": (zipped(parts_of(GOOD), compression=zipfile.ZIP_DEFLATED), "is compressed"),
     "no pickle": (zipped({"a/data/0": b""}), "0 entries named data.pkl"),
@@ -261,6 +277,16 @@ def test_damaged_programs(tmp_path_factory, data):
     """The pickle is damaged, and its checksum matches, so the machine runs the damaged program."""
     raw = with_program(GOOD, lambda program: data.draw(damaged(program)))
     either_loads_or_is_refused(tmp_path_factory.mktemp("damaged"), raw)
+
+
+LENGTHS = st.sampled_from([0, 1, 2, 2**10, 2**18, 2**20])
+
+
+@examples(200)
+@given(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=9))
+def test_any_sizes_and_strides(tmp_path_factory, pairs):
+    sizes, strides = [size for size, _ in pairs], [stride for _, stride in pairs]
+    either_loads_or_is_refused(tmp_path_factory.mktemp("sizes"), saved({"a": Claim(sizes, strides)}))
 
 
 OPERATIONS = [each.code.encode("latin-1") for each in pickletools.opcodes if each.arg is None]

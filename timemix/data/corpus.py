@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from timemix.data.shards import Shard, Tokens, check_shard, map_shards, shard_name
-from timemix.errors import DamagedFile, MissingFile
+from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.storage.files import check_name
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
 from timemix.tokenizers.base import Tokenizer
@@ -140,14 +140,15 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
         source: `data.source` of the run, "" for a run of imported weights.
 
     Raises:
-        MissingFile: Neither RUN/data nor the prepared folder exists, or the run has no text.
+        InvalidValue: The run has no text.
+        MissingFile: Neither RUN/data nor the prepared folder exists.
         FileError: A file is missing, damaged, or does not fit the other files.
     """
     own = run / "data"
     if own.is_dir():
         return open_corpus(own)
     if not source:
-        raise MissingFile(f"{run} has no text, because its weights were imported; pass a text as data")
+        raise InvalidValue(f"data is missing: {run} has no text, because its weights were imported; give a text")
     if not is_corpus(Path(source)):
         raise MissingFile(
             f"the tokens of {run} are missing: neither {own} nor {source} is a prepared folder; restore one of them"

@@ -27,9 +27,9 @@ from timemix.data.corpus import (
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
-from timemix.errors import AlreadyExists, FileError, InUse, InvalidValue, Unfit
+from timemix.errors import FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
-from timemix.storage.files import appear, atomic_folder, check_name, explained, write_text
+from timemix.storage.files import appear, atomic_folder, check_name, explained, refuse_existing, write_text
 from timemix.storage.json_files import to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.tokenizers.base import Tokenizer
@@ -73,7 +73,7 @@ def prepare(
         Unavailable: A download failed, or a process ran out of memory.
     """
     check_name(out)
-    _refuse_existing(out)
+    refuse_existing(out)
     if tokenizer is not None:
         _refuse_other(config, tokenizer)
     lock = out.with_name(f".{out.name}.lock")
@@ -81,7 +81,7 @@ def prepare(
         if not mine:
             raise InUse(f"another process is preparing {out}; wait until it ends, or choose another folder")
         try:
-            _refuse_existing(out)
+            refuse_existing(out)
             with explained(out):
                 _prepare(out, config, tokenizer, progress)
         finally:
@@ -124,7 +124,7 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
         AlreadyExists: `out` exists.
         CannotWrite: `out` cannot be written.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     cut = int((1 - share) * len(corpus.train))
     train = corpus.info.train
     parts: list[tuple[str, np.ndarray | Tokens, tuple[int, int] | None]] = [
@@ -343,8 +343,3 @@ def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
                 f"data.{name}={asked!r} contradicts the vocabulary of the trained model, whose data.{name} is {own!r};"
                 f" leave data.{name} out, or train a new model from random weights"
             )
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise AlreadyExists(f"{out} exists already; choose another folder")

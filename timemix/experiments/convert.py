@@ -14,7 +14,7 @@ from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
 from timemix.data.sources import open_source
-from timemix.errors import AlreadyExists, InvalidValue
+from timemix.errors import InvalidValue
 from timemix.evaluation.loss import loss_by_position
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
@@ -22,7 +22,7 @@ from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.reporting.plots import plot_loss, save_picture
 from timemix.runs.load import Loaded
 from timemix.runtime.machine import keep_freed_memory
-from timemix.storage.files import write_text
+from timemix.storage.files import refuse_existing, write_text
 from timemix.storage.json_files import OPTIONAL, to_json
 from timemix.training.progress import Watch
 from timemix.training.start import new_run
@@ -129,8 +129,7 @@ def check_conversion(conversion: Conversion, config: RunConfig) -> None:
     """
     _recurrent_part(config.model).exponential_config(config.model, conversion.exponentials, conversion.taps)
     _train_config(conversion, config.train)
-    if conversion.out.exists():
-        raise AlreadyExists(f"{conversion.out} exists already; choose another folder")
+    refuse_existing(conversion.out)
     # A folder exists, and opening a folder of texts prints its warnings.
     if conversion.data is not None and not Path(conversion.data).is_dir():
         open_source(conversion.data)

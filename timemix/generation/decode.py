@@ -84,14 +84,12 @@ def build_step(model: LanguageModel, weights: Weights = "float32", *, backend: s
 
 
 def _unmapped(model: LanguageModel) -> LanguageModel:
-    """Return a model with its weights in memory, in at least float32, as PyTorch's operators need them."""
+    """Return a model with its weights in memory, in float32, as PyTorch's operators need them."""
     if not model.is_mapped:
         return model
     with torch.device("meta"):
         own = LanguageModel(model.config)
-    weights = {
-        name: x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for name, x in model.state_dict().items()
-    }
+    weights = {name: x.to(torch.float32, copy=True) for name, x in model.state_dict().items()}
     own.load_state_dict(weights, assign=True)
     return own.eval()
 

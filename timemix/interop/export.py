@@ -5,19 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from timemix.config.run import read_toml
-from timemix.errors import AlreadyExists, InvalidValue
+from timemix.errors import InvalidValue
 from timemix.interop.hugging_face import WEIGHTS
 from timemix.models.config import ModelConfig
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.runs.folder import find
 from timemix.runs.load import empty_model
-from timemix.storage.files import atomic_folder, check_name
+from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.sharded import open_stored
 from timemix.storage.tensors import read_tensors, write_tensors
+from timemix.storage.torch_files import write_torch_file
 
 Form = Literal["pth", "hf"]
 PTH = "model.pth"
@@ -43,8 +43,7 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
         CannotWrite: The folder cannot be written.
     """
     check_name(out)
-    if out.exists():
-        raise AlreadyExists(f"{out} exists already; choose another folder")
+    refuse_existing(out)
     folder = find(run, checkpoint)
     config = read_toml(folder / "config.toml").model
     entry = find_architecture(config.arch)
@@ -56,7 +55,7 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
         empty_model(config, folder)
         stored.check_content()
         weights = converter.to_published({name: stored.tensor(name) for name in stored.shapes})
-        with atomic_folder(out) as temporary:
+        with new_folder(out) as temporary:
             if to == "pth":
                 _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
             else:
@@ -74,7 +73,7 @@ def _unused(folder: Path) -> dict[str, Tensor]:
 def _write_pth(path: Path, weights: dict[str, Tensor], config: ModelConfig, converter: Any) -> None:
     """Write weights under their original names. The file is a pickle, which other programs read."""
     converter.check_exportable(config)
-    torch.save({name: x.contiguous() for name, x in weights.items()}, path)
+    write_torch_file(path, {name: x.contiguous() for name, x in weights.items()})
 
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], config: ModelConfig, form: Any) -> None:

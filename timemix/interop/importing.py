@@ -8,11 +8,11 @@ from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.vocabulary import PACKAGES, PUBLISHED, world_tokenizer
-from timemix.errors import AlreadyExists, InvalidValue, Unavailable
+from timemix.errors import DamagedFile, InvalidValue, Unavailable
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
-from timemix.storage.files import atomic_folder, check_name
+from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.settings import check_range
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -20,6 +20,10 @@ from timemix.tokenizers.world import VOCAB_SIZE, read_world
 
 CTX_LEN = 1024
 """Default context length in tokens. It is the length of windows in training and eval, since the context has no end."""
+
+
+NAMES = (PUBLISHED.file, "tokenizer.json")
+"""Names of tokenizer files in the folder of the weights, in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     Args:
         path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
         out: Run folder, which must not exist.
-        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the file
-            `rwkv_vocab_v20230424.txt` in the folder `path` or beside the file `path`, the file `tokenizer.json` in the
-            folder `path`, or for 65,536 tokens the vocabulary file of an installed package.
+        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the first file of
+            NAMES in the folder `path` or beside the file `path`, or for 65,536 tokens the vocabulary file of an
+            installed package.
         ctx_len: Context length in tokens.
 
     Returns:
@@ -58,15 +62,14 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
         CannotWrite: The run cannot be written.
     """
     check_name(out)
-    if out.exists():
-        raise AlreadyExists(f"{out} exists already; choose another folder")
+    refuse_existing(out)
     check_range("ctx_len", ctx_len, 1, 2**20)
     published = read_published(path, ctx_len)
     own = _tokenizer(path, tokenizer, published.config.vocab_size)
     config = _config(published, own)
     tensors = {"model": published.weights} | ({"unused": published.unused} if published.unused else {})
     progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None, data={"tokenizer": own.hash})
-    with atomic_folder(out) as temporary:
+    with new_folder(out) as temporary:
         save_checkpoint(temporary, tensors, config, own, progress)
         (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
     formats = sorted({str(x.dtype).removeprefix("torch.") for x in published.weights.values()})
@@ -75,12 +78,20 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
 
 def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of a model with a vocabulary of `vocab_size` tokens."""
-    is_folder = path.is_dir()
-    beside = [(path if is_folder else path.parent) / PUBLISHED.file, *([path / "tokenizer.json"] if is_folder else [])]
-    file = given or next((each for each in beside if each.exists()), None)
+    folder = path if path.is_dir() else path.parent
+    file = given or next((each for name in NAMES if (each := folder / name).exists()), None)
     if file is None:
         return _world_of_a_package(path, vocab_size)
-    tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
+    try:
+        tokenizer = load_tokenizer(file) if file.suffix == ".json" else read_world(file, vocab_size)
+    except DamagedFile as error:
+        if given is not None or file.suffix != ".json":
+            raise
+        # Many folders of Hugging Face contain the tokenizer.json of another program.
+        raise InvalidValue(
+            f"tokenizer is missing: {file} is no tokenizer file of timemix; give {PUBLISHED.file}, or a tokenizer.json"
+            " of timemix"
+        ) from error
     if tokenizer.vocab_size != vocab_size:
         raise InvalidValue(
             f"tokenizer {str(file)!r} has {tokenizer.vocab_size:,} tokens, but the model in {path} has {vocab_size:,};"
@@ -100,8 +111,8 @@ def _world_of_a_package(path: Path, vocab_size: int) -> Tokenizer:
             f" pip install {PACKAGES[0]}"
         ) from error
     raise InvalidValue(
-        f"tokenizer is missing: {path} has no tokenizer.json; give the tokenizer.json of a run with the tokenizer of"
-        " this model"
+        f"tokenizer is missing: the model in {path} has {vocab_size:,} tokens, not the {VOCAB_SIZE:,} of the World"
+        f" tokenizer; give a tokenizer.json of timemix with {vocab_size:,} tokens"
     )
 
 

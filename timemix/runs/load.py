@@ -41,6 +41,7 @@ class Loaded:
         """Open the tokens on which the model was trained and validated.
 
         Raises:
+            InvalidValue: The run has no text, because its weights were imported.
             MissingFile: The tokens do not exist.
             DamagedFile: A file is damaged, or the tokens have changed since training.
         """
@@ -120,7 +121,8 @@ def load(run: str | Path, *, checkpoint: str | int = "best", device: str = "cpu"
         device: PyTorch device, such as "cpu" or "cuda:1".
         mapped: Whether the weights may stay mapped from their file, in the types of the file, which saves memory. Such
             a model is for `Engine` and `build_step`, which copy the weights in the format of generation. While the
-            model is in use, its file must not be overwritten. Only a model on the CPU, in one file, is mapped.
+            model is in use, its file must not be overwritten. Only a model on the CPU, in one file, without weights in
+            float64, is mapped.
 
     Returns:
         The model in eval mode, with the tokenizer, the config and the checkpoint folder.
@@ -152,7 +154,9 @@ def _loaded(folder: Path, device: torch.device, mapped: bool) -> Loaded:
     with open_stored(folder, "model") as stored:
         stored.check_content()
         weights = {name: stored.tensor(name) for name in model.state_dict()}
-        model.is_mapped = mapped and device.type == "cpu" and stored.is_mapped
+        # A decode step needs weights of float32 or less.
+        is_wide = any(x.dtype == torch.float64 for x in weights.values())
+        model.is_mapped = mapped and device.type == "cpu" and stored.is_mapped and not is_wide
         if not model.is_mapped:
             # The content of mapped memory changes with the file, so the tensors are copied.
             dtype = torch.float64 if config.train.precision == "float64" else torch.float32

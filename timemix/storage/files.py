@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from timemix.errors import CannotWrite, DamagedFile, FileError, MissingFile
+from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, FileError, MissingFile
 
 LARGEST = 32 * 2**20
 """Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory as the file."""
@@ -47,6 +48,12 @@ def check_regular(path: Path, largest: int | None = None, what: str = "") -> Non
             f"{path} is damaged: it has {found.st_size:,} bytes, more than the maximum of {largest:,} bytes;"
             " restore it from a copy"
         )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise AlreadyExists if a path exists, also as a link to a missing file."""
+    if os.path.lexists(folder):
+        raise AlreadyExists(f"{folder} exists already; choose another folder")
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
@@ -116,6 +123,31 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 appear(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Write a new folder atomically, as `atomic_folder` does, but never replace a folder.
+
+    Temporary folders of the same name that killed processes left are removed.
+
+    Args:
+        folder: The folder, which must not exist.
+
+    Raises:
+        AlreadyExists: The folder exists at the begin or at the end of the `with` block.
+        CannotWrite: The disk is full or not writable.
+    """
+    import psutil
+
+    refuse_existing(folder)
+    for left in folder.parent.glob(f"{glob.escape(unfinished_name(folder, 0).name[:-1])}*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        yield temporary
+        refuse_existing(folder)
 
 
 def unfinished_name(folder: Path, process: int) -> Path:

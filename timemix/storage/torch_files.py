@@ -1,4 +1,4 @@
-"""Reading of the tensors in a file of `torch.save`, without running the program that the file contains.
+"""Files of `torch.save`: writing, and reading of the tensors without running the program that the file contains.
 
 A `.pth` file is a zip file. `TOP/data.pkl` is a pickle: a program for a stack machine, which builds a dictionary of
 tensors. `TOP/data/KEY` holds the numbers of a storage, and each tensor is a view of a storage. Python's own machine for
@@ -10,6 +10,7 @@ a dictionary of tensors needs, and none of them calls code that the file chooses
     persistent id ("storage", type, KEY, device, count)              a storage
 """
 
+import errno
 import math
 import pickletools
 from dataclasses import dataclass
@@ -83,6 +84,25 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             f"{path} does not hold a dictionary of tensors: {error}; save only the dictionary:"
             " torch.save(model.state_dict(), FILE)"
         ) from None
+
+
+def write_torch_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors with `torch.save`.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(tensors, file)
+    except RuntimeError as error:
+        # After a failed write, PyTorch still tries to end the file, and this second failure hides the first one.
+        first = error.__context__
+        raise first if isinstance(first, OSError) else OSError(errno.EIO, str(error)) from error
 
 
 def _check_format(path: Path) -> None:
@@ -244,7 +264,10 @@ class _Machine:
         """Return a view of a storage, after a check that the view lies inside the storage."""
         if len(size) != len(stride) or len(size) > MOST_DIMENSIONS:
             raise _Refused(f"a tensor has {len(size)} sizes and {len(stride)} strides")
-        if any(type(n) is not int or not 0 <= n <= len(self.entries.mapping) for n in (offset, *size, *stride)):
+        most = len(self.entries.mapping)
+        is_bounded = all(type(n) is int and 0 <= n <= most for n in (offset, *size, *stride))
+        # PyTorch multiplies the sizes of a tensor without numbers too, and the product must not overflow.
+        if not is_bounded or math.prod(n for n in size if n) > most:
             raise _Refused("a tensor has a negative or too large size, stride or offset")
         count = math.prod(size)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

@@ -209,6 +209,11 @@ def resume_run(out: Path, world: World = ALONE, train: Mapping[str, Any] | None 
 
 def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[str, Any]) -> Trainer:
     old = read_toml(out / "config.toml")
+    if not old.data.source:
+        raise InvalidValue(
+            f"{out} cannot be resumed, because its weights were imported without a text; fine-tune the model on a text:"
+            f" timemix train --from {out} --data TEXT --out NEXT"
+        )
     config = _changed(old, train, out)
     corpus = open_run_corpus(out, config.data.source)
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
