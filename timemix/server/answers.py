@@ -88,11 +88,13 @@ class Form(ABC):
         prefix: Prefix of the ids of answers.
         whole: Value of "object" in a whole answer.
         part: Value of "object" in a chunk of a stream.
+        space: Text with which the model begins, and which the answer leaves out.
     """
 
     prefix: str
     whole: str
     part: str
+    space: str = ""
 
     @abstractmethod
     def choice(self, piece: Piece, tokenizer: Tokenizer, *, is_part: bool) -> dict[str, Any]:
@@ -202,11 +204,14 @@ class _Choice:
         self._echo = call.echo[place] if call.echo else None
         self._decoder = call.served.tokenizer.stream()
         self._offset = self._written = 0
-        self._is_new = True
+        self._is_new, self._space = True, call.form.space
 
     def piece(self, event: Event) -> Piece:
         """Return the new content that an event gives."""
-        call, piece = self._call, Piece(self._index, event.text, finish=event.finished)
+        text = event.text.removeprefix(self._space)
+        if event.text:
+            self._space = ""
+        call, piece = self._call, Piece(self._index, text, finish=event.finished)
         if call.scored:
             piece.scores = []
         if call.returns_ids:

@@ -123,8 +123,7 @@ class ChatForm(Form):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, space: str) -> None:
-        self._space = space
-        self._begun: set[int] = set()
+        self.space = space
 
     def opening(self, index: int) -> dict[str, Any]:
         """Return the choice of the first chunk, which holds the role."""
@@ -133,11 +132,7 @@ class ChatForm(Form):
 
     def choice(self, piece: Piece, tokenizer: Tokenizer, *, is_part: bool) -> dict[str, Any]:
         """Return a choice."""
-        text = piece.text
-        if text and piece.index not in self._begun:
-            self._begun.add(piece.index)
-            text = text.removeprefix(self._space)
-        content = {"content": text} if text or not is_part else {}
+        content = {"content": piece.text} if piece.text or not is_part else {}
         body = {"delta": content} if is_part else {"message": {"role": "assistant"} | content | {"refusal": None}}
         scores = None
         if piece.scores is not None:
