@@ -30,6 +30,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
     "echo": (False,),
+    "state": (),
+    "return_state": (False,),
 }
 """Fields of other servers that change the answer and are not supported, with their values that change nothing."""
 
