@@ -180,6 +180,7 @@ def test_the_list_of_models_names_the_template(server):
         ({"messages": [HELLO], "functions": [{}]}, "functions", "not supported"),
         ({"messages": [HELLO], "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"messages": [HELLO], "modalities": ["audio"]}, "modalities", "not supported"),
+        ({"messages": [HELLO], "state": "state-1"}, "state", "not supported"),
         ({"messages": [HELLO], "logprobs": 3}, "logprobs", "true or false"),
         ({"messages": [HELLO], "top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
         ({"messages": [HELLO], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "to 20"),

@@ -192,7 +192,7 @@ class Conversation:
 
     def _answer(self, prompt: tuple[int, ...], before: Session | None, attempt: int) -> Generator[str, None, None]:
         """Yield the pieces of an answer. If the answer has a token, store its session."""
-        start = self._without_stop_token(before)
+        start = None if before is None else without_stop_token(before, self._pattern.stop_tokens)
         number = self._engine.add(replace(self._pattern, prompt=prompt, start=start, sample=attempt))
         space = self._template.space if prompt else ""
         tokens = [*(() if start is None else start.tokens), *prompt]
@@ -217,8 +217,14 @@ class Conversation:
             if session is not None:
                 self.session = replace(session, tokens=tuple(tokens[-max(TOKENS_KEPT, len(session.tokens)) :]))
 
-    def _without_stop_token(self, session: Session | None) -> Session | None:
-        """Return a session without its last token if this token is a stop token, which the model must not read."""
-        if session is None or session.tokens[-1] not in self._pattern.stop_tokens:
-            return session
-        return replace(session, tokens=session.tokens[:-1], unread=session.unread - 1)
+
+def without_stop_token(session: Session, stop_tokens: Sequence[int]) -> Session:
+    """Return a session without its last token if this token is a stop token, which the model must not read.
+
+    Args:
+        session: The session.
+        stop_tokens: Ids of the stop tokens.
+    """
+    if session.tokens[-1] not in stop_tokens:
+        return session
+    return replace(session, tokens=session.tokens[:-1], unread=session.unread - 1)

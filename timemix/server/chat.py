@@ -6,9 +6,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from timemix.generation.templates import Message, Role, template_of
+from timemix.generation.templates import ChatTemplate, Message, Role, template_of
 from timemix.server.answers import Call, Form, Piece, Score, respond
 from timemix.server.completions import MOST_TOP, build_request, engine_fields, spelled, stream_fields
+from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
 from timemix.server.service import service_of
@@ -30,6 +31,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
     "echo": (False,),
+    "state": (),
+    "return_state": (False,),
 }
 """Fields of other servers that change the answer and are not supported, with their values that change nothing."""
 
@@ -39,33 +42,51 @@ async def chat(request: HttpRequest) -> Response:
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
     served = service.model(fields.text("model"))
-    for name, harmless in UNSUPPORTED.items():
-        fields.unsupported(name, harmless)
-    messages = messages_of(fields)
-    template, tokenizer = template_of(served.tokenizer), served.tokenizer
-    is_scored, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, MOST_TOP)
-    if top and not is_scored:
-        raise ApiError(400, "top_logprobs needs logprobs: true; leave top_logprobs out", "top_logprobs")
-    limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
-    asked = engine_fields(fields, served, DEFAULT_TOKENS, limit)
-    asked |= {
-        "stop": (*template.stop, *asked["stop"]),
-        "log_probabilities": is_scored,
-        "top_log_probabilities": top,
-    }
-    encode = lambda: tokenizer.encode(template.render(messages)).tolist()  # noqa: E731
-    ids = await run_in_threadpool(checked, "messages", encode)
+    messages, template, tokenizer = messages_of(fields), template_of(served.tokenizer), served.tokenizer
+    asked = answer_fields(fields, served, template)
+    ids = await run_in_threadpool(_prompt, messages, template, tokenizer)
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
     call = Call(
         served=served,
         form=ChatForm("" if is_begun else template.space),
         requests=[build_request(ids, asked, served, "messages")],
         echo=[],
-        scored=is_scored,
+        scored=asked["log_probabilities"],
         returns_ids=fields.flag("return_token_ids"),
         **stream_fields(fields),
     )
     return await respond(request, call, service.thread)
+
+
+def answer_fields(fields: Fields, served: Served, template: ChatTemplate) -> dict[str, Any]:
+    """Return the arguments of the engine's Request, apart from the prompt.
+
+    Args:
+        fields: Fields of the body.
+        served: The model.
+        template: Chat template of the model.
+
+    Raises:
+        ApiError: A field is wrong or not supported.
+    """
+    for name, harmless in UNSUPPORTED.items():
+        fields.unsupported(name, harmless)
+    is_scored, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, MOST_TOP)
+    if top and not is_scored:
+        raise ApiError(400, "top_logprobs needs logprobs: true; leave top_logprobs out", "top_logprobs")
+    limit = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+    asked = engine_fields(fields, served, DEFAULT_TOKENS, limit)
+    return asked | {
+        "stop": (*template.stop, *asked["stop"]),
+        "log_probabilities": is_scored,
+        "top_log_probabilities": top,
+    }
+
+
+def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of the text of messages."""
+    text = template.render(messages)
+    return checked("messages", lambda: tokenizer.encode(text).tolist())
 
 
 def messages_of(fields: Fields) -> list[Message]:
