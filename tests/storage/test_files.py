@@ -54,6 +54,13 @@ def test_a_new_folder_removes_what_killed_processes_left_of_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a[1]", *names[1:]}
 
 
+def test_a_new_folder_leaves_nothing_after_ctrl_c(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("a")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_new_folder_never_replaces_a_folder(tmp_path):
     """The last block imitates a process that writes the same folder faster."""
     with new_folder(tmp_path / "a") as folder:

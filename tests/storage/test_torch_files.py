@@ -90,6 +90,10 @@ def test_published_files_equal_the_own_reader_of_torch(name):
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_the_last_number_of_a_storage(tmp_path):
+    assert read(tmp_path, saved({"a": Claim([2], [2**18 - 1])}))["a"].tolist() == [0, 2**18 - 1]
+
+
 def test_writes_to_the_tensors_do_not_change_the_file(tmp_path):
     found = read(tmp_path, GOOD)
     found["float64"].zero_()
@@ -125,7 +129,7 @@ class Claim:
     """A tensor with any size and stride, as a pickle can name it."""
 
     def __init__(self, size, stride) -> None:
-        numbers = torch.zeros(2**18)
+        numbers = torch.arange(2.0**18)
         self.storage = torch.storage.TypedStorage(
             wrap_storage=numbers.untyped_storage(), dtype=numbers.dtype, _internal=True
         )
@@ -150,6 +154,7 @@ BAD = {
     "one number for a billion": (saved({"a": torch.zeros(1).expand(2**15, 2**15)}), "too large size"),
     "no numbers in eight long dimensions": (saved({"a": Claim([2**20] * 7 + [0], [0] * 8)}), "too large size"),
     "one number in eight long dimensions": (saved({"a": Claim([2**20] * 8, [0] * 8)}), "too large size"),
+    "one number past the storage": (saved({"a": Claim([2], [2**18])}), "a tensor of size [2] does not fit"),
     "one storage for 50 tensors": (saved(MANY), "more than the"),
     "compressed entries": (zipped(parts_of(GOOD), compression=zipfile.ZIP_DEFLATED), "is compressed"),
     "no pickle": (zipped({"a/data/0": b""}), "0 entries named data.pkl"),

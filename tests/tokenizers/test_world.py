@@ -58,6 +58,12 @@ def longest_match(text, tokens):
     return ids
 
 
+def test_the_first_and_last_children_of_a_node_are_found():
+    """Code that misses the last child never ends at the byte 255, so this test comes before texts with this byte."""
+    match = LongestMatch([b"", *BYTES, b"ab", b"ac", b"ad"])
+    assert match.encode_in_c(b"abacadae").tolist() == [257, 258, 259, 98, 102]
+
+
 @examples(300)
 @given(given=tokens_and_text(), end=st.binary(max_size=3), order=st.randoms(use_true_random=False))
 def test_c_and_python_find_the_longest_match(given, end, order):
