@@ -19,6 +19,8 @@
 #ifndef TIMEMIX_PANELS_H
 #define TIMEMIX_PANELS_H
 
+#include <stdlib.h>
+
 #include "ops/common/types.h"
 #include "ops/common/vectors.h"
 
@@ -126,9 +128,86 @@ INLINE void multiply_groups(const linear *l, int64_t first, const float *x, floa
     }
 }
 
+/* Whether x is rounded to bfloat16 for weights of a type: the instruction for bfloat16 multiplies pairs of such numbers. */
+#if defined(__AVX512BF16__)
+#define ROUNDS(type) ((type) == BFLOAT16)
+
+/* pair[n] = x[2 n] and x[2 n + 1], rounded to bfloat16, the first in the upper half. A number after the last is 0. The
+   pairs may overwrite x (count,). */
+LOCAL void round_row(const float *x, int64_t count, float *pair) {
+    for (int64_t i = 0; i < count; i += 2 * WIDTH) {
+        const uint32_t mask = count - i < 2 * WIDTH ? (1u << (count - i)) - 1 : ~0u;
+        const __m512 low = _mm512_maskz_loadu_ps(mask, x + i), high = _mm512_maskz_loadu_ps(mask >> 16, x + i + WIDTH);
+        const __m512i pairs = _mm512_rol_epi32((__m512i)_mm512_cvtne2ps_pbh(high, low), 16);
+        const int64_t words = (count - i + 1) / 2;
+        _mm512_mask_storeu_epi32(pair + i / 2, words < WIDTH ? (1u << words) - 1 : 0xffff, pairs);
+    }
+}
+
+/* sum[r] += the products of a pair of inputs with PANEL outputs. The lines of the two inputs are `first` and `second`, which
+   is NULL after the last input. pair is the pair of the first row. The lines are interleaved within 128 bits, so the sums
+   have the order of put_in_order(). */
+INLINE void add_pair(const uint16_t *first, const uint16_t *second, const float *pair, int64_t stride, const int rows,
+                     __m512 sum[ROWS][VECTORS]) {
+    __m512bh weight[VECTORS];
+    for (int n = 0; n < VECTORS; n += 2) {
+        const __m512i upper = _mm512_loadu_si512(first + n * WIDTH);
+        const __m512i lower = second ? _mm512_loadu_si512(second + n * WIDTH) : _mm512_setzero_si512();
+        weight[n] = (__m512bh)_mm512_unpacklo_epi16(lower, upper);
+        weight[n + 1] = (__m512bh)_mm512_unpackhi_epi16(lower, upper);
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m512bh x = (__m512bh)_mm512_set1_ps(pair[r * stride]);
+        for (int n = 0; n < VECTORS; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], weight[n], x);
+    }
+}
+
+/* Stores the sums of a row in the order of the outputs. Of 32 outputs, the first vector has the sums of 0 to 3, 8 to 11,
+   16 to 19 and 24 to 27. */
+INLINE void put_in_order(float *y, const __m512 sum[VECTORS]) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_or_si512(low, _mm512_set1_epi32(8));
+    for (int n = 0; n < VECTORS; n += 2) {
+        _mm512_storeu_ps(y + n * WIDTH, _mm512_permutex2var_ps(sum[n], low, sum[n + 1]));
+        _mm512_storeu_ps(y + (n + 1) * WIDTH, _mm512_permutex2var_ps(sum[n], high, sum[n + 1]));
+    }
+}
+
+/* multiply_panel for bfloat16, with the instruction for two products. The instruction adds the product of the upper halves,
+   rounds, adds the product of the lower halves, and rounds. So each sum is a chain in ascending order, for any division of
+   the inputs into pairs.
+
+   The rows of x have `length` numbers in pairs (round_row), and begin at multiples of l->inputs. `index` has the inputs of
+   the numbers, and more inputs to prefetch. NULL: all inputs. */
+INLINE void multiply_pairs(const linear *l, int64_t first, const float *x, const int32_t *index, int64_t length, float *y,
+                           int64_t count, const int rows) {
+    const int64_t inputs = l->inputs;
+    const uint16_t *panel = (const uint16_t *)l->weight + first * inputs;
+    __m512 sum[ROWS][VECTORS] = {{{0}}};
+    for (int64_t i = 0; i < length; i += 2) {
+        for (int64_t n = i + AHEAD / (2 * PANEL); n < i + AHEAD / (2 * PANEL) + 2; n++)
+            prefetch(BFLOAT16, panel, (index ? index[n] : n) * PANEL, PANEL);
+        const uint16_t *line = panel + (index ? index[i] : i) * PANEL;
+        const uint16_t *next = i + 1 < length ? panel + (index ? index[i + 1] : i + 1) * PANEL : NULL;
+        add_pair(line, next, x + i / 2, inputs, rows, sum);
+    }
+    for (int r = 0; r < rows; r++) {
+        float all[PANEL];
+        put_in_order(all, sum[r]);
+        for (int o = 0; l->bias && o < PANEL; o++) all[o] += l->bias[first + o];
+        memcpy(y + r * l->outputs + first, all, count * sizeof(float));
+    }
+}
+#else
+#define ROUNDS(type) 0
+#define round_row(x, count, pair) (void)0
+#define multiply_pairs(l, first, x, index, length, y, count, rows) (void)0
+#endif
+
 INLINE void multiply_rows(const linear *l, int64_t first, enum type type, const float *x, float *y, int64_t count,
                           const int rows) {
     if (type == INT4) multiply_groups(l, first, x, y, count, rows);
+    else if (ROUNDS(type)) multiply_pairs(l, first, x, NULL, l->inputs, y, count, rows);
     else multiply_panel(l, first, type, x, y, count, rows);
 }
 
@@ -147,18 +226,36 @@ INLINE void multiply_block(const linear *l, int64_t first, enum type type, const
     }
 }
 
+/* Memory of the calling thread for `count` numbers, until the next call. */
+LOCAL float *thread_memory(int64_t count) {
+    static __thread float *memory;
+    static __thread int64_t size;
+    if (count > size) {
+        free(memory);
+        memory = malloc(count * sizeof(float));
+        size = count;
+        if (!memory) abort();
+    }
+    return memory;
+}
+
 /* y (rows, outputs) = x (rows, inputs) weight^T + bias.
 
    The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows.
    There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
 LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
-    const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
+    const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS, inputs = l->inputs;
+    float *pairs = ROUNDS(l->type) ? thread_memory(rows * inputs) : NULL;
+    int64_t rounded = 0;
 #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t n = 0; n < panels; n++)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t first = n * PANEL, left = l->outputs - first, count = left < PANEL ? left : PANEL;
             const int64_t row = block * ROWS, some = rows - row < ROWS ? rows - row : ROWS;
-            const float *in = x + row * l->inputs;
+            /* The tasks of a thread follow one another, so the first ones have different blocks. */
+            if (pairs && rounded++ < blocks)
+                for (int64_t i = row * inputs; i < (row + some) * inputs; i += inputs) round_row(x + i, inputs, pairs + i);
+            const float *in = (pairs ? pairs : x) + row * inputs;
             float *out = y + row * l->outputs;
             if (l->type == FLOAT32) multiply_block(l, first, FLOAT32, in, out, count, some);
             else if (l->type == BFLOAT16) multiply_block(l, first, BFLOAT16, in, out, count, some);

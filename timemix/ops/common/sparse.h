@@ -40,9 +40,12 @@ LOCAL void compress(const linear *l, float *x, int64_t rows, int32_t *list) {
     }
     /* Measured on an EPYC: with one row from memory, 2 of 5 weights take about as long as all weights. */
     list[0] = 5 * length > 2 * inputs ? ALL : length;
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = x + r * inputs;
+        for (int64_t n = 0; list[0] != ALL && n < length; n++) row[n] = row[index[n]];
+        if (ROUNDS(l->type)) round_row(row, list[0] == ALL ? inputs : length, row);
+    }
     if (list[0] == ALL) return;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t n = 0; n < length; n++) x[r * inputs + n] = x[r * inputs + index[n]];
     /* After the last input, the same inputs of the next panel follow. */
     for (int64_t n = 0; n < FETCHED(INT8); n++) index[length + n] = length ? inputs + index[n % length] : 0;
 }
@@ -54,6 +57,10 @@ INLINE void multiply_sparse_panel(const linear *l, int64_t first, enum type type
     const int32_t *index = list + 1;
     const float *scale = l->scale;
     vec sum[ROWS][VECTORS] = {{{0}}};
+    if (ROUNDS(type)) {
+        multiply_pairs(l, first, x, index, length, y, count, rows);
+        return;
+    }
     for (int64_t n = 0; n < length; n++) {
         const int64_t here = at + index[n] * PANEL;
         prefetch(type, l->weight, at + (int64_t)index[n + FETCHED(type)] * PANEL, PANEL);
