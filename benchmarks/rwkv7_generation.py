@@ -16,7 +16,7 @@ from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
-from timemix.models.quantize import WEIGHTS, Weights, rounded
+from timemix.models.quantize import WEIGHTS, Weights, linear_weights, rounded
 from timemix.runtime.machine import free_memory, keep_freed_memory, resident_memory
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
@@ -86,10 +86,11 @@ def files_of(folder: Path | None, weights: Weights) -> Iterator[Path]:
 
 def moved_bytes(model: LanguageModel, weights: Weights, rows: int) -> float:
     """Return the least number of bytes that a step reads and writes: weights once, the state of each row twice."""
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    rest = sum(p.numel() for p in model.parameters()) - linear - model.embedding.weight.numel()
-    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}[weights]
-    return linear * bits / 8 + rest * 4 + 2 * model.init_state(rows).nbytes
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4.5}
+    linear = list(linear_weights(model, weights))
+    rest = sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel()
+    rest -= sum(w.numel() for w, _ in linear)
+    return sum(w.numel() * bits[own] / 8 for w, own in linear) + rest * 4 + 2 * model.init_state(rows).nbytes
 
 
 def decode(

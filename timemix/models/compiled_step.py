@@ -27,8 +27,9 @@ from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.layers.token_shift import TokenShift
-from timemix.models.quantize import GROUP, WEIGHTS, Weights, head_format, quantized, quantized_in_groups
+from timemix.models.quantize import GROUP, WEIGHTS, Weights, at_least_int8, quantized, quantized_in_groups
 from timemix.models.state import State
+from timemix.runtime.machine import huge_pages
 from timemix.runtime.native import library
 from timemix.runtime.threads import share
 from timemix.storage.tensors import release
@@ -38,6 +39,9 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 _PANELS = 8
 """Number of panels that are rounded at a time."""
+
+_ALIGNMENT, _AT_LEAST = 64, 2**24
+"""Bytes between which panels begin, and least number of bytes of memory that are reserved at a time."""
 
 
 class LinearMap(ctypes.Structure):
@@ -91,6 +95,8 @@ class Parameters:
     def __init__(self, weights: Weights, panel: int, *, mapped: bool = False) -> None:
         self.weights, self.panel, self.mapped = weights, panel, mapped
         self._held: list[Tensor] = []
+        # Reserved memory that no panel uses yet.
+        self._free = torch.empty(0, dtype=torch.uint8)
 
     def address(self, x: Tensor) -> int:
         """Return the address of a tensor's numbers, which stays valid while this object exists.
@@ -193,9 +199,16 @@ class Parameters:
             # (outputs, n) -> (panels, PANEL, n) -> (panels, n, PANEL)
             own = F.pad(part, (0, 0, 0, -len(part) % self.panel)).view(-1, self.panel, part.shape[1]).transpose(1, 2)
             if at == 0:
-                found = own.new_empty(-(-outputs // self.panel), *own.shape[1:])
+                found = self._memory(-(-outputs // self.panel) * own[0].nbytes).view(own.dtype).view(-1, *own.shape[1:])
             found[at : at + len(own)] = own
             at += len(own)
+        return found
+
+    def _memory(self, size: int) -> Tensor:
+        """Return memory (size,) uint8. All panels lie one after another, because most are smaller than a huge page."""
+        if size > len(self._free):
+            self._free = huge_pages(max(size, _AT_LEAST))
+        found, self._free = self._free[:size], self._free[-(-size // _ALIGNMENT) * _ALIGNMENT :]
         return found
 
 
@@ -357,7 +370,7 @@ class CompiledStep:
             embedding=self.parameters.address(embedding),
             input_norm=self.parameters.norm(model.input_norm),
             norm=self.parameters.norm(norm),
-            head=self.parameters.panels(model.head.weight, model.head.bias, head_format(self.parameters.weights)),
+            head=self.parameters.panels(model.head.weight, model.head.bias, at_least_int8(self.parameters.weights)),
         )
 
     def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:

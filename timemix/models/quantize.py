@@ -1,6 +1,7 @@
 """Rounding of linear weights to bfloat16, int8 or int4."""
 
 import copy
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -112,13 +113,29 @@ def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     return levels * scale.float().repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
 
 
-def head_format(weights: Weights) -> Weights:
-    """Return the format of the head's weight: int8 in a model with int4 weights, because the loss depends most on it.
+def at_least_int8(weights: Weights) -> Weights:
+    """Return the format of the head and of low-rank maps: int8 in a model with int4 weights.
+
+    The loss depends most on the head. Low-rank maps are small.
 
     Args:
         weights: Format of the other linear weights.
     """
     return "int8" if weights == "int4" else weights
+
+
+def linear_weights(model: LanguageModel, weights: Weights) -> Iterator[tuple[Tensor, Weights]]:
+    """Yield the weight (outputs, inputs) of each linear map of a model, and the format to which the weight is rounded.
+
+    Args:
+        model: The model. A module with the attribute `low_rank_weights` names its weights (inputs, outputs) there.
+        weights: Format to which most weights are rounded.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight, at_least_int8(weights) if module is model.head else weights
+        for name in getattr(module, "low_rank_weights", ()):
+            yield getattr(module, name).t(), at_least_int8(weights)
 
 
 def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
@@ -136,10 +153,8 @@ def rounded(model: LanguageModel, weights: Weights) -> LanguageModel:
         return model
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                own = head_format(weights) if module is model.head else weights
-                module.weight.copy_(_rounded(module.weight, own))
+        for weight, own in linear_weights(model, weights):
+            weight.copy_(_rounded(weight, own))
     return model
 
 

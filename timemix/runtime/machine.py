@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import mmap
 import platform
 import sys
 import time
@@ -26,6 +27,23 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def huge_pages(size: int) -> Tensor:
+    """Return memory that begins with zeros, in huge pages if the system has them.
+
+    A processor looks up the address of each page. With 4 KiB pages, these look-ups slow down the reading of memory.
+
+    Args:
+        size: Number of bytes. Memory that is never written takes no space.
+
+    Returns:
+        The memory (size,) uint8.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from timemix.models.compiled_step import Common, CompiledStep, LinearMap
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
+from timemix.models.quantize import at_least_int8
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.model import MIXED, LowRank, Rwkv7Block
 from timemix.ops.rwkv7.compiled import MOST
@@ -42,7 +43,7 @@ class _Model(ctypes.Structure):
 
 
 class Rwkv7Step(CompiledStep):
-    """The compiled decode step of rwkv7. The low-rank maps stay in float32."""
+    """The compiled decode step of rwkv7."""
 
     source = Path(__file__).with_name("step.c")
     # wkv7.h gives the reason.
@@ -90,7 +91,7 @@ class Rwkv7Step(CompiledStep):
         """Return the two linear maps of a low-rank map, without weights for None."""
         if low_rank is None:
             return LinearMap(), LinearMap()
-        pack = self.parameters.panels
-        down = pack(low_rank.down_weight.t(), None, "float32")
+        pack, weights = self.parameters.panels, at_least_int8(self.parameters.weights)
+        down = pack(low_rank.down_weight.t(), None, weights)
         # The gate has no bias.
-        return down, pack(low_rank.up_weight.t(), getattr(low_rank, "bias", None), "float32")
+        return down, pack(low_rank.up_weight.t(), getattr(low_rank, "bias", None), weights)

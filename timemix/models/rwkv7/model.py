@@ -77,6 +77,9 @@ class LowRank(nn.Module):
         act: Activation of the hidden channels; None: the identity.
     """
 
+    low_rank_weights = ("down_weight", "up_weight")
+    """Names of the weights (inputs, outputs) that generation rounds (models/quantize.py)."""
+
     def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.act = act

@@ -9,8 +9,7 @@
    have the formulas.
 
    A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
-   Only the mixtures and wkv7 connect the rows of a piece. Linear weights are float32, bfloat16, or int8 with a scale for
-   each output. The low-rank maps and all other numbers are float32.
+   Only the mixtures and wkv7 connect the rows of a piece. All numbers but the weights of linear maps are float32.
 
    The order in which a number of a row is summed depends only on the row itself. So each result is bit-identical for any
    division of texts into pieces, and for any other texts, slots or threads. */

@@ -185,8 +185,9 @@ INLINE void multiply_pairs(const linear *l, int64_t first, const float *x, const
     const uint16_t *panel = (const uint16_t *)l->weight + first * inputs;
     __m512 sum[ROWS][VECTORS] = {{{0}}};
     for (int64_t i = 0; i < length; i += 2) {
-        for (int64_t n = i + AHEAD / (2 * PANEL); n < i + AHEAD / (2 * PANEL) + 2; n++)
-            prefetch(BFLOAT16, panel, (index ? index[n] : n) * PANEL, PANEL);
+        /* The processor predicts the addresses of all inputs. */
+        for (int64_t n = i + AHEAD / (2 * PANEL); index && n < i + AHEAD / (2 * PANEL) + 2; n++)
+            prefetch(BFLOAT16, panel, index[n] * PANEL, PANEL);
         const uint16_t *line = panel + (index ? index[i] : i) * PANEL;
         const uint16_t *next = i + 1 < length ? panel + (index ? index[i + 1] : i + 1) * PANEL : NULL;
         add_pair(line, next, x + i / 2, inputs, rows, sum);
