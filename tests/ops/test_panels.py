@@ -13,6 +13,7 @@ from timemix.runtime.native import library, passed
 SOURCE = """
 #include "ops/common/panels.h"
 int64_t timemix_panel(void) { return PANEL; }
+int rounds(void) { return ROUNDS(BFLOAT16); }
 void multiply_all(const linear *l, const float *x, float *y, int64_t rows) {
 #pragma omp parallel
     multiply(l, x, y, rows);
@@ -55,11 +56,29 @@ def test_products_equal_those_in_float64(code, outputs, inputs, weights):
     weight[0] = 0
     weight[-1, 0] = 1e4
     found = product(code, weight, bias, x, weights)
+    if weights == "bfloat16" and code.rounds():
+        x = x.bfloat16().float()
     expected = x.double() @ exact(weight, weights).T + bias.double()
     size = x.double().abs() @ exact(weight, weights).abs().T + bias.double().abs()
     assert ((found - expected).abs() <= 1e-6 * size).all()
     without = product(code, weight, None, x, weights)
     torch.testing.assert_close(without.double(), expected - bias.double(), atol=float(1e-6 * size.max()), rtol=0)
+
+
+def test_bfloat16_products_are_chains_of_multiply_adds(code):
+    """The instruction for two products rounds after each of them, in the order of the inputs."""
+    weight, x = torch.randn(70, 101).bfloat16().float(), torch.randn(7, 101).bfloat16().float()
+    expected = torch.zeros(7, 70)
+    for i in range(101):
+        # The product of two bfloat16 numbers is exact in float32.
+        expected = expected + x[:, i, None] * weight[:, i]
+    assert product(code, weight, None, x, "bfloat16").equal(expected)
+
+
+def test_bfloat16_products_are_those_in_float32_of_inputs_that_the_instruction_rounds(code):
+    weight, x = torch.randn(70, 101).bfloat16().float(), torch.randn(7, 101)
+    same = x.bfloat16().float() if code.rounds() else x
+    assert product(code, weight, None, x, "bfloat16").equal(product(code, weight, None, same, "float32"))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
