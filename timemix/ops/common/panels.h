@@ -4,7 +4,7 @@
     y[r, o] = sum_g scale[o, g] sum_{i in g} x[r, i] LEVELS[code[o, i]] + bias[o]        int4, groups g of 32 inputs
 
    x, y, bias and the scale of int8 are float32. The scale of int4 is bfloat16. Float32 and bfloat16 weights have no
-   scale.
+   scale. For bfloat16 weights, a processor with an instruction for bfloat16 rounds x to bfloat16 (ROUNDS).
 
    Layout: weight (outputs, inputs) -> (panels, inputs, PANEL). A panel has, for each input, the weights of PANEL
    outputs side by side. So a product reads contiguous memory, and needs no sum over the elements of a vector. The last
@@ -128,12 +128,17 @@ INLINE void multiply_groups(const linear *l, int64_t first, const float *x, floa
     }
 }
 
-/* Whether x is rounded to bfloat16 for weights of a type: the instruction for bfloat16 multiplies pairs of such numbers. */
+/* ROUNDS(type) is 1 if x is rounded to bfloat16 for weights of a type. The instruction multiplies two pairs of bfloat16
+   numbers in each lane, and adds the products to a float32 sum:
+
+    sum = (sum + upper half of a * upper half of b) + lower half of a * lower half of b
+
+   It rounds after each addition, and rounds numbers below the smallest normal number to 0. The first input of a pair is in
+   the upper half. So each sum is a chain in ascending order, for any division of the inputs into pairs. */
 #if defined(__AVX512BF16__)
 #define ROUNDS(type) ((type) == BFLOAT16)
 
-/* pair[n] = x[2 n] and x[2 n + 1], rounded to bfloat16, the first in the upper half. A number after the last is 0. The
-   pairs may overwrite x (count,). */
+/* pair[n] = x[2 n] and x[2 n + 1] in bfloat16. A number after the last is 0. The pairs may overwrite x (count,). */
 LOCAL void round_row(const float *x, int64_t count, float *pair) {
     for (int64_t i = 0; i < count; i += 2 * WIDTH) {
         const uint32_t mask = count - i < 2 * WIDTH ? (1u << (count - i)) - 1 : ~0u;
@@ -173,12 +178,8 @@ INLINE void put_in_order(float *y, const __m512 sum[VECTORS]) {
     }
 }
 
-/* multiply_panel for bfloat16, with the instruction for two products. The instruction adds the product of the upper halves,
-   rounds, adds the product of the lower halves, and rounds. So each sum is a chain in ascending order, for any division of
-   the inputs into pairs.
-
-   The rows of x have `length` numbers in pairs (round_row), and begin at multiples of l->inputs. `index` has the inputs of
-   the numbers, and more inputs to prefetch. NULL: all inputs. */
+/* multiply_panel for bfloat16, with the instruction. The rows of x have `length` numbers in pairs (round_row), and begin at
+   multiples of l->inputs. `index` has the inputs of the numbers, and more inputs to prefetch. NULL: all inputs. */
 INLINE void multiply_pairs(const linear *l, int64_t first, const float *x, const int32_t *index, int64_t length, float *y,
                            int64_t count, const int rows) {
     const int64_t inputs = l->inputs;
@@ -227,7 +228,7 @@ INLINE void multiply_block(const linear *l, int64_t first, enum type type, const
     }
 }
 
-/* Memory of the calling thread for `count` numbers, until the next call. */
+/* Memory for `count` numbers that belongs to the calling thread until its next call. */
 LOCAL float *thread_memory(int64_t count) {
     static __thread float *memory;
     static __thread int64_t size;
@@ -242,8 +243,8 @@ LOCAL float *thread_memory(int64_t count) {
 
 /* y (rows, outputs) = x (rows, inputs) weight^T + bias.
 
-   The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows.
-   There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
+   The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows. Each
+   thread rounds the rows for itself, which takes less time than to wait for others. There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
 LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS, inputs = l->inputs;
     float *pairs = ROUNDS(l->type) ? thread_memory(rows * inputs) : NULL;
@@ -253,9 +254,9 @@ LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t first = n * PANEL, left = l->outputs - first, count = left < PANEL ? left : PANEL;
             const int64_t row = block * ROWS, some = rows - row < ROWS ? rows - row : ROWS;
-            /* The tasks of a thread follow one another, so the first ones have different blocks. */
+            /* A thread has consecutive tasks, so its first `blocks` tasks have different blocks. */
             if (pairs && rounded++ < blocks)
-                for (int64_t i = row * inputs; i < (row + some) * inputs; i += inputs) round_row(x + i, inputs, pairs + i);
+                for (int64_t r = row; r < row + some; r++) round_row(x + r * inputs, inputs, pairs + r * inputs);
             const float *in = (pairs ? pairs : x) + row * inputs;
             float *out = y + row * l->outputs;
             if (l->type == FLOAT32) multiply_block(l, first, FLOAT32, in, out, count, some);
