@@ -17,7 +17,6 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, linear_weights, rounded
-from timemix.models.quantize import WEIGHTS, Weights, linear_weights, rounded
 from timemix.runtime.machine import free_memory, keep_freed_memory, ones_in_huge_pages, resident_memory
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
@@ -101,8 +100,15 @@ def decode(
     torch.set_num_threads(threads)
     expected = last_logits(model, weights, 33)
     contenders = [decoding(model, weights, rows, expected)]
-from timemix.models.quantize import WEIGHTS, Weights, linear_weights, rounded
-from timemix.runtime.machine import free_memory, keep_freed_memory, ones_in_huge_pages, resident_memory
+    with ExitStack() as opened:
+        for file in files_of(folder, weights):
+            runner = opened.enter_context(closing(LlamaCpp(file, rows, threads)))
+            contenders.append(llama_decoding(runner, weights, expected))
+        if weights == "float32" and rows == 1:
+            contenders += rwkv_package(model, 33, decodes=True)
+        memory = ones_in_huge_pages(2**26)
+        contenders.append(Contender("reading memory", memory.sum, 1))
+        *paths, reading = race(contenders, seconds, CPU, say)
     bandwidth = 4 * memory.numel() / (reading.seconds or 1)
     floor = moved_bytes(model, weights, rows) / bandwidth
     paths = [replace(row, share_of_floor=row.seconds and floor / (row.seconds / STEPS)) for row in paths]
