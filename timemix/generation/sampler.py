@@ -235,7 +235,7 @@ class Sampler:
             own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
             x = logits[at]
             if self.needs_seen or self.needs_counts:
-                x = x.astype(np.float64)
+                x = x.astype(np.float64, order="C")
             if self.needs_seen and seen is not None:
                 penalize_seen(x, seen[at], own["repetition_penalty"])
             if self.needs_counts and counts is not None:
