@@ -20,7 +20,8 @@ from timemix.models.state import State
 from timemix.tokenizers.base import StreamDecoder, Tokenizer
 
 NAMES = {
-    *("Architecture", "Engine", "Request", "Sampler", "Session", "build_model", "errors", "evaluate", "generate"),
+    *("Architecture", "Engine", "PrefixCache", "Request", "Sampler", "Session"),
+    *("build_model", "errors", "evaluate", "generate", "session_from_bytes", "session_to_bytes"),
     *(
         "list_architectures",
         "load",
@@ -33,7 +34,7 @@ NAMES = {
     ),
 }
 OBJECTS = sorted(NAMES - {"errors", "__version__"})
-RAISE_NOTHING = ("Architecture", "Session", "list_architectures")
+RAISE_NOTHING = ("Architecture", "Session", "list_architectures", "session_to_bytes")
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 SETTINGS = {
     "model": {"layers": 1, "channels": 16, "heads": 2, "ctx_len": 16},

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
     from timemix.evaluation.loss import evaluate
     from timemix.generation.engine import Engine
     from timemix.generation.generate import generate, stream
+    from timemix.generation.prefix_cache import PrefixCache
     from timemix.generation.request import Request
     from timemix.generation.sampler import Sampler
-    from timemix.generation.session import Session, load_session, save_session
+    from timemix.generation.session import (
+        Session,
+        load_session,
+        save_session,
+        session_from_bytes,
+        session_to_bytes,
+    )
     from timemix.models.language_model import build_model
     from timemix.models.registry import Architecture, list_architectures, register_architecture
     from timemix.runs.load import load
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Architecture": "timemix.models.registry",
     "Engine": "timemix.generation.engine",
+    "PrefixCache": "timemix.generation.prefix_cache",
     "Request": "timemix.generation.request",
     "Sampler": "timemix.generation.sampler",
     "Session": "timemix.generation.session",
@@ -40,6 +48,8 @@ _MODULES = {
     "load_session": "timemix.generation.session",
     "register_architecture": "timemix.models.registry",
     "save_session": "timemix.generation.session",
+    "session_from_bytes": "timemix.generation.session",
+    "session_to_bytes": "timemix.generation.session",
     "stream": "timemix.generation.generate",
     "train": "timemix.training.train",
 }
@@ -48,6 +58,7 @@ _MODULES = {
 __all__ = [
     "Architecture",
     "Engine",
+    "PrefixCache",
     "Request",
     "Sampler",
     "Session",
@@ -61,6 +72,8 @@ __all__ = [
     "load_session",
     "register_architecture",
     "save_session",
+    "session_from_bytes",
+    "session_to_bytes",
     "stream",
     "train",
 ]

@@ -188,6 +188,20 @@ def test_hits_and_tokens_are_counted():
     assert [e.cached for e in again] == [2 * PIECE] * 3 + [0] * 3
 
 
+def test_progress_counts_cached_tokens():
+    engine = engine_of("rwkv7", LARGE, slots=1)
+    run(engine, Request(text_of(300), 1))
+    id = engine.add(Request(text_of(300)[:290], 2))
+    assert engine.progress(id) == (0, 290)
+    engine.step()
+    # The last snapshot is after 256 tokens, and the first step reads the rest.
+    assert engine.progress(id) == (290, 290)
+    later = engine.add(Request(text_of(200)[:-1] + [0] * 100, 1, keep_session=True))
+    engine.cancel(id)
+    engine.step()
+    assert engine.progress(later) == (192 + PIECE, 299)
+
+
 @pytest.mark.parametrize(
     ("pieces", "expected"),
     [(0, []), (1, [1]), (2, [1, 2]), (9, [1, 5, 7, 8, 9]), (20, [4, 12, 16, 18, 19, 20])],

@@ -221,7 +221,6 @@ class Engine:
         Returns:
             The events, in the order in which the requests were added.
         """
-        rows: list[Row] = []
         is_done = begun = False
         try:
             with self._changed:
@@ -239,8 +238,8 @@ class Engine:
             if begun:
                 with self._changed:
                     if not is_done:
-                        # The states may already hold tokens that the texts lack.
-                        for row in [row for row in rows if row in self._rows]:
+                        # The states may already hold tokens that the texts lack, or lack tokens that they should hold.
+                        for row in list(self._rows):
                             self._leave(row)
                     self._remove_cancelled()
                     self._stepping = False

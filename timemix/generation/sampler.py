@@ -11,7 +11,6 @@ candidates.
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
+from timemix.generation.penalties import penalize_counted, penalize_seen
 from timemix.generation.random_draws import search
 from timemix.generation.ranking import LARGE, leading, reached
 
@@ -235,11 +235,11 @@ class Sampler:
             own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
             x = logits[at]
             if self.needs_seen or self.needs_counts:
-                x = x.astype(np.float64)
+                x = x.astype(np.float64, order="C")
             if self.needs_seen and seen is not None:
-                _penalize_seen(x, seen[at], own["repetition_penalty"])
+                penalize_seen(x, seen[at], own["repetition_penalty"])
             if self.needs_counts and counts is not None:
-                _penalize_counted(x, counts[at], own["presence_penalty"], own["frequency_penalty"])
+                penalize_counted(x, counts[at], own["presence_penalty"], own["frequency_penalty"])
             largest = x.max(-1, keepdims=True)
             if not (largest > -math.inf).all():
                 row = int((largest[:, 0] > -math.inf).argmin())
@@ -269,43 +269,6 @@ def numbers(logits: Tensor) -> np.ndarray:
     """Return logits as an array of float64, or of float32 if float32 holds them exactly."""
     x = logits.detach().cpu()
     return (x if x.dtype == torch.float64 else x.float()).numpy()
-
-
-def _penalize_seen(x: np.ndarray, seen: Sequence[Collection[int]], penalty: np.ndarray) -> None:
-    """Apply `repetition_penalty` (B, 1) to the logits x (B, V), in place, for the tokens that each row has seen."""
-    for logits, tokens, own in zip(x, seen, np.broadcast_to(penalty[:, 0], len(x)), strict=True):
-        if own != 1:
-            at = np.fromiter(tokens, np.int64, len(tokens))
-            with np.errstate(over="ignore"):
-                logits[at] = _limited(np.where(logits[at] > 0, logits[at] / own, logits[at] * own), logits[at])
-
-
-def _penalize_counted(
-    x: np.ndarray, counts: Sequence[Mapping[int, int]], presence: np.ndarray, frequency: np.ndarray
-) -> None:
-    """Apply `presence_penalty` and `frequency_penalty` (B, 1) to the logits x (B, V), in place.
-
-    logit(token) -= presence + frequency * counts[token], for the tokens in `counts`.
-    """
-    penalties = (np.broadcast_to(each[:, 0], len(x)) for each in (presence, frequency))
-    for logits, own, once, each in zip(x, counts, *penalties, strict=True):
-        if once != 0 or each != 0:
-            at = np.fromiter(own.keys(), np.int64, len(own))
-            with np.errstate(over="ignore"):
-                penalty = _finite(once + each * np.fromiter(own.values(), np.float64, len(own)))
-                logits[at] = _limited(logits[at] - penalty, logits[at])
-
-
-def _limited(penalized: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Return penalized logits, where finite logits stay finite: a penalty must not exclude every token."""
-    limited: np.ndarray = np.where(np.isfinite(logits), _finite(penalized), penalized)
-    return limited
-
-
-def _finite(x: np.ndarray) -> np.ndarray:
-    """Return x (n,) with the largest finite numbers in place of infinities."""
-    finite: np.ndarray = np.clip(x, -sys.float_info.max, sys.float_info.max)
-    return finite
 
 
 def _survivors(

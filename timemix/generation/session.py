@@ -175,7 +175,7 @@ def session_from_bytes(content: bytes, model: LanguageModel) -> Session:
     try:
         tensors, metadata = tensors_from_bytes(content, 1 + sum(map(len, model.init_state(1).layers)))
     except ValueError as error:
-        raise DamagedFile(f"{name} is damaged: {error}; send the session again") from None
+        raise DamagedFile(f"{name} is damaged: {error}; save the session again") from None
     return _session(name, tensors, metadata, model)
 
 
