@@ -133,8 +133,9 @@ def combined(chosen, rights, values):
     body = chosen.choice(rights) | chosen.choice(rights)
     for name in chosen.sample([*FIELDS, "stream_options"], chosen.choice([0, 0, 1, 2, 3])):
         body[name] = chosen.choice(values)
-    if isinstance(body.get("max_tokens"), int | float) and 6 < body["max_tokens"] <= 1_000_000:
-        body["max_tokens"] = 6
+    for name, most in (("max_tokens", 3), ("n", 2)):
+        if isinstance(body.get(name), int | float) and most < body[name] <= 1_000_000:
+            body[name] = most
     return body
 
 
