@@ -34,7 +34,7 @@ except SystemExit as end:
 run = timemix.load("run")
 print(timemix.generate(run, "the", tokens=5))
 assert len(shipped()) >= 10
-assert (package / "py.typed").exists()
+assert (package / "py.typed").exists() and (package / "server/openapi.json").exists()
 assert (Path(report).parent / "report.html").exists()
 assert list(package.rglob("*.h")) and list(package.rglob("*.c"))
 step = build_step(run.model)

@@ -174,7 +174,7 @@ def test_more_prompts_than_slots_and_queue_together():
         assert len(small.complete(prompt=["a", "b"], max_tokens=1)["choices"]) == 2
         answer = small.call("/v1/completions", {"prompt": ["a", "b", "c"]})
         assert answer.status == 400
-        assert answer.json["error"]["message"] == "prompt holds 3 prompts; give at most 2"
+        assert answer.json["error"]["message"] == "prompt holds 3 prompts; the server takes at most 2"
 
 
 def test_an_unknown_model(server):

@@ -1,11 +1,15 @@
 """Arbitrary requests: each gets an answer that openapi.json declares, and the fields obey its schemas."""
 
+import http.client
 import json
+import random
 import string
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.openapi import operations, validator
@@ -14,9 +18,11 @@ from tests.helpers.tiers import examples
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
 
-BODIES = 12_000
+REQUESTS = 20_000
+"""Number of requests that clients send at once, in `make test-all`."""
+BODIES = 2_000
 """Number of bodies of /v1/completions with wrong fields in `make test-all`."""
-OTHERS = 2_000
+OTHERS = 500
 """Number of requests of each other kind in `make test-all`."""
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -107,6 +113,55 @@ def test_the_server_refuses_what_the_schema_refuses(server, body):
         assert answer.status in (400, 404), answer.body
     elif answer.status != 200:
         assert answer.json["error"]["param"] in OUTSIDE_THE_SCHEMA, answer.body
+
+
+def drawn(strategy, count):
+    """Return values of a strategy."""
+    found = []
+
+    @given(value=strategy)
+    @settings(max_examples=count, deadline=None, database=None)
+    def draw(value):
+        found.append(value)
+
+    draw()
+    return found
+
+
+def combined(chosen, rights, values):
+    """Return a body from the fields of right bodies, in which up to three fields have any value."""
+    body = chosen.choice(rights) | chosen.choice(rights)
+    for name in chosen.sample([*FIELDS, "stream_options"], chosen.choice([0, 0, 1, 2, 3])):
+        body[name] = chosen.choice(values)
+    for name, most in (("max_tokens", 3), ("n", 2)):
+        if isinstance(body.get(name), int | float) and most < body[name] <= 1_000_000:
+            body[name] = most
+    return body
+
+
+@pytest.mark.slow
+def test_clients_that_send_combinations_of_fields_at_once(server):
+    rights, values = drawn(right_bodies(), 150), drawn(JSON, 300)
+    host = server.url.removeprefix("http://")
+
+    def client(seed):
+        chosen, statuses = random.Random(seed), Counter()
+        connection = http.client.HTTPConnection(host, timeout=60)
+        for _ in range(REQUESTS // 4):
+            connection.request("POST", "/v1/completions", json.dumps(combined(chosen, rights, values)))
+            answer = connection.getresponse()
+            content = answer.read()
+            statuses[answer.status] += 1
+            if answer.status != 200:
+                assert validator("Error").is_valid(json.loads(content)), content
+        connection.close()
+        return statuses
+
+    with ThreadPoolExecutor(4) as threads:
+        statuses = sum(threads.map(client, range(4)), Counter())
+    assert statuses.total() == REQUESTS
+    assert set(statuses) <= {200, 400, 404}
+    assert min(statuses[200], statuses[400]) > REQUESTS / 10
 
 
 @pytest.mark.parametrize("path", ["/v1/next_token", "/tokenize", "/detokenize"])

@@ -183,15 +183,15 @@ class EngineThread:
             The stream of their events.
 
         Raises:
-            ApiError: The call has more requests than slots and queue together (400), the queue is full (429), or the
-                server is closing or broken (503).
+            ApiError: The queue is full (429), the server is closing or broken (503), or the requests never fit into
+                the queue (400).
             InvalidValue: A request does not fit the model.
         """
         if self.is_closing or self.fault is not None:
             raise ApiError(503, "the server is closing; send the request again later", headers={"Retry-After": "5"})
-        slots, queue = served.engine.slots, served.engine.max_pending
-        if queue is not None and len(requests) > slots + queue:
-            raise ApiError(400, f"prompt holds {len(requests)} prompts; give at most {slots + queue}", "prompt")
+        engine = served.engine
+        if engine.max_pending is not None and len(requests) > (most := engine.slots + engine.max_pending):
+            raise ApiError(400, f"prompt holds {len(requests)} prompts; the server takes at most {most}", "prompt")
         try:
             stream = Stream(served, requests, self)
         except TooManyRequests:
