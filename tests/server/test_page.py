@@ -12,9 +12,11 @@ from tests.helpers.browser import open_browser
 from tests.helpers.server_page import Page, cyclic, keys, press
 from tests.helpers.serving import served, tiny
 from tests.helpers.tiers import slow
+from tests.helpers.vocabularies import BYTES
 from timemix.generation.sampler import Sampler
 from timemix.server.app import Settings
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
+from timemix.tokenizers.world import WorldTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -614,4 +616,31 @@ def test_where_a_bounded_context_was_anchored_again(browser):
         page.run("openPopover(20)")
         page.until(lambda: page.all("#popover button"))
         assert page.banner == ""
+        assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_chat_is_there_for_models_with_a_template(browser):
+    world = tiny("world", tokenizer=WorldTokenizer([*BYTES, b"\n\n", b"User", b" Hi"], 300))
+    with served([world, tiny("plain")]) as running:
+        page = Page(browser, running).open()
+        page.set(max_tokens=12, seed=3)
+        page.find("#tab-chat").click()
+        page.find("#chat-text").send_keys("Hello!", *keys("CONTROL", "ENTER"))
+        page.idle()
+        asked, answered = page.run("return session.chat")
+        assert asked == {"role": "user", "content": "Hello!"}
+        body = {"messages": [asked], "max_tokens": 12, "seed": 3}
+        answer = running.call("/v1/chat/completions", body).json["choices"][0]["message"]
+        assert answered == {"role": "assistant", "content": answer["content"]}
+        assert [each.get_attribute("textContent") for each in page.all(".message")] == [
+            "Hello!",
+            answer["content"].strip(),
+        ]
+        page.reload()
+        assert len(page.all(".message")) == 2
+        page.run("byId('model').value = 'plain'; byId('model').onchange({ target: byId('model') })")
+        page.idle()
+        assert not page.find("#tab-chat").is_displayed()
+        assert page.find("#write").is_displayed()
         assert browser.get_log("browser") == []
