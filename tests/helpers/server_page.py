@@ -50,7 +50,7 @@ class Page:
             *values,
         )
 
-    def until(self, condition, seconds=15):
+    def until(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "the page does not come to the expected content"
