@@ -56,6 +56,10 @@ class Page:
             assert time.monotonic() < end, "the page does not come to the expected content"
             time.sleep(0.02)
 
+    def read(self, css):
+        """Return the text of an element, which the page may replace at any time."""
+        return self.run("return document.querySelector(arguments[0])?.textContent ?? ''", css)
+
     def idle(self):
         """Wait until nothing is generated, and the bars belong to the text."""
         self.until(lambda: self.run("return !running && !surveying"))
