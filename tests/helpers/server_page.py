@@ -50,11 +50,15 @@ class Page:
             *values,
         )
 
-    def until(self, condition, seconds=15):
+    def until(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "the page does not come to the expected content"
             time.sleep(0.02)
+
+    def read(self, css):
+        """Return the text of an element, which the page may replace at any time."""
+        return self.run("return document.querySelector(arguments[0])?.textContent ?? ''", css)
 
     def idle(self):
         """Wait until nothing is generated, and the bars belong to the text."""

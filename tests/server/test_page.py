@@ -12,15 +12,17 @@ from tests.helpers.browser import open_browser
 from tests.helpers.server_page import Page, cyclic, keys, press
 from tests.helpers.serving import served, tiny
 from tests.helpers.tiers import slow
+from tests.helpers.vocabularies import BYTES
 from timemix.generation.sampler import Sampler
 from timemix.server.app import Settings
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
+from timemix.tokenizers.world import WorldTokenizer
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     with open_browser(tmp_path_factory.mktemp("browser")) as driver:
-        driver.set_script_timeout(20)
+        driver.set_script_timeout(60)
         yield driver
 
 
@@ -50,9 +52,7 @@ def test_a_text_is_that_of_the_api_and_each_token_is_shaded(page):
     bits = [-x / math.log(2) for x in choice["logprobs"]["token_logprobs"]]
     shades = [int((re.search(r"\bs(\d)\b", span.get_attribute("class")) or [0, 0])[1]) for span in spans]
     assert all(abs(shade - min(8, each)) <= 0.5 + 1e-9 for shade, each in zip(shades, bits, strict=True))
-    assert re.search(
-        r"43 tokens · 40 new tokens · [\d,]+ tokens/s · first token after \d+ ms", page.find("#status").text
-    )
+    assert re.search(r"43 tokens · 40 new tokens · [\d,]+ tokens/s · first token after \d+ ms", page.read("#status"))
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_the_bars_follow_the_sliders_without_a_call(page):
     assert {token: p for token, (_, p) in page.bars.items()} == pytest.approx(
         {each["token"]: p for each, p in zip(exact, wanted, strict=True)}
     )
-    assert page.find("#bars-note").text.startswith("4 of 11 tokens remain.")
+    assert page.read("#bars-note").startswith("4 of 11 tokens remain.")
     assert page.run("return performance.getEntriesByType('resource').length") == calls
 
 
@@ -213,7 +213,7 @@ def test_an_edit_keeps_the_tokens_before_it(page):
 def test_unknown_characters_are_marked_before_the_call(page):
     page.type("abΩcé")
     assert [mark.text for mark in page.all("#mirror mark")] == ["Ω", "é"]
-    assert page.find("#status").text == (
+    assert page.read("#status") == (
         "The vocabulary of the model has no “Ω” (U+03A9), “é” (U+00E9). Remove the marked characters."
     )
     page.generate()
@@ -276,19 +276,18 @@ def test_a_state_that_the_server_lost_is_read_again(page):
     page.generate()
     text = page.text
     (state,) = page.server.call("/v1/states").json["data"]
-    assert page.find("#selected p").text.startswith("After 11 tokens: the whole past in ")
+    assert page.read("#selected p").startswith("After 11 tokens: the whole past in ")
     page.server.call(f"/v1/states/{state['id']}", method="DELETE")
     page.reload()
-    assert page.find("#selected p").text.startswith("The server no longer has this state.")
+    assert page.read("#selected p").startswith("The server no longer has this state.")
     assert page.text == text
     page.until(
         lambda: (
-            page.find("#toast").text
-            == ("The server no longer has 1 state. timemix reads the text again on the next use.")
+            page.read("#toast") == ("The server no longer has 1 state. timemix reads the text again on the next use.")
         )
     )
     page.all("#selected button")[1].click()
-    page.until(lambda: page.find("#selected p").text.startswith("After 11 tokens"))
+    page.until(lambda: page.read("#selected p").startswith("After 11 tokens"))
     page.generate()
     assert len(page.text) == len(text) + 8
 
@@ -389,14 +388,14 @@ def test_a_link_opens_the_text_with_its_settings(page):
         assert page.run("return [session.settings.seed, session.settings.top_k]") == [9, 3]
         assert page.browser.current_url == page.server.url + "/"
         page.open("#nonsense")
-        page.until(lambda: "link is damaged" in page.find("#toast").text)
+        page.until(lambda: "link is damaged" in page.read("#toast"))
     finally:
         page.browser.close()
         page.browser.switch_to.window(page.browser.window_handles[0])
 
 
 @pytest.mark.slow
-def test_code_gives_the_same_text(page, monkeypatch):
+def test_code_gives_the_same_text(page):
     page.set(seed=9, top_k=3, max_tokens=12)
     page.type("abc")
     page.generate()
@@ -610,8 +609,35 @@ def test_where_a_bounded_context_was_anchored_again(browser):
         # The context has 12 tokens, and half of it is read again.
         anchored = page.run("return sheet.parts.flatMap((part, i) => part.isAnchored ? [i] : [])")
         assert len(anchored) >= 1
-        assert "re-anchored before token" in page.find("#status").text
+        assert "re-anchored before token" in page.read("#status")
         page.run("openPopover(20)")
         page.until(lambda: page.all("#popover button"))
         assert page.banner == ""
+        assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_chat_is_there_for_models_with_a_template(browser):
+    world = tiny("world", tokenizer=WorldTokenizer([*BYTES, b"\n\n", b"User", b" Hi"], 300))
+    with served([world, tiny("plain")]) as running:
+        page = Page(browser, running).open()
+        page.set(max_tokens=12, seed=3)
+        page.find("#tab-chat").click()
+        page.find("#chat-text").send_keys("Hello!", *keys("CONTROL", "ENTER"))
+        page.idle()
+        asked, answered = page.run("return session.chat")
+        assert asked == {"role": "user", "content": "Hello!"}
+        body = {"messages": [asked], "max_tokens": 12, "seed": 3}
+        answer = running.call("/v1/chat/completions", body).json["choices"][0]["message"]
+        assert answered == {"role": "assistant", "content": answer["content"]}
+        assert [each.get_attribute("textContent") for each in page.all(".message")] == [
+            "Hello!",
+            answer["content"].strip(),
+        ]
+        page.reload()
+        assert len(page.all(".message")) == 2
+        page.run("byId('model').value = 'plain'; byId('model').onchange({ target: byId('model') })")
+        page.idle()
+        assert not page.find("#tab-chat").is_displayed()
+        assert page.find("#write").is_displayed()
         assert browser.get_log("browser") == []
