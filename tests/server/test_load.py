@@ -90,7 +90,7 @@ def test_a_body_past_the_limit(server, is_chunked):
         answer = read_until(connection, b"}}").decode()
         assert answer.startswith("HTTP/1.1 413")
         assert "larger than 100,000 bytes" in answer
-        # The connection serves the next request.
+        # The connection stays usable.
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b'{"status":"ok"}' in read_until(connection, b"}")
 

@@ -358,7 +358,8 @@ class EventStream(Response):
         if not events:
             processed, total = self._stream.progress()
             return f": reading {processed}/{total}\n\n"
-        call, found = self._call, []
+        call = self._call
+        found: list[str] = []
         for place, event in events:
             piece = call.piece(place, event)
             if piece.text and piece.is_text_only and not call.repeats_usage:
