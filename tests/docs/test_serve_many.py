@@ -23,6 +23,9 @@ def test_systemd_accepts_the_unit(tmp_path):
 def test_nginx_accepts_the_servers(tmp_path):
     (servers,) = blocks(PAGE, "nginx")
     file = tmp_path / "nginx.conf"
-    file.write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{ access_log off;\n{servers}}}\n")
-    done = subprocess.run(["nginx", "-t", "-c", file], capture_output=True, text=True, check=False)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
+    file.write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{paths}{servers}}}\n")
+    command = ["nginx", "-t", "-e", "stderr", "-c", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
