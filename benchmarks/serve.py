@@ -40,7 +40,7 @@ from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.models.language_model import LanguageModel
 from timemix.reporting.markdown import markdown_table
-from timemix.server.app import SEND_BUFFER, Settings, create_app
+from timemix.server.app import Settings, bound_clients, create_app
 from timemix.server.engine_thread import Served
 from timemix.tokenizers.character import CharacterTokenizer
 
@@ -87,7 +87,7 @@ def served(model: LanguageModel, name: str) -> Served:
 def running(model: Served) -> Iterator[int]:
     """Run a server of a model in a thread; yield its port."""
     listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    bound_clients(listening)
     listening.bind(("127.0.0.1", 0))
     app = create_app([model], Settings(), on_death=lambda error: os.abort())
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))

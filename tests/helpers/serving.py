@@ -18,7 +18,7 @@ from tests.helpers.models import build
 from tests.helpers.openapi import check_answer
 from timemix.generation.engine import Engine
 from timemix.models.registry import model_config
-from timemix.server.app import SEND_BUFFER, Settings, create_app
+from timemix.server.app import Settings, bound_clients, create_app
 from timemix.server.engine_thread import Served
 
 
@@ -87,7 +87,7 @@ def served(models: Sequence[Served], settings: Settings | None = None) -> Iterat
     """Run a server for models, and yield it."""
     app = create_app(models, settings or Settings(), on_death=lambda error: None)
     listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    bound_clients(listening)
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))

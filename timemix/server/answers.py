@@ -24,9 +24,6 @@ from timemix.tokenizers.base import Tokenizer
 KEEP_ALIVE = 5.0
 """A stream without an event gets a comment after 1 to 2 times these seconds, so that no proxy closes it."""
 
-LONGEST_SEND = 60.0
-"""Seconds after which a client that reads nothing loses its request."""
-
 _MARK = "\0text\0"
 """Text that is replaced by the text of a chunk."""
 
@@ -328,24 +325,23 @@ class EventStream(Response):
         """Send the stream, until its end or until the client leaves."""
         writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(_until_disconnected(receive))
-        stalling = asyncio.ensure_future(self._until_stalled())
+        reminding = asyncio.ensure_future(self._ask_for_comments())
         try:
-            await asyncio.wait((writing, leaving, stalling), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
         finally:
-            await _end(self._stream, writing, leaving, stalling)
+            await _end(self._stream, writing, leaving, reminding)
 
-    async def _until_stalled(self) -> None:
-        """Ask for a comment whenever no part has been sent; return once the client reads nothing for a long time."""
+    async def _ask_for_comments(self) -> None:
+        """Wake the stream whenever nothing has been sent for a while."""
         # One timer for the whole stream costs less than a timer for each token.
-        before, still = -1, 0.0
-        while still < LONGEST_SEND:
+        before = -1
+        while True:
             await asyncio.sleep(KEEP_ALIVE)
-            still = still + KEEP_ALIVE if self._parts_sent == before else 0.0
-            before = self._parts_sent
-            if still:
+            if self._parts_sent == before:
                 self._stream.wake()
+            before = self._parts_sent
 
     async def _write(self, send: Send) -> None:
         call, stream = self._call, self._stream

@@ -38,6 +38,9 @@ from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 SEND_BUFFER = 2**16
 """Size in bytes of the kernel's buffer of each connection. By default, it grows to megabytes for a slow client."""
 
+LONGEST_SEND = 60
+"""Seconds after which a client that reads nothing loses its connection, and so its request."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -246,6 +249,16 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def bound_clients(listening: socket.socket) -> None:
+    """Bound the memory and the time of a client that reads nothing. Accepted connections inherit the options.
+
+    Args:
+        listening: Socket of the server.
+    """
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LONGEST_SEND)
+
+
 def serve(models: Sequence[Served], settings: Settings, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Serve models until a signal ends the server.
 
@@ -260,8 +273,7 @@ def serve(models: Sequence[Served], settings: Settings, listening: socket.socket
     """
     died: list[BaseException] = []
     server: _Server
-    # Accepted connections inherit the size.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    bound_clients(listening)
 
     def on_death(error: BaseException) -> None:
         died.append(error)

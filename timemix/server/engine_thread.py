@@ -14,7 +14,7 @@ from timemix.server.errors import ApiError
 from timemix.server.metrics import Metrics
 from timemix.tokenizers.base import Tokenizer
 
-MOST_UNREAD = 4096
+MOST_UNREAD = 2048
 """Largest number of events that wait for a client. A client that reads more slowly loses its request."""
 
 
