@@ -55,9 +55,12 @@ def test_a_new_folder_removes_what_killed_processes_left_of_it(tmp_path):
 
 
 def test_a_new_folder_leaves_nothing_after_ctrl_c(tmp_path):
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as folder:
+    def interrupted(folder):
         (folder / "file").write_text("a")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a") as folder:
+        interrupted(folder)
     assert not list(tmp_path.iterdir())
 
 
