@@ -22,6 +22,9 @@ Runs = Annotated[
 ]
 
 
+_RANGES = (("port", 0, 65535), ("slots", 1, 2**20), ("queue", 1, 2**20), ("state_bytes", 0, 2**63 - 1))
+
+
 @dataclass(frozen=True)
 class ServeArguments:
     """Offer trained models over HTTP: an API in the form of OpenAI's, and a page to write with a model.
@@ -48,15 +51,20 @@ class ServeArguments:
     """File with one API key a line, of which each request must send one. Default: requests need no key."""
     cors: tuple[str, ...] = ()
     """Origins of web pages that may send requests, such as http://localhost:3000."""
+    state_bytes: int = 10**9
+    """Largest size in bytes of all states that clients store, at least 0."""
+    state_dir: Path | None = None
+    """Folder for these states, which survive a restart in it. Default: states are stored in memory."""
     drain_seconds: float = 30.0
     """Time in seconds, at least 0, that running requests get after Ctrl-C or SIGTERM."""
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available, otherwise cpu."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("port", 0, 65535), ("slots", 1, 2**20), ("queue", 1, 2**20)):
+        for name, low, high in _RANGES:
             if not low <= getattr(self, name) <= high:
-                raise InvalidValue(f"--{name} is {getattr(self, name)}; it must be from {low} to {high}")
+                flag = name.replace("_", "-")
+                raise InvalidValue(f"--{flag} is {getattr(self, name)}; it must be from {low} to {high}")
         if not self.drain_seconds >= 0:
             raise InvalidValue(f"--drain-seconds is {self.drain_seconds}; it must be at least 0")
         if not self.runs:
@@ -75,7 +83,7 @@ def serve(arguments: list[str]) -> int:
         models = _models(parsed)
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         url = f"http://{host}:{listening.getsockname()[1]}/"
-        settings = Settings(parsed.host, keys, parsed.cors, parsed.drain_seconds)
+        settings = Settings(parsed.host, keys, parsed.cors, parsed.drain_seconds, parsed.state_bytes, parsed.state_dir)
         run(models, settings, listening, lambda: print(f"timemix: serving at {url} (Ctrl-C ends it)", flush=True))
     return 0
 

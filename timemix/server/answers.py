@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,7 @@ class Call:
     is_stream: bool
     includes_usage: bool = False
     repeats_usage: bool = False
-    keep: Callable[[Session], dict[str, Any]] | None = None
+    keep: Callable[[Session], Awaitable[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         self.id, self.created = f"{self.form.prefix}-{uuid.uuid4().hex}", int(time.time())
@@ -147,11 +147,11 @@ class Call:
         """Number of choices."""
         return sum(request.samples for request in self.requests)
 
-    def piece(self, place: int, event: Event) -> Piece:
+    async def piece(self, place: int, event: Event) -> Piece:
         """Return the new content that an event of the request at `place` gives.
 
         Raises:
-            ApiError: The choice cannot continue.
+            ApiError: The choice cannot continue, or its state cannot be stored.
         """
         request = self.requests[place]
         if event.finished == "error":
@@ -162,12 +162,10 @@ class Call:
         if choice is None:
             choice = self._choices[index] = _Choice(self, index, place)
         self._generated += event.token is not None
-        return choice.piece(event)
-
-    def stored(self, session: Session) -> dict[str, Any]:
-        """Store the session of a choice and return its description."""
-        assert self.keep is not None
-        return self.keep(session)
+        piece = choice.piece(event)
+        if event.session is not None and self.keep is not None:
+            piece.extras["state"] = await self.keep(event.session)
+        return piece
 
 
 class _Choice:
@@ -201,8 +199,6 @@ class _Choice:
             score = self._score(event.token, event.log_probability, event.top_log_probabilities)
             piece.scores.append(score)
         self._written += 1
-        if event.session is not None:
-            piece.extras["state"] = call.stored(event.session)
         return piece
 
     def _begin(self, piece: Piece, event: Event) -> None:
@@ -238,24 +234,38 @@ async def respond(request: HttpRequest, call: Call, thread: EngineThread) -> Res
     stream = checked("prompt", lambda: thread.submit(call.served, call.requests))
     if call.is_stream:
         return EventStream(call, stream)
-    collecting = asyncio.ensure_future(_whole(call, stream))
+    return await attended(request, stream, _whole(call, stream))
+
+
+async def attended(request: HttpRequest, stream: Stream, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the answer that a coroutine gives. If the client leaves first, end the stream and the coroutine.
+
+    Args:
+        request: The HTTP request, whose body has been read.
+        stream: Events of the engine, which the coroutine takes.
+        work: The coroutine.
+
+    Raises:
+        ApiError: The coroutine raised it.
+    """
+    working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_until_disconnected(request.receive))
     try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(collecting.result()) if collecting.done() else Response(status_code=499)
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else Response(status_code=499)
     finally:
-        await _end(stream, collecting, leaving)
+        await _end(stream, working, leaving)
 
 
-async def _whole(call: Call, stream: Stream) -> dict[str, Any]:
+async def _whole(call: Call, stream: Stream) -> Response:
     """Return the whole answer."""
     pieces = [Piece(index) for index in range(call.size)]
     while not stream.has_ended:
         for place, event in await stream.take():
-            piece = call.piece(place, event)
+            piece = await call.piece(place, event)
             pieces[piece.index].add(piece)
     choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
-    return call.head(call.form.whole) | {"choices": choices, "usage": call.usage()}
+    return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
 
 
 async def _until_disconnected(receive: Receive) -> None:
@@ -309,7 +319,7 @@ class EventStream(Response):
             while not stream.has_ended:
                 if data:
                     await _send(send, data)
-                data = self._chunks(await stream.take(KEEP_ALIVE))
+                data = await self._chunks(await stream.take(KEEP_ALIVE))
             if call.includes_usage:
                 data += self._chunk(None, call.usage())
             data += "data: [DONE]\n\n"
@@ -317,14 +327,14 @@ class EventStream(Response):
             data = f"data: {json.dumps(error.body())}\n\n"
         await _send(send, data, more=False)
 
-    def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
+    async def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
         """Return the chunks of new events, or a comment if there are none."""
         if not events:
             processed, total = self._stream.progress()
             return f": reading {processed}/{total}\n\n"
         call, found = self._call, []
         for place, event in events:
-            piece = call.piece(place, event)
+            piece = await call.piece(place, event)
             if piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
                 found.append(self._chunk(call.form.choice(piece, call.served.tokenizer, is_part=True)))
         return "".join(found)

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,8 @@ from timemix.server.metrics import Series, to_text
 from timemix.server.next_token import next_token
 from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
+from timemix.server.state_store import StateStore
+from timemix.server.states import create_state, delete_state, fork_state, list_states, load_state, save_state
 from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 
 
@@ -38,12 +41,16 @@ class Settings:
         keys: API keys; empty: no key is needed.
         origins: Origins of foreign pages that may send requests.
         drain_seconds: Longest time in seconds that running requests get when the server ends.
+        state_bytes: Largest size in bytes of all states that clients store.
+        state_dir: Folder of the files of these states; None: memory.
     """
 
     host: str = "127.0.0.1"
     keys: Sequence[str] = ()
     origins: Sequence[str] = ()
     drain_seconds: float = 30.0
+    state_bytes: int = 10**9
+    state_dir: Path | None = None
 
     @property
     def hosts(self) -> Sequence[str]:
@@ -82,7 +89,7 @@ def create_app(models: Sequence[Served], settings: Settings, on_death: Callable[
         lifespan=lifespan,
         exception_handlers={ApiError: answer_error, HTTPException: _answer_http, Exception: _answer_bug},
     )
-    app.state.service = Service(models, thread)
+    app.state.service = Service(models, thread, StateStore(settings.state_bytes, settings.state_dir))
     return app
 
 
@@ -90,6 +97,12 @@ def _routes() -> list[Route]:
     return [
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),
+        Route("/v1/states", create_state, methods=["POST"]),
+        Route("/v1/states", list_states, methods=["GET"]),
+        Route("/v1/states/{id}", load_state, methods=["GET"]),
+        Route("/v1/states/{id}", save_state, methods=["PUT"]),
+        Route("/v1/states/{id}", delete_state, methods=["DELETE"]),
+        Route("/v1/states/{id}/fork", fork_state, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", show_model, methods=["GET"]),
         Route("/tokenize", tokenize, methods=["POST"]),

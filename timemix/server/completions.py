@@ -1,7 +1,7 @@
 """The endpoint /v1/completions, and the fields that it shares with /v1/chat/completions."""
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -10,11 +10,13 @@ from starlette.responses import Response
 
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
+from timemix.generation.session import Session
 from timemix.server.answers import Call, Form, Piece, Score, respond
 from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
-from timemix.server.service import service_of
+from timemix.server.service import owner_of, service_of
+from timemix.server.state_store import largest_file
 from timemix.tokenizers.base import Tokenizer
 
 MOST_TOKENS = 1_000_000
@@ -51,7 +53,7 @@ async def complete(request: HttpRequest) -> Response:
     fields.unsupported("suffix", ("",))
     fields.unsupported("best_of", (1,))
     count = fields.integer("logprobs", -1, 0, MOST_TOP)
-    asked = engine_fields(fields, served, default_tokens=16)
+    asked = engine_fields(fields, served, default_tokens=16) | await state_fields(request, fields, served)
     echo = fields.flag("echo")
     prompts, texts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     asked |= {
@@ -67,6 +69,7 @@ async def complete(request: HttpRequest) -> Response:
         echo=texts if echo else [],
         scored=count >= 0,
         returns_ids=fields.flag("return_token_ids"),
+        keep=keeper(request, fields, served, requests),
         **stream_fields(fields),
     )
     return await respond(request, call, service.thread)
@@ -92,6 +95,47 @@ def stream_fields(fields: Fields) -> dict[str, Any]:
         "includes_usage": inner.flag("include_usage"),
         "repeats_usage": inner.flag("continuous_usage_stats"),
     }
+
+
+async def state_fields(request: HttpRequest, fields: Fields, served: Served) -> dict[str, Any]:
+    """Return the arguments of the engine's Request about states.
+
+    Args:
+        request: The HTTP request.
+        fields: Fields of the body.
+        served: The model.
+
+    Raises:
+        ApiError: A field is wrong, or the state is not known or belongs to another model.
+    """
+    id, states = fields.text("state"), service_of(request).states
+    start = None if id is None else await run_in_threadpool(states.session, owner_of(request), id, served)
+    return {"start": start, "keep_session": fields.flag("return_state")}
+
+
+def keeper(
+    request: HttpRequest, fields: Fields, served: Served, requests: Sequence[Request]
+) -> Callable[[Session], Awaitable[dict[str, Any]]] | None:
+    """Return the function that stores the state of a choice and describes it; None if the call returns no states.
+
+    Args:
+        request: The HTTP request.
+        fields: Fields of the body.
+        served: The model.
+        requests: The requests to the engine.
+
+    Raises:
+        ApiError: The states of all choices do not fit into the store.
+    """
+    if not fields.flag("return_state"):
+        return None
+    states, owner, parent = service_of(request).states, owner_of(request), fields.text("state")
+    states.check_room(largest_file(served.engine.model) * sum(each.samples for each in requests))
+
+    async def keep(session: Session) -> dict[str, Any]:
+        return (await run_in_threadpool(states.add, owner, served, session, parent=parent)).json()
+
+    return keep
 
 
 def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: str = "max_tokens") -> dict[str, Any]:
@@ -148,17 +192,19 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
         ApiError: The prompt is empty, does not fit the context, or a token is outside the vocabulary.
     """
     limit, context, tokens = served.engine.model.max_position, asked["context"], asked["tokens"]
-    needed = len(prompt) + (tokens if context == "error" else 0)
+    start: Session | None = asked.get("start")
+    past = 0 if start is None else int(start.state.position) + start.unread
+    needed = past + len(prompt) + (tokens if context == "error" else 0)
     if limit is not None and context in ("", "error") and needed > limit:
-        rest = f" and {tokens} new tokens" if context == "error" else ""
+        rest = f", the state {past}" * (start is not None) + f" and {tokens} new tokens" * (context == "error")
         raise ApiError(
             400,
             f"the context of {served.name} has {limit} tokens, but the prompt has {len(prompt)}{rest}; shorten the"
-            ' prompt, or send context: "reanchor", which leaves out its beginning',
+            ' prompt, or send context: "reanchor", which leaves out the beginning of the text',
             param,
             "context_length_exceeded",
         )
-    if not prompt:
+    if not prompt and start is None:
         end = served.tokenizer.end_of_text
         if end is None:
             raise ApiError(400, "the prompt is empty; give at least one token", param)
@@ -186,7 +232,7 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
 
 
 def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-    """Return the token ids and the text of each prompt.
+    """Return the token ids and the text of each prompt. With the field `state`, the prompt may be missing.
 
     Args:
         fields: Fields of the body.
@@ -197,6 +243,8 @@ def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], l
     """
     given = fields.get("prompt")
     wanted = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    if fields.get("state") is not None and (given is None or given == []):
+        given = ""
     if given is None:
         raise ApiError(400, f"prompt is missing; give {wanted}", "prompt")
     if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(x, int) for x in given)):

@@ -42,18 +42,19 @@ class Fields:
         self._body = body
 
     @staticmethod
-    async def read(request: Request, limit: int) -> "Fields":
+    async def read(request: Request, limit: int, empty: bytes = b"") -> "Fields":
         """Read the JSON object in the body of a request.
 
         Args:
             request: The request.
             limit: Largest size of the body in bytes.
+            empty: Body that an empty body stands for.
 
         Raises:
             ApiError: The body is too large, or no JSON object.
         """
         try:
-            data = await read_body(request, limit)
+            data = await read_body(request, limit) or empty
             body = json.loads(data.decode(), parse_constant=_refuse_constant)
         except ClientDisconnect:
             raise ApiError(400, "the connection ended before the body; send the whole body") from None

@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
-from timemix.server.completions import build_request, engine_fields, prompts_of, spelled
+from timemix.server.completions import build_request, engine_fields, prompts_of, spelled, state_fields
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
 from timemix.server.service import service_of
@@ -25,7 +25,8 @@ async def next_token(request: HttpRequest) -> JSONResponse:
     prompts, _ = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     if len(prompts) > 1:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
-    asked: dict[str, Any] = engine_fields(fields, served, 1) | {"tokens": 1, "samples": 1}
+    asked: dict[str, Any] = engine_fields(fields, served, 1) | await state_fields(request, fields, served)
+    asked |= {"tokens": 1, "samples": 1, "keep_session": False}
     built = build_request(prompts[0], asked | {"top_log_probabilities": count}, served, "prompt")
     stream = service.thread.submit(served, [built])
     try:

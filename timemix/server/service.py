@@ -7,6 +7,7 @@ from starlette.requests import Request as HttpRequest
 
 from timemix.server.engine_thread import EngineThread, Served
 from timemix.server.errors import ApiError
+from timemix.server.state_store import StateStore
 
 
 @dataclass
@@ -16,11 +17,13 @@ class Service:
     Args:
         models: The models.
         thread: The thread that steps their engines.
+        states: States that clients have stored.
         most_bytes: Largest size of a JSON body in bytes.
     """
 
     models: Sequence[Served]
     thread: EngineThread
+    states: StateStore
     most_bytes: int = 8 * 2**20
 
     def model(self, name: str | None) -> Served:
@@ -42,3 +45,9 @@ def service_of(request: HttpRequest) -> Service:
     """Return the service of the app that received a request."""
     service: Service = request.app.state.service
     return service
+
+
+def owner_of(request: HttpRequest) -> str:
+    """Return the digest of the API key of a request, "" if the server has no keys."""
+    owner: str = request.state.owner
+    return owner
