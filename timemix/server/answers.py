@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -154,9 +155,7 @@ class Call:
             ApiError: The choice cannot continue, or its state cannot be stored.
         """
         request = self.requests[place]
-        if event.finished == "error":
-            is_bias = "logit_bias" in (event.reason or "")
-            raise ApiError(400 if is_bias else 500, f"{event.reason}", "logit_bias" if is_bias else None)
+        check_event(event, request)
         index = sum(each.samples for each in self.requests[:place]) + event.sample - request.sample
         choice = self._choices.get(index)
         if choice is None:
@@ -166,6 +165,16 @@ class Call:
         if event.session is not None and self.keep is not None:
             piece.extras["state"] = await self.keep(event.session)
         return piece
+
+
+def check_event(event: Event, request: Request) -> None:
+    """Raise ApiError if an event of a request reports an error, or has log-probabilities that JSON cannot express."""
+    scores = event.prompt_log_probabilities if request.start is not None else None
+    if event.finished != "error" and all(x is None or math.isfinite(x) for x in scores or ()):
+        return
+    reason = event.reason or "the log-probabilities of the prompt are not finite"
+    param = "logit_bias" if "logit_bias" in reason else "state" if request.start is not None else None
+    raise ApiError(500 if param is None else 400, reason, param)
 
 
 class _Choice:

@@ -7,6 +7,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
+from timemix.server.answers import check_event
 from timemix.server.completions import build_request, engine_fields, prompts_of, spelled, state_fields
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
@@ -33,8 +34,7 @@ async def next_token(request: HttpRequest) -> JSONResponse:
         (_, event), *_ = await stream.take()
     finally:
         stream.cancel()
-    if event.finished == "error":
-        raise ApiError(500, f"{event.reason}")
+    check_event(event, built)
     top = event.top_log_probabilities
     rest = 1 - math.fsum(math.exp(x) for _, x in top)
     tokenizer = served.tokenizer

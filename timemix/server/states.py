@@ -39,10 +39,9 @@ async def create_state(request: HttpRequest) -> Response:
 
 
 async def _read(stream: Stream) -> Session:
-    """Return the session after the prompt of a request without new tokens."""
+    """Return the session after the prompt of a request without new tokens, which cannot fail."""
     (_, event), *_ = await stream.take()
-    if event.session is None:
-        raise ApiError(500, f"{event.reason}")
+    assert event.session is not None
     return event.session
 
 
