@@ -1,22 +1,53 @@
 """The howto pages: their Python runs, and timemix accepts the options of their commands."""
 
+import re
+import shutil
+import subprocess
+
 import pytest
 
+import timemix
 from tests.helpers.pages import (
     ROOT,
+    RUN,
+    SERVER,
+    blocks,
     check_command,
     commands,
     run_python,
     timemix_arguments,
 )
+from tests.helpers.serving import served
+from timemix.server.engine_thread import Served
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
+OF_SERVER = [page for page in PAGES if SERVER in page.read_text(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def server(trained):
+    """A server of the run of the pages."""
+    run = timemix.load(trained / RUN)
+    with served([Served("mine", timemix.Engine(run.model, run.tokenizer), "float32", 1)]) as running:
+        yield running
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_of_a_page_runs(page, trained, monkeypatch):
+def test_python_of_a_page_runs(page, trained, monkeypatch, request):
     monkeypatch.chdir(trained)
-    run_python(page)
+    run_python(page, request.getfixturevalue("server").url if page in OF_SERVER else SERVER)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize("page", OF_SERVER, ids=lambda page: page.stem)
+def test_curl_of_a_page_succeeds(page, server, trained):
+    own = server.call("/v1/states", {"prompt": "The "}).json["id"]
+    content = server.call(f"/v1/states/{own}").body
+    for text in blocks(page, "sh"):
+        for id in re.findall(r"state-[0-9a-f]{32}", text):
+            server.call(f"/v1/states/{id}", content, "PUT")
+        command = re.sub(r"^curl ", "curl --silent --show-error --fail ", text, flags=re.MULTILINE)
+        subprocess.run(command.replace(SERVER, server.url), shell=True, check=True, cwd=trained)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

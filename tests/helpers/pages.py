@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 SHELL = ("sh", "console")
 """Languages of blocks that hold commands: lines of `sh`, lines after a dollar sign of `console`."""
 RUN = "runs/mine"
+SERVER = "http://127.0.0.1:8000"
+"""Address of the server that the pages use."""
 
 TEXT = "".join(
     f"It was the {word} winter of the year. The quick brown fox jumps over {i % 7} lazy dogs!\n"
@@ -44,11 +46,14 @@ def run_block(path: Path, line: int, text: str, names: dict[str, Any]) -> None:
     exec(compile("\n" * (line - 1) + text, str(path), "exec"), names)
 
 
-def run_python(path: Path, **names: Any) -> dict[str, Any]:
-    """Run the Python blocks of a page in order, in one namespace; return it. A traceback shows the page's lines."""
+def run_python(path: Path, server: str = SERVER, **names: Any) -> dict[str, Any]:
+    """Run the Python blocks of a page in order, in one namespace; return it. A traceback shows the page's lines.
+
+    `server` is the address of a server in place of `SERVER`.
+    """
     for line, language, text in numbered_blocks(path):
         if language == "python":
-            run_block(path, line, text, names)
+            run_block(path, line, text.replace(SERVER, server), names)
     return names
 
 
