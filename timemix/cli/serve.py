@@ -22,7 +22,13 @@ Runs = Annotated[
 ]
 
 
-_RANGES = (("port", 0, 65535), ("slots", 1, 2**20), ("queue", 1, 2**20), ("state_bytes", 0, 2**63 - 1))
+_RANGES = (
+    ("port", 0, 65535),
+    ("slots", 1, 2**20),
+    ("queue", 1, 2**20),
+    ("cache_bytes", 0, 2**63 - 1),
+    ("state_bytes", 0, 2**63 - 1),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class ServeArguments:
     """File with one API key a line, of which each request must send one. Default: requests need no key."""
     cors: tuple[str, ...] = ()
     """Origins of web pages that may send requests, such as http://localhost:3000."""
+    cache_bytes: int = 256 * 10**6
+    """Largest size in bytes of each model's cache of states, which saves prompts that begin alike from being processed
+    again (0: no cache)."""
     state_bytes: int = 10**9
     """Largest size in bytes of all states that clients store, at least 0."""
     state_dir: Path | None = None
@@ -107,6 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _models(parsed: ServeArguments) -> "Sequence[Served]":
     """Load the models of the runs."""
     from timemix.generation.engine import Engine
+    from timemix.generation.prefix_cache import PrefixCache
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device
     from timemix.server.engine_thread import Served
@@ -117,7 +127,12 @@ def _models(parsed: ServeArguments) -> "Sequence[Served]":
         loaded = load(run, checkpoint=parsed.checkpoint, device=device, mapped=True)
         name = _free_name(run, {each.name for each in models})
         engine = Engine(
-            loaded.model, loaded.tokenizer, slots=parsed.slots, weights=parsed.weights, max_pending=parsed.queue
+            loaded.model,
+            loaded.tokenizer,
+            slots=parsed.slots,
+            weights=parsed.weights,
+            max_pending=parsed.queue,
+            cache=PrefixCache(parsed.cache_bytes) if parsed.cache_bytes else None,
         )
         if not engine.advance.compiled:
             reason = engine.advance.reason

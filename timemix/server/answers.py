@@ -161,6 +161,10 @@ class Call:
         if choice is None:
             choice = self._choices[index] = _Choice(self, index, place)
         self._generated += event.token is not None
+        if event.sample == request.sample:
+            # The other samples share the prompt of the first sample.
+            self._cached += event.cached
+            self.served.metrics.cached_tokens += event.cached
         piece = choice.piece(event)
         if event.session is not None and self.keep is not None:
             piece.extras["state"] = await self.keep(event.session)
@@ -200,6 +204,8 @@ class _Choice:
             piece.scores = []
         if call.returns_ids:
             piece.extras["token_ids"] = [] if event.token is None else [event.token]
+        if event.restarted:
+            piece.extras["restarts"] = [self._written]
         if self._is_new:
             self._is_new = False
             self._begin(piece, event)
@@ -344,7 +350,7 @@ class EventStream(Response):
         call, found = self._call, []
         for place, event in events:
             piece = await call.piece(place, event)
-            if piece.text or piece.finish or piece.scores or piece.extras.get("token_ids"):
+            if piece.text or piece.finish or piece.scores or any(piece.extras.values()):
                 found.append(self._chunk(call.form.choice(piece, call.served.tokenizer, is_part=True)))
         return "".join(found)
 

@@ -20,6 +20,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from timemix.generation.prefix_cache import PrefixCache
 from timemix.server.completions import complete
 from timemix.server.engine_thread import EngineThread, Served
 from timemix.server.errors import ApiError, answer_error
@@ -152,10 +153,16 @@ async def show_model(request: HttpRequest) -> Response:
 
 async def metrics(request: HttpRequest) -> Response:
     """Answer GET /metrics in the text format of Prometheus."""
-    models = service_of(request).models
+    models, states = service_of(request).models, service_of(request).states
 
     def series(name: str, kind: str, help: str, value: Callable[[Served], Any]) -> Series:
         return Series(name, kind, help, [({"model": each.name}, value(each)) for each in models])
+
+    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
+        caches = [(each.name, each.engine.cache) for each in models]
+        return Series(
+            name, kind, help, [({"model": name}, value(cache)) for name, cache in caches if cache is not None]
+        )
 
     finished = [
         ({"model": each.name, "reason": reason}, float(count))
@@ -166,10 +173,17 @@ async def metrics(request: HttpRequest) -> Response:
         series("requests_running", "gauge", "Samples that have a slot.", lambda m: m.engine.active),
         series("requests_waiting", "gauge", "Samples that wait for a slot.", lambda m: m.engine.pending),
         series("prompt_tokens_total", "counter", "Tokens of prompts.", lambda m: m.metrics.prompt_tokens),
+        series("cached_tokens_total", "counter", "Prompt tokens from the cache.", lambda m: m.metrics.cached_tokens),
         series("generated_tokens_total", "counter", "Generated tokens.", lambda m: m.metrics.generated_tokens),
         Series("samples_finished_total", "counter", "Samples that have ended, by reason.", finished),
         series("time_to_first_token_seconds", "histogram", "Time to the first token.", lambda m: m.metrics.first_token),
         series("time_between_tokens_seconds", "histogram", "Time between tokens.", lambda m: m.metrics.between_tokens),
+        cached("state_cache_hits_total", "counter", "Prompts that began with a cached state.", lambda c: c.hits),
+        cached("state_cache_misses_total", "counter", "Prompts that found no cached state.", lambda c: c.misses),
+        cached("state_cache_bytes", "gauge", "Size of the cached states.", lambda c: c.nbytes),
+        cached("state_cache_entries", "gauge", "Number of cached states.", len),
+        Series("states_stored", "gauge", "Number of states that clients store.", [({}, len(states))]),
+        Series("states_bytes", "gauge", "Size of the states that clients store.", [({}, states.nbytes)]),
     ]
     return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
 

@@ -98,7 +98,7 @@ def stream_fields(fields: Fields) -> dict[str, Any]:
 
 
 async def state_fields(request: HttpRequest, fields: Fields, served: Served) -> dict[str, Any]:
-    """Return the arguments of the engine's Request about states.
+    """Return the arguments of the engine's Request about stored and cached states.
 
     Args:
         request: The HTTP request.
@@ -108,9 +108,14 @@ async def state_fields(request: HttpRequest, fields: Fields, served: Served) -> 
     Raises:
         ApiError: A field is wrong, or the state is not known or belongs to another model.
     """
-    id, states = fields.text("state"), service_of(request).states
-    start = None if id is None else await run_in_threadpool(states.session, owner_of(request), id, served)
-    return {"start": start, "keep_session": fields.flag("return_state")}
+    id, states, owner = fields.text("state"), service_of(request).states, owner_of(request)
+    start = None if id is None else await run_in_threadpool(states.session, owner, id, served)
+    return {
+        "start": start,
+        "keep_session": fields.flag("return_state"),
+        "scope": owner,
+        "reuse_decoded": fields.flag("reuse_decoded"),
+    }
 
 
 def keeper(
