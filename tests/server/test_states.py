@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -238,9 +240,9 @@ def test_the_state_counts_in_a_bounded_context(server):
     state = read(server, "a" * 8, model="bounded")["id"]
     body = {"model": "bounded", "state": state, "prompt": "a" * 5}
     answer = server.call("/v1/completions", body)
-    assert_refused(answer, 400, "prompt", "the prompt has 5, the state 8", "context_length_exceeded")
+    assert_refused(answer, 400, "prompt", "the state has 8, the prompt 5", "context_length_exceeded")
     answer = server.call("/v1/completions", body | {"prompt": "", "context": "error", "max_tokens": 5})
-    assert_refused(answer, 400, "prompt", "the state 8 and 5 new tokens", "context_length_exceeded")
+    assert_refused(answer, 400, "prompt", "the state has 8, the prompt 0 and 5 new tokens", "context_length_exceeded")
     long = body | {"context": "reanchor", "max_tokens": 30, "seed": 1}
     whole = server.complete(model="bounded", prompt="a" * 13, context="reanchor", max_tokens=30, seed=1)
     assert server.complete(**long)["usage"]["completion_tokens"] == 30
@@ -319,6 +321,47 @@ def test_numbers_that_are_not_finite(server, model):
     assert_refused(answer, 400, None, "not finite")
 
 
+@pytest.mark.parametrize("name", ["tiny", "bounded"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"written": 2**63 - 1},
+        {"held": "x" * 1000},
+        {"held": "\ud800"},
+        {"counts": {0: 2**63 - 1}},
+        {"position": 0},
+        {"position": 12},
+        {"unread": 3},
+        {"unread": 5000, "tokens": (0,) * 5000},
+        {"tokens": (0,) * 5000},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_extreme_values_of_an_upload(server, name, changes):
+    changes = dict(changes)
+    model = next(each for each in server.models if each.name == name).engine.model
+    session = session_after(model, [0, 1, 2])
+    state = session.state.clone()
+    state.position.fill_(changes.pop("position", 2))
+    content = session_to_bytes(replace(session, state=state, **changes), model)
+    answer = server.call(f"/v1/states/{OWN}?model={name}", content, "PUT")
+    if changes.get("held") == "\ud800":
+        assert_refused(answer, 400, None, "not Unicode")
+        return
+    assert answer.status == 200
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 1, "frequency_penalty": 2}
+    for path, fields in (
+        ("/v1/completions", penalties | {"n": 2, "return_state": True, "context": "reanchor", "max_tokens": 20}),
+        ("/v1/completions", {"context": "exact", "prompt": "abc", "echo": True, "logprobs": 2}),
+        ("/v1/completions", {"context": "reanchor", "echo": True, "logprobs": 2, "max_tokens": 0}),
+        ("/v1/next_token", {"context": "reanchor"}),
+        ("/v1/states", {"context": "reanchor", "prompt": "ab"}),
+    ):
+        answer = server.call(path, fields | {"model": name, "state": OWN})
+        assert answer.status == 200, answer.body
+    assert server.call("/health").status == 200
+
+
 def test_each_key_has_its_own_states(upload):
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
     with served([same()], Settings(keys=["one", "two"])) as server:
@@ -367,6 +410,41 @@ def test_a_full_store_refuses_before_it_generates(model):
 
 def assert_full(answer):
     assert_refused(answer, 429, None, "the storage for states is full", "state_storage_full")
+
+
+def test_open_uploads_count_as_stored(model):
+    most = largest_file(model)
+    with served([same()], Settings(state_bytes=2 * most)) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            head = f"PUT /v1/states/{OWN} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n"
+            stack.enter_context(socket.create_connection(address(server))).sendall(head.encode())
+        until(lambda: server.call(f"/v1/states/{OWN}", b"", "PUT").status == 429)
+        assert server.call("/v1/completions", {"prompt": "a", "return_state": True}).status == 429
+        stack.close()
+        until(lambda: server.call(f"/v1/states/{OWN}", b"", "PUT").status == 400)
+
+
+def test_a_client_that_leaves_ends_the_reading(server):
+    engine, before = server.models[0].engine, server.call("/v1/states").json
+    body = json.dumps({"prompt": "abcdefghijk" * 20_000}).encode()
+    head = f"POST /v1/states HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(address(server)) as client:
+        client.sendall(head + body)
+        until(lambda: engine.busy)
+    until(lambda: not engine.busy)
+    assert server.call("/v1/states").json == before
+
+
+def address(server):
+    return "127.0.0.1", int(server.url.rpartition(":")[2])
+
+
+def until(holds, seconds=5.0):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_states_in_a_folder_survive_a_restart(tmp_path):

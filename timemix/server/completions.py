@@ -201,10 +201,11 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
     past = 0 if start is None else int(start.state.position) + start.unread
     needed = past + len(prompt) + (tokens if context == "error" else 0)
     if limit is not None and context in ("", "error") and needed > limit:
-        rest = f", the state {past}" * (start is not None) + f" and {tokens} new tokens" * (context == "error")
+        known = f"the prompt has {len(prompt)}" if start is None else f"the state has {past}, the prompt {len(prompt)}"
+        rest = f" and {tokens} new tokens" if context == "error" else ""
         raise ApiError(
             400,
-            f"the context of {served.name} has {limit} tokens, but the prompt has {len(prompt)}{rest}; shorten the"
+            f"the context of {served.name} has {limit} tokens, but {known}{rest}; shorten the"
             ' prompt, or send context: "reanchor", which leaves out the beginning of the text',
             param,
             "context_length_exceeded",

@@ -20,14 +20,17 @@ async def read_body(request: Request, limit: int) -> bytes:
         limit: Largest size in bytes.
 
     Raises:
-        ApiError: The body is larger, with status 413.
+        ApiError: The body is larger, with status 413, or the connection ended.
     """
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise ApiError(413, f"the body is larger than {limit:,} bytes; send less", code="body_too_large")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise ApiError(413, f"the body is larger than {limit:,} bytes; send less", code="body_too_large")
+            parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(400, "the connection ended before the body; send the whole body") from None
     return b"".join(parts)
 
 
@@ -56,8 +59,6 @@ class Fields:
         try:
             data = await read_body(request, limit) or empty
             body = json.loads(data.decode(), parse_constant=_refuse_constant)
-        except ClientDisconnect:
-            raise ApiError(400, "the connection ended before the body; send the whole body") from None
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not valid JSON ({error}); send a JSON object in UTF-8") from None
         if not isinstance(body, dict):

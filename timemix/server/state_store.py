@@ -1,5 +1,6 @@
 """States that clients store in the server: in memory, or as files that survive a restart."""
 
+import contextlib
 import json
 import re
 import secrets
@@ -88,7 +89,7 @@ class StateStore:
     """
 
     def __init__(self, most_bytes: int, folder: Path | None = None) -> None:
-        self._most, self._folder, self.nbytes = most_bytes, folder, 0
+        self._most, self._folder, self.nbytes, self._reserved = most_bytes, folder, 0, 0
         self._known: dict[str, dict[str, Description]] = {}
         self._contents: dict[tuple[str, str], bytes] = {}
         # Requests that continue the same state at the same time share one session.
@@ -173,10 +174,30 @@ class StateStore:
                     self._sessions[owner, id] = session
         return session
 
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """Reserve room within the `with` block, so that the uploads of all clients together stay within the limit.
+
+        Args:
+            size: Size in bytes.
+
+        Raises:
+            ApiError: The room is not left.
+        """
+        with self._lock:
+            if self.nbytes + self._reserved + size > self._most:
+                raise _full()
+            self._reserved += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved -= size
+
     def check_room(self, size: int) -> None:
         """Raise ApiError unless states of `size` bytes in total can be stored now."""
-        if self.nbytes + size > self._most:
-            raise _full()
+        with self.reserved(size):
+            pass
 
     def add(
         self,

@@ -67,17 +67,16 @@ async def save_state(request: HttpRequest) -> Response:
         raise ApiError(400, f'the id is {id[:60]!r}; it must be "state-" and 32 random hexadecimal digits', "id")
     served = service.model(request.query_params.get("model"))
     name, most = _name(request.query_params.get("name")), largest_file(served.engine.model)
-    service.states.check_room(most)
-    content = await read_body(request, most)
 
-    def store() -> Description:
+    def store(content: bytes) -> Description:
         try:
             session = session_from_bytes(content, served.engine.model)
         except FileError as error:
             raise ApiError(400, str(error)) from None
         return service.states.add(owner, served, session, name=name, id=id)
 
-    return _answer(await run_in_threadpool(store))
+    with service.states.reserved(most):
+        return _answer(await run_in_threadpool(store, await read_body(request, most)))
 
 
 async def delete_state(request: HttpRequest) -> Response:
