@@ -249,27 +249,24 @@ async def respond(request: HttpRequest, call: Call, thread: EngineThread) -> Res
     stream = checked("prompt", lambda: thread.submit(call.served, call.requests))
     if call.is_stream:
         return EventStream(call, stream)
-    return await attended(request, stream, _whole(call, stream))
+    return await while_connected(request.receive, stream, _whole(call, stream))
 
 
-async def attended(request: HttpRequest, stream: Stream, work: Coroutine[Any, Any, Response]) -> Response:
-    """Return the answer that a coroutine gives. If the client leaves first, end the stream and the coroutine.
+async def while_connected(receive: Receive, stream: Stream, answer: Coroutine[Any, Any, Response]) -> Response:
+    """Wait for an answer. A client that leaves frees its slots.
 
     Args:
-        request: The HTTP request, whose body has been read.
-        stream: Events of the engine, which the coroutine takes.
-        work: The coroutine.
-
-    Raises:
-        ApiError: The coroutine raised it.
+        receive: The messages of the HTTP request, whose body has been read.
+        stream: The events from which the answer is made.
+        answer: The answer.
     """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_disconnected(request.receive))
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_until_disconnected(receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else Response(status_code=499)
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=499)
     finally:
-        await _end(stream, working, leaving)
+        await _end(stream, answering, leaving)
 
 
 async def _whole(call: Call, stream: Stream) -> Response:

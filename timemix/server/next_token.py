@@ -5,10 +5,12 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
-from timemix.server.answers import check_event
+from timemix.generation.request import Request
+from timemix.server.answers import check_event, while_connected
 from timemix.server.completions import build_request, engine_fields, prompts_of, spelled, state_fields
+from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
 from timemix.server.service import service_of
@@ -17,7 +19,7 @@ MOST = 1000
 """Largest number of tokens in an answer."""
 
 
-async def next_token(request: HttpRequest) -> JSONResponse:
+async def next_token(request: HttpRequest) -> Response:
     """Answer POST /v1/next_token: the most probable tokens at temperature 1, before bias and filters."""
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
@@ -30,12 +32,14 @@ async def next_token(request: HttpRequest) -> JSONResponse:
     asked |= {"tokens": 1, "samples": 1, "keep_session": False}
     built = build_request(prompts[0], asked | {"top_log_probabilities": count}, served, "prompt")
     stream = service.thread.submit(served, [built])
-    try:
-        (_, event), *_ = await stream.take()
-    finally:
-        stream.cancel()
-    check_event(event, built)
-    top = event.top_log_probabilities
+    return await while_connected(request.receive, stream, _answer(stream, built, count))
+
+
+async def _answer(stream: Stream, request: Request, count: int) -> Response:
+    """Return the answer with the `count` most probable tokens of the only event of a stream with one request."""
+    (_, event), *_ = await stream.take()
+    check_event(event, request)
+    served, top = stream.served, event.top_log_probabilities
     rest = 1 - math.fsum(math.exp(x) for _, x in top)
     tokenizer = served.tokenizer
     found = [

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 
 from timemix.errors import FileError
 from timemix.generation.session import Session, session_from_bytes
-from timemix.server.answers import attended
+from timemix.server.answers import while_connected
 from timemix.server.completions import build_request, engine_fields, prompts_of, state_fields
 from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
@@ -35,7 +35,7 @@ async def create_state(request: HttpRequest) -> Response:
         found = await run_in_threadpool(service.states.add, owner, served, session, name=name, parent=parent)
         return _answer(found)
 
-    return await attended(request, stream, store())
+    return await while_connected(request.receive, stream, store())
 
 
 async def _read(stream: Stream) -> Session:
