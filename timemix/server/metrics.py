@@ -83,10 +83,11 @@ def to_text(series: Iterable[Series]) -> str:
         lines += [f"# HELP {name} {each.help}", f"# TYPE {name} {each.kind}"]
         for labels, value in each.values:
             shown = ",".join(f'{key}="{_escaped(word)}"' for key, word in labels.items())
+            braces = f"{{{shown}}}" if shown else ""
             if isinstance(value, Histogram):
                 lines += value.lines(name, shown)
             else:
-                lines.append(f"{name}{{{shown}}} {value:g}" if value % 1 else f"{name}{{{shown}}} {int(value)}")
+                lines.append(f"{name}{braces} {value:g}" if value % 1 else f"{name}{braces} {int(value)}")
     return "\n".join(lines) + "\n"
 
 
