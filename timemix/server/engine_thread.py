@@ -1,7 +1,6 @@
 """The thread that steps the engines, and the way of events from this thread to the coroutines of requests."""
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -106,13 +105,8 @@ class Stream:
 
     def progress(self) -> tuple[int, int]:
         """Return the number of prompt tokens that have been processed, and the number of all prompt tokens."""
-        processed = total = 0
-        for id in self.ids:
-            # A request may have ended in the engine, while its last events are on their way.
-            with contextlib.suppress(KeyError):
-                found = self.served.engine.progress(id)
-                processed, total = processed + found[0], total + found[1]
-        return processed, total
+        found = [self.served.engine.progress(id) for id in self.ids]
+        return sum(done for done, _ in found), sum(total for _, total in found)
 
     def put(self, event: Event, now: float) -> None:
         """Add an event, and count it."""
