@@ -153,16 +153,10 @@ async def show_model(request: HttpRequest) -> Response:
 
 async def metrics(request: HttpRequest) -> Response:
     """Answer GET /metrics in the text format of Prometheus."""
-    models, states = service_of(request).models, service_of(request).states
+    models = service_of(request).models
 
     def series(name: str, kind: str, help: str, value: Callable[[Served], Any]) -> Series:
         return Series(name, kind, help, [({"model": each.name}, value(each)) for each in models])
-
-    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
-        caches = [(each.name, each.engine.cache) for each in models]
-        return Series(
-            name, kind, help, [({"model": name}, value(cache)) for name, cache in caches if cache is not None]
-        )
 
     finished = [
         ({"model": each.name, "reason": reason}, float(count))
@@ -178,6 +172,20 @@ async def metrics(request: HttpRequest) -> Response:
         Series("samples_finished_total", "counter", "Samples that have ended, by reason.", finished),
         series("time_to_first_token_seconds", "histogram", "Time to the first token.", lambda m: m.metrics.first_token),
         series("time_between_tokens_seconds", "histogram", "Time between tokens.", lambda m: m.metrics.between_tokens),
+        *_state_series(service_of(request)),
+    ]
+    return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
+
+
+def _state_series(service: Service) -> list[Series]:
+    """Return the metrics of cached and stored states."""
+    caches = [({"model": each.name}, each.engine.cache) for each in service.models]
+
+    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
+        return Series(name, kind, help, [(labels, value(cache)) for labels, cache in caches if cache is not None])
+
+    states = service.states
+    return [
         cached("state_cache_hits_total", "counter", "Prompts that began with a cached state.", lambda c: c.hits),
         cached("state_cache_misses_total", "counter", "Prompts that found no cached state.", lambda c: c.misses),
         cached("state_cache_bytes", "gauge", "Size of the cached states.", lambda c: c.nbytes),
@@ -185,7 +193,6 @@ async def metrics(request: HttpRequest) -> Response:
         Series("states_stored", "gauge", "Number of states that clients store.", [({}, len(states))]),
         Series("states_bytes", "gauge", "Size of the states that clients store.", [({}, states.nbytes)]),
     ]
-    return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
 
 
 async def _answer_http(_: HttpRequest, error: Exception) -> Response:
