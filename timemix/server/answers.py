@@ -128,6 +128,8 @@ class Call:
         self.id, self.created = f"{self.form.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._generated = self._cached = 0
         self._choices: dict[int, _Choice] = {}
+        # Description of each stored session by the identity of the session, until `piece` reports it.
+        self._stored: dict[int, dict[str, Any]] = {}
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the first fields of an answer or a chunk."""
@@ -148,11 +150,22 @@ class Call:
         """Number of choices."""
         return sum(request.samples for request in self.requests)
 
-    async def piece(self, place: int, event: Event) -> Piece:
+    async def store(self, events: Sequence[tuple[int, Event]]) -> None:
+        """Store the sessions of events, so that `piece` can describe them.
+
+        Raises:
+            ApiError: A session cannot be stored.
+        """
+        if self.keep is not None:
+            for _, event in events:
+                if event.session is not None:
+                    self._stored[id(event.session)] = await self.keep(event.session)
+
+    def piece(self, place: int, event: Event) -> Piece:
         """Return the new content that an event of the request at `place` gives.
 
         Raises:
-            ApiError: The choice cannot continue, or its state cannot be stored.
+            ApiError: The choice cannot continue.
         """
         request = self.requests[place]
         check_event(event, request)
@@ -165,10 +178,11 @@ class Call:
             # The other samples share the prompt of the first sample.
             self._cached += event.cached
             self.served.metrics.cached_tokens += event.cached
-        piece = choice.piece(event)
-        if event.session is not None and self.keep is not None:
-            piece.extras["state"] = await self.keep(event.session)
-        return piece
+        return choice.piece(event)
+
+    def stored(self, session: Session) -> dict[str, Any]:
+        """Return the description of a session that `store` has stored."""
+        return self._stored.pop(id(session))
 
 
 def check_event(event: Event, request: Request) -> None:
@@ -214,6 +228,8 @@ class _Choice:
             score = self._score(event.token, event.log_probability, event.top_log_probabilities)
             piece.scores.append(score)
         self._written += 1
+        if event.session is not None:
+            piece.extras["state"] = call.stored(event.session)
         return piece
 
     def _begin(self, piece: Piece, event: Event) -> None:
@@ -273,8 +289,10 @@ async def _whole(call: Call, stream: Stream) -> Response:
     """Return the whole answer."""
     pieces = [Piece(index) for index in range(call.size)]
     while not stream.has_ended:
-        for place, event in await stream.take():
-            piece = await call.piece(place, event)
+        events = await stream.take()
+        await call.store(events)
+        for place, event in events:
+            piece = call.piece(place, event)
             pieces[piece.index].add(piece)
     choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
     return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
@@ -331,7 +349,9 @@ class EventStream(Response):
             while not stream.has_ended:
                 if data:
                     await _send(send, data)
-                data = await self._chunks(await stream.take(KEEP_ALIVE))
+                events = await stream.take(KEEP_ALIVE)
+                await call.store(events)
+                data = self._chunks(events)
             if call.includes_usage:
                 data += self._chunk(None, call.usage())
             data += "data: [DONE]\n\n"
@@ -339,14 +359,14 @@ class EventStream(Response):
             data = f"data: {json.dumps(error.body())}\n\n"
         await _send(send, data, more=False)
 
-    async def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
+    def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
         """Return the chunks of new events, or a comment if there are none."""
         if not events:
             processed, total = self._stream.progress()
             return f": reading {processed}/{total}\n\n"
         call, found = self._call, []
         for place, event in events:
-            piece = await call.piece(place, event)
+            piece = call.piece(place, event)
             if piece.text or piece.finish or piece.scores or any(piece.extras.values()):
                 found.append(self._chunk(call.form.choice(piece, call.served.tokenizer, is_part=True)))
         return "".join(found)
