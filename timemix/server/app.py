@@ -29,7 +29,7 @@ from timemix.server.next_token import next_token
 from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
 from timemix.server.state_store import StateStore
-from timemix.server.states import create_state, delete_state, fork_state, list_states, load_state, save_state
+from timemix.server.states import AllStates, OneState, fork_state
 from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 
 
@@ -98,11 +98,8 @@ def _routes() -> list[Route]:
     return [
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),
-        Route("/v1/states", create_state, methods=["POST"]),
-        Route("/v1/states", list_states, methods=["GET"]),
-        Route("/v1/states/{id}", load_state, methods=["GET"]),
-        Route("/v1/states/{id}", save_state, methods=["PUT"]),
-        Route("/v1/states/{id}", delete_state, methods=["DELETE"]),
+        Route("/v1/states", AllStates, methods=["GET", "POST"]),
+        Route("/v1/states/{id}", OneState, methods=["GET", "PUT", "DELETE"]),
         Route("/v1/states/{id}/fork", fork_state, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", show_model, methods=["GET"]),
