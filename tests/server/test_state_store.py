@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.serving import served
 from tests.helpers.states import OWN, assert_refused, read, same, session_after
+from timemix.cli.serve import ServeArguments
+from timemix.errors import CannotWrite, InvalidValue
 from timemix.server.app import Settings
 from timemix.server.errors import ApiError
 from timemix.server.state_store import StateStore, largest_file
@@ -150,3 +152,13 @@ def test_threads_leave_a_consistent_store(tmp_path, is_in_folder):
         again = StateStore(30_000, tmp_path)
         assert (again.nbytes, len(again)) == (store.nbytes, len(store))
         assert sorted(again.descriptions("0"), key=str) == sorted(store.descriptions("0"), key=str)
+
+
+def test_wrong_settings_of_the_store(tmp_path):
+    with pytest.raises(InvalidValue, match="--state-bytes is -1; it must be from 0"):
+        ServeArguments((tmp_path,), state_bytes=-1)
+    with pytest.raises(InvalidValue, match="--cache-bytes is -1; it must be from 0"):
+        ServeArguments((tmp_path,), cache_bytes=-1)
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="cannot write .*states: Not a directory"):
+        StateStore(0, tmp_path / "file" / "states")

@@ -129,6 +129,15 @@ def test_list_fork_and_delete(server):
     assert_refused(answer, 404, "state", "there is no state", "state_not_found")
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"), [("", "GET HEAD POST"), (f"/{OWN}", "DELETE GET HEAD PUT"), (f"/{OWN}/fork", "POST")]
+)
+def test_another_method_is_refused_with_the_right_ones(server, path, methods):
+    answer = server.call(f"/v1/states{path}", method="PATCH")
+    assert answer.status == 405
+    assert " ".join(sorted(answer.headers["allow"].split(", "))) == methods
+
+
 def test_a_file_moves_between_the_api_and_python(server, model, tmp_path):
     state = read(server)
     file = server.call(f"/v1/states/{state['id']}")

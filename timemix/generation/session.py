@@ -203,6 +203,8 @@ def _check(about: "_About", model: LanguageModel) -> None:
     ids = (*about.tokens, *about.seen, *about.counted)
     if not (1 <= about.unread <= len(about.tokens) and max(ids) < model.config.vocab_size):
         raise ValueError("its tokens do not fit the model")
+    if any("\ud800" <= character <= "\udfff" for character in about.held):
+        raise ValueError("the text that it holds back is not Unicode")
     if len(about.counted) != len(about.counts):
         raise ValueError(f"it has {len(about.counts)} counts for {len(about.counted)} tokens")
 

@@ -134,6 +134,8 @@ class Call:
         self.id, self.created = f"{self.form.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._generated = self._cached = 0
         self._choices: dict[int, _Choice] = {}
+        # Description of each stored session by the identity of the session, until `piece` reports it.
+        self._stored: dict[int, dict[str, Any]] = {}
 
     def head(self, kind: str) -> dict[str, Any]:
         """Return the first fields of an answer or a chunk."""
@@ -154,7 +156,18 @@ class Call:
         """Number of choices."""
         return sum(request.samples for request in self.requests)
 
-    async def piece(self, place: int, event: Event) -> Piece:
+    async def store(self, events: Sequence[tuple[int, Event]]) -> None:
+        """Store the sessions of events, so that `piece` can describe them.
+
+        Raises:
+            ApiError: A session cannot be stored.
+        """
+        if self.keep is not None:
+            for _, event in events:
+                if event.session is not None:
+                    self._stored[id(event.session)] = await self.keep(event.session)
+
+    def piece(self, place: int, event: Event) -> Piece:
         """Return the new content that an event of the request at `place` gives.
 
         Raises:
@@ -171,10 +184,11 @@ class Call:
             # The other samples share the prompt of the first sample.
             self._cached += event.cached
             self.served.metrics.cached_tokens += event.cached
-        piece = choice.piece(event)
-        if event.session is not None and self.keep is not None:
-            piece.extras["state"] = await self.keep(event.session)
-        return piece
+        return choice.piece(event)
+
+    def stored(self, session: Session) -> dict[str, Any]:
+        """Return the description of a session that `store` has stored."""
+        return self._stored.pop(id(session))
 
 
 def check_event(event: Event, request: Request) -> None:
@@ -282,8 +296,10 @@ async def _whole(call: Call, stream: Stream) -> Response:
     """Return the whole answer."""
     pieces = [Piece(index) for index in range(call.size)]
     while not stream.has_ended:
-        for place, event in await stream.take():
-            piece = await call.piece(place, event)
+        events = await stream.take()
+        await call.store(events)
+        for place, event in events:
+            piece = call.piece(place, event)
             pieces[piece.index].add(piece)
     choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
     return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
@@ -352,7 +368,9 @@ class EventStream(Response):
             while not stream.has_ended:
                 if data:
                     await self._send(send, data)
-                data = await self._chunks(await stream.take())
+                events = await stream.take()
+                await call.store(events)
+                data = self._chunks(events)
             if call.includes_usage:
                 data += self._chunk(None, call.usage())
             data += "data: [DONE]\n\n"
@@ -373,7 +391,7 @@ class EventStream(Response):
         call = self._call
         found: list[str] = []
         for place, event in events:
-            piece = await call.piece(place, event)
+            piece = call.piece(place, event)
             if piece.text and piece.is_text_only and not call.repeats_usage:
                 begin, end = self._frame(piece.index)
                 found += begin, json.dumps(piece.text), end

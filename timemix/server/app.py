@@ -32,7 +32,7 @@ from timemix.server.page import show_page
 from timemix.server.security import LOCAL, Guard
 from timemix.server.service import Service, service_of
 from timemix.server.state_store import StateStore
-from timemix.server.states import create_state, delete_state, fork_state, list_states, load_state, save_state
+from timemix.server.states import AllStates, OneState, fork_state
 from timemix.server.tokens import detokenize, tokenize, tokenizer_info
 
 SEND_BUFFER = 2**16
@@ -109,11 +109,8 @@ def _routes() -> list[Route]:
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/next_token", next_token, methods=["POST"]),
-        Route("/v1/states", create_state, methods=["POST"]),
-        Route("/v1/states", list_states, methods=["GET"]),
-        Route("/v1/states/{id}", load_state, methods=["GET"]),
-        Route("/v1/states/{id}", save_state, methods=["PUT"]),
-        Route("/v1/states/{id}", delete_state, methods=["DELETE"]),
+        Route("/v1/states", AllStates, methods=["GET", "POST"]),
+        Route("/v1/states/{id}", OneState, methods=["GET", "PUT", "DELETE"]),
         Route("/v1/states/{id}/fork", fork_state, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
         Route("/v1/models/{name:path}", show_model, methods=["GET"]),
@@ -195,6 +192,20 @@ async def metrics(request: HttpRequest) -> Response:
         Series("samples_finished_total", "counter", "Samples that have ended, by reason.", finished),
         series("time_to_first_token_seconds", "histogram", "Time to the first token.", lambda m: m.metrics.first_token),
         series("time_between_tokens_seconds", "histogram", "Time between tokens.", lambda m: m.metrics.between_tokens),
+        *_state_series(service_of(request)),
+    ]
+    return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
+
+
+def _state_series(service: Service) -> list[Series]:
+    """Return the metrics of cached and stored states."""
+    caches = [({"model": each.name}, each.engine.cache) for each in service.models]
+
+    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
+        return Series(name, kind, help, [(labels, value(cache)) for labels, cache in caches if cache is not None])
+
+    states = service.states
+    return [
         cached("state_cache_hits_total", "counter", "Prompts that began with a cached state.", lambda c: c.hits),
         cached("state_cache_misses_total", "counter", "Prompts that found no cached state.", lambda c: c.misses),
         cached("state_cache_bytes", "gauge", "Size of the cached states.", lambda c: c.nbytes),
@@ -202,7 +213,6 @@ async def metrics(request: HttpRequest) -> Response:
         Series("states_stored", "gauge", "Number of states that clients store.", [({}, len(states))]),
         Series("states_bytes", "gauge", "Size of the states that clients store.", [({}, states.nbytes)]),
     ]
-    return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
 
 
 async def _answer_http(_: HttpRequest, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """The endpoints of /v1/states: read a text once, continue it often, save it to a file and load it."""
 
 from starlette.concurrency import run_in_threadpool
+from starlette.endpoints import HTTPEndpoint
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -92,6 +93,18 @@ async def fork_state(request: HttpRequest) -> Response:
     fields = await Fields.read(request, service.most_bytes, empty=b"{}")
     name = _name(fields.text("name"))
     return _answer(await run_in_threadpool(service.states.fork, owner_of(request), request.path_params["id"], name))
+
+
+class AllStates(HTTPEndpoint):
+    """The methods of /v1/states. As one route, they all stand in the header Allow of an answer 405."""
+
+    get, post = staticmethod(list_states), staticmethod(create_state)
+
+
+class OneState(HTTPEndpoint):
+    """The methods of /v1/states/ID."""
+
+    get, put, delete = staticmethod(load_state), staticmethod(save_state), staticmethod(delete_state)
 
 
 def _answer(description: Description) -> JSONResponse:
