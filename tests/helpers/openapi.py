@@ -13,18 +13,12 @@ import timemix.server
 DOCUMENT: dict[str, Any] = json.loads((Path(timemix.server.__file__).parent / "openapi.json").read_text())
 CHUNKS = {"/v1/completions": "CompletionChunk", "/v1/chat/completions": "ChatChunk"}
 """Schema of the data of the events of a stream, by path."""
-AWAITED = ("/", "/v1/chat/completions", "/v1/states")
-"""Paths, and what is below them, whose routes do not exist yet."""
-
-
-def is_awaited(path: str) -> bool:
-    return any(path == each or (each != "/" and path.startswith(f"{each}/")) for each in AWAITED)
 
 
 def operations() -> list[tuple[str, str]]:
     """Return method and path of each operation that exists."""
     found = ((method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item)
-    return [(method, path) for method, path in found if method != "PARAMETERS" and not is_awaited(path)]
+    return [(method, path) for method, path in found if method != "PARAMETERS"]
 
 
 @functools.cache

@@ -180,7 +180,7 @@ def test_the_list_of_models_names_the_template(server):
         ({"messages": [HELLO], "functions": [{}]}, "functions", "not supported"),
         ({"messages": [HELLO], "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"messages": [HELLO], "modalities": ["audio"]}, "modalities", "not supported"),
-        ({"messages": [HELLO], "state": "state-1"}, "state", "not supported"),
+        ({"messages": [HELLO], "state": 5}, "state", "a string"),
         ({"messages": [HELLO], "logprobs": 3}, "logprobs", "true or false"),
         ({"messages": [HELLO], "top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
         ({"messages": [HELLO], "logprobs": True, "top_logprobs": 21}, "top_logprobs", "to 20"),
@@ -201,3 +201,14 @@ def test_messages_that_a_bounded_context_does_not_hold(server):
     body = {"model": "bounded", "messages": [{"role": "user", "content": "a" * 13}]}
     assert server.call(PATH, body).json["error"]["code"] == "context_length_exceeded"
     assert chat(server, "a" * 13, model="bounded", context="reanchor")["usage"]["completion_tokens"] == 12
+
+
+@pytest.mark.parametrize("end", ["\n\nUser:", 0])
+def test_a_state_continues_a_conversation(scripted, end):
+    with scripted(" Hi.", end, " Bye.", end) as server:
+        first = chat(server, "Hello!", return_state=True)["choices"][0]
+        second = chat(server, "Well?", state=first["state"]["id"])
+        step = server.models[0].engine.advance
+        assert second["choices"][0]["message"]["content"] == "Bye."
+        text = "User: Hello!\n\nAssistant: Hi.\n\nUser: Well?\n\nAssistant: Bye."
+        assert TOKENIZER.decode(step.read).startswith(text)

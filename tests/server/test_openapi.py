@@ -4,7 +4,7 @@ import jsonschema_rs
 import pytest
 from starlette.routing import Route
 
-from tests.helpers.openapi import DOCUMENT, check_answer, is_awaited, operations, resolved, validator
+from tests.helpers.openapi import DOCUMENT, check_answer, operations, resolved, validator
 from tests.helpers.serving import served, tiny
 from timemix.server.completions import UNSUPPORTED
 from timemix.server.fields import Fields
@@ -45,7 +45,7 @@ def test_the_server_returns_the_document(server):
 def test_routes_and_paths_agree(server):
     routes = [route for route in server.app.routes if isinstance(route, Route)]
     existing = {(method, route.path.replace(":path}", "}")) for route in routes for method in route.methods}
-    existing = {(method, path) for method, path in existing if method != "HEAD" and not is_awaited(path)}
+    existing = {(method, path) for method, path in existing if method != "HEAD"}
     assert existing == set(operations())
 
 
@@ -74,7 +74,7 @@ def fields_of(schema):
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in WORKING if not is_awaited(path)])
+@pytest.mark.parametrize("path", list(WORKING))
 def test_the_document_has_the_fields_that_are_read(server, path, monkeypatch):
     read, get = set(), Fields.get
 

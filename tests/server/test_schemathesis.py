@@ -5,7 +5,7 @@ import schemathesis
 from hypothesis import HealthCheck
 from schemathesis.checks import positive_data_acceptance
 
-from tests.helpers.openapi import DOCUMENT, is_awaited
+from tests.helpers.openapi import DOCUMENT
 from tests.helpers.serving import served, tiny
 from tests.helpers.tiers import examples
 from timemix.tokenizers.character import ByteTokenizer
@@ -25,7 +25,7 @@ def server():
         yield running
 
 
-@description.exclude(lambda context: is_awaited(context.operation.path)).parametrize()
+@description.parametrize()
 @examples(EXAMPLES, suppress_health_check=list(HealthCheck))
 def test_each_answer_is_declared(case, server):
     if isinstance(case.body, dict):

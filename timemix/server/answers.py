@@ -383,7 +383,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": data.encode(), "more_body": more})
         self._parts_sent += 1
 
-    async def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
+    def _chunks(self, events: Sequence[tuple[int, Event]]) -> str:
         """Return the chunks of new events, or a comment if there are none."""
         if not events:
             processed, total = self._stream.progress()

@@ -167,16 +167,10 @@ async def show_model(request: HttpRequest) -> Response:
 
 async def metrics(request: HttpRequest) -> Response:
     """Answer GET /metrics in the text format of Prometheus."""
-    models, states = service_of(request).models, service_of(request).states
+    models = service_of(request).models
 
     def series(name: str, kind: str, help: str, value: Callable[[Served], Any]) -> Series:
         return Series(name, kind, help, [({"model": each.name}, value(each)) for each in models])
-
-    def cached(name: str, kind: str, help: str, value: Callable[[PrefixCache], int]) -> Series:
-        caches = [(each.name, each.engine.cache) for each in models]
-        return Series(
-            name, kind, help, [({"model": name}, value(cache)) for name, cache in caches if cache is not None]
-        )
 
     finished = [
         ({"model": each.name, "reason": reason}, float(count))

@@ -1,14 +1,24 @@
 """The endpoint /v1/chat/completions: the messages become one text by the chat template of the model."""
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from timemix.generation.session import Session
 from timemix.generation.templates import ChatTemplate, Message, Role, template_of
 from timemix.server.answers import Call, Form, Piece, Score, respond
-from timemix.server.completions import MOST_TOP, build_request, engine_fields, spelled, stream_fields
+from timemix.server.completions import (
+    MOST_TOP,
+    build_request,
+    engine_fields,
+    keeper,
+    spelled,
+    state_fields,
+    stream_fields,
+)
 from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
@@ -31,8 +41,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
     "echo": (False,),
-    "state": (),
-    "return_state": (False,),
 }
 """Fields of other servers that change the answer and are not supported, with their values that change nothing."""
 
@@ -43,16 +51,19 @@ async def chat(request: HttpRequest) -> Response:
     fields = await Fields.read(request, service.most_bytes)
     served = service.model(fields.text("model"))
     messages, template, tokenizer = messages_of(fields), template_of(served.tokenizer), served.tokenizer
-    asked = answer_fields(fields, served, template)
-    ids = await run_in_threadpool(_prompt, messages, template, tokenizer)
+    asked = answer_fields(fields, served, template) | await state_fields(request, fields, served)
+    start = asked["start"] = _without_end(asked["start"], tokenizer)
+    ids = await run_in_threadpool(_prompt, messages, template, tokenizer, start)
+    requests = [build_request(ids, asked, served, "messages")]
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
     call = Call(
         served=served,
         form=ChatForm("" if is_begun else template.space),
-        requests=[build_request(ids, asked, served, "messages")],
+        requests=requests,
         echo=[],
         scored=asked["log_probabilities"],
         returns_ids=fields.flag("return_token_ids"),
+        keep=keeper(request, fields, served, requests),
         **stream_fields(fields),
     )
     return await respond(request, call, service.thread)
@@ -83,9 +94,17 @@ def answer_fields(fields: Fields, served: Served, template: ChatTemplate) -> dic
     }
 
 
-def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of the text of messages."""
-    text = template.render(messages)
+def _without_end(start: Session | None, tokenizer: Tokenizer) -> Session | None:
+    """Return a session without the end of a text as its last token, which must not stand between two messages."""
+    if start is None or start.unread == 0 or start.tokens[-1] != tokenizer.end_of_text:
+        return start
+    return replace(start, tokens=start.tokens[:-1], unread=start.unread - 1)
+
+
+def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, start: Session | None) -> list[int]:
+    """Return the token ids of the text of messages, which may continue the text of a session."""
+    # The text of a session may end with a stop string, which begins the next message.
+    text = template.render(messages) if start is None else template.following(messages, tokenizer.decode(start.tokens))
     return checked("messages", lambda: tokenizer.encode(text).tolist())
 
 
