@@ -226,19 +226,20 @@ class Sampler:
         """
         B, V = logits.shape
         columns = {field.name: self._column(field.name, B) for field in fields(self)}
-        if self.needs_seen and seen is None:
+        needs_seen, needs_counts = self.needs_seen, self.needs_counts
+        if needs_seen and seen is None:
             raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
-        if self.needs_counts and counts is None:
+        if needs_counts and counts is None:
             raise ValueError("a penalty on generated tokens is on, but counts is None; pass the counts of each row")
         size = 1 if V > LARGE else max(1, B)
         for at in (slice(begin, begin + size) for begin in range(0, B, size)):
             own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
             x = logits[at]
-            if self.needs_seen or self.needs_counts:
+            if needs_seen or needs_counts:
                 x = x.astype(np.float64, order="C")
-            if self.needs_seen and seen is not None:
+            if needs_seen and seen is not None:
                 penalize_seen(x, seen[at], own["repetition_penalty"])
-            if self.needs_counts and counts is not None:
+            if needs_counts and counts is not None:
                 penalize_counted(x, counts[at], own["presence_penalty"], own["frequency_penalty"])
             largest = x.max(-1, keepdims=True)
             if not (largest > -math.inf).all():
