@@ -142,16 +142,6 @@ class Sampler:
         columns = {field.name: tuple(getattr(each, field.name) for each in samplers) for field in fields(Sampler)}
         return Sampler(**{name: values if len(set(values)) > 1 else values[0] for name, values in columns.items()})
 
-    @property
-    def needs_seen(self) -> bool:
-        """Whether the tokens of the context are needed, for `repetition_penalty`."""
-        return self._is_on("repetition_penalty", 1)
-
-    @property
-    def needs_counts(self) -> bool:
-        """Whether the numbers of generated tokens are needed, for the penalties on generated tokens."""
-        return self._is_on("presence_penalty", 0) or self._is_on("frequency_penalty", 0)
-
     def _is_on(self, name: str, off: float) -> bool:
         value = getattr(self, name)
         return any(each != off for each in (value if isinstance(value, tuple) else (value,)))
@@ -226,19 +216,16 @@ class Sampler:
         """
         B, V = logits.shape
         columns = {field.name: self._column(field.name, B) for field in fields(self)}
-        if self.needs_seen and seen is None:
-            raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
-        if self.needs_counts and counts is None:
-            raise ValueError("a penalty on generated tokens is on, but counts is None; pass the counts of each row")
+        seen, counts = self._needed(seen, counts)
         size = 1 if V > LARGE else max(1, B)
         for at in (slice(begin, begin + size) for begin in range(0, B, size)):
             own = {name: column if len(column) == 1 else column[at] for name, column in columns.items()}
             x = logits[at]
-            if self.needs_seen or self.needs_counts:
+            if seen is not None or counts is not None:
                 x = x.astype(np.float64, order="C")
-            if self.needs_seen and seen is not None:
+            if seen is not None:
                 penalize_seen(x, seen[at], own["repetition_penalty"])
-            if self.needs_counts and counts is not None:
+            if counts is not None:
                 penalize_counted(x, counts[at], own["presence_penalty"], own["frequency_penalty"])
             largest = x.max(-1, keepdims=True)
             if not (largest > -math.inf).all():
@@ -246,6 +233,18 @@ class Sampler:
                 fault = "hold NaN" if np.isnan(largest[row]) else "are all -inf"
                 raise ValueError(f"logits of row {at.start + row} {fault}; a row needs a number above -inf, and no NaN")
             yield at, *_survivors(x, largest.astype(np.float64), own)
+
+    def _needed(
+        self, seen: Sequence[Collection[int]] | None, counts: Sequence[Mapping[int, int]] | None
+    ) -> tuple[Sequence[Collection[int]] | None, Sequence[Mapping[int, int]] | None]:
+        """Return `seen` and `counts`, each as None if no penalty uses it. Raise ValueError if a penalty lacks it."""
+        is_seen_used = self._is_on("repetition_penalty", 1)
+        are_counts_used = self._is_on("presence_penalty", 0) or self._is_on("frequency_penalty", 0)
+        if is_seen_used and seen is None:
+            raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
+        if are_counts_used and counts is None:
+            raise ValueError("a penalty on generated tokens is on, but counts is None; pass the counts of each row")
+        return seen if is_seen_used else None, counts if are_counts_used else None
 
     def _column(self, name: str, rows: int) -> np.ndarray:
         """Return a field as (1, 1) or (B, 1), to broadcast over (B, V)."""
