@@ -142,6 +142,18 @@ def test_the_sampler_of_the_page_is_that_of_the_library(page):
         assert found == pytest.approx(wanted, abs=1e-12), fields
 
 
+def test_the_page_subtracts_penalties_from_generated_tokens(page):
+    logits, counts = [1.0, 0.5, 2.0, -1.0], [[1, 1], [2, 3]]
+    penalized = torch.tensor([[1.0, 0.5 - 0.4 - 0.25, 2.0 - 0.4 - 3 * 0.25, -1.0]], dtype=torch.float64)
+    found = page.run(
+        "return Array.from(probabilities(arguments[0], arguments[1], [], new Map(arguments[2])))",
+        logits,
+        {"presence_penalty": 0.4, "frequency_penalty": 0.25, "top_k": 3},
+        counts,
+    )
+    assert found == pytest.approx(Sampler(top_k=3).probabilities(penalized)[0].tolist(), abs=1e-12)
+
+
 def test_the_bars_follow_the_sliders_without_a_call(page):
     page.type("abc")
     before = page.bars
