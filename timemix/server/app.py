@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from timemix.server.completions import complete
 from timemix.server.engine_thread import EngineThread, Served
@@ -168,11 +168,20 @@ async def metrics(request: HttpRequest) -> Response:
     return PlainTextResponse(to_text(found), media_type="text/plain; version=0.0.4")
 
 
-async def _answer_http(_: HttpRequest, error: Exception) -> Response:
+async def _answer_http(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: "this path does not exist; GET /openapi.json lists all paths", 405: "this path has no such method"}
-    found = ApiError(error.status_code, words.get(error.status_code, error.detail), headers=dict(error.headers or {}))
-    return found.response()
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return ApiError(error.status_code, words.get(error.status_code, error.detail), headers=headers).response()
+
+
+def _methods(request: HttpRequest) -> set[str]:
+    """Return the methods of all routes of a path, of which the error of starlette names one route alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or set() for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return set().union(*found)
 
 
 async def _answer_bug(_: HttpRequest, error: Exception) -> Response:
