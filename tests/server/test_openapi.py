@@ -49,6 +49,14 @@ def test_routes_and_paths_agree(server):
     assert existing == set(operations())
 
 
+@pytest.mark.parametrize("path", sorted({path for _, path in operations()}))
+def test_an_unknown_method_gets_the_methods_of_the_path(server, path):
+    answer = server.call(path.replace("{id}", "a").replace("{name}", "a"), method="PATCH")
+    methods = {method for method, own in operations() if own == path}
+    assert answer.status == 405
+    assert set(answer.headers["allow"].split(", ")) - {"HEAD"} == methods
+
+
 def test_the_schemas_are_schemas():
     for name, schema in DOCUMENT["components"]["schemas"].items():
         jsonschema_rs.meta.validate(schema)
