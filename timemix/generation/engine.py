@@ -23,7 +23,7 @@ from timemix.models.quantize import Weights
 from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
-PIECE = 64
+PIECE = 32
 """Largest number of prompt tokens that one step processes. A prompt is cut at positions divisible by `PIECE`."""
 
 
