@@ -17,7 +17,7 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS, Weights, linear_weights, rounded
-from timemix.runtime.machine import free_memory, keep_freed_memory, resident_memory
+from timemix.runtime.machine import free_memory, keep_freed_memory, ones_in_huge_pages, resident_memory
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.1, "int4": 0.5}
 """Largest difference of logits between two programs, relative to the largest logit."""
@@ -106,7 +106,7 @@ def decode(
             contenders.append(llama_decoding(runner, weights, expected))
         if weights == "float32" and rows == 1:
             contenders += rwkv_package(model, 33, decodes=True)
-        memory = torch.ones(2**26)
+        memory = ones_in_huge_pages(2**26)
         contenders.append(Contender("reading memory", memory.sum, 1))
         *paths, reading = race(contenders, seconds, CPU, say)
     bandwidth = 4 * memory.numel() / (reading.seconds or 1)

@@ -88,3 +88,17 @@ def test_the_bits_of_a_row_do_not_depend_on_other_rows(code, weights):
     for rows in range(1, 13):
         assert product(code, weight, None, x[:rows].contiguous(), weights).equal(together[:rows])
         assert product(code, weight, None, x[rows:].contiguous(), weights).equal(together[rows:])
+
+
+def test_panels_follow_one_another_in_memory():
+    parameters = Parameters("float32", 64)
+    # The last weight is larger than the memory that is reserved at a time.
+    weights = torch.randn(70, 33), torch.randn(31, 7), torch.randn(64, 2**17)
+    first, second, third = (parameters.panels(weight, None, "float32") for weight in weights)
+    assert first.weight % 64 == 0
+    assert second.weight == first.weight + 4 * 128 * 33
+    size = weights[2].numel()
+    # (64, inputs) -> (inputs, PANEL)
+    assert torch.frombuffer((ctypes.c_float * size).from_address(third.weight), dtype=torch.float32).equal(
+        weights[2].t().flatten()
+    )

@@ -27,7 +27,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import GROUP, WEIGHTS, Weights, linear_weights, rounded
 from timemix.models.state import State
 from timemix.reporting.plots import save_picture
-from timemix.runtime.machine import largest_cache, peak_memory
+from timemix.runtime.machine import largest_cache, ones_in_huge_pages, peak_memory
 from timemix.training.compiling import choose_compile
 
 STEPS = 16
@@ -99,7 +99,7 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
         for weights, (step, expected) in steps.items():
             contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
     contenders += _library_models(model, position, say)
-    memory = torch.ones(2**26)
+    memory = ones_in_huge_pages(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
     *rows, reading = race(contenders, seconds, torch.device("cpu"), say)
     # The bandwidth is measured in alternation with the steps, since other programs on the machine change the bandwidth.

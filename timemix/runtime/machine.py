@@ -46,6 +46,11 @@ def huge_pages(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def ones_in_huge_pages(count: int) -> Tensor:
+    """Return ones (count,) float32, whose sum needs the time to read the memory."""
+    return huge_pages(4 * count).view(torch.float32).fill_(1)
+
+
 def free_memory(device: torch.device) -> int:
     """Return the free memory of a device in bytes."""
     if device.type == "cuda":
@@ -94,7 +99,7 @@ def memory_bandwidth(device: torch.device) -> float:
     Returns:
         Bytes per second.
     """
-    numbers: Tensor = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    numbers: Tensor = torch.ones(2**28, device=device) if device.type == "cuda" else ones_in_huge_pages(2**26)
     return numbers.numel() * numbers.element_size() / _fastest(numbers.sum, device)
 
 
