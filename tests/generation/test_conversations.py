@@ -156,15 +156,15 @@ def test_a_step_reads_one_piece_of_a_long_prompt_beside_eight_streams():
     for number in range(1, 101):
         # Each stream gets a token in each step.
         assert [e.id for e in engine.step()] == streams
-        assert engine.progress(long) == (number * PIECE, 100_000)
-    assert max(sizes) == PIECE + 8
+        assert engine.progress(long) == (number * PIECE // 2, 100_000)
+    assert max(sizes) == PIECE // 2 + 8
     # Two long prompts take turns; they do not add up.
     other = engine.add(Request([4] * 100_000, 1))
     assert engine.cancel(streams[0])
     for _ in range(10):
         engine.step()
-    assert max(sizes) == PIECE + 8
-    assert engine.progress(other)[0] == 5 * PIECE
+    assert max(sizes) == PIECE // 2 + 8
+    assert engine.progress(other)[0] == 5 * PIECE // 2
     assert engine.progress(streams[0]) == (0, 0)
 
 

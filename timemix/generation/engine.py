@@ -23,8 +23,11 @@ from timemix.models.quantize import Weights
 from timemix.models.state import State
 from timemix.tokenizers.base import Tokenizer
 
-PIECE = 32
-"""Largest number of prompt tokens that one step processes. A prompt is cut at positions divisible by `PIECE`."""
+PIECE = 64
+"""Largest number of prompt tokens that one step processes. A prompt is cut at positions divisible by `PIECE`.
+
+A step that also generates tokens processes at most half a piece, so that prompts delay these tokens less.
+"""
 
 
 class Engine:
@@ -214,9 +217,9 @@ class Engine:
     def step(self) -> list[Event]:
         """Activate pending requests, then generate one token of each active request whose prompt is processed.
 
-        One step processes at most `PIECE` prompt tokens, and the requests take turns. A request has no event before its
-        prompt is processed. If a step raises an error, or Ctrl-C interrupts a step, all active requests end. Pending
-        requests can still run.
+        One step processes at most `PIECE` prompt tokens, half of them if it also generates tokens, and the requests
+        take turns. A request has no event before its prompt is processed. If a step raises an error, or Ctrl-C
+        interrupts a step, all active requests end. Pending requests can still run.
 
         Returns:
             The events, in the order in which the requests were added.
@@ -344,9 +347,9 @@ class Engine:
     def _pieces(self, rows: list[Row]) -> list[tuple[Row, int]]:
         """Return the rows of a step with their numbers of tokens: the next piece of a prompt, or one token."""
         counts = {row: 1 for row in rows if row.unread == 1}
-        left = PIECE
+        left = size = PIECE // 2 if counts else PIECE
         for row in sorted((row for row in rows if row.unread > 1), key=lambda row: row.last_read):
-            count = row.piece(PIECE)
+            count = row.piece(size)
             if count > left:
                 break
             left -= count

@@ -237,6 +237,8 @@ class _Choice:
             score = self._score(event.token, event.log_probability, event.top_log_probabilities)
             piece.scores.append(score)
         self._written += 1
+        if event.session is not None and call.keep is not None:
+            piece.extras["state"] = call.stored(event.session)
         return piece
 
     def _begin(self, piece: Piece, event: Event) -> None:
