@@ -1,5 +1,6 @@
 """The server under load: many clients, slow clients, long prompts, and chunks of text at any byte."""
 
+import asyncio
 import contextlib
 import json
 import random
@@ -17,6 +18,8 @@ from tests.helpers.tiers import examples, slow
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.server import answers, app, engine_thread
+from timemix.server.engine_thread import EngineThread
+from timemix.server.errors import ApiError
 from timemix.tokenizers.character import ByteTokenizer
 
 ENDLESS = {"prompt": "a", "max_tokens": 1_000_000, "seed": 1}
@@ -249,3 +252,16 @@ def test_conversations_do_not_mix(count):
         for number in range(count):
             assert found[number] == converse_alone(engine, number), number
         assert json.dumps(found).count("[") > count
+
+
+def test_a_stream_with_a_fault_never_looks_like_a_complete_text():
+    async def taken():
+        own = tiny()
+        stream = EngineThread([own], on_death=print).submit(own, [Request([0], 5)])
+        stream.fail(ApiError(503, "the server has closed"))
+        # An answer that is being sent asks next whether the stream has ended.
+        assert not stream.has_ended
+        with pytest.raises(ApiError, match="the server has closed"):
+            await stream.take()
+
+    asyncio.run(taken())
