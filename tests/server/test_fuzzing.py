@@ -94,7 +94,7 @@ def server():
         yield running
         waited = time.monotonic()
         while any(each.engine.busy for each in running.models):
-            assert time.monotonic() - waited < 1, "a request still runs after its answer"
+            assert time.monotonic() - waited < 10, "a request still runs after its answer"
 
 
 @given(body=right_bodies())

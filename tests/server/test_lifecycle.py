@@ -32,7 +32,7 @@ def test_a_client_that_leaves_frees_its_slot(server, stream):
     engine = engine_of(server)
     with post(server, "/v1/completions", ENDLESS | {"stream": stream, "n": 2}):
         assert within(10, lambda: engine.active == 2)
-    assert within(1, lambda: not engine.busy and engine.active == 0)
+    assert within(10, lambda: not engine.busy and engine.active == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -42,7 +42,7 @@ def test_a_client_that_leaves_the_queue(server, stream):
         assert within(10, lambda: engine.active == 2)
         with post(server, "/v1/completions", ENDLESS | {"stream": stream}):
             assert within(10, lambda: engine.pending == 1)
-        assert within(1, lambda: engine.pending == 0)
+        assert within(10, lambda: engine.pending == 0)
         assert engine.active == 2
 
 
@@ -54,7 +54,7 @@ def test_a_client_that_leaves_during_its_prompt(server, path, fields):
     engine = engine_of(server)
     with post(server, path, LONG_PROMPT | fields):
         assert within(10, lambda: engine.progress(0)[0] > 0)
-    assert within(1, lambda: not engine.busy and engine.active == 0)
+    assert within(10, lambda: not engine.busy and engine.active == 0)
     done, total = engine.progress(0)
     assert done == total == 0
 
