@@ -29,12 +29,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=PUBLISHED, default="0.19 B", help="size for generation and write-hf")
     parser.add_argument("--gguf", type=Path, help="folder of the GGUF files of --size")
     parser.add_argument("--json", type=Path, default=Path("runs/rwkv7.json"), help="file of the results")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time of each contender of generation")
+    parser.add_argument("--longest", type=int, default=4096, help="largest prompt of generation, in tokens")
     parser.add_argument("--toy", action="store_true", help="use tiny models")
     asked = parser.parse_args(arguments)
     if asked.part == "training":
         training(Record(asked.json), TOY if asked.toy else REAL)
     elif asked.part == "generation":
-        generation(Record(asked.json), asked.size, asked.gguf, asked.toy)
+        generation(Record(asked.json), asked.size, asked.gguf, asked.toy, asked.seconds, asked.longest)
     elif asked.folder is None:
         parser.error("write-hf needs a folder")
     else:

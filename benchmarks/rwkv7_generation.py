@@ -240,12 +240,13 @@ def published_size(name: str, toy: bool) -> LanguageModel:
     return random_model(rwkv7(layers, channels, 96 if toy else 65536)).eval()
 
 
-def generation(record: Record, name: str, folder: Path | None, toy: bool) -> None:
+def generation(record: Record, name: str, folder: Path | None, toy: bool, seconds: float, longest: int) -> None:
     keep_freed_memory()
-    model, seconds, threads = published_size(name, toy), 0.01 if toy else 4.0, torch.get_num_threads()
-    short, long = (8, 24) if toy else (512, 4096)
+    model, threads = published_size(name, toy), torch.get_num_threads()
+    seconds = 0.01 if toy else seconds
+    lengths = tuple(length for length in ((8, 24) if toy else (512, 4096)) if length <= longest)
     for weights in WEIGHTS:
-        prompts = (short, long) if weights in ("float32", "bfloat16") else ()
+        prompts = lengths if weights in ("float32", "bfloat16") else ()
         parts: dict[str, Callable[[Prepared], Heat]] = {}
         for count in sorted({1, threads}):
             parts[f"decode in {weights}, {count} threads"] = partial(
