@@ -103,10 +103,14 @@ def test_the_file_of_keys(tmp_path):
     file = tmp_path / "keys"
     file.write_bytes("# ours\n  first-key  \n\n#second\n密钥\r\n".encode())
     assert read_keys(file) == ["first-key", "密钥"]
+    file.write_bytes("\ufefffirst-key\r\n".encode())
+    assert read_keys(file) == ["first-key"]
     for content in (b"", b"\n# none\n", b"\xff\xfe"):
         file.write_bytes(content)
         with pytest.raises(FileError, match="one API key a line|holds no API key"):
             read_keys(file)
+    with pytest.raises(FileError, match="cannot read .*: Is a directory; check its path"):
+        read_keys(tmp_path)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000", "[::1]"])

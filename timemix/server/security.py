@@ -8,8 +8,9 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from timemix.errors import DamagedFile, MissingFile
+from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.server.errors import ApiError
+from timemix.storage.files import cannot_read
 
 PUBLIC = ("/", "/health", "/openapi.json")
 """Paths that need no key."""
@@ -25,12 +26,15 @@ def read_keys(path: Path) -> list[str]:
         path: The file.
 
     Raises:
-        FileError: The file is missing, is no UTF-8 text, or holds no key.
+        FileError: The file is missing, cannot be read, is no UTF-8 text, or holds no key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a byte order mark, which is no part of the first key.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise MissingFile(f"{path} does not exist; write one API key a line into it") from None
+    except OSError as error:
+        raise FileError(cannot_read(path, error)) from None
     except UnicodeDecodeError:
         raise DamagedFile(f"{path} is not UTF-8 text; write one API key a line into it") from None
     keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
