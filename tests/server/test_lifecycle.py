@@ -166,6 +166,8 @@ def test_wrong_options_end_with_one_sentence(run, tmp_path, capsys):
             (run, "--port", 0, "--api-key-file", empty): "holds no API key",
             (run, "--port", 0, "--api-key-file", tmp_path / "missing"): "does not exist",
             (run, "--port", 70_000): "it must be from 0 to 65535",
+            (run, "--port", 0, "--cors", "*"): "--cors is '*'; it must be an origin",
+            (run, "--port", 0, "--cors", "https://example.org/"): "without a path, such as https://example.org",
             (run, "--port", 0, "--checkpoint", "7"): "7",
         }
         for words, message in cases.items():

@@ -1,5 +1,6 @@
 """The command-line verb serve: offer trained models over HTTP."""
 
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ _RANGES = (
     ("cache_bytes", 0, 2**63 - 1),
     ("state_bytes", 0, 2**63 - 1),
 )
+
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+")
+"""An origin as browsers send it: a scheme, a host in small letters and a port, or null for a page without an origin."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ class ServeArguments:
                 raise InvalidValue(f"--{flag} is {getattr(self, name)}; it must be from {low} to {high}")
         if not self.drain_seconds >= 0:
             raise InvalidValue(f"--drain-seconds is {self.drain_seconds}; it must be at least 0")
+        for origin in self.cors:
+            if not _ORIGIN.fullmatch(origin):
+                raise InvalidValue(
+                    f"--cors is {origin!r}; it must be an origin without a path, such as https://example.org"
+                )
         if not self.runs:
             raise InvalidValue("no run is given; give at least one: timemix serve RUN")
 
