@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -265,3 +266,40 @@ def test_a_stream_with_a_fault_never_looks_like_a_complete_text():
             await stream.take()
 
     asyncio.run(taken())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_other_calls_continue_while_the_scores_of_a_long_prompt_are_formatted(server, monkeypatch, is_stream):
+    begun, may_end, begin = threading.Event(), threading.Event(), answers._Choice._begin
+
+    def slow_begin(choice, piece, event):
+        begun.set()
+        assert may_end.wait(20)
+        begin(choice, piece, event)
+
+    monkeypatch.setattr(answers._Choice, "_begin", slow_begin)
+    fields = {"prompt": "ab" * answers.LONG, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": is_stream}
+    with ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(server.call, "/v1/completions", fields)
+        try:
+            assert begun.wait(20)
+            assert server.call("/health").status == 200
+        finally:
+            may_end.set()
+        answer = scoring.result()
+    choices = [each["choices"][0] for each in (answer.events if is_stream else [answer.json])]
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 2 * answers.LONG + 1
+
+
+def test_the_parts_of_an_answer_are_joined_in_linear_time():
+    whole, parts = answers.Piece(0), 20_000
+    for token in range(parts):
+        part = answers.Piece(0, "a", [answers.Score(token, 0.0, (), token)], extras={"token_ids": [token]})
+        whole.add(part)
+        if token == 1000:
+            scores, ids = whole.scores, whole.extras["token_ids"]
+    # The lists grow in place: a copy for each token would take quadratic time.
+    assert whole.scores is scores
+    assert whole.extras["token_ids"] is ids
+    assert ids == list(range(parts))
+    assert whole.text == "a" * parts

@@ -8,8 +8,9 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -24,8 +25,13 @@ from timemix.tokenizers.base import Tokenizer
 KEEP_ALIVE = 5.0
 """A stream without an event gets a comment after 1 to 2 times these seconds, so that no proxy closes it."""
 
+LONG = 1000
+"""Number of scores of prompts from which another thread formats them, so that other calls continue meanwhile."""
+
 _MARK = "\0text\0"
 """Text that is replaced by the text of a chunk."""
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,19 @@ class Piece:
 
     def add(self, other: "Piece") -> None:
         """Append a later piece."""
-        self.text += other.text
-        self.scores = self.scores if other.scores is None else [*(self.scores or []), *other.scores]
+        # Python appends to a local string in place. To `self.text`, it would copy the whole text for each token.
+        text, self.text = self.text, ""
+        text += other.text
+        self.text = text
+        if other.scores is not None:
+            self.scores = self.scores or []
+            self.scores += other.scores
         self.finish = other.finish or self.finish
         for name, value in other.extras.items():
-            joined = isinstance(value, list) and name in self.extras
-            self.extras[name] = self.extras[name] + value if joined else value
+            if isinstance(value, list):
+                self.extras.setdefault(name, []).extend(value)
+            else:
+                self.extras[name] = value
 
 
 class Form(ABC):
@@ -300,11 +313,22 @@ async def _whole(call: Call, stream: Stream) -> Response:
     while not stream.has_ended:
         events = await stream.take()
         await call.store(events)
-        for place, event in events:
-            piece = call.piece(place, event)
+        for piece in await _formatted(lambda given: [call.piece(*each) for each in given], events):
             pieces[piece.index].add(piece)
-    choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
-    return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
+
+    def answer() -> Response:
+        choices = [call.form.choice(piece, call.served.tokenizer, is_part=False) for piece in pieces]
+        return JSONResponse(call.head(call.form.whole) | {"choices": choices, "usage": call.usage()})
+
+    return await run_in_threadpool(answer) if call.scored else answer()
+
+
+async def _formatted(
+    format: Callable[[Sequence[tuple[int, Event]]], _Value], events: Sequence[tuple[int, Event]]
+) -> _Value:
+    """Call a function that formats events: in another thread if they hold the scores of long prompts."""
+    scores = sum(len(event.prompt_log_probabilities or ()) for _, event in events)
+    return format(events) if scores < LONG else await run_in_threadpool(format, events)
 
 
 async def _until_disconnected(receive: Receive) -> None:
@@ -372,7 +396,7 @@ class EventStream(Response):
                     await self._send(send, data)
                 events = await stream.take()
                 await call.store(events)
-                data = self._chunks(events)
+                data = await _formatted(self._chunks, events)
             if call.includes_usage:
                 data += self._chunk(None, call.usage())
             data += "data: [DONE]\n\n"

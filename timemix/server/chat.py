@@ -50,11 +50,12 @@ async def chat(request: HttpRequest) -> Response:
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
     served = service.model(fields.text("model"))
-    messages, template, tokenizer = messages_of(fields), template_of(served.tokenizer), served.tokenizer
+    template, tokenizer = template_of(served.tokenizer), served.tokenizer
+    messages = await run_in_threadpool(messages_of, fields)
     asked = answer_fields(fields, served, template) | await state_fields(request, fields, served)
     start = asked["start"] = _without_end(asked["start"], tokenizer)
     ids = await run_in_threadpool(_prompt, messages, template, tokenizer, start)
-    requests = [build_request(ids, asked, served, "messages")]
+    requests = [await run_in_threadpool(build_request, ids, asked, served, "messages")]
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
     call = Call(
         served=served,

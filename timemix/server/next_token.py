@@ -30,7 +30,8 @@ async def next_token(request: HttpRequest) -> Response:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
     asked: dict[str, Any] = engine_fields(fields, served, 1) | await state_fields(request, fields, served)
     asked |= {"tokens": 1, "samples": 1, "keep_session": False}
-    built = build_request(prompts[0], asked | {"top_log_probabilities": count}, served, "prompt")
+    asked["top_log_probabilities"] = count
+    built = await run_in_threadpool(build_request, prompts[0], asked, served, "prompt")
     stream = service.thread.submit(served, [built])
     return await while_connected(request.receive, stream, _answer(stream, built, count))
 

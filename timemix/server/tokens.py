@@ -1,5 +1,7 @@
 """The endpoints that convert between text and token ids."""
 
+from typing import Any
+
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
@@ -23,21 +25,25 @@ async def tokenize(request: HttpRequest) -> JSONResponse:
     ids, unknown = await run_in_threadpool(tokenizer.encode_counted, text)
     if not reports:
         checked("prompt", lambda: tokenizer.refuse(unknown))
-    found = {"tokens": ids.tolist(), "count": len(ids), "max_model_len": served.engine.model.max_position}
     # Other tokenizers have a token for unknown text, so that a prompt may contain it.
     refused = list(unknown) if tokenizer.unknown == "error" else []
-    return JSONResponse(found | ({"unknown": refused} if reports else {}))
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.model.max_position}
+    found |= {"unknown": refused} if reports else {}
+    return await run_in_threadpool(lambda: JSONResponse({"tokens": ids.tolist()} | found))
 
 
 async def detokenize(request: HttpRequest) -> JSONResponse:
     """Answer POST /detokenize."""
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
-    served, ids = service.model(fields.text("model")), fields.ids("tokens")
+    served = service.model(fields.text("model"))
     if fields.get("tokens") is None:
         raise ApiError(400, "tokens is missing; give a list of token ids", "tokens")
-    text = checked("tokens", lambda: served.tokenizer.decode(ids))
-    return JSONResponse({"prompt": text})
+
+    def answer() -> JSONResponse:
+        return JSONResponse({"prompt": checked("tokens", lambda: served.tokenizer.decode(fields.ids("tokens")))})
+
+    return await run_in_threadpool(answer)
 
 
 async def tokenizer_info(request: HttpRequest) -> JSONResponse:
