@@ -241,6 +241,17 @@ def test_a_request_does_not_change_its_state(server, upload):
     assert server.call(f"/v1/states/{OWN}").body == upload
 
 
+@pytest.mark.parametrize("first", range(1, 20))
+def test_a_state_that_fills_a_bounded_context_can_be_continued(server, first):
+    body = {"model": "bounded", "seed": 1, "return_state": True}
+    whole = server.complete(prompt="abc", max_tokens=20, **body)["choices"][0]["text"]
+    begun = server.complete(prompt="abc", max_tokens=first, **body)["choices"][0]
+    state = begun["state"]["id"]
+    rest = server.complete(state=state, max_tokens=20 - first, **body)["choices"][0]
+    assert begun["text"] + rest["text"] == whole
+    assert server.call("/v1/next_token", {"model": "bounded", "state": state}).status == 200
+
+
 def test_an_answer_reports_where_the_context_was_restarted(server):
     body = {"model": "bounded", "prompt": "a" * 10, "max_tokens": 20, "seed": 1, "context": "reanchor"}
     # The context has 12 tokens. A restart keeps the newest 6 tokens, which gives room for 7 draws.

@@ -203,7 +203,9 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
     start: Session | None = asked.get("start")
     past = 0 if start is None else int(start.state.position) + start.unread
     needed = past + len(prompt) + (tokens if context == "error" else 0)
-    if limit is not None and context in ("", "error") and needed > limit:
+    # A state without a prompt is a text that grows, even if it fills the context.
+    is_checked = context == "error" or (context == "" and prompt)
+    if limit is not None and is_checked and needed > limit:
         known = f"the prompt has {len(prompt)}" if start is None else f"the state has {past}, the prompt {len(prompt)}"
         rest = f" and {tokens} new tokens" if context == "error" else ""
         raise ApiError(
