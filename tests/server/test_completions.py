@@ -144,7 +144,7 @@ def test_null_counts_as_absent(server):
         ({"prompt": "a", "seed": 2**64}, "seed", "whole number"),
         ({"prompt": "a", "model": "bounded", "max_tokens": 20, "context": "error"}, "prompt", "12 tokens"),
         ({"prompt": "a" * 13, "model": "bounded"}, "prompt", "has 12 tokens, but the prompt has 13"),
-        ({"prompt": "\ud800"}, "prompt", "a string"),
+        ({"prompt": "\ud800"}, "prompt", "a string without lone surrogates"),
     ],
 )
 def test_a_wrong_field_is_named(server, fields, param, words):

@@ -132,6 +132,17 @@ def test_a_killed_server_leaves_nothing_behind(run, tmp_path):
         assert running.http.call("/health").json == {"status": "ok"}
 
 
+def test_a_server_that_is_open_to_the_network_warns(run, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\n")
+    warning = "other machines can use the server without an API key"
+    cases = {"local": (), "closed": ("--host", "0.0.0.0", "--api-key-file", str(keys)), "open": ("--host", "0.0.0.0")}
+    for name, options in cases.items():
+        with served_run(run, tmp_path / name, *options) as running:
+            assert running.http.call("/health").status == 200
+            assert (warning in running.output) == (name == "open")
+
+
 def test_a_failed_step_ends_the_process(run, tmp_path):
     with served_run(run, tmp_path / "log", fails_after=50) as running:
         with stream_of(running, 1_000_000)[0] as stream:

@@ -102,6 +102,12 @@ def serve(arguments: list[str]) -> int:
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         url = f"http://{host}:{listening.getsockname()[1]}/"
         settings = Settings(parsed.host, keys, parsed.cors, parsed.drain_seconds, parsed.state_bytes, parsed.state_dir)
+        if not (settings.hosts or keys):
+            print(
+                "timemix: other machines can use the server without an API key; restrict it with --api-key-file",
+                file=sys.stderr,
+                flush=True,
+            )
         run(models, settings, listening, lambda: print(f"timemix: serving at {url} (Ctrl-C ends it)", flush=True))
     return 0
 

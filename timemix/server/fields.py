@@ -71,7 +71,8 @@ class Fields:
 
     def text(self, name: str, default: str | None = None) -> str | None:
         """Return a string."""
-        return self._typed(name, default, "a string", lambda x: isinstance(x, str) and _is_unicode(x))
+        words = "a string without lone surrogates" if isinstance(self.get(name), str) else "a string"
+        return self._typed(name, default, words, lambda x: isinstance(x, str) and _is_unicode(x))
 
     def flag(self, name: str) -> bool:
         """Return true or false; false if the field is absent."""
