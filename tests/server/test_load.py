@@ -18,7 +18,7 @@ from tests.helpers.serving import served, tiny
 from tests.helpers.tiers import examples, slow
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
-from timemix.server import answers, app, engine_thread
+from timemix.server import answers, app, engine_thread, responses
 from timemix.server.engine_thread import EngineThread
 from timemix.server.errors import ApiError
 from timemix.tokenizers.character import ByteTokenizer
@@ -100,7 +100,7 @@ def test_a_body_past_the_limit(server, is_chunked):
 
 
 def test_comments_during_a_long_prompt(server, monkeypatch):
-    monkeypatch.setattr(answers, "KEEP_ALIVE", 0.01)
+    monkeypatch.setattr(responses, "KEEP_ALIVE", 0.01)
     with post(server, "/v1/completions", {"prompt": "ab" * 10_000, "max_tokens": 1, "stream": True}) as connection:
         text = read_until(connection, b"[DONE]").decode()
     progress = [tuple(map(int, found)) for found in re.findall(r"^: reading (\d+)/(\d+)$", text, re.MULTILINE)]
@@ -278,7 +278,7 @@ def test_other_calls_continue_while_the_scores_of_a_long_prompt_are_formatted(se
         begin(choice, piece, event)
 
     monkeypatch.setattr(answers._Choice, "_begin", slow_begin)
-    fields = {"prompt": "ab" * answers.LONG, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": is_stream}
+    fields = {"prompt": "ab" * responses.LONG, "max_tokens": 1, "echo": True, "logprobs": 1, "stream": is_stream}
     with ThreadPoolExecutor(1) as pool:
         scoring = pool.submit(server.call, "/v1/completions", fields)
         try:
@@ -288,7 +288,7 @@ def test_other_calls_continue_while_the_scores_of_a_long_prompt_are_formatted(se
             may_end.set()
         answer = scoring.result()
     choices = [each["choices"][0] for each in (answer.events if is_stream else [answer.json])]
-    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 2 * answers.LONG + 1
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == 2 * responses.LONG + 1
 
 
 def test_the_parts_of_an_answer_are_joined_in_linear_time():

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from timemix.generation.session import Session
 from timemix.generation.templates import ChatTemplate, Message, Role, template_of
-from timemix.server.answers import Call, Form, Piece, Score, respond
+from timemix.server.answers import Call, Form, Piece, Score
 from timemix.server.completions import (
     MOST_TOP,
     build_request,
@@ -22,6 +22,7 @@ from timemix.server.completions import (
 from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
+from timemix.server.responses import respond
 from timemix.server.service import service_of
 from timemix.tokenizers.base import Tokenizer
 

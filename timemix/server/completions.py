@@ -11,10 +11,11 @@ from starlette.responses import Response
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import Session
-from timemix.server.answers import Call, Form, Piece, Score, respond
+from timemix.server.answers import Call, Form, Piece, Score
 from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
+from timemix.server.responses import respond
 from timemix.server.service import owner_of, service_of
 from timemix.server.state_store import largest_file
 from timemix.tokenizers.base import Tokenizer

@@ -8,11 +8,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from timemix.generation.request import Request
-from timemix.server.answers import check_event, while_connected
+from timemix.server.answers import check_event
 from timemix.server.completions import build_request, engine_fields, prompts_of, spelled, state_fields
 from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields
+from timemix.server.responses import while_connected
 from timemix.server.service import service_of
 
 MOST = 1000

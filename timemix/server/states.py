@@ -7,11 +7,11 @@ from starlette.responses import JSONResponse, Response
 
 from timemix.errors import FileError
 from timemix.generation.session import Session, session_from_bytes
-from timemix.server.answers import while_connected
 from timemix.server.completions import build_request, engine_fields, prompts_of, state_fields
 from timemix.server.engine_thread import Stream
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked, read_body
+from timemix.server.responses import while_connected
 from timemix.server.service import owner_of, service_of
 from timemix.server.state_store import ID, LONGEST_NAME, Description, largest_file
 
