@@ -145,8 +145,9 @@ def test_a_server_that_is_open_to_the_network_warns(run, tmp_path):
 
 def test_a_failed_step_ends_the_process(run, tmp_path):
     with served_run(run, tmp_path / "log", fails_after=50) as running:
-        with stream_of(running, 1_000_000)[0] as stream:
-            text = read_to_end(stream).decode()
+        stream, begun = stream_of(running, 1_000_000)
+        with stream:
+            text = (begun + read_to_end(stream)).decode()
         assert '"message": "the engine has failed; the server ends", "type": "server_error"' in text
         assert "[DONE]" not in text
         assert running.status() == 1
