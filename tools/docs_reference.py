@@ -91,6 +91,9 @@ API = {
             "timemix.Session",
             "timemix.save_session",
             "timemix.load_session",
+            "timemix.session_to_bytes",
+            "timemix.session_from_bytes",
+            "timemix.PrefixCache",
         ),
     ),
     "data": ApiPage(
