@@ -40,7 +40,7 @@ def resolved(part: dict[str, Any]) -> dict[str, Any]:
 def operation_of(method: str, url: str) -> tuple[str, dict[str, Any]] | None:
     """Return path and operation of a request, or None if the document has none."""
     for own, path in operations():
-        if own == method and re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(path)), url.partition("?")[0]):
+        if own == method and re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path)), url.partition("?")[0]):
             return path, DOCUMENT["paths"][path][method.lower()]
     return None
 

@@ -244,5 +244,6 @@ def test_a_reader_returns_a_value_or_names_the_field(reader, value):
         assert len(error.message) < 200
         assert value is not None
     elif reader in ("text", "flag", "integer", "number") and value is not None:
-        assert found == value
+        # A number is a float, which rounds whole numbers above 2^53.
+        assert found == (float(value) if reader == "number" else value)
         assert isinstance(found, bool) == isinstance(value, bool)
