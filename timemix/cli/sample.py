@@ -172,10 +172,11 @@ def _check(parsed: SampleArguments) -> None:
         raise InvalidValue("--log-probabilities needs --json; add --json")
 
 
-def note_uncompiled(engine: "Engine") -> None:
-    """Print the reason if an engine does not use the compiled step."""
+def note_uncompiled(engine: "Engine", name: str = "generation") -> None:
+    """Print the reason if an engine, which the message calls `name`, does not use the compiled step."""
     if not engine.advance.compiled:
-        print(f"timemix: generation uses PyTorch, not the compiled step: {engine.advance.reason}", file=sys.stderr)
+        reason = engine.advance.reason
+        print(f"timemix: {name} uses PyTorch, not the compiled step: {reason}", file=sys.stderr, flush=True)
 
 
 @contextmanager

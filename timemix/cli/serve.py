@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from timemix.cli.options import parse
+from timemix.cli.sample import note_uncompiled
 from timemix.errors import InvalidValue, Unavailable
 
 if TYPE_CHECKING:
@@ -93,22 +94,23 @@ def serve(arguments: list[str]) -> int:
     parsed = parse(ServeArguments, arguments, "serve")
     listening = _listen(parsed.host, parsed.port)
     with listening:
-        from timemix.server.app import Settings
-        from timemix.server.app import serve as run
+        from timemix.server import app
         from timemix.server.security import read_keys
 
         keys = () if parsed.api_key_file is None else read_keys(parsed.api_key_file)
         models = _models(parsed)
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         url = f"http://{host}:{listening.getsockname()[1]}/"
-        settings = Settings(parsed.host, keys, parsed.cors, parsed.drain_seconds, parsed.state_bytes, parsed.state_dir)
+        settings = app.Settings(
+            parsed.host, keys, parsed.cors, parsed.drain_seconds, parsed.state_bytes, parsed.state_dir
+        )
         if not (settings.hosts or keys):
             print(
                 "timemix: other machines can use the server without an API key; restrict it with --api-key-file",
                 file=sys.stderr,
                 flush=True,
             )
-        run(models, settings, listening, lambda: print(f"timemix: serving at {url} (Ctrl-C ends it)", flush=True))
+        app.serve(models, settings, listening, lambda: print(f"timemix: serving at {url} (Ctrl-C ends it)", flush=True))
     return 0
 
 
@@ -149,9 +151,7 @@ def _models(parsed: ServeArguments) -> "Sequence[Served]":
             max_pending=parsed.queue,
             cache=PrefixCache(parsed.cache_bytes) if parsed.cache_bytes else None,
         )
-        if not engine.advance.compiled:
-            reason = engine.advance.reason
-            print(f"timemix: {name} uses PyTorch, not the compiled step: {reason}", file=sys.stderr, flush=True)
+        note_uncompiled(engine, name)
         created = int(loaded.folder.stat().st_mtime)
         models.append(Served(name, engine, parsed.weights, created))
         config = loaded.model.config

@@ -1,12 +1,12 @@
 """The endpoint /v1/chat/completions: the messages become one text by the chat template of the model."""
 
-from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from timemix.generation.conversation import without_stop_token
 from timemix.generation.session import Session
 from timemix.generation.templates import ChatTemplate, Message, Role, template_of
 from timemix.server.answers import Call, Form, Piece, Score
@@ -54,7 +54,10 @@ async def chat(request: HttpRequest) -> Response:
     template, tokenizer = template_of(served.tokenizer), served.tokenizer
     messages = await run_in_threadpool(messages_of, fields)
     asked = answer_fields(fields, served, template) | await state_fields(request, fields, served)
-    start = asked["start"] = _without_end(asked["start"], tokenizer)
+    start = asked["start"]
+    if start is not None and tokenizer.end_of_text is not None:
+        # The end of a text must not stand between two messages.
+        start = asked["start"] = without_stop_token(start, [tokenizer.end_of_text])
     ids = await run_in_threadpool(_prompt, messages, template, tokenizer, start)
     requests = [await run_in_threadpool(build_request, ids, asked, served, "messages")]
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
@@ -94,13 +97,6 @@ def answer_fields(fields: Fields, served: Served, template: ChatTemplate) -> dic
         "log_probabilities": is_scored,
         "top_log_probabilities": top,
     }
-
-
-def _without_end(start: Session | None, tokenizer: Tokenizer) -> Session | None:
-    """Return a session without the end of a text as its last token, which must not stand between two messages."""
-    if start is None or start.unread == 0 or start.tokens[-1] != tokenizer.end_of_text:
-        return start
-    return replace(start, tokens=start.tokens[:-1], unread=start.unread - 1)
 
 
 def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, start: Session | None) -> list[int]:
