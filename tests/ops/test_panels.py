@@ -6,8 +6,8 @@ import platform
 import pytest
 import torch
 
-from timemix.models.compiled_step import Parameters
 from timemix.models.quantize import WEIGHTS, dequantized, quantized, quantized_in_groups
+from timemix.models.step_memory import Parameters
 from timemix.runtime.native import library, passed
 
 SOURCE = """

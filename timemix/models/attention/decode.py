@@ -12,9 +12,10 @@ import torch
 
 from timemix.models.attention.config import RotaryConfig
 from timemix.models.attention.model import RotaryBlock, rotated
-from timemix.models.compiled_step import Common, CompiledStep, LinearMap, Shift
+from timemix.models.compiled_step import CompiledStep
 from timemix.models.layers.block import Block
 from timemix.models.layers.rotary import rotary_turns
+from timemix.models.step_memory import Common, LinearMap, Shift
 from timemix.ops.common.fused import ACTIVATION_KINDS
 
 MIXER, FFN = ("query", "key", "value", "output"), ("key", "value", "output")

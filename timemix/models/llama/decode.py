@@ -3,10 +3,10 @@
 from typing import Any, cast
 
 from timemix.models.attention.decode import MIXER, AttentionStep
-from timemix.models.compiled_step import Shift
 from timemix.models.layers.block import Block
 from timemix.models.llama.config import LlamaConfig
 from timemix.models.llama.model import LlamaBlock
+from timemix.models.step_memory import Shift
 from timemix.ops.common.fused import ACTIVATION_KINDS
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from timemix.models.compiled_step import Common, CompiledStep, LinearMap, Shift
+from timemix.models.compiled_step import CompiledStep
 from timemix.models.config import ShiftedConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
@@ -21,6 +21,7 @@ from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.model import Rwkv1Block
 from timemix.models.rwkv1.time_mix import TimeMix
 from timemix.models.state import State
+from timemix.models.step_memory import Common, LinearMap, Shift
 from timemix.ops.common.fused import ACTIVATION_KINDS
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.curves import basis, fading, turned

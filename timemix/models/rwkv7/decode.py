@@ -7,12 +7,13 @@ import ctypes
 from pathlib import Path
 from typing import Any, cast
 
-from timemix.models.compiled_step import Common, CompiledStep, LinearMap
+from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.quantize import at_least_int8
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.model import MIXED, LowRank, Rwkv7Block
+from timemix.models.step_memory import Common, LinearMap
 from timemix.ops.rwkv7.compiled import MOST
 
 _LOW_RANKS = ("decay", "rate", "residual", "gate")
