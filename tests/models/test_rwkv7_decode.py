@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.helpers.models import VARIANTS as MODELS
-from tests.helpers.models import build, step_tolerance
+from tests.helpers.models import assert_step_close, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
@@ -54,30 +54,25 @@ def model_of(variant):
     return model
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    largest = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found / largest, expected / largest, atol=tolerance, rtol=0)
-
-
 @pytest.mark.parametrize(("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], WEIGHTS))
 def test_equals_the_model_in_logits_and_state(variant, rows, weights):
     model = model_of(variant)
     expected = rounded(model, weights)
-    step, tolerance = build_step(model, weights, backend="compiled"), step_tolerance(weights)
+    step = build_step(model, weights, backend="compiled")
     tokens = torch.randint(VOCABULARY, (rows, 20))
     with torch.no_grad():
         logits, after = expected(tokens, expected.init_state(rows))
     state, slots, counts = model.init_state(rows), torch.arange(rows), torch.full((rows,), 13)
     found, state = step(tokens[:, :13].flatten(), state, slots, counts, torch.arange(13 * rows))
-    assert_close(found.view(rows, 13, -1), logits[:, :13], tolerance)
+    assert_step_close(found.view(rows, 13, -1), logits[:, :13], weights)
     for t in range(13, 20):
         found, state = step(tokens[:, t], state, slots)
-        assert_close(found, logits[:, t], tolerance)
+        assert_step_close(found, logits[:, t], weights)
     assert state.position.equal(after.position)
     for own, theirs in zip(state.layers, after.layers, strict=True):
         assert own.keys() == theirs.keys()
         for name in own:
-            assert_close(own[name], theirs[name], tolerance)
+            assert_step_close(own[name], theirs[name], weights)
 
 
 def test_equals_the_original_code():
@@ -178,7 +173,7 @@ def test_keys_without_direction_give_no_nan():
         expected, _ = model(tokens[None], model.init_state(1))
     slots, counts = torch.tensor([0]), torch.tensor([6])
     found, _ = build_step(model, backend="compiled")(tokens, state, slots, counts, torch.arange(6))
-    assert_close(found, expected[0])
+    assert_step_close(found, expected[0], "float32")
 
 
 def test_a_wrong_call_changes_nothing():
