@@ -244,7 +244,8 @@ LOCAL float *thread_memory(int64_t count) {
 /* y (rows, outputs) = x (rows, inputs) weight^T + bias.
 
    The caller calls this function inside a parallel region. The threads share the pairs of a panel and a block of rows. Each
-   thread rounds the rows for itself, which takes less time than to wait for others. There is no barrier at the end, so that several linear maps can follow one another. The caller adds the barrier. */
+   thread rounds the rows for itself, which takes less time than to wait for others. There is no barrier at the end, so that
+   several linear maps can follow one another. The caller adds the barrier. */
 LOCAL void multiply(const linear *l, const float *x, float *y, int64_t rows) {
     const int64_t panels = (l->outputs + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS, inputs = l->inputs;
     float *pairs = ROUNDS(l->type) ? thread_memory(rows * inputs) : NULL;
