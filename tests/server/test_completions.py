@@ -114,7 +114,7 @@ def test_null_counts_as_absent(server):
         ({"prompt": [[0], "a", 3]}, "prompt", "must be a string"),
         ({"prompt": {"a": 1}}, "prompt", "an object"),
         ({"prompt": "xyz"}, "prompt", "'x' (U+0078)"),
-        ({"prompt": [99]}, "prompt", "token 99 is outside the vocabulary of 11"),
+        ({"prompt": [99]}, "prompt", "prompt holds 99; the vocabulary has ids from 0 to 10"),
         ({"prompt": "a", "temperature": -1}, "temperature", "at least 0"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "a number"),
         ({"prompt": "a", "top_p": 0}, "top_p", "above 0"),

@@ -1,7 +1,7 @@
 """The endpoint /v1/completions, and the fields that it shares with /v1/chat/completions."""
 
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -59,7 +59,7 @@ async def complete(request: HttpRequest) -> Response:
     count = fields.integer("logprobs", -1, 0, MOST_TOP)
     asked = engine_fields(fields, served, default_tokens=16) | await state_fields(request, fields, served)
     echo = fields.flag("echo")
-    prompts, texts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
+    prompts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     asked |= {
         "log_probabilities": count >= 0,
         "top_log_probabilities": max(count, 0),
@@ -71,7 +71,7 @@ async def complete(request: HttpRequest) -> Response:
         served=served,
         form=CompletionForm(),
         requests=requests,
-        echo=texts if echo else [],
+        echo=await run_in_threadpool(_echoed, fields, prompts, served.tokenizer) if echo else [],
         scored=count >= 0,
         returns_ids=fields.flag("return_token_ids"),
         keep=keeper(request, fields, served, requests),
@@ -165,12 +165,12 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     sampler = {name: fields.number(name, default) for name, default in vars(Sampler()).items()}
     # Many clients send -1 if the user has chosen no seed.
     seed = fields.integer("seed", -1, -(2**63), 2**64 - 1)
-    stop_tokens = fields.ids("stop_token_ids")
+    stop_tokens, vocab_size = fields.ids("stop_token_ids"), served.engine.model.config.vocab_size
     if len(stop_tokens) > MOST_STOPS:
         raise ApiError(400, f"stop_token_ids has {len(stop_tokens)} ids; give at most {MOST_STOPS}", "stop_token_ids")
-    _check_ids("stop_token_ids", stop_tokens, served)
+    _check_ids("stop_token_ids", stop_tokens, vocab_size)
     bias = _logit_bias(fields)
-    _check_ids("logit_bias", bias, served)
+    _check_ids("logit_bias", bias, vocab_size)
     end, ignores_end = served.tokenizer.end_of_text, fields.flag("ignore_eos")
     if end is not None and not ignores_end:
         stop_tokens += (end,)
@@ -225,9 +225,8 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
     return checked(param, lambda: Request(prompt, **own))
 
 
-def _check_ids(name: str, ids: Iterable[int], served: Served) -> None:
-    vocab_size = served.engine.model.config.vocab_size
-    for token in ids:
+def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
+    for token in (min(ids), max(ids)) if ids else ():
         if not 0 <= token < vocab_size:
             raise ApiError(400, f"{name} holds {token}; the vocabulary has ids from 0 to {vocab_size - 1}", name)
 
@@ -245,8 +244,8 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
         fields.refuse("logit_bias", "an object of numbers by token id")
 
 
-def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-    """Return the token ids and the text of each prompt. With the field `state`, the prompt may be missing.
+def prompts_of(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the token ids of each prompt. With the field `state`, the prompt may be missing.
 
     Args:
         fields: Fields of the body.
@@ -267,20 +266,28 @@ def prompts_of(fields: Fields, tokenizer: Tokenizer) -> tuple[list[list[int]], l
         fields.refuse("prompt", wanted)
     if len(given) > MOST_PROMPTS:
         raise ApiError(400, f"prompt holds {len(given)} prompts; give at most {MOST_PROMPTS}", "prompt")
-    prompts, texts = [], []
+    prompts = []
     for each in given:
         own = Fields({"prompt": each})
         if isinstance(each, str):
             text = own.text("prompt") or ""
-            ids = checked("prompt", lambda text=text: tokenizer.encode(text).tolist())  # type: ignore[misc]
+            prompts.append(checked("prompt", lambda text=text: tokenizer.encode(text).tolist()))  # type: ignore[misc]
         elif isinstance(each, list):
-            ids = list(own.ids("prompt"))
-            text = checked("prompt", lambda ids=ids: tokenizer.decode(ids))  # type: ignore[misc]
+            prompts.append(list(own.ids("prompt")))
+            _check_ids("prompt", prompts[-1], tokenizer.vocab_size)
         else:
             fields.refuse("prompt", wanted)
-        prompts.append(ids)
-        texts.append(text)
-    return prompts, texts
+    return prompts
+
+
+def _echoed(fields: Fields, prompts: list[list[int]], tokenizer: Tokenizer) -> list[str]:
+    """Return the text of each prompt, as the client sent it; a prompt of token ids is decoded."""
+    given = fields.get("prompt")
+    sent = given if isinstance(given, list) else [given]
+    return [
+        sent[i] if i < len(sent) and isinstance(sent[i], str) else tokenizer.decode(ids)
+        for i, ids in enumerate(prompts)
+    ]
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:

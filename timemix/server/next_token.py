@@ -26,7 +26,7 @@ async def next_token(request: HttpRequest) -> Response:
     fields = await Fields.read(request, service.most_bytes)
     served = service.model(fields.text("model"))
     count = min(fields.integer("top", 100, 1, MOST), served.engine.model.config.vocab_size)
-    prompts, _ = await run_in_threadpool(prompts_of, fields, served.tokenizer)
+    prompts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     if len(prompts) > 1:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
     asked: dict[str, Any] = engine_fields(fields, served, 1) | await state_fields(request, fields, served)

@@ -24,7 +24,7 @@ async def create_state(request: HttpRequest) -> Response:
     name, parent = _name(fields.text("name")), fields.text("state")
     asked = engine_fields(fields, served, 0) | await state_fields(request, fields, served)
     asked |= {"tokens": 0, "samples": 1, "keep_session": True}
-    prompts, _ = await run_in_threadpool(prompts_of, fields, served.tokenizer)
+    prompts = await run_in_threadpool(prompts_of, fields, served.tokenizer)
     if len(prompts) > 1:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
     service.states.check_room(largest_file(served.engine.model))
