@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.helpers.decode_steps import check_bits, check_step_equals_model
 from tests.helpers.models import VARIANTS as MODELS
 from tests.helpers.models import assert_step_close, build
 from tests.helpers.pairwise import pairwise
@@ -16,7 +17,7 @@ from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
 from timemix.models.language_model import LanguageModel
-from timemix.models.quantize import WEIGHTS, rounded
+from timemix.models.quantize import WEIGHTS
 from timemix.models.registry import model_config
 from timemix.models.rwkv7.decode import Rwkv7Step
 from timemix.models.rwkv7.weights import from_published
@@ -56,23 +57,7 @@ def model_of(variant):
 
 @pytest.mark.parametrize(("variant", "rows", "weights"), pairwise(VARIANTS, [1, 2, 7], WEIGHTS))
 def test_equals_the_model_in_logits_and_state(variant, rows, weights):
-    model = model_of(variant)
-    expected = rounded(model, weights)
-    step = build_step(model, weights, backend="compiled")
-    tokens = torch.randint(VOCABULARY, (rows, 20))
-    with torch.no_grad():
-        logits, after = expected(tokens, expected.init_state(rows))
-    state, slots, counts = model.init_state(rows), torch.arange(rows), torch.full((rows,), 13)
-    found, state = step(tokens[:, :13].flatten(), state, slots, counts, torch.arange(13 * rows))
-    assert_step_close(found.view(rows, 13, -1), logits[:, :13], weights)
-    for t in range(13, 20):
-        found, state = step(tokens[:, t], state, slots)
-        assert_step_close(found, logits[:, t], weights)
-    assert state.position.equal(after.position)
-    for own, theirs in zip(state.layers, after.layers, strict=True):
-        assert own.keys() == theirs.keys()
-        for name in own:
-            assert_step_close(own[name], theirs[name], weights)
+    check_step_equals_model(model_of(variant), rows, weights)
 
 
 def test_equals_the_original_code():
@@ -110,30 +95,8 @@ def test_equals_the_original_code():
 )
 @examples(25)
 def test_bits_do_not_depend_on_pieces_company_slot_or_threads(variant, weights, cuts, slot, threads):
-    """Each cut is the number of tokens of the text and of another text in one call."""
     torch.manual_seed(0)
-    step = build_step(model := model_of(variant), weights, backend="compiled")
-    tokens = torch.randint(VOCABULARY, (sum(count for count, _ in cuts),))
-    alone, logits = model.init_state(1), []
-    for token in tokens:
-        found, alone = step(token[None], alone, torch.tensor([0]))
-        logits.append(found[0])
-    before, state, at, other = torch.get_num_threads(), model.init_state(4), 0, (slot + 1) % 4
-    try:
-        torch.set_num_threads(threads)
-        for count, beside in cuts:
-            pieces, rows, counts = [tokens[at : at + count]], [slot], [count]
-            if beside:
-                pieces.insert(0, torch.randint(VOCABULARY, (beside,)))
-                rows, counts = [other, slot], [beside, count]
-            wanted = torch.arange(beside, beside + count)
-            found, state = step(torch.cat(pieces), state, torch.tensor(rows), torch.tensor(counts), wanted)
-            assert found.equal(torch.stack(logits[at : at + count]))
-            at += count
-    finally:
-        torch.set_num_threads(before)
-    for own, theirs in zip(state.layers, alone.layers, strict=True):
-        assert all(own[name][slot].equal(theirs[name][0]) for name in own)
+    check_bits(model_of(variant), weights, cuts, slot, threads)
 
 
 @pytest.mark.parametrize("position", [100, 1_000_000])

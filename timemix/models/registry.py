@@ -13,6 +13,7 @@ from timemix.models.attention.config import ProConfig, RotaryConfig, RotaryShift
 from timemix.models.config import ModelConfig
 from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
+from timemix.models.rwkv4.config import Rwkv4Config
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.storage.settings import from_dict
 
@@ -114,6 +115,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Llama: attention with rotary positions, grouped key and value heads, SwiGLU, RMSNorm",
             decode="timemix.models.llama.decode:LlamaStep",
             weights="timemix.models.llama.weights",
+        ),
+        Architecture(
+            "rwkv4",
+            Rwkv4Config,
+            "timemix.models.rwkv4.model:Rwkv4Block",
+            2022,
+            "olive",
+            "RWKV-4: a recurrent network whose state, two sums per channel, decays exponentially",
+            decode="timemix.models.rwkv4.decode:Rwkv4Step",
+            weights="timemix.models.rwkv4.weights",
+            version="4",
+            bounded=False,
         ),
         Architecture(
             "rwkv7",

@@ -5,10 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from timemix.ops.rwkv4 import compiled
+from timemix.ops.rwkv4.chunked import chunked_wkv4
 from timemix.ops.rwkv4.reference import EMPTY, reference_wkv4
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv4}
-"""The backends of wkv4 by name: "reference" loops over tokens."""
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference_wkv4,
+    "chunked": chunked_wkv4,
+    "c": compiled.compiled_wkv4,
+}
+"""The backends of wkv4 by name: "reference" loops over tokens, "chunked" computes softmaxes in chunks, and "c" loops
+over tokens in C."""
+
+FEW_TOKENS = 4
+"""Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
 
 
 def wkv4(
@@ -51,22 +61,82 @@ def wkv4(
     Source:
         RWKV, arXiv 2305.13048.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    B, _, C = k.shape
+    _check(w, u, k, v, state, lengths, resets)
+    result, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    B, T, C = k.shape
+    w, u, k, v = (x.to(dtype) for x in (w, u, k, v))
+    if lengths is None:
+        counts = torch.full((B,), T, device=k.device)
+    else:
+        counts, is_valid = lengths, (torch.arange(T, device=k.device) < lengths[:, None])[..., None]
+        # Padding may hold any number, such as NaN.
+        k, v = k.where(is_valid, 0), v.where(is_valid, 0)
     start = empty_state(B, C, dtype, k.device) if state is None else state.to(dtype)
-    if lengths is not None:
-        raise NotImplementedError("lengths")
-    y, end = BACKENDS["reference"](*(x.to(dtype) for x in (w, u, k, v)), start, resets)
-    return y.to(v.dtype), None if state is None else end
+    chosen, _ = choose_backend(backend, k)
+    with torch.autocast(k.device.type, enabled=False):
+        y, end = BACKENDS[chosen](w, u, k, v, start, counts, resets)
+    return y.to(result), None if state is None else end
 
 
 def empty_state(batch: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the state (batch, 3, channels) of `wkv4` before the first token."""
+    """Return the state (batch, 3, channels) of `wkv4` before the first token.
+
+    Args:
+        batch: Number of rows.
+        channels: Number of channels.
+        dtype: Type of the numbers.
+        device: PyTorch device.
+
+    Returns:
+        The state: sums of 0, and the exponent `EMPTY`.
+    """
     state = torch.zeros(batch, 3, channels, dtype=dtype, device=device)
     state[:, 2] = EMPTY
     return state
 
 
 def choose_backend(backend: str, k: Tensor) -> tuple[str, str]:
-    """Choose the backend of wkv4, and return its name and the reason."""
-    return "reference", "asked for" if backend == "reference" else "the only backend"
+    """Choose the backend of wkv4.
+
+    Args:
+        backend: "auto" or a name in `BACKENDS`.
+        k: Keys (B, T, C), in the dtype of the computation.
+
+    Returns:
+        The name of the backend, and the reason for the choice.
+
+    Raises:
+        ValueError: The backend is unknown or does not support the keys.
+    """
+    reason = compiled.hindrance(k)
+    if backend == "auto":
+        if reason is None:
+            return "c", "the C code supports the dtype and the device"
+        if k.shape[1] <= FEW_TOKENS:
+            return "reference", f"a loop over at most {FEW_TOKENS} tokens"
+        return "chunked", "softmax of chunks in place of a loop over tokens"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
+    if backend == "c" and reason is not None:
+        raise ValueError(f"{backend=} is not available: {reason}; choose auto")
+    return backend, "asked for"
+
+
+def _check(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None
+) -> None:
+    """Check the shapes of the arguments of `wkv4`."""
+    if k.ndim != 3 or k.shape[1] == 0:
+        raise ValueError(f"k has shape {tuple(k.shape)}; it must be (batch, time >= 1, channels)")
+    B, T, C = k.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "w": (w, (C,)),
+        "u": (u, (C,)),
+        "v": (v, (B, T, C)),
+        "state": (state, (B, 3, C)),
+        "lengths": (lengths, (B,)),
+        "resets": (resets, (B, T)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with k of shape {tuple(k.shape)} it must be {shape}")

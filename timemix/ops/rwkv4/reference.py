@@ -12,6 +12,9 @@ exponential exceeds 1.
 import torch
 from torch import Tensor
 
+EMPTY = -1e38
+"""The exponent p of a state without tokens."""
+
 
 def reference_wkv4(
     w: Tensor,
@@ -19,6 +22,7 @@ def reference_wkv4(
     k: Tensor,
     v: Tensor,
     state: Tensor,
+    lengths: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the recurrence token by token.
@@ -29,26 +33,26 @@ def reference_wkv4(
         k: Keys (B, T, C).
         v: Values (B, T, C).
         state: State (a, b, p) before these tokens, of shape (B, 3, C).
+        lengths: Number of valid tokens in each row (B,).
         resets: Whether to forget all previous tokens before each token (B, T); None for never.
 
     Returns:
-        y (B, T, C), and the state after these tokens.
+        y (B, T, C), and the state after the valid tokens.
     """
-    (a, b, p), y = state.unbind(1), []
+    y = []
     for t in range(k.shape[1]):
+        is_valid = (t < lengths)[:, None]
+        a, b, p = state.unbind(1)
         if resets is not None:
-            a, b = (torch.where(resets[:, t, None], 0, x) for x in (a, b))
-            p = torch.where(resets[:, t, None], EMPTY, p)
+            is_reset = resets[:, t, None]
+            a, b, p = a.where(~is_reset, 0), b.where(~is_reset, 0), p.where(~is_reset, EMPTY)
         now = u + k[:, t]
-        # The maximum only scales both sums, so it needs no gradient.
+        # The maximum scales both sums alike, so it needs no gradient.
         q = torch.maximum(p, now).detach()
         old, new = (p - q).exp(), (now - q).exp()
-        y.append((old * a + new * v[:, t]) / (old * b + new))
+        y.append(((old * a + new * v[:, t]) / (old * b + new)).where(is_valid, 0))
         q = torch.maximum(p + w, k[:, t]).detach()
         old, new = (p + w - q).exp(), (k[:, t] - q).exp()
-        a, b, p = old * a + new * v[:, t], old * b + new, q
-    return torch.stack(y, 1), torch.stack((a, b, p), 1)
-
-
-EMPTY = -1e38
-"""The exponent p of a state without tokens."""
+        after = torch.stack((old * a + new * v[:, t], old * b + new, q), 1)
+        state = after.where(is_valid[:, None], state)
+    return torch.stack(y, 1), state

@@ -1,0 +1,1 @@
+"""The RWKV-4 architecture."""

@@ -1,0 +1,153 @@
+"""RWKV-4 (arXiv 2305.13048): a recurrent network whose state is a pair of sums per channel.
+
+    x = x + time_mix(LayerNorm(x)),   x = x + channel_mix(LayerNorm(x))
+
+The state has the same size at every position, so a context has no end. No linear map has a bias. Logits, gradients and
+a training run equal those of the original training code (tests/models/test_rwkv4.py).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
+from timemix.models.layers.l2wrap import l2wrap
+from timemix.models.layers.linear import LayerNorm, Linear
+from timemix.models.layers.mixtures import normed_mixtures, wide
+from timemix.models.layers.receptance_mix import ReceptanceChannelMix
+from timemix.models.rwkv4.config import Rwkv4Config
+from timemix.models.rwkv4.initial import set_initial_values
+from timemix.ops.common import fused
+from timemix.ops.rwkv4.api import choose_backend, empty_state, wkv4
+from timemix.ops.rwkv4.compiled import CHUNK, compiles
+
+MIXED = ("key", "value", "receptance")
+"""The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
+
+
+class TimeMix(nn.Module):
+    """The time-mix of RWKV-4, in the formulas for one token.
+
+        k, v, r = key, value and receptance of mixtures of the token and the previous token
+        out = output(sigmoid(r) * wkv4(-exp(decay), bonus, k, v))
+
+    As in the original code, `mix` holds the share of the current token in each mixture.
+    """
+
+    def __init__(self, config: Rwkv4Config) -> None:
+        super().__init__()
+        C = config.channels
+        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in MIXED})
+        self.decay = nn.Parameter(torch.zeros(C))
+        self.bonus = nn.Parameter(torch.zeros(C))
+        self.key = Linear(C, C, bias=False)
+        self.value = Linear(C, C, bias=False)
+        self.receptance = Linear(C, C, bias=False)
+        self.output = Linear(C, C, bias=False)
+
+    def forward(
+        self, mixed: dict[str, Tensor], wkv: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply the time-mix.
+
+        Args:
+            mixed: Mixtures of each token and the previous token (B, T, C), with the names in `MIXED`.
+            wkv: State of `wkv4` (B, 3, C); None: no tokens, and the next state is None.
+            lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+
+        Returns:
+            Output (B, T, C), and the next state of `wkv4`.
+        """
+        k, v = wide(self.key(mixed["key"])), wide(self.value(mixed["value"]))
+        y, wkv = wkv4(-self.decay.exp(), self.bonus, k, v, wkv, lengths=lengths)
+        gated = self.receptance(mixed["receptance"]).sigmoid() * y.to(mixed["receptance"].dtype)
+        out: Tensor = self.output(gated)
+        return out, wkv
+
+
+class Rwkv4Block(Block):
+    """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
+
+    gates = ("receptance",)
+
+    def __init__(self, config: Rwkv4Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.mixer_norm = LayerNorm(config.channels)
+        self.ffn_norm = LayerNorm(config.channels)
+        self.mixer = TimeMix(config)
+        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def init_state(self, batch_size: int) -> Tensors:
+        weight = self.mixer_norm.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        rows = weight.new_zeros(batch_size, 1, len(weight), dtype=dtype)
+        wkv = empty_state(batch_size, len(weight), dtype, weight.device)
+        return {"mixer_shift": rows, "ffn_shift": rows.clone(), "wkv": wkv}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensors | None = None,
+        carry: Tensor | None = None,
+        position: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensors | None, Tensor | None]:
+        old = state or {}
+        # The parameters are shares of the current token, and the mixtures are given shares of the previous token.
+        mix = tuple(1 - self.mixer.mix[name] for name in MIXED)
+        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
+        y, wkv = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), lengths)
+        x = x + self.dropout(y).to(x.dtype)
+        mix = tuple(1 - self.ffn.mix[name] for name in ("key", "receptance"))
+        mixed, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths)
+        x = x + self.dropout(self.ffn(*mixed)).to(x.dtype)
+        if mixer_shift is None or ffn_shift is None or wkv is None:
+            return x, None, carry
+        return x, {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift, "wkv": wkv}, carry
+
+    @classmethod
+    def input_norm(cls, config: Rwkv4Config) -> nn.Module:
+        return LayerNorm(config.channels)
+
+    @classmethod
+    def set_initial_values(cls, model: Model) -> None:
+        set_initial_values(model)
+
+    @classmethod
+    def training_loss(cls, config: Rwkv4Config, loss: Tensor, logits: Tensor) -> Tensor:
+        """Return the mean cross-entropy with the gradient of L2Wrap."""
+        return l2wrap(loss, logits, config.l2wrap)
+
+    @classmethod
+    def recipe(cls, config: Rwkv4Config) -> Recipe:
+        """Double the learning rate of the decay, triple that of the bonus, and decay embedding and head too."""
+        scales = ((".mixer.decay", 2.0), (".mixer.bonus", 3.0))
+        return Recipe(lr_scale=scales, decay_all_matrices=True, warmup_floor=0.2)
+
+    @classmethod
+    def mixing_flops(cls, config: Rwkv4Config) -> int:
+        """Count the operations of `wkv4`: about 20 per channel, with an exponential as one operation."""
+        return 20 * config.layers * config.channels
+
+    @classmethod
+    def kept(cls, config: Rwkv4Config, rows: int) -> Kept:
+        """Count the stored numbers. The C code stores 3 numbers per channel for every 16 tokens."""
+        C, hidden = config.channels, config.ffn_hidden
+        return Kept(18 * C + 2 * hidden + 3 * C // CHUNK, 6 * C + hidden)
+
+    @classmethod
+    def runs_in_c(cls, config: Rwkv4Config, precision: str, device: torch.device) -> bool:
+        is_supported = precision in ("float32", "bfloat16") and device.type == "cpu"
+        return is_supported and fused.available() and compiles()
+
+    @classmethod
+    def forms(cls, config: Rwkv4Config, precision: str, device: torch.device) -> dict[str, str]:
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        # An expanded tensor has a shape, but no memory.
+        k = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.channels)
+        return {"wkv4": "{} ({})".format(*choose_backend("auto", k))}
+
+    def projections(self) -> dict[tuple[str, str], nn.Linear]:
+        sublayers = {"mixer": self.mixer, "ffn": self.ffn}
+        names = {"mixer": MIXED, "ffn": ("key", "receptance")}
+        return {(where, name): getattr(sublayers[where], name) for where in sublayers for name in names[where]}

@@ -1,0 +1,173 @@
+/* The compiled step of models/rwkv4/decode.py. It feeds prompts and new tokens through a whole rwkv4 model.
+
+    x = input_norm(embedding[token])
+    for each layer:   z = norm(x);   x += output(sigmoid(r) * wkv4(k, v))
+                      z = norm(x);   x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2)
+    logits = head(norm(x))
+
+   Each of k, v, r, ffn_k and ffn_r is a map of a mixture of z and the z of the previous token.
+
+   A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
+   Only the mixtures and wkv4 connect the rows of a piece. All numbers but the weights of linear maps are float32.
+
+   The order in which a number of a row is summed depends only on the row itself. So each result is bit-identical for any
+   division of texts into pieces, and for any other texts, slots or threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "ops/common/exp.h"
+#include "ops/common/norm.h"
+#include "ops/common/panels.h"
+#include "ops/common/sparse.h"
+#include "ops/common/step.h"
+#include "ops/common/types.h"
+#include "ops/rwkv4/wkv4.h"
+
+/* The mixtures of a time-mix, in the order of MIXED in model.py. */
+enum mixture { KEY, VALUE, RECEPTANCE, MIXTURES };
+/* The mixtures of a channel-mix. */
+enum ffn_mixture { FFN_KEY, FFN_RECEPTANCE, FFN_MIXTURES };
+
+/* Weights and state of a layer. */
+typedef struct {
+    const float *mixer_norm[2], *ffn_norm[2];             /* {weight, bias} (C,) */
+    const float *mix[MIXTURES], *ffn_mix[FFN_MIXTURES];   /* (C,): share of the previous token */
+    linear key, value, receptance, output, ffn_key, ffn_receptance, ffn_value;
+    const float *decay, *bonus;     /* (C,): w and u of wkv4 */
+    float *mixer_shift, *ffn_shift; /* (slots, C): newest z of each sublayer */
+    float *wkv;                     /* (slots, 3, C): state of wkv4 */
+} layer;
+
+typedef struct {
+    common common;
+    int64_t hidden;
+    layer *layer;
+} model;
+
+/* Intermediate results of all rows of a call, each (rows, C) except `hidden` (rows, F). */
+typedef struct {
+    float *x, *z, *in[MIXTURES], *k, *v, *r, *hidden;
+    int32_t *lists; /* (blocks, LIST(F)): hidden channels that are not zero, see sparse.h */
+} rows;
+
+/* Number of (rows, C) tensors in `rows`. */
+#define WIDE (2 + MIXTURES + 3)
+
+/* Size of the scratch memory of timemix_step, in numbers. */
+int64_t timemix_scratch(const model *m, int64_t count, int64_t pieces) {
+    (void)pieces;
+    const int64_t blocks = (count + ROWS - 1) / ROWS;
+    return count * (WIDE * m->common.channels + m->hidden) + blocks * LIST(m->hidden);
+}
+
+/* Divides the scratch memory. */
+static rows divided(const model *m, int64_t count, float *scratch) {
+    const int64_t size = count * m->common.channels;
+    rows w;
+    float **const wide[] = {&w.x, &w.z, &w.k, &w.v, &w.r};
+    for (int64_t n = 0; n < 5; n++, scratch += size) *wide[n] = scratch;
+    for (int64_t n = 0; n < MIXTURES; n++, scratch += size) w.in[n] = scratch;
+    w.hidden = scratch;
+    w.lists = (int32_t *)(scratch + count * m->hidden);
+    return w;
+}
+
+/* z = norm(x), then in[n] = z + mix[n] (previous - z), where `previous` is the z of the previous token: an earlier row
+   of the piece, or `past` (slots, C), which gets the last z of each piece. */
+static void norm_mix(const model *m, const batch *b, const rows *w, const float *const norm[2],
+                     const float *const *mix, int64_t mixtures, float *past) {
+    const int64_t C = m->common.channels, count = b->first[b->pieces];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) normalize(w->x + i * C, norm, m->common.epsilon, C, w->z + i * C);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < mixtures; n++) {
+            const int64_t p = piece_of(b, i);
+            const float *z = w->z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : z - C;
+            float *in = w->in[n] + i * C;
+            for (int64_t c = 0; c < C; c++) in[c] = z[c] + (previous[c] - z[c]) * mix[n][c];
+        }
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < b->pieces; p++)
+        memcpy(past + b->slot[p] * C, w->z + (b->first[p + 1] - 1) * C, C * sizeof(float));
+}
+
+/* r = sigmoid(r) * wkv4(k, v) of the channels `first` to first + BLOCK - 1 of a piece. */
+static void time_mix(const model *m, const layer *l, const batch *b, const rows *w, int64_t piece, int64_t first) {
+    const int64_t C = m->common.channels, count = C - first < BLOCK ? C - first : BLOCK;
+    float *past = l->wkv + b->slot[piece] * 3 * C + first;
+    wkv4_state s, next;
+    wkv4_load(&s, past, C, count);
+    for (int64_t i = b->first[piece]; i < b->first[piece + 1]; i++) {
+        const float *k = w->k + i * C + first, *v = w->v + i * C + first;
+        float *r = w->r + i * C + first, y[BLOCK];
+        wkv4_read(&s, l->bonus + first, k, v, y, count);
+        wkv4_update(&s, &next, l->decay + first, k, v, count);
+        s = next;
+        for (int64_t c = 0; c < count; c++) r[c] = sigmoid_series(r[c]) * y[c];
+    }
+    wkv4_store(&s, past, C, count);
+}
+
+/* x += output(sigmoid(r) * wkv4(k, v)). */
+static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
+    const int64_t C = m->common.channels, count = b->first[b->pieces], blocks = (C + BLOCK - 1) / BLOCK;
+    norm_mix(m, b, w, l->mixer_norm, l->mix, MIXTURES, l->mixer_shift);
+    multiply(&l->key, w->in[KEY], w->k, count);
+    multiply(&l->value, w->in[VALUE], w->v, count);
+    multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < blocks * b->pieces; task++)
+        time_mix(m, l, b, w, task / blocks, task % blocks * BLOCK);
+    multiply(&l->output, w->r, w->z, count);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += w->z[c];
+}
+
+/* x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2). */
+static void channel_mix(const model *m, const layer *l, const batch *b, const rows *w) {
+    const int64_t count = b->first[b->pieces], C = m->common.channels, F = m->hidden;
+    norm_mix(m, b, w, l->ffn_norm, l->ffn_mix, FFN_MIXTURES, l->ffn_shift);
+    multiply(&l->ffn_key, w->in[FFN_KEY], w->hidden, count);
+    multiply(&l->ffn_receptance, w->in[FFN_RECEPTANCE], w->r, count);
+#pragma omp barrier
+    /* Most hidden channels of a trained model are zero after the activation. */
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < count; row += ROWS) {
+        const int64_t some = count - row < ROWS ? count - row : ROWS;
+        float *hidden = w->hidden + row * F;
+        for (int64_t n = 0; n < some * F; n++) hidden[n] = fmaxf(hidden[n], 0) * fmaxf(hidden[n], 0);
+        compress(&l->ffn_value, hidden, some, w->lists + row / ROWS * LIST(F));
+    }
+    multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += sigmoid_series(w->r[c]) * w->z[c];
+}
+
+/* logits (outputs, V) after the wanted rows of some pieces. The formula is at the top of this file. scratch has
+   timemix_scratch() numbers. Returns NONE, or a fault before anything is written. */
+int timemix_step(const model *m, const batch *b, float *logits, float *scratch) {
+    const enum fault fault = check(&m->common, b);
+    if (fault != NONE) return fault;
+    const rows w = divided(m, b->first[b->pieces], scratch);
+    /* The whole step is one parallel region: starting a region costs as much as a small product. Each `omp for` ends in
+       a barrier; multiply() does not. */
+#pragma omp parallel num_threads(m->common.threads)
+    {
+        embed(&m->common, b, w.x);
+        for (int64_t n = 0; n < m->common.layers; n++) {
+            mixer(m, m->layer + n, b, &w);
+            channel_mix(m, m->layer + n, b, &w);
+        }
+        predict(&m->common, b, w.x, w.z, logits);
+    }
+    advance(b);
+    return NONE;
+}
