@@ -330,7 +330,8 @@ def test_a_mixer_of_another_architecture_is_refused():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_computed_again_has_the_same_gradients(name, recompute):
     torch.manual_seed(0)
-    model = LanguageModel(model_config(name, vocab_size=7, ctx_len=150, layers=2, channels=8, heads=2, dropout=0.3))
+    heads = {"heads": 2} if hasattr(ARCHITECTURES[name].config, "heads") else {}
+    model = LanguageModel(model_config(name, vocab_size=7, ctx_len=150, layers=2, channels=8, dropout=0.3, **heads))
     tokens = torch.randint(7, (2, 150))
     results = []
     for how in ("none", recompute):

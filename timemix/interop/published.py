@@ -32,7 +32,7 @@ _VERSIONS = (
     ("5", r"\.att\.ln_x\."),
     ("4", r"\.att\.time_decay$"),
 )
-_MODEL_TYPES = {"rwkv": "4", "rwkv5": "5", "rwkv6": "6"}
+_MODEL_TYPES = {"rwkv5": "5", "rwkv6": "6"}
 _PREFIX = "_forward_module."
 """Prefix of all names in files that DeepSpeed wrote."""
 
@@ -88,8 +88,7 @@ def read_published(path: Path, ctx_len: int) -> Published:
         if document is not None:
             form = load_part(str(entry.hugging_face))
             weights = form.from_hugging_face(weights)
-            head_size = converter.our_config(weights, ctx_len).head_size
-            fields = form.settings(document, head_size)
+            fields = form.settings(document, converter.our_config(weights, ctx_len))
         config = converter.our_config(weights, ctx_len, **fields)
         published = Published(config, converter.from_published(weights), converter.unused(weights))
     except InvalidValue as error:

@@ -126,6 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             decode="timemix.models.rwkv4.decode:Rwkv4Step",
             weights="timemix.models.rwkv4.weights",
             version="4",
+            hugging_face="timemix.models.rwkv4.hugging_face",
             bounded=False,
         ),
         Architecture(

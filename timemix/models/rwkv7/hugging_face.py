@@ -116,12 +116,12 @@ def _changed(name: str, x: Tensor) -> Tensor:
     return x.reshape(1, 1, -1) if is_vector else x
 
 
-def settings(document: dict[str, Any], head_size: int) -> dict[str, Any]:
+def settings(document: dict[str, Any], config: Rwkv7Config) -> dict[str, Any]:
     """Return the settings of a model that only config.json gives: the shapes of the weights give all sizes.
 
     Args:
         document: Content of config.json.
-        head_size: Number N of channels of a head.
+        config: Settings that the shapes of the weights give.
 
     Returns:
         Fields of `Rwkv7Config`.
@@ -133,7 +133,7 @@ def settings(document: dict[str, Any], head_size: int) -> dict[str, Any]:
         if (found := document.get(name, value := _CONSTANTS[name])) != value:
             raise InvalidValue(f"its config.json has {name} {found!r}; only {value!r} is supported")
     # Code that reads the Hugging Face form computes the constant of the norm over each head from the size of a head.
-    return {"group_norm_eps": head_size * _NORM_EPS}
+    return {"group_norm_eps": config.head_size * _NORM_EPS}
 
 
 def document(config: Rwkv7Config) -> dict[str, Any]:

@@ -26,7 +26,20 @@ def chunked_wkv4(
     lengths: Tensor,
     resets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute wkv4 chunk by chunk. Arguments and results are those of `reference_wkv4`."""
+    """Compute wkv4 chunk by chunk.
+
+    Args:
+        w: Log-decay (C,), at most 0.
+        u: Bonus of the current token (C,), added to its key.
+        k: Keys (B, T, C).
+        v: Values (B, T, C).
+        state: State (a, b, p) before these tokens, of shape (B, 3, C).
+        lengths: Number of valid tokens in each row (B,).
+        resets: Whether to forget all previous tokens before each token (B, T); None for never.
+
+    Returns:
+        y (B, T, C), and the state after the valid tokens.
+    """
     y, T = [], k.shape[1]
     for first in range(0, T, CHUNK):
         at = slice(first, min(first + CHUNK, T))
