@@ -1,0 +1,72 @@
+"""The public op of the time-mix of RWKV-4, and the choice of its backend."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from timemix.ops.rwkv4.reference import EMPTY, reference_wkv4
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv4}
+"""The backends of wkv4 by name: "reference" loops over tokens."""
+
+
+def wkv4(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the time-mix of RWKV-4: an average of values, whose weights decay per channel.
+
+    For each channel, with sums over the tokens s < t:
+
+        y[t] = (sum_s exp((t - 1 - s) w + k[s]) v[s] + exp(u + k[t]) v[t])
+             / (sum_s exp((t - 1 - s) w + k[s])      + exp(u + k[t]))
+
+    Args:
+        w: Log-decay (C,), at most 0. RWKV-4 passes -exp(time_decay).
+        u: Bonus of the current token (C,), added to its key.
+        k: Keys (B, T, C), T >= 1.
+        v: Values (B, T, C).
+        state: State before these tokens (B, 3, C): numerator a, denominator b and their exponent p, which stand for
+            the sums a exp(p) and b exp(p). None: no tokens. `wkv4` does not change the state, and computes its
+            gradient.
+        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid. At padding, y is zero.
+        resets: Whether to forget all previous tokens before each token (B, T) bool; None for never.
+        backend: "auto" or a name in `BACKENDS`.
+
+    Returns:
+        y (B, T, C) in v's dtype, and the state after the valid tokens (None if `state` is None). Sums and states are
+        float64 for float64 inputs, otherwise float32.
+
+    Raises:
+        ValueError: Shapes do not match, or the backend is unknown or does not support the arguments.
+
+    Source:
+        RWKV, arXiv 2305.13048.
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    B, _, C = k.shape
+    start = empty_state(B, C, dtype, k.device) if state is None else state.to(dtype)
+    if lengths is not None:
+        raise NotImplementedError("lengths")
+    y, end = BACKENDS["reference"](*(x.to(dtype) for x in (w, u, k, v)), start, resets)
+    return y.to(v.dtype), None if state is None else end
+
+
+def empty_state(batch: int, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the state (batch, 3, channels) of `wkv4` before the first token."""
+    state = torch.zeros(batch, 3, channels, dtype=dtype, device=device)
+    state[:, 2] = EMPTY
+    return state
+
+
+def choose_backend(backend: str, k: Tensor) -> tuple[str, str]:
+    """Choose the backend of wkv4, and return its name and the reason."""
+    return "reference", "asked for" if backend == "reference" else "the only backend"
