@@ -13,8 +13,8 @@ from timemix.config.run import RunConfig, TrainConfig
 from timemix.evaluation.loss import cross_entropy
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
+from timemix.models.layers.low_rank import LowRank
 from timemix.models.registry import model_config
-from timemix.models.rwkv7.model import LowRank
 from timemix.runtime.device import autocast
 from timemix.runtime.machine import keep_freed_memory
 from timemix.training.optim import build_optimizers

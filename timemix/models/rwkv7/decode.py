@@ -10,9 +10,10 @@ from typing import Any, cast
 from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
+from timemix.models.layers.low_rank import LowRank
 from timemix.models.quantize import at_least_int8
 from timemix.models.rwkv7.config import Rwkv7Config
-from timemix.models.rwkv7.model import MIXED, LowRank, Rwkv7Block
+from timemix.models.rwkv7.model import MIXED, Rwkv7Block
 from timemix.models.step_memory import Common, LinearMap
 from timemix.ops.rwkv7.compiled import MOST
 

@@ -7,7 +7,6 @@ a training run equal those of the original training code (tests/models/test_rwkv
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,12 @@ from torch.nn import functional as F
 from timemix.models.layers.activations import relu2
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
-from timemix.models.layers.linear import LayerNorm, Linear, product_dtype, to_product_dtype
-from timemix.models.layers.token_shift import previous_token
+from timemix.models.layers.linear import LayerNorm, Linear
+from timemix.models.layers.low_rank import LowRank, LowRankLogits
+from timemix.models.layers.mixtures import normed_mixtures, wide
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.initial import set_initial_values
 from timemix.ops.common import fused
-from timemix.ops.common.norms import norm_mixtures
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
@@ -33,78 +32,6 @@ LEAST_LOG_DECAY = -math.exp(-0.5)
 """Least log-decay: in each token, a channel of the keys keeps at least exp(-exp(-1/2)) = 0.545 of the state."""
 MIXED = ("receptance", "decay", "key", "value", "rate", "gate")
 """The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
-
-
-def wide(x: Tensor) -> Tensor:
-    """Cast x to at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def interpolated(x: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
-    """Compute x + weight * (previous - x) for x and previous (B, T, C) and weight (C,), in the dtype of products."""
-    return to_product_dtype(x + (previous - x) * broadcast_parameter(weight, x))
-
-
-def normed_mixtures(
-    norm: LayerNorm, x: Tensor, mix: tuple[Tensor, ...], state: Tensor | None, lengths: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Normalize x, and interpolate between each token and the previous token.
-
-    Args:
-        norm: LayerNorm of the sublayer.
-        x: Input of the sublayer (B, T, C).
-        mix: Share of the previous token in each mixture (C,).
-        state: Normalized token before x (B, 1, C); None: zeros, and the next state is None.
-        lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
-
-    Returns:
-        The mixtures (B, T, C), in the dtype of products, and the next state.
-    """
-    if lengths is None and x.dtype == torch.float32 and fused.serves(x):
-        mixed = norm_mixtures(x, norm.weight, norm.bias, norm.eps, mix, state, product_dtype(x))
-        return mixed, None if state is None else norm(x[:, -1:])
-    y = norm(x)
-    previous, state = previous_token(y, state, lengths)
-    return tuple(interpolated(y, previous, each) for each in mix), state
-
-
-class LowRank(nn.Module):
-    """The map act(x down) up through few hidden channels, without its bias.
-
-    Args:
-        channels: Number C of channels of input and output.
-        rank: Number R of hidden channels.
-        act: Activation of the hidden channels; None: the identity.
-    """
-
-    low_rank_weights = ("down_weight", "up_weight")
-    """Names of the weights (inputs, outputs) that generation rounds (models/quantize.py)."""
-
-    def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.act = act
-        # The names do not end in ".weight", because weight decay does not apply to these matrices.
-        self.down_weight = nn.Parameter(torch.zeros(channels, rank))
-        self.up_weight = nn.Parameter(torch.zeros(rank, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, T, C) to (B, T, C), in the dtype of products."""
-        # (B, T, C) -> (B, T, R)
-        hidden = x @ self.down_weight
-        return (hidden if self.act is None else self.act(hidden)) @ self.up_weight
-
-
-class LowRankLogits(LowRank):
-    """A low-rank map with a bias, whose results are arguments of a sigmoid."""
-
-    def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__(channels, rank, act)
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def sigmoid(self, product: Tensor) -> Tensor:
-        """Return sigmoid(product + bias) (B, T, C) for a result of `forward`, in at least float32."""
-        product = wide(product)
-        return torch.sigmoid(product + broadcast_parameter(self.bias, product))
 
 
 class Recurrence(nn.Module):

@@ -1,0 +1,43 @@
+"""Mixtures of each normalized token with the previous token, which the sublayers of RWKV-4 to RWKV-7 read."""
+
+import torch
+from torch import Tensor
+
+from timemix.models.layers.linear import LayerNorm, product_dtype, to_product_dtype
+from timemix.models.layers.token_shift import previous_token
+from timemix.ops.common import fused
+from timemix.ops.common.norms import norm_mixtures
+from timemix.ops.common.spread import broadcast_parameter
+
+
+def wide(x: Tensor) -> Tensor:
+    """Cast x to at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def interpolated(x: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
+    """Compute x + weight * (previous - x) for x and previous (B, T, C) and weight (C,), in the dtype of products."""
+    return to_product_dtype(x + (previous - x) * broadcast_parameter(weight, x))
+
+
+def normed_mixtures(
+    norm: LayerNorm, x: Tensor, mix: tuple[Tensor, ...], state: Tensor | None, lengths: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Normalize x, and interpolate between each token and the previous token.
+
+    Args:
+        norm: LayerNorm of the sublayer.
+        x: Input of the sublayer (B, T, C).
+        mix: Share of the previous token in each mixture (C,).
+        state: Normalized token before x (B, 1, C); None: zeros, and the next state is None.
+        lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+
+    Returns:
+        The mixtures (B, T, C), in the dtype of products, and the next state.
+    """
+    if lengths is None and x.dtype == torch.float32 and fused.serves(x):
+        mixed = norm_mixtures(x, norm.weight, norm.bias, norm.eps, mix, state, product_dtype(x))
+        return mixed, None if state is None else norm(x[:, -1:])
+    y = norm(x)
+    previous, state = previous_token(y, state, lengths)
+    return tuple(interpolated(y, previous, each) for each in mix), state
