@@ -5,10 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from timemix.ops.rwkv6 import compiled
+from timemix.ops.rwkv6.chunked import chunked_wkv6
 from timemix.ops.rwkv6.reference import reference_wkv6
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_wkv6}
-"""The backends of wkv6 by name: "reference" loops over tokens."""
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference_wkv6,
+    "chunked": chunked_wkv6,
+    "c": compiled.compiled_wkv6,
+}
+"""The backends of wkv6 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, and "c"
+loops over tokens in C."""
+
+FEW_TOKENS = 4
+"""Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
 
 
 def wkv6(
@@ -51,16 +61,72 @@ def wkv6(
     Source:
         Eagle and Finch: RWKV-5 and RWKV-6, arXiv 2404.05892.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    _check(r, w, k, v, u, state, lengths, resets)
+    given, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     B, T, H, N = r.shape
-    start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    r, w, k, v, u = (x.to(dtype) for x in (r, w, k, v, u))
     if lengths is not None:
-        raise NotImplementedError("lengths")
-    w = w.expand(B, T, H, N)
-    y, end = BACKENDS["reference"](*(x.to(dtype) for x in (r, w, k, v, u)), start, resets)
-    return y.to(v.dtype), None if state is None else end
+        # Tokens whose inputs are zeros do not change the state, and their y is zero.
+        counts = torch.arange(T, device=r.device) < lengths[:, None]
+        r, w, k, v = (x.where(counts[:, :, None, None], 0) for x in (r, w, k, v))
+        resets = None if resets is None else resets & counts
+    start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
+    chosen, _ = choose_backend(backend, r)
+    with torch.autocast(r.device.type, enabled=False):
+        y, end = BACKENDS[chosen](r, w, k, v, u, start, resets)
+    return y.to(given), None if state is None else end
 
 
 def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
-    """Choose the backend of wkv6, and return its name and the reason."""
-    return "reference", "asked for" if backend == "reference" else "the only backend"
+    """Choose the backend of wkv6.
+
+    Args:
+        backend: "auto" or a name in `BACKENDS`.
+        r: Receptances (B, T, H, N), in the dtype of the computation.
+
+    Returns:
+        The name of the backend, and the reason for the choice.
+
+    Raises:
+        ValueError: The backend is unknown or does not support the receptances.
+    """
+    if backend == "auto":
+        if compiled.hindrance(r) is None:
+            return "c", "the C code supports the dtype and the device"
+        if r.shape[1] <= FEW_TOKENS:
+            return "reference", f"a loop over at most {FEW_TOKENS} tokens"
+        return "chunked", "matrix products in place of a loop over tokens"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
+    reason = compiled.hindrance(r) if backend == "c" else None
+    if reason is not None:
+        raise ValueError(f"{backend=} is not available: {reason}; choose auto")
+    return backend, "asked for"
+
+
+def _check(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Check the shapes of the arguments of `wkv6`."""
+    if r.ndim != 4 or r.shape[1] == 0:
+        raise ValueError(f"r has shape {tuple(r.shape)}; it must be (batch, time >= 1, heads, head size)")
+    B, T, H, N = r.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "w": (w, (H, N) if w.ndim == 2 else (B, T, H, N)),
+        "k": (k, (B, T, H, N)),
+        "v": (v, (B, T, H, N)),
+        "u": (u, (H, N)),
+        "state": (state, (B, H, N, N)),
+        "lengths": (lengths, (B,)),
+        "resets": (resets, (B, T)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; with r of shape {tuple(r.shape)} it must be {shape}")

@@ -24,7 +24,7 @@ def reference_wkv6(
 
     Args:
         r: Receptances (B, T, H, N).
-        w: Log-decays (B, T, H, N), at most 0.
+        w: Log-decays (B, T, H, N) or (H, N), at most 0.
         k: Keys (B, T, H, N).
         v: Values (B, T, H, N).
         u: Bonus of the current token (H, N).
@@ -34,7 +34,7 @@ def reference_wkv6(
     Returns:
         y (B, T, H, N), and the state after these tokens.
     """
-    S, y = state, []
+    S, y, w = state, [], w.expand_as(r)
     for t in range(r.shape[1]):
         if resets is not None:
             S = torch.where(resets[:, t, None, None, None], 0, S)
