@@ -138,6 +138,7 @@ API = {
             "timemix.ops.rwkv1.exp_state",
             "timemix.ops.rwkv1.ExpState",
             "timemix.ops.rwkv1.Curves",
+            "timemix.ops.rwkv6.wkv6",
             "timemix.ops.rwkv7.wkv7",
         ),
     ),
