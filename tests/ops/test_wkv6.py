@@ -1,5 +1,9 @@
 """wkv6: the loop against the formula, chunks and C against the loop in outputs, states and gradients, hard values."""
 
+import importlib.util
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples, slow
-from timemix.ops.rwkv6 import BACKENDS, choose_backend, compiled, wkv6
+from timemix.ops import common
+from timemix.ops.rwkv6 import BACKENDS, choose_backend, compiled, library, wkv6
 
+ON_THE_CPU = [name for name in BACKENDS if name != "fla"]
 NAMES = ("r", "w", "k", "v", "u", "state")
 
 
@@ -152,7 +158,7 @@ def test_a_small_decay_keeps_its_digits(backend):
     assert error(end, state.double() * np.exp(-15.0)) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 @given(cut=st.integers(1, 19), data=st.data())
 @examples(40)
 def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
@@ -171,7 +177,7 @@ def test_a_text_in_two_parts_is_the_whole(backend, cut, data):
     torch.testing.assert_close(state, end, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_padding_changes_nothing_and_gets_no_gradient(backend):
     arguments = inputs(2, 9, 1, 4, dtype_of(backend))
     broken = [x.detach().clone() for x in arguments]
@@ -184,7 +190,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
     assert not clean["y"][1, 5:].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_a_diverged_input_stays_visible(backend):
     arguments = [x.detach() for x in inputs(1, 20, 1, 4, dtype_of(backend))]
     arguments[1][0, 3, 0, 0] = torch.nan
@@ -201,7 +207,7 @@ def test_the_gradient_is_the_numerical_one():
 
 
 def test_a_state_is_returned_on_request_and_never_changed():
-    for backend in BACKENDS:
+    for backend in ON_THE_CPU:
         *arguments, state = inputs(1, 5, 1, 2, dtype_of(backend))
         assert wkv6(*arguments, backend=backend)[1] is None
         before = state.detach().clone()
@@ -257,3 +263,50 @@ def test_without_a_compiler_the_chunks_compute(monkeypatch):
     assert choose_backend("auto", x)[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
         choose_backend("c", x)
+
+
+@pytest.fixture
+def install_fla(monkeypatch):
+    """Return a function that puts a stub of the package flash-linear-attention in place, for tensors on the CPU."""
+
+    find = importlib.util.find_spec
+
+    def install(error):
+        def chunk_rwkv6(r, k, v, w, u, *, scale, initial_state, output_final_state):
+            assert {x.dtype for x in (r, k, v)} == {torch.bfloat16}
+            assert (scale, output_final_state) == (1, True)
+            y, end = wkv6(*(x.float() for x in (r, w, k, v, u)), initial_state, backend="chunked")
+            return y.to(torch.bfloat16) * (1 + error), end
+
+        module = types.ModuleType("fla.ops.rwkv6")
+        module.chunk_rwkv6 = chunk_rwkv6
+        for name in ("fla", "fla.ops"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", module)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "fla" or find(name, *more))
+        monkeypatch.setattr(common.library, "DEVICES", ("cpu",))
+
+    library._difference.cache_clear()
+    yield install
+    library._difference.cache_clear()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_fla_equals_the_loop_up_to_the_rounding_of_bfloat16(install_fla, fixed):
+    install_fla(0)
+    torch.manual_seed(0)
+    arguments = inputs(2, 37, 2, 8, fixed=fixed)
+    found = results([x.float() for x in arguments], "fla")
+    for name, value in results(arguments, "reference").items():
+        assert error(found[name], value) < 0.02, name
+
+
+def test_wrong_kernels_of_fla_are_not_used(install_fla):
+    install_fla(0.05)
+    with pytest.raises(ValueError, match=r"backend='fla' is not available: results of the package .* differ by 5"):
+        choose_backend("fla", torch.zeros(1, 100, 1, 8))
+
+
+def test_fla_needs_cuda():
+    with pytest.raises(ValueError, match="backend='fla' is not available: .* needs cuda, not cpu; choose auto"):
+        choose_backend("fla", torch.zeros(1, 100, 1, 8))

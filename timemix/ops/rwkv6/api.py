@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from timemix.ops.rwkv6 import compiled
+from timemix.ops.common import library as packages
+from timemix.ops.rwkv6 import compiled, library
 from timemix.ops.rwkv6.chunked import chunked_wkv6
 from timemix.ops.rwkv6.reference import reference_wkv6
 
@@ -13,9 +14,10 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference_wkv6,
     "chunked": chunked_wkv6,
     "c": compiled.compiled_wkv6,
+    "fla": library.library_wkv6,
 }
-"""The backends of wkv6 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, and "c"
-loops over tokens in C."""
+"""The backends of wkv6 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, "c" loops
+over tokens in C, and "fla" calls the kernels of the package flash-linear-attention in bfloat16."""
 
 FEW_TOKENS = 4
 """Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
@@ -71,18 +73,19 @@ def wkv6(
         r, w, k, v = (x.where(counts[:, :, None, None], 0) for x in (r, w, k, v))
         resets = None if resets is None else resets & counts
     start = r.new_zeros(B, H, N, N, dtype=dtype) if state is None else state.to(dtype)
-    chosen, _ = choose_backend(backend, r)
+    chosen, _ = choose_backend(backend, r, resets)
     with torch.autocast(r.device.type, enabled=False):
         y, end = BACKENDS[chosen](r, w, k, v, u, start, resets)
     return y.to(given), None if state is None else end
 
 
-def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
+def choose_backend(backend: str, r: Tensor, resets: Tensor | None = None) -> tuple[str, str]:
     """Choose the backend of wkv6.
 
     Args:
         backend: "auto" or a name in `BACKENDS`.
         r: Receptances (B, T, H, N), in the dtype of the computation.
+        resets: Whether to set S to zero before each token (B, T); None for never.
 
     Returns:
         The name of the backend, and the reason for the choice.
@@ -95,10 +98,18 @@ def choose_backend(backend: str, r: Tensor) -> tuple[str, str]:
             return "c", "the C code supports the dtype and the device"
         if r.shape[1] <= FEW_TOKENS:
             return "reference", f"a loop over at most {FEW_TOKENS} tokens"
+        # The kernels of fla compute in bfloat16, so "auto" chooses them only where autocast lowers the precision.
+        lower = r.device.type in packages.DEVICES and torch.is_autocast_enabled(r.device.type)
+        if lower and library.hindrance(r, resets) is None:
+            return "fla", "the package flash-linear-attention supports the dtype and the device"
         return "chunked", "matrix products in place of a loop over tokens"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
-    reason = compiled.hindrance(r) if backend == "c" else None
+    reason = None
+    if backend == "c":
+        reason = compiled.hindrance(r)
+    elif backend == "fla":
+        reason = library.hindrance(r, resets)
     if reason is not None:
         raise ValueError(f"{backend=} is not available: {reason}; choose auto")
     return backend, "asked for"
