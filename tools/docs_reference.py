@@ -139,6 +139,7 @@ API = {
             "timemix.ops.rwkv1.ExpState",
             "timemix.ops.rwkv1.Curves",
             "timemix.ops.rwkv4.wkv4",
+            "timemix.ops.rwkv6.wkv6",
             "timemix.ops.rwkv7.wkv7",
         ),
     ),

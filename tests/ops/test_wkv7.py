@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.helpers.tiers import examples, slow
+from timemix.ops import common
 from timemix.ops.rwkv7 import BACKENDS, choose_backend, compiled, library, wkv7
 
 ON_THE_CPU = [name for name in BACKENDS if name != "fla"]
@@ -280,7 +281,7 @@ def install_fla(monkeypatch):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         monkeypatch.setitem(sys.modules, "fla.ops.rwkv7", module)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-        monkeypatch.setattr(library, "DEVICES", ("cpu",))
+        monkeypatch.setattr(common.library, "DEVICES", ("cpu",))
 
     library._difference.cache_clear()
     yield install

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from timemix.ops.common import library as packages
 from timemix.ops.rwkv7 import compiled, library
 from timemix.ops.rwkv7.chunked import chunked_wkv7
 from timemix.ops.rwkv7.reference import reference_wkv7
@@ -103,7 +104,7 @@ def choose_backend(backend: str, r: Tensor, resets: Tensor | None = None) -> tup
         if r.shape[1] <= FEW_TOKENS:
             return "reference", f"a loop over at most {FEW_TOKENS} tokens"
         # The kernels of fla compute in bfloat16, so "auto" chooses them only where autocast lowers the precision.
-        lower = r.device.type in library.DEVICES and torch.is_autocast_enabled(r.device.type)
+        lower = r.device.type in packages.DEVICES and torch.is_autocast_enabled(r.device.type)
         if lower and library.hindrance(r, resets) is None:
             return "fla", "the package flash-linear-attention supports the dtype and the device"
         return "chunked", "matrix products in place of a loop over tokens"

@@ -4,21 +4,14 @@ The first call for each device and head size compares the kernels with the backe
 more than the rounding of bfloat16, the kernels are not used.
 """
 
-import importlib.util
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timemix.ops.common import library
 from timemix.ops.rwkv7.chunked import chunked_wkv7
-
-DEVICES = ("cuda",)
-"""Types of devices that the kernels support."""
-
-TOLERANCE = 0.02
-"""Largest difference from "chunked", relative to the largest value of each result. bfloat16 rounds by up to 0.4 %."""
 
 LEAST = -2.5
 """Least log-decay for which chunks of 64 tokens stay in the range of float32."""
@@ -34,15 +27,7 @@ def hindrance(r: Tensor, resets: Tensor | None = None) -> str | None:
     Returns:
         The reason; None if the kernels can compute wkv7.
     """
-    if r.device.type not in DEVICES:
-        return f"the package flash-linear-attention needs cuda, not {r.device.type}"
-    if r.dtype == torch.float64 or resets is not None:
-        return "the package flash-linear-attention supports neither float64 nor resets"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot compile the package flash-linear-attention"
-    if importlib.util.find_spec("fla") is None:
-        return "the package flash-linear-attention is not installed"
-    return _difference(r.device, r.shape[-1])
+    return library.hindrance(r, resets) or _difference(r.device, r.shape[-1])
 
 
 def library_wkv7(
@@ -93,22 +78,4 @@ def _difference(device: torch.device, N: int) -> str | None:
     q, rate, w = F.normalize(draw(*shape), dim=-1), draw(*shape).sigmoid(), -0.6065 * draw(*shape).sigmoid()
     given = [draw(*shape), w, draw(*shape), draw(*shape), -q, q * rate, draw(1, 2, N, N)]
     weights = draw(*shape), draw(1, 2, N, N)
-    try:
-        found, expected = (_results(function, given, weights) for function in (library_wkv7, chunked_wkv7))
-    except Exception as error:  # Another package, and its compiler, can raise any exception.
-        return f"the package flash-linear-attention fails: {str(error).strip().partition(chr(10))[0][:200]}"
-    worst = max(float((x - y).abs().max() / y.abs().max()) for x, y in zip(found, expected, strict=True))
-    if worst <= TOLERANCE:
-        return None
-    return f"results of the package flash-linear-attention differ by {worst:.1e} from those of 'chunked'"
-
-
-def _results(
-    function: Callable[..., tuple[Tensor, Tensor]], given: list[Tensor], weights: tuple[Tensor, Tensor]
-) -> list[Tensor]:
-    """Return y, the last state and the gradients of all arguments."""
-    arguments = [x.clone().requires_grad_() for x in given]
-    with torch.enable_grad(), torch.autocast(given[0].device.type, enabled=False):
-        y, end = function(*arguments, None)
-        gradients = torch.autograd.grad((y * weights[0]).sum() + (end * weights[1]).sum(), arguments)
-    return [y.detach(), end.detach(), *gradients]
+    return library.difference(library_wkv7, chunked_wkv7, given, weights)

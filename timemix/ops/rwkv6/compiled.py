@@ -1,0 +1,141 @@
+"""wkv6 in C, token by token, forward and backward. The file wkv6.c contains the formulas.
+
+The C code supports float32 on the CPU. It requires a C compiler, and is not used in code that torch.compile compiles.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from timemix.runtime.native import library, passed
+
+CHUNK = 16
+"""Number of tokens from one stored state to the next."""
+
+MOST = 256
+"""Largest head size N."""
+
+FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}")
+"""Flags of the compiler. -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
+-fno-associative-math preserves the accuracy of decays, see wkv6.c."""
+
+
+def hindrance(x: Tensor) -> str | None:
+    """Return the reason why the C code cannot compute wkv6.
+
+    Args:
+        x: An input of the recurrence (B, T, H, N), in the dtype of the computation.
+
+    Returns:
+        The reason; None if the C code can compute wkv6.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return f"the C code needs float32 on the cpu, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
+    if x.shape[-1] > MOST:
+        return f"the C code needs a head size of at most {MOST}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot compile calls of C code"
+    code, reason = _library()
+    return None if code else reason
+
+
+def compiles() -> bool:
+    """Return whether the C code can be compiled and loaded.
+
+    Returns:
+        False if there is no C compiler, or compiling or loading failed.
+    """
+    return _library()[0] is not None
+
+
+def compiled_wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute wkv6 in C. Inputs and the state before every `CHUNK` tokens are stored for the backward pass.
+
+    Args:
+        r: Receptances (B, T, H, N), float32.
+        w: Log-decays (B, T, H, N) or (H, N), at most 0.
+        k: Keys (B, T, H, N).
+        v: Values (B, T, H, N).
+        u: Bonus of the current token (H, N).
+        state: State S before these tokens, of shape (B, H, keys N, values N).
+        resets: Whether to set S to zero before each token (B, T); None for never.
+
+    Returns:
+        y (B, T, H, N), and the state after these tokens.
+    """
+    apply: Any = _Compiled.apply
+    y, end = apply(state, resets, *(x.contiguous() for x in (r, w, k, v, u)))
+    return y, end
+
+
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    return library(Path(__file__).with_name("wkv6.c"), *FLAGS)
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in (*"BTHN", "fixed")] + [
+        (name, ctypes.c_void_p) for name in (*"rwkvu", "resets")
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in "rwkvu"]
+
+
+def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
+    r, w = inputs[:2]
+    address = None if resets is None else resets.data_ptr()
+    return _Inputs(*r.shape, w.ndim == 2, *(x.data_ptr() for x in inputs), address)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    code, _ = _library()
+    assert code is not None
+    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
+
+
+def _starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Allocate the states before every `CHUNK` tokens, and memory for each thread, as SCRATCH in wkv6.c."""
+    B, H, N, _ = state.shape
+    padded = -(-N // 16) * 16
+    starts = state.new_empty(B, H, -(-tokens // CHUNK), N, padded)
+    scratch = state.new_empty(torch.get_num_threads(), (6 * CHUNK + 6 + (CHUNK + 2) * N) * padded)
+    return starts, scratch
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, resets: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        resets = None if resets is None else resets.contiguous()
+        # The C code updates the state in place, so it gets a copy.
+        y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
+        starts, scratch = _starts_and_scratch(end, y.shape[1])
+        kept = starts if any(ctx.needs_input_grad) else None
+        _call("timemix_wkv6", _inputs(inputs, resets), end, y, kept, scratch)
+        ctx.save_for_backward(*inputs, kept, resets)
+        return y, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, starts, resets = ctx.saved_tensors
+        # The C code sums the gradient of an argument (H, N) over the tokens of each sequence: (B, H, N).
+        gradients = [torch.empty_like(x) if x.ndim == 4 else x.new_empty(dy.shape[0], *x.shape) for x in inputs]
+        d_state = d_end.clone(memory_format=torch.contiguous_format)
+        _, scratch = _starts_and_scratch(d_state, 0)
+        addresses = _Gradients(*(x.data_ptr() for x in gradients))
+        given = _inputs(tuple(inputs), resets)
+        _call("timemix_wkv6_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
+        return d_state, None, *(x if x.ndim == 4 else x.sum(0) for x in gradients)
