@@ -295,6 +295,7 @@ def test_a_closed_pipe_is_quiet(trained):
             ["compare", "long-context", "--seeds", "3"],
             "trains no variants; leave out --seeds and --tokens",
         ),
+        (["compare", "recall", "--tokens", "1k"], "generates its sequences; leave out --data, --valid and --tokens"),
         (["inspect", "nothing"], "there is no run folder nothing"),
         (["inspect", "folder"], "is not a run folder"),
         (["inspect", "folder", "--tokens", "1"], "--tokens is 1; it must be at least 2"),

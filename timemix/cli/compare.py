@@ -26,6 +26,7 @@ from timemix.experiments.spec import (
     shipped,
     with_data,
 )
+from timemix.experiments.synthetic_spec import SyntheticExperiment
 from timemix.experiments.variants import Variant
 from timemix.models.registry import find_architecture
 from timemix.storage.json_files import to_json
@@ -53,6 +54,7 @@ class CompareArguments:
     Examples:
         timemix compare --arch rwkv1 mha_rotary --data my.txt --out runs/compared
         timemix compare heads --data my.txt --seeds 5
+        timemix compare recall --out runs/recall
         torchrun --nproc-per-node 2 -m timemix compare shift.toml --data my.txt --out runs/shift
     """
 
@@ -90,7 +92,7 @@ def compare(arguments: list[str]) -> int:
     device = _own_device(parsed.device)
     first = int(os.environ.get("RANK", "0")) == 0
     from timemix.experiments import sampling as sampling_study
-    from timemix.experiments import sampling_report, speed, table
+    from timemix.experiments import sampling_report, speed, synthetic, synthetic_report, table
 
     try:
         if isinstance(experiment, Experiment):
@@ -103,6 +105,9 @@ def compare(arguments: list[str]) -> int:
         elif isinstance(experiment, SpeedExperiment):
             timed = speed.run_speed(experiment, out, _say, device)
             found, words = to_json(timed), speed.to_markdown(timed)
+        elif isinstance(experiment, SyntheticExperiment):
+            answered = synthetic.run_synthetic(experiment, out, _say, device)
+            found, words = to_json(answered), synthetic_report.to_markdown(answered)
         else:
             written = sampling_study.run_sampling(experiment, out, _say, device)
             found, words = to_json(written), sampling_report.to_markdown(written)
@@ -152,6 +157,8 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         name, experiment = path.stem, read_experiment(path)
     else:
         name, experiment = "-".join(parsed.arch), _of_architectures(parsed)
+    if isinstance(experiment, SyntheticExperiment) and (parsed.data or parsed.valid or parsed.tokens):
+        raise InvalidValue(f"the experiment {name} generates its sequences; leave out --data, --valid and --tokens")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
     if parsed.seeds is not None:
@@ -160,7 +167,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         changes["seeds"] = tuple(range(1, parsed.seeds + 1))
     if parsed.tokens is not None:
         changes |= {"tokens": read_count(parsed.tokens), "seconds": None}
-    if changes and not isinstance(experiment, Experiment):
+    if changes and not isinstance(experiment, Experiment | SyntheticExperiment):
         raise InvalidValue(f"the experiment {name} trains no variants; leave out --seeds and --tokens")
     return name, replace(experiment, **changes)
 

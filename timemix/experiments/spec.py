@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,8 @@ from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
-from timemix.experiments.variants import Variant, flat, merged, named_architecture, variant_config
+from timemix.experiments.synthetic_spec import SyntheticExperiment
+from timemix.experiments.variants import Variant, check_variants, flat, merged, named_architecture, variant_config
 from timemix.models.registry import find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml
 
@@ -19,8 +19,6 @@ TUNING_SEED = 0
 """Seed of all tuning runs."""
 PROMPT_TOKENS = 32
 """Number of held-out tokens in a prompt of a sampling experiment."""
-MOST_VARIANTS = 1000
-"""Largest number of variants of an experiment, and largest number of verdicts."""
 MOST_TUNING_RUNS = 10_000
 """Largest number of tuning runs of an experiment."""
 
@@ -89,7 +87,7 @@ class Experiment:
     """Whether to measure the held-out loss also at each position of the window."""
 
     def __post_init__(self) -> None:
-        _check_variants(self.variants, self.verdicts)
+        check_variants(self.variants, self.verdicts)
         if (self.tokens is None) == (self.seconds is None):
             raise InvalidValue("the budget is missing or given twice; give either tokens or seconds")
         if not 0 < (self.tokens if self.tokens is not None else self.seconds or 0) < math.inf:
@@ -258,7 +256,7 @@ class SpeedExperiment:
     """Claims to test."""
 
     def __post_init__(self) -> None:
-        _check_variants(self.variants, self.verdicts)
+        check_variants(self.variants, self.verdicts)
         if self.rounds < 1 or not self.ctx_lens or any(t < 1 or self.tokens % t for t in self.ctx_lens):
             raise InvalidValue(
                 f"ctx_lens is {list(self.ctx_lens)}, tokens is {self.tokens} and rounds is {self.rounds}; give at least"
@@ -278,36 +276,6 @@ class SpeedExperiment:
         return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
 
 
-def _check_variants(variants: tuple[Variant, ...], verdicts: Sequence[Verdict | SpeedVerdict]) -> None:
-    names = [v.name for v in variants]
-    if max(len(variants), len(verdicts)) > MOST_VARIANTS:
-        raise InvalidValue(
-            f"the experiment has {len(variants)} variants and {len(verdicts)} verdicts; give at most {MOST_VARIANTS} of"
-            " each"
-        )
-    if not names:
-        raise InvalidValue("the experiment has no variant; add [[variants]] with a name")
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise InvalidValue(f"two variants have the name {name!r}; give each variant its own name")
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
-            raise InvalidValue(f"variant name {name!r} cannot name a folder; use letters, digits and hyphens")
-    labels = [v.heading for v in variants]
-    for i, label in enumerate(labels):
-        if label in labels[:i]:
-            raise InvalidValue(f"two variants have the label {label!r}; give each variant its own label")
-    for variant in variants:
-        if variant.color and not _is_color(variant.color):
-            raise InvalidValue(
-                f"variant {variant.name!r}: {variant.color!r} is not a matplotlib color; give a color such as red or"
-                " #D55E00"
-            )
-    for verdict in verdicts:
-        for name in (verdict.better, verdict.worse):
-            if name not in names:
-                raise InvalidValue(f"a verdict names the variant {name!r}{nearest(name, names)}")
-
-
 def _check_different(runs_of: dict[str, list[RunConfig]]) -> None:
     for (one, runs), (other, others) in itertools.combinations(runs_of.items(), 2):
         if runs == others:
@@ -315,12 +283,6 @@ def _check_different(runs_of: dict[str, list[RunConfig]]) -> None:
                 f"variants {one!r} and {other!r} have the same settings, so their runs would be bit-identical;"
                 " change a setting of one, or remove it"
             )
-
-
-def _is_color(color: str) -> bool:
-    from matplotlib.colors import is_color_like
-
-    return is_color_like(color)
 
 
 def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None) -> "AnyExperiment":
@@ -357,8 +319,13 @@ def find_experiment(name: str) -> Path:
     raise MissingFile(f"there is no experiment {name!r}{nearest(name, known)}; you can also name a .toml file")
 
 
-KINDS: dict[str, type] = {"training": Experiment, "speed": SpeedExperiment, "sampling": SamplingExperiment}
-AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment
+KINDS: dict[str, type] = {
+    "training": Experiment,
+    "speed": SpeedExperiment,
+    "sampling": SamplingExperiment,
+    "synthetic": SyntheticExperiment,
+}
+AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment | SyntheticExperiment
 
 
 def read_experiment(path: Path) -> AnyExperiment:

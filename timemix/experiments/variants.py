@@ -1,13 +1,27 @@
 """The variants of an experiment. Shared fields, fields of a variant and a tuning point override a preset."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, nearest
 from timemix.storage.settings import from_dict, to_dict
+
+MOST_VARIANTS = 1000
+"""Largest number of variants of an experiment, and largest number of verdicts."""
+
+
+class Claim(Protocol):
+    """A verdict of any kind of experiment, which compares two variants."""
+
+    @property
+    def better(self) -> str: ...
+
+    @property
+    def worse(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -92,3 +106,44 @@ def nested(point: dict[str, Any]) -> dict[str, Any]:
             value = {part: value}
         tree = merged(tree, value)
     return tree
+
+
+def check_variants(variants: Sequence[Variant], verdicts: Sequence[Claim]) -> None:
+    """Check the number, names, labels and colors of the variants of an experiment, and the names in its verdicts.
+
+    Raises:
+        InvalidValue: A check fails.
+    """
+    names = [v.name for v in variants]
+    if max(len(variants), len(verdicts)) > MOST_VARIANTS:
+        raise InvalidValue(
+            f"the experiment has {len(variants)} variants and {len(verdicts)} verdicts; give at most {MOST_VARIANTS} of"
+            " each"
+        )
+    if not names:
+        raise InvalidValue("the experiment has no variant; add [[variants]] with a name")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InvalidValue(f"two variants have the name {name!r}; give each variant its own name")
+        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
+            raise InvalidValue(f"variant name {name!r} cannot name a folder; use letters, digits and hyphens")
+    labels = [v.heading for v in variants]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise InvalidValue(f"two variants have the label {label!r}; give each variant its own label")
+    for variant in variants:
+        if variant.color and not _is_color(variant.color):
+            raise InvalidValue(
+                f"variant {variant.name!r}: {variant.color!r} is not a matplotlib color; give a color such as red or"
+                " #D55E00"
+            )
+    for verdict in verdicts:
+        for name in (verdict.better, verdict.worse):
+            if name not in names:
+                raise InvalidValue(f"a verdict names the variant {name!r}{nearest(name, names)}")
+
+
+def _is_color(color: str) -> bool:
+    from matplotlib.colors import is_color_like
+
+    return is_color_like(color)

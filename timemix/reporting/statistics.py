@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
@@ -21,12 +22,19 @@ def paired_difference(first: dict[int, float], other: dict[int, float]) -> Diffe
         seed.
     """
     differences = [other[seed] - first[seed] for seed in first if seed in other]
-    if not differences:
-        return None
-    mean, n = statistics.fmean(differences), len(differences)
+    return mean_interval(differences) if differences else None
+
+
+def mean_interval(values: Sequence[float]) -> Difference:
+    """Return the mean of values with its 95 % t-interval.
+
+    Args:
+        values: At least one value. With one value, both ends of the interval are None.
+    """
+    mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return {"mean": mean, "low": None, "high": None}
-    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

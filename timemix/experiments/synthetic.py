@@ -1,0 +1,279 @@
+"""Train every variant on synthetic tasks, and measure the accuracy of its answers at several sizes.
+
+The folder OUT has one small JSON file per run, and table.json, table.md and accuracy.png. A repeated experiment trains
+only the runs without a file. Further variants, tasks and seeds therefore extend the results in a folder.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timemix.config.run import RunConfig
+from timemix.errors import DamagedFile, FileError, InUse
+from timemix.evaluation.loss import cross_entropy
+from timemix.experiments.synthetic_report import (
+    Measured,
+    SyntheticTable,
+    best_lr,
+    build_table,
+    draw_table,
+    to_markdown,
+)
+from timemix.experiments.synthetic_spec import SyntheticExperiment, TaskSetting
+from timemix.experiments.synthetic_tasks import IGNORED, TASKS, Batch, held_out_batch, training_batch
+from timemix.experiments.variants import Variant
+from timemix.models.language_model import LanguageModel, evaluating
+from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.storage.files import write_text
+from timemix.storage.json_files import read_json, read_record, to_json
+from timemix.storage.locks import claimed
+from timemix.storage.settings import to_dict
+from timemix.training.optim import build_optimizers, learning_rate
+
+TUNING_SEED = 0
+"""Seed of the runs that choose the learning rate."""
+TRAINING_FIELDS = (
+    *("steps", "batch_size", "lr", "lr_final", "embedding_lr", "schedule", "warmup", "decay"),
+    *("optimizer", "betas", "eps", "weight_decay", "clip", "precision", "seed"),
+)
+"""Training settings that determine the result of a run."""
+TEST_TOKENS = 16384
+"""Largest number of tokens of a forward pass in a test."""
+TIMED_STEPS = 3
+"""Number of training steps of a time estimate."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an experiment: a variant on a task, with a learning rate and a seed."""
+
+    task: TaskSetting
+    variant: Variant
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its file."""
+        return f"{self.task.name}.{self.variant.name}.lr-{self.lr:g}.seed-{self.seed}"
+
+
+class Runs:
+    """The runs of an experiment in a folder.
+
+    Args:
+        experiment: The experiment.
+        out: Folder of the experiment.
+        say: Function that prints a line of text.
+        device: PyTorch device.
+    """
+
+    def __init__(self, experiment: SyntheticExperiment, out: Path, say: Callable[[str], None], device: str) -> None:
+        self.experiment, self.out, self.say, self.device = experiment, out, say, device
+
+    def measured(self, cell: Cell) -> Measured | None:
+        """Return the saved result of a run; None if the run is unfinished or its file is damaged.
+
+        Raises:
+            FileError: The saved result belongs to a run with other settings.
+        """
+        path = self.out / f"{cell.name}.json"
+        if not path.exists():
+            return None
+        try:
+            found, settings = read_record(path, Measured), read_json(path).get("settings")
+        except DamagedFile:
+            return None
+        if settings != self._settings(cell):
+            raise FileError(f"{path} has the result of a run with other settings; choose another folder")
+        return found
+
+    def measure(self, cell: Cell) -> Measured:
+        """Return the result of a run. An unfinished run is trained first, and its result saved."""
+        if found := self.measured(cell):
+            return found
+        result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
+        data = to_json(result) | {"settings": self._settings(cell)}
+        write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
+        words = ", ".join(f"{value:.3f} at {size}" for size, value in result.accuracy.items())
+        self.say(f"{cell.name}: accuracy {words} ({result.seconds:.0f} s)")
+        return result
+
+    def seconds_left(self) -> float:
+        """Estimate the training time of all unfinished runs from a few steps of each variant on each task."""
+        total = 0.0
+        for task in self.experiment.tasks:
+            for variant in self.experiment.variants:
+                tuning = [Cell(task, variant, lr, TUNING_SEED) for lr in self._lrs()]
+                # The best learning rate is unknown before tuning. All learning rates take equally long.
+                unfinished = sum(self.measured(cell) is None for cell in tuning)
+                for seed in self.experiment.seeds:
+                    cells = [Cell(task, variant, lr, seed) for lr in self.experiment.lrs]
+                    unfinished += all(self.measured(cell) is None for cell in cells)
+                if unfinished:
+                    config = self._config(Cell(task, variant, self.experiment.lrs[0], TUNING_SEED))
+                    total += unfinished * config.train.steps * _seconds_per_step(config, task)
+        return total
+
+    def all(self, task: TaskSetting, variant: Variant) -> dict[int, Measured]:
+        """Tune a variant on a task, and return the result of each seed."""
+        tuned = {lr: self.measure(Cell(task, variant, lr, TUNING_SEED)) for lr in self._lrs()}
+        lr = best_lr(tuned) if tuned else self.experiment.lrs[0]
+        return {seed: self.measure(Cell(task, variant, lr, seed)) for seed in self.experiment.seeds}
+
+    def _lrs(self) -> tuple[float, ...]:
+        return self.experiment.lrs if len(self.experiment.lrs) > 1 else ()
+
+    def _config(self, cell: Cell) -> RunConfig:
+        config = self.experiment.config(cell.task, cell.variant, cell.lr, cell.seed)
+        return replace(config, train=replace(config.train, device=self.device))
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the settings that determine the result of a run, in JSON types."""
+        config = self.experiment.config(cell.task, cell.variant, cell.lr, cell.seed)
+        task = {"task": cell.task.kind, "size": cell.task.size, "tests": cell.task.tests, "rows": self.experiment.rows}
+        train = {name: getattr(config.train, name) for name in TRAINING_FIELDS}
+        settings = task | {"model": to_dict(config.model), "train": train}
+        found: dict[str, Any] = json.loads(json.dumps(settings))
+        return found
+
+
+def run_synthetic(
+    experiment: SyntheticExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
+) -> SyntheticTable:
+    """Train the unfinished runs of an experiment, and write the table and the picture to a folder.
+
+    Args:
+        experiment: The experiment.
+        out: Folder of the experiment.
+        say: Function that prints a line of text.
+        device: PyTorch device.
+
+    Returns:
+        The table.
+
+    Raises:
+        InUse: Another process is working in the folder `out`.
+        FileError: The folder `out` has results of other settings, or a file cannot be written.
+        Unavailable: The machine lacks the device.
+    """
+    choose_device(device)
+    with claimed(out / ".lock") as mine:
+        if not mine:
+            raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
+        runs = Runs(experiment, out, say, device)
+        if seconds := runs.seconds_left():
+            say(f"the unfinished runs take about {seconds / 3600:.2f} hours")
+        found = {
+            task.name: {variant.name: runs.all(task, variant) for variant in experiment.variants}
+            for task in experiment.tasks
+        }
+        table = build_table(experiment, found)
+        write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
+        write_text(out / "table.md", to_markdown(table))
+        draw_table(experiment, table, out / "accuracy.png")
+    return table
+
+
+def measure_cell(config: RunConfig, task: TaskSetting, rows: int) -> Measured:
+    """Train a model on a task, and measure its accuracy at each size of the tests.
+
+    Args:
+        config: Config of the run.
+        task: The task.
+        rows: Number of sequences of a test.
+    """
+    start = time.perf_counter()
+    training = Training(config, task)
+    losses: list[float] = []
+    while len(losses) < config.train.steps and (loss := training.step(len(losses))) is not None:
+        losses.append(loss)
+    last = losses[-max(1, config.train.steps // 20) :]
+    finished = len(losses) == config.train.steps
+    accuracy = {str(n): training.accuracy(n, rows) for n in task.tests}
+    return Measured(
+        accuracy=accuracy,
+        loss=sum(last) / len(last) if finished else None,
+        lr=config.train.lr,
+        parameters=sum(p.numel() for p in training.model.parameters()),
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+class Training:
+    """A model and its optimizers, with the recipe of its architecture, in training on a task.
+
+    Args:
+        config: Config of the run.
+        task: The task.
+    """
+
+    def __init__(self, config: RunConfig, task: TaskSetting) -> None:
+        self.config, self.size, self.task = config, task.size, TASKS[task.kind]
+        self.device, _ = choose_device(config.train.device)
+        self.precision, _ = choose_precision(config.train.precision, self.device)
+        torch.manual_seed(config.train.seed)
+        self.model = LanguageModel(config.model).to(self.device)
+        self.recipe = self.model.block.recipe(config.model)
+        self.optimizers = build_optimizers(self.model, config.train, self.precision, self.recipe)
+
+    def step(self, step: int) -> float | None:
+        """Run one optimizer step on the batch of this step.
+
+        Returns:
+            The loss in nats per answer; None if the loss or a gradient is not finite. The weights are then unchanged.
+        """
+        train = self.config.train
+        lr = learning_rate(train, step, self.recipe.warmup_floor)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            optimizer.zero_grad(set_to_none=True)
+        inputs, targets = self._upload(training_batch(self.task, train.batch_size, self.size, train.seed, step))
+        with autocast(self.precision, self.device):
+            logits, _ = self.model(inputs)
+        loss = cross_entropy(logits, targets)
+        self.model.block.training_loss(self.config.model, loss, logits).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
+        if not (math.isfinite(value := loss.item()) and math.isfinite(norm.item())):
+            return None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return value
+
+    @torch.no_grad()
+    def accuracy(self, size: int, rows: int) -> float:
+        """Return the share of right answers in sequences of one size.
+
+        Args:
+            size: Size of the sequences.
+            rows: Number of sequences.
+        """
+        inputs, targets = self._upload(held_out_batch(self.task, rows, size, self.config.train.seed))
+        piece = max(1, TEST_TOKENS // inputs.shape[1])
+        right = 0
+        with evaluating(self.model), autocast(self.precision, self.device):
+            for some, answers in zip(inputs.split(piece), targets.split(piece), strict=True):
+                right += int((self.model(some)[0].argmax(-1) == answers).sum())
+        return right / int((targets != IGNORED).sum())
+
+    def _upload(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs, targets = (torch.from_numpy(rows.copy()).to(self.device) for rows in batch)
+        return inputs, targets
+
+
+def _seconds_per_step(config: RunConfig, task: TaskSetting) -> float:
+    """Measure a few training steps, without the first step, which loads and compiles code."""
+    training = Training(config, task)
+    training.step(0)
+    start = time.perf_counter()
+    for step in range(1, TIMED_STEPS + 1):
+        training.step(step)
+    return (time.perf_counter() - start) / TIMED_STEPS
