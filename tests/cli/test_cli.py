@@ -478,7 +478,7 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
         (
             "eval runs/mine --carry-state",
             "--carry-state is True, but the context of rwkv1 is bounded by ctx_len; leave it out, or use a run of"
-            " rwkv1_exp, rwkv4, rwkv7",
+            " rwkv1_exp, rwkv4, rwkv5, rwkv6, rwkv7",
         ),
         ("plot runs/mine --smoothing 3", "--smoothing is 3.0; it must be from 0 to 1"),
         ("bench op --heads 3", "--heads 3 does not divide --channels 512; nearest divisors: 2, 4"),

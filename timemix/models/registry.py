@@ -14,6 +14,7 @@ from timemix.models.config import ModelConfig
 from timemix.models.llama.config import LlamaConfig
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv4.config import Rwkv4Config
+from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.storage.settings import from_dict
 
@@ -127,6 +128,26 @@ ARCHITECTURES: dict[str, Architecture] = {
             weights="timemix.models.rwkv4.weights",
             version="4",
             hugging_face="timemix.models.rwkv4.hugging_face",
+            bounded=False,
+        ),
+        Architecture(
+            "rwkv5",
+            Rwkv5Config,
+            "timemix.models.rwkv6.model:Rwkv5Block",
+            2023,
+            "teal",
+            "RWKV-5.2: a recurrent network whose state, one matrix per head, decays at a rate per channel",
+            weights="timemix.models.rwkv6.weights",
+            bounded=False,
+        ),
+        Architecture(
+            "rwkv6",
+            Rwkv6Config,
+            "timemix.models.rwkv6.model:Rwkv6Block",
+            2024,
+            "magenta",
+            "RWKV-6: RWKV-5 whose decays and token-shift depend on the token",
+            weights="timemix.models.rwkv6.weights",
             bounded=False,
         ),
         Architecture(
