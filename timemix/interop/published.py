@@ -32,7 +32,7 @@ _VERSIONS = (
     ("5", r"\.att\.ln_x\."),
     ("4", r"\.att\.time_decay$"),
 )
-_MODEL_TYPES = {"rwkv5": "5", "rwkv6": "6"}
+_MODEL_TYPES = {f"rwkv{version}": version for version in ("5", "6")}
 _PREFIX = "_forward_module."
 """Prefix of all names in files that DeepSpeed wrote."""
 
