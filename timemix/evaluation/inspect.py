@@ -117,7 +117,7 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
         not_shown["token-shift"] = f"no channel of this {model.config.arch} comes from earlier tokens alone"
     states = measure_states(model, loaded.tokenizer, tokens)
     if states is None:
-        not_shown["states"] = f"{model.config.arch} has no matrix states"
+        not_shown["states"] = f"timemix measures no states of {model.config.arch}"
     return Inspection(
         run=str(loaded.folder),
         arch=model.config.arch,
