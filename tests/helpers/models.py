@@ -39,6 +39,11 @@ def build(config, dtype=torch.float64, noise=0.3, **fields):
     return model
 
 
+def heads_of(arch, heads):
+    """Return the field `heads` for `model_config`; empty for an architecture without heads."""
+    return {"heads": heads} if hasattr(ARCHITECTURES[arch].config, "heads") else {}
+
+
 def step_tolerance(weights):
     """Return the largest error of a compiled step against the model with rounded weights, for numbers of size 1.
 

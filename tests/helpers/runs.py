@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from tests.helpers.models import heads_of
 from timemix.config.run import RunConfig, TrainConfig
 from timemix.data.config import DataConfig
 from timemix.models.registry import model_config
@@ -19,7 +20,7 @@ TEXT = "".join(f"the cat sat on mat {i % 7}. the dog ran to hut {i % 5}!\n" for 
 def small_config(source, arch="rwkv1", **train):
     settings = {"steps": 8, "batch_size": 4, "lr": 1e-2, "log_every": 2, "valid_every": 4, "save_every": 4}
     return RunConfig(
-        model=model_config(arch, layers=2, heads=4, channels=16, ctx_len=16),
+        model=model_config(arch, layers=2, channels=16, ctx_len=16, **heads_of(arch, 4)),
         data=DataConfig(source=str(source)),
         train=TrainConfig(**(settings | {"precision": "float32"} | train)),
     )

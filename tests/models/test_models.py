@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.helpers.models import CTX, VARIANTS, build
+from tests.helpers.models import CTX, VARIANTS, build, heads_of
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.config.presets import preset
@@ -330,8 +330,8 @@ def test_a_mixer_of_another_architecture_is_refused():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_computed_again_has_the_same_gradients(name, recompute):
     torch.manual_seed(0)
-    heads = {"heads": 2} if hasattr(ARCHITECTURES[name].config, "heads") else {}
-    model = LanguageModel(model_config(name, vocab_size=7, ctx_len=150, layers=2, channels=8, dropout=0.3, **heads))
+    sizes = {"vocab_size": 7, "ctx_len": 150, "layers": 2, "channels": 8, "dropout": 0.3} | heads_of(name, 2)
+    model = LanguageModel(model_config(name, **sizes))
     tokens = torch.randint(7, (2, 150))
     results = []
     for how in ("none", recompute):

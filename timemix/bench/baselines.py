@@ -119,8 +119,9 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
     except ImportError:
         return None
-    assert isinstance(model, HeadsConfig)
     C = model.channels
+    # A model without heads gets a Llama with heads of 64 channels, or with one head.
+    heads = model.heads if isinstance(model, HeadsConfig) else C // 64 if C % 64 == 0 else 1
     with torch.device("meta"):
         of_layer = sum(p.numel() for block in LanguageModel(model).blocks for p in block.parameters()) // model.layers
     # A layer of Llama has 4 C^2 parameters in attention, and three matrices of `hidden` x C.
@@ -130,7 +131,7 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         hidden_size=C,
         intermediate_size=hidden,
         num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
+        num_attention_heads=heads,
         max_position_embeddings=model.ctx_len,
         use_cache=False,
     )

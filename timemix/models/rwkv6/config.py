@@ -14,8 +14,8 @@ class Rwkv5Config(HeadsConfig):
 
     arch: str = "rwkv5"
     ffn_ratio: float = 0.0
-    """Hidden size of the feed-forward sublayer as a multiple of --model.channels, 0 to 1000. 0: 3.5, where the hidden
-    size is rounded down to a multiple of 32, but is at least 32."""
+    """Hidden size of the feed-forward sublayer as a multiple of --model.channels, at least 0, at most 1000.
+    0: 3.5, where the hidden size is rounded down to a multiple of 32."""
     group_norm_eps: float = 64e-5
     """Constant that the norm of each head's output adds to the variance, above 0."""
     l2wrap: float = 1e-4
