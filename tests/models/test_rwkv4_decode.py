@@ -1,24 +1,19 @@
 """The compiled step of RWKV-4: values of the original code, the model's logits and states, bits that do not change."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from tests.helpers.decode_steps import check_bits, check_step_equals_model
 from tests.helpers.models import build
+from tests.helpers.original_code import Golden
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.generation.decode import build_step
-from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
 from timemix.models.registry import model_config
 from timemix.models.rwkv4.decode import Rwkv4Step
-from timemix.models.rwkv4.weights import from_published
 
 VARIANTS = {
     "rwkv4": {},
@@ -60,28 +55,5 @@ def test_bits_do_not_depend_on_pieces_company_slot_or_threads(variant, weights, 
 
 @pytest.mark.parametrize("case", ["", "extreme."])
 def test_equals_the_original_code(case):
-    """The logits of the original code for a prompt, and for five more tokens (tests/golden/README.md)."""
-    path = Path(__file__).parents[1] / "golden/rwkv4.safetensors"
-    with safe_open(path, "pt") as file:
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        meta = {key: json.loads(value) for key, value in file.metadata().items()}
-    names = {"vocab_size": "vocab_size", "layers": "n_layer", "channels": "n_embd"}
-    model = LanguageModel(model_config("rwkv4", **{ours: meta[theirs] for ours, theirs in names.items()}))
-    weights = {name.removeprefix("weights."): x for name, x in golden.items() if name.startswith("weights.")}
-    if case:
-        start = f"{case}weights."
-        weights |= {name.removeprefix(start): x for name, x in golden.items() if name.startswith(start)}
-    model.load_state_dict(from_published(weights))
-    step = build_step(model, backend="compiled")
-    prompts, slots = golden["input"].long(), torch.arange(3)
-    counts = torch.full((3,), prompts.shape[1])
-    found, state = step(prompts.flatten(), model.init_state(3), slots, counts, torch.arange(prompts.numel()))
-    logits = found.view(*prompts.shape, -1)
-    torch.testing.assert_close(logits[0, ::2].double(), golden[f"{case}logits"].squeeze(), atol=2e-5, rtol=0)
-    if not case:
-        steps = []
-        for tokens in golden["next.tokens"].unbind(1):
-            found, state = step(tokens, state, slots)
-            steps.append(found)
-        expected = golden["next.logits"].squeeze()
-        torch.testing.assert_close(torch.stack(steps, 1).double(), expected, atol=1e-5, rtol=0)
+    golden = Golden("rwkv4", torch.float32)
+    golden.check_step(build_step(golden.model(case), backend="compiled"), case, tolerance=2e-5)

@@ -1,26 +1,21 @@
 """The compiled step of RWKV-7: values of the original code, the model's logits and states, bits that do not change."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from tests.helpers.decode_steps import check_bits, check_step_equals_model
 from tests.helpers.models import VARIANTS as MODELS
 from tests.helpers.models import assert_step_close, build
+from tests.helpers.original_code import Golden
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
 from timemix.generation.decode import build_step
-from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import WEIGHTS
 from timemix.models.registry import model_config
 from timemix.models.rwkv7.decode import Rwkv7Step
-from timemix.models.rwkv7.weights import from_published
 
 VOCABULARY = 19
 VARIANTS = {
@@ -61,29 +56,8 @@ def test_equals_the_model_in_logits_and_state(variant, rows, weights):
 
 
 def test_equals_the_original_code():
-    """The logits of the original code for a prompt and five more tokens (tests/golden/README.md)."""
-    path = Path(__file__).parents[1] / "golden/rwkv7.safetensors"
-    with safe_open(path, "pt") as file:
-        golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        meta = {key: json.loads(value) for key, value in file.metadata().items()}
-    names = {"vocab_size": "vocab_size", "layers": "n_layer", "heads": "n_head", "channels": "n_embd"}
-    config = model_config(
-        "rwkv7", **{ours: meta[theirs] for ours, theirs in names.items()}, group_norm_eps=meta["group_norm_eps"]
-    )
-    model = LanguageModel(config)
-    weights = {name.removeprefix("weights."): x for name, x in golden.items() if name.startswith("weights.")}
-    model.load_state_dict(from_published(weights))
-    step = build_step(model, backend="compiled")
-    prompts, slots = golden["input"].long(), torch.arange(3)
-    counts = torch.full((3,), prompts.shape[1])
-    found, state = step(prompts.flatten(), model.init_state(3), slots, counts, torch.arange(prompts.numel()))
-    logits = found.view(*prompts.shape, -1)
-    torch.testing.assert_close(logits[0, ::2].double(), golden["logits"].squeeze(), atol=1e-5, rtol=0)
-    steps = []
-    for tokens in golden["next.tokens"].unbind(1):
-        found, state = step(tokens, state, slots)
-        steps.append(found)
-    torch.testing.assert_close(torch.stack(steps, 1).double(), golden["next.logits"].squeeze(), atol=1e-5, rtol=0)
+    golden = Golden("rwkv7", torch.float32)
+    golden.check_step(build_step(golden.model(), backend="compiled"))
 
 
 @given(

@@ -3,7 +3,7 @@
     x = x + time_mix(LayerNorm(x)),   x = x + channel_mix(LayerNorm(x))
 
 The state has the same size at every position, so a context has no end. No linear map has a bias. Logits, gradients and
-a training run equal those of the original training code (tests/models/test_rwkv4.py).
+a training run equal those of the original training code (tests/models/test_original_code.py).
 """
 
 import torch
