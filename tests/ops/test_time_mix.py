@@ -12,7 +12,7 @@ from tests.helpers.tiers import examples, slow
 from timemix.ops.rwkv7 import compiled, wkv7
 from timemix.ops.rwkv7.time_mix import Products, Vectors, time_mix
 
-pytestmark = pytest.mark.skipif(not compiled.compiles(), reason="no C compiler on this machine")
+pytestmark = pytest.mark.skipif(not compiled.KERNELS.compiles(), reason="no C compiler on this machine")
 
 EPS = 64e-5
 NAMES = (*Products._fields, *(f"vector {name}" for name in Vectors._fields), "first", "state")
@@ -122,7 +122,7 @@ FLAGS = ["-mno-avx512f", "-mno-avx2"]
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("N", [5, 64])
 def test_other_processors(monkeypatch, flag, N):
-    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, flag))
+    monkeypatch.setattr(compiled.KERNELS, "flags", (*compiled.FLAGS, flag))
     given_arguments = arguments(1, 20, 2, N)
     assert_close(results(time_mix, given_arguments), results(formula, given_arguments, torch.float64), 2e-5)
 

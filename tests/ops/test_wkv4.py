@@ -208,7 +208,7 @@ def test_the_choice_of_the_backend(monkeypatch):
         choose_backend("fast", short)
     with pytest.raises(ValueError, match=r"backend='c' is not available: .* needs float32 on the cpu, not float64"):
         choose_backend("c", long)
-    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    monkeypatch.setattr(compiled.KERNELS, "library", lambda: (None, "no C compiler was found"))
     assert choose_backend("auto", long.float())[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
         choose_backend("c", long.float())

@@ -258,7 +258,7 @@ def test_the_choice_of_the_backend():
 
 
 def test_without_a_compiler_the_chunks_compute(monkeypatch):
-    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    monkeypatch.setattr(compiled.KERNELS, "library", lambda: (None, "no C compiler was found"))
     x = torch.zeros(1, 100, 1, 8)
     assert choose_backend("auto", x)[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):

@@ -249,7 +249,7 @@ def test_the_choice_of_the_backend():
 
 
 def test_without_a_compiler_the_chunks_compute(monkeypatch):
-    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    monkeypatch.setattr(compiled.KERNELS, "library", lambda: (None, "no C compiler was found"))
     x = torch.zeros(1, 100, 1, 8)
     assert choose_backend("auto", x)[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
@@ -301,7 +301,7 @@ def test_fla_equals_the_loop_up_to_the_rounding_of_bfloat16(install_fla):
 
 def test_autocast_chooses_fla(install_fla, monkeypatch):
     install_fla(fla_by_chunks())
-    monkeypatch.setattr(compiled, "_library", lambda: (None, "no C compiler was found"))
+    monkeypatch.setattr(compiled.KERNELS, "library", lambda: (None, "no C compiler was found"))
     x, resets = torch.zeros(1, 100, 1, 8), torch.zeros(1, 100, dtype=torch.bool)
     assert choose_backend("auto", x)[0] == "chunked"
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,6 +18,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig
 from timemix.errors import DamagedFile, FileError, InUse
 from timemix.evaluation.loss import cross_entropy
+from timemix.experiments.spec import TUNING_SEED
 from timemix.experiments.synthetic_report import (
     Measured,
     SyntheticTable,
@@ -37,8 +38,6 @@ from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
 from timemix.training.optim import build_optimizers, learning_rate
 
-TUNING_SEED = 0
-"""Seed of the runs that choose the learning rate."""
 TRAINING_FIELDS = (
     *("steps", "batch_size", "lr", "lr_final", "embedding_lr", "schedule", "warmup", "decay"),
     *("optimizer", "betas", "eps", "weight_decay", "clip", "precision", "seed"),

@@ -18,7 +18,7 @@ from timemix.models.rwkv4.config import Rwkv4Config
 from timemix.models.rwkv4.initial import set_initial_values
 from timemix.ops.common import fused
 from timemix.ops.rwkv4.api import choose_backend, empty_state, wkv4
-from timemix.ops.rwkv4.compiled import CHUNK, compiles
+from timemix.ops.rwkv4.compiled import CHUNK, KERNELS
 
 MIXED = ("key", "value", "receptance")
 """The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
@@ -138,7 +138,7 @@ class Rwkv4Block(Block):
     @classmethod
     def runs_in_c(cls, config: Rwkv4Config, precision: str, device: torch.device) -> bool:
         is_supported = precision in ("float32", "bfloat16") and device.type == "cpu"
-        return is_supported and fused.available() and compiles()
+        return is_supported and fused.available() and KERNELS.compiles()
 
     @classmethod
     def forms(cls, config: Rwkv4Config, precision: str, device: torch.device) -> dict[str, str]:

@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "ops/common/exp.h"
+#include "ops/common/mix.h"
 #include "ops/common/norm.h"
 #include "ops/common/panels.h"
 #include "ops/common/sparse.h"
@@ -74,26 +75,6 @@ static rows divided(const model *m, int64_t count, float *scratch) {
     return w;
 }
 
-/* z = norm(x), then in[n] = z + mix[n] (previous - z), where `previous` is the z of the previous token: an earlier row
-   of the piece, or `past` (slots, C), which gets the last z of each piece. */
-static void norm_mix(const model *m, const batch *b, const rows *w, const float *const norm[2],
-                     const float *const *mix, int64_t mixtures, float *past) {
-    const int64_t C = m->common.channels, count = b->first[b->pieces];
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++) normalize(w->x + i * C, norm, m->common.epsilon, C, w->z + i * C);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t n = 0; n < mixtures; n++) {
-            const int64_t p = piece_of(b, i);
-            const float *z = w->z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : z - C;
-            float *in = w->in[n] + i * C;
-            for (int64_t c = 0; c < C; c++) in[c] = z[c] + (previous[c] - z[c]) * mix[n][c];
-        }
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < b->pieces; p++)
-        memcpy(past + b->slot[p] * C, w->z + (b->first[p + 1] - 1) * C, C * sizeof(float));
-}
-
 /* r = sigmoid(r) * wkv4(k, v) of the channels `first` to first + BLOCK - 1 of a piece. */
 static void time_mix(const model *m, const layer *l, const batch *b, const rows *w, int64_t piece, int64_t first) {
     const int64_t C = m->common.channels, count = C - first < BLOCK ? C - first : BLOCK;
@@ -114,7 +95,7 @@ static void time_mix(const model *m, const layer *l, const batch *b, const rows 
 /* x += output(sigmoid(r) * wkv4(k, v)). */
 static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
     const int64_t C = m->common.channels, count = b->first[b->pieces], blocks = (C + BLOCK - 1) / BLOCK;
-    norm_mix(m, b, w, l->mixer_norm, l->mix, MIXTURES, l->mixer_shift);
+    norm_mix(&m->common, b, l->mixer_norm, w->x, w->z, l->mix, MIXTURES, w->in, l->mixer_shift);
     multiply(&l->key, w->in[KEY], w->k, count);
     multiply(&l->value, w->in[VALUE], w->v, count);
     multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
@@ -124,26 +105,17 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
         time_mix(m, l, b, w, task / blocks, task % blocks * BLOCK);
     multiply(&l->output, w->r, w->z, count);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += w->z[c];
+    add_rows(w->x, w->z, count, C);
 }
 
 /* x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2). */
 static void channel_mix(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels, F = m->hidden;
-    norm_mix(m, b, w, l->ffn_norm, l->ffn_mix, FFN_MIXTURES, l->ffn_shift);
+    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    norm_mix(&m->common, b, l->ffn_norm, w->x, w->z, l->ffn_mix, FFN_MIXTURES, w->in, l->ffn_shift);
     multiply(&l->ffn_key, w->in[FFN_KEY], w->hidden, count);
     multiply(&l->ffn_receptance, w->in[FFN_RECEPTANCE], w->r, count);
 #pragma omp barrier
-    /* Most hidden channels of a trained model are zero after the activation. */
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; row += ROWS) {
-        const int64_t some = count - row < ROWS ? count - row : ROWS;
-        float *hidden = w->hidden + row * F;
-        for (int64_t n = 0; n < some * F; n++) hidden[n] = fmaxf(hidden[n], 0) * fmaxf(hidden[n], 0);
-        compress(&l->ffn_value, hidden, some, w->lists + row / ROWS * LIST(F));
-    }
+    square_relu(&l->ffn_value, w->hidden, w->lists, count);
     multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
 #pragma omp barrier
 #pragma omp for schedule(static)

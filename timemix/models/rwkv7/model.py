@@ -24,7 +24,7 @@ from timemix.ops.common import fused
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
-from timemix.ops.rwkv7.compiled import MOST, compiles
+from timemix.ops.rwkv7.compiled import KERNELS, MOST
 from timemix.ops.rwkv7.time_mix import Products, Vectors, supports, time_mix
 from timemix.runtime.device import autocast
 
@@ -250,7 +250,7 @@ class Rwkv7Block(Block):
             and device.type == "cpu"
             and config.head_size <= MOST
             and fused.available()
-            and compiles()
+            and KERNELS.compiles()
         )
 
     @classmethod

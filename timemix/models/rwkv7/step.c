@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "ops/common/exp.h"
+#include "ops/common/mix.h"
 #include "ops/common/norm.h"
 #include "ops/common/panels.h"
 #include "ops/common/sparse.h"
@@ -82,26 +83,6 @@ static rows divided(const model *m, int64_t count, float *scratch) {
     w.hidden = scratch;
     w.lists = (int32_t *)(scratch + count * m->hidden);
     return w;
-}
-
-/* z = norm(x), then in[n] = z + mix[n] (previous - z), where `previous` is the z of the previous token: an earlier row
-   of the piece, or `past` (slots, C), which gets the last z of each piece. */
-static void norm_mix(const model *m, const batch *b, const rows *w, const float *const norm[2],
-                     const float *const *mix, int64_t mixtures, float *past) {
-    const int64_t C = m->common.channels, count = b->first[b->pieces];
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++) normalize(w->x + i * C, norm, m->common.epsilon, C, w->z + i * C);
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t n = 0; n < mixtures; n++) {
-            const int64_t p = piece_of(b, i);
-            const float *z = w->z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : z - C;
-            float *in = w->in[n] + i * C;
-            for (int64_t c = 0; c < C; c++) in[c] = z[c] + (previous[c] - z[c]) * mix[n][c];
-        }
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < b->pieces; p++)
-        memcpy(past + b->slot[p] * C, w->z + (b->first[p + 1] - 1) * C, C * sizeof(float));
 }
 
 /* The activations of the hidden channels of the low-rank maps of a row: tanh for the decay, sigmoid for the gate. */
@@ -180,7 +161,7 @@ static void time_mix(const model *m, const layer *l, const batch *b, const rows 
 static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
     const int64_t count = b->first[b->pieces], C = m->common.channels;
     static const enum mixture source[LOW_RANKS] = {DECAY, RATE, VALUE, GATE};
-    norm_mix(m, b, w, l->mixer_norm, l->mix, MIXTURES, l->mixer_shift);
+    norm_mix(&m->common, b, l->mixer_norm, w->x, w->z, l->mix, MIXTURES, w->in, l->mixer_shift);
     multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
     multiply(&l->key, w->in[KEY], w->k, count);
     multiply(&l->value, w->in[VALUE], w->v, count);
@@ -198,30 +179,19 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
         time_mix(m, l, b, w, task / m->heads, task % m->heads);
     multiply(&l->output, w->r, w->z, count);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += w->z[c];
+    add_rows(w->x, w->z, count, C);
 }
 
 /* x += ffn_value(relu(ffn_key(mixture of z))^2). */
 static void channel_mix(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels, F = m->hidden;
-    norm_mix(m, b, w, l->ffn_norm, &l->ffn_mix, 1, l->ffn_shift);
+    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    norm_mix(&m->common, b, l->ffn_norm, w->x, w->z, &l->ffn_mix, 1, w->in, l->ffn_shift);
     multiply(&l->ffn_key, w->in[0], w->hidden, count);
 #pragma omp barrier
-    /* Most hidden channels of a trained model are zero after the activation. */
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < count; row += ROWS) {
-        const int64_t some = count - row < ROWS ? count - row : ROWS;
-        float *hidden = w->hidden + row * F;
-        for (int64_t n = 0; n < some * F; n++) hidden[n] = fmaxf(hidden[n], 0) * fmaxf(hidden[n], 0);
-        compress(&l->ffn_value, hidden, some, w->lists + row / ROWS * LIST(F));
-    }
+    square_relu(&l->ffn_value, w->hidden, w->lists, count);
     multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += w->z[c];
+    add_rows(w->x, w->z, count, C);
 }
 
 /* logits (outputs, V) after the wanted rows of some pieces. The formula is at the top of this file. scratch has

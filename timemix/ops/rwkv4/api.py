@@ -5,20 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from timemix.ops.rwkv4 import compiled
+from timemix.ops.common.kernels import check_shapes, choose
 from timemix.ops.rwkv4.chunked import chunked_wkv4
+from timemix.ops.rwkv4.compiled import KERNELS, compiled_wkv4
 from timemix.ops.rwkv4.reference import EMPTY, reference_wkv4
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference_wkv4,
     "chunked": chunked_wkv4,
-    "c": compiled.compiled_wkv4,
+    "c": compiled_wkv4,
 }
 """The backends of wkv4 by name: "reference" loops over tokens, "chunked" computes softmaxes in chunks, and "c" loops
 over tokens in C."""
-
-FEW_TOKENS = 4
-"""Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
 
 
 def wkv4(
@@ -108,18 +106,7 @@ def choose_backend(backend: str, k: Tensor) -> tuple[str, str]:
     Raises:
         ValueError: The backend is unknown or does not support the keys.
     """
-    reason = compiled.hindrance(k)
-    if backend == "auto":
-        if reason is None:
-            return "c", "the C code supports the dtype and the device"
-        if k.shape[1] <= FEW_TOKENS:
-            return "reference", f"a loop over at most {FEW_TOKENS} tokens"
-        return "chunked", "softmax of chunks in place of a loop over tokens"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
-    if backend == "c" and reason is not None:
-        raise ValueError(f"{backend=} is not available: {reason}; choose auto")
-    return backend, "asked for"
+    return choose(backend, k, {"c": lambda: KERNELS.hindrance(k)}, "softmaxes of chunks in place of a loop over tokens")
 
 
 def _check(
@@ -137,6 +124,4 @@ def _check(
         "lengths": (lengths, (B,)),
         "resets": (resets, (B, T)),
     }
-    for name, (x, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with k of shape {tuple(k.shape)} it must be {shape}")
+    check_shapes("k", k, expected)

@@ -1,6 +1,6 @@
 """wkv4 in C, token by token, forward and backward. The file wkv4.c contains the formulas.
 
-The C code supports float32 on the CPU. It requires a C compiler, and is not used in code that torch.compile compiles.
+The C code supports float32 on the CPU. It requires a C compiler.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timemix.runtime.native import library, passed
+from timemix.ops.common.kernels import Kernels
 
 CHUNK = 16
 """Number of tokens from one stored state to the next."""
@@ -21,30 +21,8 @@ FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}")
 -fno-associative-math preserves the accuracy of small decays, see wkv4.c."""
 
 
-def hindrance(k: Tensor) -> str | None:
-    """Return the reason why the C code cannot compute wkv4.
-
-    Args:
-        k: Keys (B, T, C), in the dtype of the computation.
-
-    Returns:
-        The reason; None if the C code can compute wkv4.
-    """
-    if k.device.type != "cpu" or k.dtype != torch.float32:
-        return f"the C code needs float32 on the cpu, not {str(k.dtype).removeprefix('torch.')} on {k.device.type}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot compile calls of C code"
-    code, reason = _library()
-    return None if code else reason
-
-
-def compiles() -> bool:
-    """Return whether the C code can be compiled and loaded.
-
-    Returns:
-        False if there is no C compiler, or compiling or loading failed.
-    """
-    return _library()[0] is not None
+KERNELS = Kernels(Path(__file__).with_name("wkv4.c"), *FLAGS)
+"""The C code of wkv4."""
 
 
 def compiled_wkv4(
@@ -75,10 +53,6 @@ def compiled_wkv4(
     return y, end
 
 
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    return library(Path(__file__).with_name("wkv4.c"), *FLAGS)
-
-
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in "BTC"] + [
         (name, ctypes.c_void_p) for name in (*"wukv", "lengths", "resets")
@@ -94,12 +68,6 @@ def _inputs(inputs: tuple[Tensor, ...], lengths: Tensor, resets: Tensor | None) 
     return _Inputs(*inputs[2].shape, *(x.data_ptr() for x in inputs), lengths.data_ptr(), address)
 
 
-def _call(name: str, *arguments: Any) -> None:
-    code, _ = _library()
-    assert code is not None
-    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
-
-
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -111,7 +79,7 @@ class _Compiled(torch.autograd.Function):
         y, end = torch.empty_like(k), state.clone(memory_format=torch.contiguous_format)
         B, T, C = k.shape
         starts = k.new_empty(B, -(-T // CHUNK), 3, C) if any(ctx.needs_input_grad) else None
-        _call("timemix_wkv4", _inputs(inputs, lengths, resets), end, y, starts)
+        KERNELS.call("timemix_wkv4", _inputs(inputs, lengths, resets), end, y, starts)
         ctx.save_for_backward(*inputs, starts, lengths, resets)
         return y, end
 
@@ -129,5 +97,5 @@ class _Compiled(torch.autograd.Function):
         d_state = d_end.clone(memory_format=torch.contiguous_format)
         addresses = _Gradients(*(x.data_ptr() for x in (dk, dv, dw, du)))
         given = _inputs(tuple(inputs), lengths, resets)
-        _call("timemix_wkv4_back", given, starts, dy.contiguous(), d_state, addresses)
+        KERNELS.call("timemix_wkv4_back", given, starts, dy.contiguous(), d_state, addresses)
         return d_state, None, None, dw.sum(0), du.sum(0), dk, dv

@@ -5,22 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from timemix.ops.common import library as packages
-from timemix.ops.rwkv6 import compiled, library
+from timemix.ops.common.kernels import check_shapes, choose
+from timemix.ops.rwkv6 import library
 from timemix.ops.rwkv6.chunked import chunked_wkv6
+from timemix.ops.rwkv6.compiled import KERNELS, compiled_wkv6
 from timemix.ops.rwkv6.reference import reference_wkv6
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference_wkv6,
     "chunked": chunked_wkv6,
-    "c": compiled.compiled_wkv6,
+    "c": compiled_wkv6,
     "fla": library.library_wkv6,
 }
 """The backends of wkv6 by name: "reference" loops over tokens, "chunked" computes matrix products of chunks, "c" loops
 over tokens in C, and "fla" calls the kernels of the package flash-linear-attention in bfloat16."""
-
-FEW_TOKENS = 4
-"""Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
 
 
 def wkv6(
@@ -93,26 +91,8 @@ def choose_backend(backend: str, r: Tensor, resets: Tensor | None = None) -> tup
     Raises:
         ValueError: The backend is unknown or does not support the receptances.
     """
-    if backend == "auto":
-        if compiled.hindrance(r) is None:
-            return "c", "the C code supports the dtype and the device"
-        if r.shape[1] <= FEW_TOKENS:
-            return "reference", f"a loop over at most {FEW_TOKENS} tokens"
-        # The kernels of fla compute in bfloat16, so "auto" chooses them only where autocast lowers the precision.
-        lower = r.device.type in packages.DEVICES and torch.is_autocast_enabled(r.device.type)
-        if lower and library.hindrance(r, resets) is None:
-            return "fla", "the package flash-linear-attention supports the dtype and the device"
-        return "chunked", "matrix products in place of a loop over tokens"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not supported; choose auto, {', '.join(BACKENDS)}")
-    reason = None
-    if backend == "c":
-        reason = compiled.hindrance(r)
-    elif backend == "fla":
-        reason = library.hindrance(r, resets)
-    if reason is not None:
-        raise ValueError(f"{backend=} is not available: {reason}; choose auto")
-    return backend, "asked for"
+    hindrances = {"c": lambda: KERNELS.hindrance(r), "fla": lambda: library.hindrance(r, resets)}
+    return choose(backend, r, hindrances, "matrix products in place of a loop over tokens")
 
 
 def _check(
@@ -138,6 +118,4 @@ def _check(
         "lengths": (lengths, (B,)),
         "resets": (resets, (B, T)),
     }
-    for name, (x, shape) in expected.items():
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; with r of shape {tuple(r.shape)} it must be {shape}")
+    check_shapes("r", r, expected)

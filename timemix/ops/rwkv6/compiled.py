@@ -1,6 +1,6 @@
 """wkv6 in C, token by token, forward and backward. The file wkv6.c contains the formulas.
 
-The C code supports float32 on the CPU. It requires a C compiler, and is not used in code that torch.compile compiles.
+The C code supports float32 on the CPU. It requires a C compiler.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timemix.runtime.native import library, passed
+from timemix.ops.common.kernels import Kernels
 
 CHUNK = 16
 """Number of tokens from one stored state to the next."""
@@ -24,32 +24,8 @@ FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}")
 -fno-associative-math preserves the accuracy of decays, see wkv6.c."""
 
 
-def hindrance(x: Tensor) -> str | None:
-    """Return the reason why the C code cannot compute wkv6.
-
-    Args:
-        x: An input of the recurrence (B, T, H, N), in the dtype of the computation.
-
-    Returns:
-        The reason; None if the C code can compute wkv6.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return f"the C code needs float32 on the cpu, not {str(x.dtype).removeprefix('torch.')} on {x.device.type}"
-    if x.shape[-1] > MOST:
-        return f"the C code needs a head size of at most {MOST}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot compile calls of C code"
-    code, reason = _library()
-    return None if code else reason
-
-
-def compiles() -> bool:
-    """Return whether the C code can be compiled and loaded.
-
-    Returns:
-        False if there is no C compiler, or compiling or loading failed.
-    """
-    return _library()[0] is not None
+KERNELS = Kernels(Path(__file__).with_name("wkv6.c"), *FLAGS, most=MOST)
+"""The C code of wkv6."""
 
 
 def compiled_wkv6(
@@ -80,10 +56,6 @@ def compiled_wkv6(
     return y, end
 
 
-def _library() -> tuple[ctypes.CDLL | None, str]:
-    return library(Path(__file__).with_name("wkv6.c"), *FLAGS)
-
-
 class _Inputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (*"BTHN", "fixed")] + [
         (name, ctypes.c_void_p) for name in (*"rwkvu", "resets")
@@ -98,12 +70,6 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
     r, w = inputs[:2]
     address = None if resets is None else resets.data_ptr()
     return _Inputs(*r.shape, w.ndim == 2, *(x.data_ptr() for x in inputs), address)
-
-
-def _call(name: str, *arguments: Any) -> None:
-    code, _ = _library()
-    assert code is not None
-    getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(passed, arguments))
 
 
 def _starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +89,7 @@ class _Compiled(torch.autograd.Function):
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
         starts, scratch = _starts_and_scratch(end, y.shape[1])
         kept = starts if any(ctx.needs_input_grad) else None
-        _call("timemix_wkv6", _inputs(inputs, resets), end, y, kept, scratch)
+        KERNELS.call("timemix_wkv6", _inputs(inputs, resets), end, y, kept, scratch)
         ctx.save_for_backward(*inputs, kept, resets)
         return y, end
 
@@ -137,5 +103,5 @@ class _Compiled(torch.autograd.Function):
         _, scratch = _starts_and_scratch(d_state, 0)
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
-        _call("timemix_wkv6_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
+        KERNELS.call("timemix_wkv6_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
         return d_state, None, *(x if x.ndim == 4 else x.sum(0) for x in gradients)

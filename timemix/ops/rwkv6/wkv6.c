@@ -25,11 +25,9 @@
 #include "ops/common/exp.h"
 #include "ops/common/vectors.h"
 
-/* P, for the head size N. */
-#define PADDED(N) (((N) + 15) / 16 * 16)
-
-/* Most vectors of values for which the sums of a token are in registers. */
-#define BLOCK (64 / WIDTH)
+/* Arrays of the tokens of a chunk, and of gradients. */
+#define ARRAYS (6 * CHUNK + 6)
+#include "ops/common/heads.h"
 
 /* -ln 2, the log-decay above which c is 1. */
 #define NEAR -0.69314718f
@@ -134,49 +132,13 @@ INLINE void unpad_state(int64_t N, const float *S, float *state) {
     for (int64_t j = 0; j < N; j++) memcpy(state + j * N, S + j * PADDED(N), N * sizeof(float));
 }
 
-/* Memory of a thread: arrays (P,) for each token of a chunk and for gradients, S before each token of a chunk and
-   after the last, and the gradient of S. */
-#define ARRAYS (6 * CHUNK + 6)
-#define SCRATCH(N) (ARRAYS * PADDED(N) + (CHUNK + 2) * (N) * PADDED(N))
-
-typedef struct {
-    int64_t P;
-    float *free, *states, *dS;
-} wkv6_scratch;
-
-INLINE wkv6_scratch scratch_of(int64_t N, float *x) {
-    const int64_t P = PADDED(N);
-    memset(x, 0, ARRAYS * P * sizeof(float));
-    return (wkv6_scratch){P, x, x + ARRAYS * P, x + ARRAYS * P + (CHUNK + 1) * N * P};
-}
-
-/* A new array (P,) of zeros. */
-INLINE float *array_of(wkv6_scratch *s) {
-    float *x = s->free;
-    s->free += s->P;
-    return x;
-}
-
-INLINE wkv6_token token_of(wkv6_scratch *s) {
+INLINE wkv6_token token_of(head_scratch *s) {
     return (wkv6_token){array_of(s), array_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
-INLINE wkv6_gradients gradients_of(wkv6_scratch *s) {
+INLINE wkv6_gradients gradients_of(head_scratch *s) {
     return (wkv6_gradients){array_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
-
-/* With a constant K, the compiler keeps the sums of a token in registers. K * WIDTH divides P. */
-#define WITH_CONSTANT(N, call)       \
-    if ((N) % 64 == 0) {             \
-        enum { K = BLOCK };          \
-        call;                        \
-    } else if ((N) % 32 == 0) {      \
-        enum { K = BLOCK / 2 };      \
-        call;                        \
-    } else {                         \
-        enum { K = 1 };              \
-        call;                        \
-    }
 
 typedef struct {
     /* fixed: whether w is (H, N). */
@@ -209,7 +171,7 @@ INLINE void wkv6_read(wkv6_inputs x, int64_t at, wkv6_token t) {
 INLINE void wkv6_head(const int K, const wkv6_inputs *x, int64_t row, int64_t head, float *state, float *y,
                       float *starts, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N);
-    wkv6_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     const wkv6_token t = token_of(&scratch);
     float *S = scratch.states;
     pad_state(N, state, S);
@@ -241,7 +203,7 @@ INLINE void wkv6_head_back(const int K, const wkv6_inputs *x, int64_t row, int64
                            const float *dy, float *dstate, const wkv6_gradients *gradients, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N), sums = (row * x->H + head) * N;
     const float *u = x->u + head * N;
-    wkv6_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     wkv6_token tokens[CHUNK];
     for (int64_t i = 0; i < CHUNK; i++) tokens[i] = token_of(&scratch);
     if (x->fixed)
@@ -271,10 +233,6 @@ INLINE void wkv6_head_back(const int K, const wkv6_inputs *x, int64_t row, int64
     memcpy(gradients->u + sums, g.u, N * sizeof(float));
     unpad_state(N, dS, dstate);
 }
-
-/* The first task of a thread. A task is one head of one sequence. */
-#define FIRST_TASK(x, thread) ((x)->B * (x)->H * (thread) / threads)
-#define CHUNKS(x) (((x)->T + CHUNK - 1) / CHUNK)
 
 /* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H,
    chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */

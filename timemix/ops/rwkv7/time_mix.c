@@ -55,7 +55,7 @@ typedef struct {
     float *w, *e, *s, *inverse;
 } mix_token;
 
-INLINE mix_token mix_token_of(wkv7_scratch *s) {
+INLINE mix_token mix_token_of(head_scratch *s) {
     return (mix_token){token_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
@@ -207,7 +207,7 @@ INLINE void before_wkv7_back(enum type type, int64_t N, mix_inputs x, mix_vector
 INLINE void mix_head_forward(const int K, enum type type, const mix_inputs *x, const mix_vectors *p, int64_t row,
                              int64_t head, float *state, void *out, float *starts, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N);
-    wkv7_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     const mix_token t = mix_token_of(&scratch);
     float *S = scratch.states;
     transpose_in(N, state, S);
@@ -225,7 +225,7 @@ INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, cons
                           int64_t head, const float *starts, const void *dout, float *dstate, const mix_gradients *d,
                           const mix_sums *sums, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N), own = (row * x->H + head) * N;
-    wkv7_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     mix_token tokens[CHUNK];
     for (int64_t i = 0; i < CHUNK; i++) tokens[i] = mix_token_of(&scratch);
     const wkv7_gradients g = gradients_of(&scratch);

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timemix.ops.common import fused
-from timemix.ops.rwkv7.compiled import MOST, call, compiles, starts_and_scratch
+from timemix.ops.rwkv7.compiled import KERNELS, MOST, starts_and_scratch
 
 
 class Products(NamedTuple):
@@ -71,7 +71,7 @@ def supports(x: Tensor, head_size: int) -> bool:
     Returns:
         False if the C code does not support the product or is slower than PyTorch.
     """
-    return head_size <= MOST and fused.serves(x) and compiles()
+    return head_size <= MOST and fused.serves(x) and KERNELS.compiles()
 
 
 def time_mix(
@@ -139,7 +139,7 @@ class _TimeMix(torch.autograd.Function):
         starts, scratch = starts_and_scratch(end, y.shape[1])
         kept = starts if any(ctx.needs_input_grad) else None
         given = _inputs(eps, end, first, products), _Vectors(*_addresses(*vectors))
-        call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
+        KERNELS.call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
         ctx.eps = eps
         ctx.save_for_backward(first, *tensors, kept)
         return y, end
@@ -156,5 +156,5 @@ class _TimeMix(torch.autograd.Function):
         _, scratch = starts_and_scratch(d_state, 0)
         given = _inputs(ctx.eps, d_state, first, products), _Vectors(*_addresses(*vectors))
         found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
-        call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
+        KERNELS.call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
         return None, d_state, gradients.pop(), *gradients, *(None if x is None else x.sum(0) for x in sums)

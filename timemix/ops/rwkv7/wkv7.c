@@ -28,11 +28,9 @@
 #include "ops/common/exp.h"
 #include "ops/common/vectors.h"
 
-/* P, for the head size N. */
-#define PADDED(N) (((N) + 15) / 16 * 16)
-
-/* Most vectors of values for which the sums of a token are in registers. */
-#define BLOCK (64 / WIDTH)
+/* Arrays of the tokens of a chunk, and of gradients. */
+#define ARRAYS (12 * CHUNK + 12)
+#include "ops/common/heads.h"
 
 /* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.
 
@@ -140,50 +138,14 @@ INLINE void transpose_out(int64_t N, const float *S, float *state) {
         for (int64_t j = 0; j < N; j++) state[i * N + j] = S[j * PADDED(N) + i];
 }
 
-/* Memory of a thread: arrays (P,) for each token of a chunk and for gradients, S before each token of a chunk and
-   after the last, and the gradient of S. */
-#define ARRAYS (12 * CHUNK + 12)
-#define SCRATCH(N) (ARRAYS * PADDED(N) + (CHUNK + 2) * (N) * PADDED(N))
-
-typedef struct {
-    int64_t P;
-    float *free, *states, *dS;
-} wkv7_scratch;
-
-INLINE wkv7_scratch scratch_of(int64_t N, float *x) {
-    const int64_t P = PADDED(N);
-    memset(x, 0, ARRAYS * P * sizeof(float));
-    return (wkv7_scratch){P, x, x + ARRAYS * P, x + ARRAYS * P + (CHUNK + 1) * N * P};
-}
-
-/* A new array (P,) of zeros. */
-INLINE float *array_of(wkv7_scratch *s) {
-    float *x = s->free;
-    s->free += s->P;
-    return x;
-}
-
-INLINE wkv7_token token_of(wkv7_scratch *s) {
+INLINE wkv7_token token_of(head_scratch *s) {
     return (wkv7_token){array_of(s), array_of(s), array_of(s), array_of(s),
                         array_of(s), array_of(s), array_of(s), array_of(s)};
 }
 
-INLINE wkv7_gradients gradients_of(wkv7_scratch *s) {
+INLINE wkv7_gradients gradients_of(head_scratch *s) {
     return (wkv7_gradients){array_of(s), array_of(s), array_of(s), array_of(s), array_of(s), array_of(s)};
 }
-
-/* With a constant K, the compiler keeps the sums of a token in registers. K * WIDTH divides P. */
-#define WITH_CONSTANT(N, call)       \
-    if ((N) % 64 == 0) {             \
-        enum { K = BLOCK };          \
-        call;                        \
-    } else if ((N) % 32 == 0) {      \
-        enum { K = BLOCK / 2 };      \
-        call;                        \
-    } else {                         \
-        enum { K = 1 };              \
-        call;                        \
-    }
 
 typedef struct {
     int64_t B, T, H, N;
@@ -208,7 +170,7 @@ INLINE void wkv7_read(wkv7_inputs x, int64_t at, wkv7_token t) {
 INLINE void wkv7_head(const int K, const wkv7_inputs *x, int64_t row, int64_t head, float *state, float *y,
                       float *starts, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N);
-    wkv7_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     const wkv7_token t = token_of(&scratch);
     float *S = scratch.states;
     transpose_in(N, state, S);
@@ -226,7 +188,7 @@ INLINE void wkv7_head(const int K, const wkv7_inputs *x, int64_t row, int64_t he
 INLINE void wkv7_head_back(const int K, const wkv7_inputs *x, int64_t row, int64_t head, const float *starts,
                            const float *dy, float *dstate, const wkv7_gradients *gradients, float *memory) {
     const int64_t N = x->N, size = N * PADDED(N);
-    wkv7_scratch scratch = scratch_of(N, memory);
+    head_scratch scratch = scratch_of(N, memory);
     wkv7_token tokens[CHUNK];
     for (int64_t i = 0; i < CHUNK; i++) tokens[i] = token_of(&scratch);
     const wkv7_gradients g = gradients_of(&scratch);
@@ -257,10 +219,6 @@ INLINE void wkv7_head_back(const int K, const wkv7_inputs *x, int64_t row, int64
     }
     transpose_out(N, dS, dstate);
 }
-
-/* The first task of a thread. A task is one head of one sequence. */
-#define FIRST_TASK(x, thread) ((x)->B * (x)->H * (thread) / threads)
-#define CHUNKS(x) (((x)->T + CHUNK - 1) / CHUNK)
 
 /* Computes y. state holds S before the first token on entry, and S after the last token on return. starts (B, H,
    chunks, N, P) is NULL if no gradients are needed. scratch is (threads, SCRATCH(N)). */

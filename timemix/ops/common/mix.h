@@ -1,0 +1,53 @@
+/* Parts of the decode steps that RWKV-4 and RWKV-7 share: mixtures of tokens, and relu^2 of hidden channels. All functions
+   are called inside a parallel region by all threads, which share the rows. */
+
+#ifndef TIMEMIX_MIX_H
+#define TIMEMIX_MIX_H
+
+#include <math.h>
+
+#include "ops/common/norm.h"
+#include "ops/common/sparse.h"
+#include "ops/common/step.h"
+
+/* z = norm(x), then in[n] = z + mix[n] (previous - z), where `previous` is the z of the previous token: an earlier row
+   of the piece, or `past` (slots, C), which gets the last z of each piece. x, z and each in[n] are (rows, C). */
+static void norm_mix(const common *m, const batch *b, const float *const norm[2], const float *x, float *z,
+                     const float *const *mix, int64_t mixtures, float *const *in, float *past) {
+    const int64_t C = m->channels, count = b->first[b->pieces];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) normalize(x + i * C, norm, m->epsilon, C, z + i * C);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < mixtures; n++) {
+            const int64_t p = piece_of(b, i);
+            const float *own = z + i * C, *previous = i == b->first[p] ? past + b->slot[p] * C : own - C;
+            float *mixed = in[n] + i * C;
+            for (int64_t c = 0; c < C; c++) mixed[c] = own[c] + (previous[c] - own[c]) * mix[n][c];
+        }
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < b->pieces; p++)
+        memcpy(past + b->slot[p] * C, z + (b->first[p + 1] - 1) * C, C * sizeof(float));
+}
+
+/* hidden (rows, F) = relu(hidden)^2, compressed into lists for multiply_sparse() by `l`: most hidden channels of a trained
+   model are zero after the activation. */
+static void square_relu(const linear *l, float *hidden, int32_t *lists, int64_t rows) {
+    const int64_t F = l->inputs;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const int64_t some = rows - row < ROWS ? rows - row : ROWS;
+        float *block = hidden + row * F;
+        for (int64_t n = 0; n < some * F; n++) block[n] = fmaxf(block[n], 0) * fmaxf(block[n], 0);
+        compress(l, block, some, lists + row / ROWS * LIST(F));
+    }
+}
+
+/* x += z, of `count` rows of C channels. */
+static void add_rows(float *x, const float *z, int64_t count, int64_t C) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = i * C; c < (i + 1) * C; c++) x[c] += z[c];
+}
+
+#endif
