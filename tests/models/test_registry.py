@@ -7,7 +7,14 @@ import pytest
 import timemix
 from timemix.errors import InvalidValue
 from timemix.models.attention.config import RotaryConfig
-from timemix.models.registry import ARCHITECTURES, find_architecture, register_architecture
+from timemix.models.registry import (
+    ARCHITECTURES,
+    find_architecture,
+    like_size_of,
+    list_architectures,
+    model_config,
+    register_architecture,
+)
 
 
 @dataclass(frozen=True)
@@ -54,3 +61,11 @@ def test_an_entry_without_a_usable_name_is_refused(entry):
 def test_settings_of_another_kind_are_refused():
     with pytest.raises(InvalidValue, match="derive it from ModelConfig"):
         register_architecture(replace(OWN, config=dict))
+
+
+@pytest.mark.parametrize("arch", list_architectures())
+def test_a_model_with_a_rule_for_its_hidden_size_gives_its_size(arch):
+    """In rwkv5, an ffn_ratio of 0 stands for 3.5, rounded down: 448 hidden channels of 128."""
+    found = like_size_of(model_config("rwkv5", channels=128, ffn_ratio=0.0), arch)
+    assert found.channels == 128
+    assert getattr(found, "ffn_ratio", 3.5) == 3.5

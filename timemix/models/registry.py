@@ -257,7 +257,11 @@ def like_size_of(config: ModelConfig, arch: str) -> ModelConfig:
     """
     known = find_architecture(arch).config.__dataclass_fields__
     names = ("vocab_size", "ctx_len", "layers", "heads", "channels", "ffn_ratio")
-    return model_config(arch, **{n: getattr(config, n) for n in names if n in known and hasattr(config, n)})
+    fields = {n: getattr(config, n) for n in names if n in known and hasattr(config, n)}
+    # In some architectures, 0 stands for a rule that other architectures do not have.
+    if fields.get("ffn_ratio") == 0 and hasattr(config, "ffn_hidden"):
+        fields["ffn_ratio"] = config.ffn_hidden / config.channels
+    return model_config(arch, **fields)
 
 
 def load_part(reference: str) -> Any:
