@@ -36,7 +36,7 @@ from timemix.storage.files import write_text
 from timemix.storage.json_files import read_json, read_record, to_json
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
-from timemix.training.optim import build_optimizers, learning_rate
+from timemix.training.optim import begin_step, build_optimizers, learning_rate
 
 TRAINING_FIELDS = (
     *("steps", "batch_size", "lr", "lr_final", "embedding_lr", "schedule", "warmup", "decay"),
@@ -231,10 +231,7 @@ class Training:
         """
         train = self.config.train
         lr = learning_rate(train, step, self.recipe.warmup_floor)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            optimizer.zero_grad(set_to_none=True)
+        begin_step(self.optimizers, lr)
         inputs, targets = self._upload(training_batch(self.task, train.batch_size, self.size, train.seed, step))
         with autocast(self.precision, self.device):
             logits, _ = self.model(inputs)

@@ -6,7 +6,7 @@ from typing import Any
 from timemix.config.run import RunConfig
 from timemix.errors import InvalidValue, nearest
 from timemix.experiments.synthetic_tasks import KEYS, TASKS
-from timemix.experiments.variants import Variant, check_variants, merged, variant_config
+from timemix.experiments.variants import NO_FILE_NAME, Variant, check_variants, merged, variant_config
 
 LARGEST_SIZE = 65536
 """Largest size of a sequence."""
@@ -33,7 +33,7 @@ class TaskSetting:
             raise InvalidValue(
                 f"unknown task {self.task or self.name!r}{nearest(self.task or self.name, TASKS)}; tasks: {known}"
             )
-        if not self.name or set(self.name) & set('/\\:*?"<>|\n'):
+        if not self.name or set(self.name) & NO_FILE_NAME:
             raise InvalidValue(f"task name {self.name!r} cannot name a file; use letters, digits and hyphens")
         most = KEYS if self.kind == "recall" else LARGEST_SIZE
         if not self.tests or not all(1 <= n <= most for n in (self.size, *self.tests)):

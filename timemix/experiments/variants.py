@@ -10,6 +10,8 @@ from timemix.config.version_1 import flattened
 from timemix.errors import InvalidValue, nearest
 from timemix.storage.settings import from_dict, to_dict
 
+NO_FILE_NAME = frozenset('/\\:*?"<>|\n')
+"""Characters that the name of a variant or a task must not have, because it names files."""
 MOST_VARIANTS = 1000
 """Largest number of variants of an experiment, and largest number of verdicts."""
 
@@ -125,7 +127,7 @@ def check_variants(variants: Sequence[Variant], verdicts: Sequence[Claim]) -> No
     for i, name in enumerate(names):
         if name in names[:i]:
             raise InvalidValue(f"two variants have the name {name!r}; give each variant its own name")
-        if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|\n'):
+        if not name or name.startswith(".") or set(name) & NO_FILE_NAME:
             raise InvalidValue(f"variant name {name!r} cannot name a folder; use letters, digits and hyphens")
     labels = [v.heading for v in variants]
     for i, label in enumerate(labels):

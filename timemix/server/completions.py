@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
@@ -49,6 +49,17 @@ UNSUPPORTED = (
 """Fields of other servers that change the answer and are not supported."""
 
 
+class Prompt(NamedTuple):
+    """A prompt of a call: its token ids, and its text if the client sent a text."""
+
+    ids: list[int]
+    text: str | None
+
+    def shown(self, tokenizer: Tokenizer) -> str:
+        """Return the text. A prompt of token ids is decoded."""
+        return tokenizer.decode(self.ids) if self.text is None else self.text
+
+
 async def complete(request: HttpRequest) -> Response:
     """Answer POST /v1/completions."""
     service = service_of(request)
@@ -66,12 +77,14 @@ async def complete(request: HttpRequest) -> Response:
         "prompt_log_probabilities": echo and count >= 0,
     }
     # A long prompt takes long to check: other requests continue meanwhile.
-    requests = await run_in_threadpool(lambda: [build_request(prompt, asked, served, "prompt") for prompt in prompts])
+    requests = await run_in_threadpool(
+        lambda: [build_request(prompt.ids, asked, served, "prompt") for prompt in prompts]
+    )
     call = Call(
         served=served,
         form=CompletionForm(),
         requests=requests,
-        echo=await run_in_threadpool(_echoed, fields, prompts, served.tokenizer) if echo else [],
+        echo=await run_in_threadpool(lambda: [prompt.shown(served.tokenizer) for prompt in prompts]) if echo else [],
         scored=count >= 0,
         returns_ids=fields.flag("return_token_ids"),
         keep=keeper(request, fields, served, requests),
@@ -244,8 +257,8 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
         fields.refuse("logit_bias", "an object of numbers by token id")
 
 
-def prompts_of(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the token ids of each prompt. With the field `state`, the prompt may be missing.
+def prompts_of(fields: Fields, tokenizer: Tokenizer) -> list[Prompt]:
+    """Return the prompts of a call. With the field `state`, the prompt may be missing.
 
     Args:
         fields: Fields of the body.
@@ -271,23 +284,15 @@ def prompts_of(fields: Fields, tokenizer: Tokenizer) -> list[list[int]]:
         own = Fields({"prompt": each})
         if isinstance(each, str):
             text = own.text("prompt") or ""
-            prompts.append(checked("prompt", lambda text=text: tokenizer.encode(text).tolist()))  # type: ignore[misc]
+            ids = checked("prompt", lambda text=text: tokenizer.encode(text).tolist())  # type: ignore[misc]
+            prompts.append(Prompt(ids, text))
         elif isinstance(each, list):
-            prompts.append(list(own.ids("prompt")))
-            _check_ids("prompt", prompts[-1], tokenizer.vocab_size)
+            ids = list(own.ids("prompt"))
+            _check_ids("prompt", ids, tokenizer.vocab_size)
+            prompts.append(Prompt(ids, None))
         else:
             fields.refuse("prompt", wanted)
     return prompts
-
-
-def _echoed(fields: Fields, prompts: list[list[int]], tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each prompt, as the client sent it; a prompt of token ids is decoded."""
-    given = fields.get("prompt")
-    sent = given if isinstance(given, list) else [given]
-    return [
-        sent[i] if i < len(sent) and isinstance(sent[i], str) else tokenizer.decode(ids)
-        for i, ids in enumerate(prompts)
-    ]
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:

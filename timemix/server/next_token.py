@@ -32,7 +32,7 @@ async def next_token(request: HttpRequest) -> Response:
     asked: dict[str, Any] = engine_fields(fields, served, 1) | await state_fields(request, fields, served)
     asked |= {"tokens": 1, "samples": 1, "keep_session": False}
     asked["top_log_probabilities"] = count
-    built = await run_in_threadpool(build_request, prompts[0], asked, served, "prompt")
+    built = await run_in_threadpool(build_request, prompts[0].ids, asked, served, "prompt")
     stream = service.thread.submit(served, [built])
     return await while_connected(request.receive, stream, _answer(stream, built, count))
 

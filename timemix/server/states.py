@@ -28,7 +28,7 @@ async def create_state(request: HttpRequest) -> Response:
     if len(prompts) > 1:
         raise ApiError(400, f"prompt holds {len(prompts)} prompts; give one", "prompt")
     service.states.check_room(largest_file(served.engine.model))
-    built = await run_in_threadpool(build_request, prompts[0], asked, served, "prompt")
+    built = await run_in_threadpool(build_request, prompts[0].ids, asked, served, "prompt")
     stream = checked("prompt", lambda: service.thread.submit(served, [built]))
 
     async def store() -> Response:

@@ -176,6 +176,19 @@ def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
 
 
+def begin_step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate of each group of parameters, and remove the gradients of the last step.
+
+    Args:
+        optimizers: The optimizers, from `build_optimizers`.
+        lr: Learning rate of the step, which each group multiplies by its own factor.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> float:
     """Return the learning rate of a step.
 

@@ -30,7 +30,7 @@ from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
 from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
-from timemix.training.optim import build_optimizers, learning_rate
+from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import TrainingProgress, Watch
 from timemix.training.samples import whole_model, write_sample
@@ -220,10 +220,7 @@ class Trainer:
         # LanguageModel.forward also calls `share`, but compiled code skips the call.
         share()
         lr = learning_rate(config, self.step, self.recipe.warmup_floor)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            optimizer.zero_grad(set_to_none=True)
+        begin_step(self.optimizers, lr)
         seeds = np.random.SeedSequence([config.seed, self.step, self.world.rank])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         inputs, targets = (rows.chunk(config.accumulation) for rows in self._feed(self.step))
