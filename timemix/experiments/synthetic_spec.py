@@ -28,11 +28,8 @@ class TaskSetting:
     """Fields of a run's config that all variants have for this task."""
 
     def __post_init__(self) -> None:
-        if (self.task or self.name) not in TASKS:
-            known = ", ".join(TASKS)
-            raise InvalidValue(
-                f"unknown task {self.task or self.name!r}{nearest(self.task or self.name, TASKS)}; tasks: {known}"
-            )
+        if self.kind not in TASKS:
+            raise InvalidValue(f"unknown task {self.kind!r}{nearest(self.kind, TASKS)}")
         if not self.name or set(self.name) & NO_FILE_NAME:
             raise InvalidValue(f"task name {self.name!r} cannot name a file; use letters, digits and hyphens")
         most = KEYS if self.kind == "recall" else LARGEST_SIZE
