@@ -37,3 +37,12 @@ def test_each_answer_is_declared(case, server):
             if isinstance(value, int | float) and most < value <= 1_000_000:
                 case.body[name] = most
     case.call_and_validate(base_url=server.url, excluded_checks=NOT_CHECKED)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_is_declared(path, server):
+    prompt = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    body = prompt | {"max_tokens": 3, "stream": True}
+    case = description[path]["POST"].Case(body=body, media_type="application/json")
+    response = case.call_and_validate(base_url=server.url, excluded_checks=NOT_CHECKED)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
