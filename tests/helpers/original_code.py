@@ -38,13 +38,18 @@ class Golden:
         is_double = dtype == torch.float64
         self.tolerance = dict.fromkeys(_KINDS, 1e-9) if is_double else _FLOAT32 | _EXTREME[arch]
         self.converter = weights_module(arch)
-        weights = self.published("weights")
-        self.our_name = dict(zip(weights, self.converter.from_published(weights), strict=True))
         self.input, self.target = self.tensors["input"].long(), self.tensors["target"].long()
 
     def published(self, prefix: str) -> dict[str, torch.Tensor]:
         start = f"{prefix}."
         return {name.removeprefix(start): x for name, x in self.tensors.items() if name.startswith(start)}
+
+    def our_names(self, name: str) -> list[str]:
+        """Return the names in timemix of the parameters that one tensor of the original code holds."""
+        weights = self.published("weights")
+        names = self.converter.from_published(weights)
+        weights.pop(name)
+        return list(names.keys() - self.converter.from_published(weights).keys())
 
     def model(self, case: str = "") -> LanguageModel:
         """Return the model, whose weights are replaced by the extreme weights for the case "extreme."."""

@@ -75,7 +75,6 @@ def _set_maps(mixer: Any, first_mix: Tensor, decay: Tensor) -> None:
     """Set the low-rank maps of RWKV-6, which start as zero."""
     set_whole(mixer.first_mix, first_mix)
     set_whole(mixer.decay.bias, decay)
-    mixer.mix_down.zero_()
-    mixer.decay.down_weight.zero_()
-    for weight in (mixer.mix_up, mixer.decay.up_weight):
-        set_whole(weight, torch.empty(weight.shape).uniform_(-0.01, 0.01))
+    for low_rank in (*mixer.mix_maps.values(), mixer.decay):
+        low_rank.down_weight.zero_()
+        set_whole(low_rank.up_weight, torch.empty(low_rank.up_weight.shape).uniform_(-0.01, 0.01))

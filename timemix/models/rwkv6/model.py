@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear, to_product_dtype
-from timemix.models.layers.low_rank import LowRankLogits
+from timemix.models.layers.low_rank import LowRank, LowRankLogits
 from timemix.models.layers.mixtures import interpolated, normed_mixtures, wide
 from timemix.models.layers.receptance_mix import ReceptanceChannelMix
 from timemix.models.layers.token_shift import previous_token
@@ -114,7 +114,7 @@ class TimeMix5(TimeMix):
 class TimeMix6(TimeMix):
     """The time-mix of RWKV-6, whose mixtures and decays depend on the token. x' is the token before x.
 
-        mixture_c = x + (x' - x) (mix_c + tanh((x + (x' - x) first_mix) down)_c up_c)
+        mixture_c = x + (x' - x) (mix_c + tanh((x + (x' - x) first_mix) down_c) up_c)
         log-decay = -exp(decay of the mixture)
 
     `mix` and `first_mix` hold shares of the previous token.
@@ -122,10 +122,9 @@ class TimeMix6(TimeMix):
 
     def __init__(self, config: Rwkv6Config) -> None:
         super().__init__(config, MIXED_6)
-        C, R = config.channels, config.mixture_rank
+        C = config.channels
         self.first_mix = nn.Parameter(torch.zeros(C))
-        self.mix_down = nn.Parameter(torch.zeros(C, len(MIXED_6) * R))
-        self.mix_up = nn.Parameter(torch.zeros(len(MIXED_6), R, C))
+        self.mix_maps = nn.ModuleDict({name: LowRank(C, config.mixture_rank, torch.tanh) for name in MIXED_6})
         self.decay = LowRankLogits(C, config.decay_rank, torch.tanh)
 
     def mixtures(
@@ -134,13 +133,11 @@ class TimeMix6(TimeMix):
         z = norm(x)
         previous, state = previous_token(z, state, lengths)
         first = interpolated(z, previous, self.first_mix)
-        # (B, T, 5 R) -> (5, B, T, R), then (5, B, T, R) (5, 1, R, C) -> (5, B, T, C)
-        hidden = torch.tanh(first @ self.mix_down.to(first.dtype)).unflatten(-1, (len(MIXED_6), -1)).movedim(-2, 0)
-        learned = wide(hidden @ self.mix_up[:, None].to(first.dtype))
-        mixed = {
-            name: to_product_dtype((z + (previous - z) * (broadcast_parameter(self.mix[name], z) + own)).to(z.dtype))
-            for name, own in zip(MIXED_6, learned, strict=True)
-        }
+        mixed = {}
+        for name, low_rank in self.mix_maps.items():
+            learned = wide(low_rank(first))
+            share = broadcast_parameter(self.mix[name], learned) + learned
+            mixed[name] = to_product_dtype((z + (previous - z) * share).to(z.dtype))
         return mixed, state
 
     def log_decay(self, mixed: dict[str, Tensor]) -> Tensor:

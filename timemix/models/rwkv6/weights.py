@@ -1,17 +1,24 @@
 """Conversion of weights from and to the original code of RWKV-5.2 and RWKV-6 (RWKV-LM), as in the published models.
 
-The original code stores vectors of blocks as (1, 1, C), timemix as (C,). All other tensors have the same layout. A
-conversion only renames and reshapes tensors, so it applies to gradients too.
+    original                                   timemix
+    vectors of the blocks    (1, 1, C)         (C,)
+    time_maa_w1              (C, 5 R)          five matrices (C, R), one for each mixture
+    time_maa_w2              (5, R, C)         five matrices (R, C)
+
+All other tensors have the same layout. A conversion only renames, reshapes, splits and stacks tensors, so it applies to
+gradients too.
 """
 
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue
 from timemix.models.published import PublishedNames
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
+from timemix.models.rwkv6.model import MIXED_6
 
 _OUTSIDE = {
     "embedding.weight": "emb.weight",
@@ -45,13 +52,14 @@ _VECTORS_6 = {
     "mixer.decay.bias": "att.time_decay",
 }
 _MAPS_6 = {
-    "mixer.mix_down": "att.time_maa_w1",
-    "mixer.mix_up": "att.time_maa_w2",
     "mixer.decay.down_weight": "att.time_decay_w1",
     "mixer.decay.up_weight": "att.time_decay_w2",
 }
 _NAMES_5 = PublishedNames("RWKV-5.2", "blocks", _OUTSIDE, _SHARED | _VECTORS_5 | {"mixer.decay": "att.time_decay"})
 _NAMES_6 = PublishedNames("RWKV-6", "blocks", _OUTSIDE, _SHARED | _VECTORS_6 | _MAPS_6)
+# The stacked low-rank maps to the mixtures: published name, name in timemix around the name of the mixture, dimension
+_STACKED = (("time_maa_w1", "down_weight", 1), ("time_maa_w2", "up_weight", 0))
+_MAP = re.compile(r"(blocks\.\d+)\.mixer\.mix_maps\.\w+\.(down|up)_weight")
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 
 
@@ -63,17 +71,46 @@ def is_version_6(names: Any) -> bool:
 def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert weights from the original code to `rwkv5` or `rwkv6`."""
     names, vectors = (_NAMES_6, _VECTORS_6) if is_version_6(weights) else (_NAMES_5, _VECTORS_5)
-    ours = {names.ours(name): weight for name, weight in weights.items()}
-    return {name: weight.flatten() if _kind(name) in vectors else weight for name, weight in ours.items()}
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if split := _split(name, weight):
+            found |= split
+        else:
+            ours = names.ours(name)
+            found[ours] = weight.flatten() if _kind(ours) in vectors else weight
+    return found
 
 
 def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert weights from `rwkv5` or `rwkv6` to the original code."""
     names, vectors = (_NAMES_6, _VECTORS_6) if is_version_6(weights) else (_NAMES_5, _VECTORS_5)
-    return {
+    maps = {name: weight for name, weight in weights.items() if _MAP.fullmatch(name)}
+    found = {
         names.published(name): weight.view(1, 1, -1) if _kind(name) in vectors else weight
         for name, weight in weights.items()
+        if name not in maps
     }
+    return found | _stacked(maps)
+
+
+def _split(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return the matrix of each mixture in a stacked weight of the original code; for other weights, nothing."""
+    layer, _, kind = name.partition(".att.")
+    for theirs, ours, dim in _STACKED:
+        if kind == theirs:
+            parts = weight.chunk(len(MIXED_6), 1) if dim else weight.unbind()
+            return {f"{layer}.mixer.mix_maps.{each}.{ours}": x for each, x in zip(MIXED_6, parts, strict=False)}
+    return {}
+
+
+def _stacked(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the stacked weights of the original code for the matrices of all mixtures."""
+    found = {}
+    for layer in dict.fromkeys(match[1] for name in maps if (match := _MAP.fullmatch(name))):
+        for theirs, ours, dim in _STACKED:
+            parts = [maps[f"{layer}.mixer.mix_maps.{name}.{ours}"] for name in MIXED_6]
+            found[f"{layer}.att.{theirs}"] = torch.cat(parts, 1) if dim else torch.stack(parts)
+    return found
 
 
 def our_config(weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv5Config:
