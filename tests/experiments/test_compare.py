@@ -416,3 +416,62 @@ def test_a_variant_of_another_tokenizer_has_its_own_tokens(tmp_path):
     assert len(set(folders)) == 2
     assert all(Path(f).is_dir() for f in folders)
     assert [comparison.same_text(v) for v in experiment.variants] == [True, False]
+
+
+def trained_jobs(comparison):
+    """Return the names of the jobs that a comparison trains."""
+    return [line.partition(":")[0] for line in finish(comparison)]
+
+
+def test_results_in_a_folder_of_their_own_are_enough_to_go_on(tmp_path, unmeasured):
+    experiment, kept = small(write_text_file(tmp_path), by_position=True), tmp_path / "kept"
+    first = Comparison(experiment, tmp_path / "one", results=kept)
+    assert first.estimate() == "8 runs are left, about 1:04 in one process"
+    assert len(trained_jobs(first)) == 8
+    assert first.estimate() == ""
+    names = {f"{v}.{run}.json" for v in ("rwkv1", "mha") for run in ("tuning-0", "tuning-1", "seed-1", "seed-2")}
+    assert {p.name for p in kept.iterdir()} == names | {"rwkv1.memory.json", "mha.memory.json"}
+    assert all(p.stat().st_size < 2000 for p in kept.iterdir())
+    table = write_report(first).to_json()
+
+    again = Comparison(experiment, tmp_path / "two", results=kept)
+    assert trained_jobs(again) == []
+    assert write_report(again).to_json() == table
+    assert not (tmp_path / "two/loss.png").exists()
+    assert (tmp_path / "two/position.png").exists()
+
+    (kept / "mha.seed-2.json").unlink()
+    third = Comparison(experiment, tmp_path / "three", results=kept)
+    assert trained_jobs(third) == ["mha seed 2"]
+    assert (kept / "mha.seed-2.json").exists()
+
+
+def test_results_of_other_settings_are_trained_again(tmp_path, unmeasured):
+    experiment, kept = small(write_text_file(tmp_path)), tmp_path / "kept"
+    finish(Comparison(experiment, tmp_path / "one", results=kept))
+    wider = replace(experiment, base=experiment.base | {"model": BASE["model"] | {"channels": 24}})
+    assert len(trained_jobs(Comparison(wider, tmp_path / "two", results=kept))) == 8
+    assert trained_jobs(Comparison(wider, tmp_path / "three", results=kept)) == []
+
+
+def test_results_of_an_earlier_call_are_copied(tmp_path, unmeasured):
+    experiment, kept = small(write_text_file(tmp_path), tune={}), tmp_path / "kept"
+    finish(Comparison(experiment, tmp_path / "out"))
+    assert trained_jobs(Comparison(experiment, tmp_path / "out", results=kept)) == []
+    assert {p.name for p in kept.iterdir()} == {f"{v}.seed-{n}.json" for v in ("rwkv1", "mha") for n in (1, 2)}
+
+
+def test_a_diverged_run_is_kept_as_a_result(tmp_path, unmeasured):
+    experiment = small(write_text_file(tmp_path), tune={}, base=BASE | {"train": BASE["train"] | {"lr": 1e30}})
+    kept = tmp_path / "kept"
+    assert trained_jobs(Comparison(experiment, tmp_path / "one", results=kept))
+    assert "diverged" in (kept / "rwkv1.seed-1.json").read_text()
+    assert trained_jobs(Comparison(experiment, tmp_path / "two", results=kept)) == []
+
+
+def test_a_damaged_result_is_named(tmp_path, unmeasured):
+    experiment, kept = small(write_text_file(tmp_path), tune={}), tmp_path / "kept"
+    kept.mkdir()
+    (kept / "rwkv1.seed-1.json").write_text('{"steps": "many"}')
+    with pytest.raises(DamagedFile, match=r"rwkv1.seed-1.json is damaged; remove it to run rwkv1 seed 1 again"):
+        finish(Comparison(experiment, tmp_path / "out", results=kept))

@@ -78,6 +78,9 @@ class CompareArguments:
     """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
     reuse: Path | None = None
     """Folder of other comparisons, whose finished runs with equal settings and text are copied. Default: no folder."""
+    results: Path | None = None
+    """Folder with one small JSON file for each finished run, which is not trained again. Further runs add their files.
+    Default: no folder."""
     device: str = "auto"
     """PyTorch device: cpu, cuda ...; `auto` is cuda if available (with torchrun, one GPU a process), otherwise cpu."""
     json: bool = False
@@ -96,7 +99,7 @@ def compare(arguments: list[str]) -> int:
 
     try:
         if isinstance(experiment, Experiment):
-            trained = _train_all(experiment, out, device, parsed.reuse, first)
+            trained = _train_all(experiment, out, device, parsed, first)
             if trained is None:
                 return 0
             found, words = trained.to_json(), table.to_markdown(trained)
@@ -126,12 +129,14 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _train_all(experiment: Experiment, out: Path, device: str, reuse: Path | None, first: bool) -> "Table | None":
+def _train_all(experiment: Experiment, out: Path, device: str, parsed: CompareArguments, first: bool) -> "Table | None":
     """Run the unfinished runs of a comparison. The first process then writes the report and returns its table."""
     from timemix.experiments.compare import Comparison
     from timemix.experiments.report import write_report
 
-    comparison = Comparison(experiment, out, reuse=reuse, device=device)
+    comparison = Comparison(experiment, out, reuse=parsed.reuse, results=parsed.results, device=device)
+    if first and (words := comparison.estimate()):
+        _say(words)
     comparison.run(_watching, _say)
     return write_report(comparison) if first else None
 
@@ -159,6 +164,8 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         name, experiment = "-".join(parsed.arch), _of_architectures(parsed)
     if isinstance(experiment, SyntheticExperiment) and (parsed.data or parsed.valid or parsed.tokens):
         raise InvalidValue(f"the experiment {name} generates its sequences; leave out --data, --valid and --tokens")
+    if not isinstance(experiment, Experiment) and (parsed.reuse or parsed.results):
+        raise InvalidValue(f"the experiment {name} trains no variants on a text; leave out --reuse and --results")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
     if parsed.seeds is not None:

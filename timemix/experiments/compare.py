@@ -32,7 +32,7 @@ from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus, is_corpus, open_corpus
 from timemix.data.describe import text_hash
 from timemix.data.prepare import hold_out_end, prepare
-from timemix.errors import DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
+from timemix.errors import FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.identity import difference, run_keys
 from timemix.experiments.jobs import (
@@ -40,6 +40,7 @@ from timemix.experiments.jobs import (
     Failure,
     Job,
     Result,
+    ResultFiles,
     StepMemory,
     begin_or_resume,
     measured_before,
@@ -71,6 +72,8 @@ class Comparison:
         experiment: The experiment.
         out: Folder of the comparison. A new folder is created, and an unfinished comparison is resumed.
         reuse: Folder of other comparisons. Runs with equal config and tokens are copied, not trained again.
+        results: Folder with a small JSON file for each finished run. A run with a file is not trained again. Further
+            runs add their files.
         device: PyTorch device.
 
     Attributes:
@@ -83,8 +86,18 @@ class Comparison:
         Unavailable: The machine lacks the device.
     """
 
-    def __init__(self, experiment: Experiment, out: Path, *, reuse: Path | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        out: Path,
+        *,
+        reuse: Path | None = None,
+        results: Path | None = None,
+        device: str = "auto",
+    ) -> None:
         self.experiment, self.out, self.device = experiment, out, device
+        self.files = ResultFiles(out, results)
+        self.folder, self.result = self.files.folder, self.files.read
         self._reuse = reuse
         self._call = _call_name()
         self._known_to_have_ended: set[Path] = set()
@@ -105,7 +118,7 @@ class Comparison:
                 self._check_length(variant, self.corpus(variant, tuning))
 
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
-        config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
+        config = self._first_config(variant)
         train, ctx_len = config.train, config.model.ctx_len
         Batches(corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=0, order=config.data.order)
         least = ctx_len + 1 if self.experiment.by_position else 2
@@ -120,8 +133,12 @@ class Comparison:
 
     def _data_config(self, variant: Variant) -> DataConfig:
         """Return the settings that determine the tokens of a variant. The order of batches is always "random"."""
-        config = self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
+        config = self._first_config(variant)
         return replace(config.data, order="random")
+
+    def _first_config(self, variant: Variant) -> RunConfig:
+        """Return the config of a variant at its first tuning point, with the first seed."""
+        return self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
 
     def _check_folder(self) -> None:
         path = self.out / "experiment.json"
@@ -166,10 +183,6 @@ class Comparison:
         a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
         return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
 
-    def folder(self, job: Job) -> Path:
-        """Return the run folder of a job."""
-        return self.out / "variants" / job.variant.name / f"{'tuning' if job.tuning else 'seed'}-{job.number}"
-
     def config(self, job: Job) -> RunConfig:
         """Return the config of a job's run, with the prepared folder as source."""
         seed = TUNING_SEED if job.tuning else job.number
@@ -190,20 +203,6 @@ class Comparison:
     def seed_jobs(self, variant: Variant) -> list[Job]:
         """Return the jobs of a variant at the best tuning point, one job per seed."""
         return [Job(variant, seed, False) for seed in self.experiment.seeds]
-
-    def result(self, job: Job) -> Result | Failure | None:
-        """Return the result or the failure of a job, None for an unfinished job.
-
-        Raises:
-            DamagedFile: result.json is damaged.
-        """
-        path = self.folder(job) / "result.json"
-        if not path.exists():
-            return None
-        try:
-            return read_result(read_json(path))
-        except Misfit:
-            raise DamagedFile(f"{path} is damaged; remove it to run {job.name} again") from None
 
     def good_result(self, job: Job) -> Result | None:
         """Return the result of a job, None for a failed or an unfinished job."""
@@ -235,8 +234,10 @@ class Comparison:
         Raises:
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
         """
-        jobs = [job for v in self.experiment.variants for job in self.tuning_jobs(v)]
-        jobs += [job for v in self.experiment.variants for job in self.seed_jobs(v)]
+        jobs = self._jobs()
+        for job in jobs:
+            if self._ended(job) and (result := self.result(job)) is not None:
+                self.files.copy(job, result)
         began, before = time.monotonic(), sum(map(self._ended, jobs))
 
         def report(job: Job, result: Result | Failure) -> None:
@@ -250,6 +251,26 @@ class Comparison:
             if not any(self._try(job, watching, report) for job in left if self._ready(job)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
+    def _jobs(self) -> list[Job]:
+        """Return all jobs, tuning runs first."""
+        variants = self.experiment.variants
+        return [job for jobs_of in (self.tuning_jobs, self.seed_jobs) for v in variants for job in jobs_of(v)]
+
+    def estimate(self) -> str:
+        """Return the number of unfinished runs and their training time in one process as text; "" if none is left."""
+        left = [job for job in self._jobs() if not self._ended(job)]
+        seconds = 0.0
+        for job in left:
+            step_seconds = self._training_step(job.variant).step_seconds
+            if step_seconds is None:
+                return f"{len(left)} runs are left"
+            steps = self._step_counts[job.variant.name]
+            seconds += (
+                step_seconds
+                * self.experiment.config(job.variant, self._points[job.variant.name][0], 0, steps).train.steps
+            )
+        return f"{len(left)} runs are left, about {clock(seconds)} in one process" if left else ""
+
     def _ready(self, job: Job) -> bool:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))
 
@@ -259,11 +280,12 @@ class Comparison:
             result = self.result(job)
             if result is None:
                 return False
+            # If a failed tuning run succeeded in a later call, the best tuning point may have changed.
+            same = result.key in self._keys(job) or (result.key is None and (job.tuning or isinstance(result, Failure)))
             if isinstance(result, Failure):
-                ended = bool(result.diverged) or result.call == self._call
+                ended = (bool(result.diverged) and same) or result.call == self._call
             else:
-                # If a failed tuning run succeeded in a later call, the best tuning point may have changed.
-                ended = job.tuning or (result.key in self._keys(job) and self._whole(result, job))
+                ended = same and self._whole(result, job)
             if not ended:
                 return False
             self._known_to_have_ended.add(self.folder(job))
@@ -289,11 +311,12 @@ class Comparison:
             except Interrupted:
                 raise
             except (TimemixError, OSError) as error:
-                result = Failure(str(error), diverged=isinstance(error, NotFinite), call=self._call)
+                diverged = isinstance(error, NotFinite)
+                result = Failure(str(error), diverged, self._call, self._keys(job)[0] if diverged else None)
             except Exception as error:
                 traceback.print_exc()
                 result = Failure(f"{type(error).__name__}: {error}", call=self._call)
-            write_text(folder / "result.json", json.dumps(to_json(result)))
+            self.files.write(job, result)
             if job.tuning:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             else:
@@ -364,7 +387,7 @@ class Comparison:
         seconds = self.experiment.seconds
         if seconds is None:
             return None
-        path = self.out / "variants" / variant.name / "budget.json"
+        path = self.files.measurement(variant, "budget")
         if not path.exists():
             measured = self._measured(variant, steps=20)
             if isinstance(measured, StepFailure):
@@ -382,13 +405,17 @@ class Comparison:
 
     def memory(self, variant: Variant) -> float | None:
         """Return the peak memory of a training step of a variant in bytes, measured only once; None if unavailable."""
-        path = self.out / "variants" / variant.name / "memory.json"
+        return self._training_step(variant).peak_memory
+
+    def _training_step(self, variant: Variant) -> StepMemory:
+        """Return the measured training step of a variant, without values if the step fails."""
+        path = self.files.measurement(variant, "memory")
         if not path.exists():
             measured = self._measured(variant, steps=1)
             if isinstance(measured, StepFailure):
-                return None
-            write_text(path, json.dumps(to_json(measured)))
-        return measured_before(path, StepMemory).peak_memory
+                return StepMemory()
+            write_text(path, json.dumps(to_json(measured)) + "\n")
+        return measured_before(path, StepMemory)
 
 
 def _call_name() -> str:

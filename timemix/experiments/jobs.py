@@ -1,5 +1,6 @@
 """The jobs of a comparison, one run per job: their run folders, and the JSON files with their results."""
 
+import json
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from timemix.data.corpus import Corpus
 from timemix.errors import DamagedFile
 from timemix.experiments.variants import Variant
 from timemix.storage.files import write_text
-from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, read_json, to_record
+from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, read_json, to_json, to_record
 from timemix.training.start import new_run, resolved, resume_run
 from timemix.training.trainer import Trainer
 
@@ -53,6 +54,8 @@ class Failure:
     """Whether the loss diverged. A job with a diverged loss is not repeated, because the loss would diverge again."""
     call: str | None = field(default=None, metadata=OPTIONAL)
     """Name of the call of `timemix compare` that ran the job."""
+    key: str | None = field(default=None, metadata=OPTIONAL)
+    """Hash that identifies the run."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Content of memory.json, reduced to the field that a comparison reads."""
+    """Content of memory.json, reduced to the fields that a comparison reads."""
 
     peak_memory: float | None = None
     """Peak memory of a training step, in bytes."""
+    step_seconds: float | None = None
+    """Measured time of a step, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,61 @@ def outcome(job: Job, result: Result | Failure) -> str:
     if isinstance(result, Failure):
         return f"failed: {result.error}"
     return f"{'validation' if job.tuning else 'held-out'} loss {result.valid_loss:.4f}"
+
+
+class ResultFiles:
+    """The files with the results of a comparison: in its folder, and copies in a folder that holds nothing else.
+
+    The second folder is small enough for a repository. A comparison in a new folder takes all results from there.
+
+    Args:
+        out: Folder of the comparison.
+        results: Folder of the copies; None: no copies.
+    """
+
+    def __init__(self, out: Path, results: Path | None) -> None:
+        self.out, self.results = out, results
+
+    def folder(self, job: Job) -> Path:
+        """Return the run folder of a job."""
+        return self.out / "variants" / job.variant.name / f"{'tuning' if job.tuning else 'seed'}-{job.number}"
+
+    def read(self, job: Job) -> Result | Failure | None:
+        """Return the result or the failure of a job, None for an unfinished job.
+
+        Raises:
+            DamagedFile: The file is damaged.
+        """
+        path = self.folder(job) / "result.json"
+        if not path.exists() and self.results is not None:
+            path = self._copy(self.results, job)
+        if not path.exists():
+            return None
+        try:
+            return read_result(read_json(path))
+        except Misfit:
+            raise DamagedFile(f"{path} is damaged; remove it to run {job.name} again") from None
+
+    def write(self, job: Job, result: Result | Failure) -> None:
+        """Write the result or the failure of a job to its run folder, and a copy of a final result."""
+        write_text(self.folder(job) / "result.json", json.dumps(to_json(result)))
+        self.copy(job, result)
+
+    def copy(self, job: Job, result: Result | Failure) -> None:
+        """Write the copy of a result, unless the copy exists or the job may run again."""
+        if self.results is not None and (isinstance(result, Result) or result.diverged):
+            path, text = self._copy(self.results, job), json.dumps(to_json(result)) + "\n"
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
+
+    def measurement(self, variant: Variant, name: str) -> Path:
+        """Return the path of a measurement of a variant, such as "memory"."""
+        if self.results is not None:
+            return self.results / f"{variant.name}.{name}.json"
+        return self.out / "variants" / variant.name / f"{name}.json"
+
+    def _copy(self, results: Path, job: Job) -> Path:
+        return results / f"{job.variant.name}.{self.folder(job).name}.json"
 
 
 Measured = TypeVar("Measured")

@@ -11,6 +11,7 @@ import numpy as np
 
 from timemix.config.run import read_toml, to_toml
 from timemix.experiments.compare import Comparison
+from timemix.experiments.jobs import Job
 from timemix.experiments.spec import Experiment
 from timemix.experiments.table import (
     Row,
@@ -65,12 +66,17 @@ def _by_position(row: Row) -> list[float]:
 
 
 def finished_runs(comparison: Comparison) -> dict[str, list[Path]]:
-    """Return the folders of successful runs by label of the variant, without variants that have no successful run."""
+    """Return the folders of successful runs by label of the variant, without variants that have no such folder."""
     runs = {
-        v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if comparison.good_result(j) is not None]
+        v.heading: [comparison.folder(j) for j in comparison.seed_jobs(v) if _has_folder(comparison, j)]
         for v in comparison.experiment.variants
     }
     return {label: folders for label, folders in runs.items() if folders}
+
+
+def _has_folder(comparison: Comparison, job: Job) -> bool:
+    """Return whether a run was successful and has its run folder, which a result from another folder lacks."""
+    return comparison.good_result(job) is not None and (comparison.folder(job) / "config.toml").exists()
 
 
 def variant_colors(experiment: Experiment) -> dict[str, str]:
@@ -157,7 +163,7 @@ def _samples(comparison: Comparison, variant: Variant, tokens: int = 200) -> dic
     from timemix.generation.generate import generate
 
     job = comparison.seed_jobs(variant)[0]
-    if comparison.good_result(job) is None:
+    if not _has_folder(comparison, job):
         return {}
     path = comparison.out / "variants" / variant.name / "samples.json"
     old = read_json(path) if path.exists() else {}
