@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from timemix.errors import DamagedFile, InvalidValue, MissingFile
+from timemix.errors import DamagedFile, FileError, InvalidValue, MissingFile
 from timemix.experiments.spec import (
     Experiment,
     SpeedExperiment,
@@ -17,6 +17,7 @@ from timemix.experiments.spec import (
     with_data,
 )
 from timemix.experiments.variants import Variant
+from timemix.models.registry import find_architecture
 from timemix.models.size import count_parameters
 
 FILE = """
@@ -163,12 +164,15 @@ def test_the_shipped_experiments_compare_like_with_like(path):
         return
     assert len(experiment.seeds) >= 3
     assert len({p["train.lr"] for p in experiment.tuning_points()}) >= 3
-    styles = {p.get("model.initial") for p in experiment.tuning_points()}
-    assert styles == ({None} if path.stem == "initial" else {"original", "zero"})
+    for variant in experiment.variants:
+        arch = experiment.config(variant, {}, 1).model.arch
+        styles = {p.get("model.initial") for p in experiment.points_of(variant).values()}
+        has_styles = "initial" in find_architecture(arch).config.__dataclass_fields__ and path.stem != "initial"
+        assert styles == ({"original", "zero"} if has_styles else {None})
     judged = {name for v in experiment.verdicts for name in (v.better, v.worse)}
     sizes = {}
     for variant in experiment.variants:
-        model = experiment.config(variant, experiment.tuning_points()[0], 1).model
+        model = experiment.config(variant, experiment.points_of(variant)[0], 1).model
         sizes[variant.name] = count_parameters(replace(model, vocab_size=136))["total"]
     first = sizes[experiment.variants[0].name]
     # "narrow" and "wide" variants accompany one of equal size, to show the effect of the number of parameters.
@@ -197,3 +201,33 @@ def test_a_field_that_an_architecture_lacks_is_not_tuned_there():
     }
     with pytest.raises(InvalidValue, match="unknown field 'model.alpha'"):
         Experiment("t", variants[1:], tokens=1000, tune=tune)
+
+
+def test_an_experiment_extends_another(tmp_path):
+    (tmp_path / "lower.toml").write_text(
+        'title = "low"\ntokens = 1000\nseeds = [1, 2]\n[base]\nmodel = { channels = 16, heads = 2 }\n'
+        '[[variants]]\nname = "a"\n'
+    )
+    upper = tmp_path / "upper.toml"
+    upper.write_text('extends = "lower.toml"\ntitle = "up"\nseconds = 5\n[base]\nmodel.channels = 32\n')
+    found = read_experiment(upper)
+    assert (found.title, found.seeds, found.tokens, found.seconds) == ("up", (1, 2), None, 5)
+    assert found.base == {"model": {"channels": 32, "heads": 2}}
+    assert [variant.name for variant in found.variants] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends = 3", "extends is 3; it must be the name of an experiment or of a file"),
+        ('extends = "own.toml"', "extends is 'own.toml', which extends this file; remove one of the fields"),
+        ('extends = "heats"', "there is no experiment 'heats'; did you mean 'heads'"),
+        ('extends = "missing.toml"', "cannot read .*missing.toml"),
+        ('extends = "heads"\nbase = 3', "base is 3; it must be a table"),
+    ],
+)
+def test_a_bad_extension_is_explained(tmp_path, text, words):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    with pytest.raises(FileError, match=words):
+        read_experiment(path)

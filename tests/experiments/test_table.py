@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timemix.experiments.spec import Verdict
 from timemix.experiments.table import Row, Table, judge, point_words, warnings
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
-from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word
+from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word, verdict_words
 
 
 # Student's t, two-sided 95 %, from Abramowitz and Stegun 26.10.
@@ -125,3 +125,17 @@ def test_the_best_number_of_a_grid_lies_between_others(values, chosen, at_edge):
     tuning = [{"train.lr": value, "valid_loss": 1.0} for value in values]
     row = Row(name="a", label="a", parameters=1, chosen={"train.lr": chosen}, tuning=tuning)
     assert any("edge of the grid" in line for line in warnings(Table("t", 1, None, [1], [row], []))) == at_edge
+
+
+def test_an_undecided_verdict_says_how_many_seeds_would_decide():
+    """With mean 1 and standard deviation 2, an interval of n values ends at 0 if t(n - 1) 2 / sqrt(n) = 1."""
+    values = {1: 3.0, 2: 1.0, 3: -1.0}
+    gain = paired_difference(dict.fromkeys(values, 0.0), values)
+    least = next(n for n in range(4, 100) if t_quantile(0.975, n - 1) * 2 / n**0.5 < 1)
+    assert least == 18
+    assert verdict_words(gain, 3) == "undecided (about 18 seeds would decide)"
+    small = paired_difference(dict.fromkeys(values, 0.0), {seed: x - 0.99 for seed, x in values.items()})
+    assert verdict_words(small, 3) == "undecided (more than 200 seeds would decide)"
+    assert verdict_words(paired_difference({1: 0.0}, {1: 1.0}), 1) == "undecided"
+    assert verdict_words(None, 3) == "not run"
+    assert verdict_words({"mean": 1.0, "low": 0.5, "high": 1.5}, 3) == "holds"

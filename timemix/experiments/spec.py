@@ -331,6 +331,8 @@ AnyExperiment = Experiment | SpeedExperiment | SamplingExperiment | SyntheticExp
 def read_experiment(path: Path) -> AnyExperiment:
     """Read an experiment file. The field `kind` of the file selects a class in KINDS and defaults to "training".
 
+    The field `extends` names another experiment, whose fields are the defaults of all fields of the file.
+
     Args:
         path: The TOML file.
 
@@ -338,11 +340,38 @@ def read_experiment(path: Path) -> AnyExperiment:
         FileError: The file is missing or not TOML, or has an unknown field or an unsupported value. The message names
             the file.
     """
-    data = parse_toml(path)
+    data = _fields(path)
     kind = data.pop("kind", "training")
     try:
         if not isinstance(kind, str) or kind not in KINDS:
             raise InvalidValue(f"unknown kind {kind!r}{nearest(str(kind), KINDS)}")
         return from_dict(KINDS[kind], data)
     except UNFIT as error:
+        raise DamagedFile(f"{path}: {error}") from error
+
+
+def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the fields of an experiment file, with the fields of the experiment that the file extends.
+
+    Args:
+        path: The file.
+        above: Files that extend this file.
+    """
+    data = parse_toml(path)
+    name = data.pop("extends", None)
+    if name is None:
+        return data
+    if not isinstance(name, str):
+        raise DamagedFile(f"{path}: extends is {name!r}; it must be the name of an experiment or of a file")
+    lower = path.parent / name if Path(name).suffix == ".toml" else find_experiment(name)
+    if lower.resolve() in (chain := (*above, path.resolve())):
+        raise DamagedFile(f"{path}: extends is {name!r}, which extends this file; remove one of the fields")
+    fields = _fields(lower, chain)
+    # An experiment has one budget.
+    for budget, other in (("tokens", "seconds"), ("seconds", "tokens")):
+        if budget in data:
+            fields.pop(other, None)
+    try:
+        return merged(fields, data)
+    except InvalidValue as error:
         raise DamagedFile(f"{path}: {error}") from error

@@ -9,7 +9,14 @@ from timemix.experiments.synthetic_spec import SyntheticExperiment, TaskSetting,
 from timemix.experiments.synthetic_tasks import TASKS
 from timemix.reporting.markdown import markdown_table
 from timemix.reporting.plots import save_picture, spare_colors
-from timemix.reporting.statistics import Difference, interval, mean_interval, paired_difference, verdict_word
+from timemix.reporting.statistics import (
+    Difference,
+    interval,
+    mean_interval,
+    paired_difference,
+    verdict_word,
+    verdict_words,
+)
 
 COLUMNS = 3
 """Number of tasks in a row of the picture."""
@@ -150,7 +157,7 @@ def to_markdown(table: SyntheticTable) -> str:
         parts.append(markdown_table(rows))
     if table.verdicts:
         rows = [["claim", "difference of the accuracies", "verdict"]]
-        rows += [[v.claim, interval(v.difference), v.verdict] for v in table.verdicts]
+        rows += [[v.claim, interval(v.difference), verdict_words(v.difference, table.seeds)] for v in table.verdicts]
         parts.append(markdown_table(rows, words=(0, 2)))
     return "\n\n".join(parts) + "\n"
 

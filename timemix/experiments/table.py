@@ -9,7 +9,7 @@ from timemix.experiments.jobs import Failure, Result
 from timemix.experiments.spec import Verdict
 from timemix.experiments.variants import Variant
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
-from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word
+from timemix.reporting.statistics import Difference, interval, paired_difference, verdict_word, verdict_words
 from timemix.storage.json_files import OPTIONAL, to_json
 
 
@@ -185,7 +185,9 @@ def result_rows(table: Table) -> list[list[str]]:
 
 def verdict_rows(table: Table) -> list[list[str]]:
     """Return the rows of the table of verdicts as text, headings first."""
-    return [["claim", "better by", "verdict"]] + [[v.claim, interval(v.gain), v.verdict] for v in table.verdicts]
+    return [["claim", "better by", "verdict"]] + [
+        [v.claim, interval(v.gain), verdict_words(v.gain, len(table.seeds))] for v in table.verdicts
+    ]
 
 
 def tuning_rows(table: Table) -> list[list[str]]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 CONFIDENCE = 0.95
 """Confidence level of all intervals."""
+MOST_SEEDS = 200
+"""Largest number of seeds that `verdict_words` names."""
 Difference = dict[str, float | None]
 """Mean of paired differences ("mean"), and the ends of its confidence interval ("low" and "high")."""
 
@@ -83,6 +85,26 @@ def verdict_word(gain: Difference | None) -> str:
     if gain["low"] is None or gain["high"] is None or gain["low"] <= 0 <= gain["high"]:
         return "undecided"
     return "holds" if gain["low"] > 0 else "does not hold"
+
+
+def verdict_words(gain: Difference | None, seeds: int) -> str:
+    """Return the verdict on a claim as text, such as "undecided (about 12 seeds would decide)".
+
+    The number of seeds assumes that mean and standard deviation of further differences stay the same.
+
+    Args:
+        gain: Mean of the differences with its interval, as in `verdict_word`.
+        seeds: Number of differences.
+    """
+    word = verdict_word(gain)
+    if word != "undecided" or gain is None or gain["low"] is None or not gain["mean"]:
+        return word
+    half = gain["mean"] - gain["low"]
+    deviation = half * math.sqrt(seeds) / t_quantile((1 + CONFIDENCE) / 2, seeds - 1)
+    for n in range(seeds + 1, MOST_SEEDS + 1):
+        if t_quantile((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n) < abs(gain["mean"]):
+            return f"{word} (about {n} seeds would decide)"
+    return f"{word} (more than {MOST_SEEDS} seeds would decide)"
 
 
 def interval(difference: Difference | None) -> str:
