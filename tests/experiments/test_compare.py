@@ -426,7 +426,7 @@ def trained_jobs(comparison):
 def test_results_in_a_folder_of_their_own_are_enough_to_go_on(tmp_path, unmeasured):
     experiment, kept = small(write_text_file(tmp_path), by_position=True), tmp_path / "kept"
     first = Comparison(experiment, tmp_path / "one", results=kept)
-    assert first.estimate() == "8 runs are left, about 1:04 in one process"
+    assert first.estimate() == "unfinished runs: 8, about 1:04 in one process"
     assert len(trained_jobs(first)) == 8
     assert first.estimate() == ""
     names = {f"{v}.{run}.json" for v in ("rwkv1", "mha") for run in ("tuning-0", "tuning-1", "seed-1", "seed-2")}

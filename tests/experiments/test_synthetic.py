@@ -14,6 +14,7 @@ from timemix.experiments.synthetic_report import Measured, best_lr, build_table,
 from timemix.experiments.synthetic_spec import SyntheticExperiment, TaskSetting, TaskVerdict
 from timemix.experiments.variants import Variant
 from timemix.reporting.statistics import mean_interval
+from timemix.storage.locks import claimed
 
 EXPERIMENT = SyntheticExperiment(
     title="x",
@@ -164,3 +165,26 @@ def test_table_and_verdicts():
     single = build_table(replace(one, seeds=(1,)), {"parity": {n: {1: r[1]} for n, r in found["parity"].items()}})
     assert "means over one seed." in to_markdown(single)
     assert single.verdicts[0].verdict == "undecided"
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path):
+    """The lock of a run that another process trains; a tuning run keeps the runs with seeds of its variant waiting."""
+    said: list[str] = []
+    runs = synthetic.Runs(EXPERIMENT, tmp_path, said.append, "cpu")
+    with claimed(tmp_path / ".parity.new.lr-0.003.seed-0.lock"):
+        assert runs.pass_through() is None
+        assert len(said) == 3 * 4 + 1
+    found = runs.pass_through()
+    assert len(said) == 4 * 4
+    assert {task: {name: set(seeds) for name, seeds in each.items()} for task, each in found.items()} == {
+        task: {"old": {1, 2}, "new": {1, 2}} for task in ("few", "parity")
+    }
+
+
+def test_some_tasks_of_an_experiment():
+    few = EXPERIMENT.only(("few",))
+    assert [task.name for task in few.tasks] == ["few"]
+    assert few.verdicts == ()
+    assert EXPERIMENT.only(("parity", "few")).verdicts == EXPERIMENT.verdicts
+    with pytest.raises(InvalidValue, match="the experiment has no task 'party'; did you mean 'parity'"):
+        EXPERIMENT.only(("party",))

@@ -94,10 +94,10 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
 
     contenders = [Contender("recomputing the context float32", torch.no_grad()(recompute), 2)]
     forward = build_step(model, backend="model")
-    contenders.append(_stepping("the model's forward float32", forward, model, 1, position, model))
+    contenders.append(stepping("the model's forward float32", forward, model, 1, position, model))
     if steps["float32"][0].compiled:
         for weights, (step, expected) in steps.items():
-            contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
+            contenders.append(stepping(f"step {weights}", step, model, 1, position, expected))
     contenders += _library_models(model, position, say)
     memory = ones_in_huge_pages(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
@@ -124,7 +124,7 @@ def _steps(model: LanguageModel) -> Steps:
     return {weights: (build_step(model, weights), rounded(model, weights)) for weights in WEIGHTS}
 
 
-def _stepping(
+def stepping(
     name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel
 ) -> Contender:
     """Return a contender of STEPS steps from a position, with a fault if the first logits differ from `expected`.
@@ -223,7 +223,7 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
     """Time the generation of several texts together, with each format of the weights."""
     position = _middle(model)
     contenders = [
-        _stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
+        stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
         for weights, (step, expected) in steps.items()
         for rows in batches
     ]
@@ -237,7 +237,7 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
     contenders = [
-        _stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS), model)
+        stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS), model)
         for p, place in places.items()
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)

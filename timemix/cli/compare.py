@@ -74,6 +74,8 @@ class CompareArguments:
     """Number of training tokens of each run, such as 500k or 20M. Default: tokens of the experiment, otherwise 1.5M."""
     size: str = "cpu-small"
     """Preset that gives the size and training of the architectures of --arch."""
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks of a synthetic experiment such as `recall`, one or more. Default: all tasks."""
     tune: bool = True
     """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
     reuse: Path | None = None
@@ -168,6 +170,10 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         raise InvalidValue(f"the experiment {name} trains no variants on a text; leave out --reuse and --results")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
+    if parsed.tasks:
+        if not isinstance(experiment, SyntheticExperiment):
+            raise InvalidValue(f"the experiment {name} has no tasks; leave out --tasks")
+        experiment = experiment.only(parsed.tasks)
     if parsed.seeds is not None:
         if parsed.seeds < 1:
             raise InvalidValue(f"--seeds is {parsed.seeds}; it must be at least 1")

@@ -263,13 +263,13 @@ class Comparison:
         for job in left:
             step_seconds = self._training_step(job.variant).step_seconds
             if step_seconds is None:
-                return f"{len(left)} runs are left"
+                return f"unfinished runs: {len(left)}"
             steps = self._step_counts[job.variant.name]
             seconds += (
                 step_seconds
                 * self.experiment.config(job.variant, self._points[job.variant.name][0], 0, steps).train.steps
             )
-        return f"{len(left)} runs are left, about {clock(seconds)} in one process" if left else ""
+        return f"unfinished runs: {len(left)}, about {clock(seconds)} in one process" if left else ""
 
     def _ready(self, job: Job) -> bool:
         return job.tuning or all(self._ended(j) for j in self.tuning_jobs(job.variant))

@@ -1,7 +1,8 @@
 """Train every variant on synthetic tasks, and measure the accuracy of its answers at several sizes.
 
 The folder OUT has one small JSON file per run, and table.json, table.md and accuracy.png. A repeated experiment trains
-only the runs without a file. Further variants, tasks and seeds therefore extend the results in a folder.
+only the runs without a file. Further variants, tasks and seeds therefore extend the results in a folder. Lock files
+assign the runs to processes, so any number of processes may work in one folder.
 """
 
 import json
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from timemix.config.run import RunConfig
-from timemix.errors import DamagedFile, FileError, InUse
+from timemix.errors import DamagedFile, FileError
 from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.spec import TUNING_SEED
 from timemix.experiments.synthetic_report import (
+    Found,
     Measured,
     SyntheticTable,
     best_lr,
@@ -47,6 +49,8 @@ TEST_TOKENS = 16384
 """Largest number of tokens of a forward pass in a test."""
 TIMED_STEPS = 3
 """Number of training steps of a time estimate."""
+SECONDS_BETWEEN_PASSES = 1.0
+"""Time to wait for runs of other processes."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,20 @@ class Runs:
             raise FileError(f"{path} has the result of a run with other settings; choose another folder")
         return found
 
-    def measure(self, cell: Cell) -> Measured:
-        """Return the result of a run. An unfinished run is trained first, and its result saved."""
+    def measure(self, cell: Cell) -> Measured | None:
+        """Return the result of a run; None if another process trains the run.
+
+        An unfinished run is trained first, and its result saved.
+        """
         if found := self.measured(cell):
             return found
-        result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
-        data = to_json(result) | {"settings": self._settings(cell)}
-        write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
+        with claimed(self.out / f".{cell.name}.lock") as mine:
+            # Another process may have finished the run in the meantime.
+            if not mine or (found := self.measured(cell)):
+                return found
+            result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
+            data = to_json(result) | {"settings": self._settings(cell)}
+            write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
         words = ", ".join(f"{value:.3f} at {size}" for size, value in result.accuracy.items())
         self.say(f"{cell.name}: accuracy {words} ({result.seconds:.0f} s)")
         return result
@@ -121,11 +132,27 @@ class Runs:
                     total += unfinished * config.train.steps * _seconds_per_step(config, task)
         return total
 
-    def all(self, task: TaskSetting, variant: Variant) -> dict[int, Measured]:
-        """Tune a variant on a task, and return the result of each seed."""
+    def all(self, task: TaskSetting, variant: Variant) -> dict[int, Measured] | None:
+        """Tune a variant on a task, and return the result of each seed; None if other processes train some runs."""
         tuned = {lr: self.measure(Cell(task, variant, lr, TUNING_SEED)) for lr in self._lrs()}
-        lr = best_lr(tuned) if tuned else self.experiment.lrs[0]
-        return {seed: self.measure(Cell(task, variant, lr, seed)) for seed in self.experiment.seeds}
+        known = {lr: result for lr, result in tuned.items() if result is not None}
+        if len(known) < len(tuned):
+            return None
+        lr = best_lr(known) if known else self.experiment.lrs[0]
+        results = {seed: self.measure(Cell(task, variant, lr, seed)) for seed in self.experiment.seeds}
+        finished = {seed: result for seed, result in results.items() if result is not None}
+        return finished if len(finished) == len(results) else None
+
+    def pass_through(self) -> Found | None:
+        """Train all runs that no other process trains. Return all results; None if other processes train some runs."""
+        found: Found = {}
+        complete = True
+        for task in self.experiment.tasks:
+            for variant in self.experiment.variants:
+                results = self.all(task, variant)
+                complete = complete and results is not None
+                found.setdefault(task.name, {})[variant.name] = results or {}
+        return found if complete else None
 
     def _lrs(self) -> tuple[float, ...]:
         return self.experiment.lrs if len(self.experiment.lrs) > 1 else ()
@@ -159,25 +186,19 @@ def run_synthetic(
         The table.
 
     Raises:
-        InUse: Another process is working in the folder `out`.
         FileError: The folder `out` has results of other settings, or a file cannot be written.
         Unavailable: The machine lacks the device.
     """
     choose_device(device)
-    with claimed(out / ".lock") as mine:
-        if not mine:
-            raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
-        runs = Runs(experiment, out, say, device)
-        if seconds := runs.seconds_left():
-            say(f"the unfinished runs take about {seconds / 3600:.2f} hours")
-        found = {
-            task.name: {variant.name: runs.all(task, variant) for variant in experiment.variants}
-            for task in experiment.tasks
-        }
-        table = build_table(experiment, found)
-        write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
-        write_text(out / "table.md", to_markdown(table))
-        draw_table(experiment, table, out / "accuracy.png")
+    runs = Runs(experiment, out, say, device)
+    if seconds := runs.seconds_left():
+        say(f"the unfinished runs take about {seconds / 3600:.2f} hours")
+    while (found := runs.pass_through()) is None:
+        time.sleep(SECONDS_BETWEEN_PASSES)
+    table = build_table(experiment, found)
+    write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
+    write_text(out / "table.md", to_markdown(table))
+    draw_table(experiment, table, out / "accuracy.png")
     return table
 
 

@@ -102,6 +102,22 @@ class SyntheticExperiment:
             for variant in self.variants:
                 self.config(task, variant, self.lrs[0], self.seeds[0])
 
+    def only(self, names: tuple[str, ...]) -> "SyntheticExperiment":
+        """Return the experiment with some of its tasks, and the verdicts on these tasks.
+
+        Args:
+            names: Names of the tasks.
+
+        Raises:
+            InvalidValue: The experiment lacks a task.
+        """
+        known = {task.name: task for task in self.tasks}
+        for name in names:
+            if name not in known:
+                raise InvalidValue(f"the experiment has no task {name!r}{nearest(name, known)}")
+        verdicts = tuple(verdict for verdict in self.verdicts if verdict.task in names)
+        return replace(self, tasks=tuple(known[name] for name in dict.fromkeys(names)), verdicts=verdicts)
+
     def config(self, task: TaskSetting, variant: Variant, lr: float, seed: int) -> RunConfig:
         """Return the config of a run. ctx_len is the length of the longest sequence in training and tests.
 

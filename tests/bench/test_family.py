@@ -1,0 +1,90 @@
+"""The page docs/family.md follows from the files in benchmarks/family."""
+
+import json
+
+import pytest
+
+from benchmarks import family
+from timemix.experiments.spec import Experiment, find_experiment, read_experiment
+from timemix.experiments.synthetic_spec import SyntheticExperiment
+
+
+def share(mean):
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+
+LOSSES = {
+    "seeds": [1, 2, 3],
+    "variants": [
+        {
+            "name": "rwkv1",
+            "label": "RWKV of 2021",
+            "parameters": 1000,
+            "chosen": {"train.lr": 0.004},
+            "valid_losses": {"1": 1.5, "2": 1.6, "3": 1.7},
+        },
+        {
+            "name": "rwkv7",
+            "label": "RWKV-7",
+            "parameters": None,
+            "chosen": None,
+            "valid_losses": {},
+            "difference": None,
+        },
+    ],
+    "verdicts": [{"claim": "7 beats 1", "gain": {"mean": 0.1, "low": 0.05, "high": 0.15}}],
+}
+TASK = {
+    "name": "recall-64",
+    "size": 32,
+    "answers": 64,
+    "rows": [{"name": "rwkv7", "label": "RWKV-7", "lr": 0.001, "accuracy": {"8": share(0.7), "32": share(0.5)}}],
+}
+ACCURACIES = {
+    "seeds": 3,
+    "tasks": [TASK],
+    "verdicts": [{"claim": "7 recalls", "difference": {"mean": 0.0, "low": -1, "high": 1}}],
+}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The folder of the results, with those of two experiments, and a copy of the page."""
+    page = tmp_path / "family.md"
+    page.write_text(family.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    for name, value in {"RESULTS": tmp_path, "PAGE": page, "SPEED": tmp_path / "speed.json"}.items():
+        monkeypatch.setattr(family, name, value)
+    for name, table in {"family": LOSSES, "recall": ACCURACIES}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def test_the_page_has_the_tables_of_the_results(results):
+    blocks = family.blocks()
+    assert "| RWKV of 2021 | 1,000 | 0.004 | 3 | 1.6000 ± 0.1000 | - |" in blocks["family"]
+    assert "| RWKV-7 | 0.001 | 0.70 (0.60 to 0.80) | 0.50 (0.40 to 0.60) |" in blocks["recall"]
+    assert "| 7 beats 1 | +0.1000 (+0.0500 to +0.1500) | holds | [family](#family) |" in blocks["verdicts"]
+    assert "undecided" in blocks["verdicts"]
+    assert "was not run yet" in blocks["copy"]
+
+
+def test_the_page_has_a_place_for_every_part():
+    text = family.PAGE.read_text(encoding="utf-8")
+    for name in (*family.NAMES, "verdicts"):
+        assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- /{name} -->\n") == 1, name
+    assert all(f"### {name}\n" in text for name in (*family.LOSSES, *family.TASKS))
+
+
+def test_the_parts_are_experiments_of_timemix():
+    kinds = {family.LOSSES: Experiment, family.TASKS: SyntheticExperiment}
+    for names, kind in kinds.items():
+        assert all(isinstance(read_experiment(find_experiment(name)), kind) for name in names)
+    assert {v.name for v in read_experiment(find_experiment("family")).variants} == family.YEARS.keys()
+
+
+def test_the_picture_shows_the_panels_that_have_results(results, tmp_path):
+    speeds = {name: {"decoding_10000": 100.0} for name in family.YEARS}
+    family.SPEED.write_text(json.dumps({"variants": speeds}))
+    assert family.draw(tmp_path / "family.png")
+    assert (tmp_path / "family.png").stat().st_size > 10_000
