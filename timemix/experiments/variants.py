@@ -8,6 +8,7 @@ from timemix.config.presets import preset
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import InvalidValue, nearest
+from timemix.models.registry import ARCHITECTURES
 from timemix.storage.settings import from_dict, to_dict
 
 NO_FILE_NAME = frozenset('/\\:*?"<>|\n')
@@ -48,6 +49,8 @@ class Variant:
 def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, point: dict[str, Any]) -> RunConfig:
     """Return the config of a preset, with the fields of `base`, a variant and a tuning point replaced.
 
+    Settings of the model in `base` that the variant's architecture lacks, and another architecture has, are left out.
+
     Args:
         preset_name: Name of the preset.
         base: Config fields that all variants share.
@@ -58,9 +61,13 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         InvalidValue: A field or a value is not supported. The message names the variant.
     """
     try:
-        own: dict[str, Any] = {}
-        for layer in (base, variant.set, nested(point)):
-            own = merged(own, flattened(layer))
+        own = merged(flattened(variant.set), flattened(nested(point)))
+        shared = flattened(base)
+        known = preset(preset_name, named_architecture(merged(shared, own))).model.__dataclass_fields__
+        if isinstance(shared.get("model"), dict):
+            model = {name: x for name, x in shared["model"].items() if name in known or not _is_setting(name)}
+            shared = shared | {"model": model}
+        own = merged(shared, own)
         config = from_dict(RunConfig, merged(to_dict(preset(preset_name, named_architecture(own))), own))
         if config.train.seconds is not None or config.train.tokens is not None:
             raise InvalidValue(
@@ -69,6 +76,11 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
         return config
     except InvalidValue as error:
         raise InvalidValue(f"variant {variant.name!r}: {error}") from error
+
+
+def _is_setting(name: str) -> bool:
+    """Return whether any architecture has a setting."""
+    return any(name in each.config.__dataclass_fields__ for each in ARCHITECTURES.values())
 
 
 def named_architecture(fields: dict[str, Any]) -> str | None:
