@@ -1,0 +1,117 @@
+"""The compiled decode step of rwkv5 and rwkv6. The C file step.c opens with the formula.
+
+The structures _Layer and _Model equal the C structures `layer` and `model` of step.c, field by field.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any, cast
+
+from timemix.models.compiled_step import CompiledStep
+from timemix.models.language_model import LanguageModel
+from timemix.models.layers.block import Block
+from timemix.models.layers.low_rank import LowRank
+from timemix.models.quantize import at_least_int8
+from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
+from timemix.models.rwkv6.model import MIXED_6, Rwkv5Block, TimeMix6
+from timemix.models.step_memory import Common, LinearMap
+from timemix.ops.rwkv6.compiled import MOST
+
+_MIXER, _FFN = ("key", "value", "receptance", "gate", "output"), ("key", "receptance", "value")
+_LOW_RANKS = ("mix_down", "mix_up")
+_STATE = ("mixer_shift", "ffn_shift", "wkv")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p * 2) for name in ("mixer_norm", "ffn_norm", "head_norm")),
+        ("first_mix", ctypes.c_void_p),
+        ("mix", ctypes.c_void_p * len(MIXED_6)),
+        ("ffn_mix", ctypes.c_void_p * 2),
+        *((name, LinearMap) for name in _MIXER),
+        *((f"ffn_{name}", LinearMap) for name in _FFN),
+        *((name, LinearMap * len(MIXED_6)) for name in _LOW_RANKS),
+        *((name, LinearMap) for name in ("decay_down", "decay_up")),
+        *((name, ctypes.c_void_p) for name in ("decay", "bonus", *_STATE)),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("common", Common),
+        *((name, ctypes.c_int64) for name in ("heads", "hidden", "rank")),
+        ("head_epsilon", ctypes.c_float),
+        ("layer", ctypes.POINTER(_Layer)),
+    ]
+
+
+class Rwkv6Step(CompiledStep):
+    """The compiled decode step of rwkv5 and rwkv6."""
+
+    source = Path(__file__).with_name("step.c")
+    # wkv6.h gives the reason.
+    flags = ("-fno-associative-math",)
+    layer_type, model_type = _Layer, _Model
+
+    @classmethod
+    def hindrance(cls, model: LanguageModel) -> str | None:
+        """Return the reason why this step cannot run for a model; None if the step can run."""
+        # The C code holds some vectors of a head on the stack.
+        if cast(Rwkv5Config, model.config).head_size > MOST:
+            return f"the compiled step needs a head size of at most {MOST}"
+        return super().hindrance(model)
+
+    def layer_fields(self, block: Block) -> dict[str, Any]:
+        """Return the weights of a block."""
+        block = cast(Rwkv5Block, block)
+        mixer, ffn, given = block.mixer, block.ffn, self.parameters
+        own = self._fields_of_6(mixer) if isinstance(mixer, TimeMix6) else self._fields_of_5(mixer)
+        return own | {
+            "mixer_norm": given.norm(block.mixer_norm),
+            "ffn_norm": given.norm(block.ffn_norm),
+            "head_norm": (given.vector(mixer.norm_weight), given.vector(mixer.norm_bias)),
+            "ffn_mix": tuple(given.vector(share) for share in block.previous_shares()),
+            **{name: given.linear(getattr(mixer, name)) for name in _MIXER},
+            **{f"ffn_{name}": given.linear(getattr(ffn, name)) for name in _FFN},
+            "bonus": given.vector(mixer.bonus),
+        }
+
+    def model_fields(self) -> dict[str, Any]:
+        """Return the sizes of the time-mix and the channel-mix, which are equal in all layers."""
+        config = cast(Rwkv5Config, self.model.config)
+        ranks = (config.mixture_rank, config.decay_rank) if isinstance(config, Rwkv6Config) else (0,)
+        return {
+            "heads": config.heads,
+            "hidden": config.ffn_hidden,
+            "rank": max(ranks),
+            "head_epsilon": config.group_norm_eps,
+        }
+
+    def _fields_of_5(self, mixer: Any) -> dict[str, Any]:
+        """Return the mixtures and the decay of rwkv5. step.c has the share of the previous token, and w of wkv6."""
+        given = self.parameters
+        mix = (None, *(given.vector(1 - mixer.mix[name]) for name in MIXED_6[1:]))
+        return {"mix": mix, "decay": given.vector(-mixer.decay.exp())}
+
+    def _fields_of_6(self, mixer: TimeMix6) -> dict[str, Any]:
+        """Return the mixtures and the decay of rwkv6, and their low-rank maps."""
+        given = self.parameters
+        down, up = zip(*(self._low_rank(mixer.mix_maps[name]) for name in MIXED_6), strict=True)
+        decay_down, decay_up = self._low_rank(mixer.decay)
+        return {
+            "first_mix": given.vector(mixer.first_mix),
+            "mix": tuple(given.vector(mixer.mix[name]) for name in MIXED_6),
+            "mix_down": down,
+            "mix_up": up,
+            "decay_down": decay_down,
+            "decay_up": decay_up,
+        }
+
+    def _low_rank(self, low_rank: Any) -> tuple[LinearMap, LinearMap]:
+        """Return the two linear maps of a low-rank map."""
+        low_rank = cast(LowRank, low_rank)
+        pack, weights = self.parameters.panels, at_least_int8(self.parameters.weights)
+        return (
+            pack(low_rank.down_weight.t(), None, weights),
+            pack(low_rank.up_weight.t(), getattr(low_rank, "bias", None), weights),
+        )

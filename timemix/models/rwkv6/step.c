@@ -1,0 +1,225 @@
+/* The compiled step of models/rwkv6/decode.py. It feeds prompts and new tokens through a whole model of rwkv5 or rwkv6.
+
+    x = input_norm(embedding[token])
+    for each layer:   z = norm(x);   x += output(silu(gate) * head_norm(y)),   y = wkv6(r, w, k, v)
+                      z = norm(x);   x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2)
+    logits = head(norm(x))
+
+   Each of r, k, v, gate, ffn_k and ffn_r is a map of a mixture of z and z', the z of the previous token. In rwkv5, the
+   shares of the mixtures and the log-decay w are parameters. In rwkv6, both depend on the token: w = -exp(decay of a
+   mixture), and
+
+    mixture n = z + (z' - z) (mix[n] + up[n](tanh(down[n](z + (z' - z) first_mix))))
+
+   A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
+   Only the mixtures and wkv6 connect the rows of a piece. All numbers but the weights of linear maps are float32.
+
+   The order in which a number of a row is summed depends only on the row itself. So each result is bit-identical for
+   any division of texts into pieces, and for any other texts, slots or threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "ops/common/exp.h"
+#include "ops/common/mix.h"
+#include "ops/common/norm.h"
+#include "ops/common/panels.h"
+#include "ops/common/sparse.h"
+#include "ops/common/step.h"
+#include "ops/common/types.h"
+#include "ops/rwkv6/wkv6.h"
+
+/* The mixtures of a time-mix, in the order of MIXED_6 in model.py. rwkv5 has no DECAY. */
+enum mixture { DECAY, KEY, VALUE, RECEPTANCE, GATE, MIXTURES };
+/* The mixtures of a channel-mix. */
+enum ffn_mixture { FFN_KEY, FFN_RECEPTANCE, FFN_MIXTURES };
+
+/* Weights and state of a layer. In rwkv5, first_mix and the low-rank maps are NULL. */
+typedef struct {
+    const float *mixer_norm[2], *ffn_norm[2], *head_norm[2];             /* {weight, bias} (C,) */
+    const float *first_mix, *mix[MIXTURES], *ffn_mix[FFN_MIXTURES];      /* (C,): share of the previous token */
+    linear key, value, receptance, gate, output, ffn_key, ffn_receptance, ffn_value;
+    linear mix_down[MIXTURES], mix_up[MIXTURES], decay_down, decay_up;
+    const float *decay, *bonus;     /* (C,): w of rwkv5, u of wkv6 */
+    float *mixer_shift, *ffn_shift; /* (slots, C): newest z of each sublayer */
+    float *wkv;                     /* (slots, H, N, N): S */
+} layer;
+
+typedef struct {
+    common common;
+    int64_t heads, hidden;
+    int64_t rank; /* the largest rank of the low-rank maps */
+    float head_epsilon;
+    layer *layer;
+} model;
+
+/* Intermediate results of all rows of a call, each (rows, C) except `low` and `hidden`. */
+typedef struct {
+    float *x, *z, *in[MIXTURES], *k, *v, *r, *gate, *decay;
+    float *low[MIXTURES]; /* (rows, rank): hidden channels of the low-rank maps */
+    float *hidden;        /* (rows, F) */
+    int32_t *lists;       /* (blocks, LIST(F)): hidden channels that are not zero, see sparse.h */
+} rows;
+
+/* Number of (rows, C) tensors in `rows`. */
+#define WIDE (2 + MIXTURES + 5)
+
+/* Size of the scratch memory of timemix_step, in numbers. */
+int64_t timemix_scratch(const model *m, int64_t count, int64_t pieces) {
+    (void)pieces;
+    const int64_t blocks = (count + ROWS - 1) / ROWS;
+    return count * (WIDE * m->common.channels + MIXTURES * m->rank + m->hidden) + blocks * LIST(m->hidden);
+}
+
+/* Divides the scratch memory. */
+static rows divided(const model *m, int64_t count, float *scratch) {
+    const int64_t size = count * m->common.channels;
+    rows w;
+    float **const wide[] = {&w.x, &w.z, &w.k, &w.v, &w.r, &w.gate, &w.decay};
+    for (int64_t n = 0; n < 7; n++, scratch += size) *wide[n] = scratch;
+    for (int64_t n = 0; n < MIXTURES; n++, scratch += size) w.in[n] = scratch;
+    for (int64_t n = 0; n < MIXTURES; n++, scratch += count * m->rank) w.low[n] = scratch;
+    w.hidden = scratch;
+    w.lists = (int32_t *)(scratch + count * m->hidden);
+    return w;
+}
+
+/* low = tanh(low), of the hidden channels of some low-rank maps. */
+static void tanh_rows(const linear *down, float *const *low, int64_t maps, int64_t count) {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t n = 0; n < maps; n++)
+        for (int64_t i = 0; i < count; i++) {
+            float *row = low[n] + i * down[n].outputs;
+            for (int64_t c = 0; c < down[n].outputs; c++) row[c] = tanhf(row[c]);
+        }
+}
+
+/* The mixtures of rwkv6, whose shares are mix[n] plus a low-rank map of a first mixture. */
+static void learned_mixtures(const model *m, const layer *l, const batch *b, const rows *w) {
+    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    norm_rows(&m->common, b, l->mixer_norm, w->x, w->z);
+    mix_rows(&m->common, b, w->z, l->mixer_shift, &l->first_mix, 1, (float *const[]){w->r});
+    for (int64_t n = 0; n < MIXTURES; n++) multiply(&l->mix_down[n], w->r, w->low[n], count);
+#pragma omp barrier
+    tanh_rows(l->mix_down, w->low, MIXTURES, count);
+    for (int64_t n = 0; n < MIXTURES; n++) multiply(&l->mix_up[n], w->low[n], w->in[n], count);
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < MIXTURES; n++) {
+            const float *own = w->z + i * C;
+            const float *previous = previous_row(&m->common, b, w->z, l->mixer_shift, i, piece_of(b, i));
+            float *mixed = w->in[n] + i * C;
+            for (int64_t c = 0; c < C; c++) mixed[c] = own[c] + (previous[c] - own[c]) * (l->mix[n][c] + mixed[c]);
+        }
+    keep_last(&m->common, b, w->z, l->mixer_shift);
+}
+
+/* Tokens of a head that are computed together. Their vectors fit into the first-level cache beside S. */
+#define TOKENS 8
+
+/* The inputs of wkv6 for the token t of x, which is row i, in head h. */
+static void before_wkv6(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+                        const wkv6_tokens *x) {
+    const int64_t c = h * N, at = i * m->common.channels + c;
+    const float *r = w->r + at, *k = w->k + at, *v = w->v + at, *u = l->bonus + c, *decay = l->decay + c;
+    float *y = x->y + t * N, p = 0;
+    memcpy(x->r + t * N, r, N * sizeof(float));
+    memcpy(x->k + t * N, k, N * sizeof(float));
+    memcpy(x->v + t * N, v, N * sizeof(float));
+    if (l->decay_up.weight) {
+        float *own = w->decay + at;
+        for (int64_t n = 0; n < N; n++) own[n] = -expf(own[n]);
+        decay = own;
+    }
+    wkv6_decay(N, decay, x->c + t * N, x->m + t * N);
+#pragma omp simd reduction(+ : p)
+    for (int64_t n = 0; n < N; n++) p += r[n] * u[n] * k[n];
+    for (int64_t n = 0; n < N; n++) y[n] = p * v[n];
+}
+
+/* r = silu(gate) * norm(y) for the token t of x, which is row i, in head h. The norm is over N. */
+static void finish(int64_t N, const model *m, const layer *l, const rows *w, int64_t i, int64_t h, int64_t t,
+                   const wkv6_tokens *x) {
+    const int64_t c = h * N, at = i * m->common.channels + c;
+    const float *const norm[2] = {l->head_norm[0] + c, l->head_norm[1] + c}, *gate = w->gate + at;
+    float *r = w->r + at;
+    normalize(x->y + t * N, norm, m->head_epsilon, N, r);
+    if (l->gate.weight)
+        for (int64_t n = 0; n < N; n++) r[n] *= gate[n] * sigmoid(gate[n]);
+}
+
+/* The time-mix of all tokens of the piece p in head h, whose state S is (N, N). */
+static void time_mix(const model *m, const layer *l, const batch *b, const rows *w, int64_t p, int64_t h) {
+    const int64_t N = m->common.channels / m->heads;
+    float *S = l->wkv + (b->slot[p] * m->heads + h) * N * N, held[6][TOKENS * N];
+    const wkv6_tokens x = {held[0], held[1], held[2], held[3], held[4], held[5]};
+    for (int64_t i = b->first[p]; i < b->first[p + 1]; i += TOKENS) {
+        const int64_t left = b->first[p + 1] - i, count = left < TOKENS ? left : TOKENS;
+        for (int64_t t = 0; t < count; t++) before_wkv6(N, m, l, w, i + t, h, t, &x);
+        wkv6(N, count, S, &x);
+        for (int64_t t = 0; t < count; t++) finish(N, m, l, w, i + t, h, t, &x);
+    }
+}
+
+/* x += output(time-mix of the mixtures of z). */
+static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
+    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    if (l->first_mix) learned_mixtures(m, l, b, w);
+    else norm_mix(&m->common, b, l->mixer_norm, w->x, w->z, l->mix + KEY, MIXTURES - KEY, w->in + KEY, l->mixer_shift);
+    multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
+    multiply(&l->key, w->in[KEY], w->k, count);
+    multiply(&l->value, w->in[VALUE], w->v, count);
+    if (l->gate.weight) multiply(&l->gate, w->in[GATE], w->gate, count);
+    if (l->decay_down.weight) {
+        multiply(&l->decay_down, w->in[DECAY], w->low[DECAY], count);
+#pragma omp barrier
+        tanh_rows(&l->decay_down, w->low + DECAY, 1, count);
+        multiply(&l->decay_up, w->low[DECAY], w->decay, count);
+    }
+#pragma omp barrier
+    /* The threads share the pairs of head and piece, so that a single long piece keeps all of them busy. */
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < m->heads * b->pieces; task++)
+        time_mix(m, l, b, w, task / m->heads, task % m->heads);
+    multiply(&l->output, w->r, w->z, count);
+#pragma omp barrier
+    add_rows(w->x, w->z, count, C);
+}
+
+/* x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2). */
+static void channel_mix(const model *m, const layer *l, const batch *b, const rows *w) {
+    const int64_t C = m->common.channels, count = b->first[b->pieces];
+    norm_mix(&m->common, b, l->ffn_norm, w->x, w->z, l->ffn_mix, FFN_MIXTURES, w->in, l->ffn_shift);
+    multiply(&l->ffn_key, w->in[FFN_KEY], w->hidden, count);
+    multiply(&l->ffn_receptance, w->in[FFN_RECEPTANCE], w->r, count);
+#pragma omp barrier
+    square_relu(&l->ffn_value, w->hidden, w->lists, count);
+    multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += sigmoid_series(w->r[c]) * w->z[c];
+}
+
+/* logits (outputs, V) after the wanted rows of some pieces. The formula is at the top of this file. scratch has
+   timemix_scratch() numbers. Returns NONE, or a fault before anything is written. */
+int timemix_step(const model *m, const batch *b, float *logits, float *scratch) {
+    const enum fault fault = check(&m->common, b);
+    if (fault != NONE) return fault;
+    const rows w = divided(m, b->first[b->pieces], scratch);
+    /* The whole step is one parallel region: starting a region costs as much as a small product. Each `omp for` ends in
+       a barrier; multiply() does not. */
+#pragma omp parallel num_threads(m->common.threads)
+    {
+        embed(&m->common, b, w.x);
+        for (int64_t n = 0; n < m->common.layers; n++) {
+            mixer(m, m->layer + n, b, &w);
+            channel_mix(m, m->layer + n, b, &w);
+        }
+        predict(&m->common, b, w.x, w.z, logits);
+    }
+    advance(b);
+    return NONE;
+}
