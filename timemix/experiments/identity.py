@@ -38,6 +38,8 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
         del form["train"][name]
     for name in ("hold_out", "keep_nul"):
         del form["data"][name]
+    if not form["model"].get("without"):
+        form["model"].pop("without", None)
     forms = [form]
     if (old := nested(plain.model)) is not None:
         forms.append(forms[0] | {"model": old})

@@ -50,6 +50,8 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
     if entry.version is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.version is not None)
         raise InvalidValue(f"a model of {config.arch} has no published form; export a model of {able}")
+    if without := getattr(config, "without", ()):
+        raise InvalidValue(f"a model without {', '.join(without)} has no published form; export a whole model")
     converter = load_part(str(entry.weights))
     with open_stored(folder, "model") as stored:
         empty_model(config, folder)

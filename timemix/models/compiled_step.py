@@ -91,6 +91,8 @@ class CompiledStep:
         Returns:
             The reason; None if the step can run.
         """
+        if without := getattr(model.config, "without", ()):
+            return f"the compiled step is for whole models, not for a model without {', '.join(without)}"
         dtype = model.head.weight.dtype
         if model.device.type != "cpu" or not (dtype == torch.float32 or (model.is_mapped and dtype in _STORED)):
             return f"the compiled step is for float32 on the CPU, not {dtype} on {model.device.type}"

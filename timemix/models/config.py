@@ -6,7 +6,7 @@ This module does not import PyTorch.
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, nearest
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range, nearest_divisors
 
 Initial = Literal["zero", "original"]
@@ -93,6 +93,37 @@ def check_positive(name: str, value: float) -> None:
     """
     if not 0 < value < float("inf"):
         raise InvalidValue(f"model.{name} is {value}; it must be above 0 and finite")
+
+
+class Ideas:
+    """The part of a model's settings that leaves out ideas of the architecture, to measure what an idea is worth.
+
+    A model without an idea has none of its parameters. A class derived from this class has a field `without`.
+    """
+
+    ideas: ClassVar[tuple[str, ...]] = ()
+    """Names that `without` may have."""
+    without: tuple[str, ...]
+
+    def uses(self, idea: str) -> bool:
+        """Return whether the model has an idea.
+
+        Args:
+            idea: Name of the idea.
+        """
+        return idea not in self.without
+
+    def check_ideas(self) -> None:
+        """Check the names in `without`.
+
+        Raises:
+            InvalidValue: A name is unknown, or is there twice.
+        """
+        for name in self.without:
+            if name not in self.ideas:
+                raise InvalidValue(f"model.without has the unknown name {name!r}{nearest(name, self.ideas)}")
+        if len(set(self.without)) < len(self.without):
+            raise InvalidValue(f"model.without is {list(self.without)}, with a repeated name; give each name once")
 
 
 @dataclass(frozen=True)

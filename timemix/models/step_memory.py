@@ -89,16 +89,16 @@ class Parameters:
         self._held.append(x.detach().contiguous())
         return self._held[-1].data_ptr()
 
-    def vector(self, x: Tensor) -> int:
+    def vector(self, x: Tensor | None) -> int | None:
         """Return the address of a parameter's numbers in float32, which stays valid while this object exists.
 
         Args:
-            x: The parameter. The C code reads a contiguous parameter of float32 in place.
+            x: The parameter; None: no parameter. The C code reads a contiguous parameter of float32 in place.
 
         Returns:
-            The address.
+            The address; None for no parameter.
         """
-        return self.address(x.float())
+        return None if x is None else self.address(x.float())
 
     def norm(self, norm: nn.Module) -> ctypes.Array[Any]:
         """Return the addresses of the weight and bias of a norm. The bias of an RMSNorm is NULL.

@@ -1,13 +1,39 @@
 """Mixtures of each normalized token with the previous token, which the sublayers of RWKV-4 to RWKV-7 read."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from timemix.models.config import Ideas
 from timemix.models.layers.linear import LayerNorm, product_dtype, to_product_dtype
 from timemix.models.layers.token_shift import previous_token
 from timemix.ops.common import fused
 from timemix.ops.common.norms import norm_mixtures
 from timemix.ops.common.spread import broadcast_parameter
+
+
+def learned(config: Ideas, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the mixtures of a time-mix with parameters, in a model that may lack ideas of its architecture.
+
+    Args:
+        config: Settings of the model.
+        names: Names of the vectors that read the mixtures in a whole model.
+    """
+    ideas = {"decay": "token_decay", "rate": "delta_rule"}
+    return tuple(name for name in names if config.uses("token_shift") and config.uses(ideas.get(name, name)))
+
+
+def shares(mix: nn.ParameterDict, names: tuple[str, ...], norm: LayerNorm, *, current: bool) -> tuple[Tensor, ...]:
+    """Return the share of the previous token (C,) in each mixture. A mixture without a parameter has the share 0.
+
+    Args:
+        mix: Parameters (C,) by name of the mixture.
+        names: Names of the mixtures.
+        norm: LayerNorm of the sublayer.
+        current: Whether the parameters are shares of the current token instead.
+    """
+    zeros = torch.zeros_like(norm.weight)
+    own = {name: 1 - x if current else x for name, x in mix.items()}
+    return tuple(own.get(name, zeros) for name in names)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timemix.errors import InvalidValue
-from timemix.models.config import ModelConfig
+from timemix.models.config import Ideas, ModelConfig
 
 
 @dataclass(frozen=True)
-class Rwkv4Config(ModelConfig):
+class Rwkv4Config(Ideas, ModelConfig):
     """Settings of the architecture `rwkv4`."""
 
     arch: str = "rwkv4"
@@ -16,9 +17,15 @@ class Rwkv4Config(ModelConfig):
     """Hidden size of the feed-forward sublayer as a multiple of --model.channels, above 0, at most 1000."""
     l2wrap: float = 1e-4
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
+    without: tuple[str, ...] = ()
+    """Ideas that the model leaves out, none, one or more of: token_shift, receptance, bonus.
+    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+
+    ideas: ClassVar = ("token_shift", "receptance", "bonus")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_ideas()
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be from 1 / model.channels to 1000")
         if not 0 <= self.l2wrap < math.inf:

@@ -30,13 +30,14 @@ def set_initial_values(model: Model) -> None:
     share, q = n / C, n / max(1, C - 1)
     for layer, block in enumerate(model.blocks):
         fall, rise = 1 - layer / layers, layer / max(1, layers - 1)
-        set_whole(block.mixer.mix["key"], share**fall)
-        set_whole(block.mixer.mix["value"], share**fall + 0.3 * rise)
-        set_whole(block.mixer.mix["receptance"], share ** (0.5 * fall))
+        current = {"key": share**fall, "value": share**fall + 0.3 * rise, "receptance": share ** (0.5 * fall)}
+        for name, mix in block.mixer.mix.items():
+            set_whole(mix, current[name])
         for mix in block.ffn.mix.values():
             set_whole(mix, share**fall)
         set_whole(block.mixer.decay, -5 + 8 * q ** (0.7 + 1.3 * rise))
-        set_whole(block.mixer.bonus, math.log(0.3) + 0.5 * ((n + 1) % 3 - 1))
+        if block.mixer.bonus is not None:
+            set_whole(block.mixer.bonus, math.log(0.3) + 0.5 * ((n + 1) % 3 - 1))
 
 
 def _fill(name: str, module: nn.Linear | nn.Embedding) -> None:

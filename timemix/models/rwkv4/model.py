@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear
-from timemix.models.layers.mixtures import normed_mixtures, wide
+from timemix.models.layers.mixtures import learned, normed_mixtures, shares, wide
+from timemix.models.layers.receptance_mix import MIXED as FFN_MIXED
 from timemix.models.layers.receptance_mix import ReceptanceChannelMix
 from timemix.models.rwkv4.config import Rwkv4Config
 from timemix.models.rwkv4.initial import set_initial_values
@@ -36,12 +37,12 @@ class TimeMix(nn.Module):
     def __init__(self, config: Rwkv4Config) -> None:
         super().__init__()
         C = config.channels
-        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in MIXED})
+        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in learned(config, MIXED)})
         self.decay = nn.Parameter(torch.zeros(C))
-        self.bonus = nn.Parameter(torch.zeros(C))
+        self.bonus = nn.Parameter(torch.zeros(C)) if config.uses("bonus") else None
         self.key = Linear(C, C, bias=False)
         self.value = Linear(C, C, bias=False)
-        self.receptance = Linear(C, C, bias=False)
+        self.receptance = Linear(C, C, bias=False) if config.uses("receptance") else None
         self.output = Linear(C, C, bias=False)
 
     def forward(
@@ -58,9 +59,12 @@ class TimeMix(nn.Module):
             Output (B, T, C), and the next state of `wkv4`.
         """
         k, v = wide(self.key(mixed["key"])), wide(self.value(mixed["value"]))
-        y, wkv = wkv4(-self.decay.exp(), self.bonus, k, v, wkv, lengths=lengths)
-        gated = self.receptance(mixed["receptance"]).sigmoid() * y.to(mixed["receptance"].dtype)
-        out: Tensor = self.output(gated)
+        bonus = torch.zeros_like(self.decay) if self.bonus is None else self.bonus
+        y, wkv = wkv4(-self.decay.exp(), bonus, k, v, wkv, lengths=lengths)
+        y = y.to(mixed["receptance"].dtype)
+        if self.receptance is not None:
+            y = self.receptance(mixed["receptance"]).sigmoid() * y
+        out: Tensor = self.output(y)
         return out, wkv
 
 
@@ -74,7 +78,7 @@ class Rwkv4Block(Block):
         self.mixer_norm = LayerNorm(config.channels)
         self.ffn_norm = LayerNorm(config.channels)
         self.mixer = TimeMix(config)
-        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden)
+        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden, shifted=config.uses("token_shift"))
         self.dropout = nn.Dropout(config.dropout)
 
     def init_state(self, batch_size: int) -> Tensors:
@@ -93,12 +97,11 @@ class Rwkv4Block(Block):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
-        # The parameters are shares of the current token, and the mixtures are given shares of the previous token.
-        mix = tuple(1 - self.mixer.mix[name] for name in MIXED)
+        mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=True)
         mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
         y, wkv = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), lengths)
         x = x + self.dropout(y).to(x.dtype)
-        mix = tuple(1 - self.ffn.mix[name] for name in ("key", "receptance"))
+        mix = shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=True)
         mixed, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths)
         x = x + self.dropout(self.ffn(*mixed)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
@@ -148,6 +151,6 @@ class Rwkv4Block(Block):
         return {"wkv4": "{} ({})".format(*choose_backend("auto", k))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
-        sublayers = {"mixer": self.mixer, "ffn": self.ffn}
-        names = {"mixer": MIXED, "ffn": ("key", "receptance")}
-        return {(where, name): getattr(sublayers[where], name) for where in sublayers for name in names[where]}
+        found = {("mixer", name): getattr(self.mixer, name) for name in MIXED}
+        found |= {("ffn", name): getattr(self.ffn, name) for name in FFN_MIXED}
+        return {where: linear for where, linear in found.items() if linear is not None}

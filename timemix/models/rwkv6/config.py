@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timemix.errors import InvalidValue
-from timemix.models.config import HeadsConfig, check_positive
+from timemix.models.config import HeadsConfig, Ideas, check_positive
 from timemix.storage.settings import check_range
 
 
 @dataclass(frozen=True)
-class Rwkv5Config(HeadsConfig):
+class Rwkv5Config(Ideas, HeadsConfig):
     """Settings of the architecture `rwkv5`, which is version 5.2 of RWKV."""
 
     arch: str = "rwkv5"
@@ -20,9 +21,15 @@ class Rwkv5Config(HeadsConfig):
     """Constant that the norm of each head's output adds to the variance, above 0."""
     l2wrap: float = 1e-4
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
+    without: tuple[str, ...] = ()
+    """Ideas that the model leaves out, none, one or more of: token_shift, gate, head_norm, bonus.
+    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+
+    ideas: ClassVar[tuple[str, ...]] = ("token_shift", "gate", "head_norm", "bonus")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_ideas()
         if not 0 <= self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be 0, or from 1 / model.channels to 1000")
         check_positive("group_norm_eps", self.group_norm_eps)
@@ -52,6 +59,12 @@ class Rwkv6Config(Rwkv5Config):
     """Rank of the low-rank map to each of the five mixtures, at least 1."""
     decay_rank: int = 64
     """Rank of the low-rank map to the decay, at least 1."""
+    without: tuple[str, ...] = ()
+    """Ideas that the model leaves out, none, one or more of: token_shift, token_mixtures, token_decay, gate,
+    head_norm, bonus.
+    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+
+    ideas: ClassVar = ("token_shift", "token_mixtures", "token_decay", "gate", "head_norm", "bonus")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from timemix.models.layers.initial import set_weights
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.runtime.distributed import set_whole
 
+MIXED = ("key", "value", "receptance", "gate", "decay")
 _ZERO = (".mixer.output", ".ffn.value", ".ffn.receptance")
 _SMALL = (".mixer.key", ".mixer.gate")
 
@@ -51,7 +52,7 @@ def _set_vectors(block: Any, config: Rwkv5Config, layer: int) -> None:
     n = torch.arange(C)
     share, q = n / C, n / max(1, C - 1)
     # Shares of the current token in each mixture
-    current = dict.fromkeys(mixer.mix, share**fall)
+    current = dict.fromkeys(MIXED, share**fall)
     current["value"] = current["value"] + 0.3 * rise
     current |= dict.fromkeys(("receptance", "gate"), share ** (0.5 * fall))
     decay = -6 + 5 * q ** (0.7 + 1.3 * rise)
@@ -62,18 +63,21 @@ def _set_vectors(block: Any, config: Rwkv5Config, layer: int) -> None:
     else:
         set_whole(mixer.decay, mixer.heads(decay))
         ffn = share**fall
-    for name, x in current.items():
-        set_whole(mixer.mix[name], x)
+    for name, mix in mixer.mix.items():
+        set_whole(mix, current[name])
     for mix in block.ffn.mix.values():
         set_whole(mix, ffn)
-    set_whole(mixer.bonus, mixer.heads(rise * (1 - q) + 0.1 * ((n + 1) % 3 - 1)))
-    mixer.norm_weight.fill_(((1 + layer) / config.layers) ** 0.7)
-    mixer.norm_bias.zero_()
+    if mixer.bonus is not None:
+        set_whole(mixer.bonus, mixer.heads(rise * (1 - q) + 0.1 * ((n + 1) % 3 - 1)))
+    if mixer.norm_weight is not None:
+        mixer.norm_weight.fill_(((1 + layer) / config.layers) ** 0.7)
+        mixer.norm_bias.zero_()
 
 
 def _set_maps(mixer: Any, first_mix: Tensor, decay: Tensor) -> None:
     """Set the low-rank maps of RWKV-6, which start as zero."""
-    set_whole(mixer.first_mix, first_mix)
+    if mixer.first_mix is not None:
+        set_whole(mixer.first_mix, first_mix)
     set_whole(mixer.decay.bias, decay)
     for low_rank in (*mixer.mix_maps.values(), mixer.decay):
         low_rank.down_weight.zero_()

@@ -6,6 +6,8 @@ The state has the same size at every position, so a context has no end. No linea
 a training run equal those of the original training code (tests/models/test_original_code.py).
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,8 @@ from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear, to_product_dtype
 from timemix.models.layers.low_rank import LowRank, LowRankLogits
-from timemix.models.layers.mixtures import interpolated, normed_mixtures, wide
+from timemix.models.layers.mixtures import interpolated, learned, normed_mixtures, shares, wide
+from timemix.models.layers.receptance_mix import MIXED as FFN_MIXED
 from timemix.models.layers.receptance_mix import ReceptanceChannelMix
 from timemix.models.layers.token_shift import previous_token
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
@@ -39,15 +42,16 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config = config
         C = config.channels
-        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in mixed})
+        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in learned(config, mixed)})
         self.receptance = Linear(C, C, bias=False)
         self.key = Linear(C, C, bias=False)
         self.value = Linear(C, C, bias=False)
-        self.gate = Linear(C, C, bias=False)
+        self.gate = Linear(C, C, bias=False) if config.uses("gate") else None
         self.output = Linear(C, C, bias=False)
-        self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size))
-        self.norm_weight = nn.Parameter(torch.ones(C))
-        self.norm_bias = nn.Parameter(torch.zeros(C))
+        self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size)) if config.uses("bonus") else None
+        has_norm = config.uses("head_norm")
+        self.norm_weight = nn.Parameter(torch.ones(C)) if has_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(C)) if has_norm else None
 
     def mixtures(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
@@ -81,12 +85,22 @@ class TimeMix(nn.Module):
         """
         # (B, T, C) -> (B, T, H, N)
         r, k, v = (self.heads(wide(getattr(self, name)(mixed[name]))) for name in ("receptance", "key", "value"))
-        y, wkv = wkv6(r, self.log_decay(mixed), k, v, wide(self.bonus), wkv, lengths=lengths)
-        y = F.layer_norm(y, y.shape[-1:], eps=self.config.group_norm_eps).flatten(2)
-        y = y * broadcast_parameter(self.norm_weight, y) + broadcast_parameter(self.norm_bias, y)
-        y = y * F.silu(wide(self.gate(mixed["gate"])))
+        # Without a bonus, the current token has the weight 1.
+        bonus = r.new_ones(r.shape[2:]) if self.bonus is None else wide(self.bonus)
+        y, wkv = wkv6(r, self.log_decay(mixed), k, v, bonus, wkv, lengths=lengths)
+        y = self.normalized(y).flatten(2)
+        if self.gate is not None:
+            y = y * F.silu(wide(self.gate(mixed["gate"])))
         out: Tensor = self.output(y.to(mixed["gate"].dtype))
         return out, wkv
+
+    def normalized(self, y: Tensor) -> Tensor:
+        """Normalize y (B, T, H, N) over each head. Without a norm, scale y as a sum over N keys."""
+        if self.norm_weight is None or self.norm_bias is None:
+            return y / math.sqrt(self.config.head_size)
+        y = F.layer_norm(y, y.shape[-1:], eps=self.config.group_norm_eps)
+        weight, bias = self.heads(self.norm_weight), self.heads(self.norm_bias)
+        return y * broadcast_parameter(weight, y) + broadcast_parameter(bias, y)
 
     def heads(self, x: Tensor) -> Tensor:
         """View x (..., C) as (..., H, N)."""
@@ -103,8 +117,7 @@ class TimeMix5(TimeMix):
     def mixtures(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        # `normed_mixtures` takes the shares of the previous token.
-        mixed, state = normed_mixtures(norm, x, tuple(1 - self.mix[name] for name in MIXED_5), state, lengths)
+        mixed, state = normed_mixtures(norm, x, shares(self.mix, MIXED_5, norm, current=True), state, lengths)
         return dict(zip(MIXED_5, mixed, strict=True)), state
 
     def log_decay(self, mixed: dict[str, Tensor]) -> Tensor:
@@ -122,21 +135,26 @@ class TimeMix6(TimeMix):
 
     def __init__(self, config: Rwkv6Config) -> None:
         super().__init__(config, MIXED_6)
-        C = config.channels
-        self.first_mix = nn.Parameter(torch.zeros(C))
-        self.mix_maps = nn.ModuleDict({name: LowRank(C, config.mixture_rank, torch.tanh) for name in MIXED_6})
-        self.decay = LowRankLogits(C, config.decay_rank, torch.tanh)
+        C, R = config.channels, config.mixture_rank
+        mapped = learned(config, MIXED_6) if config.uses("token_mixtures") else ()
+        self.first_mix = nn.Parameter(torch.zeros(C)) if mapped else None
+        self.mix_maps = nn.ModuleDict({name: LowRank(C, R, torch.tanh) for name in mapped})
+        # A map of rank 0 gives 0, which leaves the bias.
+        self.decay = LowRankLogits(C, config.decay_rank if config.uses("token_decay") else 0, torch.tanh)
 
     def mixtures(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
+        if self.first_mix is None:
+            plain, state = normed_mixtures(norm, x, shares(self.mix, MIXED_6, norm, current=False), state, lengths)
+            return dict(zip(MIXED_6, plain, strict=True)), state
         z = norm(x)
         previous, state = previous_token(z, state, lengths)
         first = interpolated(z, previous, self.first_mix)
-        mixed = {}
+        mixed = dict.fromkeys(MIXED_6, to_product_dtype(z))
         for name, low_rank in self.mix_maps.items():
-            learned = wide(low_rank(first))
-            share = broadcast_parameter(self.mix[name], learned) + learned
+            own = wide(low_rank(first))
+            share = broadcast_parameter(self.mix[name], own) + own
             mixed[name] = to_product_dtype((z + (previous - z) * share).to(z.dtype))
         return mixed, state
 
@@ -153,7 +171,7 @@ class Rwkv5Block(Block):
         self.mixer_norm = LayerNorm(config.channels)
         self.ffn_norm = LayerNorm(config.channels)
         self.mixer = self.time_mix(config)
-        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden)
+        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden, shifted=config.uses("token_shift"))
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod
@@ -163,7 +181,7 @@ class Rwkv5Block(Block):
 
     def previous_shares(self) -> tuple[Tensor, ...]:
         """Return the shares of the previous token (C,) in the two mixtures of the channel-mix."""
-        return 1 - self.ffn.mix["key"], 1 - self.ffn.mix["receptance"]
+        return shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=True)
 
     def init_state(self, batch_size: int) -> Tensors:
         config, weight = self.mixer.config, self.mixer_norm.weight
@@ -227,9 +245,9 @@ class Rwkv5Block(Block):
         return {"wkv6": "{} ({})".format(*choose_backend("auto", r))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
-        sublayers = {"mixer": self.mixer, "ffn": self.ffn}
-        names = {"mixer": ("receptance", "key", "value", "gate"), "ffn": ("key", "receptance")}
-        return {(where, name): getattr(sublayers[where], name) for where in sublayers for name in names[where]}
+        found = {("mixer", name): getattr(self.mixer, name) for name in ("receptance", "key", "value", "gate")}
+        found |= {("ffn", name): getattr(self.ffn, name) for name in FFN_MIXED}
+        return {where: linear for where, linear in found.items() if linear is not None}
 
 
 class Rwkv6Block(Rwkv5Block):
@@ -241,7 +259,7 @@ class Rwkv6Block(Rwkv5Block):
         return TimeMix6(config)
 
     def previous_shares(self) -> tuple[Tensor, ...]:
-        return self.ffn.mix["key"], self.ffn.mix["receptance"]
+        return shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=False)
 
     @classmethod
     def kept(cls, config: Rwkv5Config, rows: int) -> Kept:

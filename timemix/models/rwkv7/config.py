@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from timemix.errors import InvalidValue
-from timemix.models.config import HeadsConfig, check_positive
+from timemix.models.config import HeadsConfig, Ideas, check_positive
 from timemix.storage.settings import check_range
 
 
 @dataclass(frozen=True)
-class Rwkv7Config(HeadsConfig):
+class Rwkv7Config(Ideas, HeadsConfig):
     """Settings of the architecture `rwkv7`."""
 
     arch: str = "rwkv7"
@@ -30,9 +31,16 @@ class Rwkv7Config(HeadsConfig):
     """Constant that the norm of each head's output adds to the variance, above 0."""
     l2wrap: float = 1e-4
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
+    without: tuple[str, ...] = ()
+    """Ideas that the model leaves out, none, one or more of: token_shift, delta_rule, token_decay,
+    value_residual, gate, head_norm, bonus.
+    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+
+    ideas: ClassVar = ("token_shift", "delta_rule", "token_decay", "value_residual", "gate", "head_norm", "bonus")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_ideas()
         if not 0 < self.ffn_ratio <= 1000 or self.ffn_hidden < 1:
             raise InvalidValue(f"model.ffn_ratio is {self.ffn_ratio}; it must be from 1 / model.channels to 1000")
         for name in ("decay_rank", "rate_rank", "residual_rank", "gate_rank"):

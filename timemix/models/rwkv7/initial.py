@@ -60,9 +60,10 @@ def _set_mixtures(block: Any, config: Rwkv7Config, layer: int) -> None:
     """Set the weight of the previous token in each mixture: 1 - (n / C)^exponent."""
     fall = 1 - layer / config.layers
     share = torch.arange(config.channels) / config.channels
-    for name, factor in _MIX.items():
-        set_whole(block.mixer.mix[name], 1 - share ** (factor * fall))
-    set_whole(block.ffn.mix, 1 - share ** (fall**4))
+    for name, mix in block.mixer.mix.items():
+        set_whole(mix, 1 - share ** (_MIX[name] * fall))
+    if block.ffn.mix is not None:
+        set_whole(block.ffn.mix, 1 - share ** (fall**4))
 
 
 def _set_vectors(mixer: Any, config: Rwkv7Config, layer: int) -> None:
@@ -74,11 +75,14 @@ def _set_vectors(mixer: Any, config: Rwkv7Config, layer: int) -> None:
     z = (torch.arange(C) % N - (N - 1) / 2) / max(0.5, (N - 1) / 2)
     zigzag = z * z.abs()
     set_whole(mixer.decay.bias, -5.5 + 6 * q ** (1 + rise**0.3) + 2.5 * zigzag)
-    set_whole(mixer.rate.bias, -0.19 + 0.3 * zigzag + 0.4 * line)
+    if mixer.rate is not None:
+        set_whole(mixer.rate.bias, -0.19 + 0.3 * zigzag + 0.4 * line)
+        set_whole(mixer.removal, 0.71 - 0.1 * line)
+        mixer.replacement.fill_(1.02)
     if mixer.residual is not None:
         set_whole(mixer.residual.bias, 0.73 - 0.4 * line)
-    set_whole(mixer.removal, 0.71 - 0.1 * line)
-    mixer.replacement.fill_(1.02)
-    mixer.bonus.fill_(-0.04)
-    mixer.norm_weight.fill_(((1 + layer) / config.layers) ** 0.7)
-    mixer.norm_bias.zero_()
+    if mixer.bonus is not None:
+        mixer.bonus.fill_(-0.04)
+    if mixer.norm_weight is not None:
+        mixer.norm_weight.fill_(((1 + layer) / config.layers) ** 0.7)
+        mixer.norm_bias.zero_()

@@ -7,6 +7,7 @@ a training run equal those of the original training code (tests/models/test_orig
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear
 from timemix.models.layers.low_rank import LowRank, LowRankLogits
-from timemix.models.layers.mixtures import normed_mixtures, wide
+from timemix.models.layers.mixtures import learned, normed_mixtures, shares, wide
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.initial import set_initial_values
 from timemix.ops.common import fused
@@ -67,21 +68,24 @@ class TimeMix(nn.Module):
         super().__init__()
         self.config = config
         C, ranks = config.channels, config.ranks
-        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in MIXED})
+        has_delta = config.uses("delta_rule")
+        self.mix = nn.ParameterDict({name: torch.zeros(C) for name in learned(config, MIXED)})
         self.receptance = Linear(C, C, bias=False)
         self.key = Linear(C, C, bias=False)
         self.value = Linear(C, C, bias=False)
         self.output = Linear(C, C, bias=False)
-        self.decay = LowRankLogits(C, ranks["decay"], torch.tanh)
-        self.rate = LowRankLogits(C, ranks["rate"])
-        self.residual = LowRankLogits(C, ranks["residual"]) if layer else None
-        self.gate = LowRank(C, ranks["gate"], torch.sigmoid)
-        self.removal = nn.Parameter(torch.zeros(C))
-        self.replacement = nn.Parameter(torch.zeros(C))
-        self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size))
+        # A map of rank 0 gives 0, which leaves the bias.
+        self.decay = LowRankLogits(C, ranks["decay"] if config.uses("token_decay") else 0, torch.tanh)
+        self.rate = LowRankLogits(C, ranks["rate"]) if has_delta else None
+        self.residual = LowRankLogits(C, ranks["residual"]) if layer and config.uses("value_residual") else None
+        self.gate = LowRank(C, ranks["gate"], torch.sigmoid) if config.uses("gate") else None
+        self.removal = nn.Parameter(torch.zeros(C)) if has_delta else None
+        self.replacement = nn.Parameter(torch.zeros(C)) if has_delta else None
+        self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size)) if config.uses("bonus") else None
         self.recurrence = Recurrence()
-        self.norm_weight = nn.Parameter(torch.ones(C))
-        self.norm_bias = nn.Parameter(torch.zeros(C))
+        has_norm = config.uses("head_norm")
+        self.norm_weight = nn.Parameter(torch.ones(C)) if has_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(C)) if has_norm else None
 
     def forward(
         self, mixed: dict[str, Tensor], wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
@@ -102,11 +106,11 @@ class TimeMix(nn.Module):
             self.key(mixed["key"]),
             self.value(mixed["value"]),
             self.decay(mixed["decay"]),
-            self.rate(mixed["rate"]),
+            None if self.rate is None else self.rate(mixed["rate"]),
             None if self.residual is None else self.residual(mixed["value"]),
-            self.gate(mixed["gate"]),
+            None if self.gate is None else self.gate(mixed["gate"]),
         )
-        if lengths is None and supports(products.key, self.config.head_size):
+        if lengths is None and not self.config.without and supports(products.key, self.config.head_size):
             y, wkv = self._in_c(products, wkv, first)
         else:
             y, wkv = self._in_torch(products, wkv, first, lengths)
@@ -118,16 +122,9 @@ class TimeMix(nn.Module):
         B, H, N = len(products.key), self.config.heads, self.config.head_size
         start = products.key.new_zeros(B, H, N, N, dtype=torch.float32) if wkv is None else wkv
         bias = None if self.residual is None else self.residual.bias
-        vectors = Vectors(
-            self.decay.bias,
-            self.rate.bias,
-            bias,
-            self.removal,
-            self.replacement,
-            self.bonus,
-            self.norm_weight,
-            self.norm_bias,
-        )
+        # A whole model, which has all vectors; a model without an idea runs in PyTorch.
+        own: tuple[Any, ...] = (self.removal, self.replacement, self.bonus, self.norm_weight, self.norm_bias)
+        vectors = Vectors(self.decay.bias, cast(LowRankLogits, self.rate).bias, bias, *own)
         y, end = time_mix(products, vectors, first, start, self.config.group_norm_eps)
         return y, None if wkv is None else end
 
@@ -139,23 +136,36 @@ class TimeMix(nn.Module):
         if first is not None and self.residual is not None and products.residual is not None:
             v = v + (first - v) * self.residual.sigmoid(products.residual)
         w = LEAST_LOG_DECAY * self.decay.sigmoid(products.decay)
-        a = self.rate.sigmoid(products.rate)
+        # Without the delta rule, the state forgets nothing along q, whose length is then 0 instead of 1.
+        a = q = torch.zeros_like(k)
+        if self.rate is not None and self.removal is not None and self.replacement is not None:
+            a = self.rate.sigmoid(cast(Tensor, products.rate))
+            q = k * broadcast_parameter(self.removal, k)
+            k = k * (1 + (a - 1) * broadcast_parameter(self.replacement, k))
         # (B, T, C) -> (B, T, H, N), with unit length over N
-        q = F.normalize(self._heads(k * broadcast_parameter(self.removal, k)), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * broadcast_parameter(self.replacement, k))
+        q = F.normalize(self._heads(q), dim=-1, eps=1e-12)
         r, w, k, v, a = (self._heads(each) for each in (r, w, k, v, a))
         y, wkv = self.recurrence(r=r, log_decay=w, k=k, v=v, q=q, rate=a, state=wkv, lengths=lengths)
-        return self._with_bonus(y, r, k, v).flatten(2) * wide(products.gate), wkv
+        y = self._with_bonus(y, r, k, v).flatten(2)
+        return y if products.gate is None else y * wide(products.gate), wkv
 
     def _heads(self, x: Tensor) -> Tensor:
         # (B, T, C) -> (B, T, H, N)
         return x.view(*x.shape[:-1], self.config.heads, self.config.head_size)
 
     def _with_bonus(self, y: Tensor, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Normalize y (B, T, H, N) over each head, and add the bonus of the current token."""
-        y = F.layer_norm(y, y.shape[-1:], eps=self.config.group_norm_eps)
-        weight, bias = self._heads(self.norm_weight), self._heads(self.norm_bias)
-        y = y * broadcast_parameter(weight, y) + broadcast_parameter(bias, y)
+        """Normalize y (B, T, H, N) over each head, and add the bonus of the current token.
+
+        Without a norm, y is scaled as a sum over N keys.
+        """
+        if self.norm_weight is None or self.norm_bias is None:
+            y = y / math.sqrt(self.config.head_size)
+        else:
+            y = F.layer_norm(y, y.shape[-1:], eps=self.config.group_norm_eps)
+            weight, bias = self._heads(self.norm_weight), self._heads(self.norm_bias)
+            y = y * broadcast_parameter(weight, y) + broadcast_parameter(bias, y)
+        if self.bonus is None:
+            return y
         return y + (r * k * broadcast_parameter(self.bonus, k)).sum(-1, keepdim=True) * v
 
 
@@ -164,7 +174,7 @@ class ChannelMix(nn.Module):
 
     def __init__(self, config: Rwkv7Config) -> None:
         super().__init__()
-        self.mix = nn.Parameter(torch.zeros(config.channels))
+        self.mix = nn.Parameter(torch.zeros(config.channels)) if config.uses("token_shift") else None
         self.key = Linear(config.channels, config.ffn_hidden, bias=False)
         self.value = Linear(config.ffn_hidden, config.channels, bias=False)
 
@@ -201,11 +211,12 @@ class Rwkv7Block(Block):
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
-        mix = tuple(self.mixer.mix[name] for name in MIXED)
+        mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=False)
         mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
         y, wkv, carry = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), carry, lengths)
         x = x + self.dropout(y).to(x.dtype)
-        (y,), ffn_shift = normed_mixtures(self.ffn_norm, x, (self.ffn.mix,), old.get("ffn_shift"), lengths)
+        ffn_mix = torch.zeros_like(self.ffn_norm.weight) if self.ffn.mix is None else self.ffn.mix
+        (y,), ffn_shift = normed_mixtures(self.ffn_norm, x, (ffn_mix,), old.get("ffn_shift"), lengths)
         x = x + self.dropout(self.ffn(y)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
             return x, None, carry
@@ -247,6 +258,7 @@ class Rwkv7Block(Block):
     def runs_in_c(cls, config: Rwkv7Config, precision: str, device: torch.device) -> bool:
         return (
             precision in ("float32", "bfloat16")
+            and not config.without
             and device.type == "cpu"
             and config.head_size <= MOST
             and fused.available()

@@ -23,18 +23,18 @@ class Products(NamedTuple):
         key: Keys.
         value: Values.
         decay: Logits of the decay.
-        rate: Logits of the in-context learning rate.
+        rate: Logits of the in-context learning rate; None only in a model without the delta rule.
         residual: Logits of the share of the values of layer 0; None in layer 0.
-        gate: Gates.
+        gate: Gates; None only in a model without gates.
     """
 
     receptance: Tensor
     key: Tensor
     value: Tensor
     decay: Tensor
-    rate: Tensor
+    rate: Tensor | None
     residual: Tensor | None
-    gate: Tensor
+    gate: Tensor | None
 
 
 class Vectors(NamedTuple):
