@@ -187,9 +187,12 @@ def test_a_pickled_folder(folder, tmp_path):
         ({"norm_eps": 1e-6}, "has norm_eps 1e-06; only 1e-05 is supported"),
         ({"hidden_act": "silu"}, "has hidden_act 'silu'"),
         ({"tie_word_embeddings": True}, "has tie_word_embeddings True"),
-        ({"model_type": "rwkv5"}, "RWKV-5, which timemix does not support; import RWKV-4 and RWKV-7"),
-        ({"model_type": "rwkv6"}, "RWKV-6, which timemix does not support"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2'; give weights of RWKV-4 and RWKV-7"),
+        (
+            {"model_type": "rwkv5"},
+            "is a folder of Hugging Face with RWKV-5, which timemix does not support",
+        ),
+        ({"model_type": "rwkv6"}, "is a folder of Hugging Face with RWKV-6, which timemix does not support"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; give weights of RWKV-4, RWKV-5, RWKV-6 and RWKV-7"),
         ({"model_type": ["rwkv7"]}, r"model_type \['rwkv7'\]"),
         ({"model_type": None}, "model_type None"),
     ],
@@ -224,11 +227,15 @@ def test_folders_without_a_model(tmp_path):
         read_published(write_folder(tmp_path / "hf", None), 32)
 
 
-@pytest.mark.parametrize(("name", "version"), [("rwkv5_2", "5"), ("rwkv6", "6")])
-def test_other_versions_are_refused_by_name(tmp_path, name, version):
-    torch.save(OrderedDict((n, torch.zeros(shape)) for n, shape in OTHERS[name].items()), tmp_path / "a.pth")
-    with pytest.raises(DamagedFile, match=f"holds weights of RWKV-{version}, which timemix does not support"):
-        read_published(tmp_path / "a.pth", 32)
+@pytest.mark.parametrize(("name", "arch"), [("rwkv5_2", "rwkv5"), ("rwkv6", "rwkv6")])
+def test_the_names_and_shapes_of_published_files(tmp_path, name, arch):
+    weights = OrderedDict((n, torch.zeros(shape)) for n, shape in OTHERS[name].items())
+    torch.save(weights, tmp_path / "a.pth")
+    config = read_published(tmp_path / "a.pth", 32).config
+    assert (config.arch, config.without, config.vocab_size) == (arch, (), len(weights["emb.weight"]))
+    torch.save(weights | {"blocks.0.att.time_state": torch.zeros(1)}, tmp_path / "b.pth")
+    with pytest.raises(DamagedFile, match="has the tuned state 'blocks.0.att.time_state', which timemix does not read"):
+        read_published(tmp_path / "b.pth", 32)
 
 
 def test_an_intact_file_of_rwkv4():
@@ -403,7 +410,7 @@ def test_an_architecture_without_published_form(tmp_path):
     from tests.helpers.runs import small_trainer
 
     small_trainer(tmp_path, steps=1).run()
-    with pytest.raises(InvalidValue, match="a model of rwkv1 has no published form; export a model of rwkv4, rwkv7"):
+    with pytest.raises(InvalidValue, match="a model of rwkv1 has no published form; export a model of rwkv4, rwkv5,"):
         export_run(tmp_path / "run", "pth", tmp_path / "out")
 
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from tests.helpers.original_code import weights_module
 from timemix.errors import InvalidValue
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import model_config
-from timemix.models.rwkv6.weights import our_config, to_published
 
 ARCHS = ("rwkv5", "rwkv6")
 SIZES = {"vocab_size": 19, "layers": 3, "heads": 2, "channels": 32, "ctx_len": 16}
@@ -18,11 +18,13 @@ SIZES = {"vocab_size": 19, "layers": 3, "heads": 2, "channels": 32, "ctx_len": 1
 def test_settings_are_read_from_shapes(arch, layers):
     ranks = {"decay_rank": 24, "mixture_rank": 20} if arch == "rwkv6" else {}
     config = model_config(arch, **(SIZES | {"layers": layers, "ffn_ratio": 3.5} | ranks))
-    weights = to_published(dict(LanguageModel(config).named_parameters()))
-    assert our_config(weights, ctx_len=16) == config
-    del weights[f"blocks.{layers - 1}.att.time_faaaa"]
-    with pytest.raises(InvalidValue, match="the weights have no matrix 'blocks"):
-        our_config(weights, ctx_len=16)
+    converter = weights_module(arch)
+    weights = converter.to_published(dict(LanguageModel(config).named_parameters()))
+    assert converter.our_config(weights, ctx_len=16) == config
+    names = ("time_faaaa", "time_maa_w2", "time_decay_w1") if arch == "rwkv6" else ("time_faaaa",)
+    for name in names:
+        with pytest.raises(InvalidValue, match=f"the weights have no .* 'blocks.{layers - 1}.att.{name}'"):
+            converter.our_config({n: x for n, x in weights.items() if not n.endswith(name)}, ctx_len=16)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -31,8 +31,9 @@ class ImportArguments:
     out: Path
     """New folder for the run."""
     tokenizer: Path | None = None
-    """Tokenizer of the model: rwkv_vocab_v20230424.txt, or a tokenizer.json of timemix. Default: such a file in the
-    folder of the weights, or for 65,536 tokens the file of the package rwkv or pyrwkv-tokenizer."""
+    """Tokenizer of the model: rwkv_vocab_v20230424.txt, or a tokenizer.json of timemix or of a byte-level tokenizer
+    such as GPT-NeoX's. Default: such a file in the folder of the weights, or for 65,536 tokens the file of the package
+    rwkv or pyrwkv-tokenizer."""
     ctx_len: int = 1024
     """Length of windows in training and eval in tokens, from 1 to 1048576. Generation has no such limit."""
     json: bool = False

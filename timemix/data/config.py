@@ -6,7 +6,7 @@ from typing import Literal
 from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
-TokenizerKind = Literal["character", "byte", "word", "subword", "world"]
+TokenizerKind = Literal["character", "byte", "word", "subword", "world", "hugging_face"]
 HoldOut = Literal["each", "end"]
 Unknown = Literal["error", "unk", "byte"]
 
@@ -33,7 +33,7 @@ class DataConfig:
     """Largest size of a subword or word vocabulary, from 1 to 16777216 tokens."""
     vocabulary: str | None = None
     """Vocabulary of --data.tokenizer world: file, folder or download (rwkv_vocab_v20230424). Default: the file of the
-    package rwkv or pyrwkv-tokenizer."""
+    package rwkv or pyrwkv-tokenizer. For --data.tokenizer hugging_face: a byte-level tokenizer.json."""
     unknown: Unknown = "error"
     """Treatment of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None

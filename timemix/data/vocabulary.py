@@ -1,4 +1,4 @@
-"""The vocabulary file of the World tokenizer: a path, an installed package, or a download."""
+"""The file of a tokenizer that is not trained: of the World tokenizer, or a tokenizer.json of another program."""
 
 import importlib.metadata
 import os
@@ -9,6 +9,8 @@ from timemix.data.downloads import Download, fetch
 from timemix.errors import InvalidValue, Unavailable
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import check_name
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.make import load_tokenizer
 from timemix.tokenizers.world import WorldTokenizer, read_world
 
 NAME = "rwkv_vocab_v20230424"
@@ -24,19 +26,25 @@ PACKAGES = ("rwkv", "pyrwkv-tokenizer")
 """Packages that include the vocabulary file."""
 
 
-def given_tokenizer(config: DataConfig, progress: ShowProgress) -> WorldTokenizer | None:
+def given_tokenizer(config: DataConfig, progress: ShowProgress) -> Tokenizer | None:
     """Create the tokenizer of a config that is not trained on a text, or return None.
 
     Raises:
-        InvalidValue: The config names a vocabulary, but another tokenizer.
+        InvalidValue: The config names a vocabulary, but another tokenizer, or lacks the file of a tokenizer.
         TimemixError: There is no vocabulary, for a reason that `world_tokenizer` lists.
     """
     if config.tokenizer == "world":
         return world_tokenizer(config.vocabulary, progress=progress)
+    if config.tokenizer == "hugging_face":
+        if config.vocabulary is None:
+            raise InvalidValue(
+                "data.vocabulary is missing; set it to the tokenizer.json for data.tokenizer=hugging_face"
+            )
+        return load_tokenizer(config.vocabulary)
     if config.vocabulary is not None:
         raise InvalidValue(
             f"data.vocabulary={config.vocabulary!r} has no effect on data.tokenizer={config.tokenizer!r};"
-            " set data.tokenizer to world, or leave data.vocabulary out"
+            " set data.tokenizer to world or hugging_face, or leave data.vocabulary out"
         )
     return None
 

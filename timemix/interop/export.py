@@ -52,6 +52,8 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
         raise InvalidValue(f"a model of {config.arch} has no published form; export a model of {able}")
     if without := getattr(config, "without", ()):
         raise InvalidValue(f"a model without {', '.join(without)} has no published form; export a whole model")
+    if to == "hf" and entry.hugging_face is None:
+        raise InvalidValue(f"a model of {config.arch} has no form of Hugging Face; export it with --to pth")
     converter = load_part(str(entry.weights))
     with open_stored(folder, "model") as stored:
         empty_model(config, folder)

@@ -15,6 +15,7 @@ from timemix.runs.save import save_checkpoint
 from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.settings import check_range
 from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.hugging_face import HuggingFaceTokenizer
 from timemix.tokenizers.make import load_tokenizer
 from timemix.tokenizers.world import VOCAB_SIZE, read_world
 
@@ -47,7 +48,8 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     Args:
         path: A `.pth` file, a safetensors file, or a folder of Hugging Face.
         out: Run folder, which must not exist.
-        tokenizer: A `tokenizer.json` of timemix, or a vocabulary file of the World tokenizer. None: the first file of
+        tokenizer: A `tokenizer.json` of timemix, a byte-level `tokenizer.json` of the `tokenizers` library such as that
+            of GPT-NeoX, or a vocabulary file of the World tokenizer. None: the first file of
             NAMES in the folder `path` or beside the file `path`, or for 65,536 tokens the vocabulary file of an
             installed package.
         ctx_len: Context length in tokens.
@@ -92,6 +94,9 @@ def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:
             f"tokenizer is missing: {file} is no tokenizer file of timemix; give {PUBLISHED.file}, or a tokenizer.json"
             " of timemix"
         ) from error
+    # A model may have more rows than its tokenizer has tokens.
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.vocab_size < vocab_size:
+        tokenizer = tokenizer.padded(vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise InvalidValue(
             f"tokenizer {str(file)!r} has {tokenizer.vocab_size:,} tokens, but the model in {path} has {vocab_size:,};"

@@ -82,6 +82,10 @@ def read_published(path: Path, ctx_len: int) -> Published:
         weights = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     weights = {name.removeprefix(_PREFIX): x for name, x in weights.items()}
     entry = _architecture(path, weights, document)
+    if states := sorted(name for name in weights if name.endswith(".att.time_state")):
+        raise DamagedFile(
+            f"{path} has the tuned state {states[0]!r}, which timemix does not read; give weights without tuned states"
+        )
     converter = load_part(str(entry.weights))
     try:
         fields = {}
@@ -100,7 +104,8 @@ def read_published(path: Path, ctx_len: int) -> Published:
 def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, Any] | None) -> Architecture:
     """Return the architecture of weights, or raise DamagedFile with the name of the version that the weights have."""
     known = {each.version: each for each in ARCHITECTURES.values() if each.version is not None}
-    ours = " and ".join(f"RWKV-{version}" for version in known)
+    *first, last = (f"RWKV-{version}" for version in sorted(known))
+    ours = f"{', '.join(first)} and {last}"
     if document is not None:
         forms = {version: each.hugging_face for version, each in known.items() if each.hugging_face is not None}
         types = {load_part(form).MODEL_TYPE: version for version, form in forms.items()}
@@ -114,6 +119,11 @@ def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, An
         raise DamagedFile(f"{what}; give weights of {ours}: a file of the original code, or a folder of Hugging Face")
     if version not in known:
         raise DamagedFile(f"{path} holds weights of RWKV-{version}, which timemix does not support; import {ours}")
+    if document is not None and known[version].hugging_face is None:
+        raise DamagedFile(
+            f"{path} is a folder of Hugging Face with RWKV-{version}, which timemix does not support; give a file of"
+            " the original code"
+        )
     return known[version]
 
 

@@ -31,7 +31,8 @@ class Architecture:
         colour: Colour of the architecture's curves in pictures.
         summary: Description of the architecture in one line.
         decode: "module:class" of the compiled decode step; None: the model's own forward pass computes each step.
-        weights: "module" that converts weights from and to published names; None: there are no published names.
+        weights: "module" or "module:object" that converts weights from and to published names; None: there are no
+            published names.
         version: Version of the published models of RWKV whose weights `weights` converts, such as "7"; None: timemix
             imports no published models.
         hugging_face: "module" that converts weights and settings from and to the Hugging Face form; None: no such
@@ -138,7 +139,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "teal",
             "RWKV-5.2: a recurrent network whose state, one matrix per head, decays at a rate per channel",
             decode="timemix.models.rwkv6.decode:Rwkv6Step",
-            weights="timemix.models.rwkv6.weights",
+            weights="timemix.models.rwkv6.weights:RWKV_5",
+            version="5",
             bounded=False,
         ),
         Architecture(
@@ -149,7 +151,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "magenta",
             "RWKV-6: RWKV-5 whose decays and token-shift depend on the token",
             decode="timemix.models.rwkv6.decode:Rwkv6Step",
-            weights="timemix.models.rwkv6.weights",
+            weights="timemix.models.rwkv6.weights:RWKV_6",
+            version="6",
             bounded=False,
         ),
         Architecture(

@@ -21,7 +21,7 @@ from timemix.storage.files import write_text
 from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
 
 KINDS = ("character", "byte", "word", "subword")
-"""The kinds of tokenizers that are trained on a text. The kind "world" is read from a file."""
+"""The kinds of tokenizers that are trained on a text. The kinds "world" and "hugging_face" are read from files."""
 
 UNKNOWN = "<unk>"
 
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
         document: Content of the `tokenizer.json`.
 
     Attributes:
-        kind: One of KINDS, or "world".
+        kind: One of KINDS, "world" or "hugging_face".
         unknown: The argument `unknown`.
         vocab_size: Number of tokens. Token ids go from 0 to vocab_size - 1.
         dtype: Smallest unsigned numpy type that holds every id.

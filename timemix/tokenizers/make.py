@@ -12,6 +12,7 @@ from timemix.storage.json_files import parse_json
 from timemix.tokenizers.base import KINDS, UNKNOWN, Tokenizer, refuse_surrogates
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 from timemix.tokenizers.document import in_order
+from timemix.tokenizers.hugging_face import HuggingFaceTokenizer
 from timemix.tokenizers.subword import SubwordTokenizer, train_subwords
 from timemix.tokenizers.word import WordTokenizer, train_words
 from timemix.tokenizers.world import WorldTokenizer
@@ -83,7 +84,7 @@ def tokenizer_from_json(document: str) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a `tokenizer.json` that `Tokenizer.save` wrote.
+    """Load a `tokenizer.json` that `Tokenizer.save` wrote, or a byte-level `tokenizer.json` of another program.
 
     Args:
         path: The file.
@@ -108,6 +109,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _from_document(document: dict[str, Any]) -> Tokenizer:
     """Create the tokenizer that a tokenizer.json describes."""
+    if document["added_tokens"]:
+        return HuggingFaceTokenizer(document)
     model = document["model"]
     entries = in_order(model["vocab"])
     if model["type"] == "WordLevel":

@@ -1,4 +1,4 @@
-"""Conversion of weights from and to the original code of RWKV-5.2 and RWKV-6 (RWKV-LM), as in the published models.
+"""Conversion of weights from and to the original code of RWKV-5 and RWKV-6 (RWKV-LM), as in the published models.
 
     original                                   timemix
     vectors of the blocks    (1, 1, C)         (C,)
@@ -7,8 +7,12 @@
 
 All other tensors have the same layout. A conversion only renames, reshapes, splits and stacks tensors, so it applies to
 gradients too.
+
+Files of 5.0 and 5.1 have one decay per head and one logarithm of a bonus, `time_first`. Both become vectors with equal
+numbers, so that the model of 5.2 computes the same logits. 5.0 has no gate.
 """
 
+import itertools
 import re
 from typing import Any
 
@@ -55,103 +59,160 @@ _MAPS_6 = {
     "mixer.decay.down_weight": "att.time_decay_w1",
     "mixer.decay.up_weight": "att.time_decay_w2",
 }
-_NAMES_5 = PublishedNames("RWKV-5.2", "blocks", _OUTSIDE, _SHARED | _VECTORS_5 | {"mixer.decay": "att.time_decay"})
-_NAMES_6 = PublishedNames("RWKV-6", "blocks", _OUTSIDE, _SHARED | _VECTORS_6 | _MAPS_6)
-# The stacked low-rank maps to the mixtures: published name, name in timemix around the name of the mixture, dimension
-_STACKED = (("time_maa_w1", "down_weight", 1), ("time_maa_w2", "up_weight", 0))
-_MAP = re.compile(r"(blocks\.\d+)\.mixer\.mix_maps\.\w+\.(down|up)_weight")
+# The stacked low-rank maps to the mixtures: published name, name in timemix after the name of the mixture, dimension
+_STACKED = (("att.time_maa_w1", "down_weight", 1), ("att.time_maa_w2", "up_weight", 0))
+_MAP = re.compile(r"blocks\.(\d+)\.mixer\.mix_maps\.\w+\.(down|up)_weight")
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 
 
-def is_version_6(names: Any) -> bool:
-    """Return whether published names, or names in timemix, belong to RWKV-6; otherwise they belong to RWKV-5.2."""
-    return any(".time_maa_" in name or ".first_mix" in name for name in names)
+class Conversion:
+    """Conversion of the names, shapes and settings of one version.
+
+    Args:
+        config: Class of the settings.
+        version: Name of the version in messages.
+        vectors: Published name of each vector of a block, by its name in timemix. The original code stores (1, 1, C).
+        others: Published name of each other parameter of a block that the two versions do not share.
+    """
+
+    def __init__(
+        self, config: type[Rwkv5Config], version: str, vectors: dict[str, str], others: dict[str, str]
+    ) -> None:
+        self._config, self._version, self._vectors = config, version, vectors
+        self._names = PublishedNames(version, "blocks", _OUTSIDE, _SHARED | vectors | others)
+
+    def published_name(self, name: str) -> str:
+        """Convert the name of a parameter from timemix to the original code."""
+        if match := _MAP.fullmatch(name):
+            theirs = next(theirs for theirs, ours, _ in _STACKED if ours.startswith(match[2]))
+            return f"blocks.{match[1]}.{theirs}"
+        return self._names.published(name)
+
+    def from_published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert weights from the original code to timemix.
+
+        Args:
+            weights: Weights by their names in the original code.
+
+        Returns:
+            Weights by their names in timemix.
+
+        Raises:
+            InvalidValue: A name is unknown.
+        """
+        found: dict[str, Tensor] = {}
+        for name, weight in _with_vectors(weights).items():
+            if split := _split(name, weight):
+                found |= split
+            else:
+                ours = self._names.ours(name)
+                found[ours] = weight.flatten() if _kind(ours) in self._vectors else weight
+        return found
+
+    def to_published(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert weights from timemix to the original code, to the form of 5.2 or 6."""
+        found = {
+            self._names.published(name): weight.view(1, 1, -1) if _kind(name) in self._vectors else weight
+            for name, weight in weights.items()
+            if not _MAP.fullmatch(name)
+        }
+        layers = dict.fromkeys(match[1] for name in weights if (match := _MAP.fullmatch(name)))
+        for layer, (theirs, ours, dim) in itertools.product(layers, _STACKED):
+            parts = [weights[f"blocks.{layer}.mixer.mix_maps.{name}.{ours}"] for name in MIXED_6]
+            found[f"blocks.{layer}.{theirs}"] = torch.cat(parts, 1) if dim else torch.stack(parts)
+        return found
+
+    def our_config(self, weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv5Config:
+        """Read the settings of a model from the shapes of its weights in the original code.
+
+        Args:
+            weights: Weights by their names in the original code.
+            ctx_len: Context length in tokens, which no shape gives.
+            **fields: Other settings that no shape gives.
+
+        Returns:
+            The settings. The caller checks the names and shapes of the other weights.
+
+        Raises:
+            InvalidValue: A weight that gives a size is missing or has other dimensions, or a size is not supported.
+        """
+        layers = 1 + max((int(found[1]) for name in weights if (found := _BLOCK.match(name))), default=0)
+        last = f"blocks.{layers - 1}"
+        vocab_size, channels = self._shape(weights, "emb.weight", 2)
+        ranks: dict[str, Any] = {}
+        if self._config is Rwkv6Config:
+            ranks["decay_rank"] = self._shape(weights, f"{last}.att.time_decay_w1", 2)[1]
+            ranks["mixture_rank"] = self._shape(weights, f"{last}.att.time_maa_w2", 3)[1]
+        elif f"{last}.att.gate.weight" not in weights:
+            ranks["without"] = ("gate",)
+        old = f"{last}.att.time_first"
+        heads = self._shape(weights, old, 1) if old in weights else self._shape(weights, f"{last}.att.time_faaaa", 2)
+        return self._config(
+            vocab_size=vocab_size,
+            ctx_len=ctx_len,
+            layers=layers,
+            channels=channels,
+            heads=heads[0],
+            ffn_ratio=self._shape(weights, f"{last}.ffn.key.weight", 2)[0] / channels,
+            **ranks,
+            **fields,
+        )
+
+    def check_exportable(self, config: Rwkv5Config) -> None:
+        """Raise InvalidValue if the original code, which has fixed constants, does not compute the same model."""
+        if config.group_norm_eps != Rwkv5Config.group_norm_eps:
+            raise InvalidValue(
+                f"group_norm_eps is {config.group_norm_eps:g}, but the original code has"
+                f" {Rwkv5Config.group_norm_eps:g}; export a model with this constant"
+            )
+
+    def unused(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the original code that no model uses: none."""
+        return {}
+
+    def _shape(self, weights: dict[str, Tensor], name: str, dims: int) -> torch.Size:
+        """Return the shape of a weight, or raise InvalidValue if the weight is missing, or has other dimensions."""
+        x = weights.get(name)
+        if x is None or x.ndim != dims or not x.numel():
+            kind = {1: "vector", 2: "matrix", 3: "stack of matrices"}[dims]
+            raise InvalidValue(f"the weights have no {kind} {name!r}; pass all weights of a model of {self._version}")
+        return x.shape
 
 
-def from_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights from the original code to `rwkv5` or `rwkv6`."""
-    names, vectors = (_NAMES_6, _VECTORS_6) if is_version_6(weights) else (_NAMES_5, _VECTORS_5)
-    found: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if split := _split(name, weight):
-            found |= split
-        else:
-            ours = names.ours(name)
-            found[ours] = weight.flatten() if _kind(ours) in vectors else weight
+RWKV_5 = Conversion(Rwkv5Config, "RWKV-5", _VECTORS_5, {"mixer.decay": "att.time_decay"})
+"""Conversion of `rwkv5`."""
+RWKV_6 = Conversion(Rwkv6Config, "RWKV-6", _VECTORS_6, _MAPS_6)
+"""Conversion of `rwkv6`."""
+
+
+def _with_vectors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights of 5.0 and 5.1 as in 5.2: decays and bonuses (H, N), where all numbers of a head are equal."""
+    found = dict(weights)
+    for name in weights:
+        if not name.endswith(".att.time_first"):
+            continue
+        block = name.removesuffix("time_first")
+        decay, first = found[f"{block}time_decay"], found.pop(name).flatten()
+        key = found[f"{block}key.weight"]
+        N = len(key) // max(1, len(first))
+        found[f"{block}time_decay"] = decay.flatten()[:, None].expand(-1, N).contiguous()
+        # The exponential of a number of 16 bits has more digits than such a number.
+        bonus = first.to(torch.promote_types(first.dtype, torch.float32)).exp()
+        found[f"{block}time_faaaa"] = bonus[:, None].expand(-1, N).contiguous()
     return found
-
-
-def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert weights from `rwkv5` or `rwkv6` to the original code."""
-    names, vectors = (_NAMES_6, _VECTORS_6) if is_version_6(weights) else (_NAMES_5, _VECTORS_5)
-    maps = {name: weight for name, weight in weights.items() if _MAP.fullmatch(name)}
-    found = {
-        names.published(name): weight.view(1, 1, -1) if _kind(name) in vectors else weight
-        for name, weight in weights.items()
-        if name not in maps
-    }
-    return found | _stacked(maps)
 
 
 def _split(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Return the matrix of each mixture in a stacked weight of the original code; for other weights, nothing."""
-    layer, _, kind = name.partition(".att.")
+    match = _BLOCK.match(name)
     for theirs, ours, dim in _STACKED:
-        if kind == theirs:
-            parts = weight.chunk(len(MIXED_6), 1) if dim else weight.unbind()
-            return {f"{layer}.mixer.mix_maps.{each}.{ours}": x for each, x in zip(MIXED_6, parts, strict=False)}
+        if match and name == match[0] + theirs and weight.ndim == 3 - dim and weight.shape[dim] % len(MIXED_6) == 0:
+            parts = weight.tensor_split(len(MIXED_6), dim)
+            return {
+                f"{match[0]}mixer.mix_maps.{each}.{ours}": x.contiguous() if dim else x.squeeze(0)
+                for each, x in zip(MIXED_6, parts, strict=True)
+            }
     return {}
-
-
-def _stacked(maps: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the stacked weights of the original code for the matrices of all mixtures."""
-    found = {}
-    for layer in dict.fromkeys(match[1] for name in maps if (match := _MAP.fullmatch(name))):
-        for theirs, ours, dim in _STACKED:
-            parts = [maps[f"{layer}.mixer.mix_maps.{name}.{ours}"] for name in MIXED_6]
-            found[f"{layer}.att.{theirs}"] = torch.cat(parts, 1) if dim else torch.stack(parts)
-    return found
-
-
-def our_config(weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv5Config:
-    """Read the settings of a model from the shapes of its weights in the original code.
-
-    Args:
-        weights: Weights by their names in the original code.
-        ctx_len: Context length in tokens, which no shape gives.
-        **fields: Other settings that no shape gives.
-
-    Returns:
-        The settings. The caller checks the names and shapes of the other weights.
-
-    Raises:
-        InvalidValue: A weight that gives a size is missing or no matrix, or a size is not supported.
-    """
-    numbers = [int(found[1]) for name in weights if (found := _BLOCK.match(name))]
-    last, is_6 = f"blocks.{max(numbers, default=0)}", is_version_6(weights)
-    maps = {"decay_rank": f"{last}.att.time_decay_w1"} if is_6 else {}
-    key, bonus = f"{last}.ffn.key.weight", f"{last}.att.time_faaaa"
-    for name in ("emb.weight", bonus, key, *maps.values()):
-        if name not in weights or weights[name].ndim != 2 or not weights[name].numel():
-            version = "RWKV-6" if is_6 else "RWKV-5.2"
-            raise InvalidValue(f"the weights have no matrix {name!r}; pass all weights of a model of {version}")
-    vocab_size, channels = weights["emb.weight"].shape
-    ranks: dict[str, Any] = {name: weights[theirs].shape[1] for name, theirs in maps.items()}
-    if is_6:
-        up = weights.get(f"{last}.att.time_maa_w2")
-        if up is None or up.ndim != 3:
-            raise InvalidValue(f"the weights have no tensor '{last}.att.time_maa_w2' of 3 dimensions; restore the file")
-        ranks["mixture_rank"] = up.shape[1]
-    return (Rwkv6Config if is_6 else Rwkv5Config)(
-        vocab_size=vocab_size,
-        ctx_len=ctx_len,
-        layers=1 + max(numbers, default=0),
-        channels=channels,
-        heads=len(weights[bonus]),
-        ffn_ratio=len(weights[key]) / channels,
-        **ranks,
-        **fields,
-    )
 
 
 def _kind(name: str) -> str:

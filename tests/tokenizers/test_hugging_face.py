@@ -1,0 +1,125 @@
+"""Byte-level tokenizers of other programs: the ids of the library, streams of bytes, padding, and refused files."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import timemix
+from tests.helpers.original_code import Golden
+from tests.helpers.tiers import examples
+from timemix.data.config import DataConfig
+from timemix.data.vocabulary import given_tokenizer
+from timemix.errors import DamagedFile, InvalidValue
+from timemix.interop.importing import import_run
+from timemix.tokenizers.hugging_face import HuggingFaceTokenizer
+from timemix.tokenizers.make import load_tokenizer
+
+LINES = [
+    "the cat sat on the mat and the dog ran\n",
+    "def f(x):\n        return x + 1\n",
+    "Caf\u00e9 \u9c7c \U0001f600",
+] * 3
+PARTS = [*LINES, "a", " ", "    ", "\n", "e\u0301", "\u0301", "<|endoftext|>", "\0", "z" * 70]
+
+
+def library(vocab_size=300):
+    """Return a tokenizer with the parts of GPT-NeoX's: byte-level, NFC, special tokens, and tokens of spaces."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        show_progress=False,
+    )
+    made.train_from_iterator(LINES * 3, trainer)
+    made.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(8, 1, -1)])
+    return made
+
+
+LIBRARY = library()
+OURS = HuggingFaceTokenizer(json.loads(LIBRARY.to_str()))
+
+
+@pytest.fixture
+def path(tmp_path):
+    LIBRARY.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+@given(st.lists(st.sampled_from(PARTS)))
+@example(["a  " * 40_000])
+@examples(60)
+def test_ids_are_those_of_the_library(parts):
+    text = "".join(parts)
+    assert OURS.encode(text).tolist() == LIBRARY.encode(text, add_special_tokens=False).ids
+
+
+@given(st.text(max_size=30))
+@examples(60)
+def test_a_stream_gives_the_text_of_the_library(text):
+    ids = OURS.encode(text)
+    stream = OURS.stream()
+    streamed = "".join(stream.push(token) for token in ids.tolist()) + stream.flush()
+    assert streamed == OURS.decode(ids) == LIBRARY.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def test_saved_and_loaded_again(path, tmp_path):
+    loaded = load_tokenizer(path)
+    assert (loaded.kind, loaded.vocab_size, loaded.end_of_text) == ("hugging_face", LIBRARY.get_vocab_size(), 0)
+    padded = loaded.padded(500)
+    padded.save(tmp_path / "padded.json")
+    again = load_tokenizer(tmp_path / "padded.json")
+    assert again.vocab_size == 500
+    assert again.hash == padded.hash
+    assert again.decode(np.array([499, 0, 1])) == ""
+    text = "".join(LINES)
+    assert again.encode(text).tolist() == LIBRARY.encode(text).ids
+    with pytest.raises(InvalidValue, match="vocab_size=100 is too small for a tokenizer of"):
+        loaded.padded(100)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder": None},
+        {"decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}},
+        {"added_tokens": [{"id": 5000, "content": "x", "special": True}]},
+        {"added_tokens": 3},
+        {"model": {"type": "Unigram", "vocab": {}}},
+    ],
+)
+def test_other_tokenizers_are_refused(path, changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DamagedFile, match="is no tokenizer file of timemix"):
+        load_tokenizer(path)
+
+
+def test_an_import_of_a_model_with_more_rows_than_tokens(path, tmp_path):
+    """As the models of the Pile, whose tokenizer.json lies beside the weights."""
+    weights = Golden("rwkv4", torch.float32).published("weights")
+    (tmp_path / "few").mkdir()
+    torch.save(weights, tmp_path / "few/a.pth")
+    for name in ("emb.weight", "head.weight"):
+        weights[name] = torch.cat([weights[name]] * 9)
+    torch.save(weights, tmp_path / "a.pth")
+    import_run(tmp_path / "a.pth", tmp_path / "run")
+    run = timemix.load(tmp_path / "run")
+    assert run.tokenizer.vocab_size == len(weights["emb.weight"]) > LIBRARY.get_vocab_size()
+    assert isinstance(timemix.generate(run, "the cat", tokens=30, seed=1)[0], str)
+    with pytest.raises(InvalidValue, match=r"has \d+ tokens, but the model in .* has 47; give the tokenizer of this"):
+        import_run(tmp_path / "few/a.pth", tmp_path / "other", path)
+
+
+def test_training_with_such_a_tokenizer(path):
+    assert given_tokenizer(DataConfig(tokenizer="hugging_face", vocabulary=str(path)), False).kind == "hugging_face"
+    with pytest.raises(InvalidValue, match="data.vocabulary is missing; set it to the tokenizer.json"):
+        given_tokenizer(DataConfig(tokenizer="hugging_face"), False)

@@ -1,0 +1,80 @@
+"""Byte-level tokenizers of other programs, in the `tokenizer.json` of the `tokenizers` library.
+
+The tokenizer of the RWKV-4 models that were trained on the Pile (GPT-NeoX) is one of these.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from timemix.errors import InvalidValue
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.document import byte_symbols
+from timemix.tokenizers.pieces import WORD_END, pieces
+
+END_OF_TEXT = "<|endoftext|>"
+_UNUSED = "<|unused_{}|>"
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Tokenizer of another program, whose tokens are the tokens of the `tokenizers` library.
+
+    Args:
+        document: Content of the `tokenizer.json`, with at least one added token. timemix's own files have none.
+
+    Raises:
+        ValueError: The tokenizer is not byte-level, its ids have gaps, it has no added token, or an added token has
+            several words.
+    """
+
+    kind = "hugging_face"
+    border = WORD_END
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        added = {each["id"]: each for each in document["added_tokens"]}
+        if not added:
+            raise ValueError("the tokenizer has no added token")
+        # A token of byte-level byte pair encoding has a printable character for each byte.
+        byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+        # An entry of the vocabulary that is an added token may have other characters.
+        entries = {text: i for text, i in document["model"]["vocab"].items() if i not in added}
+        spelled = {i: bytes(byte_of[character] for character in text) for text, i in entries.items()}
+        spelled |= {i: b"" if each["special"] else each["content"].encode() for i, each in added.items()}
+        if spelled.keys() != set(range(len(spelled))):
+            raise ValueError("the ids of the tokens have gaps")
+        if (document["decoder"] or {}).get("type") != "ByteLevel" or document["model"]["type"] != "BPE":
+            raise ValueError("the tokenizer is no byte-level byte pair encoding")
+        if any(WORD_END.search(each["content"]) for each in added.values()):
+            raise ValueError("an added token has several words")
+        super().__init__("byte", [spelled[i] for i in range(len(spelled))], document)
+        self.document = document
+        self.end_of_text = next((i for i, each in added.items() if each["content"] == END_OF_TEXT), None)
+        self._library = tokenizers.Tokenizer.from_str(self._json)
+        self._library.no_truncation()
+        self._library.no_padding()
+
+    def padded(self, vocab_size: int) -> "HuggingFaceTokenizer":
+        """Return the tokenizer with more ids, which decode to nothing.
+
+        Args:
+            vocab_size: Number of ids, at least the number of tokens.
+
+        Raises:
+            InvalidValue: The tokenizer has more tokens.
+        """
+        if vocab_size < self.vocab_size:
+            raise InvalidValue(f"vocab_size={vocab_size} is too small for a tokenizer of {self.vocab_size} tokens")
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        unused = [
+            {"id": i, "content": _UNUSED.format(i), **flags, "special": True}
+            for i in range(self.vocab_size, vocab_size)
+        ]
+        return HuggingFaceTokenizer(self.document | {"added_tokens": self.document["added_tokens"] + unused})
+
+    def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        found = [np.empty(0, self.dtype)]
+        for piece in pieces([text]):
+            found.append(np.array(self._library.encode(piece, add_special_tokens=False).ids, self.dtype))
+        return np.concatenate(found), Counter()
