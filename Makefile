@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One process of pytest for each core, at most four.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20 --durations-min 0.5
 
-.PHONY: demo claims test test-all check docs clean
+.PHONY: demo claims family test test-all check docs clean
 
 demo: .venv/installed
 	$(BIN)/timemix demo
@@ -12,6 +12,10 @@ demo: .venv/installed
 # DATA: a folder with the texts that benchmarks/claims.py names. An interrupted run resumes.
 claims: .venv/installed
 	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
+
+# As `make claims`, for benchmarks/family.py. It trains only the runs without a file in benchmarks/family/.
+family: .venv/installed
+	$(BIN)/python benchmarks/family.py --data $(or $(DATA),../shared/data)
 
 # The fast tier: minutes on two cores.
 test: check
