@@ -1,0 +1,275 @@
+"""Compare RWKV of every year with attention: loss, tasks, speed. Write docs/family.md and its pictures.
+
+    python benchmarks/family.py --data FOLDER [--out runs/family] [--only family recall ...] [--write-only]
+
+FOLDER contains pgbooks_train.txt.xz and pgbooks_valid.txt. The result of each run is a JSON file in benchmarks/family/.
+The script trains only the runs without a file, also in a fresh clone. To work in parts, stop it after some time:
+`timeout 90m make family`. The part "speed" needs a machine on which nothing else runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timemix.bench.measure import StepFailure, measure_training
+from timemix.bench.race import Contender, machine_now, race
+from timemix.bench.sample import STEPS, stepping
+from timemix.experiments.spec import Experiment, find_experiment, read_experiment
+from timemix.generation.decode import build_step
+from timemix.models.language_model import LanguageModel
+from timemix.reporting.markdown import markdown_table, mean_and_deviation
+from timemix.reporting.plots import save_picture
+from timemix.reporting.statistics import interval, mean_interval, verdict_words
+from timemix.storage.json_files import to_json
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "family"
+PAGE = ROOT / "docs" / "family.md"
+LOSSES = ("family", "family-subword", "family-time", "family-128", "family-512", "family-ideas")
+TASKS = ("recall", "state-tracking", "copy")
+NAMES = (*LOSSES, *TASKS, "speed")
+SPEED = RESULTS / "speed.json"
+POSITIONS = (100, 10_000)
+ROUNDS = 5
+VOCAB_SIZE = 79
+# In the order of the picture
+YEARS = {
+    "mha_rotary": "attention\nof 2021",
+    "llama": "Llama\n2023",
+    "rwkv1": "RWKV\n2021",
+    "rwkv4": "RWKV-4\n2022",
+    "rwkv5": "RWKV-5\n2023",
+    "rwkv6": "RWKV-6\n2024",
+    "rwkv7": "RWKV-7\n2025",
+}
+# Task, setting and size of the test that a panel of the picture shows
+SHOWN_TASKS = (("recall", "recall-64", "32", "recall of 32 pairs"), ("state-tracking", "s3", "32", "permutations of 3"))
+
+
+def run(name: str, data: Path, out: Path) -> None:
+    """Train the unfinished runs of an experiment.
+
+    Args:
+        name: Name of the experiment.
+        data: Folder of the texts.
+        out: Folder of all comparisons.
+    """
+    if name in TASKS:
+        subprocess.run(
+            [sys.executable, "-m", "timemix", "compare", name, "--out", str(RESULTS / name)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return
+    results = RESULTS / name
+    options = ["compare", name, "--out", str(out / name), "--results", str(results)]
+    options += ["--data", str(data / "pgbooks_train.txt.xz"), "--valid", str(data / "pgbooks_valid.txt")]
+    # Two processes of one thread each are faster on two cores than one process with two threads.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timemix"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
+    shutil.copy(out / name / "table.json", results)
+
+
+def measure_speed() -> None:
+    """Measure training steps and decoding of all variants in alternation, and write SPEED."""
+    experiment = read_experiment(find_experiment("family"))
+    assert isinstance(experiment, Experiment)
+    found: dict[str, dict[str, Any]] = {}
+    steps: dict[str, list[float]] = {v.name: [] for v in experiment.variants}
+    for _ in range(ROUNDS):
+        for variant in experiment.variants:
+            config = experiment.config(variant, experiment.points_of(variant)[0], 1)
+            measured = measure_training(replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE)), steps=4)
+            if isinstance(measured, StepFailure):
+                raise SystemExit(f"a training step of {variant.name} failed: {measured.error}")
+            steps[variant.name].append(measured.tokens_per_second)
+            found[variant.name] = {"training_memory": measured.peak_memory}
+    contenders: list[Contender] = []
+    for variant in experiment.variants:
+        model = replace(experiment.config(variant, {}, 1).model, vocab_size=VOCAB_SIZE, ctx_len=16_384)
+        torch.manual_seed(0)
+        ours = LanguageModel(model).eval()
+        step = build_step(ours)
+        state = ours.init_state(1)
+        found[variant.name] |= {
+            "training": statistics.median(steps[variant.name]),
+            "compiled": step.compiled,
+            "state_bytes": state.nbytes,
+        }
+        contenders += [stepping(f"{variant.name} {p}", step, ours, 1, p, ours) for p in POSITIONS]
+    for row in race(contenders, 2.0, torch.device("cpu"), lambda line: print(line, file=sys.stderr)):
+        name, position = row.name.split()
+        if row.seconds is None:
+            raise SystemExit(f"{row.name}: {row.withheld}")
+        found[name][f"decoding_{position}"] = STEPS / row.seconds
+    content = {"machine": to_json(machine_now(torch.device("cpu"))), "variants": found}
+    SPEED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def table_of(name: str) -> dict[str, Any] | None:
+    """Return the table of an experiment; None if it was not run."""
+    path = RESULTS / name / "table.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def loss_block(table: dict[str, Any]) -> str:
+    """Return the losses of an experiment as a Markdown table."""
+    rows = [["architecture", "parameters", "lr", "seeds", "held-out loss", "difference from the first row"]]
+    for row in table["variants"]:
+        chosen = row["chosen"] or {}
+        lr = f"{chosen['train.lr']:g}" if "train.lr" in chosen else "-"
+        losses = row["valid_losses"]
+        parameters = "-" if row["parameters"] is None else f"{row['parameters']:,}"
+        rows.append(
+            [row["label"], parameters, lr, str(len(losses)), mean_and_deviation(losses.values()),
+             interval(row.get("difference"))]
+        )  # fmt: skip
+    return markdown_table(rows)
+
+
+def verdict_rows(name: str, table: dict[str, Any]) -> list[list[str]]:
+    """Return the claims of an experiment: claim, difference, verdict and name of the experiment."""
+    seeds = table["seeds"] if isinstance(table["seeds"], int) else len(table["seeds"])
+    gains = [(v["claim"], v["gain"] if "gain" in v else v["difference"]) for v in table["verdicts"]]
+    return [[claim, interval(gain), verdict_words(gain, seeds), f"[{name}](#{name})"] for claim, gain in gains]
+
+
+def task_block(table: dict[str, Any]) -> str:
+    """Return the accuracies of an experiment, one Markdown table for each task."""
+    parts = []
+    for task in table["tasks"]:
+        sizes = list(task["rows"][0]["accuracy"])
+        rows = [["architecture", "lr", *sizes]]
+        for row in task["rows"]:
+            shares = [row["accuracy"][size] for size in sizes]
+            cells = [
+                f"{s['mean']:.2f}" + ("" if s["low"] is None else f" ({s['low']:.2f} to {s['high']:.2f})")
+                for s in shares
+            ]
+            rows.append([row["label"], f"{row['lr']:g}", *cells])
+        guess = f"1/{task['answers']}"
+        parts.append(f"`{task['name']}`, trained on sizes up to {task['size']}; a guess is right in {guess} of cases:")
+        parts.append(markdown_table(rows))
+    return "\n\n".join(parts)
+
+
+def speed_block(found: dict[str, Any]) -> str:
+    """Return the speeds as a Markdown table."""
+    rows = [
+        ["architecture", "training: tokens/s", "training: memory", *(f"decoding at {p:,}" for p in POSITIONS), "state"]
+    ]
+    for name, each in found["variants"].items():
+        rows.append(
+            [
+                name,
+                f"{each['training']:,.0f}",
+                f"{each['training_memory'] / 2**20:,.0f} MiB",
+                *(f"{each[f'decoding_{p}']:,.0f} tokens/s" for p in POSITIONS),
+                f"{each['state_bytes'] / 2**10:,.0f} KiB",
+            ]
+        )
+    return markdown_table(rows)
+
+
+def draw(path: Path) -> bool:
+    """Draw loss, recall, state tracking and decoding speed of each architecture. Return whether there is a result."""
+    from matplotlib.figure import Figure
+
+    experiment = read_experiment(find_experiment("family"))
+    colors = {v.name: v.color for v in experiment.variants}
+    panels: list[tuple[str, str, dict[str, Any]]] = []
+    if table := table_of("family"):
+        losses = {
+            r["name"]: mean_interval(list(r["valid_losses"].values())) for r in table["variants"] if r["valid_losses"]
+        }
+        panels.append(("held-out loss", "nats per character (lower is better)", losses))
+    for name, task, size, title in SHOWN_TASKS:
+        if table := table_of(name):
+            rows = next(t for t in table["tasks"] if t["name"] == task)["rows"]
+            panels.append((title, "share of right answers", {r["name"]: r["accuracy"][size] for r in rows}))
+    if SPEED.exists():
+        speeds = json.loads(SPEED.read_text(encoding="utf-8"))["variants"]
+        values = {n: {"mean": each["decoding_10000"], "low": None, "high": None} for n, each in speeds.items()}
+        panels.append(("decoding after 10,000 tokens", "tokens/s on two cores", values))
+    if not panels:
+        return False
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * lines), dpi=120, layout="constrained")
+    for axes, (title, unit, values) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+        for x, name in enumerate(YEARS):
+            if name in values:
+                each = values[name]
+                ends = None if each["low"] is None else [[each["mean"] - each["low"]], [each["high"] - each["mean"]]]
+                axes.errorbar(x, each["mean"], yerr=ends, color=colors[name], marker="o", markersize=6, capsize=4)
+        axes.set_xticks(range(len(YEARS)), list(YEARS.values()), fontsize=7)
+        axes.set_xlim(-0.5, len(YEARS) - 0.5)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(unit, fontsize=8)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.grid(color="0.92", linewidth=0.7, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
+    save_picture(figure, path)
+    return True
+
+
+def blocks() -> dict[str, str]:
+    """Return the generated parts of docs/family.md by name. A part is between `<!-- NAME -->` and `<!-- /NAME -->`."""
+    found, claims = {}, [["claim", "better by", "verdict", "experiment"]]
+    for name in (*LOSSES, *TASKS):
+        table = table_of(name)
+        if table is None:
+            found[name] = f"This part was not run yet. The command is `python benchmarks/family.py --only {name}`."
+            continue
+        found[name] = task_block(table) if name in TASKS else loss_block(table)
+        claims += verdict_rows(name, table)
+    found["verdicts"] = markdown_table(claims, words=(0, 2, 3))
+    if SPEED.exists():
+        found["speed"] = speed_block(json.loads(SPEED.read_text(encoding="utf-8")))
+    return found
+
+
+def write(out: Path) -> None:
+    """Replace the generated parts of docs/family.md, and its pictures."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name, block in blocks().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
+    draw(ROOT / "docs" / "family.png")
+    if (position := out / "family" / "position.png").exists():
+        shutil.copy(position, ROOT / "docs" / "family-position.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the texts")
+    parser.add_argument("--out", type=Path, default=Path("runs/family"), help="folder of the comparisons")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="parts to run; default: all")
+    parser.add_argument("--write-only", action="store_true", help="write docs/family.md from the results only")
+    options = parser.parse_args()
+    if not options.write_only:
+        RESULTS.mkdir(exist_ok=True)
+        for name in options.only:
+            if name == "speed":
+                measure_speed()
+            else:
+                run(name, options.data, options.out)
+    write(options.out)
+
+
+if __name__ == "__main__":
+    main()
