@@ -16,7 +16,8 @@
 
    All factors are at most 1, so nothing overflows. Rounding errors that are equal at every token would add up, so the sums
    use d - 1 instead of a d near 1, and the exponent of d is (p - p') + w: if p' is p + w, rounded, then d repairs the
-   rounding error. This file is compiled without -fassociative-math, which would undo both. Cost: a token takes four exponentials per channel forward.
+   rounding error. This file is compiled without -fassociative-math, which would undo both. A token takes four
+   exponentials per channel forward.
 
    The forward pass stores the state at the start of every chunk. The backward pass computes the states within a chunk
    again, so memory grows with T / CHUNK. Each task is a block of channels of one sequence, so results are bit-identical
@@ -71,10 +72,11 @@ INLINE void wkv4_token_back(const wkv4_state *restrict s, const wkv4_inputs *x, 
     const float *restrict k = x->k + at, *restrict v = x->v + at;
     float *restrict dk = g->k + at, *restrict dv = g->v + at;
     for (int64_t c = 0; c < task.count; c++) {
-        const float now = u[c] + k[c], q = larger(s->p[c], now);
-        const float e = exp_series(s->p[c] - q), n = exp_series(now - q);
+        float e, n;
+        wkv4_factors(s->p[c], u[c], k[c], &e, &n);
         const float inverse = 1 / (e * s->b[c] + n), y = (e * s->a[c] + n * v[c]) * inverse, slope = dy[c] * inverse;
-        const float p = larger(s->p[c] + w[c], k[c]), fall = expm1_series((s->p[c] - p) + w[c]), m = exp_series(k[c] - p);
+        const float p = larger(s->p[c] + w[c], k[c]);
+        const float fall = expm1_series(difference(s->p[c], p, w[c])), m = exp_series(k[c] - p);
         const float bonus = n * slope * (v[c] - y);
         dk[c] = m * (v[c] * d->a[c] + d->b[c]) + bonus;
         dv[c] = m * d->a[c] + n * slope;
