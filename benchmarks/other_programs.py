@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from timemix.models.language_model import LanguageModel
+from timemix.models.rwkv4 import hugging_face as rwkv4_form
+from timemix.models.rwkv4 import weights as rwkv4_weights
 from timemix.models.rwkv7 import hugging_face
 from timemix.models.rwkv7.weights import to_published
 from timemix.storage.tensors import write_tensors
@@ -42,6 +44,21 @@ def hf_model(model: LanguageModel) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         write_hf(model, Path(folder) / "hf")
         found: nn.Module = RWKV7ForCausalLM.from_pretrained(Path(folder) / "hf", dtype=torch.float32)
+    return found.train()
+
+
+def rwkv4_of_transformers(model: LanguageModel) -> nn.Module:
+    """Return RwkvForCausalLM of transformers with the weights of a model of rwkv4.
+
+    Raises:
+        ImportError: The package transformers is not installed.
+    """
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    document = rwkv4_form.document(model.config)
+    # A model in training rescales nothing.
+    found: nn.Module = RwkvForCausalLM(RwkvConfig(**{k: v for k, v in document.items() if k != "architectures"}))
+    found.load_state_dict(rwkv4_form.to_hugging_face(rwkv4_weights.to_published(model.state_dict())))
     return found.train()
 
 

@@ -1,6 +1,7 @@
 """Compare RWKV-7 of timemix with the programs that people use, alternating in one process.
 
 python benchmarks/rwkv7.py training            training steps, beside rwkv7-hf, our Llama, and the Llama of transformers
+python benchmarks/rwkv7.py training-of-earlier    training steps of RWKV-4 to 6, beside RWKV-4 of transformers
 python benchmarks/rwkv7.py write-hf FOLDER     a random model as a Hugging Face folder, from which llama.cpp converts
 python benchmarks/rwkv7.py generation --gguf FOLDER    decode and prefill, beside llama.cpp and the package rwkv
 
@@ -19,12 +20,12 @@ from pathlib import Path
 from other_programs import write_hf
 from rwkv7_common import Record
 from rwkv7_generation import PUBLISHED, generation, published_size
-from rwkv7_training import REAL, TOY, training
+from rwkv7_training import REAL, TOY, training, training_of_earlier
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("training", "generation", "write-hf"))
+    parser.add_argument("part", choices=("training", "training-of-earlier", "generation", "write-hf"))
     parser.add_argument("folder", type=Path, nargs="?", help="folder of write-hf")
     parser.add_argument("--size", choices=PUBLISHED, default="0.19 B", help="size for generation and write-hf")
     parser.add_argument("--gguf", type=Path, help="folder of the GGUF files of --size")
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.part == "training":
         training(Record(asked.json), TOY if asked.toy else REAL)
+    elif asked.part == "training-of-earlier":
+        training_of_earlier(Record(asked.json), TOY if asked.toy else REAL)
     elif asked.part == "generation":
         generation(Record(asked.json), asked.size, asked.gguf, asked.toy, asked.seconds, asked.longest)
     elif asked.folder is None:

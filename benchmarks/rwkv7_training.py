@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from other_programs import differs, hf_model
+from other_programs import differs, hf_model, rwkv4_of_transformers
 from rwkv7_common import CPU, Record, random_model, rwkv7, say, square_product
 from torch import Tensor, nn
 
@@ -154,15 +154,37 @@ def beside_rwkv7_hf(sizes: Sizes, layers: int, channels: int, batch_size: int) -
     return Heat(title=title, paths=race(contenders, sizes.seconds, CPU, say))
 
 
-def of_the_peak(sizes: Sizes) -> Heat:
+def earlier(arch: str, layers: int, channels: int, vocab_size: int, ctx_len: int) -> ModelConfig:
+    """Return the settings of an architecture from rwkv4 to rwkv6, with heads of 64 channels."""
+    heads = {} if arch == "rwkv4" else {"heads": max(1, channels // 64)}
+    sizes = {"layers": layers, "channels": channels, "vocab_size": vocab_size, "ctx_len": ctx_len}
+    return model_config(arch, **sizes, **heads)
+
+
+def of_the_peak(sizes: Sizes, config: ModelConfig) -> Heat:
     """Time a training step in both precisions, beside its matrix products alone and one large product."""
-    config = rwkv7(sizes.layers, sizes.channels, sizes.vocab_size, sizes.lengths[0])
     size, contenders = 2048 if sizes is REAL else 64, []
     for precision in ("float32", "bfloat16"):
         contenders += [step(config, 4, precision).contender(), products(config, 4, precision)]
         contenders.append(square_product(size, precision))
     paths = race(contenders, sizes.seconds, CPU, say)
     return with_share(Heat(title=f"{config.size_words()}, batch 4", paths=paths), config, size)
+
+
+def beside_rwkv4_of_transformers(sizes: Sizes, layers: int, channels: int, ctx_len: int) -> Heat:
+    """Time a training step of rwkv4 beside RwkvForCausalLM of transformers, a loop over tokens, with equal weights."""
+    config = earlier("rwkv4", layers, channels, sizes.vocab_size, ctx_len)
+    ours = random_model(config)
+    mine, contenders = step(config, 1, model=ours), []
+    try:
+        theirs = Training("RwkvForCausalLM float32", hf := rwkv4_of_transformers(ours), 1, ctx_len, "float32", hf)
+        contenders.append(theirs.contender())
+        contenders[0].fault = differs(theirs.logits(), mine.logits(), 1e-4)
+    except ImportError:
+        say("transformers is not installed: its RwkvForCausalLM is skipped")
+    contenders.append(mine.contender())
+    title = f"{config.size_words()}, batch 1"
+    return Heat(title=title, paths=race(contenders, sizes.seconds, CPU, say))
 
 
 def long_context(sizes: Sizes) -> Heat:
@@ -245,8 +267,21 @@ def training(record: Record, sizes: Sizes) -> None:
     record.part("training beside rwkv7-hf", lambda: beside_rwkv7_hf(sizes, sizes.layers, sizes.channels, batch_size=1))
     small_channels = min(256, sizes.channels)
     record.part("small training beside rwkv7-hf", lambda: beside_rwkv7_hf(sizes, 4, small_channels, batch_size=2))
-    record.part("share of the peak", lambda: of_the_peak(sizes))
+    config = rwkv7(sizes.layers, sizes.channels, sizes.vocab_size, sizes.lengths[0])
+    record.part("share of the peak", lambda: of_the_peak(sizes, config))
     record.part("long context", lambda: long_context(sizes))
     for ctx_len in sizes.lengths:
         record.part(f"beside Llama at ctx_len {ctx_len}", lambda ctx_len=ctx_len: beside_llama(sizes, ctx_len))
     record.part("small model", lambda: small(sizes))
+
+
+def training_of_earlier(record: Record, sizes: Sizes) -> None:
+    """Time training steps of rwkv4, rwkv5 and rwkv6."""
+    keep_freed_memory()
+    ctx_len = sizes.lengths[0]
+    for arch in ("rwkv4", "rwkv5", "rwkv6"):
+        config = earlier(arch, sizes.layers, sizes.channels, sizes.vocab_size, ctx_len)
+        record.part(f"share of the peak: {arch}", lambda config=config: of_the_peak(sizes, config))
+    for layers, channels in ((sizes.layers, sizes.channels), (4, min(256, sizes.channels))):
+        name = f"rwkv4 beside RwkvForCausalLM, {layers} layers, {channels} channels"
+        record.part(name, lambda a=layers, b=channels: beside_rwkv4_of_transformers(sizes, a, b, ctx_len))

@@ -37,6 +37,15 @@ def test_every_part_of_training_runs_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_training_steps_of_earlier_versions(tmp_path):
+    found = run(tmp_path / "earlier.json", "training-of-earlier")
+    for arch in ("rwkv4", "rwkv5", "rwkv6"):
+        share = rows(found[f"share of the peak: {arch}"])
+        assert all(share[f"{arch} {precision}"]["share_of_peak"] > 0 for precision in ("float32", "bfloat16"))
+    assert rows(found["rwkv4 beside RwkvForCausalLM, 4 layers, 64 channels"])["rwkv4 float32"]["seconds"] > 0
+
+
+@pytest.mark.slow
 def test_every_part_of_generation_runs(tmp_path):
     found = run(tmp_path / "generation.json", "generation")
     for weights in WEIGHTS:
