@@ -19,13 +19,14 @@ from timemix.runs.load import load
 from timemix.storage.json_files import to_json
 from timemix.tokenizers.make import train_tokenizer
 
+MATRICES = ("rwkv5", "rwkv6", "rwkv7")
 TOKENIZER = train_tokenizer("character", ["abcdefghijk"])
 TOKENS = np.random.Generator(np.random.Philox(key=1)).integers(0, 11, 37)
 
 
-def small(**fields):
+def small(arch="rwkv7", **fields):
     torch.manual_seed(4)
-    return build(VARIANTS["rwkv7"], **fields)
+    return build(VARIANTS[arch], **fields)
 
 
 def states_of_the_model(model, tokens):
@@ -40,9 +41,10 @@ def states_of_the_model(model, tokens):
 
 
 @pytest.mark.parametrize("piece", [128, 5])
-def test_norms_ranks_and_changes_are_those_of_the_models_states(monkeypatch, piece):
+@pytest.mark.parametrize("arch", MATRICES)
+def test_norms_ranks_and_changes_are_those_of_the_models_states(monkeypatch, arch, piece):
     monkeypatch.setattr(states, "PIECE", piece)
-    model = small()
+    model = small(arch)
     report = measure_states(model, TOKENIZER, TOKENS)
     S = states_of_the_model(model, TOKENS)
     assert report.positions == list(range(37))
@@ -97,6 +99,22 @@ def test_a_constant_decay_and_rate_have_their_half_life_and_no_spread():
     for row in measure_states(model, TOKENIZER, TOKENS).heads:
         np.testing.assert_allclose(row.half_life, [10 ** (row.layer + 1)] * 3, rtol=1e-9)
         assert (row.rate, row.rate_deviation) == (pytest.approx(0.2), pytest.approx(0, abs=1e-12))
+
+
+@pytest.mark.parametrize("arch", ["rwkv5", "rwkv6"])
+@torch.no_grad()
+def test_a_state_without_a_delta_rule_has_no_rate(arch):
+    """A decay of exp(-exp(d)) leaves half of the state after ln 2 / exp(d) tokens."""
+    model = small(arch)
+    for layer, block in enumerate(model.blocks):
+        decay = block.mixer.decay
+        if arch == "rwkv6":
+            decay.up_weight.zero_()
+            decay = decay.bias
+        decay.fill_(math.log(math.log(2) / 10 ** (layer + 1)))
+    for row in measure_states(model, TOKENIZER, TOKENS).heads:
+        np.testing.assert_allclose(row.half_life, [10 ** (row.layer + 1)] * 3, rtol=1e-9)
+        assert (row.rate, row.rate_deviation) == (None, None)
 
 
 @torch.no_grad()
@@ -156,7 +174,7 @@ def test_half_life_of_a_decay_of_one_is_finite():
     assert 1e30 < float(found[1]) < math.inf
 
 
-@pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.arch != "rwkv7"])
+@pytest.mark.parametrize("name", [name for name, config in VARIANTS.items() if config.arch not in MATRICES])
 def test_other_architectures_have_no_matrix_states(name):
     assert measure_states(build(VARIANTS[name]), TOKENIZER, TOKENS[:4]) is None
 

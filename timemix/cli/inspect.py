@@ -107,20 +107,21 @@ def _shift_columns(row: "Projection", loss: float) -> str:
 
 
 def _print_states(states: "StateReport") -> None:
+    has_rates = any(row.rate is not None for row in states.heads)
+    rate_words = "rate       in-context learning rate: mean and standard deviation over channels and tokens\n"
     print(
         "\nhalf-life  tokens after which half of the state is left, at 10, 50 and 90 % of channels and tokens\n"
-        "rate       in-context learning rate: mean and standard deviation over channels and tokens\n"
-        "norm       Frobenius norm of the state, mean over the text\n"
+        + rate_words * has_rates
+        + "norm       Frobenius norm of the state, mean over the text\n"
         "rank       effective rank of the state, mean over the text\n"
     )
-    print("layer  head  half-life 10 %      50 %      90 %   rate  deviation      norm    rank")
+    rate_columns = "   rate  deviation" if has_rates else ""
+    print(f"layer  head  half-life 10 %      50 %      90 %{rate_columns}      norm    rank")
     for row in states.heads:
         low, middle, high = (f"{x:,.1f}" for x in row.half_life)
         norm, rank = (sum(values) / len(values) for values in (row.norm, row.effective_rank))
-        print(
-            f"{row.layer:>5}  {row.head:>4}  {low:>14} {middle:>9} {high:>9} {row.rate:>6.2f}"
-            f" {row.rate_deviation:>10.2f} {norm:>9.2f} {rank:>7.2f}"
-        )
+        rate = "" if row.rate is None else f" {row.rate:>6.2f} {row.rate_deviation:>10.2f}"
+        print(f"{row.layer:>5}  {row.head:>4}  {low:>14} {middle:>9} {high:>9}{rate} {norm:>9.2f} {rank:>7.2f}")
     print("\ntokens that change the states of a layer most: mean change |S[t] - S[t-1]|, and number of occurrences\n")
     for layer in dict.fromkeys(row.layer for row in states.changes):
         own = [f"{row.text!r} {row.change:.2f} ({row.count:,}x)" for row in states.changes if row.layer == layer]

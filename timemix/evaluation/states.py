@@ -1,7 +1,7 @@
 """Measurements of the matrix states of a recurrent model along a text.
 
-Each head of each layer has a matrix S[t] of size (values, keys), the state after token t. In the following formulas, w
-is the log-decay of a channel of the keys, and s are the singular values of S[t]:
+Each head of each layer has a square matrix S[t] over values and keys, the state after token t. In the following
+formulas, w is the log-decay of a channel of the keys, and s are the singular values of S[t]:
 
     half-life of a channel    ln 2 / -w
     change by token t         |S[t] - S[t-1]|, where |.| is the Frobenius norm, and S[-1] = 0
@@ -48,10 +48,10 @@ class HeadState:
     head: int
     half_life: list[float]
     """Quantiles of the half-life in tokens over channels and tokens, at the levels of HALF_LIFE_QUANTILES."""
-    rate: float
-    """Mean of the in-context learning rate over channels and tokens."""
-    rate_deviation: float
-    """Standard deviation of the in-context learning rate over channels and tokens."""
+    rate: float | None
+    """Mean of the in-context learning rate over channels and tokens; None for a state without a delta rule."""
+    rate_deviation: float | None
+    """Standard deviation of the in-context learning rate over channels and tokens, or None like `rate`."""
     norm: list[float]
     """Frobenius norm of the state after each measured token."""
     effective_rank: list[float]
@@ -123,11 +123,14 @@ def measure_states(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarra
 
 @contextmanager
 def _recorded(recurrences: list[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
-    """Record the tensors that each call of the recurrences gets by keyword."""
+    """Record the tensors of 4 dimensions that each call of the recurrences gets by keyword."""
     calls: list[dict[str, Tensor]] = []
 
     def record(module: nn.Module, inputs: tuple[()], named: dict[str, Any], output: Any) -> None:
-        calls.append({name: value for name, value in named.items() if isinstance(value, Tensor)})
+        log_decay = named["log_decay"]
+        if log_decay.ndim == 2:
+            named = named | {"log_decay": log_decay.expand(*named["k"].shape[:2], *log_decay.shape)}
+        calls.append({name: x for name, x in named.items() if isinstance(x, Tensor) and x.ndim == 4})
 
     hooks = [each.register_forward_hook(record, with_kwargs=True) for each in recurrences]
     try:
@@ -150,7 +153,7 @@ def _follow(recurrence: nn.Module, inputs: dict[str, Tensor], measured: list[int
     """
     S = inputs.pop("state")
     changes, singular = [], [S.new_zeros(S.shape[0], 0, *S.shape[1:3])]
-    for t in range(inputs["rate"].shape[1]):
+    for t in range(inputs["log_decay"].shape[1]):
         before = S
         # A call of `forward` runs no hook.
         _, S = recurrence.forward(**{name: x[:, t : t + 1] for name, x in inputs.items()}, state=S, lengths=None)
@@ -161,10 +164,11 @@ def _follow(recurrence: nn.Module, inputs: dict[str, Tensor], measured: list[int
     s = torch.cat(singular, 1)
     values = {
         "half_life": half_life(inputs["log_decay"][:, measured]),
-        "rate": inputs["rate"][:, measured],
         "norm": s.square().sum(-1).sqrt(),
         "effective_rank": effective_rank(s),
     }
+    if "rate" in inputs:
+        values["rate"] = inputs["rate"][:, measured]
     return torch.stack(changes, 1), values
 
 
@@ -210,8 +214,8 @@ def _heads(values: dict[str, Tensor]) -> list[HeadState]:
                     layer=layer,
                     head=head,
                     half_life=np.quantile(own["half_life"], HALF_LIFE_QUANTILES).tolist(),
-                    rate=float(own["rate"].mean()),
-                    rate_deviation=float(own["rate"].std()),
+                    rate=float(own["rate"].mean()) if "rate" in own else None,
+                    rate_deviation=float(own["rate"].std()) if "rate" in own else None,
                     norm=own["norm"].tolist(),
                     effective_rank=own["effective_rank"].tolist(),
                 )
@@ -255,7 +259,8 @@ def draw_states(report: StateReport, out: Path) -> None:
     for layer, panels in enumerate(grid):
         _draw_layer(panels, [row for row in report.heads if row.layer == layer], report.positions)
         panels[0].set_ylabel(f"layer {layer}", fontsize=9)
-    titles = ("half-life in tokens (10, 50, 90 %)", "in-context learning rate", "norm |S|", "effective rank")
+    rate = "in-context learning rate" if report.heads[0].rate is not None else ""
+    titles = ("half-life in tokens (10, 50, 90 %)", rate, "norm |S|", "effective rank")
     labels = ("head", "head", "position", "position")
     for top, bottom, title, label in zip(grid[0], grid[-1], titles, labels, strict=True):
         top.set_title(title, fontsize=10)
@@ -274,10 +279,13 @@ def _draw_layer(panels: "Sequence[Axes]", rows: list[HeadState], positions: list
         color = colormaps["viridis"](row.head / max(1, len(rows) - 1) * 0.9)
         low, middle, high = row.half_life
         half_lives.errorbar(row.head, middle, [[middle - low], [high - middle]], fmt="o", markersize=4, color=color)
-        rates.errorbar(row.head, row.rate, row.rate_deviation, fmt="o", markersize=4, color=color)
+        if row.rate is not None:
+            rates.errorbar(row.head, row.rate, row.rate_deviation, fmt="o", markersize=4, color=color)
         norms.plot(positions, row.norm, color=color, linewidth=1)
         ranks.plot(positions, row.effective_rank, color=color, linewidth=1)
     rates.set_ylim(0, 1)
+    if all(row.rate is None for row in rows):
+        rates.set_axis_off()
     norms.set_ylim(bottom=0)
     ranks.set_ylim(bottom=0)
     for axes in panels:

@@ -283,10 +283,11 @@ class Block(nn.Module):
 
         The module has no parameters. It gets all arguments by keyword, and returns its output and the next state:
 
-        - `log_decay` (B, T, H, N): logarithm of the share of S that each channel of the keys keeps in a token,
-        - `rate` (B, T, H, N): in-context learning rate of each channel of the keys,
-        - `state` (B, H, values, keys), or None in training, and `lengths` (B,), as in `forward`,
-        - any other tensors (B, T, H, N).
+        - `log_decay` (B, T, H, N), or (H, N) for all tokens: logarithm of the share of S that each channel of the keys
+          keeps in a token,
+        - `rate` (B, T, H, N), only with a delta rule: in-context learning rate of each channel of the keys,
+        - `state` (B, H, N, N), or None in training, and `lengths` (B,), as in `forward`,
+        - any other tensors, of which those of 4 dimensions are (B, T, H, N), and all others have no effect on S.
 
         Returns:
             The module; None if the architecture has no matrix states.

@@ -31,6 +31,24 @@ MIXED_6 = ("decay", "key", "value", "receptance", "gate")
 """The vectors of a time-mix of RWKV-6, in the order of the original low-rank map."""
 
 
+class Recurrence(nn.Module):
+    """The recurrence `wkv6` of a time-mix, as a module, so that a hook can read its arguments and its state."""
+
+    def forward(
+        self,
+        r: Tensor,
+        log_decay: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        lengths: Tensor | None,
+        bonus: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute `wkv6`. Without a bonus (H, N), the current token has the weight 1."""
+        bonus = r.new_ones(r.shape[2:]) if bonus is None else wide(bonus)
+        return wkv6(r, log_decay, k, v, bonus, state, lengths=lengths)
+
+
 class TimeMix(nn.Module):
     """The part of the time-mix that RWKV-5 and RWKV-6 share, in the formulas for one token and one head.
 
@@ -49,6 +67,7 @@ class TimeMix(nn.Module):
         self.gate = Linear(C, C, bias=False) if config.uses("gate") else None
         self.output = Linear(C, C, bias=False)
         self.bonus = nn.Parameter(torch.zeros(config.heads, config.head_size)) if config.uses("bonus") else None
+        self.recurrence = Recurrence()
         has_norm = config.uses("head_norm")
         self.norm_weight = nn.Parameter(torch.ones(C)) if has_norm else None
         self.norm_bias = nn.Parameter(torch.zeros(C)) if has_norm else None
@@ -85,9 +104,9 @@ class TimeMix(nn.Module):
         """
         # (B, T, C) -> (B, T, H, N)
         r, k, v = (self.heads(wide(getattr(self, name)(mixed[name]))) for name in ("receptance", "key", "value"))
-        # Without a bonus, the current token has the weight 1.
-        bonus = r.new_ones(r.shape[2:]) if self.bonus is None else wide(self.bonus)
-        y, wkv = wkv6(r, self.log_decay(mixed), k, v, bonus, wkv, lengths=lengths)
+        y, wkv = self.recurrence(
+            r=r, log_decay=self.log_decay(mixed), k=k, v=v, state=wkv, lengths=lengths, bonus=self.bonus
+        )
         y = self.normalized(y).flatten(2)
         if self.gate is not None:
             y = y * F.silu(wide(self.gate(mixed["gate"])))
@@ -248,6 +267,9 @@ class Rwkv5Block(Block):
         found = {("mixer", name): getattr(self.mixer, name) for name in ("receptance", "key", "value", "gate")}
         found |= {("ffn", name): getattr(self.ffn, name) for name in FFN_MIXED}
         return {where: linear for where, linear in found.items() if linear is not None}
+
+    def recurrence(self) -> nn.Module:
+        return self.mixer.recurrence
 
 
 class Rwkv6Block(Rwkv5Block):
