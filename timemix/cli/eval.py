@@ -33,6 +33,9 @@ class EvalArguments:
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
     """Accept NUL characters as text. Without this option, a file with a NUL character is binary: timemix skips the file
     in a folder and rejects it as a single source."""
+    text_key: Annotated[str | None, tyro.conf.arg(aliases=["--data.text-key"])] = None
+    """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files. Default: text; .csv and
+    .tsv files are then plain text."""
     stride: int | None = None
     """Distance between the starts of windows in tokens, at least 1; a smaller stride gives more context. Default:
     ctx_len."""
@@ -76,7 +79,9 @@ def eval(arguments: list[str]) -> int:
     if parsed.data is None:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:
-        source = read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, progress=True)
+        source = read_source(
+            parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, text_key=parsed.text_key, progress=True
+        )
         text, name = source.text, source.name if parsed.data == "-" else parsed.data
         result = evaluate_text(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:

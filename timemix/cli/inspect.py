@@ -35,6 +35,9 @@ class InspectArguments:
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False
     """Accept NUL characters as text. Without this option, a file with a NUL character is binary: timemix skips the file
     in a folder and rejects it as a single source."""
+    text_key: Annotated[str | None, tyro.conf.arg(aliases=["--data.text-key"])] = None
+    """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files. Default: text; .csv and
+    .tsv files are then plain text."""
     tokens: int = 16384
     """Largest number of tokens of the text to use, at least 2."""
     checkpoint: str = "best"
@@ -69,7 +72,7 @@ def inspect(arguments: list[str]) -> int:
         tokens: Any = loaded.corpus().valid
     else:
         tokens, _ = loaded.tokenizer.encode_lenient(
-            read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul).text
+            read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, text_key=parsed.text_key).text
         )
     report = inspect_run(loaded, evenly_spaced(tokens, parsed.tokens))
     pictures = draw(report, loaded.config.model, parsed.out or run / "inspect")

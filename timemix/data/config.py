@@ -27,6 +27,9 @@ class DataConfig:
     """Encoding of the text files, by its Python name."""
     keep_nul: bool = False
     """Acceptance of NUL characters in text. Default: a file with NUL is an error, or is skipped in a folder."""
+    text_key: str | None = None
+    """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files.
+    Default: text; .csv and .tsv files are then plain text."""
     tokenizer: TokenizerKind = "character"
     """Unit of text that one token represents."""
     vocab_size: int = 4096

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from timemix.data.corpus import is_corpus
 from timemix.data.readers import OPENERS, chunks, looks_binary
+from timemix.data.records import format_of
 from timemix.errors import FileError, MissingFile
 
 logger = logging.getLogger("timemix")
@@ -136,7 +137,9 @@ def _kept(source: str, files: list[Path], encoding: str, keep_nul: bool) -> list
     copies = {path for path in files if path.suffix.lower() in OPENERS and path.with_suffix("") in names}
     _skip(source, "a compressed copy of the file beside it", copies)
     files = [path for path in files if path not in copies]
-    binary = {path for path in files if looks_binary(next(chunks(path), b"")[:HEAD], encoding, keep_nul)}
+    tables = {path for path in files if format_of(path, None) == ".parquet"}
+    texts = [path for path in files if path not in tables]
+    binary = {path for path in texts if looks_binary(next(chunks(path), b"")[:HEAD], encoding, keep_nul)}
     _skip(source, "binary", binary)
     return [path for path in files if path not in binary]
 

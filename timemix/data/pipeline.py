@@ -103,8 +103,8 @@ class Text:
         self.held_out = self._held_out()
 
     def _open(self, source: str, progress: ShowProgress) -> Source:
-        config = self.config
-        return open_source(source, encoding=config.encoding, keep_nul=config.keep_nul, progress=progress)
+        options = {name: getattr(self.config, name) for name in ("encoding", "keep_nul", "text_key")}
+        return open_source(source, **options, progress=progress)
 
     def _refuse_shared_files(self, valid: Source) -> None:
         own = {os.path.realpath(file): file for file in self.source.files}

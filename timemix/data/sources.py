@@ -14,6 +14,7 @@ from typing import TextIO
 from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
 from timemix.data.folders import folder_files, glob_files, written_by_timemix
 from timemix.data.readers import CHUNK, chunks, decoded
+from timemix.data.records import format_of, joined, parquet, records
 from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
 from timemix.storage.files import cannot_read, check_name
@@ -62,6 +63,7 @@ def read_source(
     *,
     encoding: str = "utf-8",
     keep_nul: bool = False,
+    text_key: str | None = None,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> SourceText:
@@ -71,6 +73,8 @@ def read_source(
         source: A text source, as for `open_source`.
         encoding: Encoding of the files.
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
+        text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
+            TSV are then plain text.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -80,7 +84,9 @@ def read_source(
         InvalidValue: The text is empty, looks binary, or is not in `encoding`.
         Unavailable: A download failed.
     """
-    opened = open_source(source, encoding=encoding, keep_nul=keep_nul, cache=cache, progress=progress)
+    opened = open_source(
+        source, encoding=encoding, keep_nul=keep_nul, text_key=text_key, cache=cache, progress=progress
+    )
     valid = None if opened.valid is None else _whole(opened.valid)
     return SourceText(_whole(opened), opened.name, opened.files, valid)
 
@@ -94,21 +100,26 @@ def open_source(
     *,
     encoding: str = "utf-8",
     keep_nul: bool = False,
+    text_key: str | None = None,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
     """Open a text source that is then read in pieces.
 
-    Files may be compressed (gzip, xz, bzip2). Line ends are not changed, and a byte order mark is removed. The files of
-    a folder are read in sorted order, with a newline between two files. A warning counts the skipped files of each
-    kind: hidden files, binary files, links to other files, compressed copies of other files, and folders that timemix
-    wrote. The `read` function of the result raises the errors about the content of the files.
+    Files may be compressed (gzip, xz, bzip2). JSON lines (.jsonl, .ndjson), Parquet files and, with `text_key`, tables
+    (.csv, .tsv) have one text per record, and the texts are joined by newlines. Line ends are not changed, and a byte
+    order mark is removed. The files of a folder are read in sorted order, with a newline between two files. A warning
+    counts the skipped files of each kind: hidden files, binary files, links to other files, compressed copies of other
+    files, and folders that timemix wrote. The `read` function of the result raises the errors about the content of the
+    files.
 
     Args:
         source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
             existing path takes precedence over the name of a download.
         encoding: Encoding of the files.
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
+        text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
+            TSV are then plain text.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -120,20 +131,20 @@ def open_source(
     """
     options = (encoding, keep_nul)
     if source == "-":
-        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *options)
+        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *options, text_key)
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
             raise FileError(f"{source} is {kind}, which has tokens and no text; name a text file or a folder of texts")
-        return _files_source(source, folder_files(Path(source), *options), *options)
+        return _files_source(source, folder_files(Path(source), *options), *options, text_key)
     if os.path.exists(source):
-        return _files_source(source, [Path(source)], *options)
+        return _files_source(source, [Path(source)], *options, text_key)
     if source == "builtin":
         return _builtin()
     if source in DOWNLOADS:
         return _download_source(source, cache, progress)
     if matches := glob_files(source, *options):
-        return _files_source(source, matches, *options)
+        return _files_source(source, matches, *options, text_key)
     raise MissingFile(_no_source(source))
 
 
@@ -153,16 +164,23 @@ def _builtin() -> Source:
     return Source("builtin", (), len(text.encode()), lambda advance: iter([(0, text)]))
 
 
-def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool) -> Source:
+def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool, text_key: str | None = None) -> Source:
     held = {path: _bytes_of_pipe(path) for path in files if path is STANDARD_INPUT or not path.is_file()}
     sizes = [len(held[path]) if path in held else _size(path) for path in files]
+
+    def texts_of(path: Path, before: int, size: int, advance: Advance) -> Iterator[str]:
+        suffix = format_of(path, text_key)
+        if suffix == ".parquet":
+            return joined(parquet(path, text_key, lambda share: advance(before + int(share * size))))
+        data = chunks(path, held.get(path), before, advance)
+        texts = decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1)
+        return texts if suffix is None else joined(records(texts, path, suffix, text_key))
 
     def read(advance: Advance) -> Iterator[tuple[int, str]]:
         before, last, newest = 0, "", -1
         for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
             begun = False
-            data = chunks(path, held.get(path), before, advance)
-            for text in decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1):
+            for text in texts_of(path, before, size, advance):
                 if not begun and last not in ("", "\n"):
                     yield newest, "\n"
                 yield number, text

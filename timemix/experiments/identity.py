@@ -36,8 +36,8 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     # Omit settings that later versions added, if the values do not change the run.
     for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
-    for name in ("hold_out", "keep_nul"):
-        del form["data"][name]
+    for name in ("hold_out", "keep_nul", "text_key"):
+        form["data"].pop(name, None)
     if not form["model"].get("without"):
         form["model"].pop("without", None)
     forms = [form]

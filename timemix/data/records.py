@@ -1,0 +1,175 @@
+"""Readers of files with one text per record: JSON lines, tables (CSV, TSV), and Parquet."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from timemix.data.readers import CHUNK, OPENERS
+from timemix.errors import DamagedFile, InvalidValue, Unavailable, nearest
+
+DEFAULT_KEY = "text"
+"""Key of the text in JSON lines and Parquet, unless data.text_key names another key."""
+LONGEST_LINE = 1 << 28
+"""Largest number of characters of a line. A longer line is probably damaged, and would fill the memory."""
+
+_JSON_LINES, _TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+
+
+def format_of(path: Path, key: str | None) -> str | None:
+    """Return the suffix of a format of records, or None for plain text.
+
+    Args:
+        path: The file. A suffix of a compression is left out.
+        key: Value of data.text_key. Without a key, CSV and TSV files are plain text.
+    """
+    name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    suffix = name.suffix.lower()
+    if suffix in _JSON_LINES or suffix == ".parquet" or (suffix in _TABLES and key is not None):
+        return suffix
+    return None
+
+
+def joined(records: Iterator[str]) -> Iterator[str]:
+    """Join the texts of records, with a newline between two texts unless the first one ends with a newline.
+
+    Args:
+        records: The texts. Empty texts are left out.
+
+    Yields:
+        Pieces of the joined text, each of about CHUNK characters.
+    """
+    piece: list[str] = []
+    size, last = 0, ""
+    for text in records:
+        if not text:
+            continue
+        piece.append(text if last in ("", "\n") else "\n" + text)
+        size, last = size + len(text), text[-1]
+        if size >= CHUNK:
+            yield "".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> Iterator[str]:
+    """Read the records of JSON lines or of a table.
+
+    Args:
+        texts: The decoded file, in pieces.
+        path: The file, for messages.
+        suffix: Format, as from `format_of`.
+        key: Key of the text; None: DEFAULT_KEY.
+
+    Yields:
+        The text of each record.
+
+    Raises:
+        DamagedFile: A line is no record, or too long. The message names the line.
+        InvalidValue: A record has no text under the key.
+    """
+    lines = _lines(texts, path)
+    if suffix in _TABLES:
+        yield from _table(lines, path, _TABLES[suffix], key or DEFAULT_KEY)
+        return
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(f"{path}, line {number}, is no JSON: {error}; correct or remove the line") from error
+        if not isinstance(record, dict):
+            raise DamagedFile(f"{path}, line {number}, is no JSON object; correct or remove the line")
+        yield _text(record, key or DEFAULT_KEY, f"{path}, line {number},")
+
+
+def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
+    """Yield the lines of a text, with their line ends. Only a newline ends a line."""
+    rest: list[str] = []
+    size = number = 0
+    for text in texts:
+        *whole, last = text.split("\n")
+        for line in whole:
+            yield "".join([*rest, line, "\n"])
+            rest, size, number = [], 0, number + 1
+        rest.append(last)
+        size += len(last)
+        if size > LONGEST_LINE:
+            raise DamagedFile(f"{path}, line {number + 1}, has more than {LONGEST_LINE:,} characters; split the line")
+    if last := "".join(rest):
+        yield last
+
+
+def _text(record: dict[str, Any], key: str, place: str) -> str:
+    """Return the text of a record."""
+    if key not in record:
+        raise InvalidValue(f"{place} has no key {key!r}{nearest(key, record)}; set data.text_key")
+    text = record[key]
+    if not isinstance(text, str):
+        kind = "null" if text is None else f"of type {type(text).__name__}"
+        raise InvalidValue(f"{place} has {key!r} {kind}; it must be a text")
+    return text
+
+
+def _table(lines: Iterator[str], path: Path, delimiter: str, key: str) -> Iterator[str]:
+    """Yield the texts in a column of a table, whose first line has the names of the columns."""
+    csv.field_size_limit(LONGEST_LINE)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if key not in names:
+            raise InvalidValue(f"{path} has no column {key!r}{nearest(key, names)}; set data.text_key")
+        column = names.index(key)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(names):
+                raise DamagedFile(
+                    f"{path}, line {reader.line_num}, has {len(row)} columns, not {len(names)}; correct the line"
+                )
+            yield row[column]
+    except csv.Error as error:
+        raise DamagedFile(f"{path}, line {reader.line_num}, is no row of a table: {error}; correct the line") from error
+
+
+def parquet(path: Path, key: str | None, advance: Callable[[float], object]) -> Iterator[str]:
+    """Read a column of a Parquet file, one row group after another.
+
+    Args:
+        path: The file.
+        key: Name of the column; None: DEFAULT_KEY.
+        advance: Function that receives the share of the rows that was read so far.
+
+    Yields:
+        The text of each row.
+
+    Raises:
+        Unavailable: The package pyarrow is not installed.
+        DamagedFile: The file is damaged.
+        InvalidValue: The column is missing, or has no text in a row.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet as reader
+    except ImportError as error:
+        raise Unavailable(f"{path} is a Parquet file, which needs pyarrow: pip install 'timemix[data]'") from error
+    key, done = key or DEFAULT_KEY, 0
+    try:
+        with reader.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if key not in names:
+                raise InvalidValue(f"{path} has no column {key!r}{nearest(key, names)}; set data.text_key")
+            kind = file.schema_arrow.field(key).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise InvalidValue(f"{path} has the column {key!r} of type {kind}; it must be a column of texts")
+            for batch in file.iter_batches(batch_size=1024, columns=[key]):
+                for row, text in enumerate(batch.column(0).to_pylist(), done + 1):
+                    yield _text({key: text}, key, f"{path}, row {row},")
+                done += batch.num_rows
+                advance(done / max(1, file.metadata.num_rows))
+    except (pyarrow.ArrowException, OSError) as error:
+        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedFile(f"{path} is damaged or no Parquet file: {words}; get it again") from error
