@@ -21,6 +21,7 @@ from timemix.models.state import State
 VOCABULARY = 11
 LARGE = 2**30
 MODELS = {
+    "rwkv6": ("rwkv6", torch.float32, "auto"),
     "rwkv7": ("rwkv7", torch.float32, "auto"),
     "rwkv1, a short context": ("rwkv1", torch.float32, "auto"),
     "llama": ("llama", torch.float32, "auto"),

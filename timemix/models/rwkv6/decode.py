@@ -7,6 +7,8 @@ import ctypes
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
@@ -18,7 +20,6 @@ from timemix.models.step_memory import Common, LinearMap
 from timemix.ops.rwkv6.compiled import MOST
 
 _MIXER, _FFN = ("key", "value", "receptance", "gate", "output"), ("key", "receptance", "value")
-_LOW_RANKS = ("mix_down", "mix_up")
 _STATE = ("mixer_shift", "ffn_shift", "wkv")
 
 
@@ -30,7 +31,8 @@ class _Layer(ctypes.Structure):
         ("ffn_mix", ctypes.c_void_p * 2),
         *((name, LinearMap) for name in _MIXER),
         *((f"ffn_{name}", LinearMap) for name in _FFN),
-        *((name, LinearMap * len(MIXED_6)) for name in _LOW_RANKS),
+        ("mix_down", LinearMap),
+        ("mix_up", LinearMap * len(MIXED_6)),
         *((name, LinearMap) for name in ("decay_down", "decay_up")),
         *((name, ctypes.c_void_p) for name in ("decay", "bonus", *_STATE)),
     ]
@@ -39,7 +41,7 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = [
         ("common", Common),
-        *((name, ctypes.c_int64) for name in ("heads", "hidden", "rank")),
+        *((name, ctypes.c_int64) for name in ("heads", "hidden", "rank", "decay_rank")),
         ("head_epsilon", ctypes.c_float),
         ("layer", ctypes.POINTER(_Layer)),
     ]
@@ -79,11 +81,12 @@ class Rwkv6Step(CompiledStep):
     def model_fields(self) -> dict[str, Any]:
         """Return the sizes of the time-mix and the channel-mix, which are equal in all layers."""
         config = cast(Rwkv5Config, self.model.config)
-        ranks = (config.mixture_rank, config.decay_rank) if isinstance(config, Rwkv6Config) else (0,)
+        rank, decay_rank = (config.mixture_rank, config.decay_rank) if isinstance(config, Rwkv6Config) else (0, 0)
         return {
             "heads": config.heads,
             "hidden": config.ffn_hidden,
-            "rank": max(ranks),
+            "rank": rank,
+            "decay_rank": decay_rank,
             "head_epsilon": config.group_norm_eps,
         }
 
@@ -95,23 +98,15 @@ class Rwkv6Step(CompiledStep):
 
     def _fields_of_6(self, mixer: TimeMix6) -> dict[str, Any]:
         """Return the mixtures and the decay of rwkv6, and their low-rank maps."""
-        given = self.parameters
-        down, up = zip(*(self._low_rank(mixer.mix_maps[name]) for name in MIXED_6), strict=True)
-        decay_down, decay_up = self._low_rank(mixer.decay)
+        given, weights = self.parameters, at_least_int8(self.parameters.weights)
+        maps = [cast(LowRank, mixer.mix_maps[name]) for name in MIXED_6]
+        # One map has more panels than each of the five, so that more threads share it.
+        down = torch.cat([each.down_weight for each in maps], 1)
         return {
             "first_mix": given.vector(mixer.first_mix),
             "mix": tuple(given.vector(mixer.mix[name]) for name in MIXED_6),
-            "mix_down": down,
-            "mix_up": up,
-            "decay_down": decay_down,
-            "decay_up": decay_up,
+            "mix_down": given.panels(down.t(), None, weights),
+            "mix_up": tuple(given.panels(each.up_weight.t(), None, weights) for each in maps),
+            "decay_down": given.panels(mixer.decay.down_weight.t(), None, weights),
+            "decay_up": given.panels(mixer.decay.up_weight.t(), mixer.decay.bias, weights),
         }
-
-    def _low_rank(self, low_rank: Any) -> tuple[LinearMap, LinearMap]:
-        """Return the two linear maps of a low-rank map."""
-        low_rank = cast(LowRank, low_rank)
-        pack, weights = self.parameters.panels, at_least_int8(self.parameters.weights)
-        return (
-            pack(low_rank.down_weight.t(), None, weights),
-            pack(low_rank.up_weight.t(), getattr(low_rank, "bias", None), weights),
-        )

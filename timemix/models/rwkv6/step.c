@@ -40,7 +40,8 @@ typedef struct {
     const float *mixer_norm[2], *ffn_norm[2], *head_norm[2];             /* {weight, bias} (C,) */
     const float *first_mix, *mix[MIXTURES], *ffn_mix[FFN_MIXTURES];      /* (C,): share of the previous token */
     linear key, value, receptance, gate, output, ffn_key, ffn_receptance, ffn_value;
-    linear mix_down[MIXTURES], mix_up[MIXTURES], decay_down, decay_up;
+    linear mix_down, mix_up[MIXTURES]; /* mix_down: the first maps of all mixtures, as one map */
+    linear decay_down, decay_up;
     const float *decay, *bonus;     /* (C,): w of rwkv5, u of wkv6 */
     float *mixer_shift, *ffn_shift; /* (slots, C): newest z of each sublayer */
     float *wkv;                     /* (slots, H, N, N): S */
@@ -49,15 +50,17 @@ typedef struct {
 typedef struct {
     common common;
     int64_t heads, hidden;
-    int64_t rank; /* the largest rank of the low-rank maps */
+    int64_t rank, decay_rank; /* ranks of the low-rank maps to the mixtures and to the decay, 0 in rwkv5 */
     float head_epsilon;
     layer *layer;
 } model;
 
-/* Intermediate results of all rows of a call, each (rows, C) except `low` and `hidden`. */
+/* Intermediate results of all rows of a call, each (rows, C) except the hidden channels. */
 typedef struct {
     float *x, *z, *in[MIXTURES], *k, *v, *r, *gate, *decay;
-    float *low[MIXTURES]; /* (rows, rank): hidden channels of the low-rank maps */
+    float *all_low;       /* (rows, MIXTURES, rank): hidden channels of the low-rank maps to the mixtures */
+    float *low[MIXTURES]; /* (rows, rank): tanh of the hidden channels of each map */
+    float *low_decay;     /* (rows, decay_rank): hidden channels of the low-rank map to the decay */
     float *hidden;        /* (rows, F) */
     int32_t *lists;       /* (blocks, LIST(F)): hidden channels that are not zero, see sparse.h */
 } rows;
@@ -68,8 +71,8 @@ typedef struct {
 /* Size of the scratch memory of timemix_step, in numbers. */
 int64_t timemix_scratch(const model *m, int64_t count, int64_t pieces) {
     (void)pieces;
-    const int64_t blocks = (count + ROWS - 1) / ROWS;
-    return count * (WIDE * m->common.channels + MIXTURES * m->rank + m->hidden) + blocks * LIST(m->hidden);
+    const int64_t blocks = (count + ROWS - 1) / ROWS, low = 2 * MIXTURES * m->rank + m->decay_rank;
+    return count * (WIDE * m->common.channels + low + m->hidden) + blocks * LIST(m->hidden);
 }
 
 /* Divides the scratch memory. */
@@ -80,29 +83,30 @@ static rows divided(const model *m, int64_t count, float *scratch) {
     for (int64_t n = 0; n < 7; n++, scratch += size) *wide[n] = scratch;
     for (int64_t n = 0; n < MIXTURES; n++, scratch += size) w.in[n] = scratch;
     for (int64_t n = 0; n < MIXTURES; n++, scratch += count * m->rank) w.low[n] = scratch;
-    w.hidden = scratch;
+    w.all_low = scratch;
+    w.low_decay = w.all_low + count * MIXTURES * m->rank;
+    w.hidden = scratch = w.low_decay + count * m->decay_rank;
     w.lists = (int32_t *)(scratch + count * m->hidden);
     return w;
 }
 
-/* low = tanh(low), of the hidden channels of some low-rank maps. */
-static void tanh_rows(const linear *down, float *const *low, int64_t maps, int64_t count) {
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t n = 0; n < maps; n++)
-        for (int64_t i = 0; i < count; i++) {
-            float *row = low[n] + i * down[n].outputs;
-            for (int64_t c = 0; c < down[n].outputs; c++) row[c] = tanhf(row[c]);
-        }
+/* y (n,) = tanh(x). */
+static void tanh_row(const float *x, int64_t n, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] = tanhf(x[i]);
 }
 
 /* The mixtures of rwkv6, whose shares are mix[n] plus a low-rank map of a first mixture. */
 static void learned_mixtures(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    const int64_t count = b->first[b->pieces], C = m->common.channels, R = m->rank;
     norm_rows(&m->common, b, l->mixer_norm, w->x, w->z);
     mix_rows(&m->common, b, w->z, l->mixer_shift, &l->first_mix, 1, (float *const[]){w->r});
-    for (int64_t n = 0; n < MIXTURES; n++) multiply(&l->mix_down[n], w->r, w->low[n], count);
+    multiply(&l->mix_down, w->r, w->all_low, count);
 #pragma omp barrier
-    tanh_rows(l->mix_down, w->low, MIXTURES, count);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < MIXTURES; n++)
+            /* (rows, MIXTURES, rank) -> (MIXTURES, rows, rank) */
+            tanh_row(w->all_low + (i * MIXTURES + n) * R, R, w->low[n] + i * R);
     for (int64_t n = 0; n < MIXTURES; n++) multiply(&l->mix_up[n], w->low[n], w->in[n], count);
 #pragma omp barrier
 #pragma omp for collapse(2) schedule(static)
@@ -173,10 +177,12 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
     multiply(&l->value, w->in[VALUE], w->v, count);
     if (l->gate.weight) multiply(&l->gate, w->in[GATE], w->gate, count);
     if (l->decay_down.weight) {
-        multiply(&l->decay_down, w->in[DECAY], w->low[DECAY], count);
+        multiply(&l->decay_down, w->in[DECAY], w->low_decay, count);
 #pragma omp barrier
-        tanh_rows(&l->decay_down, w->low + DECAY, 1, count);
-        multiply(&l->decay_up, w->low[DECAY], w->decay, count);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++)
+            tanh_row(w->low_decay + i * m->decay_rank, m->decay_rank, w->low_decay + i * m->decay_rank);
+        multiply(&l->decay_up, w->low_decay, w->decay, count);
     }
 #pragma omp barrier
     /* The threads share the pairs of head and piece, so that a single long piece keeps all of them busy. */
