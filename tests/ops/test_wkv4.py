@@ -106,6 +106,15 @@ def test_hard_values_in_float32(backend, kind, T):
     assert_accurate(results([x.float() for x in arguments], backend), expected, 10 if is_hard else 1)
 
 
+@pytest.mark.parametrize("shift", [59.0, -59.0])
+def test_exponents_near_60_keep_their_digits_in_c(shift):
+    """A rounded exponent of 60 has an error of up to 4e-6, which would be the relative error of a weight."""
+    torch.manual_seed(3)
+    arguments = [x.detach().float().double() for x in inputs(1, 200, 33, key=0.1, shift=shift)]
+    expected = results(arguments, "reference")
+    assert error(results([x.float() for x in arguments], "c")["y"], expected["y"]) < 3e-7
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_the_c_code_is_bit_identical_for_any_threads_and_strides(changed):
     arguments = inputs(3, 40, 130, torch.float32)
