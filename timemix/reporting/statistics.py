@@ -36,8 +36,13 @@ def mean_interval(values: Sequence[float]) -> Difference:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return {"mean": mean, "low": None, "high": None}
-    half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = _half_width(statistics.stdev(values), n)
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _half_width(deviation: float, n: int) -> float:
+    """Return half of the width of the interval of the mean of n values with a standard deviation."""
+    return t_quantile((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n)
 
 
 def t_quantile(p: float, degrees: int) -> float:
@@ -99,10 +104,9 @@ def verdict_words(gain: Difference | None, seeds: int) -> str:
     word = verdict_word(gain)
     if word != "undecided" or gain is None or gain["low"] is None or not gain["mean"]:
         return word
-    half = gain["mean"] - gain["low"]
-    deviation = half * math.sqrt(seeds) / t_quantile((1 + CONFIDENCE) / 2, seeds - 1)
+    deviation = (gain["mean"] - gain["low"]) / _half_width(1, seeds)
     for n in range(seeds + 1, MOST_SEEDS + 1):
-        if t_quantile((1 + CONFIDENCE) / 2, n - 1) * deviation / math.sqrt(n) < abs(gain["mean"]):
+        if _half_width(deviation, n) < abs(gain["mean"]):
             return f"{word} (about {n} seeds would decide)"
     return f"{word} (more than {MOST_SEEDS} seeds would decide)"
 
