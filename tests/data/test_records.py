@@ -119,6 +119,8 @@ LINE_2 = [
     ('{"text": ["b"]}', "line 2, has 'text' of type list; it must be a text"),
     ('{"text": {"a": 1}}', "line 2, has 'text' of type dict"),
     ("[" * 100_000, "line 2, is no JSON"),
+    ('{"text": 12}', "line 2, has 'text' as a number"),
+    ('{"text": "b\\ud800"}', "line 2, has the lone surrogate U.D800 in 'text'"),
 ]
 
 
@@ -182,3 +184,24 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     status, out, _ = run_command(capsys, "data", "a.jsonl", "--data.text-key", "content", "--json")
     assert status == 0
     assert json.loads(out)["characters"] == 8 * 99 - 1
+
+
+def test_columns_of_equal_names_and_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    pairs = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    writer.write_table(pairs, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(InvalidValue, match="has 2 columns 'text'; rename all but one"):
+            read_source(str(tmp_path / name), text_key="text")
+    damaged = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    writer.write_table(pyarrow.table({"text": damaged}), tmp_path / "b.parquet")
+    with pytest.raises(DamagedFile, match=r"b\.parquet is damaged or no Parquet file: .* byte 0xff"):
+        read_source(str(tmp_path / "b.parquet"))
+
+
+def test_an_integer_of_many_digits_and_an_empty_table(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": ' + "9" * 9000 + ', "text": "b"}\n')
+    assert read_source(str(tmp_path / "a.jsonl")).text == "b"
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(InvalidValue, match="is empty"):
+        read_source(str(tmp_path / "a.csv"), text_key="text")

@@ -152,6 +152,20 @@ def early_logits(weights, tokens):
     return norm("ln_out", x) @ w["head.weight"].T
 
 
+@pytest.mark.parametrize("each", ["time_decay", "key.weight"])
+def test_damaged_files_of_early_versions(each, tmp_path):
+    weights = early_weights("5.1", torch.float32)
+    name = f"blocks.1.att.{each}"
+    changed = [weights | {name: torch.tensor(1.0)}, without(name)(weights)]
+    for i, damaged in enumerate(changed):
+        torch.save(damaged, tmp_path / f"{i}.pth")
+        with pytest.raises(DamagedFile, match=f"the weights have no vector or matrix '{name}'"):
+            read_published(tmp_path / f"{i}.pth", 32)
+    torch.save(weights | {"blocks.0.att.time_faaaa": torch.ones(3, 8)}, tmp_path / "both.pth")
+    with pytest.raises(DamagedFile, match="both 'blocks.0.att.time_first' and 'blocks.0.att.time_faaaa'"):
+        read_published(tmp_path / "both.pth", 32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("version", ["5.0", "5.1"])
 def test_early_versions_load_and_generate(version, dtype, tmp_path):

@@ -95,10 +95,31 @@ def test_saved_and_loaded_again(path, tmp_path):
         {"added_tokens": [{"id": 5000, "content": "x", "special": True}]},
         {"added_tokens": 3},
         {"model": {"type": "Unigram", "vocab": {}}},
+        {"pre_tokenizer": None},
     ],
 )
 def test_other_tokenizers_are_refused(path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DamagedFile, match="is no tokenizer file of timemix"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["model"].update(continuing_subword_prefix="x"),
+        lambda d: d["model"].update(end_of_word_suffix="x"),
+        lambda d: d["model"].update(dropout=0.5),
+        lambda d: d["added_tokens"][0].update(id=3),
+        lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"content": "again"}),
+        lambda d: d["model"]["vocab"].update({"zzzz": 5}),
+    ],
+)
+def test_damaged_tokenizers_are_refused(path, change):
+    """The prefix ended the process inside the library."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
     with pytest.raises(DamagedFile, match="is no tokenizer file of timemix"):
         load_tokenizer(path)
 

@@ -78,7 +78,8 @@ def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> I
         if line.isspace():
             continue
         try:
-            record = json.loads(line)
+            # Python refuses to parse integers of thousands of digits.
+            record = json.loads(line, parse_int=float)
         except (ValueError, RecursionError) as error:
             raise DamagedFile(f"{path}, line {number}, is no JSON: {error}; correct or remove the line") from error
         if not isinstance(record, dict):
@@ -109,9 +110,23 @@ def _text(record: dict[str, Any], key: str, place: str) -> str:
         raise InvalidValue(f"{place} has no key {key!r}{nearest(key, record)}; set data.text_key")
     text = record[key]
     if not isinstance(text, str):
-        kind = "null" if text is None else f"of type {type(text).__name__}"
+        kind = {type(None): "null", float: "as a number"}.get(type(text), f"of type {type(text).__name__}")
         raise InvalidValue(f"{place} has {key!r} {kind}; it must be a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise InvalidValue(f"{place} has the lone surrogate {code} in {key!r}; remove it") from error
     return text
+
+
+def _column(path: Path, names: list[str], key: str) -> int:
+    """Return the number of the column with a name."""
+    if key not in names:
+        raise InvalidValue(f"{path} has no column {key!r}{nearest(key, names)}; set data.text_key")
+    if names.count(key) > 1:
+        raise InvalidValue(f"{path} has {names.count(key)} columns {key!r}; rename all but one of these columns")
+    return names.index(key)
 
 
 def _table(lines: Iterator[str], path: Path, delimiter: str, key: str) -> Iterator[str]:
@@ -119,10 +134,10 @@ def _table(lines: Iterator[str], path: Path, delimiter: str, key: str) -> Iterat
     csv.field_size_limit(LONGEST_LINE)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        names = next(reader, [])
-        if key not in names:
-            raise InvalidValue(f"{path} has no column {key!r}{nearest(key, names)}; set data.text_key")
-        column = names.index(key)
+        names = next(reader, None)
+        if names is None:
+            return
+        column = _column(path, names, key)
         for row in reader:
             if not row:
                 continue
@@ -159,10 +174,7 @@ def parquet(path: Path, key: str | None, advance: Callable[[float], object]) -> 
     key, done = key or DEFAULT_KEY, 0
     try:
         with reader.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if key not in names:
-                raise InvalidValue(f"{path} has no column {key!r}{nearest(key, names)}; set data.text_key")
-            kind = file.schema_arrow.field(key).type
+            kind = file.schema_arrow.field(_column(path, file.schema_arrow.names, key)).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise InvalidValue(f"{path} has the column {key!r} of type {kind}; it must be a column of texts")
             for batch in file.iter_batches(batch_size=1024, columns=[key]):
@@ -170,6 +182,6 @@ def parquet(path: Path, key: str | None, advance: Callable[[float], object]) -> 
                     yield _text({key: text}, key, f"{path}, row {row},")
                 done += batch.num_rows
                 advance(done / max(1, file.metadata.num_rows))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedFile(f"{path} is damaged or no Parquet file: {words}; get it again") from error

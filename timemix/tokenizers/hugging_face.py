@@ -25,33 +25,43 @@ class HuggingFaceTokenizer(Tokenizer):
         document: Content of the `tokenizer.json`, with at least one added token. timemix's own files have none.
 
     Raises:
-        ValueError: The tokenizer is not byte-level, its ids have gaps, it has no added token, or an added token has
-            several words.
+        ValueError: The tokenizer is not byte-level, two tokens have one id, the ids have gaps, it has no added token,
+            or an added token has several words.
     """
 
     kind = "hugging_face"
     border = WORD_END
 
     def __init__(self, document: dict[str, Any]) -> None:
+        model = document["model"]
         added = {each["id"]: each for each in document["added_tokens"]}
         if not added:
             raise ValueError("the tokenizer has no added token")
+        if len(added) < len(document["added_tokens"]) or len(set(model["vocab"].values())) < len(model["vocab"]):
+            raise ValueError("two tokens have one id")
+        # The library ends the process after a merge whose token it cuts inside a character.
+        if any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")):
+            raise ValueError("the tokenizer has affixes or dropout, which byte-level tokenizers do not have")
         # A token of byte-level byte pair encoding has a printable character for each byte.
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
         # An entry of the vocabulary that is an added token may have other characters.
-        entries = {text: i for text, i in document["model"]["vocab"].items() if i not in added}
+        entries = {text: i for text, i in model["vocab"].items() if i not in added}
         spelled = {i: bytes(byte_of[character] for character in text) for text, i in entries.items()}
         spelled |= {i: b"" if each["special"] else each["content"].encode() for i, each in added.items()}
         if spelled.keys() != set(range(len(spelled))):
             raise ValueError("the ids of the tokens have gaps")
-        if (document["decoder"] or {}).get("type") != "ByteLevel" or document["model"]["type"] != "BPE":
-            raise ValueError("the tokenizer is no byte-level byte pair encoding")
+        if not (_has_byte_level(document["pre_tokenizer"]) and _has_byte_level(document["decoder"])):
+            raise ValueError("the tokenizer is not byte-level")
+        if model["type"] != "BPE":
+            raise ValueError("the tokenizer is no byte pair encoding")
         if any(WORD_END.search(each["content"]) for each in added.values()):
             raise ValueError("an added token has several words")
         super().__init__("byte", [spelled[i] for i in range(len(spelled))], document)
         self.document = document
         self.end_of_text = next((i for i, each in added.items() if each["content"] == END_OF_TEXT), None)
         self._library = tokenizers.Tokenizer.from_str(self._json)
+        if any(self._library.token_to_id(each["content"]) != i for i, each in added.items()):
+            raise ValueError("an added token has another id in the vocabulary")
         self._library.no_truncation()
         self._library.no_padding()
 
@@ -78,3 +88,9 @@ class HuggingFaceTokenizer(Tokenizer):
         for piece in pieces([text]):
             found.append(np.array(self._library.encode(piece, add_special_tokens=False).ids, self.dtype))
         return np.concatenate(found), Counter()
+
+
+def _has_byte_level(part: dict[str, Any] | None) -> bool:
+    """Return whether a pre-tokenizer or a decoder converts between bytes and characters."""
+    parts = (part or {}).get("pretokenizers", [part or {}])
+    return any(each.get("type") == "ByteLevel" for each in parts)

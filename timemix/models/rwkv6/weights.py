@@ -186,12 +186,21 @@ RWKV_6 = Conversion(Rwkv6Config, "RWKV-6", _VECTORS_6, _MAPS_6)
 
 
 def _with_vectors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of 5.0 and 5.1 as in 5.2: decays and bonuses (H, N), where all numbers of a head are equal."""
+    """Return weights of 5.0 and 5.1 as in 5.2: decays and bonuses (H, N), where all numbers of a head are equal.
+
+    Raises:
+        InvalidValue: A block has two bonuses, or lacks a weight.
+    """
     found = dict(weights)
     for name in weights:
         if not name.endswith(".att.time_first"):
             continue
         block = name.removesuffix("time_first")
+        if f"{block}time_faaaa" in found:
+            raise InvalidValue(f"the weights have both {name!r} and '{block}time_faaaa'; remove one of the two")
+        for each in ("time_decay", "key.weight"):
+            if f"{block}{each}" not in found or not found[f"{block}{each}"].ndim:
+                raise InvalidValue(f"the weights have no vector or matrix '{block}{each}'; pass all weights of a model")
         decay, first = found[f"{block}time_decay"], found.pop(name).flatten()
         key = found[f"{block}key.weight"]
         N = len(key) // max(1, len(first))
