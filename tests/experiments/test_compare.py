@@ -20,6 +20,7 @@ from tests.helpers.runs import TEXT, write_text_file
 from timemix.bench.measure import StepSpeed, measure_training
 from timemix.errors import CannotWrite, DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, Unavailable
 from timemix.experiments.compare import Comparison
+from timemix.experiments.jobs import Failure, Job, ResultFiles
 from timemix.experiments.report import write_report
 from timemix.experiments.variants import Variant
 from timemix.runs.load import load
@@ -475,3 +476,11 @@ def test_a_damaged_result_is_named(tmp_path, unmeasured):
     (kept / "rwkv1.seed-1.json").write_text('{"steps": "many"}')
     with pytest.raises(DamagedFile, match=r"rwkv1.seed-1.json is damaged; remove it to run rwkv1 seed 1 again"):
         finish(Comparison(experiment, tmp_path / "out", results=kept))
+
+
+def test_a_copy_with_bytes_that_are_no_text_is_written_again(tmp_path):
+    job = Job(SimpleNamespace(name="a"), 1, False)
+    files = ResultFiles(tmp_path / "out", tmp_path)
+    (tmp_path / "a.seed-1.json").write_bytes(b"\xff")
+    files.copy(job, Failure("the loss diverged", diverged=True))
+    assert files.read(job) == Failure("the loss diverged", diverged=True)

@@ -151,7 +151,7 @@ class ResultFiles:
         """Write the copy of a result, unless the copy exists or the job may run again."""
         if self.results is not None and (isinstance(result, Result) or result.diverged):
             path, text = self._copy(self.results, job), json.dumps(to_json(result)) + "\n"
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 write_text(path, text)
 
     def measurement(self, variant: Variant, name: str) -> Path:
