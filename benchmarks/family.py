@@ -23,9 +23,9 @@ import torch
 
 from timemix.bench.measure import StepFailure, measure_training
 from timemix.bench.race import Contender, machine_now, race
-from timemix.bench.sample import STEPS, stepping
+from timemix.bench.sample import standing
 from timemix.experiments.spec import Experiment, find_experiment, read_experiment
-from timemix.generation.decode import build_step
+from timemix.generation.decode import Step, build_step
 from timemix.models.language_model import LanguageModel
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.plots import save_picture
@@ -40,6 +40,8 @@ TASKS = ("recall", "state-tracking", "copy")
 NAMES = (*LOSSES, *TASKS, "speed")
 SPEED = RESULTS / "speed.json"
 POSITIONS = (100, 10_000)
+DECODED = 256
+"""Number of consecutive tokens of a measurement of decoding."""
 ROUNDS = 5
 VOCAB_SIZE = 79
 # In the order of the picture
@@ -81,6 +83,19 @@ def run(name: str, data: Path, out: Path) -> None:
     shutil.copy(out / name / "table.json", results)
 
 
+def decoding(name: str, step: Step, model: LanguageModel, position: int) -> Contender:
+    """Return a contender that decodes DECODED tokens from a position. The sums over the past of `rwkv1` count."""
+    state, places, tokens = standing(model, 1, position), torch.tensor([0]), torch.tensor([0])
+
+    def call() -> None:
+        nonlocal state
+        state.position.fill_(position)
+        for _ in range(DECODED):
+            _, state = step(tokens, state, places)
+
+    return Contender(name, call, DECODED)
+
+
 def measure_speed() -> None:
     """Measure training steps and decoding of all variants in alternation, and write SPEED."""
     experiment = read_experiment(find_experiment("family"))
@@ -107,12 +122,12 @@ def measure_speed() -> None:
             "compiled": step.compiled,
             "state_bytes": state.nbytes,
         }
-        contenders += [stepping(f"{variant.name} {p}", step, ours, 1, p, ours) for p in POSITIONS]
-    for row in race(contenders, 2.0, torch.device("cpu"), lambda line: print(line, file=sys.stderr)):
+        contenders += [decoding(f"{variant.name} {p}", step, ours, p) for p in POSITIONS]
+    for row in race(contenders, 3.0, torch.device("cpu"), lambda line: print(line, file=sys.stderr)):
         name, position = row.name.split()
         if row.seconds is None:
             raise SystemExit(f"{row.name}: {row.withheld}")
-        found[name][f"decoding_{position}"] = STEPS / row.seconds
+        found[name][f"decoding_{position}"] = DECODED / row.seconds
     content = {"machine": to_json(machine_now(torch.device("cpu"))), "variants": found}
     SPEED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -94,10 +94,10 @@ def _alone(model: LanguageModel, steps: Steps, seconds: float, say: Say) -> Heat
 
     contenders = [Contender("recomputing the context float32", torch.no_grad()(recompute), 2)]
     forward = build_step(model, backend="model")
-    contenders.append(stepping("the model's forward float32", forward, model, 1, position, model))
+    contenders.append(_stepping("the model's forward float32", forward, model, 1, position, model))
     if steps["float32"][0].compiled:
         for weights, (step, expected) in steps.items():
-            contenders.append(stepping(f"step {weights}", step, model, 1, position, expected))
+            contenders.append(_stepping(f"step {weights}", step, model, 1, position, expected))
     contenders += _library_models(model, position, say)
     memory = ones_in_huge_pages(2**26)
     contenders.append(Contender("reading memory", memory.sum, 1))
@@ -124,7 +124,7 @@ def _steps(model: LanguageModel) -> Steps:
     return {weights: (build_step(model, weights), rounded(model, weights)) for weights in WEIGHTS}
 
 
-def stepping(
+def _stepping(
     name: str, step: Step, model: LanguageModel, rows: int, position: int, expected: LanguageModel
 ) -> Contender:
     """Return a contender of STEPS steps from a position, with a fault if the first logits differ from `expected`.
@@ -137,7 +137,7 @@ def stepping(
         position: First position.
         expected: Model that computes the expected logits.
     """
-    state = _standing(model, rows, position)
+    state = standing(model, rows, position)
     places, tokens = torch.arange(rows), torch.randint(model.config.vocab_size, (rows,))
     found, _ = step(tokens, state.clone(), places)
     with torch.no_grad():
@@ -162,8 +162,17 @@ def stepping(
     return Contender(name, call, rows * STEPS, fault)
 
 
-def _standing(model: LanguageModel, rows: int, position: int) -> State:
-    """Return a state with random content for `rows` texts, as after `position` tokens of each text."""
+def standing(model: LanguageModel, rows: int, position: int) -> State:
+    """Return a state with random content, as after some tokens of each text.
+
+    Args:
+        model: Model that creates the state.
+        rows: Number of texts.
+        position: Number of tokens of each text.
+
+    Returns:
+        The state.
+    """
     state = model.init_state(rows)
     for layer in state.layers:
         for name, x in layer.items():
@@ -223,7 +232,7 @@ def _in_batches(model: LanguageModel, steps: Steps, batches: Sequence[int], seco
     """Time the generation of several texts together, with each format of the weights."""
     position = _middle(model)
     contenders = [
-        stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
+        _stepping(f"{rows} x step {weights}", step, model, rows, position, expected)
         for weights, (step, expected) in steps.items()
         for rows in batches
     ]
@@ -237,7 +246,7 @@ def _by_position(model: LanguageModel, step: Step, seconds: float, say: Say) -> 
     kept = None if limit is None else max(1, limit // 2)
     places = {p: p if limit is None or p < limit else kept + (p - limit) % (limit - kept) for p in POSITIONS}  # type: ignore[operator]
     contenders = [
-        stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS), model)
+        _stepping(f"position {p:,}", step, model, 1, min(place, (limit or place + STEPS) - STEPS), model)
         for p, place in places.items()
     ]
     rows = race(contenders, seconds, torch.device("cpu"), say)
