@@ -80,7 +80,11 @@ def run(name: str, data: Path, out: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timemix"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
-    shutil.copy(out / name / "table.json", results)
+    table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
+    for row in table["variants"]:
+        # The files of the runs have these losses too.
+        row.pop("by_position", None)
+    (results / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def decoding(name: str, step: Step, model: LanguageModel, position: int) -> Contender:
