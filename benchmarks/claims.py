@@ -10,7 +10,6 @@ cores than one process with two threads. The speed experiment runs in one proces
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from timemix.experiments.spec import Experiment, SpeedExperiment, find_experiment, read_experiment
 from timemix.experiments.speed import ratio_words
-from timemix.reporting.markdown import markdown_table
+from timemix.reporting.markdown import markdown_table, with_blocks
 from timemix.reporting.statistics import interval, paired_difference, verdict_word
 
 ROOT = Path(__file__).parent.parent
@@ -166,11 +165,7 @@ def cost(name: str, out: Path) -> str:
 def write(out: Path) -> None:
     """Replace the generated parts of docs/claims.md by new parts from the tables in the folder `out`."""
     path = ROOT / "docs" / "claims.md"
-    text = path.read_text(encoding="utf-8")
-    for name, block in blocks(out).items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(with_blocks(path.read_text(encoding="utf-8"), blocks(out)), encoding="utf-8")
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ The script trains only the runs without a file, also in a fresh clone. To work i
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from timemix.bench.sample import standing
 from timemix.experiments.spec import Experiment, find_experiment, read_experiment
 from timemix.generation.decode import Step, build_step
 from timemix.models.language_model import LanguageModel
-from timemix.reporting.markdown import markdown_table, mean_and_deviation
+from timemix.reporting.markdown import markdown_table, mean_and_deviation, with_blocks
 from timemix.reporting.plots import save_picture
 from timemix.reporting.statistics import interval, mean_interval, verdict_words
 from timemix.storage.json_files import to_json
@@ -263,11 +262,7 @@ def blocks() -> dict[str, str]:
 
 def write(out: Path) -> None:
     """Replace the generated parts of docs/family.md, and its pictures."""
-    text = PAGE.read_text(encoding="utf-8")
-    for name, block in blocks().items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
-    PAGE.write_text(text, encoding="utf-8")
+    PAGE.write_text(with_blocks(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
     draw(ROOT / "docs" / "family.png")
     if (position := out / "family" / "position.png").exists():
         shutil.copy(position, ROOT / "docs" / "family-position.png")

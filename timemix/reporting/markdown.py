@@ -1,5 +1,6 @@
 """Markdown tables, and numbers as text."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,21 @@ def markdown_table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> str:
     rule = ["---" if i in words else "---:" for i in range(len(rows[0]))]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
+
+
+def with_blocks(text: str, blocks: dict[str, str]) -> str:
+    """Return a page with its generated parts replaced. A part is between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Args:
+        text: The page.
+        blocks: New content of parts, by name.
+    """
+
+    def content(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"<!-- {name} -->\n{blocks[name]}\n<!-- /{name} -->" if name in blocks else found[0]
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", content, text, flags=re.DOTALL)
 
 
 def mean_and_deviation(values: Sequence[float] | Any) -> str:
