@@ -28,13 +28,11 @@
 
 /* The mixtures of a time-mix, in the order of MIXED in model.py. */
 enum mixture { KEY, VALUE, RECEPTANCE, MIXTURES };
-/* The mixtures of a channel-mix. */
-enum ffn_mixture { FFN_KEY, FFN_RECEPTANCE, FFN_MIXTURES };
 
 /* Weights and state of a layer. */
 typedef struct {
     const float *mixer_norm[2], *ffn_norm[2];             /* {weight, bias} (C,) */
-    const float *mix[MIXTURES], *ffn_mix[FFN_MIXTURES];   /* (C,): share of the previous token */
+    const float *mix[MIXTURES], *ffn_mix[2];   /* (C,): share of the previous token */
     linear key, value, receptance, output, ffn_key, ffn_receptance, ffn_value;
     const float *decay, *bonus;     /* (C,): w and u of wkv4 */
     float *mixer_shift, *ffn_shift; /* (slots, C): newest z of each sublayer */
@@ -110,17 +108,8 @@ static void mixer(const model *m, const layer *l, const batch *b, const rows *w)
 
 /* x += sigmoid(ffn_r) * ffn_value(relu(ffn_k)^2). */
 static void channel_mix(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels;
-    norm_mix(&m->common, b, l->ffn_norm, w->x, w->z, l->ffn_mix, FFN_MIXTURES, w->in, l->ffn_shift);
-    multiply(&l->ffn_key, w->in[FFN_KEY], w->hidden, count);
-    multiply(&l->ffn_receptance, w->in[FFN_RECEPTANCE], w->r, count);
-#pragma omp barrier
-    square_relu(&l->ffn_value, w->hidden, w->lists, count);
-    multiply_sparse(&l->ffn_value, w->hidden, w->lists, w->z, count);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t c = i * C; c < (i + 1) * C; c++) w->x[c] += sigmoid_series(w->r[c]) * w->z[c];
+    const receptance_mix own = {l->ffn_norm, l->ffn_mix, &l->ffn_key, &l->ffn_receptance, &l->ffn_value};
+    receptance_channel_mix(&m->common, b, &own, w->x, w->z, w->in, w->r, w->hidden, w->lists, l->ffn_shift);
 }
 
 /* logits (outputs, V) after the wanted rows of some pieces. The formula is at the top of this file. scratch has

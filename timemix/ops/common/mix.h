@@ -6,6 +6,7 @@
 
 #include <math.h>
 
+#include "ops/common/exp.h"
 #include "ops/common/norm.h"
 #include "ops/common/sparse.h"
 #include "ops/common/step.h"
@@ -63,6 +64,28 @@ static void square_relu(const linear *l, float *hidden, int32_t *lists, int64_t 
         for (int64_t n = 0; n < some * F; n++) block[n] = fmaxf(block[n], 0) * fmaxf(block[n], 0);
         compress(l, block, some, lists + row / ROWS * LIST(F));
     }
+}
+
+/* Weights of the channel-mix of RWKV-4, 5 and 6, whose mixtures are {key, receptance}. */
+typedef struct {
+    const float *const *norm, *const *mix;
+    const linear *key, *receptance, *value;
+} receptance_mix;
+
+/* x += sigmoid(receptance) * value(relu(key)^2). z, r and each in[n] (rows, C), hidden and lists are scratch memory. */
+static void receptance_channel_mix(const common *m, const batch *b, const receptance_mix *l, float *x, float *z,
+                                   float *const *in, float *r, float *hidden, int32_t *lists, float *past) {
+    const int64_t C = m->channels, count = b->first[b->pieces];
+    norm_mix(m, b, l->norm, x, z, l->mix, 2, in, past);
+    multiply(l->key, in[0], hidden, count);
+    multiply(l->receptance, in[1], r, count);
+#pragma omp barrier
+    square_relu(l->value, hidden, lists, count);
+    multiply_sparse(l->value, hidden, lists, z, count);
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = i * C; c < (i + 1) * C; c++) x[c] += sigmoid_series(r[c]) * z[c];
 }
 
 /* x += z, of `count` rows of C channels. */
