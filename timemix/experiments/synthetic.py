@@ -166,7 +166,11 @@ class Runs:
         config = self.experiment.config(cell.task, cell.variant, cell.lr, cell.seed)
         task = {"task": cell.task.kind, "size": cell.task.size, "tests": cell.task.tests, "rows": self.experiment.rows}
         train = {name: getattr(config.train, name) for name in TRAINING_FIELDS}
-        settings = task | {"model": to_dict(config.model), "train": train}
+        model = to_dict(config.model)
+        # Omit a setting that a later version added, if its value does not change the run.
+        if not model.get("without"):
+            model.pop("without", None)
+        settings = task | {"model": model, "train": train}
         found: dict[str, Any] = json.loads(json.dumps(settings))
         return found
 
