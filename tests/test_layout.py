@@ -118,7 +118,8 @@ def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def names_an_architecture(text: str) -> bool:
     """Return whether a text contains a name of the registry, as it is or in camel case."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
+    # llama.cpp is a program.
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.replace("llama.cpp", "")).lower()
     return any(name in snake for name in ARCHITECTURES)
 
 

@@ -445,7 +445,7 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
         (("import", "none.pth", "--out", "new", "--tokenizer", "a"), "cannot read none.pth"),
         (("import", PTH, "--out", "new", "--ctx-len", 0), "--ctx-len is 0; it must be at least 1"),
         (("export", "none", "--to", "hf", "--out", "new"), "there is no run folder none"),
-        (("export", "none", "--to", "gguf", "--out", "new"), "pth, hf"),
+        (("export", "none", "--to", "ggml", "--out", "new"), "pth, hf"),
     ],
 )
 def test_errors_of_the_commands(tmp_path, capsys, monkeypatch, arguments, sentence):

@@ -6,37 +6,49 @@ from pathlib import Path
 from typing import Literal
 
 from timemix.cli.options import RunFolder, parse
+from timemix.errors import InvalidValue
 
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Export a trained model for other programs. Numbers and number format of the weights stay unchanged.
+    """Export a trained model for other programs. Except for --dtype, the weights keep their numbers and format.
 
-    - pth: model.pth with the names of the original code, a pickle that torch.load reads
-    - hf: config.json and model.safetensors in the form of flash-linear-attention and rwkv7-hf
+    - pth: a folder with model.pth, a pickle with the names of the original code
+    - hf: a folder with config.json and model.safetensors, for flash-linear-attention and rwkv7-hf
+    - gguf: a file for llama.cpp, with the vocabulary (pip install 'timemix[gguf]')
 
     Examples:
         timemix export runs/rwkv7 --to pth --out exported
-        timemix export runs/rwkv7 --to hf --out exported-hf --checkpoint newest
+        timemix export runs/rwkv7 --to gguf --out rwkv7.gguf --dtype q8_0
     """
 
     run: RunFolder
-    to: Literal["pth", "hf"]
+    to: Literal["pth", "hf", "gguf"]
     """Format of the other program."""
     out: Path
-    """New folder for the files."""
+    """New folder for the files, or new file."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Number format of the matrices in GGUF. q8_0: int8 with one scale for 32 weights. Default: the number format of
+    the checkpoint."""
     json: bool = False
     """Output as one JSON object on stdout."""
 
 
 def export(arguments: list[str]) -> int:
     parsed = parse(ExportArguments, arguments, "export")
-    from timemix.interop.export import export_run
+    if parsed.dtype is not None and parsed.to != "gguf":
+        raise InvalidValue(f"--dtype has no effect on --to {parsed.to}; leave it out")
+    if parsed.to == "gguf":
+        from timemix.interop.gguf import export_gguf
 
-    folder = export_run(parsed.run, parsed.to, parsed.out, checkpoint=parsed.checkpoint)
-    files = sorted(str(path) for path in parsed.out.iterdir())
+        folder = export_gguf(parsed.run, parsed.out, dtype=parsed.dtype, checkpoint=parsed.checkpoint)
+    else:
+        from timemix.interop.export import export_run
+
+        folder = export_run(parsed.run, parsed.to, parsed.out, checkpoint=parsed.checkpoint)
+    files = sorted(str(path) for path in parsed.out.iterdir()) if parsed.out.is_dir() else [str(parsed.out)]
     if parsed.json:
         print(json.dumps({"checkpoint": str(folder), "files": files}))
     else:

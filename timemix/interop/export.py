@@ -50,8 +50,7 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
     if entry.version is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.version is not None)
         raise InvalidValue(f"a model of {config.arch} has no published form; export a model of {able}")
-    if without := getattr(config, "without", ()):
-        raise InvalidValue(f"a model without {', '.join(without)} has no published form; export a whole model")
+    refuse_without(config)
     if to == "hf" and entry.hugging_face is None:
         raise InvalidValue(f"a model of {config.arch} has no form of Hugging Face; export it with --to pth")
     converter = load_part(str(entry.weights))
@@ -66,6 +65,12 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
                 _write_folder(temporary, weights, config, load_part(str(entry.hugging_face)))
             shutil.copy(folder / "tokenizer.json", temporary)
     return folder
+
+
+def refuse_without(config: ModelConfig) -> None:
+    """Raise InvalidValue if a model leaves out ideas of its architecture, because other programs need all ideas."""
+    if without := getattr(config, "without", ()):
+        raise InvalidValue(f"a model without {', '.join(without)} has no published form; export a whole model")
 
 
 def _unused(folder: Path) -> dict[str, Tensor]:

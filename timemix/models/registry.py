@@ -39,6 +39,7 @@ class Architecture:
             module.
         recurrent: "module" that converts a trained model to a model with a constant state; None: no such module.
         bounded: Whether the context of the architecture ends at ctx_len.
+        gguf: "module" that converts published weights and settings to GGUF, for llama.cpp; None: no such module.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Architecture:
     hugging_face: str | None = None
     recurrent: str | None = None
     bounded: bool = True
+    gguf: str | None = None
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -153,6 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             decode="timemix.models.rwkv6.decode:Rwkv6Step",
             weights="timemix.models.rwkv6.weights:RWKV_6",
             version="6",
+            gguf="timemix.models.rwkv6.gguf",
             bounded=False,
         ),
         Architecture(
@@ -165,6 +168,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             decode="timemix.models.rwkv7.decode:Rwkv7Step",
             weights="timemix.models.rwkv7.weights",
             version="7",
+            gguf="timemix.models.rwkv7.gguf",
             hugging_face="timemix.models.rwkv7.hugging_face",
             bounded=False,
         ),

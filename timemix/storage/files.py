@@ -50,10 +50,15 @@ def check_regular(path: Path, largest: int | None = None, what: str = "") -> Non
         )
 
 
-def refuse_existing(folder: Path) -> None:
-    """Raise AlreadyExists if a path exists, also as a link to a missing file."""
-    if os.path.lexists(folder):
-        raise AlreadyExists(f"{folder} exists already; choose another folder")
+def refuse_existing(path: Path, what: str = "folder") -> None:
+    """Raise AlreadyExists if a path exists, also as a link to a missing file.
+
+    Args:
+        path: The path.
+        what: Word for the path in the message, "folder" or "file".
+    """
+    if os.path.lexists(path):
+        raise AlreadyExists(f"{path} exists already; choose another {what}")
 
 
 def read_text(path: Path, largest: int = LARGEST, what: str = "") -> str:
@@ -203,6 +208,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a new file atomically, as `atomic_file` does, but never replace a file.
+
+    Args:
+        path: The file, which must not exist.
+
+    Raises:
+        AlreadyExists: The file exists at the begin or at the end of the `with` block.
+        CannotWrite: The disk is full or not writable.
+    """
+    refuse_existing(path, "file")
+    with atomic_file(path) as temporary:
+        yield temporary
+        refuse_existing(path, "file")
 
 
 def write_text(path: Path, text: str) -> None:
