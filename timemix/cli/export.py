@@ -11,11 +11,12 @@ from timemix.errors import InvalidValue
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Export a trained model for other programs. Except for --dtype, the weights keep their numbers and format.
+    """Export a trained model for other programs. In pth and hf, the weights keep their numbers and number format.
 
     - pth: a folder with model.pth, a pickle with the names of the original code
     - hf: a folder with config.json and model.safetensors, for flash-linear-attention and rwkv7-hf
     - gguf: a file for llama.cpp, with the vocabulary (pip install 'timemix[gguf]')
+    - onnx: a file with the step of one token, and a tokenizer file beside it (pip install 'timemix[onnx]')
 
     Examples:
         timemix export runs/rwkv7 --to pth --out exported
@@ -23,7 +24,7 @@ class ExportArguments:
     """
 
     run: RunFolder
-    to: Literal["pth", "hf", "gguf"]
+    to: Literal["pth", "hf", "gguf", "onnx"]
     """Format of the other program."""
     out: Path
     """New folder for the files, or new file."""
@@ -40,18 +41,24 @@ def export(arguments: list[str]) -> int:
     parsed = parse(ExportArguments, arguments, "export")
     if parsed.dtype is not None and parsed.to != "gguf":
         raise InvalidValue(f"--dtype has no effect on --to {parsed.to}; leave it out")
+    files = [parsed.out]
     if parsed.to == "gguf":
         from timemix.interop.gguf import export_gguf
 
         folder = export_gguf(parsed.run, parsed.out, dtype=parsed.dtype, checkpoint=parsed.checkpoint)
+    elif parsed.to == "onnx":
+        from timemix.interop.onnx import export_onnx, tokenizer_file
+
+        folder = export_onnx(parsed.run, parsed.out, checkpoint=parsed.checkpoint)
+        files.append(tokenizer_file(parsed.out))
     else:
         from timemix.interop.export import export_run
 
         folder = export_run(parsed.run, parsed.to, parsed.out, checkpoint=parsed.checkpoint)
-    files = sorted(str(path) for path in parsed.out.iterdir()) if parsed.out.is_dir() else [str(parsed.out)]
+        files = sorted(parsed.out.iterdir())
     if parsed.json:
-        print(json.dumps({"checkpoint": str(folder), "files": files}))
+        print(json.dumps({"checkpoint": str(folder), "files": [str(path) for path in files]}))
     else:
         print(f"exported {folder}:")
-        print("\n".join(files))
+        print("\n".join(map(str, files)))
     return 0

@@ -58,9 +58,9 @@ def serves(x: Tensor) -> bool:
         False if the kernels do not support the tensor or are slower than PyTorch.
     """
     return (
-        (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
+        _takes(x)
+        and (torch.is_grad_enabled() or x.shape[:-1].numel() >= ENOUGH_ROWS)
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") not in _TYPES)
-        and _takes(x)
     )
 
 

@@ -143,7 +143,7 @@ def fading(forget: Tensor) -> Tensor:
     Returns:
         -log rho (H,), from 0 to MOST_FORGET.
     """
-    return forget.clamp(0, MOST_FORGET)
+    return forget.clamp(0.0, MOST_FORGET)
 
 
 def partners(x: Tensor, dim: int) -> Tensor:

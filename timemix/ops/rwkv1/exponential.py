@@ -268,7 +268,9 @@ def _chunk(
     # The casts are explicit because arithmetic on mixed dtypes is slow on the CPU. (B, L, H, N)
     source = times_table(weights, alpha, position) * v.to(dtype)
 
-    numerator = causal_convolution(source.to(v.dtype), f[:, :L], L).to(dtype)
+    # With one position, as in a decode step, each sum over the chunk has one term.
+    convolved = source.to(v.dtype) * f[:, 0, None] if L == 1 else causal_convolution(source.to(v.dtype), f[:, :L], L)
+    numerator = convolved.to(dtype)
     # The contribution of the state is c . turn^d(S) = (turn^d transposed)(c) . S for d = 1 to L. So turn^d transposed
     # is applied to the coefficients alone: (H, L, K) by S (B, H, K, N) -> (B, H, L, N) -> (B, L, H, N)
     cosines, sines = turned(curves, steps + 1)
@@ -282,13 +284,14 @@ def _chunk(
         taps = F.pad(curves.taps, (0, L))[:, lags].to(dtype)
         numerator = numerator + (taps @ past.taps).transpose(1, 2)
     # (B, L, H, N) -> (B, L, H N) -> (B, L, H, N)
-    total = past.denominators[:, None] + running_sum(weights.flatten(2), False).view(weights.shape)
+    summed = weights if L == 1 else running_sum(weights.flatten(2), False).view(weights.shape)
+    total = past.denominators[:, None] + summed
     y = times_table(numerator / total, beta, position).to(v.dtype)
 
     # The state after `seen` tokens of each row. `seen` is (1,) or (B,), so the dimension `rows` below is 1 or B.
     seen = torch.full_like(position[:1], L) if lengths is None else lengths
     # rho^n: (B, H, 1)
-    shrink = (-fadings(seen.expand(len(position)))[:, None] * forget).exp()[:, :, None]
+    shrink = (-fadings(seen.expand(position.shape[0]))[:, None] * forget).exp()[:, :, None]
     # (H, K, rows) -> (rows, H, K, 1)
     cosines, sines = (x.to(dtype).permute(2, 0, 1)[..., None] for x in turned(curves, seen))
     # phi at the lag of each source: (H, K, rows, L) -> (rows, H, K, L). `source` is 0 at padding, so phi can have any
@@ -307,7 +310,7 @@ def _newest(taps: Tensor, source: Tensor, seen: Tensor) -> Tensor:
     # (B, H, M + L, N): each row needs the last M entries up to source number `seen`.
     history = torch.cat([taps, source.transpose(1, 2)], 2)
     newest = seen[:, None] + torch.arange(taps.shape[2], device=taps.device)
-    rows = torch.arange(len(taps), device=taps.device)[:, None]
+    rows = torch.arange(taps.shape[0], device=taps.device)[:, None]
     return history.transpose(1, 2)[rows, newest].transpose(1, 2)
 
 
