@@ -129,6 +129,20 @@ def test_an_architecture_with_a_growing_state(tmp_path, packages, arch, end):
     assert list(tmp_path.iterdir()) == [run]
 
 
+def test_an_operator_that_onnx_does_not_have(run, tmp_path, packages, monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise RuntimeError("no function for aten.mine\ndetails")
+        except RuntimeError as error:
+            raise torch.onnx.OnnxExporterError("step 3/3\nadvice") from error
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    sentence = "PyTorch cannot export a model of rwkv7 to ONNX: no function for aten.mine; export another model$"
+    with pytest.raises(InvalidValue, match=sentence):
+        export_onnx(run, tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == [run]
+
+
 def test_a_model_above_the_size_of_a_file(run, tmp_path, packages, monkeypatch):
     monkeypatch.setattr(exporting, "LARGEST", 1000)
     with pytest.raises(

@@ -162,10 +162,18 @@ def step_program(model: LanguageModel) -> Any:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidValue(f"PyTorch cannot export a model of {model.config.arch} to ONNX: {reason}") from error
+        raise InvalidValue(
+            f"PyTorch cannot export a model of {model.config.arch} to ONNX: {_cause(error)}; export another model"
+        ) from error
     assert program is not None
     return _without_paths(program.model_proto)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the first error in a chain. The later errors of the exporter contain advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]
 
 
 def _without_paths(program: Any) -> Any:
