@@ -23,6 +23,7 @@ WINGS = (
     "bench",
     "server",
     "training",
+    "hf",
     "interop",
     "evaluation",
     "generation",

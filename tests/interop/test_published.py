@@ -49,7 +49,7 @@ def run(tmp_path_factory):
 def folder(run, tmp_path_factory):
     """A folder in the form of Hugging Face."""
     out = tmp_path_factory.mktemp("exported") / "hf"
-    export_run(run, "hf", out)
+    export_run(run, "hf", out, form="native")
     return out
 
 
@@ -370,11 +370,11 @@ def test_the_world_tokenizer(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [2**13, 2**17])
-@pytest.mark.parametrize("to", ["pth", "hf"])
-def test_an_export_to_a_full_disk(run, tmp_path, to, limit):
+@pytest.mark.parametrize(("to", "form"), [("pth", "timemix"), ("hf", "timemix"), ("hf", "native")])
+def test_an_export_to_a_full_disk(run, tmp_path, to, form, limit):
     """The weights take 262 KB."""
     with bytes_per_file(limit), pytest.raises(CannotWrite, match="cannot write .*out: File too large"):
-        export_run(run, to, tmp_path / "out")
+        export_run(run, to, tmp_path / "out", form=form)
     assert not list(tmp_path.iterdir())
 
 
@@ -400,7 +400,7 @@ def test_a_norm_that_a_form_does_not_have(tmp_path, run, folder):
     try:
         for to, other in (("pth", r"\(hf\)"), ("hf", r"\(pth\)")):
             with pytest.raises(InvalidValue, match=f"group_norm_eps is 0.001, but the .*{other}"):
-                export_run(run, to, tmp_path / "out")
+                export_run(run, to, tmp_path / "out", form="native")
     finally:
         config.write_text(raw)
     assert not list(tmp_path.iterdir())
@@ -410,7 +410,9 @@ def test_an_architecture_without_published_form(tmp_path):
     from tests.helpers.runs import small_trainer
 
     small_trainer(tmp_path, steps=1).run()
-    with pytest.raises(InvalidValue, match="a model of rwkv1 has no published form; export a model of rwkv4, rwkv5,"):
+    with pytest.raises(
+        InvalidValue, match="a model of rwkv1 has no published form; export it with --to hf and without"
+    ):
         export_run(tmp_path / "run", "pth", tmp_path / "out")
 
 

@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    export_run(run, "hf", tmp_path_factory.mktemp("rwkv4") / "hf")
+    export_run(run, "hf", tmp_path_factory.mktemp("rwkv4") / "hf", form="native")
     return next(tmp_path_factory.getbasetemp().glob("rwkv4*/hf"))
 
 

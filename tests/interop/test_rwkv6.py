@@ -46,8 +46,8 @@ def test_import_and_export(arch, dtype, tmp_path):
 def test_what_has_no_published_form(arch, tmp_path):
     weights = Golden(arch, torch.float32).published("weights")
     run = imported(tmp_path, weights)
-    with pytest.raises(InvalidValue, match=f"a model of {arch} has no form of Hugging Face; export it with --to pth"):
-        export_run(run, "hf", tmp_path / "hf")
+    with pytest.raises(InvalidValue, match=f"a model of {arch} has no native form of Hugging Face; leave out --form"):
+        export_run(run, "hf", tmp_path / "hf", form="native")
     config = run / "checkpoints/step-00000000/config.toml"
     config.write_text(config.read_text().replace("group_norm_eps = 0.00064", "group_norm_eps = 0.001"))
     with pytest.raises(InvalidValue, match="group_norm_eps is 0.001, but the original code has 0.00064"):

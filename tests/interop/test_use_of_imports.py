@@ -142,8 +142,8 @@ def test_the_train_command(run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_logits_of_rwkv7_hf(run, tmp_path, dtype):
-    library = pytest.importorskip("rwkv7_hf.modeling_rwkv7", reason="needs the extra hf")
-    export_run(run, "hf", tmp_path / "hf")
+    library = pytest.importorskip("rwkv7_hf.modeling_rwkv7", reason="needs the extra rwkv7-hf")
+    export_run(run, "hf", tmp_path / "hf", form="native")
     model = library.RWKV7ForCausalLM.from_pretrained(tmp_path / "hf", dtype=getattr(torch, dtype)).float().eval()
     with torch.no_grad():
         logits = model(expected()["input"]).logits

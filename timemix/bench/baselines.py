@@ -116,7 +116,7 @@ def library_like(model: ModelConfig, device: torch.device) -> nn.Module | None:
         device: Device of the Llama.
     """
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
+        from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         return None
     C = model.channels

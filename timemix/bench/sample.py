@@ -197,7 +197,7 @@ def _library_models(model: LanguageModel, position: int, say: Say) -> list[Conte
 
 
 def _library_step(library: nn.Module, weights: str, position: int) -> Contender:
-    from transformers import DynamicCache  # type: ignore[import-not-found]
+    from transformers import DynamicCache
 
     vocab_size = cast(Any, library.config).vocab_size
     cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64)

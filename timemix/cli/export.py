@@ -14,12 +14,15 @@ class ExportArguments:
     """Export a trained model for other programs. In pth and hf, the weights keep their numbers and number format.
 
     - pth: a folder with model.pth, a pickle with the names of the original code
-    - hf: a folder with config.json and model.safetensors, for flash-linear-attention and rwkv7-hf
+    - hf: a folder that the package transformers opens with timemix installed, for any architecture
+    - hf with --form native: a folder of rwkv4 for transformers, or of rwkv7 for flash-linear-attention and rwkv7-hf,
+      without timemix
     - gguf: a file for llama.cpp, with the vocabulary (pip install 'timemix[gguf]')
     - onnx: a file with the step of one token, and a tokenizer file beside it (pip install 'timemix[onnx]')
 
     Examples:
         timemix export runs/rwkv7 --to pth --out exported
+        timemix export runs/mine --to hf --out exported-hf --checkpoint newest
         timemix export runs/rwkv7 --to gguf --out rwkv7.gguf --dtype q8_0
     """
 
@@ -28,6 +31,8 @@ class ExportArguments:
     """Format of the other program."""
     out: Path
     """New folder for the files, or new file."""
+    form: Literal["timemix", "native"] = "timemix"
+    """Form of --to hf: `timemix` for any architecture, or `native` for rwkv4 and rwkv7."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
@@ -41,6 +46,8 @@ def export(arguments: list[str]) -> int:
     parsed = parse(ExportArguments, arguments, "export")
     if parsed.dtype is not None and parsed.to != "gguf":
         raise InvalidValue(f"--dtype has no effect on --to {parsed.to}; leave it out")
+    from timemix.interop.export import export_run, has_native_form
+
     files = [parsed.out]
     if parsed.to == "gguf":
         from timemix.interop.gguf import export_gguf
@@ -52,13 +59,15 @@ def export(arguments: list[str]) -> int:
         folder = export_onnx(parsed.run, parsed.out, checkpoint=parsed.checkpoint)
         files.append(tokenizer_file(parsed.out))
     else:
-        from timemix.interop.export import export_run
-
-        folder = export_run(parsed.run, parsed.to, parsed.out, checkpoint=parsed.checkpoint)
+        folder = export_run(parsed.run, parsed.to, parsed.out, form=parsed.form, checkpoint=parsed.checkpoint)
         files = sorted(parsed.out.iterdir())
     if parsed.json:
         print(json.dumps({"checkpoint": str(folder), "files": [str(path) for path in files]}))
     else:
         print(f"exported {folder}:")
         print("\n".join(map(str, files)))
+        if parsed.to == "hf" and parsed.form == "timemix":
+            print("transformers opens this folder with timemix installed: pip install 'timemix[hf]'")
+            if has_native_form(folder):
+                print("For programs without timemix, export the model with --form native.")
     return 0

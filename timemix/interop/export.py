@@ -8,28 +8,33 @@ from typing import Any, Literal
 from torch import Tensor
 
 from timemix.config.run import read_toml
-from timemix.errors import InvalidValue
+from timemix.errors import DamagedFile, InvalidValue
 from timemix.interop.hugging_face import WEIGHTS
+from timemix.interop.model_folder import write_model_folder
 from timemix.models.config import ModelConfig
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
-from timemix.runs.folder import find
+from timemix.runs.folder import find, read_progress
 from timemix.runs.load import empty_model
 from timemix.storage.files import check_name, new_folder, refuse_existing
 from timemix.storage.sharded import open_stored
 from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.storage.torch_files import write_torch_file
+from timemix.tokenizers.make import load_tokenizer
 
-Form = Literal["pth", "hf"]
+Target = Literal["pth", "hf"]
+Form = Literal["timemix", "native"]
 PTH = "model.pth"
 
 
-def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best") -> Path:
+def export_run(run: Path, to: Target, out: Path, *, form: Form = "timemix", checkpoint: str | int = "best") -> Path:
     """Export a trained model. The numbers and types of all weights stay unchanged.
 
     Args:
         run: Run folder, or a checkpoint folder.
         to: "pth": the original names, in a file of `torch.save`. "hf": a folder of Hugging Face.
         out: New folder.
+        form: Form of the folder of Hugging Face. "timemix": of any architecture, for `timemix.hf`. "native": of RWKV-4
+            and RWKV-7, for programs without timemix.
         checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
             checkpoint folder.
 
@@ -45,14 +50,23 @@ def export_run(run: Path, to: Form, out: Path, *, checkpoint: str | int = "best"
     check_name(out)
     refuse_existing(out)
     folder = find(run, checkpoint)
+    if to == "hf" and form == "timemix":
+        _export_for_timemix(folder, out)
+        return folder
     config = read_toml(folder / "config.toml").model
     entry = find_architecture(config.arch)
     if entry.version is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.version is not None)
-        raise InvalidValue(f"a model of {config.arch} has no published form; export a model of {able}")
+        raise InvalidValue(
+            f"a model of {config.arch} has no published form; export it with --to hf and without --form, or export a"
+            f" model of {able}"
+        )
     refuse_without(config)
     if to == "hf" and entry.hugging_face is None:
-        raise InvalidValue(f"a model of {config.arch} has no form of Hugging Face; export it with --to pth")
+        raise InvalidValue(
+            f"a model of {config.arch} has no native form of Hugging Face; leave out --form native, or export it with"
+            " --to pth"
+        )
     converter = load_part(str(entry.weights))
     with open_stored(folder, "model") as stored:
         empty_model(config, folder)
@@ -71,6 +85,27 @@ def refuse_without(config: ModelConfig) -> None:
     """Raise InvalidValue if a model leaves out ideas of its architecture, because other programs need all ideas."""
     if without := getattr(config, "without", ()):
         raise InvalidValue(f"a model without {', '.join(without)} has no published form; export a whole model")
+
+
+def has_native_form(checkpoint: Path) -> bool:
+    """Return whether a folder of Hugging Face in the form "native" exists for the architecture of a checkpoint."""
+    return find_architecture(read_toml(checkpoint / "config.toml").model.arch).hugging_face is not None
+
+
+def _export_for_timemix(folder: Path, out: Path) -> None:
+    """Write the folder that `timemix.hf` opens."""
+    config, tokenizer = read_toml(folder / "config.toml"), load_tokenizer(folder / "tokenizer.json")
+    progress = read_progress(folder) if (folder / "training.json").exists() else None
+    with open_stored(folder, "model") as stored:
+        empty_model(config.model, folder)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise DamagedFile(
+                f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
+                f" not {config.model.vocab_size}; restore it from a copy"
+            )
+        stored.check_content()
+        with new_folder(out) as temporary:
+            write_model_folder(temporary, stored, config, tokenizer, progress)
 
 
 def _unused(folder: Path) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import mmap
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ LARGEST_HEADER = 16 * 2**20
 
 MOST_BRACES = 1000
 """Maximum number of opening braces in the header of a file in memory, beside one for each tensor."""
+
+ALIGNMENT = 64
+"""Largest size in bytes of a register of processors, and the alignment of tensors that PyTorch allocates."""
 
 CHECKSUM = "crc32"
 """Metadata key of the checksum of the tensors in a file. Earlier versions of timemix wrote files without a checksum."""
@@ -61,6 +65,48 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     if path.stat().st_mode != mode:
         path.chmod(mode)
     return checksum
+
+
+def copy_tensors(path: Path, names: Mapping[str, str], stored: Any, metadata: dict[str, str]) -> None:
+    """Write a safetensors file from the tensors of an open file, one tensor after another, with a checksum.
+
+    The memory use does not depend on the size of the file, if the tensors are mapped.
+
+    Args:
+        path: The file.
+        names: Names of floating-point tensors in the open file, by their new names.
+        stored: The open file, a `StoredTensors`.
+        metadata: Metadata of the file by name, to which `copy_tensors` adds the checksum.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def tensor(name: str) -> Tensor:
+        found: Tensor = stored.tensor(names[name]).contiguous()
+        return found
+
+    metadata = metadata | {CHECKSUM: _checksum(names, tensor, mapped=stored.is_mapped)}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    widths = {name: int(stored.dtype(names[name]).lstrip("BF")) // 8 for name in names}
+    sizes = {name: math.prod(stored.shapes[names[name]]) * widths[name] for name in names}
+    # As in the library, wide types come first, so that each tensor begins at a multiple of the size of its numbers.
+    # Libraries for matrix products sum in another order if a mapped tensor does not begin at a multiple of ALIGNMENT.
+    order = sorted(names, key=lambda name: (-widths[name], sizes[name] % ALIGNMENT != 0, name))
+    end = 0
+    for name in order:
+        begin, end = end, end + sizes[name]
+        dtype, shape = stored.dtype(names[name]), list(stored.shapes[names[name]])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            content = tensor(name)
+            file.write(content.reshape(-1).view(torch.uint8).numpy().data)
+            if stored.is_mapped:
+                release(content)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from timemix.models.config import ShiftedConfig
 from timemix.models.layers.activations import ACTIVATIONS
-from timemix.models.layers.linear import Linear, joint_linear, side_by_side
+from timemix.models.layers.linear import Linear, are_plain, joint_linear, side_by_side
 from timemix.ops.common import fused
 
 
@@ -23,7 +23,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) to (B, T, C)."""
-        if fused.serves(x):
+        if fused.serves(x) and are_plain(self.key, self.value, self.receptance, self.output):
             weight, bias = side_by_side(self.key, self.value, self.receptance)
             hidden, gate = fused.gates(F.linear(x, weight.to(x.dtype)), bias, x.shape[-1], self.activation)
             return fused.scaled(F.linear(hidden, self.output.weight), self.output.bias, gate)

@@ -54,6 +54,11 @@ def to_product_dtype(x: Tensor) -> Tensor:
     return x.to(product_dtype(x))
 
 
+def are_plain(*linears: nn.Module) -> bool:
+    """Return whether linear maps consist of a weight and a bias alone. A map with a LoRA adapter of peft does not."""
+    return all(isinstance(each, Linear) for each in linears)
+
+
 def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """Apply several linear maps to one x (..., C). Training joins the maps into one matrix product.
 
@@ -65,7 +70,7 @@ def joint_linear(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
         The outputs, each (..., out_features).
     """
     # Without a backward pass, joining the weights costs more time than the joint product saves.
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and are_plain(*linears)):
         return tuple(each(x) for each in linears)
     weight, bias = side_by_side(*linears)
     result: tuple[Tensor, ...] = linear(x, weight.to(x.dtype), bias.to(x.dtype)).split(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from timemix.models.layers.linear import Linear, joint_linear
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.models.rwkv1.config import Rwkv1ExpConfig
-from timemix.models.rwkv1.time_mix import fused_time_mix
+from timemix.models.rwkv1.time_mix import fused_time_mix, is_plain
 from timemix.ops.common import fused
 from timemix.ops.common.history import extended
 from timemix.ops.rwkv1.curves import Curves, curve, initial_forget, unfading
@@ -69,7 +69,7 @@ class ExpTimeMix(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config, T = self.config, x.shape[1]
-        if state is None and config.ctx_len >= T and fused.serves(x):
+        if state is None and config.ctx_len >= T and fused.serves(x) and is_plain(self):
             return fused_time_mix(self, x, unfading(self.curves, config.ctx_len)), None
         # (B, T, H, N)
         heads = (*x.shape[:2], config.heads, config.head_size)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.models.config import ModelConfig, ShiftedConfig
-from timemix.models.layers.linear import Linear, joint_linear, side_by_side
+from timemix.models.layers.linear import Linear, are_plain, joint_linear, side_by_side
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.ops.common import fused
@@ -36,6 +36,11 @@ class Projections(Protocol):
     alpha: nn.Parameter | None
     beta: nn.Parameter | None
     gamma: nn.Parameter | None
+
+
+def is_plain(mixer: Projections) -> bool:
+    """Return whether `fused_time_mix` computes a time-mix, because its linear maps have no adapters."""
+    return are_plain(mixer.key, mixer.value, mixer.receptance, mixer.output)
 
 
 def fused_time_mix(mixer: Projections, x: Tensor, f: Tensor, backend: str = "auto") -> Tensor:
@@ -104,7 +109,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config = self.config
-        if state is None and fusible(config) and fused.serves(x):
+        if state is None and fusible(config) and fused.serves(x) and is_plain(self):
             return fused_time_mix(self, x, self.f, config.backend), None
         # (B, T, H, N)
         heads = (*x.shape[:2], config.heads, config.head_size)
