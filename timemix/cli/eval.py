@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 class EvalArguments:
     """Measure the loss of a trained model on a text: nats per token, bits per character, bits per byte.
 
+    With --tasks, run tasks of lm-evaluation-harness instead, such as questions with several answers.
+
     Examples:
         timemix eval runs/mine
         timemix eval runs/mine --data other.txt --json
+        timemix eval runs/mine --tasks my_task.yaml
     """
 
     run: RunFolder
@@ -42,6 +46,14 @@ class EvalArguments:
     carry_state: bool = False
     """State carried from window to window, so that every token has the whole text before it as its context; only for
     architectures with unbounded context, and without --stride."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness: names, YAML files, or folders of YAML files. Excludes --data."""
+    include_path: Path | None = None
+    """Folder of YAML files whose tasks --tasks may name. Default: only the tasks of lm-evaluation-harness."""
+    num_fewshot: int | None = None
+    """Number of examples in each prompt of --tasks, at least 0. Default: as the task sets it."""
+    limit: int | None = None
+    """Largest number of questions of each task, at least 1. Default: all questions."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -61,6 +73,7 @@ def eval(arguments: list[str]) -> int:
         raise InvalidValue(
             f"RUN is {text}, a file; to measure the loss of a run on a text: timemix eval RUN --data {text}"
         )
+    _check_tasks(parsed)
     from timemix.data.sources import read_source
     from timemix.evaluation.loss import evaluate_held_out, evaluate_text
     from timemix.models.quantize import rounded
@@ -71,6 +84,8 @@ def eval(arguments: list[str]) -> int:
     precision, _ = choose_precision(parsed.precision, device)
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(device))
     loaded = replace(loaded, model=rounded(loaded.model, parsed.weights))
+    if parsed.tasks:
+        return _eval_tasks(parsed, loaded)
     options: dict[str, Any] = {
         "precision": precision,
         "stride": parsed.stride,
@@ -98,6 +113,45 @@ def eval(arguments: list[str]) -> int:
     if result.unknown:
         units = "words" if loaded.tokenizer.kind == "word" else "characters"
         print(f"{result.unknown:,} unknown {units} {_treatment_of_unknown(loaded, result)}")
+    return 0
+
+
+def _check_tasks(parsed: EvalArguments) -> None:
+    """Refuse options that exclude one another, before the model is loaded."""
+    if parsed.tasks:
+        for name in ("data", "stride", "carry_state"):
+            if getattr(parsed, name):
+                flag = name.replace("_", "-")
+                raise InvalidValue(f"--{flag} is for a text, not for tasks; leave out --{flag} or --tasks")
+        if parsed.precision != "float32":
+            raise InvalidValue(f"--precision is {parsed.precision}, but tasks are evaluated in float32; leave it out")
+    for name, least in (("num_fewshot", 0), ("limit", 1)):
+        if (value := getattr(parsed, name)) is not None and value < least:
+            raise InvalidValue(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    for name in ("include_path", "num_fewshot", "limit"):
+        if getattr(parsed, name) is not None and not parsed.tasks:
+            raise InvalidValue(f"--{name.replace('_', '-')} needs tasks; add --tasks TASK")
+
+
+def _eval_tasks(parsed: EvalArguments, loaded: "Loaded") -> int:
+    """Run tasks of lm-evaluation-harness, and print their numbers."""
+    from timemix.interop.lm_eval import evaluate_tasks
+    from timemix.reporting.markdown import markdown_table
+
+    scores = evaluate_tasks(
+        loaded, parsed.tasks, include=parsed.include_path, shots=parsed.num_fewshot, limit=parsed.limit
+    )
+    if parsed.json:
+        report = {"checkpoint": str(loaded.folder), "weights": parsed.weights}
+        print(json.dumps(report | {"scores": [to_json(score) for score in scores]}))
+        return 0
+    rows = [["task", "examples", "metric", "value", "standard error"]]
+    for score in scores:
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        shots = "" if score.shots is None else str(score.shots)
+        error = "" if score.error is None else f"{score.error:.4f}"
+        rows.append([score.task, shots, metric, f"{score.value:.4f}", error])
+    print(markdown_table(rows, words=(0, 2)))
     return 0
 
 
