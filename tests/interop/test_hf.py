@@ -11,10 +11,12 @@ import torch
 
 import timemix
 from tests.helpers.pages import ROOT, RUN, blocks, train_tiny_run, write_texts
+from tests.helpers.published import expected, imported
 from tests.helpers.runs import TEXT, small_config, with_model
 from tests.helpers.vocabularies import BYTES, vocabulary_lines
 from timemix.errors import InvalidValue
 from timemix.interop.export import export_run
+from timemix.interop.importing import import_run
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import ARCHITECTURES
 
@@ -147,6 +149,15 @@ def test_the_weights_are_bit_identical(recurrent):
     own = loaded.model.state_dict()
     assert weights.keys() == {f"model.{name}" for name in own}
     assert all(torch.equal(weights[f"model.{name}"], x) for name, x in own.items())
+
+
+@torch.no_grad()
+def test_imported_weights_are_loaded_in_float32(tmp_path):
+    run = imported(tmp_path)
+    export_run(run, "hf", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.dtype == torch.float32
+    assert torch.equal(model(expected()["input"]).logits, timemix.load(run).model(expected()["input"])[0])
 
 
 @torch.no_grad()
@@ -288,6 +299,10 @@ def test_trainer_saves_and_reloads(any_model, tmp_path):
     assert not torch.equal(again(ids).logits, loaded.model(ids)[0])
     text = again.generate(ids, do_sample=False, max_new_tokens=TOKENS)
     assert text.shape == (1, 7 + TOKENS)
+    import_run(tmp_path / "saved", tmp_path / "next", tmp_path / "hf/tokenizer.json")
+    own = timemix.load(tmp_path / "next").model
+    assert own.config == loaded.model.config
+    assert torch.equal(own(ids)[0], again(ids).logits)
 
 
 def test_gradient_checkpointing_gives_equal_gradients(recurrent):
@@ -308,9 +323,9 @@ def test_gradient_checkpointing_gives_equal_gradients(recurrent):
 def test_the_loss_is_that_of_timemix(recurrent):
     loaded, folder = recurrent
     model, _ = opened(folder)
-    expected = timemix.evaluate(loaded, TEXT[:30]).nats_per_token
+    own = timemix.evaluate(loaded, TEXT[:30]).nats_per_token
     ids = torch.tensor(loaded.tokenizer.encode(TEXT[:30]).astype("int64"))[None]
-    assert model(ids, labels=ids).loss.item() == pytest.approx(expected, rel=1e-6)
+    assert model(ids, labels=ids).loss.item() == pytest.approx(own, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -183,6 +183,18 @@ def test_a_text_equals_that_of_timemix_eval(loaded):
     assert math.isfinite(found)
 
 
+def test_examples_in_prompts(loaded):
+    """With examples, the contexts are longer, and a task whose file sets 0 examples has none."""
+    folder = folder_of(loaded) / "tasks"
+    text = (folder / "my_ending.yaml").read_text()
+    assert own(loaded, "my_ending", shots=1) != own(loaded, "my_ending") == own(loaded, "my_ending", shots=0)
+    (folder / "fixed.yaml").write_text(text.replace("my_ending", "fixed") + "num_fewshot: 0\n")
+    try:
+        assert list(own(loaded, "fixed", shots=1).values()) == list(own(loaded, "my_ending").values())
+    finally:
+        (folder / "fixed.yaml").unlink()
+
+
 def test_each_context_is_read_once(loaded, monkeypatch):
     from lm_eval.api.instance import Instance
 
@@ -223,6 +235,7 @@ def test_the_command(loaded, capsys):
         (("--tasks", "beams.yaml"), "the task has the generation argument 'length_penalty', which timemix does not"),
         (("--tasks", "lambadaa"), "unknown task 'lambadaa'; did you mean 'lambada'?"),
         (("--tasks", "a", "--data", "b.txt"), "--data is for a text, not for tasks; leave out --data or --tasks"),
+        (("--tasks",), "--tasks has no task; name at least one task"),
         (("--limit", 3), "--limit needs tasks; add --tasks TASK"),
         (("--tasks", "a", "--limit", 0), "--limit is 0; it must be at least 1"),
         (("--tasks", "a", "--precision", "auto"), "--precision is auto, but tasks are evaluated in float32; leave it"),

@@ -4,14 +4,20 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.helpers.commands import run_command
+from tests.helpers.published import imported
 from tests.helpers.runs import small_trainer
 from timemix.errors import AlreadyExists, DamagedFile, FileError
 from timemix.interop.export import export_run
+from timemix.interop.importing import import_run
+from timemix.models.registry import ARCHITECTURES
 from timemix.runs.folder import best
 from timemix.runs.load import load
+from timemix.storage.index import shard_name, write_index
+from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
 
 FILES = [
@@ -57,6 +63,63 @@ def test_the_files(run, tmp_path):
     assert f"the loss on the held-out text of the run is {loss:.4f} nats per token" in card
     assert 'source = "text.txt"' in card
     assert str(run.parent) not in card
+
+
+def test_imported_weights_keep_their_type(tmp_path):
+    run = imported(tmp_path)
+    export_run(run, "hf", tmp_path / "hf")
+    weights, own = load_file(tmp_path / "hf/model.safetensors"), load_file(best(run) / "model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+    assert all(weights[f"model.{name}"].equal(x) for name, x in own.items())
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
+    assert "was not measured" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_weights_of_several_types_and_files(run, tmp_path):
+    checkpoint = shutil.copytree(best(run), tmp_path / "checkpoint")
+    types = (torch.float64, torch.bfloat16, torch.float32, torch.float16)
+    whole = load_file(checkpoint / "model.safetensors")
+    whole = {name: x.to(types[i % 4]) for i, (name, x) in enumerate(sorted(whole.items()))}
+    shards = [{n: x[: len(x) // 2] for n, x in whole.items()}, {n: x[len(x) // 2 :] for n, x in whole.items()}]
+    checksums = [write_tensors(checkpoint / shard_name("model", i, 2), shards[i], {}) for i in range(2)]
+    write_index(checkpoint, "model", checksums, {name: x.shape for name, x in whole.items()})
+    (checkpoint / "model.safetensors").unlink()
+    export_run(checkpoint, "hf", tmp_path / "hf")
+    found = read_tensors(tmp_path / "hf/model.safetensors")
+    assert {name.removeprefix("model."): x.dtype for name, x in found.items()} == {n: x.dtype for n, x in whole.items()}
+    assert all(found[f"model.{name}"].equal(x) for name, x in whole.items())
+    # The library refuses a file with gaps.
+    assert load_file(tmp_path / "hf/model.safetensors").keys() == found.keys()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_import_of_an_exported_folder(arch, tmp_path):
+    small_trainer(tmp_path, arch, steps=1).run()
+    export_run(tmp_path / "run", "hf", tmp_path / "hf")
+    import_run(tmp_path / "hf", tmp_path / "again", ctx_len=99)
+    old, new = load(tmp_path / "run"), load(tmp_path / "again")
+    assert new.model.config == old.model.config
+    assert new.tokenizer.hash == old.tokenizer.hash
+    weights = new.model.state_dict()
+    assert all(weights[name].equal(x) for name, x in old.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"timemix": None}, "config.json has no settings of timemix; restore it from a copy"),
+        ({"timemix": {"arch": 7}}, "config.json has no settings of timemix"),
+        ({"timemix": {"arch": "rwkv7", "wide": 3}}, "has wrong settings of timemix: rwkv7 has no field 'wide'"),
+        ({"vocab_size": 25}, r"'model.embedding.weight' is \[24, 16\], not \[25, 16\]"),
+        ({"vocab_size": "a"}, "model.vocab_size is 'a'; it must be of type int"),
+    ],
+)
+def test_import_of_a_damaged_folder(run, tmp_path, changes, sentence):
+    export_run(run, "hf", tmp_path / "hf")
+    document = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(document | changes))
+    with pytest.raises(DamagedFile, match=sentence):
+        import_run(tmp_path / "hf", tmp_path / "again")
 
 
 def test_a_folder_that_exists(run, tmp_path):

@@ -81,6 +81,7 @@ def test_a_folder_of_transformers(folder, tmp_path):
     check_logits(folder)
 
 
+@pytest.mark.slow
 def test_transformers_opens_the_exported_folder(folder):
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     model = transformers.RwkvForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

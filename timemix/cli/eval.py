@@ -47,7 +47,8 @@ class EvalArguments:
     """State carried from window to window, so that every token has the whole text before it as its context; only for
     architectures with unbounded context, and without --stride."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness: names, YAML files, or folders of YAML files. Excludes --data."""
+    """Tasks of lm-evaluation-harness: names, YAML files, or folders of YAML files. Excludes --data. Default: the loss
+    on a text."""
     include_path: Path | None = None
     """Folder of YAML files whose tasks --tasks may name. Default: only the tasks of lm-evaluation-harness."""
     num_fewshot: int | None = None
@@ -73,6 +74,8 @@ def eval(arguments: list[str]) -> int:
         raise InvalidValue(
             f"RUN is {text}, a file; to measure the loss of a run on a text: timemix eval RUN --data {text}"
         )
+    if "--tasks" in arguments and not parsed.tasks:
+        raise InvalidValue("--tasks has no task; name at least one task")
     _check_tasks(parsed)
     from timemix.data.sources import read_source
     from timemix.evaluation.loss import evaluate_held_out, evaluate_text

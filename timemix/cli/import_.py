@@ -14,7 +14,8 @@ from timemix.cli.options import parse, print_report
 class ImportArguments:
     """Import published weights of RWKV as a run for timemix sample, eval, inspect, export and train --from.
 
-    The weights keep their number format on disk. Names and shapes give the version and the sizes of the model.
+    The weights keep their number format on disk. Names and shapes give the version and the sizes of the model. A folder
+    of timemix export --to hf may have any architecture.
 
     Examples:
         timemix import rwkv7.pth --tokenizer rwkv_vocab_v20230424.txt --out runs/rwkv7
@@ -35,7 +36,8 @@ class ImportArguments:
     such as GPT-NeoX's. Default: such a file in the folder of the weights, or for 65,536 tokens the file of the package
     rwkv or pyrwkv-tokenizer."""
     ctx_len: int = 1024
-    """Length of windows in training and eval in tokens, from 1 to 1048576. Generation has no such limit."""
+    """Length of windows in training and eval in tokens, from 1 to 1048576. Generation has no such limit. A folder of
+    timemix export --to hf has its own length."""
     json: bool = False
     """Output as one JSON object on stdout."""
 

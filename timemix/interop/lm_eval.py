@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on a trained model, without a server and without transformers."""
 
 import difflib
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from timemix.tokenizers.base import Tokenizer
 
 try:
     from lm_eval.api.model import TemplateLM
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -38,6 +39,8 @@ ROWS = 16
 """Largest number of continuations that the model reads together."""
 BOOTSTRAP = 1000
 """Number of resamplings for the standard error of a metric that is no mean."""
+SEED = 1234
+"""Seed of the choice of examples in prompts, the default of the package."""
 _IGNORED = ("until", "max_gen_toks", "do_sample", "num_beams")
 
 
@@ -89,12 +92,13 @@ def evaluate_tasks(
         NotFinite: The logits of the model are not finite.
     """
     manager, names = _manager(tasks, include)
-    chosen = [each for name in names for each in _built(manager, name)]
     model = TimemixLM(loaded.model, loaded.tokenizer)
-    options = {"num_fewshot": shots, "limit": limit, "bootstrap_iters": BOOTSTRAP, "log_samples": False}
     # The package prints messages, and stdout is for the result alone.
     with _explained(tasks), redirect_stdout(sys.stderr):
-        found = simple_evaluate(model=model, tasks=chosen, task_manager=manager, **options)
+        chosen = manager.load(names)
+        for task in chosen["tasks"].values():
+            _prepare(task, shots)
+        found = evaluate(model, chosen, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     return [
         TaskScore(task, metric, kind, float(value), _number(values.get(f"{metric}_stderr,{kind}")), _shots(found, task))
         for task, values in found["results"].items()
@@ -105,7 +109,7 @@ def evaluate_tasks(
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and not math.isnan(value) else None
 
 
 def _shots(found: dict[str, Any], task: str) -> int | None:
@@ -156,12 +160,12 @@ def _manager(tasks: Sequence[str], include: Path | None) -> tuple[Any, list[str]
     return manager, names
 
 
-def _built(manager: Any, name: str) -> list[Any]:
-    """Return the tasks or the group of a name, with their data."""
-    with _explained([name]):
-        found = manager.load([name])
-    group = found["groups"].get(name)
-    return [group] if group is not None else list(found["tasks"].values())
+def _prepare(task: Any, shots: int | None) -> None:
+    """Set the number of examples in the prompts of a task. A task whose file sets 0 examples keeps this number."""
+    own = task.get_config("num_fewshot")
+    if own is None or (shots is not None and own != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=SEED)
 
 
 class TimemixLM(TemplateLM):

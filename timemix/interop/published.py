@@ -5,6 +5,7 @@ shapes and settings (`Architecture.weights` and `Architecture.hugging_face`).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.interop.hugging_face import model_type, read_folder
+from timemix.interop.model_folder import MODEL_TYPE, PREFIX
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
-from timemix.models.registry import ARCHITECTURES, Architecture, load_part
+from timemix.models.registry import ARCHITECTURES, Architecture, load_part, model_config
 from timemix.storage.tensors import read_tensors
 from timemix.storage.torch_files import read_torch_file
 
@@ -65,7 +67,8 @@ def read_published(path: Path, ctx_len: int) -> Published:
 
     Args:
         path: The file or folder.
-        ctx_len: Context length in tokens, which published weights do not give.
+        ctx_len: Context length in tokens, which published weights do not give. A folder of `timemix export` gives its
+            own context length.
 
     Returns:
         The model.
@@ -78,6 +81,8 @@ def read_published(path: Path, ctx_len: int) -> Published:
     document = None
     if path.is_dir():
         weights, document = read_folder(path)
+        if model_type(path, document) == MODEL_TYPE:
+            return _exported(path, weights, document)
     else:
         weights = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
     weights = {name.removeprefix(_PREFIX): x for name, x in weights.items()}
@@ -97,7 +102,21 @@ def read_published(path: Path, ctx_len: int) -> Published:
         published = Published(config, converter.from_published(weights), converter.unused(weights))
     except InvalidValue as error:
         raise DamagedFile(f"{path} holds no complete model: {error}") from error
-    _check(path, published, converter)
+    _check(path, published, converter.published_name)
+    return published
+
+
+def _exported(path: Path, weights: dict[str, Tensor], document: dict[str, Any]) -> Published:
+    """Return the model in a folder of `timemix export --to hf`, which other programs may have trained further."""
+    settings = document.get("timemix")
+    if not isinstance(settings, dict) or not isinstance(settings.get("arch"), str):
+        raise DamagedFile(f"{path / 'config.json'} has no settings of timemix; restore it from a copy")
+    try:
+        config = model_config(**(settings | {"vocab_size": document.get("vocab_size")}))
+    except InvalidValue as error:
+        raise DamagedFile(f"{path / 'config.json'} has wrong settings of timemix: {error}") from error
+    published = Published(config, {name.removeprefix(PREFIX): x for name, x in weights.items()}, {})
+    _check(path, published, lambda name: PREFIX + name)
     return published
 
 
@@ -127,7 +146,7 @@ def _architecture(path: Path, weights: dict[str, Tensor], document: dict[str, An
     return known[version]
 
 
-def _check(path: Path, published: Published, converter: Any) -> None:
+def _check(path: Path, published: Published, name_in_file: Callable[[str], str]) -> None:
     """Check that weights have the names, shapes and types of the model, and are finite."""
     with torch.device("meta"):
         shapes = {name: x.shape for name, x in LanguageModel(published.config).state_dict().items()}
@@ -135,8 +154,8 @@ def _check(path: Path, published: Published, converter: Any) -> None:
         x = published.weights.get(name)
         if x is None or name not in shapes:
             where = "lacks" if x is None else "has the unknown weight"
-            raise DamagedFile(f"{path} {where} {converter.published_name(name)!r}; restore it from a copy")
-        theirs = converter.published_name(name)
+            raise DamagedFile(f"{path} {where} {name_in_file(name)!r}; restore it from a copy")
+        theirs = name_in_file(name)
         if x.shape != shapes[name]:
             raise DamagedFile(
                 f"{path} is damaged: {theirs!r} is {list(x.shape)}, not {list(shapes[name])}; restore it from a copy"
