@@ -3,8 +3,8 @@
     run = timemix.train("cpu-small", "runs/mine", data="text.txt")
     timemix.generate(run, "The ", tokens=100)
 
-The public interface consists of the names in `timemix.__all__` and the ops of `timemix.ops`. All other modules are
-internal. `import timemix` does not import PyTorch: each name is imported on first use.
+The public interface consists of the names in `timemix.__all__`, the ops of `timemix.ops` and the module `timemix.hf`.
+All other modules are internal. `import timemix` does not import PyTorch: each name is imported on first use.
 """
 
 import importlib

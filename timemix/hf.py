@@ -43,31 +43,28 @@ IGNORED = -100
 
 
 class TimemixConfig(PreTrainedConfig):
-    """Settings of an exported model, in the config.json of transformers.
-
-    Args:
-        timemix: Settings of the model by name, as in the table `model` of config.toml.
-        vocab_size: Number V of rows of the embedding and the head.
-        hidden_size: Width of the model.
-        num_hidden_layers: Number of blocks.
-        max_position_embeddings: Largest number of tokens in a context; None if the context has no end.
-        outside_token_id: Token that the model reads in place of ids from V on, which `<|endoftext|>` and `<|pad|>`
-            have if the vocabulary of the model lacks these tokens.
-        use_cache: Whether `generate` passes the state from token to token.
-        tie_word_embeddings: False: the head has its own weights.
-    """
+    """Settings of an exported model, in the config.json of transformers."""
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["state"]
 
     timemix: dict[str, Any] | None = None
+    """Settings of the model by name, as in the table `model` of config.toml."""
     vocab_size: int = 256
+    """Number V of rows of the embedding and the head."""
     hidden_size: int = 128
+    """Width of the model."""
     num_hidden_layers: int = 4
+    """Number of blocks."""
     max_position_embeddings: int | None = None
+    """Largest number of tokens in a context; None if the context has no end."""
     outside_token_id: int = 0
+    """Token that the model reads in place of ids from V on. `<|endoftext|>` and `<|pad|>` have such ids if the
+    vocabulary of the model lacks these tokens."""
     use_cache: bool = True
+    """Whether `generate` passes the state from token to token."""
     tie_word_embeddings: bool = False
+    """False: the head has its own weights."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**(kwargs | {"auto_map": dict(AUTO_MAP)}))

@@ -124,6 +124,16 @@ API = {
             "timemix.tokenizers.subword.SubwordTokenizer",
         ),
     ),
+    "hf": ApiPage(
+        "Transformers",
+        "Use an exported model in the package transformers",
+        (
+            "timemix.hf",
+            "timemix.hf.TimemixForCausalLM",
+            "timemix.hf.TimemixOutput",
+            "timemix.hf.TimemixConfig",
+        ),
+    ),
     "ops": ApiPage(
         "Ops",
         "Compute the time-mix of RWKV as pure functions of tensors",
