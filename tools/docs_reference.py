@@ -65,7 +65,7 @@ API = {
             "timemix.training.trainer.Trainer",
             "timemix.training.hooks.Hook",
             "timemix.training.hooks.load_hook",
-            "timemix.training.hooks.tensorboard",
+            "timemix.training.hooks.TensorBoard",
         ),
     ),
     "runs": ApiPage(

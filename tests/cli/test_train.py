@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -25,7 +26,7 @@ from timemix.cli.training import resume_command_added
 from timemix.cli.watch import progress_line, watching
 from timemix.config.run import read_toml
 from timemix.errors import NotFinite
-from timemix.training.progress import TrainingProgress
+from timemix.training.progress import Sample, TrainingProgress
 
 SIZES = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
 TINY = SIZES.split()
@@ -61,6 +62,19 @@ class TestLength:
         assert "500 tokens at 64 tokens per step: 8 steps\n" in err
         assert steps() == 8
 
+    def test_a_run_by_epochs_prints_its_steps_and_resumes_by_epochs(self, call):
+        status, _, err = call(*new(*TINY, "--train.epochs", "0.25"))
+        assert status == 0, err
+        found = re.search(r"0.25 epochs of ([\d,]+) tokens at 64 tokens per step: (\d+) steps\n", err)
+        tokens = int(found[1].replace(",", ""))
+        assert f"{tokens:,} training tokens" in err
+        assert steps() == int(found[2]) == math.ceil(0.25 * tokens / 64)
+        assert "epochs" not in Path("r/config.toml").read_text()
+        status, _, err = call("train", "--resume", "r", "--train.epochs", "0.5")
+        assert status == 0, err
+        assert steps() == math.ceil(0.5 * tokens / 64)
+        assert f"with --train.steps {steps()} (before: {found[2]})" in err
+
     def test_a_run_by_seconds_prints_and_keeps_its_steps(self, call):
         status, _, err = call(*new(*TINY, "--train.seconds", "1.5"))
         assert status == 0, err
@@ -74,6 +88,9 @@ class TestLength:
         [
             ("--train.steps 5 --train.seconds 9", "--train.steps 5 and --train.seconds 9 exclude one another: each"),
             ("--train.tokens=5 --train.seconds=9", "--train.seconds 9 and --train.tokens 5 exclude one another"),
+            ("--train.steps 5 --train.epochs 2", "--train.steps 5 and --train.epochs 2 exclude one another: each sets"),
+            ("--train.epochs -1", "--train.epochs is -1.0; it must be above 0 and finite"),
+            ("--train.epochs inf", "--train.epochs is inf; it must be above 0 and finite"),
             ("--train.seconds 0", "--train.seconds is 0.0; it must be above 0 and finite"),
             ("--train.seconds -3", "--train.seconds is -3.0; it must be above 0 and finite"),
             ("--train.tokens -3", "--train.tokens is '-3'; it must be a positive number, such as 20M, 1.5B or 20000"),
@@ -224,6 +241,35 @@ def test_samples_are_shown_while_it_trains(call):
     assert sample in err
 
 
+def test_samples_of_own_prompts_are_shown_also_at_the_end(call):
+    prompts = ["--train.sample-prompts", "the cat", "dog\n"]
+    status, _, err = call(*new(*SHORT, "--train.sample-every", "4", *prompts))
+    assert status == 0, err
+    text = Path("r/samples.txt").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("--- ")]
+    expected = [f"--- step {step}, prompt {prompt}" for step in (4, 6) for prompt in ('"the cat"', r'"dog\n"')]
+    assert headings == expected
+    assert '--- step 4, prompt "the cat"\nthe cat' in text
+    assert [line for line in err.splitlines() if line.startswith("--- ")] == expected
+    assert err.count("step 6/6") == 1
+    call(*new(*SHORT, "--train.sample-every", "4", *prompts, out="again"))
+    assert Path("again/samples.txt").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("Ω", "the prompt 'Ω' in --train.sample-prompts cannot be encoded: the vocabulary has no 'Ω' (U+03A9); leave"),
+        ("", "the value after 'the' is empty; give a value"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_training(call, prompt, words):
+    status, _, err = call(*new(*SHORT, "--train.sample-prompts", "the", prompt))
+    assert status == 2
+    assert words in err
+    assert not Path("r").exists()
+
+
 def test_early_stopping_names_the_command_that_continues(call):
     options = ["--train.steps", "200", "--train.valid-every", "1", "--train.patience", "1", "--train.lr", "2"]
     status, _, err = call(*new(*TINY, *options))
@@ -321,7 +367,7 @@ def test_a_terminal_that_closes(ignored):
 
 def progress(**fields):
     values = {"step": 250, "steps": 2000, "tokens": 16_000, "seconds": 60.0, "loss": 1.25, "tokens_per_second": 1234.5}
-    return TrainingProgress(**(values | {"valid_loss": 2.5, "valid_step": 100, "sample": None} | fields))
+    return TrainingProgress(**(values | {"valid_loss": 2.5, "valid_step": 100} | fields))
 
 
 class TestProgressLine:
@@ -353,7 +399,7 @@ class TestProgressLine:
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setattr(sys, "stderr", Terminal())
         with watching(0, 2000) as watch:
-            watch(progress(sample="the cat\x1b[31m"))
+            watch(progress(samples=(Sample(250, None, "the cat\x1b[31m"),)))
         text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sys.stderr.getvalue())
         assert "250/2000" in text
         assert "1.250" in text

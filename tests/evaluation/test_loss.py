@@ -1,6 +1,7 @@
 """Evaluation: every token counts once; units; unknown characters."""
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -17,7 +18,14 @@ from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_fil
 from timemix.data.config import DataConfig
 from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
-from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_by_position, loss_per_token, windows
+from timemix.evaluation.loss import (
+    bits_per_byte,
+    evaluate_held_out,
+    evaluate_text,
+    loss_by_position,
+    loss_per_token,
+    windows,
+)
 from timemix.models.registry import list_architectures
 from timemix.training.start import new_run
 
@@ -139,7 +147,16 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
     trainer.run()
     result = evaluate_held_out(trainer.model, trainer.corpus)
     assert result.nats_per_token == pytest.approx(trainer.valid_loss)
+    last = json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["valid_bits_per_byte"] == pytest.approx(result.bits_per_byte)
     assert result.tokens == len(trainer.corpus.valid)
+
+
+def test_a_text_of_no_counted_bytes_has_no_bits_per_byte(tmp_path):
+    corpus = prepare(tmp_path / "out", small_config(write_text_file(tmp_path)).data)
+    valid = dataclasses.replace(corpus.info.valid, bytes=0)
+    uncounted = dataclasses.replace(corpus, info=dataclasses.replace(corpus.info, valid=valid))
+    assert bits_per_byte(1.0, uncounted) is None
 
 
 def test_too_short_a_text(loaded):
@@ -171,6 +188,7 @@ def test_units_divide_by_the_text_after_the_first_token(tmp_path, text, kind, un
     bits = held_out.nats_per_token * (len(corpus.valid) - 1) / math.log(2)
     assert held_out.bits_per_character == pytest.approx(bits / characters)
     assert held_out.bits_per_byte == pytest.approx(bits / bytes_)
+    assert bits_per_byte(held_out.nats_per_token, corpus) == held_out.bits_per_byte
     assert (held_out.characters, held_out.bytes) == (len(text), len(text.encode()))
     assert evaluate_text(model, corpus.tokenizer, text) == held_out
 

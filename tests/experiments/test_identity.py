@@ -29,13 +29,14 @@ def test_finished_runs_of_before_are_recognised(run):
 
 
 def test_samples_and_hooks_make_no_other_run(run):
-    assert keys(run, sample_every=5, hook_errors="stop") == keys(run)
+    assert keys(run, sample_every=5, sample_prompts=("a", "b"), hook_errors="stop") == keys(run)
     assert not set(keys(run, patience=5)) & set(keys(run))
 
 
-@pytest.mark.parametrize("name", ["seconds", "tokens"])
+@pytest.mark.parametrize("name", ["seconds", "tokens", "epochs"])
 def test_the_length_of_a_run_is_that_of_the_experiment(name):
     with pytest.raises(
-        InvalidValue, match=r"variant 'a': train.seconds and train.tokens cannot be set in an experiment; give"
+        InvalidValue,
+        match=r"variant 'a': train.seconds, train.tokens and train.epochs cannot be set in an experiment; give",
     ):
         variant_config("cpu-small", {}, Variant("a", {"train": {name: 60}}), {})

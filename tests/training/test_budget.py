@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,8 @@ from timemix.config.run import TrainConfig, read_toml
 from timemix.errors import InvalidValue
 from timemix.runs import folder as run_folder
 from timemix.training import budget
-from timemix.training.budget import Pace
-from timemix.training.start import new_run
+from timemix.training.budget import Pace, with_counted_steps
+from timemix.training.start import new_run, resume_run
 
 SECONDS = st.floats(0.001, 2)
 
@@ -121,6 +122,26 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
     assert trainer.config.train.steps == steps
     assert trainer.config.train.tokens is None
     assert sentences == [f"{asked:,} tokens at 64 tokens per step: {steps:,} steps"]
+
+
+@pytest.mark.parametrize("epochs", [1e-9, 0.1, 1.0, 1.1, 2.5])
+def test_epochs_are_passes_over_the_training_tokens(tmp_path, epochs, sentences):
+    source = write_text_file(tmp_path, "ab\n" * 2400)
+    trainer = new_run(small_config(source, epochs=epochs), tmp_path / "run", progress=sentences.append)
+    tokens = len(trainer.corpus.train)
+    steps = math.ceil(Fraction(str(epochs)) * tokens / 64)
+    assert trainer.config.train == replace(small_config(source).train, steps=steps)
+    assert sentences == [f"{epochs:g} epochs of {tokens:,} tokens at 64 tokens per step: {steps:,} steps"]
+    assert read_toml(trainer.out / "config.toml") == trainer.config
+    trainer.lock.release()
+    assert resume_run(trainer.out, train={"epochs": 2 * epochs}).config.train.steps in (2 * steps - 1, 2 * steps)
+
+
+def test_a_number_of_epochs_that_is_exact_in_decimals_is_not_rounded_up():
+    """As floats, 1.1 times 6,400 is above 7,040."""
+    config, _ = with_counted_steps(small_config("text.txt", epochs=1.1), 6400)
+    assert config.train.steps == 110
+    assert math.ceil(1.1 * 6400 / 64) == 111
 
 
 def test_more_tokens_than_a_run_may_have_steps_for_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from timemix.runs.metrics import Metrics
 from timemix.runtime import machine
 from timemix.runtime.machine import peak_memory
 from timemix.training.failures import Failures
-from timemix.training.hooks import load_hook, tensorboard
+from timemix.training.hooks import TensorBoard, load_hook
 from timemix.training.spikes import SpikeWatch
 from timemix.training.start import new_run, resume_run
 
@@ -186,9 +186,9 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
             raise KeyError("power cut")
 
     with pytest.raises(KeyError):
-        trainer.run(crash, hooks=[tensorboard(tmp_path / "board", 0)])
+        trainer.run(crash, hooks=[TensorBoard(tmp_path / "board", 0)])
     resumed = resume_run(trainer.out)
-    resumed.run(hooks=[tensorboard(tmp_path / "board", resumed.step)])
+    resumed.run(hooks=[TensorBoard(tmp_path / "board", resumed.step)])
     written = [(line["step"], line["loss"]) for line in lines(trainer.out) if "loss" in line]
     shown = scalars(tmp_path / "board")
     assert [step for step, _ in shown["loss"]] == list(range(1, 9))
@@ -196,10 +196,21 @@ def test_tensorboard_shows_each_step_once_also_after_a_crash(tmp_path):
     assert {"lr", "grad_norm", "tokens_per_second", "memory", "valid_loss"} <= shown.keys()
 
 
+def test_tensorboard_shows_the_samples_as_text(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = small_trainer(tmp_path, sample_every=4, sample_prompts=("the cat", "a"))
+    trainer.run(hooks=[TensorBoard(tmp_path / "board", 0)], samples_at_end=True)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "board"), {"tensors": 0}).Reload()
+    for prompt in ("the cat", "a"):
+        found = events.Tensors(f"samples/{prompt}/text_summary")
+        assert [event.step for event in found] == [4, 8]
+        assert found[0].tensor_proto.string_val[0].decode().startswith(f"    {prompt}")
+
+
 def test_without_tensorboard_the_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(Unavailable, match=r"pip install 'timemix\[tensorboard\]'"):
-        tensorboard(tmp_path, 0)
+        TensorBoard(tmp_path, 0)
 
 
 def test_metrics_that_could_not_be_written_come_with_the_next(tmp_path, monkeypatch):

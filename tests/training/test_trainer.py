@@ -371,8 +371,8 @@ def test_samples_are_drawn_while_it_trains_and_change_nothing(tmp_path):
     plain, sampled = small_trainer(tmp_path, name="plain"), small_trainer(tmp_path, name="sampled", sample_every=3)
     plain.run()
     seen = []
-    sampled.run(lambda progress: seen.append((progress.step, progress.sample)))
-    drawn = [(step, sample) for step, sample in seen if sample is not None]
+    sampled.run(lambda progress: seen.append((progress.step, progress.samples)))
+    drawn = [(step, sample.text) for step, samples in seen for sample in samples]
     assert [step for step, _ in drawn] == [3, 6]
     assert (sampled.out / "samples.txt").read_text() == "".join(f"--- step {step}\n{text}\n\n" for step, text in drawn)
     weights = [run_folder.newest(run.out) / "model.safetensors" for run in (plain, sampled)]

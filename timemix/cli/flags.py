@@ -38,7 +38,17 @@ _TRAIN_GROUPS: dict[str, tuple[str, ...]] = {
         "accumulation",
         "seed",
     ),
-    "schedule and length": ("steps", "seconds", "tokens", "schedule", "lr_final", "warmup", "decay", "patience"),
+    "schedule and length": (
+        "steps",
+        "seconds",
+        "tokens",
+        "epochs",
+        "schedule",
+        "lr_final",
+        "warmup",
+        "decay",
+        "patience",
+    ),
     _REPORTING: (),
     "devices and processes": ("device", "precision", "compile", "recompute", "strategy"),
 }

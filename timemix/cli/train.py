@@ -42,7 +42,8 @@ class TrainArguments:
     """Train a model on a text, fine-tune a trained model (--from), or resume a run (--resume).
 
     Settings come from the preset, from the file of --config, or from the run of --from. Options override these
-    settings. One of --train.steps, --train.seconds and --train.tokens sets the length of the run.
+    settings. One of --train.steps, --train.seconds, --train.tokens and --train.epochs sets the length
+    of the run.
 
     Examples:
         timemix train cpu-small --data my.txt --out runs/mine
@@ -181,7 +182,7 @@ def _with_budget(train: TrainConfig, arguments: list[str]) -> TrainConfig:
         options.add_argument(f"--train.{name}", dest=name, nargs="?")
     given = vars(options.parse_known_args(arguments)[0])
     check_budget(given)
-    return replace(train, seconds=None, tokens=None) if any(given.values()) else train
+    return replace(train, seconds=None, tokens=None, epochs=None) if any(given.values()) else train
 
 
 def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
@@ -239,7 +240,7 @@ def train(arguments: list[str]) -> int:
 def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world: "World") -> int:
     from timemix.cli.training import run_trainer
     from timemix.runtime.machine import keep_freed_memory
-    from timemix.training.hooks import tensorboard
+    from timemix.training.hooks import TensorBoard
 
     keep_freed_memory()
     trainer = _resumed(asked, world) if isinstance(asked, ResumeArguments) else _begun(asked, world)
@@ -248,14 +249,12 @@ def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world
             return 0
         hooks = [hook] if hook is not None else []
         if asked.reporting.tensorboard and world.first:
-            hooks.append(tensorboard(trainer.out / "tensorboard", trainer.step))
-        status = run_trainer(trainer, hooks=hooks, quiet=asked.reporting.quiet)
+            hooks.append(TensorBoard(trainer.out / "tensorboard", trainer.step))
+        status = run_trainer(trainer, hooks=hooks, quiet=asked.reporting.quiet, samples_at_end=True)
     finally:
         trainer.lock.release()
-    if status == 0:
-        trainer.sample()
-        if world.first and not asked.reporting.quiet:
-            print(f"the run is in {trainer.out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
+    if status == 0 and world.first and not asked.reporting.quiet:
+        print(f"the run is in {trainer.out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
     return status
 
 
@@ -304,7 +303,7 @@ def _changes(trainer: "Trainer", before: dict[str, Any], changes: dict[str, Any]
     from timemix.training.optim import learning_rate
 
     now = vars(trainer.config.train)
-    names = dict.fromkeys("steps" if name == "tokens" else name for name in changes)
+    names = dict.fromkeys("steps" if name in BUDGETS else name for name in changes)
     words = ", ".join(f"--train.{name.replace('_', '-')} {now[name]} (before: {before[name]})" for name in names)
     rate = learning_rate(trainer.config.train, trainer.step, trainer.recipe.warmup_floor)
     return f", with {words}; learning rate at step {trainer.step + 1}: {rate:.3g}, by the schedule of the new settings"

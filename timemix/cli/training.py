@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def run_trainer(
-    trainer: "Trainer", during: "Watch | None" = None, hooks: "Sequence[Hook]" = (), *, quiet: bool = False
+    trainer: "Trainer",
+    during: "Watch | None" = None,
+    hooks: "Sequence[Hook]" = (),
+    *,
+    quiet: bool = False,
+    samples_at_end: bool = False,
 ) -> int:
     """Train with progress on stderr, then draw the loss curve; return the exit status."""
     from timemix.cli.watch import watching
@@ -37,7 +42,7 @@ def run_trainer(
                 if during is not None:
                     during(progress)
 
-            trainer.run(both, hooks)
+            trainer.run(both, hooks, samples_at_end=samples_at_end)
     except Interrupted as stop:
         if trainer.world.first:
             print(f"timemix: {stop}; resume with: {own_command()} train --resume {trainer.out}", file=sys.stderr)
@@ -56,6 +61,8 @@ def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
     try:
         yield
     except (CannotWrite, ProcessLost, HookFailed) as error:
+        if isinstance(error, HookFailed) and trainer.is_complete:
+            raise
         raise type(error)(f"{error}; resume with: {resume}") from error
     except NotFinite as error:
         # A tenth of a rate far above all useful rates would diverge too.
@@ -79,8 +86,9 @@ def _conclude(trainer: "Trainer") -> None:
     if trainer.stopped_early:
         print(stopped_early(trainer), file=sys.stderr)
     if trainer.valid_loss is not None:
+        bits = "" if trainer.valid_bits_per_byte is None else f", {trainer.valid_bits_per_byte:.4f} bits per byte,"
         print(
-            f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f})"
+            f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f}){bits}"
             f" after {trainer.seconds:.0f} s of training steps",
             file=sys.stderr,
         )

@@ -12,7 +12,7 @@ from timemix.runtime.progress import clock
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-    from timemix.training.progress import TrainingProgress, Watch
+    from timemix.training.progress import Sample, TrainingProgress, Watch
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -39,12 +39,16 @@ def watching(first_step: int, steps: int, *, quiet: bool = False) -> "Iterator[W
 
 
 def _lines() -> "Watch":
-    newest = -SECONDS_BETWEEN_LINES
+    newest, last_step = -SECONDS_BETWEEN_LINES, -1
 
     def watch(progress: "TrainingProgress") -> None:
-        nonlocal newest
-        if progress.sample is not None:
-            print(sample_words(progress), file=sys.stderr, flush=True)
+        nonlocal newest, last_step
+        for sample in progress.samples:
+            print(sample_words(sample), file=sys.stderr, flush=True)
+        # The samples at the end of a run come with a second call for the last step.
+        if progress.step == last_step:
+            return
+        last_step = progress.step
         now = time.monotonic()
         if now - newest < SECONDS_BETWEEN_LINES and progress.step < progress.steps:
             return
@@ -68,8 +72,8 @@ def _bar(first_step: int, steps: int) -> "Iterator[Watch]":
         task = bars.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
 
         def watch(progress: "TrainingProgress") -> None:
-            if progress.sample is not None:
-                bars.console.print(sample_words(progress), markup=False, highlight=False)
+            for sample in progress.samples:
+                bars.console.print(sample_words(sample), markup=False, highlight=False)
             room = console.width - (WIDTH_OF_BAR if len(columns) > 1 else 0)
             bars.update(task, completed=progress.step, description=progress_line(progress, room))
 
@@ -94,9 +98,9 @@ def progress_line(progress: "TrainingProgress", width: int | None = None) -> str
     return next((line for line in lines if width is None or len(line) <= width), lines[-1])
 
 
-def sample_words(progress: "TrainingProgress") -> str:
-    """Return the sample of a step below a line with the number of the step."""
-    return f"--- step {progress.step}\n{escaped(progress.sample or '')}\n"
+def sample_words(sample: "Sample") -> str:
+    """Return a sample below a line with its step and prompt."""
+    return f"{escaped(sample.heading)}\n{escaped(sample.text)}\n"
 
 
 def _seconds_left(progress: "TrainingProgress") -> float:

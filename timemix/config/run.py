@@ -39,7 +39,7 @@ Strategy = Literal["replicate", "shard"]
 MOST_STEPS = 10**8 - 1
 """Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
-BUDGETS = ("steps", "seconds", "tokens")
+BUDGETS = ("steps", "seconds", "tokens", "epochs")
 """Fields that set the length of a run. A config may set only one of these fields."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -77,12 +77,15 @@ class TrainConfig:
 
     steps: int = 2000
     """Length of the run in optimizer steps, from 1 to 99999999.
-    Alternatives to steps: --train.seconds and --train.tokens."""
+    Alternatives to steps: --train.seconds, --train.tokens and --train.epochs."""
     seconds: float | None = None
     """Length of the run in seconds, above 0, with validations and checkpoints, converted to steps at the start.
     Default: --train.steps sets the length of the run."""
     tokens: int | str | None = None
     """Length of the run in tokens, at least 1, such as 20M or 1.5B, rounded up to whole steps.
+    Default: --train.steps sets the length of the run."""
+    epochs: float | None = None
+    """Length of the run as a number of passes over the training text, above 0, such as 2.5, rounded up to whole steps.
     Default: --train.steps sets the length of the run."""
     batch_size: int = 12
     """Number of training windows per optimizer step, at least 1, summed over all pieces of --train.accumulation."""
@@ -136,7 +139,9 @@ class TrainConfig:
     """Steps between checkpoints, at least 1. Only the newest and the best checkpoint remain on disk."""
     sample_every: int = 0
     """Steps between text samples, printed and appended to samples.txt, at least 0
-    (0: one sample, at the end of the run)."""
+    (0: samples only at the end of the run)."""
+    sample_prompts: tuple[str, ...] = ()
+    """Beginnings of the text samples, one sample for each prompt. Default: one sample that begins with a newline."""
     patience: int = 0
     """Number of validations without a lower loss after which training stops early, at least 0
     (0: no early stopping)."""
@@ -152,9 +157,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # Only a converted run without fine-tuning has 0 steps: `new_run` refuses other runs of 0 steps.
         check_range("train.steps", self.steps, 0, MOST_STEPS)
-        check_budget({name: getattr(self, name) for name in ("seconds", "tokens")})
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise InvalidValue(f"train.seconds is {self.seconds}; it must be above 0 and finite")
+        check_budget({name: getattr(self, name) for name in BUDGETS if name != "steps"})
+        for name in ("seconds", "epochs"):
+            if (length := getattr(self, name)) is not None and not 0 < length < math.inf:
+                raise InvalidValue(f"train.{name} is {length}; it must be above 0 and finite")
         if self.tokens is not None:
             read_count(self.tokens)
         for name in ("sample_every", "patience"):

@@ -292,12 +292,37 @@ def evaluate_text(
     tokens, unknown = tokenizer.encode_counted(text)
     left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
     whole = TextSize(len(text), len(text.encode("utf-8")), unknown.total())
-    read = (
-        whole.characters - sum(len(each) * count for each, count in left_out.items()),
-        whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()),
-    )
     first = tokenizer.first_size(text)
-    return _in_units(model, tokens, whole, read, first, precision=precision, stride=stride, carry_state=carry_state)
+    predicted = (
+        whole.characters - sum(len(each) * count for each, count in left_out.items()) - first[0],
+        whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()) - first[1],
+    )
+    return _in_units(model, tokens, whole, predicted, precision=precision, stride=stride, carry_state=carry_state)
+
+
+def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float | None:
+    """Convert a loss on the validation tokens of a prepared folder to bits per byte of their text in UTF-8.
+
+    Args:
+        nats_per_token: Mean loss over all tokens but the first, in nats.
+        corpus: The prepared folder.
+
+    Returns:
+        The loss in bits per byte, as `evaluate` gives it, or None if data.json counts no bytes after the first token.
+    """
+    _, bytes_ = _predicted_size(corpus)
+    if bytes_ < 1:
+        return None
+    return nats_per_token * (len(corpus.valid) - 1) / math.log(2) / bytes_
+
+
+def _predicted_size(corpus: Corpus) -> tuple[int, int]:
+    """Return the numbers of characters and bytes of the validation text without its first token."""
+    valid = corpus.info.valid
+    # Folders that earlier versions of timemix prepared do not store the size of the first token. Without a stored size,
+    # <unk> counts as one character of one byte.
+    first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
+    return valid.characters - first[0], valid.bytes - first[1]
 
 
 def evaluate_held_out(
@@ -323,21 +348,15 @@ def evaluate_held_out(
     """
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
-    read = whole.characters, whole.bytes
-    # Folders that earlier versions of timemix prepared do not store the size of the first token. Without a stored size,
-    # <unk> counts as one character of one byte.
-    first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
-    return _in_units(
-        model, corpus.valid, whole, read, first, precision=precision, stride=stride, carry_state=carry_state
-    )
+    predicted = _predicted_size(corpus)
+    return _in_units(model, corpus.valid, whole, predicted, precision=precision, stride=stride, carry_state=carry_state)
 
 
 def _in_units(
     model: LanguageModel,
     tokens: np.ndarray | Tokens,
     whole: TextSize,
-    read: tuple[int, int],
-    first: tuple[int, int],
+    predicted: tuple[int, int],
     *,
     precision: str,
     stride: int | None,
@@ -349,8 +368,7 @@ def _in_units(
         model: The model.
         tokens: Token ids, (tokens,).
         whole: Numbers of characters, bytes and unknown characters or words of the whole text.
-        read: Numbers of characters and bytes that the tokens encode.
-        first: Numbers of characters and bytes of the first token.
+        predicted: Numbers of characters and bytes that the tokens after the first token encode.
         precision: Precision of matrix products.
         stride: Distance between the starts of windows in tokens.
         carry_state: Whether to carry the state from window to window.
@@ -359,7 +377,7 @@ def _in_units(
         raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
     nats = loss_per_token(model, tokens, precision=precision, stride=stride, carry_state=carry_state)
     bits = nats * (len(tokens) - 1) / math.log(2)
-    characters, bytes_ = (max(size - own, 1) for size, own in zip(read, first, strict=True))
+    characters, bytes_ = (max(size, 1) for size in predicted)
     return Evaluation(
         nats_per_token=nats,
         bits_per_character=bits / characters,

@@ -34,7 +34,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     )
     form = to_dict(plain)
     # Omit settings that later versions added, if the values do not change the run.
-    for name in ("sample_every", "hook_errors") + (() if plain.train.patience else ("patience",)):
+    for name in ("sample_every", "sample_prompts", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
     for name in ("hold_out", "keep_nul", "text_key"):
         form["data"].pop(name, None)

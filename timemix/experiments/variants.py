@@ -69,9 +69,10 @@ def variant_config(preset_name: str, base: dict[str, Any], variant: Variant, poi
             shared = shared | {"model": model}
         own = merged(shared, own)
         config = from_dict(RunConfig, merged(to_dict(preset(preset_name, named_architecture(own))), own))
-        if config.train.seconds is not None or config.train.tokens is not None:
+        if any(getattr(config.train, name) is not None for name in ("seconds", "tokens", "epochs")):
             raise InvalidValue(
-                "train.seconds and train.tokens cannot be set in an experiment; give the experiment tokens or seconds"
+                "train.seconds, train.tokens and train.epochs cannot be set in an experiment; give the experiment"
+                " tokens or seconds"
             )
         return config
     except InvalidValue as error:

@@ -273,6 +273,8 @@ class _Curve(NamedTuple):
     train: np.ndarray
     smoothed: np.ndarray
     valid: np.ndarray
+    valid_bits_per_byte: float | None
+    """Last validation loss in bits per byte of the text, None if unknown."""
 
     @property
     def last_x(self) -> float:
@@ -286,7 +288,8 @@ def _curve(run: Path, key: str, smoothing: float) -> _Curve:
     if not train.size and not valid.size:
         raise MissingFile(f"{run / 'metrics.jsonl'} has no losses yet; plot again when the run has trained further")
     smoothed = np.stack([train[0], _gaussian(train[1], smoothing * train.shape[1])])
-    return _Curve(train, smoothed, valid)
+    bits = _points(rows, key, "valid_bits_per_byte")
+    return _Curve(train, smoothed, valid, float(bits[1, -1]) if bits.size else None)
 
 
 def _points(rows: list[dict[str, Any]], key: str, loss: str) -> np.ndarray:
@@ -368,7 +371,9 @@ def _draw(axes: "Axes", names: list[str], curves: list[_Curve]) -> None:
     train_color, valid_color = _COLORS[:2] if alone else ("0.4", "0.4")
     handles.append(Line2D([], [], color=train_color, **solid))
     handles.append(Line2D([], [], color=valid_color, marker=_MARKERS[0], **dashed))
-    _legend(axes, handles, [*labels, "training", "validation"], loc="best")
+    bits = curves[0].valid_bits_per_byte if alone else None
+    valid_label = "validation" if bits is None else f"validation (at the end {bits:.3f} bits per byte)"
+    _legend(axes, handles, [*labels, "training", valid_label], loc="best")
 
 
 def _legend(axes: "Axes", *entries: Any, **options: Any) -> None:

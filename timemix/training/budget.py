@@ -1,10 +1,12 @@
-"""Number of steps of a run whose length is given in seconds or in tokens."""
+"""Number of steps of a run whose length is given in seconds, tokens or epochs."""
 
 import functools
+import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from timemix.config.run import MOST_STEPS, RunConfig, TrainConfig, read_count
@@ -52,7 +54,7 @@ class Pace:
 
 
 def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: Say) -> RunConfig:
-    """Return the config with a number of steps in place of its seconds or tokens.
+    """Return the config with a number of steps in place of its seconds, tokens or epochs.
 
     All processes must call this function, and all processes get the same number of steps. If `train.seconds` is given,
     a second model of the same config trains a few timed steps and is discarded. The second model changes neither the
@@ -66,38 +68,53 @@ def with_steps(config: RunConfig, corpus: Corpus, out: Path, world: World, say: 
         say: Function that process 0 calls with a message about the result.
 
     Raises:
-        InvalidValue: The run would need more than `MOST_STEPS` steps for the tokens.
+        InvalidValue: The run would need more than `MOST_STEPS` steps for the tokens or epochs.
         NotFinite: The loss of a timed step is not finite.
     """
     train = config.train
-    if train.tokens is not None:
-        steps = steps_of_tokens(config)
-        each = train.batch_size * config.window
-        sentence = f"{read_count(train.tokens):,} tokens at {each:,} tokens per step: {steps:,} steps"
-    elif train.seconds is not None:
+    if train.seconds is not None:
         steps, sentence = _steps_of_seconds(config, train.seconds, corpus, out, world)
+        counted = replace(config, train=replace(train, steps=steps, seconds=None))
     else:
-        return config
-    if world.first:
+        counted, sentence = with_counted_steps(config, len(corpus.train))
+    if world.first and sentence:
         say(sentence)
-    return replace(config, train=replace(train, steps=steps, seconds=None, tokens=None))
+    return counted
 
 
-def steps_of_tokens(config: RunConfig) -> int:
-    """Return the number of steps for `train.tokens` tokens, rounded up.
+def with_counted_steps(config: RunConfig, training_tokens: int) -> tuple[RunConfig, str]:
+    """Return the config with a number of steps in place of its tokens or epochs, rounded up, and a message.
+
+    The message is empty if the config has neither tokens nor epochs.
+
+    Args:
+        config: Config of the run.
+        training_tokens: Number of tokens of the training text.
 
     Raises:
         InvalidValue: The number of steps exceeds `MOST_STEPS`.
     """
-    assert config.train.tokens is not None
-    each = config.train.batch_size * config.window
-    steps = -(-read_count(config.train.tokens) // each)
+    train = config.train
+    each = train.batch_size * config.window
+    if train.tokens is not None:
+        name, value = "tokens", str(train.tokens)
+        tokens = Fraction(read_count(train.tokens))
+        words = f"{int(tokens):,} tokens"
+    elif train.epochs is not None:
+        name, value = "epochs", f"{train.epochs:g}"
+        # The decimal digits of the setting are exact: as a float, 1.1 epochs would be slightly more.
+        tokens = Fraction(repr(train.epochs)) * training_tokens
+        words = f"{value} epochs of {training_tokens:,} tokens"
+    else:
+        return config, ""
+    steps = math.ceil(tokens / each)
     if steps > MOST_STEPS:
         raise InvalidValue(
-            f"train.tokens is {str(config.train.tokens)!r}, which takes {steps:,} steps of {each:,} tokens;"
-            f" a run has at most {MOST_STEPS:,} steps"
+            f"train.{name} is {value!r}, which takes {steps:,} steps of {each:,} tokens; a run has at most"
+            f" {MOST_STEPS:,} steps"
         )
-    return steps
+    sentence = f"{words} at {each:,} tokens per step: {steps:,} steps"
+    return replace(config, train=replace(train, steps=steps, tokens=None, epochs=None)), sentence
 
 
 def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Path, world: World) -> tuple[int, str]:
@@ -143,7 +160,7 @@ def _pace(trainer: Trainer, seconds: float) -> Pace:
         validation = _seconds(lambda: validate(world=trainer.world)) * (len(valid) - 1) / (len(piece) - 1)
     # Save the checkpoint first, because saving creates the folder of the sample.
     checkpoint = _seconds(trainer.save)
-    sample = _seconds(trainer.sample) if trainer.config.train.sample_every else 0.0
+    sample = _seconds(trainer.samples) if trainer.config.train.sample_every else 0.0
     return Pace(step, validation, checkpoint, sample)
 
 

@@ -3,18 +3,44 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from timemix.errors import InvalidValue, Unavailable
 from timemix.runs.metrics import Line
 from timemix.training.failures import Failures, first_line
+from timemix.training.progress import Sample
 
 Hook = Callable[[Line], object]
 """A function that is called with each new line of metrics.jsonl, as a dictionary.
 
 One line of code connects a tracking service: `trainer.run(hooks=[lambda line: wandb.log(line, step=line["step"])])`.
 """
+
+
+class Tracker(ABC):
+    """A hook that also receives the samples and the end of a run, such as the connection to a tracking service."""
+
+    label: str
+    """Name of the tracker in messages, such as "TensorBoard"."""
+
+    @abstractmethod
+    def __call__(self, line: Line) -> None:
+        """Record a line of metrics.jsonl."""
+
+    @abstractmethod
+    def sample(self, sample: Sample) -> None:
+        """Record a generated text."""
+
+    @abstractmethod
+    def close(self, *, complete: bool) -> None:
+        """Finish the record after the last call.
+
+        Args:
+            complete: Whether the training reached its end.
+        """
 
 
 class Hooks:
@@ -29,29 +55,51 @@ class Hooks:
     """
 
     def __init__(self, hooks: Sequence[Hook], warn: Callable[[str], None]) -> None:
-        self._hooks = [(hook, f"hook {_name(hook)}", Failures(f"hook {_name(hook)}", warn)) for hook in hooks]
+        self._hooks = [(hook, Failures(_name(hook), warn)) for hook in hooks]
         self.failure: str | None = None
 
     def __call__(self, line: Line) -> None:
-        for hook, what, failures in self._hooks:
-            try:
+        """Pass a line of metrics.jsonl to each hook."""
+        for hook, failures in self._hooks:
+            with self._guarded(hook, failures, f"at step {line['step']}"):
                 hook(line)
-            except (Exception, SystemExit) as error:
-                kind, message = type(error).__name__, first_line(error)
-                cause = kind if message == kind else f"{kind}: {message}"
-                self.failure = f"{what} fails at step {line['step']}: {cause}"
-                failures.failed(cause, f"{self.failure}; training continues and calls the hook at each line")
-            else:
                 failures.worked()
 
-    def close(self) -> None:
-        """Report the hooks whose last call failed."""
-        for _, _, failures in self._hooks:
+    def sample(self, sample: Sample) -> None:
+        """Pass a generated text to each tracker."""
+        for hook, failures in self._hooks:
+            if isinstance(hook, Tracker):
+                with self._guarded(hook, failures, f"at the sample of step {sample.step}"):
+                    hook.sample(sample)
+
+    def close(self, *, complete: bool) -> None:
+        """Close the trackers, and report the hooks whose last call failed.
+
+        Args:
+            complete: Whether the training reached its end.
+        """
+        for hook, failures in self._hooks:
+            if isinstance(hook, Tracker):
+                with self._guarded(hook, failures, "at the end of the run"):
+                    hook.close(complete=complete)
             failures.close()
+
+    @contextmanager
+    def _guarded(self, hook: Hook, failures: Failures, when: str) -> Iterator[None]:
+        """Turn an exception in the `with` block into a warning."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            kind, message = type(error).__name__, first_line(error)
+            cause = kind if message == kind else f"{kind}: {message}"
+            self.failure = f"{_name(hook)} fails {when}: {cause}"
+            failures.failed(cause, f"{self.failure}; training continues and calls the hook at each line")
 
 
 def _name(hook: Hook) -> str:
-    return f"{getattr(hook, '__module__', '')}:{getattr(hook, '__qualname__', type(hook).__qualname__)}"
+    if isinstance(hook, Tracker):
+        return f"tracker {hook.label}"
+    return f"hook {getattr(hook, '__module__', '')}:{getattr(hook, '__qualname__', type(hook).__qualname__)}"
 
 
 def load_hook(name: str) -> Hook:
@@ -77,8 +125,8 @@ def load_hook(name: str) -> Hook:
     return hook
 
 
-def tensorboard(folder: Path, step: int) -> Hook:
-    """Return a hook that writes the numbers of each line of metrics.jsonl for TensorBoard.
+class TensorBoard(Tracker):
+    """Tracker that writes the numbers of each line of metrics.jsonl, and the samples, for TensorBoard.
 
     Args:
         folder: Folder of the TensorBoard log.
@@ -87,17 +135,27 @@ def tensorboard(folder: Path, step: int) -> Hook:
     Raises:
         Unavailable: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise Unavailable("TensorBoard is not installed; run: pip install 'timemix[tensorboard]'") from error
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(line: Line) -> None:
+    label = "tensorboard"
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise Unavailable("TensorBoard is not installed; run: pip install 'timemix[tensorboard]'") from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def __call__(self, line: Line) -> None:
         for name, value in line.items():
             if name != "step" and value is not None:
-                writer.add_scalar(name, value, line["step"])
-        writer.flush()
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
 
-    write.__qualname__ = "tensorboard"
-    return write
+    def sample(self, sample: Sample) -> None:
+        # TensorBoard shows texts as Markdown, in which indented lines keep their spaces and line ends.
+        text = "".join(f"    {line}\n" for line in sample.text.splitlines())
+        self._writer.add_text("samples" if sample.prompt is None else f"samples/{sample.prompt}", text, sample.step)
+        self._writer.flush()
+
+    def close(self, *, complete: bool) -> None:
+        self._writer.close()

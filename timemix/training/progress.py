@@ -1,7 +1,27 @@
 """Progress of a training run, which the trainer reports after each step."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model generated during the training."""
+
+    step: int
+    """Number of finished steps."""
+    prompt: str | None
+    """Prompt of the text, None for the default prompt."""
+    text: str
+    """The text, which begins with the prompt."""
+
+    @property
+    def heading(self) -> str:
+        """The line above the text in samples.txt, with the step and the prompt."""
+        # As JSON, a prompt with several lines takes one line.
+        prompt = "" if self.prompt is None else f", prompt {json.dumps(self.prompt, ensure_ascii=False)}"
+        return f"--- step {self.step}{prompt}"
 
 
 @dataclass
@@ -24,8 +44,8 @@ class TrainingProgress:
     """Newest validation loss, in nats per token."""
     valid_step: int | None
     """Step of the newest validation."""
-    sample: str | None
-    """Text generated at this step, None if `train.sample_every` asks for no sample."""
+    samples: tuple[Sample, ...] = ()
+    """Texts generated at this step, empty if no sample is due."""
 
 
 Watch = Callable[[TrainingProgress], None]

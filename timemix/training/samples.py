@@ -1,8 +1,10 @@
 """Samples from a model in training, appended to samples.txt in its run folder."""
 
+from collections.abc import Sequence
+
 import torch
 
-from timemix.errors import CannotWrite
+from timemix.errors import CannotWrite, InvalidValue
 from timemix.generation.generate import generate
 from timemix.generation.prompts import default_prompt
 from timemix.generation.sampler import Sampler
@@ -10,6 +12,8 @@ from timemix.models.language_model import LanguageModel
 from timemix.runs.load import Loaded
 from timemix.runtime.distributed import World
 from timemix.storage.files import cannot_write
+from timemix.tokenizers.base import Tokenizer
+from timemix.training.progress import Sample
 from timemix.training.saving import gathered
 
 
@@ -30,10 +34,27 @@ def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageMo
     return whole
 
 
+def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Check that the model can continue each prompt of `train.sample_prompts`.
+
+    Raises:
+        InvalidValue: A prompt has no tokens, or has text outside the vocabulary.
+    """
+    for prompt in prompts:
+        try:
+            ids = tokenizer.encode(prompt)
+        except InvalidValue as error:
+            raise InvalidValue(f"the prompt {prompt!r} in train.sample_prompts cannot be encoded: {error}") from error
+        if not len(ids):
+            raise InvalidValue(f"the prompt {prompt!r} in train.sample_prompts has no tokens; give a longer prompt")
+
+
 def write_sample(
     loaded: Loaded, step: int, prompt: str | None = None, sampler: Sampler | None = None, tokens: int = 300
-) -> str:
+) -> Sample:
     """Generate a text, append it to samples.txt and return it.
+
+    The random seed is always 0, so that equal weights give equal texts.
 
     Args:
         loaded: The model, with the run folder as its folder.
@@ -45,15 +66,14 @@ def write_sample(
     Raises:
         CannotWrite: samples.txt cannot be written, and `train.full_disk` is "stop".
     """
-    if prompt is None:
-        prompt = default_prompt(loaded.tokenizer)
-    text = prompt + generate(loaded, prompt, tokens=tokens, sampler=sampler)[0]
+    start = default_prompt(loaded.tokenizer) if prompt is None else prompt
+    sample = Sample(step, prompt, start + generate(loaded, start, tokens=tokens, sampler=sampler)[0])
     path = loaded.folder / "samples.txt"
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+            file.write(f"{sample.heading}\n{sample.text}\n\n")
     except OSError as error:
         # A run with `train.full_disk` "continue" reports a full disk only once, when metrics.jsonl cannot be written.
         if loaded.config.train.full_disk == "stop":
             raise CannotWrite(cannot_write(path, error)) from error
-    return text
+    return sample

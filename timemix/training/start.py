@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from timemix.config.run import RunConfig, TrainConfig, check_budget, read_toml, to_toml
+from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
@@ -19,7 +19,7 @@ from timemix.runtime.progress import ShowProgress, show
 from timemix.storage.files import cannot_write, check_name, remove_unfinished, write_text
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import from_dict, to_dict
-from timemix.training.budget import steps_of_tokens, with_steps
+from timemix.training.budget import with_counted_steps, with_steps
 from timemix.training.memory import refuse_too_large, run_memory
 from timemix.training.parallel import check_shares
 from timemix.training.saving import fill
@@ -45,7 +45,8 @@ def new_run(
     the trained model to ctx_len.
 
     Args:
-        config: Config of the run. The resulting number of steps replaces `train.seconds` or `train.tokens`.
+        config: Config of the run. The resulting number of steps replaces `train.seconds`, `train.tokens` or
+            `train.epochs`.
         out: Run folder, which must not exist.
         world: The processes of the run.
         start: A model to start from in place of `config.start`, such as a converted model.
@@ -114,7 +115,7 @@ def _note_of_copies(start: Loaded, config: RunConfig, world: World) -> str:
 
 def _check_length(train: TrainConfig) -> None:
     """Check that a new run has at least 1 step. Only a converted run without fine-tuning has 0 steps."""
-    if train.steps == 0 and train.seconds is None and train.tokens is None:
+    if not any(getattr(train, name) for name in BUDGETS):
         raise InvalidValue("train.steps is 0; give a new run at least 1 step")
 
 
@@ -214,8 +215,8 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
             f"{out} cannot be resumed, because its weights were imported without a text; fine-tune the model on a text:"
             f" timemix train --from {out} --data TEXT --out NEXT"
         )
-    config = _changed(old, train, out)
-    corpus = open_run_corpus(out, config.data.source)
+    corpus = open_run_corpus(out, old.data.source)
+    config = _changed(old, train, out, len(corpus.train))
     if corpus.tokenizer.vocab_size != config.model.vocab_size:
         raise DamagedFile(
             f"the vocabulary of the data of {out} has {corpus.tokenizer.vocab_size} tokens, but its config.toml names"
@@ -241,8 +242,8 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     return trainer
 
 
-def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfig:
-    """Return the config of a run with changed settings of training."""
+def _changed(config: RunConfig, train: Mapping[str, Any], out: Path, training_tokens: int) -> RunConfig:
+    """Return the config of a run of `training_tokens` training tokens, with changed settings of training."""
     check_budget(train)
     if train.get("seconds") is not None:
         raise InvalidValue(
@@ -251,8 +252,7 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path) -> RunConfi
         )
     tables = to_dict(config)
     config = from_dict(RunConfig, tables | {"train": tables["train"] | dict(train)})
-    if config.train.tokens is not None:
-        config = replace(config, train=replace(config.train, steps=steps_of_tokens(config), tokens=None))
+    config, _ = with_counted_steps(config, training_tokens)
     for name in FIXED:
         if (wanted := getattr(config.train, name)) != (old := tables["train"][name]):
             raise InvalidValue(

@@ -15,7 +15,7 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
-from timemix.evaluation.loss import cross_entropy, loss_per_token
+from timemix.evaluation.loss import bits_per_byte, cross_entropy, loss_per_token
 from timemix.generation.sampler import Sampler
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
@@ -32,8 +32,8 @@ from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
-from timemix.training.progress import TrainingProgress, Watch
-from timemix.training.samples import whole_model, write_sample
+from timemix.training.progress import Sample, TrainingProgress, Watch
+from timemix.training.samples import check_prompts, whole_model, write_sample
 from timemix.training.saving import first_damaged, restore_training, tensors_to_save, write_checkpoint
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
@@ -84,6 +84,7 @@ class Trainer:
         self.device, self.device_reason = choose_device(train.device, world.local_rank)
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
         check_shares(train, world)
+        check_prompts(train.sample_prompts, corpus.tokenizer)
         self.batches = Batches(
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
         )
@@ -137,6 +138,11 @@ class Trainer:
     def tokens(self) -> int:
         """Number of tokens trained on so far."""
         return self.step * self.tokens_per_step
+
+    @property
+    def valid_bits_per_byte(self) -> float | None:
+        """Newest validation loss in bits per byte, None before the first validation and for unknown sizes of texts."""
+        return None if self.valid_loss is None else bits_per_byte(self.valid_loss, self.corpus)
 
     @property
     def stopped_early(self) -> bool:
@@ -299,9 +305,27 @@ class Trainer:
         Returns:
             The text with its prompt in process 0, None in other processes.
         """
+        loaded = self._loaded()
+        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt, sampler).text)
+
+    def samples(self) -> tuple[Sample, ...]:
+        """Generate a text for each of `train.sample_prompts`, append the texts to samples.txt and pass them to hooks.
+
+        All processes must call this method.
+
+        Returns:
+            The texts in process 0, nothing in other processes.
+        """
+        loaded, prompts = self._loaded(), self.config.train.sample_prompts or (None,)
+        samples = self.world.first_does(lambda: tuple(write_sample(loaded, self.step, each) for each in prompts)) or ()
+        for sample in samples:
+            self._hooks.sample(sample)
+        return samples
+
+    def _loaded(self) -> Loaded:
+        """Return the model for sampling. In processes other than process 0, a sharded model is not whole."""
         model = whole_model(self.model, self.config.train.strategy, self.world)
-        loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
-        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt, sampler))
+        return Loaded(model, self.corpus.tokenizer, self.config, self.out)
 
     def save(self, *, go_on: bool = False) -> Path | None:
         """Save a checkpoint, and remove the checkpoints that are neither newest nor best.
@@ -354,14 +378,17 @@ class Trainer:
     def _refuse_to_save(self, damaged: str) -> None:
         raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
 
-    def run(self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = ()) -> Path:
+    def run(
+        self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = (), *, samples_at_end: bool = False
+    ) -> Path:
         """Train to the last step or to an early stop.
 
         All processes must call this method, which writes metrics.jsonl and checkpoints.
 
         Args:
             watch: Function that process 0 calls with the progress after each step.
-            hooks: Functions that process 0 calls with each line of metrics.jsonl.
+            hooks: Functions that process 0 calls with each line of metrics.jsonl. A `Tracker` also gets the samples.
+            samples_at_end: Whether to generate samples after the last step.
 
         Returns:
             The newest checkpoint.
@@ -383,18 +410,29 @@ class Trainer:
                 collected_signals(self._received, escalate=self.world.size == 1),
                 losses_reported(self.world, self._last_good),
             ):
-                self._run(watch)
+                has_ended = False
+                try:
+                    self._run(watch, samples_at_end)
+                    has_ended = True
+                finally:
+                    self._hooks.close(complete=has_ended)
+                self.world.first_does(self._refuse_failed_hooks)
         finally:
-            for each in (self._hooks, self._lines, self._saves):
+            for each in (self._lines, self._saves):
                 each.close()
             self.lock.release()
         return newest(self.out)
 
-    def _run(self, watch: Watch) -> None:
+    def _refuse_failed_hooks(self) -> None:
+        """Raise HookFailed if a hook failed after the last step and `train.hook_errors` is "stop"."""
+        if self.config.train.hook_errors == "stop" and self._hooks.failure is not None:
+            raise HookFailed(f"{self._hooks.failure}; the run in {self.out} is complete")
+
+    def _run(self, watch: Watch, samples_at_end: bool) -> None:
         config = self.config.train
         (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
         if self.step == 0:
-            self._write({"step": 0, "tokens": 0, "seconds": 0.0, "valid_loss": self.validate()})
+            self._write({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
         self._line_start = self.seconds, self.step
         while not self.is_complete:
             began = time.perf_counter()
@@ -406,14 +444,26 @@ class Trainer:
             line = self._measured(norm, peak) if self.step % config.log_every == 0 or is_last else {}
             improved = False
             if self.step % config.valid_every == 0 or is_last:
-                line["valid_loss"] = self.validate()
+                line |= self._validated()
                 improved = self._is_improvement(line["valid_loss"])
             if line:
                 self._write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
-            self._show(watch, loss, self._speed or self.tokens_per_step / step_seconds)
+            speed = self._speed or self.tokens_per_step / step_seconds
+            is_due = config.sample_every > 0 and self.step % config.sample_every == 0
+            self._show(watch, loss, speed, self.samples() if is_due and not self.is_complete else ())
             self._stop_if_asked()
             if improved or self.step % config.save_every == 0 or self.is_complete:
                 self.save(go_on=config.full_disk == "continue" and not self.is_complete)
+            if samples_at_end and self.is_complete:
+                samples = self.samples()
+                if config.sample_every or config.sample_prompts:
+                    self._show(watch, loss, speed, samples)
+
+    def _validated(self) -> Line:
+        """Validate, and return the fields of a metrics line about the validation."""
+        loss = self.validate()
+        bits = {} if self.valid_bits_per_byte is None else {"valid_bits_per_byte": self.valid_bits_per_byte}
+        return {"valid_loss": loss} | bits
 
     def _measured(self, norm: float, peak: float) -> Line:
         """Return the fields of a metrics line about the steps since the previous line.
@@ -445,14 +495,11 @@ class Trainer:
         self.best_loss, self.validations_without_gain = valid_loss, 0
         return True
 
-    def _show(self, watch: Watch, loss: float, speed: float) -> None:
-        """Generate a sample if a sample is due, and call `watch`."""
-        every = self.config.train.sample_every
-        sample = self.sample() if every and self.step % every == 0 and not self.is_complete else None
+    def _show(self, watch: Watch, loss: float, speed: float, samples: tuple[Sample, ...]) -> None:
         if self.world.first:
             steps = self.config.train.steps
             valid = self.valid_loss, self.valid_step
-            watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, sample))
+            watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, samples))
 
     def _stop_if_asked(self) -> None:
         """Save a checkpoint and raise an error, if a stop signal arrived or if a failed hook must end the run."""
