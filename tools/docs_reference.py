@@ -62,10 +62,13 @@ API = {
         (
             "timemix.train",
             "timemix.training.progress.TrainingProgress",
+            "timemix.training.progress.Sample",
             "timemix.training.trainer.Trainer",
             "timemix.training.hooks.Hook",
+            "timemix.training.hooks.Tracker",
             "timemix.training.hooks.load_hook",
             "timemix.training.hooks.TensorBoard",
+            "timemix.training.trackers.start_tracker",
         ),
     ),
     "runs": ApiPage(

@@ -9,13 +9,17 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import timemix
 from tests.helpers.runs import save_another, small_trainer
+from tests.helpers.tiers import examples
 from timemix.cli.main import main
-from timemix.errors import MissingFile
-from timemix.runs import listing
+from timemix.errors import DamagedFile, MissingFile
+from timemix.runs import listing, metrics
 from timemix.runs.listing import RunSummary, list_runs
+from timemix.runs.metrics import newest_numbers
 from timemix.storage.locks import FolderLock
 
 
@@ -81,6 +85,7 @@ def test_a_killed_process_is_not_running(runs):
     code = f"""
 import os
 from pathlib import Path
+from timemix.runs.metrics import newest_numbers
 from timemix.storage.locks import FolderLock
 FolderLock(Path({str(runs / "b")!r})).take()
 os._exit(9)
@@ -138,6 +143,40 @@ def test_a_checkpoint_that_training_removes_meanwhile_is_no_damage(runs, monkeyp
     monkeypatch.setattr(listing, "stored_parameters", after_the_training_moved_on)
     run = list_runs(runs)[0]
     assert (run.state, run.parameters) == ("complete", expected)
+
+
+@pytest.mark.parametrize("step", ["-5", "1e300"])
+def test_an_impossible_step_is_damage(runs, step):
+    (runs / "b/metrics.jsonl").write_text(f'{{"step": {step}, "loss": 1.0}}\n')
+    assert list_runs(runs)[0].state == "damaged"
+    assert "its newest step is" in list_runs(runs)[0].error
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(["step", "loss", "valid_loss"]), st.integers(0, 9), min_size=1)),
+    end=st.sampled_from(["", '{"step": 3, "lo']),
+    tail=st.integers(1, 60),
+)
+@examples(200)
+def test_the_newest_numbers_are_those_of_all_lines(tmp_path_factory, rows, end, tail):
+    """However little of the file is read first."""
+    run = tmp_path_factory.mktemp("run")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "TAIL", tail)
+        found = newest_numbers(run, ("step", "loss", "valid_loss"))
+    expected = {}
+    for row in rows:
+        expected |= row
+    assert {name: value for name, value in found.items() if value is not None} == expected
+
+
+def test_a_damaged_line_before_the_end_is_named(runs):
+    path = runs / "b/metrics.jsonl"
+    path.write_text(path.read_text() + "damage\n" + path.read_text())
+    number = len(path.read_text().splitlines()) // 2 + 1
+    with pytest.raises(DamagedFile, match=f"line {number} of .*metrics.jsonl is not a JSON object"):
+        newest_numbers(runs / "b", ["loss"])
 
 
 def test_no_folder(tmp_path):

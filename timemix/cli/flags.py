@@ -59,7 +59,7 @@ _DESCRIPTIONS = {
     "data": "Text, split and tokenizer.",
     "optimization": "Batches, optimizer and seed.",
     "schedule and length": "Length of the run, and the learning rate over its steps.",
-    _REPORTING: "Metrics, checkpoints, samples, loss spikes and hooks.",
+    _REPORTING: "Metrics, checkpoints, samples, loss spikes, hooks and trackers.",
     "devices and processes": "Device, precision, compilation, memory and torchrun.",
 }
 

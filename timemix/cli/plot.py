@@ -17,6 +17,7 @@ class PlotArguments:
     Examples:
         timemix plot runs/mine
         timemix plot runs/mine runs/next --out loss.png --x seconds
+        timemix plot runs/mine --follow
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
@@ -27,6 +28,8 @@ class PlotArguments:
     """Horizontal axis."""
     smoothing: float = 0.03
     """Width of the Gaussian that smooths the training loss, as a share of its points, from 0 to 1 (0: no smoothing)."""
+    follow: bool = False
+    """Draw the picture again whenever new losses arrive, until the training of all runs has ended. Ctrl-C ends it."""
     title: str | None = None
     """Title of the picture. Default: no title."""
 
@@ -38,6 +41,15 @@ def plot(arguments: list[str]) -> int:
     if not parsed.runs:
         raise InvalidValue("missing RUN (run folders, one or more); see timemix plot --help")
     out = parsed.out or parsed.runs[0] / "loss.png"
-    plot_loss(list(parsed.runs), out, x=parsed.x, smoothing=parsed.smoothing, title=parsed.title)
+
+    def draw() -> None:
+        plot_loss(list(parsed.runs), out, x=parsed.x, smoothing=parsed.smoothing, title=parsed.title)
+
+    if parsed.follow:
+        from timemix.cli.follow import follow
+
+        follow(parsed.runs, out, draw)
+    else:
+        draw()
     print(out)
     return 0

@@ -71,14 +71,21 @@ def _cells(run: "RunSummary", folder: Path) -> tuple[str, ...]:
         run.arch or "-",
         "-" if run.parameters is None else f"{run.parameters:,}",
         "-" if run.step is None else f"{run.step}/{run.steps}",
-        *("-" if loss is None else f"{loss:.4f}" for loss in (run.loss, run.valid_loss)),
+        *map(_loss, (run.loss, run.valid_loss)),
         "-" if run.age is None else _age(run.age),
     )
 
 
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return "-"
+    return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.3g}"
+
+
 def _name(run: "RunSummary", folder: Path) -> str:
     inside = Path(run.folder).relative_to(folder)
-    return escaped(str(inside) if inside.parts else run.folder)
+    # A name may contain a line end, and a row of the table is one line.
+    return escaped(str(inside) if inside.parts else run.folder).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _age(seconds: float) -> str:

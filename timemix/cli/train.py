@@ -5,17 +5,17 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import tyro
 
 from timemix.cli.options import Choice, DataOptions, PresetName, first_parse, parse
-from timemix.cli.terminal import lasting_output
+from timemix.cli.terminal import lasting_output, own_command
 from timemix.config.from_file import config_from_file
 from timemix.config.presets import DEFAULT_PRESET, PRESETS
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml
 from timemix.data.config import DataConfig
-from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError
+from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError, Unavailable
 from timemix.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ class Reporting:
     """Events for TensorBoard in the folder tensorboard/ of the run folder."""
     hook: str | None = None
     """Hook as module:function, called with each line of metrics.jsonl as a dictionary. Default: no function."""
+    track: Literal["wandb", "trackio", "mlflow", "csv"] | None = None
+    """Service that records metrics, settings and samples, or `csv` for the file metrics.csv of the run folder.
+    Default: no service."""
+    track_project: str | None = None
+    """Project of --track; in MLflow, the experiment. Default: timemix; with --resume, the project so far."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,9 @@ def train(arguments: list[str]) -> int:
     from timemix.runtime.distributed import Elsewhere, joined
     from timemix.training.hooks import load_hook
     from timemix.training.parallel import losses_reported
+    from timemix.training.trackers import check_tracker
 
+    check_tracker(asked.reporting.track, asked.reporting.track_project)
     hook = None if asked.reporting.hook is None else load_hook(asked.reporting.hook)
     with lasting_output(), joined() as world:
         try:
@@ -240,22 +247,36 @@ def train(arguments: list[str]) -> int:
 def _train(asked: "ResumeArguments | TrainArguments", hook: "Hook | None", world: "World") -> int:
     from timemix.cli.training import run_trainer
     from timemix.runtime.machine import keep_freed_memory
-    from timemix.training.hooks import TensorBoard
 
     keep_freed_memory()
     trainer = _resumed(asked, world) if isinstance(asked, ResumeArguments) else _begun(asked, world)
     try:
         if trainer.is_complete:
             return 0
-        hooks = [hook] if hook is not None else []
-        if asked.reporting.tensorboard and world.first:
-            hooks.append(TensorBoard(trainer.out / "tensorboard", trainer.step))
+        trackers = world.first_does(lambda: _trackers(asked.reporting, trainer)) or []
+        hooks = trackers if hook is None else [hook, *trackers]
         status = run_trainer(trainer, hooks=hooks, quiet=asked.reporting.quiet, samples_at_end=True)
     finally:
         trainer.lock.release()
     if status == 0 and world.first and not asked.reporting.quiet:
         print(f"the run is in {trainer.out}: loss.png, samples.txt, metrics.jsonl, checkpoints", file=sys.stderr)
     return status
+
+
+def _trackers(reporting: Reporting, trainer: "Trainer") -> "list[Hook]":
+    from timemix.training.hooks import TensorBoard
+    from timemix.training.trackers import start_tracker
+
+    started: list[Hook] = []
+    if reporting.tensorboard:
+        started.append(TensorBoard(trainer.out / "tensorboard", trainer.step))
+    if reporting.track is not None:
+        try:
+            started.append(start_tracker(reporting.track, trainer.out, trainer.config, reporting.track_project))
+        except Unavailable as error:
+            resume = f"{own_command()} train --resume {trainer.out} --track {reporting.track}"
+            raise Unavailable(f"{error}; the run is ready to train: {resume}") from error
+    return started
 
 
 def _begun(asked: TrainArguments, world: "World") -> "Trainer":

@@ -152,7 +152,7 @@ class TrainConfig:
     save_bad_batches: bool = False
     """Whether to save each batch whose loss spikes or is not finite, in the folder bad-batches/ of the run folder."""
     hook_errors: Literal["warn", "stop"] = "warn"
-    """Action if the --hook function raises an exception: `warn` and continue, or save a checkpoint and `stop`."""
+    """Action if a --hook function or a --track service fails: `warn` and continue, or save a checkpoint and `stop`."""
 
     def __post_init__(self) -> None:
         # Only a converted run without fine-tuning has 0 steps: `new_run` refuses other runs of 0 steps.

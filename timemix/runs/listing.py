@@ -5,14 +5,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from timemix.config.run import read_toml
+from timemix.config.run import MOST_STEPS, read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
-from timemix.runs.metrics import read_metrics
+from timemix.runs.metrics import newest_numbers
 from timemix.storage.index import is_sharded, read_index
-from timemix.storage.json_files import is_number
 from timemix.storage.locks import is_held
 
 
@@ -57,7 +56,7 @@ def list_runs(folder: Path) -> list[RunSummary]:
     """
     if not folder.is_dir():
         raise MissingFile(f"there is no folder {folder}; name the folder of your runs")
-    return [_summary(run) for run in _run_folders(folder)]
+    return [summarize(run) for run in _run_folders(folder)]
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
@@ -80,13 +79,16 @@ def _is_run(folder: Path) -> bool:
     )
 
 
-def _summary(run: Path) -> RunSummary:
+def summarize(run: Path) -> RunSummary:
+    """Return the summary of a run folder. A file that cannot be read gives the state "damaged"."""
     try:
         config = read_toml(run / "config.toml")
         metrics = run / "metrics.jsonl"
-        rows = read_metrics(run) if metrics.exists() else []
+        numbers = newest_numbers(run, ("step", "loss", "valid_loss")) if metrics.exists() else {}
+        if not 0 <= (numbers.get("step") or 0) <= MOST_STEPS:
+            raise DamagedFile(f"{metrics} is damaged: its newest step is {numbers['step']:g}; restore it from a copy")
         kept = checkpoints(run)
-        step = max(int(_newest(rows, "step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
+        step = max(int(numbers.get("step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
         written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
         progress = read_progress(kept[-1]) if kept else None
         gainless = progress.validations_without_gain if progress else 0
@@ -100,17 +102,13 @@ def _summary(run: Path) -> RunSummary:
             parameters=read_checkpoint(run, "newest", stored_parameters) if kept else None,
             step=step,
             steps=config.train.steps,
-            loss=_newest(rows, "loss"),
+            loss=numbers.get("loss"),
             # A run without training has no metrics.
-            valid_loss=_newest(rows, "valid_loss") if rows or progress is None else progress.valid_loss,
+            valid_loss=numbers.get("valid_loss") if numbers or progress is None else progress.valid_loss,
             age=max(0.0, time.time() - written),
         )
     except (FileError, OSError) as error:
         return RunSummary(str(run), "damaged", error=str(error))
-
-
-def _newest(rows: list[dict[str, Any]], name: str) -> float | None:
-    return next((row[name] for row in reversed(rows) if is_number(row.get(name))), None)
 
 
 def stored_parameters(checkpoint: Path) -> int:

@@ -3,12 +3,13 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import CannotWrite, DamagedFile
+from timemix.errors import CannotWrite, DamagedFile, FileError
 from timemix.runs.folder import newest
-from timemix.storage.files import atomic_file, cannot_write, read_lines
+from timemix.storage.files import atomic_file, cannot_read, cannot_write, check_regular, read_lines
 from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
@@ -97,3 +98,58 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             continue
         rows.append(row)
     return rows
+
+
+TAIL = 64 * 2**10
+"""Number of bytes at the end of metrics.jsonl that `newest_numbers` reads first, about 250 lines."""
+
+
+def newest_numbers(run: Path, names: Sequence[str]) -> dict[str, float | None]:
+    """Return the newest number of each name in metrics.jsonl, None if no line has the name.
+
+    The file is read from its end, and only as far as needed. `read_metrics` reads all lines.
+
+    Args:
+        run: Run folder.
+        names: Names of numbers, such as "valid_loss".
+
+    Raises:
+        MissingFile: The folder or the file does not exist.
+        DamagedFile: A line in the part that was read is not a JSON object, except an incomplete last line.
+    """
+    path, size = run / "metrics.jsonl", TAIL
+    check_regular(path, LARGEST_METRICS)
+    while True:
+        rows, is_whole = _last_rows(path, size)
+        if rows is None:
+            # The whole file is read again, because the error message names the number of the damaged line.
+            rows, is_whole = read_metrics(run), True
+        found = {name: next((row[name] for row in reversed(rows) if is_number(row.get(name))), None) for name in names}
+        if is_whole or None not in found.values():
+            return found
+        size *= 8
+
+
+def _last_rows(path: Path, size: int) -> tuple[list[Line] | None, bool]:
+    """Return the lines in the last `size` bytes, None if a line is damaged, and whether these are all lines."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - size)
+            file.seek(start)
+            lines = file.read(size).splitlines(keepends=True)
+    except OSError as error:
+        raise FileError(cannot_read(path, error)) from error
+    rows: list[Line] = []
+    for number, line in enumerate(lines):
+        if number == 0 and start:
+            # This line may begin before the part that was read.
+            continue
+        try:
+            row = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines) - 1:
+            return None, False
+    return rows, start == 0

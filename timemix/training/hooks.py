@@ -4,8 +4,8 @@ import importlib
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from timemix.errors import InvalidValue, Unavailable
@@ -31,8 +31,8 @@ class Tracker(ABC):
         """Record a line of metrics.jsonl."""
 
     @abstractmethod
-    def sample(self, sample: Sample) -> None:
-        """Record a generated text."""
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Record the generated texts of a step, at least one."""
 
     @abstractmethod
     def close(self, *, complete: bool) -> None:
@@ -56,21 +56,31 @@ class Hooks:
 
     def __init__(self, hooks: Sequence[Hook], warn: Callable[[str], None]) -> None:
         self._hooks = [(hook, Failures(_name(hook), warn)) for hook in hooks]
+        # A tracker may record lines and refuse samples, so the failures are counted apart.
+        self._trackers = [
+            (hook, Failures(f"{_name(hook)} for samples", warn)) for hook in hooks if isinstance(hook, Tracker)
+        ]
+        self._warn = warn
         self.failure: str | None = None
 
     def __call__(self, line: Line) -> None:
         """Pass a line of metrics.jsonl to each hook."""
         for hook, failures in self._hooks:
-            with self._guarded(hook, failures, f"at step {line['step']}"):
-                hook(line)
+            cause = self._failure_of(hook, partial(hook, line), f"at step {line['step']}")
+            if cause is None:
                 failures.worked()
+            else:
+                failures.failed(cause, f"{self.failure}; training continues and calls the hook at each line")
 
-    def sample(self, sample: Sample) -> None:
-        """Pass a generated text to each tracker."""
-        for hook, failures in self._hooks:
-            if isinstance(hook, Tracker):
-                with self._guarded(hook, failures, f"at the sample of step {sample.step}"):
-                    hook.sample(sample)
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Pass the generated texts of a step to each tracker."""
+        for tracker, failures in self._trackers:
+            when = f"at the samples of step {samples[0].step}"
+            cause = self._failure_of(tracker, partial(tracker.samples, samples), when)
+            if cause is None:
+                failures.worked()
+            else:
+                failures.failed(cause, f"{self.failure}; training continues")
 
     def close(self, *, complete: bool) -> None:
         """Close the trackers, and report the hooks whose last call failed.
@@ -78,22 +88,22 @@ class Hooks:
         Args:
             complete: Whether the training reached its end.
         """
-        for hook, failures in self._hooks:
-            if isinstance(hook, Tracker):
-                with self._guarded(hook, failures, "at the end of the run"):
-                    hook.close(complete=complete)
+        for tracker, _ in self._trackers:
+            if self._failure_of(tracker, partial(tracker.close, complete=complete), "at the end of the run"):
+                self._warn(str(self.failure))
+        for _, failures in [*self._hooks, *self._trackers]:
             failures.close()
 
-    @contextmanager
-    def _guarded(self, hook: Hook, failures: Failures, when: str) -> Iterator[None]:
-        """Turn an exception in the `with` block into a warning."""
+    def _failure_of(self, hook: Hook, call: Callable[[], object], when: str) -> str | None:
+        """Call a function of a hook. Record an exception in `self.failure`, and return its cause."""
         try:
-            yield
+            call()
         except (Exception, SystemExit) as error:
             kind, message = type(error).__name__, first_line(error)
             cause = kind if message == kind else f"{kind}: {message}"
             self.failure = f"{_name(hook)} fails {when}: {cause}"
-            failures.failed(cause, f"{self.failure}; training continues and calls the hook at each line")
+            return cause
+        return None
 
 
 def _name(hook: Hook) -> str:
@@ -151,10 +161,12 @@ class TensorBoard(Tracker):
                 self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()
 
-    def sample(self, sample: Sample) -> None:
-        # TensorBoard shows texts as Markdown, in which indented lines keep their spaces and line ends.
-        text = "".join(f"    {line}\n" for line in sample.text.splitlines())
-        self._writer.add_text("samples" if sample.prompt is None else f"samples/{sample.prompt}", text, sample.step)
+    def samples(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            # TensorBoard shows texts as Markdown, in which indented lines keep their spaces and line ends.
+            text = "".join(f"    {line}\n" for line in sample.text.splitlines())
+            tag = "samples" if sample.prompt is None else f"samples/{sample.prompt}"
+            self._writer.add_text(tag, text, sample.step)
         self._writer.flush()
 
     def close(self, *, complete: bool) -> None:

@@ -318,8 +318,8 @@ class Trainer:
         """
         loaded, prompts = self._loaded(), self.config.train.sample_prompts or (None,)
         samples = self.world.first_does(lambda: tuple(write_sample(loaded, self.step, each) for each in prompts)) or ()
-        for sample in samples:
-            self._hooks.sample(sample)
+        if samples:
+            self._hooks.samples(samples)
         return samples
 
     def _loaded(self) -> Loaded:
