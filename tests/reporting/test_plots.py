@@ -77,6 +77,15 @@ def test_one_run(make_run, tmp_path, drawn):
         assert image.size == (1080, 645)
 
 
+def test_the_last_validation_of_one_run_is_also_in_bits_per_byte(make_run, tmp_path, drawn):
+    rows = [{"step": i, "tokens": i, "valid_loss": 2.0 - i, "valid_bits_per_byte": 3.0 - i} for i in range(2)]
+    runs = [make_run("a", rows), make_run("b", rows)]
+    plot_loss(runs[:1], tmp_path / "loss.png")
+    assert legend(drawn[0]) == ["training", "validation (at the end 2.000 bits per byte)"]
+    plot_loss(runs, tmp_path / "loss.png")
+    assert legend(drawn[0]) == ["a", "b", "training", "validation"]
+
+
 def test_first_losses_do_not_squash_the_curve(make_run, tmp_path, drawn):
     plot_loss([make_run()], tmp_path / "loss.png")
     low, high = drawn[0].get_ylim()

@@ -124,7 +124,7 @@ def test_tokens_are_rounded_up_to_whole_steps(tmp_path, tokens, sentences):
     assert sentences == [f"{asked:,} tokens at 64 tokens per step: {steps:,} steps"]
 
 
-@pytest.mark.parametrize("epochs", [1e-9, 0.1, 1.0, 1.1, 2.5])
+@pytest.mark.parametrize("epochs", [1e-9, 1.0, 2.5])
 def test_epochs_are_passes_over_the_training_tokens(tmp_path, epochs, sentences):
     source = write_text_file(tmp_path, "ab\n" * 2400)
     trainer = new_run(small_config(source, epochs=epochs), tmp_path / "run", progress=sentences.append)
