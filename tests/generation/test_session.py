@@ -18,11 +18,11 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import (
     load_session,
-    model_hash,
     save_session,
     session_from_bytes,
     session_to_bytes,
 )
+from timemix.models.hashes import model_hash
 
 
 def stream_of(model, tokens=9):

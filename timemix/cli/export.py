@@ -19,15 +19,17 @@ class ExportArguments:
       without timemix
     - gguf: a file for llama.cpp, with the vocabulary (pip install 'timemix[gguf]')
     - onnx: a file with the step of one token, and a tokenizer file beside it (pip install 'timemix[onnx]')
+    - state: a folder with learned.state of a run with --train.tune state, a session for timemix sample --load-state
 
     Examples:
         timemix export runs/rwkv7 --to pth --out exported
         timemix export runs/mine --to hf --out exported-hf --checkpoint newest
         timemix export runs/rwkv7 --to gguf --out rwkv7.gguf --dtype q8_0
+        timemix export runs/style --to state --out style
     """
 
     run: RunFolder
-    to: Literal["pth", "hf", "gguf", "onnx"]
+    to: Literal["pth", "hf", "gguf", "onnx", "state"]
     """Format of the other program."""
     out: Path
     """New folder for the files, or new file."""

@@ -78,7 +78,8 @@ class SampleArguments:
 
     run: RunFolder
     prompt: str | None = None
-    """Prompt. Default: empty with --load-state, otherwise a newline, or token 0 if the vocabulary has no newline."""
+    """Prompt. Default: empty with --load-state and a state after a text, otherwise a newline, or token 0 if the
+    vocabulary has no newline."""
     count: int = 1
     """Number of texts, at least 1, generated in one batch."""
     checkpoint: str = "best"
@@ -115,7 +116,7 @@ def sample(arguments: list[str]) -> int:
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
     tokenizer, prompt = loaded.tokenizer, parsed.prompt
     if prompt is None:
-        prompt = default_prompt(tokenizer) if start is None else ""
+        prompt = "" if start is not None and start.tokens else default_prompt(tokenizer)
     ids = tokenizer.encode(prompt).tolist()
     _note_long_prompt(len(ids), loaded)
     engine = Engine(loaded.model, tokenizer, slots=parsed.count, weights=parsed.weights)

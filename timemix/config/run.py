@@ -36,6 +36,9 @@ OptimizerName = Literal["adamw", "muon"]
 Strategy = Literal["replicate", "shard"]
 
 
+Tune = Literal["all", "state", "lora"]
+
+
 MOST_STEPS = 10**8 - 1
 """Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
@@ -127,6 +130,15 @@ class TrainConfig:
     """torch.compile of the training step. `auto` compiles if compilation is supported and saves time over the run."""
     recompute: Recompute = "none"
     """Activations recomputed to save memory: `none`, `cheap` (all but matrix products), or `all` (whole blocks)."""
+    tune: Tune = "all"
+    """Trained parameters: `all` weights; or, with --from and frozen weights, the initial `state` of the recurrence, or
+    low-rank terms of linear maps (`lora`)."""
+    lora_rank: int = 8
+    """Rank of the low-rank terms of --train.tune lora, at least 1."""
+    lora_alpha: float = 16.0
+    """Factor of the low-rank terms of --train.tune lora, multiplied by the rank; above 0."""
+    lora_modules: tuple[str, ...] = ("*",)
+    """Linear maps of a block that get a low-rank term, by name or pattern, such as mixer.key or ffn.*."""
     strategy: Strategy = "replicate"
     """Use of several processes (torchrun): each process holds a whole model (`replicate`) or a part of it (`shard`)."""
     seed: int = 1
@@ -175,6 +187,16 @@ class TrainConfig:
             raise InvalidValue(
                 f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size};"
                 f" nearest divisors: {nearest_divisors(self.accumulation, self.batch_size)}"
+            )
+        check_range("train.lora_rank", self.lora_rank, 1, 2**16)
+        if not 0 < self.lora_alpha < math.inf:
+            raise InvalidValue(f"train.lora_alpha is {self.lora_alpha}; it must be above 0 and finite")
+        if not self.lora_modules:
+            raise InvalidValue("train.lora_modules is empty; give at least one name, such as mixer.key")
+        if self.tune != "all" and self.optimizer == "muon":
+            raise InvalidValue(
+                f"train.optimizer is 'muon', which trains all matrices, but train.tune is {self.tune!r}; set"
+                " train.optimizer to 'adamw'"
             )
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:

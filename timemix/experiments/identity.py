@@ -36,6 +36,9 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     # Omit settings that later versions added, if the values do not change the run.
     for name in ("sample_every", "sample_prompts", "hook_errors") + (() if plain.train.patience else ("patience",)):
         del form["train"][name]
+    for name in ("tune", "lora_rank", "lora_alpha", "lora_modules"):
+        if plain.train.tune == "all":
+            del form["train"][name]
     for name in ("hold_out", "keep_nul", "text_key"):
         form["data"].pop(name, None)
     if not form["model"].get("without"):

@@ -98,7 +98,7 @@ class Conversation:
     @property
     def is_unfinished(self) -> bool:
         """Whether the last answer ended before a stop string or a stop token, so that `proceed` can continue it."""
-        if self.session is None:
+        if self.session is None or not self.session.tokens:
             return False
         end = self._end(self.session)
         return self.session.tokens[-1] not in self._pattern.stop_tokens and not end.endswith(tuple(self._pattern.stop))
@@ -123,7 +123,7 @@ class Conversation:
         if not message.strip():
             raise InvalidValue("the message is empty; give at least one character")
         messages = [Message("user", message)]
-        if self.session is None:
+        if self.session is None or not self.session.tokens:
             text = self._template.render([Message("system", self._system), *messages])
         else:
             text = self._template.following(messages, self._end(self.session))
@@ -225,6 +225,6 @@ def without_stop_token(session: Session, stop_tokens: Sequence[int]) -> Session:
         session: The session.
         stop_tokens: Ids of the stop tokens.
     """
-    if session.tokens[-1] not in stop_tokens:
+    if not session.tokens or session.tokens[-1] not in stop_tokens:
         return session
     return replace(session, tokens=session.tokens[:-1], unread=session.unread - 1)

@@ -385,7 +385,10 @@ class Engine:
 
     def _session_of(self, row: Row) -> Session:
         """Return a copy of a row as a session."""
-        state = self._copy(row) if row.position else self.model.init_state(1)
+        if row.position:
+            state = self._copy(row)
+        else:
+            state = self.model.init_state(1) if row.state is None else row.state.clone()
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
         held = "" if row.emitter is None else row.emitter.held
         return Session(state, tokens, row.unread, row.written, frozenset(row.seen), held, dict(row.counts))

@@ -1,22 +1,19 @@
 """A session stores a text in progress, and can be copied, branched, saved and continued elsewhere."""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from timemix.config.version_1 import representation
 from timemix.errors import DamagedFile
+from timemix.models.hashes import model_hash
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
 from timemix.storage.files import atomic_file
 from timemix.storage.json_files import Count, to_json, to_record
-from timemix.storage.settings import to_dict
 from timemix.storage.tensors import MOST_BRACES, check_content, open_tensors, tensors_from_bytes, tensors_to_bytes
 
 
@@ -26,8 +23,9 @@ class Session:
 
     Args:
         state: State of one row.
-        tokens: Newest token ids of the text. These tokens include the tokens that are not in the state yet, the tokens
-            of an unfinished character, and the tokens that the model may process again at the end of the context.
+        tokens: Newest token ids of the text; empty before the first token. These tokens include the tokens that are not
+            in the state yet, the tokens of an unfinished character, and the tokens that the model may process again at
+            the end of the context.
         unread: Number of tokens at the end of `tokens` that are not in the state yet.
         written: Number of tokens generated so far.
         seen: Token ids that occurred in the text.
@@ -56,43 +54,6 @@ class Session:
     def nbytes(self) -> int:
         """Size of the state in bytes."""
         return self.state.nbytes
-
-
-def model_hash(model: LanguageModel, config: str | None = None) -> str:
-    """Return the SHA-256 of a model's config and weights.
-
-    Args:
-        model: The model.
-        config: Text that represents the config; None: the config as JSON.
-
-    Returns:
-        The hash in hexadecimal.
-    """
-    weights = sorted(model.state_dict().items())
-    # The hash of all weights takes a second per gigabyte, so it is computed again only if PyTorch has changed a weight.
-    # `_version` counts the changes of a tensor.
-    key = config, [(name, x.data_ptr(), x._version) for name, x in weights]
-    known, found, _ = _HASHES.get(model, (None, "", weights))
-    if key != known:
-        found = _hash(config or json.dumps(to_dict(model.config), sort_keys=True), weights)
-        _HASHES[model] = key, found, weights
-    return found
-
-
-_HASHES: "WeakKeyDictionary[LanguageModel, tuple[object, str, object]]" = WeakKeyDictionary()
-"""For each model, the key of its newest hash, the hash, and the weights, whose addresses are thus in use."""
-
-
-def _hash(config: str, weights: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of a config and of weights by name."""
-    sha256 = hashlib.sha256(config.encode())
-    for name, weight in weights:
-        sha256.update(name.encode())
-        # Weights in bfloat16 give the hash of the same numbers in float32. The parts bound the memory of the copies.
-        for part in weight.detach().split(4096) if weight.ndim else (weight.detach(),):
-            wide: Tensor = part.to("cpu", torch.promote_types(part.dtype, torch.float32)).contiguous()
-            sha256.update(wide.view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 def save_session(session: Session, path: str | Path, model: LanguageModel) -> None:
@@ -201,7 +162,9 @@ def _session(name: str, tensors: dict[str, Tensor], metadata: dict[str, str], mo
 def _check(about: "_About", model: LanguageModel) -> None:
     """Check the fields of a session file against a model. Raise ValueError if they do not fit."""
     ids = (*about.tokens, *about.seen, *about.counted)
-    if not (1 <= about.unread <= len(about.tokens) and max(ids) < model.config.vocab_size):
+    # A state that state tuning has learned, before the first token, has no tokens.
+    fewest = min(1, len(about.tokens))
+    if not (fewest <= about.unread <= len(about.tokens) and max(ids, default=0) < model.config.vocab_size):
         raise ValueError("its tokens do not fit the model")
     if any("\ud800" <= character <= "\udfff" for character in about.held):
         raise ValueError("the text that it holds back is not Unicode")

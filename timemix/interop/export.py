@@ -2,36 +2,44 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from torch import Tensor
 
-from timemix.config.run import read_toml
+from timemix.config.run import RunConfig, read_toml
 from timemix.errors import DamagedFile, InvalidValue
+from timemix.generation.session import Session, save_session
 from timemix.interop.hugging_face import WEIGHTS
 from timemix.interop.model_folder import write_model_folder
 from timemix.models.config import ModelConfig
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.runs.folder import find, read_progress
-from timemix.runs.load import empty_model
+from timemix.runs.load import empty_model, load, load_start
 from timemix.storage.files import check_name, new_folder, refuse_existing
-from timemix.storage.sharded import open_stored
+from timemix.storage.sharded import StoredTensors, open_stored
 from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.storage.torch_files import write_torch_file
 from timemix.tokenizers.make import load_tokenizer
 
-Target = Literal["pth", "hf"]
+Target = Literal["pth", "hf", "state"]
 Form = Literal["timemix", "native"]
 PTH = "model.pth"
+STATE = "learned.state"
 
 
 def export_run(run: Path, to: Target, out: Path, *, form: Form = "timemix", checkpoint: str | int = "best") -> Path:
     """Export a trained model. The numbers and types of all weights stay unchanged.
 
+    The low-rank terms of a run with `train.tune` "lora" are added to the weights, which are then in float32.
+
     Args:
         run: Run folder, or a checkpoint folder.
-        to: "pth": the original names, in a file of `torch.save`. "hf": a folder of Hugging Face.
+        to: "pth": the original names, in a file of `torch.save`. "hf": a folder of Hugging Face. "state": the state of
+            a run with `train.tune` "state", as a session of the model with the frozen weights.
         out: New folder.
         form: Form of the folder of Hugging Face. "timemix": of any architecture, for `timemix.hf`. "native": of RWKV-4
             and RWKV-7, for programs without timemix.
@@ -50,10 +58,41 @@ def export_run(run: Path, to: Target, out: Path, *, form: Form = "timemix", chec
     check_name(out)
     refuse_existing(out)
     folder = find(run, checkpoint)
-    if to == "hf" and form == "timemix":
-        _export_for_timemix(folder, out)
+    config = read_toml(folder / "config.toml")
+    if to == "state":
+        if config.train.tune != "state":
+            raise InvalidValue(
+                f"{folder} has no learned state; train one with: timemix train --from {run} --train.tune state"
+            )
+        with new_folder(out) as temporary:
+            _write_state(temporary / STATE, folder)
         return folder
-    config = read_toml(folder / "config.toml").model
+    refuse_learned_state(config, folder)
+    if to == "hf" and form == "timemix":
+        _export_for_timemix(folder, config, out)
+    else:
+        _export_weights(folder, config, to, out)
+    return folder
+
+
+def refuse_learned_state(config: RunConfig, folder: Path) -> None:
+    """Raise InvalidValue if a checkpoint has a learned state, because other programs begin with another state."""
+    if config.train.tune == "state":
+        raise InvalidValue(f"{folder} has a learned state, which no published form holds; export it with --to state")
+
+
+def _write_state(path: Path, folder: Path) -> None:
+    """Write the learned state of a checkpoint as a session of the model whose weights were frozen."""
+    tuned = load(folder)
+    start = load_start(tuned.config)
+    while start.config.train.tune == "state":
+        start = load_start(start.config)
+    save_session(Session(tuned.model.init_state(1), tokens=(), unread=0), path, start.model)
+
+
+def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None:
+    """Write the weights of a checkpoint."""
+    config = run.model
     entry = find_architecture(config.arch)
     if entry.version is None:
         able = ", ".join(name for name, each in ARCHITECTURES.items() if each.version is not None)
@@ -68,17 +107,37 @@ def export_run(run: Path, to: Target, out: Path, *, form: Form = "timemix", chec
             " --to pth"
         )
     converter = load_part(str(entry.weights))
-    with open_stored(folder, "model") as stored:
-        empty_model(config, folder)
-        stored.check_content()
-        weights = converter.to_published({name: stored.tensor(name) for name in stored.shapes})
+    with _weights(folder, run) as weights:
+        weights = converter.to_published(weights)
         with new_folder(out) as temporary:
             if to == "pth":
                 _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
             else:
                 _write_folder(temporary, weights, config, load_part(str(entry.hugging_face)))
             shutil.copy(folder / "tokenizer.json", temporary)
-    return folder
+
+
+@contextmanager
+def _weights(folder: Path, config: RunConfig) -> Iterator[dict[str, Tensor]]:
+    """Yield the weights of a checkpoint by name."""
+    if config.train.tune == "lora":
+        yield load(folder).model.state_dict()
+        return
+    with open_stored(folder, "model") as stored:
+        empty_model(config.model, folder)
+        stored.check_content()
+        yield {name: stored.tensor(name) for name in stored.shapes}
+
+
+@contextmanager
+def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensors]:
+    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a file beside `out`."""
+    with ExitStack() as stack:
+        if config.train.tune == "lora":
+            merged = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+            write_tensors(merged / "model.safetensors", load(folder).model.state_dict(), {})
+            folder = merged
+        yield stack.enter_context(open_stored(folder, "model"))
 
 
 def refuse_without(config: ModelConfig) -> None:
@@ -92,11 +151,11 @@ def has_native_form(checkpoint: Path) -> bool:
     return find_architecture(read_toml(checkpoint / "config.toml").model.arch).hugging_face is not None
 
 
-def _export_for_timemix(folder: Path, out: Path) -> None:
+def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:
     """Write the folder that `timemix.hf` opens."""
-    config, tokenizer = read_toml(folder / "config.toml"), load_tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     progress = read_progress(folder) if (folder / "training.json").exists() else None
-    with open_stored(folder, "model") as stored:
+    with _stored(folder, config, out) as stored:
         empty_model(config.model, folder)
         if tokenizer.vocab_size != config.model.vocab_size:
             raise DamagedFile(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timemix.errors import InvalidValue, Unavailable
-from timemix.interop.export import refuse_without
+from timemix.interop.export import refuse_learned_state, refuse_without
 from timemix.interop.gguf_vocabulary import Vocabulary, vocabulary
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.runs.load import load
@@ -52,6 +52,7 @@ def export_gguf(run: Path, out: Path, *, dtype: Number | None = None, checkpoint
     refuse_existing(out, "file")
     library = _library()
     loaded = load(run, checkpoint=checkpoint, mapped=True)
+    refuse_learned_state(loaded.config, loaded.folder)
     config = loaded.config.model
     entry = find_architecture(config.arch)
     if entry.gguf is None:

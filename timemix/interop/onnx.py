@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.errors import InvalidValue, Unavailable
+from timemix.interop.export import refuse_learned_state
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import find_architecture, list_architectures
 from timemix.models.state import State
@@ -57,6 +58,7 @@ def export_onnx(run: Path, out: Path, *, checkpoint: str | int = "best") -> Path
         refuse_existing(path, "file")
     library = _library()
     loaded = load(run, checkpoint=checkpoint)
+    refuse_learned_state(loaded.config, loaded.folder)
     _check(loaded.model)
     with new_file(out) as temporary, new_file(beside) as words:
         words.write_text(loaded.tokenizer.to_json(), encoding="utf-8")

@@ -13,6 +13,7 @@ from timemix.models.config import ModelConfig, Recompute
 from timemix.models.layers.block import Block
 from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
+from timemix.models.learned_state import LearnedState
 from timemix.models.registry import find_architecture, load_part, model_config
 from timemix.models.state import State
 from timemix.runtime.device import is_recording
@@ -105,6 +106,8 @@ class LanguageModel(nn.Module):
             parent, _, own = name.rpartition(".")
             self.get_submodule(parent).add_module(own, create())
         self.dropout = nn.Dropout(config.dropout)
+        self.learned_state: LearnedState | None = None
+        """State before the first token, which state tuning learns; None: the state of `Block.init_state`."""
         self.recompute: Recompute = "none"
         self.is_mapped = False
         """Whether the weights are mapped from a file, in the types of the file, for a decode step to copy."""
@@ -143,7 +146,14 @@ class LanguageModel(nn.Module):
             The state, on the model's device.
         """
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        return State(position, [block.init_state(batch_size) for block in self.blocks])
+        layers = [block.init_state(batch_size) for block in self.blocks]
+        if self.learned_state is not None:
+            with torch.no_grad():
+                layers = [
+                    layer | self.learned_state.rows(i, block, batch_size)
+                    for i, (layer, block) in enumerate(zip(layers, self.blocks, strict=True))
+                ]
+        return State(position, layers)
 
     def forward(
         self,
@@ -179,9 +189,11 @@ class LanguageModel(nn.Module):
         x = self.input_norm(self.dropout(self.embedding(tokens)))
         layers: list[dict[str, Tensor]] = []
         carry: Tensor | None = None
+        position = None if self.learned_state is None else torch.zeros(B, dtype=torch.int64, device=x.device)
         for i, block in enumerate(self.blocks):
             if state is None:
-                x, carry = recomputed(block, x, carry, self.recompute)
+                start = None if self.learned_state is None else self.learned_state.rows(i, block, B)
+                x, carry = recomputed(block, x, carry, self.recompute, start, position)
             else:
                 x, layer, carry = block(x, state.layers[i], carry, state.position, lengths)
                 layers.append(layer)

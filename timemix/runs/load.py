@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from timemix.config.run import RunConfig, read_toml
 from timemix.data.corpus import Corpus, open_run_corpus
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, MissingFile
 from timemix.models.config import ModelConfig
+from timemix.models.hashes import model_hash
 from timemix.models.language_model import LanguageModel
+from timemix.models.layers.lora import with_lora
 from timemix.runs.folder import read_checkpoint, read_progress
+from timemix.runs.tuning import frozen_weights, prepare, trained
 from timemix.runtime.device import choose_device
 from timemix.storage.sharded import open_stored
 from timemix.tokenizers.base import Tokenizer
@@ -59,7 +63,7 @@ class Loaded:
 
 
 def check_weights(model: LanguageModel, folder: Path) -> None:
-    """Check that the weights of a checkpoint have the names, shapes and types that a model needs.
+    """Check that the weights of a checkpoint have the names, shapes and types of the trained parameters of a model.
 
     The check reads no weights.
 
@@ -70,7 +74,7 @@ def check_weights(model: LanguageModel, folder: Path) -> None:
     Raises:
         DamagedFile: The names, shapes or types of the weights do not match the model.
     """
-    ours = model.state_dict()
+    ours = trained(model)
     with open_stored(folder, "model") as stored:
         if other := sorted(stored.shapes.keys() ^ ours.keys()):
             where = "missing in the file" if other[0] in ours else "only in the file"
@@ -150,6 +154,8 @@ def _loaded(folder: Path, device: torch.device, mapped: bool) -> Loaded:
         raise DamagedFile(
             f"{folder / 'tokenizer.json'} is damaged: its content differs from its hash; restore it from a copy"
         )
+    if config.train.tune != "all":
+        return Loaded(_tuned(folder, config, device, mapped=mapped).eval(), tokenizer, config, folder)
     model = empty_model(config.model, folder)
     with open_stored(folder, "model") as stored:
         stored.check_content()
@@ -163,3 +169,48 @@ def _loaded(folder: Path, device: torch.device, mapped: bool) -> Loaded:
             weights = {name: x.to(device, dtype, copy=True) for name, x in weights.items()}
     model.load_state_dict(weights, assign=True)
     return Loaded(model.eval(), tokenizer, config, folder)
+
+
+def load_start(config: RunConfig, known: str | None = None, **options: Any) -> Loaded:
+    """Load the model whose weights a run keeps frozen (`train.tune`).
+
+    Args:
+        config: Config of the run, whose `start` names a checkpoint.
+        known: Hash of the model when the run began; None: no check.
+        **options: Arguments of `load`.
+
+    Raises:
+        MissingFile: The checkpoint does not exist.
+        DamagedFile: The checkpoint is damaged, or its weights have changed since the run began.
+    """
+    start = str(config.start)
+    if not Path(start).is_dir():
+        raise MissingFile(
+            f"the frozen weights of this run do not exist: {start} is missing; restore the folder, or write its new"
+            " place as start into the config.toml of the run and of its checkpoints"
+        )
+    loaded = load(start, **options)
+    if known is not None and model_hash(loaded.model) != known:
+        raise DamagedFile(f"the weights in {start} have changed since they were tuned; restore them from a copy")
+    return loaded
+
+
+def _tuned(folder: Path, config: RunConfig, device: torch.device, *, mapped: bool) -> LanguageModel:
+    """Return the model of a run that trains a state or low-rank terms beside the weights of another run."""
+    is_state = config.train.tune == "state"
+    known = read_progress(folder).data.get("start")
+    start = load_start(config, known, device=str(device), mapped=mapped and is_state)
+    weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
+    with torch.device("meta"):
+        model, plain = LanguageModel(config.model), LanguageModel(config.model)
+        prepare(model, config.train)
+    check_weights(model, folder)
+    with open_stored(folder, "model") as stored:
+        stored.check_content()
+        own = {name: stored.tensor(name).to(device, copy=True) for name in trained(model)}
+    if not is_state:
+        plain.load_state_dict(with_lora(weights, own, config.train.lora_alpha / config.train.lora_rank), assign=True)
+        return plain
+    model.load_state_dict(frozen_weights(model, weights) | own, assign=True)
+    model.is_mapped = start.model.is_mapped
+    return model

@@ -102,7 +102,8 @@ def answer_fields(fields: Fields, served: Served, template: ChatTemplate) -> dic
 def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, start: Session | None) -> list[int]:
     """Return the token ids of the text of messages, which may continue the text of a session."""
     # The text of a session may end with a stop string, which begins the next message.
-    text = template.render(messages) if start is None else template.following(messages, tokenizer.decode(start.tokens))
+    end = "" if start is None else tokenizer.decode(start.tokens)
+    text = template.following(messages, end) if start is not None and start.tokens else template.render(messages)
     return checked("messages", lambda: tokenizer.encode(text).tolist())
 
 

@@ -229,7 +229,7 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
             param,
             "context_length_exceeded",
         )
-    if not prompt and start is None:
+    if not prompt and (start is None or not start.tokens):
         end = served.tokenizer.end_of_text
         if end is None:
             raise ApiError(400, "the prompt is empty; give at least one token", param)

@@ -5,6 +5,8 @@ from timemix.errors import Unavailable
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import block_class
 from timemix.models.size import count_parameters
+from timemix.runs.load import Loaded
+from timemix.runs.tuning import tuned_parameters
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.distributed import World
 from timemix.runtime.machine import free_memory
@@ -16,7 +18,7 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
     In all measured cases, the estimate differs from the measured memory by at most 45 %
     (docs/log/2026-11-23-memory-estimate.md). The estimate is the sum of
 
-    - weights, gradients and two moments per weight,
+    - weights, and a gradient and two moments per trained weight,
     - values that the blocks save for the backward pass, counted per token,
     - logits and their gradient,
     - the matrices W (or attention matrices) of all heads and layers, or one strip of W if no code forms the whole W.
@@ -40,7 +42,11 @@ def training_memory(model: ModelConfig, train: TrainConfig, precision: str, proc
         "all": model.layers * model.channels + own.block,
     }[train.recompute]
     per_token = kept * blocks + 4 * model.vocab_size
-    held = 4 * count_parameters(model)["total"] / (processes if train.strategy == "shard" else 1)
+    total = count_parameters(model)["total"]
+    if train.tune == "all":
+        held = 4 * total / (processes if train.strategy == "shard" else 1)
+    else:
+        held = total + 4 * tuned_parameters(model, train)
     return int(width * (held + tokens * per_token + own.squares))
 
 
@@ -72,3 +78,27 @@ def refuse_too_large(config: RunConfig, world: World) -> None:
             f" lower train.batch_size ({config.train.batch_size}), raise train.accumulation, or set train.recompute to"
             " 'cheap' or 'all'"
         )
+
+
+def memory_note(start: Loaded, config: RunConfig, world: World) -> str:
+    """Return a note on the memory of a run from trained weights.
+
+    Args:
+        start: The trained model.
+        config: Config of the run.
+        world: The processes of the run.
+
+    Returns:
+        The note; "" for a run that trains all weights of a model in float32 or float64.
+    """
+    small = {str(x.dtype).removeprefix("torch.") for x in start.model.parameters() if x.dtype.itemsize < 4}
+    if config.train.tune == "all" and not small:
+        return ""
+    needed, free = (size / 2**30 for size in run_memory(config, world))
+    memory = f"needs about {needed:.1f} GiB of memory ({free:.1f} GiB are free)"
+    if config.train.tune == "all":
+        kinds = " and ".join(sorted(small))
+        return f"the weights of {start.folder} are in {kinds}; training updates copies in float32, and {memory}"
+    what = "the initial state" if config.train.tune == "state" else f"LoRA of rank {config.train.lora_rank}"
+    count = tuned_parameters(config.model, config.train)
+    return f"{what} has {count:,} parameters; the weights of {start.folder} are frozen; training {memory}"

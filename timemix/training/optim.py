@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from timemix.config.run import TrainConfig
 from timemix.models.layers.block import Recipe
+from timemix.models.layers.lora import LoraLinear
 from timemix.runtime.distributed import part_like, whole
 
 
 def _is_matrix(model: nn.Module) -> dict[str, bool]:
-    """For each parameter name, return whether the parameter is the weight of a linear layer inside a block."""
+    """For each parameter name, return whether it is a matrix of a linear map or of a low-rank term inside a block."""
     matrices = {
-        f"{name}.weight"
+        f"{name}.{own}"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith("blocks.")
+        for own in (("down", "up") if isinstance(module, LoraLinear) else ("weight",))
     }
     return {name: name in matrices for name, _ in model.named_parameters()}
 
@@ -48,6 +50,8 @@ def build_optimizers(
     others: dict[tuple[float, float, bool], list[nn.Parameter]] = {(0.0, 1.0, False): []}
     is_matrix = _is_matrix(model)
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         embeds = name.startswith("embedding.")
         scale = recipe.scale_of(name) * (config.embedding_lr if embeds else 1.0)
         if is_matrix[name] and scale == 1:

@@ -16,7 +16,13 @@ from timemix.runtime.distributed import World, set_whole
 
 
 def new_model(
-    config: ModelConfig, strategy: str, world: World, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    strategy: str,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_filled: bool = False,
 ) -> tuple[LanguageModel, nn.Module]:
     """Create a model with initial values from the random generator of torch.
 
@@ -29,6 +35,8 @@ def new_model(
         world: The processes of the run, all of which must call this function.
         device: Device of this process.
         dtype: Type of the parameters.
+        is_filled: Whether trained weights replace the initial values, which are then zeros. Computing the initial
+            values takes more memory than the values.
 
     Returns:
         The model, and the module to call in training. The gradients of the module are the mean over the processes.
@@ -36,7 +44,14 @@ def new_model(
     if world.size > 1 and strategy == "shard":
         model = _sharded(config, world, device, dtype)
         return model, model
-    model = LanguageModel(config).to(device, dtype)
+    if is_filled:
+        with torch.device("meta"):
+            model = LanguageModel(config).to(dtype)
+        model.to_empty(device=device)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    else:
+        model = LanguageModel(config).to(device, dtype)
     if world.size == 1:
         return model, model
     ids = None if device.type == "cpu" else [device]

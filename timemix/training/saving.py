@@ -13,6 +13,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import Progress, checkpoint_name, read_progress
 from timemix.runs.load import check_weights
 from timemix.runs.save import save_checkpoint
+from timemix.runs.tuning import trained
 from timemix.runtime.distributed import ALONE, World, own_part, own_rows, set_whole, whole
 from timemix.storage.sharded import StoredTensors, open_stored
 from timemix.tokenizers.base import Tokenizer
@@ -22,7 +23,7 @@ Named = dict[str, Tensor]
 
 
 def tensors_to_save(model: LanguageModel, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Named, Named]:
-    """Return the weights by name, and the optimizer state by "KEY.NAME". Sharded tensors stay sharded."""
+    """Return the trained weights by name, and the optimizer state by "KEY.NAME". Sharded tensors stay sharded."""
     names = {id(p): name for name, p in model.named_parameters()}
     state = {
         f"{key}.{names[id(p)]}": torch.as_tensor(value)
@@ -30,7 +31,7 @@ def tensors_to_save(model: LanguageModel, optimizers: Sequence[torch.optim.Optim
         for p, values in optimizer.state.items()
         for key, value in values.items()
     }
-    return model.state_dict(), state
+    return trained(model), state
 
 
 def gathered(tensors: Named, world: World) -> Named:
@@ -117,7 +118,7 @@ def restore_training(
     with open_stored(folder, "model") as stored:
         # Check each file in only one process.
         world.all_check(partial(stored.check_content, world.rank, world.size))
-        for name, own in model.state_dict().items():
+        for name, own in trained(model).items():
             _read_own_rows(own, stored, name)
     progress = read_progress(folder)
     if progress.step == 0:

@@ -12,21 +12,21 @@ from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.models.config import ModelConfig
-from timemix.runs.folder import check_resumable, checkpoints, newest, warn_of_unfinished
-from timemix.runs.load import Loaded, empty_model, load
+from timemix.runs.folder import check_resumable, checkpoints, newest, read_progress, warn_of_unfinished
+from timemix.runs.load import Loaded, empty_model, load, load_start
 from timemix.runtime.distributed import ALONE, World
 from timemix.runtime.progress import ShowProgress, show
 from timemix.storage.files import cannot_write, check_name, remove_unfinished, write_text
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.budget import with_counted_steps, with_steps
-from timemix.training.memory import refuse_too_large, run_memory
+from timemix.training.memory import memory_note, refuse_too_large
 from timemix.training.parallel import check_shares
-from timemix.training.saving import fill
 from timemix.training.signals import signals_raised
 from timemix.training.trainer import Trainer
+from timemix.training.tuning import fill_start, hash_released, with_frozen
 
-FIXED = ("batch_size", "contexts", "seed", "optimizer")
+FIXED = ("batch_size", "contexts", "seed", "optimizer", "tune", "lora_rank", "lora_alpha", "lora_modules")
 """Settings that cannot change when a run is resumed, because the data order or the optimizer state depends on them."""
 
 
@@ -68,6 +68,7 @@ def new_run(
         start = None if config.start is None else load(config.start, mapped=True)
     if start is not None:
         _check_start(config.model, start)
+    config = with_frozen(config, start, world)
     check_shares(config.train, world)
     # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))
@@ -88,29 +89,16 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     corpus = corpus or open_run_corpus(out, config.data.source)
     config = resolved(config, corpus)
     world.first_does(lambda: refuse_too_large(config, world))
-    if start is not None and (note := _note_of_copies(start, config, world)):
+    if start is not None and (note := memory_note(start, config, world)):
         world.first_does(lambda: show(progress, note))
     config = with_steps(config, corpus, out, world, lambda sentence: show(progress, sentence))
     world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
     trainer = Trainer(config, out, corpus, lock, world)
     if start is not None:
-        weights = start.model.block.resized(start.model.state_dict(), start.config.model, config.model.ctx_len)
-        fill(trainer.model, weights.__getitem__)
+        fill_start(trainer, start)
         # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
     return trainer
-
-
-def _note_of_copies(start: Loaded, config: RunConfig, world: World) -> str:
-    """Return a note on the memory of training from weights in few bits, or "" for weights in float32 or float64."""
-    small = {str(x.dtype).removeprefix("torch.") for x in start.model.parameters() if x.dtype.itemsize < 4}
-    if not small:
-        return ""
-    needed, free = (size / 2**30 for size in run_memory(config, world))
-    return (
-        f"the weights of {start.folder} are in {' and '.join(sorted(small))}; training updates copies in float32, and"
-        f" needs about {needed:.1f} GiB of memory ({free:.1f} GiB are free)"
-    )
 
 
 def _check_length(train: TrainConfig) -> None:
@@ -223,12 +211,19 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
             f" {config.model.vocab_size}; restore both from one copy"
         )
     saved = checkpoints(out)
-    if saved:
+    if saved and config.train.tune == "all":
         # Check the weights first, because a damaged config.toml may name a model size that takes too much memory.
         empty_model(config.model, saved[-1])
     # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))
+    start = None
+    if config.train.tune != "all":
+        known = read_progress(saved[-1]).data.get("start") if saved else None
+        start = load_start(config, known, mapped=True)
+        hash_released(start)
     trainer = Trainer(config, out, corpus, lock, world)
+    if start is not None:
+        fill_start(trainer, start)
     if saved:
         trainer.restore(saved[-1])
     if trainer.step > config.train.steps:

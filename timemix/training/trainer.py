@@ -21,6 +21,7 @@ from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
+from timemix.runs.tuning import prepare
 from timemix.runtime.device import autocast, choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
@@ -66,6 +67,7 @@ class Trainer:
         valid_step: Step of the newest validation.
         best_loss: Lowest validation loss so far, in nats per token.
         validations_without_gain: Number of validations since the validation with the lowest loss.
+        start_hash: Hash of the model whose weights are frozen (`train.tune`); None if all weights are trained.
         device: Device of the model. `device_reason` is the reason for the choice of the device.
         precision: Precision of matrix products. `precision_reason` is the reason for the choice of the precision.
         compiled: Whether the training step is compiled. `compile_reason` is the reason for compiling or not compiling.
@@ -91,7 +93,12 @@ class Trainer:
         self._feed = Feed(self.batches, train.batch_size, world, self.device)
         torch.manual_seed(train.seed)
         dtype = torch.float64 if self.precision == "float64" else torch.float32
-        self.model, self._parallel_model = new_model(config.model, train.strategy, world, self.device, dtype)
+        is_filled = train.tune != "all"
+        self.model, self._parallel_model = new_model(
+            config.model, train.strategy, world, self.device, dtype, is_filled=is_filled
+        )
+        prepare(self.model, train)
+        self.start_hash: str | None = None
         self.model.recompute = train.recompute
         self.recipe = self.model.block.recipe(config.model)
         flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
@@ -156,10 +163,11 @@ class Trainer:
 
     @property
     def data_hashes(self) -> dict[str, str]:
-        """Hashes that identify the training data: sha256 of both splits and of the tokenizer."""
+        """Hashes that identify the training data: sha256 of both splits, of the tokenizer and of the frozen model."""
         info = self.corpus.info
         splits = {split: info.split(split).sha256 for split in ("train", "valid")}
-        return splits | {"tokenizer": self.corpus.tokenizer.hash}
+        frozen = {"start": self.start_hash} if self.start_hash else {}
+        return splits | {"tokenizer": self.corpus.tokenizer.hash} | frozen
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint and continue from its step.

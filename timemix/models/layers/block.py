@@ -15,6 +15,12 @@ from timemix.ops.common.norms import norm_shift
 
 Tensors = dict[str, Tensor]
 
+FIRST_WEIGHT = -4.0
+"""Logarithm of the weight of a learned state at the start of state tuning, in architectures that average values.
+
+At weight 0, a learned value would have no gradient. At exp(-4), the state hardly changes the averages.
+"""
+
 
 class Model(Protocol):
     """The part of a language model that `Block.set_initial_values` uses."""
@@ -104,6 +110,25 @@ class Block(nn.Module):
         """
         raise NotImplementedError
 
+    def state_parameters(self) -> Tensors:
+        """Create the parameters from which `state_of` computes the block's state before the first token.
+
+        Returns:
+            Initial values by name, for a state like that of `init_state`; {} without a recurrent state of fixed size.
+        """
+        return {}
+
+    def state_of(self, parameters: Tensors) -> Tensors:
+        """Compute the recurrent part of the block's state before the first token. By default, it is the parameters.
+
+        Args:
+            parameters: Parameters by name.
+
+        Returns:
+            Tensors of the state by name, without the dimension of the batch and without the token-shift.
+        """
+        return parameters
+
     def forward(
         self,
         x: Tensor,
@@ -117,6 +142,7 @@ class Block(nn.Module):
         Args:
             x: Input (B, T, C).
             state: State of the block after the earlier tokens; None, as in training: the tokens begin at position 0.
+                With the result of `state_of`, the token-shift is zero, and the next state has no meaning.
             carry: Tensor from an earlier block for the same tokens; None if there is no such tensor.
             position: Number of earlier tokens of each row (B,); None without a state.
             lengths: Number of valid tokens of each row (B,), 1 to T; None: all tokens are valid.

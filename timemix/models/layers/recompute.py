@@ -10,7 +10,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from timemix.models.config import Recompute
 
 
-def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor | None]:
+def recomputed(
+    block: nn.Module,
+    x: Tensor,
+    carry: Tensor | None,
+    recompute: Recompute,
+    state: dict[str, Tensor] | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Apply a block in training. `recompute` changes the memory use, but not the results.
 
     Args:
@@ -20,6 +27,8 @@ def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Rec
         recompute: "none": store all results. "cheap": store the outputs of linear maps, convolutions and fused
             attention. "all": store only x. Compiled code ignores this argument: the compiler chooses the stored
             results.
+        state: Learned state before the first token; None: no such state.
+        position: Zeros (B,) with a learned state, else None.
 
     Returns:
         Output (B, T, C), and the tensor `carry` for the next block.
@@ -28,13 +37,13 @@ def recomputed(block: nn.Module, x: Tensor, carry: Tensor | None, recompute: Rec
         arXiv 1604.06174.
     """
     if recompute == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        x, _, carry = block(x, None, carry)
+        x, _, carry = block(x, state, carry, position)
         return x, carry
     if recompute == "all":
-        x, _, carry = checkpoint(block, x, None, carry, use_reentrant=False)
+        x, _, carry = checkpoint(block, x, state, carry, position, use_reentrant=False)
         return x, carry
     contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    x, _, carry = checkpoint(block, x, None, carry, use_reentrant=False, context_fn=contexts)
+    x, _, carry = checkpoint(block, x, state, carry, position, use_reentrant=False, context_fn=contexts)
     return x, carry
 
 

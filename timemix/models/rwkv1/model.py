@@ -3,7 +3,7 @@
 import torch
 
 from timemix.models.config import ShiftedConfig
-from timemix.models.layers.block import Kept, Model, ShiftedBlock, Tensors
+from timemix.models.layers.block import FIRST_WEIGHT, Kept, Model, ShiftedBlock, Tensors
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.layers.resize import resized_table, with_ctx_len
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
@@ -74,6 +74,22 @@ class Rwkv1ExpBlock(TimeMixBlock):
     """A block whose time-mix has sums of exponentials as curves over lags, and a state of constant size."""
 
     Mixer = ExpTimeMix
+
+    def state_parameters(self) -> Tensors:
+        state = self.mixer.init_state(1)
+        numerators, denominators = state["numerators"][0], state["denominators"][0]
+        return {"value": numerators, "log_weight": denominators + FIRST_WEIGHT}
+
+    def state_of(self, parameters: Tensors) -> Tensors:
+        """Compute the sums of one token with a learned value in each exponential and a learned logarithm of its weight.
+
+        No parameters give a negative sum of weights. The taps, which are the newest tokens of a text, stay zero.
+        """
+        # (H, N)
+        weight = parameters["log_weight"].exp()
+        # (H, K, N)
+        sums = {"numerators": parameters["value"] * weight[:, None], "denominators": weight}
+        return sums | {name: x[0] for name, x in self.mixer.init_state(1).items() if name == "taps"}
 
     @classmethod
     def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:

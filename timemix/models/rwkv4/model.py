@@ -9,7 +9,7 @@ a training run equal those of the original training code (tests/models/test_orig
 import torch
 from torch import Tensor, nn
 
-from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
+from timemix.models.layers.block import FIRST_WEIGHT, Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear
 from timemix.models.layers.mixtures import learned, normed_mixtures, shares, wide
@@ -87,6 +87,20 @@ class Rwkv4Block(Block):
         rows = weight.new_zeros(batch_size, 1, len(weight), dtype=dtype)
         wkv = empty_state(batch_size, len(weight), dtype, weight.device)
         return {"mixer_shift": rows, "ffn_shift": rows.clone(), "wkv": wkv}
+
+    def state_parameters(self) -> Tensors:
+        zeros = self.init_state(1)["mixer_shift"][0, 0]
+        return {"value": zeros, "log_weight": zeros + FIRST_WEIGHT}
+
+    def state_of(self, parameters: Tensors) -> Tensors:
+        """Compute the state of one token with a learned value and a learned logarithm of its weight.
+
+        The state (a, b, p) stands for the sums a exp(p) and b exp(p), so (a c, b c, p - log c) is the same state. The
+        choice b = 1 gives each state of a text by one pair of parameters, and no parameters give a negative sum of
+        weights.
+        """
+        value, log_weight = parameters["value"], parameters["log_weight"]
+        return {"wkv": torch.stack((value, torch.ones_like(value), log_weight))}
 
     def forward(
         self,

@@ -208,6 +208,9 @@ class Rwkv5Block(Block):
         rows = weight.new_zeros(B, 1, config.channels, dtype=dtype)
         return {"mixer_shift": rows, "ffn_shift": rows.clone(), "wkv": weight.new_zeros(B, H, N, N, dtype=dtype)}
 
+    def state_parameters(self) -> Tensors:
+        return {"wkv": self.init_state(1)["wkv"][0]}
+
     def forward(
         self,
         x: Tensor,

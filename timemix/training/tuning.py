@@ -1,0 +1,90 @@
+"""Start of a run that trains a state or low-rank terms beside the frozen weights of another run (`runs.tuning`)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from timemix.config.run import RunConfig
+from timemix.errors import InvalidValue
+from timemix.models.hashes import model_hash
+from timemix.runs.load import Loaded
+from timemix.runs.tuning import frozen_weights
+from timemix.runtime.distributed import World
+from timemix.storage.tensors import release
+from timemix.training.saving import fill
+from timemix.training.trainer import Trainer
+
+
+def with_frozen(config: RunConfig, start: Loaded | None, world: World) -> RunConfig:
+    """Check that a run can train the parameters that `train.tune` names.
+
+    Args:
+        config: Config of a new run.
+        start: The model that the run starts from, or None.
+        world: The processes of the run.
+
+    Returns:
+        The config, which names the frozen checkpoint by its absolute path if `train.tune` is not "all".
+
+    Raises:
+        InvalidValue: The settings exclude one another, or the model cannot be tuned.
+    """
+    tune = config.train.tune
+    if tune != "state" and start is not None and start.model.learned_state is not None:
+        raise InvalidValue(
+            f"{start.folder} has a learned state, which train.tune {tune!r} would lose; set train.tune to 'state', or"
+            f" start from the weights in {start.config.start}"
+        )
+    if tune == "all":
+        return config
+    if start is None:
+        raise InvalidValue(f"train.tune is {tune!r}, which needs trained weights; start from a run (--from RUN)")
+    if world.size > 1:
+        raise InvalidValue(f"train.tune is {tune!r}, which supports one process, not {world.size}; start one process")
+    weights = start.model.state_dict()
+    resized = start.model.block.resized(weights, start.config.model, config.model.ctx_len)
+    if tune == "state" and any(x.shape != weights[name].shape for name, x in resized.items()):
+        raise InvalidValue(
+            f"model.ctx_len={config.model.ctx_len} differs from {start.config.model.ctx_len} in {start.folder}, and"
+            f" changes the weights of {config.model.arch}, for which a state is learned; leave model.ctx_len out"
+        )
+    hash_released(start)
+    return replace(config, start=str(start.folder.resolve()))
+
+
+def hash_released(start: Loaded) -> str:
+    """Return the hash of a model, and release the memory that the mapped weights of the model take.
+
+    Called before the memory of a trainer is allocated, it keeps the peak of the memory low.
+    """
+    found = model_hash(start.model)
+    for name, weight in start.model.state_dict().items():
+        _release(start, name, weight)
+    return found
+
+
+def _release(start: Loaded, name: str, weight: Tensor) -> None:
+    # A learned state is not mapped, and would lose its numbers.
+    if start.model.is_mapped and not name.startswith("learned_state."):
+        release(weight)
+
+
+@torch.no_grad()
+def fill_start(trainer: Trainer, start: Loaded) -> None:
+    """Copy the weights of a trained model into the model of a trainer, whose context length may differ.
+
+    Args:
+        trainer: The trainer.
+        start: The trained model.
+    """
+    model = trainer.model
+    weights = start.model.block.resized(start.model.state_dict(), start.config.model, model.config.ctx_len)
+    if trainer.config.train.tune == "all":
+        fill(model, weights.__getitem__)
+        return
+    own = model.state_dict()
+    for name, weight in frozen_weights(model, weights).items():
+        own[name].copy_(weight)
+        _release(start, name, weight)
+    trainer.start_hash = model_hash(start.model)
