@@ -234,7 +234,7 @@ def test_the_names_and_shapes_of_published_files(tmp_path, name, arch):
     config = read_published(tmp_path / "a.pth", 32).config
     assert (config.arch, config.without, config.vocab_size) == (arch, (), len(weights["emb.weight"]))
     torch.save(weights | {"blocks.0.att.time_state": torch.zeros(1)}, tmp_path / "b.pth")
-    with pytest.raises(DamagedFile, match="has the tuned state 'blocks.0.att.time_state', which timemix does not read"):
+    with pytest.raises(DamagedFile, match="has the tuned state 'blocks.0.att.time_state' beside weights; give"):
         read_published(tmp_path / "b.pth", 32)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from timemix.cli.options import parse, print_report
+from timemix.errors import InvalidValue
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,13 @@ class ImportArguments:
     The weights keep their number format on disk. Names and shapes give the version and the sizes of the model. A folder
     of timemix export --to hf may have any architecture.
 
+    With --for, FILE holds states or low-rank terms (LoRA) of RWKV-PEFT for the model of a run.
+
     Examples:
         timemix import rwkv7.pth --tokenizer rwkv_vocab_v20230424.txt --out runs/rwkv7
         timemix import rwkv7-hf --out runs/rwkv7 --ctx-len 4096
+        timemix import state.pth --for runs/rwkv7 --out style.state
+        timemix import lora.pth --for runs/rwkv7 --lora-alpha 32 --out runs/merged
     """
 
     file: Annotated[
@@ -30,7 +35,11 @@ class ImportArguments:
         ),
     ]
     out: Path
-    """New folder for the run."""
+    """New folder for the run. With --for and a state: new file for the session."""
+    for_: Path | None = None
+    """Run whose model the states or low-rank terms in FILE belong to. Default: FILE holds a whole model."""
+    lora_alpha: float = 16.0
+    """With --for: factor of the low-rank terms, multiplied by the rank; above 0, as in their training."""
     tokenizer: Path | None = None
     """Tokenizer of the model: rwkv_vocab_v20230424.txt, or a tokenizer.json of timemix or of a byte-level tokenizer
     such as GPT-NeoX's. Default: such a file in the folder of the weights, or for 65,536 tokens the file of the package
@@ -44,6 +53,8 @@ class ImportArguments:
 
 def import_(arguments: list[str]) -> int:
     parsed = parse(ImportArguments, arguments, "import")
+    if parsed.for_ is not None:
+        return _import_tuned(parsed, parsed.for_)
     from timemix.interop.importing import import_run
 
     imported = import_run(parsed.file, parsed.out, parsed.tokenizer, ctx_len=parsed.ctx_len)
@@ -55,6 +66,22 @@ def import_(arguments: list[str]) -> int:
         "tokenizer": imported.config.data.tokenizer,
         "run": str(parsed.out),
     }
+    if parsed.json:
+        print(json.dumps(report))
+    else:
+        print_report(report)
+    return 0
+
+
+def _import_tuned(parsed: ImportArguments, run: Path) -> int:
+    """Import states or low-rank terms for the model of a run."""
+    if parsed.tokenizer is not None:
+        raise InvalidValue(f"--tokenizer excludes --for: the model has the tokenizer of {run}; leave one of them out")
+    from timemix.interop.tuned import import_tuned
+
+    found = import_tuned(parsed.file, run, parsed.out, alpha=parsed.lora_alpha)
+    words = {"state": ("states", "session"), "lora": ("linear_maps", "run")}[found.kind]
+    report = {words[0]: found.tensors, words[1]: str(parsed.out)}
     if parsed.json:
         print(json.dumps(report))
     else:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from torch import Tensor
+
 from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
 from timemix.data.config import DataConfig, TokenizerKind, Unknown
@@ -69,13 +71,35 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     published = read_published(path, ctx_len)
     own = _tokenizer(path, tokenizer, published.config.vocab_size)
     config = _config(published, own)
-    tensors = {"model": published.weights} | ({"unused": published.unused} if published.unused else {})
-    progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None, data={"tokenizer": own.hash})
-    with new_folder(out) as temporary:
-        save_checkpoint(temporary, tensors, config, own, progress)
-        (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    save_imported(out, published.weights, config, own, published.unused)
     formats = sorted({str(x.dtype).removeprefix("torch.") for x in published.weights.values()})
     return Imported(config, sum(x.numel() for x in published.weights.values()), ", ".join(formats))
+
+
+def save_imported(
+    out: Path,
+    weights: dict[str, Tensor],
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    unused: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a run that is complete at step 0, with one checkpoint.
+
+    Args:
+        out: Run folder, which must not exist.
+        weights: Weights by name.
+        config: Config of the run.
+        tokenizer: Tokenizer of the model.
+        unused: Tensors of the imported file that the model does not use, for a later export.
+
+    Raises:
+        CannotWrite: The run cannot be written.
+    """
+    tensors = {"model": weights} | ({"unused": unused} if unused else {})
+    progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None, data={"tokenizer": tokenizer.hash})
+    with new_folder(out) as temporary:
+        save_checkpoint(temporary, tensors, config, tokenizer, progress)
+        (temporary / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
 def _tokenizer(path: Path, given: Path | None, vocab_size: int) -> Tokenizer:

@@ -89,7 +89,8 @@ def read_published(path: Path, ctx_len: int) -> Published:
     entry = _architecture(path, weights, document)
     if states := sorted(name for name in weights if name.endswith(".att.time_state")):
         raise DamagedFile(
-            f"{path} has the tuned state {states[0]!r}, which timemix does not read; give weights without tuned states"
+            f"{path} has the tuned state {states[0]!r} beside weights; give weights without tuned states, and a file"
+            " of the states alone with --for RUN"
         )
     converter = load_part(str(entry.weights))
     try:

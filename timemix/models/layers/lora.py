@@ -55,7 +55,7 @@ class LoraLinear(Linear):
 
 def merged(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Return base + scale up down (outputs, inputs), in the dtype of `base`."""
-    return base + (scale * (up @ down)).to(base.dtype)
+    return (base + scale * (up @ down)).to(base.dtype)
 
 
 def add_lora(blocks: Sequence[nn.Module], rank: int, alpha: float, patterns: Sequence[str]) -> None:

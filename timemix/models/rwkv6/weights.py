@@ -122,6 +122,10 @@ class Conversion:
             found[f"blocks.{layer}.{theirs}"] = torch.cat(parts, 1) if dim else torch.stack(parts)
         return found
 
+    def state_from_published(self, state: Tensor) -> Tensor:
+        """Convert a tuned state (H, values N, keys N) of RWKV-PEFT to the state of a layer (H, keys N, values N)."""
+        return state.mT
+
     def our_config(self, weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv5Config:
         """Read the settings of a model from the shapes of its weights in the original code.
 

@@ -93,6 +93,11 @@ def to_published(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def state_from_published(state: Tensor) -> Tensor:
+    """Convert a tuned state (H, values N, keys N) of RWKV-PEFT to the state of a layer of `rwkv7`: both are equal."""
+    return state
+
+
 def our_config(weights: dict[str, Tensor], ctx_len: int, **fields: Any) -> Rwkv7Config:
     """Read the settings of a model from the shapes of its weights in the original code.
 
