@@ -12,17 +12,23 @@ import timemix
 from tests.helpers.commands import run_command
 from tests.helpers.ends import same_end, stop_at
 from tests.helpers.models import heads_of
+from tests.helpers.published import TEXT, imported
 from tests.helpers.runs import small_config, small_trainer
 from tests.helpers.serving import served
+from timemix.config.run import read_toml
+from timemix.data.config import DataConfig
 from timemix.errors import DamagedFile, Interrupted, InvalidValue, MissingFile
 from timemix.evaluation.loss import cross_entropy, evaluate
+from timemix.generation.decode import build_step
 from timemix.generation.session import load_session
 from timemix.interop.export import export_run
 from timemix.models.learned_state import LearnedState
 from timemix.runs.load import load
+from timemix.runtime.distributed import World
 from timemix.server.engine_thread import Served
 from timemix.storage.torch_files import read_torch_file
 from timemix.training.memory import training_memory
+from timemix.training.parallel import check_shares
 from timemix.training.start import new_run, resume_run
 
 RECURRENT = ["rwkv1_exp", "rwkv4", "rwkv5", "rwkv6", "rwkv7"]
@@ -132,7 +138,7 @@ def test_only_the_named_parameters_change(folder, tmp_path, tune):
     assert trainer.best_loss < begun
 
 
-@pytest.mark.parametrize("tune", ["state", "lora"])
+@pytest.mark.parametrize("tune", ["state", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_stopped_or_killed_run_ends_like_the_undisturbed_one(folder, tmp_path, tune):
     config = tuned_config(folder, tune, steps=9)
     new_run(config, tmp_path / "whole", progress=False).run()
@@ -153,7 +159,9 @@ def test_a_stopped_or_killed_run_ends_like_the_undisturbed_one(folder, tmp_path,
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "rwkv4", "rwkv7", "llama", "mha_pro"])
+@pytest.mark.parametrize(
+    "arch", ["rwkv1", "rwkv7", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("rwkv4", "llama", "mha_pro"))]
+)
 def test_merged_weights_give_the_logits_of_the_terms(tmp_path, arch):
     small_trainer(tmp_path, arch, name=arch, steps=2).run()
     trainer = new_run(tuned_config(tmp_path, "lora", arch, steps=4), tmp_path / "run", progress=False)
@@ -228,6 +236,38 @@ def test_the_session_is_little_larger_than_the_state(tmp_path):
     assert matrices < (tmp_path / "exported/learned.state").stat().st_size < 1.1 * matrices
 
 
+def test_every_step_of_generation_begins_with_the_learned_state(style):
+    expected = timemix.generate(load(style), "the ", tokens=9)
+    mapped = load(style, mapped=True).model
+    assert mapped.is_mapped
+    tokens, rows, counts = torch.tensor([3, 4, 5]), torch.zeros(1, dtype=torch.int64), torch.tensor([3])
+    logits = []
+    for model in (mapped, load(style).model):
+        for backend in ("auto", "model"):
+            logits.append(build_step(model, backend=backend)(tokens, model.init_state(1), rows, counts)[0])
+    assert all(torch.allclose(each, logits[0], atol=1e-5) for each in logits)
+    assert timemix.generate(load(style, mapped=True), "the ", tokens=9) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["state", "lora"])
+def test_frozen_weights_in_other_number_formats(tmp_path, tune):
+    """Weights in bfloat16 are trained in float32, and a run in float64 loads in float64."""
+    base = imported(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    old = read_toml(base / "config.toml")
+    for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        train = replace(old.train, steps=2, tune=tune, precision=precision, lr=1e-2)
+        config = replace(old, train=train, data=DataConfig(source=str(tmp_path / "text.txt")), start=str(base))
+        trainer = new_run(config, tmp_path / precision, progress=False)
+        trainer.run()
+        loaded = load(tmp_path / precision)
+        assert {x.dtype for x in loaded.model.state_dict().values()} == {dtype}
+        assert evaluate(loaded).nats_per_token == pytest.approx(trainer.best_loss, abs=1e-6)
+    timemix.generate(load(tmp_path / "float32", mapped=True), "the ", tokens=3)
+
+
+@pytest.mark.slow
 def test_an_export_merges_low_rank_terms(folder, tmp_path):
     trainer = new_run(tuned_config(folder, "lora"), tmp_path / "run", progress=False)
     trainer.run()
@@ -236,6 +276,7 @@ def test_an_export_merges_low_rank_terms(folder, tmp_path):
     assert torch.equal(found["blocks.1.att.key.weight"], trainer.model.blocks[1].mixer.key.weight)
 
 
+@pytest.mark.slow
 def test_a_tuned_run_can_be_tuned_again(style, folder, tmp_path):
     again = replace(tuned_config(folder, "state", lr=0.5, seed=2), start=str(style))
     trainer = new_run(again, tmp_path / "again", progress=False)
@@ -272,7 +313,7 @@ def test_settings_that_cannot_work(folder, tmp_path, train, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arch", ["rwkv1", "llama", "mha_rotary"])
+@pytest.mark.parametrize("arch", ["rwkv1", pytest.param("llama", marks=pytest.mark.slow)])
 def test_an_architecture_without_a_recurrent_state(tmp_path, arch):
     small_trainer(tmp_path, arch, name=arch, steps=1).run()
     with pytest.raises(InvalidValue, match="has no recurrent state; set train.tune to 'lora', or start from a"):
@@ -293,6 +334,12 @@ def test_wrong_starts(style, folder, tmp_path, capsys):
     status, _, err = run_command(capsys, "export", folder / "rwkv7", "--to", "state", "--out", tmp_path / "exported")
     assert status == 2
     assert "has no learned state; train one with: timemix train --from" in err
+
+
+def test_several_processes_are_refused(style):
+    train = load(style).config.train
+    with pytest.raises(InvalidValue, match="train.tune is 'state', which supports one process, not 2; start one"):
+        check_shares(train, World(size=2))
 
 
 def test_changed_or_missing_frozen_weights(folder, tmp_path):

@@ -210,6 +210,7 @@ def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
         contexts=CONTEXTS,
         batch_size=max(1, train.batch_size // CONTEXTS),
         accumulation=1,
+        tune="all",
         optimizer="adamw",
         betas=(0.9, 0.99),
         weight_decay=0.0,

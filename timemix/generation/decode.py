@@ -1,5 +1,6 @@
 """The decode step of generation: compiled C code, or the model's own forward pass, processes tokens."""
 
+import copy
 from typing import Protocol, cast
 
 import torch
@@ -89,6 +90,7 @@ def _unmapped(model: LanguageModel) -> LanguageModel:
         return model
     with torch.device("meta"):
         own = LanguageModel(model.config)
+    own.learned_state = copy.deepcopy(model.learned_state)
     weights = {name: x.to(torch.float32, copy=True) for name, x in model.state_dict().items()}
     own.load_state_dict(weights, assign=True)
     return own.eval()

@@ -205,12 +205,17 @@ def _tuned(folder: Path, config: RunConfig, device: torch.device, *, mapped: boo
         model, plain = LanguageModel(config.model), LanguageModel(config.model)
         prepare(model, config.train)
     check_weights(model, folder)
+    # A state is in at least float32.
+    dtype = torch.promote_types(weights["head.weight"].dtype, torch.float32)
     with open_stored(folder, "model") as stored:
         stored.check_content()
-        own = {name: stored.tensor(name).to(device, copy=True) for name in trained(model)}
-    if not is_state:
-        plain.load_state_dict(with_lora(weights, own, config.train.lora_alpha / config.train.lora_rank), assign=True)
-        return plain
-    model.load_state_dict(frozen_weights(model, weights) | own, assign=True)
-    model.is_mapped = start.model.is_mapped
+        own = {name: stored.tensor(name).to(device, dtype, copy=True) for name in trained(model)}
+    if is_state:
+        model.load_state_dict(frozen_weights(model, weights) | own, assign=True)
+        model.is_mapped = start.model.is_mapped
+    else:
+        model = plain
+        model.load_state_dict(with_lora(weights, own, config.train.lora_alpha / config.train.lora_rank), assign=True)
+    if config.train.precision == "float64":
+        model.double().is_mapped = False
     return model

@@ -91,8 +91,12 @@ def check_shares(train: TrainConfig, world: World) -> None:
     """Check that the batch divides evenly among the processes and their accumulated pieces.
 
     Raises:
-        InvalidValue: The batch does not divide evenly.
+        InvalidValue: The batch does not divide evenly, or `train.tune` supports one process only.
     """
+    if train.tune != "all" and world.size > 1:
+        raise InvalidValue(
+            f"train.tune is {train.tune!r}, which supports one process, not {world.size}; start one process"
+        )
     if train.batch_size % (train.accumulation * world.size):
         raise InvalidValue(
             f"train.batch_size={train.batch_size} is not divisible by processes ({world.size}) x train.accumulation"

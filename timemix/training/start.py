@@ -68,7 +68,7 @@ def new_run(
         start = None if config.start is None else load(config.start, mapped=True)
     if start is not None:
         _check_start(config.model, start)
-    config = with_frozen(config, start, world)
+    config = with_frozen(config, start)
     check_shares(config.train, world)
     # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))

@@ -10,19 +10,17 @@ from timemix.errors import InvalidValue
 from timemix.models.hashes import model_hash
 from timemix.runs.load import Loaded
 from timemix.runs.tuning import frozen_weights
-from timemix.runtime.distributed import World
 from timemix.storage.tensors import release
 from timemix.training.saving import fill
 from timemix.training.trainer import Trainer
 
 
-def with_frozen(config: RunConfig, start: Loaded | None, world: World) -> RunConfig:
+def with_frozen(config: RunConfig, start: Loaded | None) -> RunConfig:
     """Check that a run can train the parameters that `train.tune` names.
 
     Args:
         config: Config of a new run.
         start: The model that the run starts from, or None.
-        world: The processes of the run.
 
     Returns:
         The config, which names the frozen checkpoint by its absolute path if `train.tune` is not "all".
@@ -40,8 +38,6 @@ def with_frozen(config: RunConfig, start: Loaded | None, world: World) -> RunCon
         return config
     if start is None:
         raise InvalidValue(f"train.tune is {tune!r}, which needs trained weights; start from a run (--from RUN)")
-    if world.size > 1:
-        raise InvalidValue(f"train.tune is {tune!r}, which supports one process, not {world.size}; start one process")
     weights = start.model.state_dict()
     resized = start.model.block.resized(weights, start.config.model, config.model.ctx_len)
     if tune == "state" and any(x.shape != weights[name].shape for name, x in resized.items()):
