@@ -49,21 +49,20 @@ def with_frozen(config: RunConfig, start: Loaded | None) -> RunConfig:
     return replace(config, start=str(start.folder.resolve()))
 
 
-def hash_released(start: Loaded) -> str:
-    """Return the hash of a model, and release the memory that the mapped weights of the model take.
+def hash_released(start: Loaded) -> None:
+    """Compute the hash of a model, which `model_hash` keeps, and release the memory of its mapped weights.
 
     Called before the memory of a trainer is allocated, it keeps the peak of the memory low.
     """
-    found = model_hash(start.model)
-    for name, weight in start.model.state_dict().items():
-        _release(start, name, weight)
-    return found
-
-
-def _release(start: Loaded, name: str, weight: Tensor) -> None:
-    # A learned state is not mapped, and would lose its numbers.
-    if start.model.is_mapped and not name.startswith("learned_state."):
+    model_hash(start.model)
+    for weight in _mapped(start, start.model.state_dict()):
         release(weight)
+
+
+def _mapped(start: Loaded, weights: dict[str, Tensor]) -> list[Tensor]:
+    """Return the weights of a model that are mapped from a file. A learned state is a copy."""
+    names = (name for name in weights if start.model.is_mapped and not name.startswith("learned_state."))
+    return [weights[name] for name in names]
 
 
 @torch.no_grad()
@@ -74,13 +73,16 @@ def fill_start(trainer: Trainer, start: Loaded) -> None:
         trainer: The trainer.
         start: The trained model.
     """
-    model = trainer.model
-    weights = start.model.block.resized(start.model.state_dict(), start.config.model, model.config.ctx_len)
+    model, old = trainer.model, start.model.state_dict()
+    weights = start.model.block.resized(old, start.config.model, model.config.ctx_len)
     if trainer.config.train.tune == "all":
         fill(model, weights.__getitem__)
         return
     own = model.state_dict()
+    mapped = {id(weight) for weight in _mapped(start, old)}
     for name, weight in frozen_weights(model, weights).items():
         own[name].copy_(weight)
-        _release(start, name, weight)
+        # Memory that is not mapped would lose its numbers.
+        if id(weight) in mapped:
+            release(weight)
     trainer.start_hash = model_hash(start.model)
