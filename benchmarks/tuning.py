@@ -22,8 +22,8 @@ from timemix.runs.folder import best, checkpoints, read_progress
 from timemix.runs.metrics import read_metrics
 
 RATES = {
-    "state": (3e-3, 1e-2, 3e-2, 1e-1),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
+    "state": (3e-2, 1e-1, 3e-1, 1.0),
+    "lora": (1e-3, 3e-3, 1e-2, 3e-2),
     "all": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 """Learning rates of each way of tuning. A best rate at an end of its list calls for a longer list."""
