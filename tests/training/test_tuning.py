@@ -274,6 +274,20 @@ def test_an_export_merges_low_rank_terms(folder, tmp_path):
     export_run(tmp_path / "run", "pth", tmp_path / "exported", checkpoint="newest")
     found = read_torch_file(tmp_path / "exported/model.pth")
     assert torch.equal(found["blocks.1.att.key.weight"], trainer.model.blocks[1].mixer.key.weight)
+    own = load(tmp_path / "run", checkpoint="newest").model.state_dict()
+    export_run(tmp_path / "run", "hf", tmp_path / "hf", checkpoint="newest")
+    written = load_file(tmp_path / "hf/model.safetensors")
+    assert written.keys() == {f"model.{name}" for name in own}
+    assert all(torch.equal(written[f"model.{name}"], x) for name, x in own.items())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("to", ["pth", "hf", "gguf", "onnx"])
+def test_other_programs_cannot_begin_with_a_learned_state(style, tmp_path, capsys, to):
+    status, out, err = run_command(capsys, "export", style, "--to", to, "--out", tmp_path / "exported")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "has a learned state, which no published form holds; export it with --to state" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -328,9 +342,6 @@ def test_wrong_starts(style, folder, tmp_path, capsys):
         new_run(replace(tuned_config(folder, "lora"), start=str(style)), tmp_path / "run")
     with pytest.raises(InvalidValue, match="train.tune=lora cannot change when .* is resumed: the run has state"):
         resume_run(style, train={"tune": "lora", "steps": 20})
-    status, _, err = run_command(capsys, "export", style, "--to", "pth", "--out", tmp_path / "exported")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "has a learned state, which no published form holds; export it with --to state" in err
     status, _, err = run_command(capsys, "export", folder / "rwkv7", "--to", "state", "--out", tmp_path / "exported")
     assert status == 2
     assert "has no learned state; train one with: timemix train --from" in err
