@@ -137,6 +137,8 @@ def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensor
             merged = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
             write_tensors(merged / "model.safetensors", load(folder).model.state_dict(), {})
             folder = merged
+        else:
+            empty_model(config.model, folder)
         yield stack.enter_context(open_stored(folder, "model"))
 
 
@@ -156,7 +158,6 @@ def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     progress = read_progress(folder) if (folder / "training.json").exists() else None
     with _stored(folder, config, out) as stored:
-        empty_model(config.model, folder)
         if tokenizer.vocab_size != config.model.vocab_size:
             raise DamagedFile(
                 f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
