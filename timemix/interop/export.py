@@ -131,10 +131,10 @@ def _weights(folder: Path, config: RunConfig) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensors]:
-    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a file beside `out`."""
+    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a temporary file in `out`."""
     with ExitStack() as stack:
         if config.train.tune == "lora":
-            merged = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+            merged = Path(stack.enter_context(TemporaryDirectory(dir=out)))
             write_tensors(merged / "model.safetensors", load(folder).model.state_dict(), {})
             folder = merged
         else:
@@ -157,15 +157,14 @@ def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:
     """Write the folder that `timemix.hf` opens."""
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     progress = read_progress(folder) if (folder / "training.json").exists() else None
-    with _stored(folder, config, out) as stored:
-        if tokenizer.vocab_size != config.model.vocab_size:
-            raise DamagedFile(
-                f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
-                f" not {config.model.vocab_size}; restore it from a copy"
-            )
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise DamagedFile(
+            f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
+            f" not {config.model.vocab_size}; restore it from a copy"
+        )
+    with new_folder(out) as temporary, _stored(folder, config, temporary) as stored:
         stored.check_content()
-        with new_folder(out) as temporary:
-            write_model_folder(temporary, stored, config, tokenizer, progress)
+        write_model_folder(temporary, stored, config, tokenizer, progress)
 
 
 def _unused(folder: Path) -> dict[str, Tensor]:
