@@ -47,6 +47,8 @@ def write(folder, suffix, texts=TEXTS):
         write_parquet(path, texts, row_group_size=2)
     elif suffix.endswith(".gz"):
         path.write_bytes(gzip.compress(content.encode()))
+    elif suffix.endswith(".zst"):
+        path.write_bytes(pyarrow.Codec("zstd").compress(content.encode(), asbytes=True))
     elif suffix.endswith(".xz"):
         path.write_bytes(lzma.compress(content.encode()))
     else:
@@ -55,7 +57,7 @@ def write(folder, suffix, texts=TEXTS):
 
 
 @pytest.mark.parametrize(
-    "suffix", [".jsonl", ".ndjson", ".jsonl.gz", ".JSONL.XZ", ".parquet", ".csv", ".tsv", ".csv.gz"]
+    "suffix", [".jsonl", ".ndjson", ".jsonl.gz", ".JSONL.XZ", ".jsonl.zst", ".parquet", ".csv", ".tsv", ".csv.gz"]
 )
 def test_the_texts_of_a_file_are_joined_by_newlines(tmp_path, suffix):
     path = write(tmp_path, suffix.lower())
@@ -152,6 +154,15 @@ def test_a_wrong_table(tmp_path, text, words):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises((DamagedFile, InvalidValue), match=words):
         read_source(str(tmp_path / "a.csv"), text_key="text")
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_columns_of_text_in_other_types(tmp_path, kind):
+    column = pyarrow.array(TEXTS)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    writer.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "b.parquet", TEXTS)
+    assert read_source(str(tmp_path / "a.parquet")).text == read_source(str(tmp_path / "b.parquet")).text
 
 
 def test_wrong_parquet_files(tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ import lzma
 import os
 import re
 import socket
+import sys
 import threading
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from tests.helpers.servers import serving
@@ -24,7 +26,7 @@ from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.folders import folder_files
 from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
-from timemix.errors import TimemixError
+from timemix.errors import TimemixError, Unavailable
 
 TEXT = "first line\r\nsecond, with é and 鱼\n\tthird 🐈\n"
 
@@ -50,9 +52,14 @@ def test_the_builtin_text():
     assert read.text.index('The "assert" statement') < read.text.index('The "while" statement')
 
 
+def zstandard(content):
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "gb18030"])
 @pytest.mark.parametrize(
-    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+    ("suffix", "pack"),
+    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress), (".zst", zstandard)],
 )
 def test_encodings_and_compression(encoding, suffix, pack):
     path = Path(f"text.txt{suffix}")
@@ -246,7 +253,8 @@ def test_what_timemix_wrote_is_not_read_as_text(caplog):
 
 
 def test_a_pipe_and_standard_input_are_read_once_and_decompressed(monkeypatch):
-    for content in (TEXT.encode(), gzip.compress(TEXT.encode()), bz2.compress(TEXT.encode() * 9)):
+    packed = gzip.compress(TEXT.encode()), bz2.compress(TEXT.encode() * 9), zstandard(TEXT.encode()) * 2
+    for content in (TEXT.encode(), *packed):
         os.mkfifo("pipe")
         writer = threading.Thread(target=Path("pipe").write_bytes, args=(content,))
         writer.start()
@@ -300,6 +308,16 @@ def test_damaged_compressed_files(suffix, pack):
     for data in (whole[:-9], b"not compressed at all", bytes(flipped)):
         Path(name).write_bytes(data)
         refused(name, f"text{re.escape(suffix)} is damaged: it does not decompress .*; get it again")
+
+
+def test_damaged_files_of_zstandard(monkeypatch):
+    whole = zstandard(TEXT.encode() * 50)
+    for data in (whole[:-1], whole[: len(whole) // 2], whole[:3], b"not compressed at all", whole + b"more"):
+        Path("text.zst").write_bytes(data)
+        refused("text.zst", r"text\.zst is damaged: it does not decompress .*; get it again")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(Unavailable, match=r"a file compressed by Zstandard needs pyarrow: pip install"):
+        read_source("text.zst")
 
 
 def test_unreadable_places(monkeypatch):

@@ -18,7 +18,7 @@ from timemix.storage.json_files import to_json
 class DataArguments:
     """Describe a text, or with --out save its tokens to a folder for timemix train --data.
 
-    A source is a file, a folder or a glob of files (.gz, .xz and .bz2 are decompressed), `-` (standard input),
+    A source is a file, a folder or a glob of files (.gz, .xz, .bz2 and .zst are decompressed), `-` (standard input),
     `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. In a folder or a glob,
     timemix skips hidden files, binary files, links to other files of the source, compressed copies of other files, and
     folders that timemix has created. A warning names up to four skipped files of each kind.

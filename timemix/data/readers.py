@@ -15,13 +15,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import DamagedFile, FileError, InvalidValue
+from timemix.errors import DamagedFile, FileError, InvalidValue, Unavailable
 from timemix.runtime.progress import Advance, untold
 from timemix.storage.files import cannot_read
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
-BEGINNINGS = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh91AY&SY": ".bz2"}
+def _open_zstandard(raw: io.BufferedReader, _: str) -> Any:
+    """Open a file compressed by Zstandard. The zstandard package does not report that a file ends too early."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise Unavailable("a file compressed by Zstandard needs pyarrow: pip install 'timemix[data]'") from error
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+
+
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
+
+BEGINNINGS = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\0": ".xz", b"BZh91AY&SY": ".bz2", b"(\xb5/\xfd": ".zst"}
 """First bytes of compressed files. For bzip2, only files of the default block size have these bytes."""
 
 CHUNK = 1 << 20
@@ -29,7 +39,7 @@ CHUNK = 1 << 20
 
 
 def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Advance = untold) -> Iterator[bytes]:
-    """Read a file in pieces. Decompress a file whose first bytes or suffix are those of gzip, xz or bzip2.
+    """Read a file in pieces. Decompress a file whose first bytes or suffix are those of gzip, xz, bzip2 or Zstandard.
 
     Args:
         path: The file.
@@ -40,6 +50,7 @@ def chunks(path: Path, held: bytes | None = None, before: int = 0, advance: Adva
     Raises:
         DamagedFile: The file cannot be decompressed.
         FileError: The file cannot be read.
+        Unavailable: The file is compressed by Zstandard, and the package pyarrow is not installed.
     """
     done = before
     try:
@@ -64,7 +75,7 @@ def _opened(path: Path, held: bytes | None) -> io.BufferedReader:
 def _decompressed(raw: io.BufferedReader, path: Path) -> contextlib.AbstractContextManager[Any]:
     first = raw.peek(16)
     found = (suffix for beginning, suffix in BEGINNINGS.items() if first.startswith(beginning))
-    opener: Any = OPENERS.get(next(found, path.suffix.lower()))
+    opener = OPENERS.get(next(found, path.suffix.lower()))
     return opener(raw, "rb") if opener else contextlib.nullcontext(raw)
 
 

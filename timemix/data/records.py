@@ -175,7 +175,9 @@ def parquet(path: Path, key: str | None, advance: Callable[[float], object]) -> 
     try:
         with reader.ParquetFile(path) as file:
             kind = file.schema_arrow.field(_column(path, file.schema_arrow.names, key)).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            # A column with few distinct texts may be stored as a dictionary of these texts.
+            plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise InvalidValue(f"{path} has the column {key!r} of type {kind}; it must be a column of texts")
             for batch in file.iter_batches(batch_size=1024, columns=[key]):
                 for row, text in enumerate(batch.column(0).to_pylist(), done + 1):

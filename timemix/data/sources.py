@@ -106,12 +106,12 @@ def open_source(
 ) -> Source:
     """Open a text source that is then read in pieces.
 
-    Files may be compressed (gzip, xz, bzip2). JSON lines (.jsonl, .ndjson), Parquet files and, with `text_key`, tables
-    (.csv, .tsv) have one text per record, and the texts are joined by newlines. Line ends are not changed, and a byte
-    order mark is removed. The files of a folder are read in sorted order, with a newline between two files. A warning
-    counts the skipped files of each kind: hidden files, binary files, links to other files, compressed copies of other
-    files, and folders that timemix wrote. The `read` function of the result raises the errors about the content of the
-    files.
+    Files may be compressed (gzip, xz, bzip2, Zstandard). JSON lines (.jsonl, .ndjson), Parquet files and, with
+    `text_key`, tables (.csv, .tsv) have one text per record, and the texts are joined by newlines. Line ends are not
+    changed, and a byte order mark is removed. The files of a folder are read in sorted order, with a newline between
+    two files. A warning counts the skipped files of each kind: hidden files, binary files, links to other files,
+    compressed copies of other files, and folders that timemix wrote. The `read` function of the result raises the
+    errors about the content of the files.
 
     Args:
         source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
