@@ -120,7 +120,8 @@ def test_a_step_with_and_without_c(monkeypatch):
         if contender.name != bench_train.PLAIN:
             contender.call()
             in_c[contender.name] = len(calls)
-    assert in_c == {"rwkv1 float32": 1, "rwkv1 float32 by torch's operators": 0, "mha_rotary float32": 0}
+    others = {"mha_rotary float32": 0, "transformers Llama float32": 0}
+    assert in_c == {"rwkv1 float32": 1, "rwkv1 float32 by torch's operators": 0} | others
 
 
 def paths_named(paths, beginning):

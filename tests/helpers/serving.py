@@ -18,7 +18,7 @@ from tests.helpers.models import build
 from tests.helpers.openapi import check_answer
 from timemix.generation.engine import Engine
 from timemix.models.registry import model_config
-from timemix.server.app import Settings, bound_clients, create_app
+from timemix.server.app import Settings, bound_clients, create_app, server_config
 from timemix.server.engine_thread import Served
 
 
@@ -89,7 +89,7 @@ def served(models: Sequence[Served], settings: Settings | None = None) -> Iterat
     listening = socket.socket()
     bound_clients(listening)
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(server_config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])))
     thread.start()
     try:

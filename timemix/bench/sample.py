@@ -201,12 +201,12 @@ def _library_step(library: nn.Module, weights: str, position: int) -> Contender:
 
     vocab_size = cast(Any, library.config).vocab_size
     cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.int64)
-    library(torch.randint(vocab_size, (1, position)), past_key_values=cache, use_cache=True)
+    library(torch.randint(vocab_size, (1, position)), cache=cache, use_cache=True)
 
     @torch.no_grad()
     def call() -> None:
         for _ in range(STEPS):
-            library(token, past_key_values=cache, use_cache=True)
+            library(token, cache=cache, use_cache=True)
         cache.crop(-STEPS)
 
     return Contender(f"{LIBRARY} with its cache {weights}", call, STEPS)
@@ -223,7 +223,7 @@ def _library_compiled(library: nn.Module, weights: str, ctx_len: int) -> Contend
     def call() -> None:
         cache.reset()
         for _ in range(STEPS):
-            compiled(token, past_key_values=cache, use_cache=True)
+            compiled(token, cache=cache, use_cache=True)
 
     return Contender(f"{LIBRARY} with its fixed-size cache, compiled {weights}", call, STEPS)
 

@@ -19,7 +19,7 @@ from timemix.models.config import ModelConfig
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
 from timemix.runs.folder import find, read_progress
 from timemix.runs.load import empty_model, load, load_start
-from timemix.storage.files import check_name, new_folder, refuse_existing
+from timemix.storage.files import check_name, explained, new_folder, refuse_existing
 from timemix.storage.sharded import StoredTensors, open_stored
 from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.storage.torch_files import write_torch_file
@@ -131,12 +131,14 @@ def _weights(folder: Path, config: RunConfig) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensors]:
-    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a temporary file in `out`."""
+    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a file beside `out`."""
     with ExitStack() as stack:
         if config.train.tune == "lora":
-            merged = Path(stack.enter_context(TemporaryDirectory(dir=out)))
-            write_tensors(merged / "model.safetensors", load(folder).model.state_dict(), {})
-            folder = merged
+            weights = load(folder).model.state_dict()
+            with explained(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+                write_tensors(folder / "model.safetensors", weights, {})
         else:
             empty_model(config.model, folder)
         yield stack.enter_context(open_stored(folder, "model"))
@@ -162,9 +164,10 @@ def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:
             f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
             f" not {config.model.vocab_size}; restore it from a copy"
         )
-    with new_folder(out) as temporary, _stored(folder, config, temporary) as stored:
+    with _stored(folder, config, out) as stored:
         stored.check_content()
-        write_model_folder(temporary, stored, config, tokenizer, progress)
+        with new_folder(out) as temporary:
+            write_model_folder(temporary, stored, config, tokenizer, progress)
 
 
 def _unused(folder: Path) -> dict[str, Tensor]:

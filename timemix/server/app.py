@@ -221,6 +221,19 @@ async def _answer_bug(_: HttpRequest, error: Exception) -> Response:
     return ApiError(500, "the server has a fault; its log has the details").response()
 
 
+def server_config(app: Starlette, **options: Any) -> uvicorn.Config:
+    """Return settings of uvicorn that do not depend on the installed packages.
+
+    By default, uvicorn prefers other packages if they are installed. Its parser httptools accepts requests that h11
+    refuses: requests with two Host headers, or with a header without an end.
+
+    Args:
+        app: The application.
+        **options: Further settings of uvicorn.
+    """
+    return uvicorn.Config(app, http="h11", loop="asyncio", ws="none", access_log=False, **options)
+
+
 class _Server(uvicorn.Server):
     """A server that drains before it ends: it refuses new requests, and finishes those that run.
 
@@ -284,9 +297,7 @@ def serve(models: Sequence[Served], settings: Settings, listening: socket.socket
         server.should_exit = True
 
     app = create_app(models, settings, on_death)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False, lifespan="on"
-    )
+    config = server_config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False, lifespan="on")
 
     async def run() -> None:
         nonlocal server
