@@ -213,7 +213,7 @@ def test_the_command(loaded, capsys):
     status, out, _ = run_command(capsys, "eval", folder / "run", "--tasks", folder / "tasks/my_choice.yaml")
     assert status == 0
     head, _, row, *_ = out.splitlines()
-    assert head == "| task | examples | metric | value | standard error |"
+    assert head == "| task | shots | metric | value | standard error |"
     assert row.startswith("| my_choice | 0 | acc | ")
     status, out, _ = run_command(capsys, "eval", folder / "run", "--tasks", folder / "tasks", "--limit", 2, "--json")
     scores = json.loads(out)["scores"]

@@ -148,7 +148,7 @@ def _eval_tasks(parsed: EvalArguments, loaded: "Loaded") -> int:
         report = {"checkpoint": str(loaded.folder), "weights": parsed.weights}
         print(json.dumps(report | {"scores": [to_json(score) for score in scores]}))
         return 0
-    rows = [["task", "examples", "metric", "value", "standard error"]]
+    rows = [["task", "shots", "metric", "value", "standard error"]]
     for score in scores:
         metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
         shots = "" if score.shots is None else str(score.shots)
