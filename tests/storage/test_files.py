@@ -64,6 +64,18 @@ def test_a_new_folder_leaves_nothing_after_ctrl_c(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_appears_at_the_last_moment_is_not_replaced(tmp_path, monkeypatch):
+    def other_process(descriptor):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a/theirs").touch()
+
+    # A folder without files is synced only once, between the check and the rename.
+    monkeypatch.setattr("os.fsync", other_process)
+    with pytest.raises(AlreadyExists, match="a exists already"), new_folder(tmp_path / "a"):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/theirs"]
+
+
 def test_a_new_folder_never_replaces_a_folder(tmp_path):
     """The last block imitates a process that writes the same folder faster."""
     with new_folder(tmp_path / "a") as folder:

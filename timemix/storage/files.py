@@ -100,13 +100,15 @@ def read_lines(path: Path, largest: int | None = None) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Write a folder atomically. Yield a temporary folder, which is renamed when the `with` block succeeds.
 
     Args:
-        folder: The folder. If the folder exists, it is replaced.
+        folder: The folder.
+        replaces: Whether to replace the folder if it exists.
 
     Raises:
+        AlreadyExists: The folder exists, and `replaces` is False.
         CannotWrite: The disk is full or not writable.
     """
     temporary = unfinished_name(folder, os.getpid())
@@ -119,13 +121,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
                     _sync(path)
-            if folder.exists():
+            if replaces and folder.exists():
                 old = _set_aside(folder)
                 temporary.rename(folder)
                 shutil.rmtree(old)
                 _sync(folder.parent)
-            else:
+                return
+            refuse_existing(folder)
+            try:
                 appear(temporary, folder)
+            except OSError:
+                # The system refuses to rename a folder to a folder with files, which another process may have written.
+                refuse_existing(folder)
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -140,7 +148,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder: The folder, which must not exist.
 
     Raises:
-        AlreadyExists: The folder exists at the begin or at the end of the `with` block.
+        AlreadyExists: The folder exists before or after the `with` block.
         CannotWrite: The disk is full or not writable.
     """
     import psutil
@@ -150,9 +158,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         process = left.name.rpartition("-")[2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replaces=False) as temporary:
         yield temporary
-        refuse_existing(folder)
 
 
 def unfinished_name(folder: Path, process: int) -> Path:
