@@ -136,7 +136,7 @@ class TrainConfig:
     lora_rank: int = 8
     """Rank of the low-rank terms of --train.tune lora, at least 1."""
     lora_alpha: float = 16.0
-    """Factor of the low-rank terms of --train.tune lora, multiplied by the rank; above 0."""
+    """Strength of --train.tune lora, above 0. The factor of the low-rank terms is this number divided by the rank."""
     lora_modules: tuple[str, ...] = ("*",)
     """Linear maps of a block that get a low-rank term, by name or pattern, such as mixer.key or ffn.*."""
     strategy: Strategy = "replicate"
