@@ -28,8 +28,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
-    export_run(run, "hf", tmp_path_factory.mktemp("rwkv4") / "hf", form="native")
-    return next(tmp_path_factory.getbasetemp().glob("rwkv4*/hf"))
+    folder = tmp_path_factory.mktemp("rwkv4") / "hf"
+    export_run(run, "hf", folder, form="native")
+    return folder
 
 
 def check_logits(path):
