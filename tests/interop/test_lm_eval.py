@@ -222,6 +222,7 @@ def test_the_command(loaded, capsys):
     assert run_command(capsys, "eval", folder / "run", "--tasks", "my_text", "my_choice", *include)[0] == 0
 
 
+@pytest.mark.parametrize("loaded", ["rwkv7"], indirect=True)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -242,8 +243,6 @@ def test_the_command(loaded, capsys):
     ],
 )
 def test_wrong_tasks(loaded, arguments, sentence, tmp_path, monkeypatch, capsys):
-    if loaded.model.max_position is not None:
-        pytest.skip("one model is enough")
     folder = tmp_path / "tasks"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
