@@ -101,8 +101,12 @@ def test_tuning_takes_the_best_point_without_the_validation_text(done):
         assert row["chosen"] == comparison.experiment.tuning_points()[int(np.argmin(losses))]
         seed = comparison.config(comparison.seed_jobs(variant)[0])
         assert seed.train.lr == row["chosen"]["train.lr"]
-    (whole,) = [corpora[False][1] for corpora in comparison._corpora.values()]
-    (tuning,) = [corpora[True][1] for corpora in comparison._corpora.values()]
+    corpora = {
+        tuning: [comparison.corpus(v, tuning) for v in comparison.experiment.variants] for tuning in (False, True)
+    }
+    # All variants share their tokens.
+    assert all(each is shared[0] for shared in corpora.values() for each in shared)
+    whole, tuning = corpora[False][0], corpora[True][0]
     cut = int(0.95 * len(whole.train))
     np.testing.assert_array_equal(tuning.train, whole.train[:cut])
     assert len(tuning.valid) <= len(whole.train) - cut

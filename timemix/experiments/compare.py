@@ -28,10 +28,8 @@ import numpy as np
 from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
-from timemix.data.config import DataConfig
-from timemix.data.corpus import Corpus, is_corpus, open_corpus
+from timemix.data.corpus import Corpus
 from timemix.data.describe import text_hash
-from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
 from timemix.experiments.identity import difference, run_keys
@@ -49,6 +47,7 @@ from timemix.experiments.jobs import (
     read_result,
 )
 from timemix.experiments.spec import TUNING_SEED, Experiment
+from timemix.experiments.texts import Texts, common_beginning
 from timemix.experiments.variants import Variant
 from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
@@ -62,7 +61,6 @@ from timemix.training.trainer import Trainer
 Say = Callable[[str], None]
 Report = Callable[[Job, Result | Failure], None]
 SECONDS_BETWEEN_LOOKS = 0.5
-BEGINNING_TOKENS = 24
 
 
 class Comparison:
@@ -106,11 +104,14 @@ class Comparison:
         if reuse is not None and not reuse.is_dir():
             raise MissingFile(f"there is no folder {reuse} to reuse runs from; name a folder of comparisons")
         with claimed(out / ".data.lock", wait=True):
-            self._check_folder()
-            self._corpora = {data: self._corpus(i, data) for i, data in enumerate(self._data_configs())}
+            # The order of the batches does not change the tokens.
+            configs = {v.name: replace(self._first_config(v).data, order="random") for v in experiment.variants}
+            self._check_folder([text_hash(config) for config in dict.fromkeys(configs.values())])
+            is_tuned = any(len(points) > 1 for points in self._points.values())
+            self._texts = Texts(out / "data", configs, is_tuned=is_tuned)
             self._step_counts = {v.name: self._count_steps(v) for v in experiment.variants}
         corpora = [self.corpus(v) for v in experiment.variants]
-        self.prompts = experiment.prompts or (_beginning(corpora),)
+        self.prompts = experiment.prompts or (common_beginning(corpora),)
         for corpus, prompt in itertools.product(corpora, self.prompts):
             corpus.tokenizer.encode(prompt)
         for variant in experiment.variants:
@@ -128,21 +129,13 @@ class Comparison:
                 " use more text, or a larger data.valid_fraction"
             )
 
-    def _data_configs(self) -> list[DataConfig]:
-        return list(dict.fromkeys(self._data_config(variant) for variant in self.experiment.variants))
-
-    def _data_config(self, variant: Variant) -> DataConfig:
-        """Return the settings that determine the tokens of a variant. The order of batches is always "random"."""
-        config = self._first_config(variant)
-        return replace(config.data, order="random")
-
     def _first_config(self, variant: Variant) -> RunConfig:
         """Return the config of a variant at its first tuning point, with the first seed."""
         return self.experiment.config(variant, self._points[variant.name][0], self.experiment.seeds[0])
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, texts: list[str]) -> None:
+        """Check that the folder is that of the experiment with texts of these hashes, or begin the folder."""
         path = self.out / "experiment.json"
-        texts = [text_hash(data) for data in self._data_configs()]
         ours = json.loads(json.dumps({"experiment": asdict(self.experiment), "texts": texts}))
         if not path.exists():
             if any(not p.name.startswith(".") for p in self.out.iterdir()):
@@ -158,37 +151,20 @@ class Comparison:
                 f"the text has changed since {self.out} was created: its hash differs; choose another folder"
             )
 
-    def _corpus(self, number: int, config: DataConfig) -> dict[bool, tuple[Path, Corpus]]:
-        """Return prepared folders with tokens: under False for runs with seeds, under True for tuning runs, if any."""
-        source = Path(config.source)
-        if is_corpus(source):
-            whole, corpus = source.resolve(), open_corpus(source)
-        else:
-            whole = (self.out / "data" / str(number)).resolve()
-            corpus = open_corpus(whole) if is_corpus(whole) else prepare(whole, config, progress=True)
-        found = {False: (whole, corpus)}
-        if any(len(points) > 1 for points in self._points.values()):
-            tuning = (self.out / "data" / f"{number}-tuning").resolve()
-            if not is_corpus(tuning):
-                hold_out_end(corpus, tuning, valid_tokens=config.valid_tokens or max(2, len(corpus.valid)))
-            found[True] = tuning, open_corpus(tuning)
-        return found
-
     def corpus(self, variant: Variant, tuning: bool = False) -> Corpus:
         """Return the tokens of a variant, for its tuning runs or for its runs with seeds."""
-        return self._corpora[self._data_config(variant)][tuning][1]
+        return self._texts.of(variant, tuning)[1]
 
     def same_text(self, variant: Variant) -> bool:
         """Return whether a variant has the same tokenizer and held-out text as the first variant."""
-        a, b = self.corpus(variant), self.corpus(self.experiment.variants[0])
-        return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
+        return self._texts.are_same(variant, self.experiment.variants[0])
 
     def config(self, job: Job) -> RunConfig:
         """Return the config of a job's run, with the prepared folder as source."""
         seed = TUNING_SEED if job.tuning else job.number
         steps = self._step_counts[job.variant.name]
         config = self.experiment.config(job.variant, self.point(job), seed, steps)
-        source, corpus = self._corpora[self._data_config(job.variant)][job.tuning]
+        source, corpus = self._texts.of(job.variant, job.tuning)
         return on_corpus(config, source, corpus, self.device)
 
     def point(self, job: Job) -> dict[str, Any]:
@@ -423,15 +399,3 @@ def _call_name() -> str:
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         return f"{run} {os.getppid()}"
     return uuid.uuid4().hex
-
-
-def _beginning(corpora: list[Corpus]) -> str:
-    """Return the beginning of the first held-out text, up to the first character that a vocabulary lacks."""
-    first = corpora[0]
-    text = first.tokenizer.decode(first.valid[:BEGINNING_TOKENS])
-    for end in range(len(text), 0, -1):
-        if not any(c.tokenizer.encode_lenient(text[:end])[1] for c in corpora) and "\ufffd" not in text[:end]:
-            return text[:end]
-    raise InvalidValue(
-        "prompts is missing, and the held-out text begins with a character that a vocabulary lacks; give prompts"
-    )
