@@ -54,7 +54,27 @@ class Record:
     id: str
 
 
-class Wandb(Tracker):
+class _WithTables(Tracker):
+    """Tracker of a service with the interface of wandb, in which samples are a table.
+
+    Args:
+        service: Module of the service.
+        run: Run that `service.init` returned.
+        id: Id of the run in the service.
+    """
+
+    def __init__(self, service: Any, run: Any, id: str) -> None:
+        self._service, self._run, self.id = service, run, id
+
+    def __call__(self, line: Line) -> None:
+        self._run.log(_numbers(line), step=line["step"])
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        table = self._service.Table(columns=["step", "prompt", "text"], data=_rows(samples))
+        self._run.log({"samples": table}, step=samples[0].step)
+
+
+class Wandb(_WithTables):
     """Tracker that logs to Weights & Biases.
 
     Args:
@@ -71,8 +91,7 @@ class Wandb(Tracker):
     label = "wandb"
 
     def __init__(self, wandb: Any, out: Path, config: RunConfig, project: str, id: str | None) -> None:
-        self._wandb = wandb
-        self._run = wandb.init(
+        run = wandb.init(
             project=project,
             name=out.resolve().name,
             id=id,
@@ -82,20 +101,13 @@ class Wandb(Tracker):
             # A resumed run may have changed settings.
             allow_val_change=True,
         )
-        self.id = str(self._run.id)
-
-    def __call__(self, line: Line) -> None:
-        self._run.log(_numbers(line), step=line["step"])
-
-    def samples(self, samples: Sequence[Sample]) -> None:
-        table = self._wandb.Table(columns=["step", "prompt", "text"], data=_rows(samples))
-        self._run.log({"samples": table}, step=samples[0].step)
+        super().__init__(wandb, run, str(run.id))
 
     def close(self, *, complete: bool) -> None:
         self._run.finish(exit_code=0 if complete else 1)
 
 
-class Trackio(Tracker):
+class Trackio(_WithTables):
     """Tracker that logs to trackio. The name of the run there is its id, because trackio resumes runs by their name.
 
     Args:
@@ -112,28 +124,21 @@ class Trackio(Tracker):
     label = "trackio"
 
     def __init__(self, trackio: Any, out: Path, config: RunConfig, project: str, id: str | None) -> None:
-        self._trackio = trackio
-        self.id = id or f"{out.resolve().name}-{secrets.token_hex(4)}"
+        name = id or f"{out.resolve().name}-{secrets.token_hex(4)}"
         # trackio prints to stdout, which belongs to the result of a command.
         with redirect_stdout(sys.stderr):
-            self._run = trackio.init(
+            run = trackio.init(
                 project=project,
-                name=self.id,
+                name=name,
                 config=to_dict(config),
                 resume="never" if id is None else "allow",
                 embed=False,
             )
-
-    def __call__(self, line: Line) -> None:
-        self._run.log(_numbers(line), step=line["step"])
-
-    def samples(self, samples: Sequence[Sample]) -> None:
-        table = self._trackio.Table(columns=["step", "prompt", "text"], data=_rows(samples))
-        self._run.log({"samples": table}, step=samples[0].step)
+        super().__init__(trackio, run, name)
 
     def close(self, *, complete: bool) -> None:
         with redirect_stdout(sys.stderr):
-            self._trackio.finish()
+            self._service.finish()
 
 
 class Mlflow(Tracker):
