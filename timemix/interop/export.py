@@ -107,8 +107,8 @@ def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None
             " --to pth"
         )
     converter = load_part(str(entry.weights))
-    with _weights(folder, run) as weights:
-        weights = converter.to_published(weights)
+    with _stored(folder, run, out) as stored:
+        weights = converter.to_published({name: stored.tensor(name) for name in stored.shapes})
         with new_folder(out) as temporary:
             if to == "pth":
                 _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
@@ -118,20 +118,8 @@ def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None
 
 
 @contextmanager
-def _weights(folder: Path, config: RunConfig) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights of a checkpoint by name."""
-    if config.train.tune == "lora":
-        yield load(folder).model.state_dict()
-        return
-    with open_stored(folder, "model") as stored:
-        empty_model(config.model, folder)
-        stored.check_content()
-        yield {name: stored.tensor(name) for name in stored.shapes}
-
-
-@contextmanager
 def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensors]:
-    """Open the weights of a checkpoint. Low-rank terms are first added to the weights, in a file beside `out`."""
+    """Open and check the weights of a checkpoint. Low-rank terms are first added, in a file beside `out`."""
     with ExitStack() as stack:
         if config.train.tune == "lora":
             weights = load(folder).model.state_dict()
@@ -141,7 +129,9 @@ def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensor
                 write_tensors(folder / "model.safetensors", weights, {})
         else:
             empty_model(config.model, folder)
-        yield stack.enter_context(open_stored(folder, "model"))
+        stored = stack.enter_context(open_stored(folder, "model"))
+        stored.check_content()
+        yield stored
 
 
 def refuse_without(config: ModelConfig) -> None:
@@ -164,10 +154,8 @@ def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:
             f"{folder / 'tokenizer.json'} is not the tokenizer of this model: it has {tokenizer.vocab_size} tokens,"
             f" not {config.model.vocab_size}; restore it from a copy"
         )
-    with _stored(folder, config, out) as stored:
-        stored.check_content()
-        with new_folder(out) as temporary:
-            write_model_folder(temporary, stored, config, tokenizer, progress)
+    with _stored(folder, config, out) as stored, new_folder(out) as temporary:
+        write_model_folder(temporary, stored, config, tokenizer, progress)
 
 
 def _unused(folder: Path) -> dict[str, Tensor]:
