@@ -21,8 +21,9 @@ from timemix.storage.files import cannot_read
 
 
 def _open_zstandard(raw: io.BufferedReader, _: str) -> Any:
-    """Open a file compressed by Zstandard. The zstandard package does not report that a file ends too early."""
+    """Open a file compressed by Zstandard."""
     try:
+        # The package zstandard does not report that a file ends too early.
         import pyarrow
     except ImportError as error:
         raise Unavailable("a file compressed by Zstandard needs pyarrow: pip install 'timemix[data]'") from error

@@ -64,7 +64,7 @@ def add_lora(blocks: Sequence[nn.Module], rank: int, alpha: float, patterns: Seq
     Args:
         blocks: Blocks of a model.
         rank: Rank of each term.
-        alpha: Factor of each term, multiplied by the rank.
+        alpha: Number whose quotient by the rank is the factor of each term.
         patterns: Names of linear maps within a block, such as "mixer.key", with the wildcards `*` and `?`.
 
     Raises:
