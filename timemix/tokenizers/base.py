@@ -18,12 +18,16 @@ import numpy as np
 
 from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
+from timemix.tokenizers.document import END_ENTRY
 from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
 
 KINDS = ("character", "byte", "word", "subword")
 """The kinds of tokenizers that are trained on a text. The kinds "world" and "hugging_face" are read from files."""
 
 UNKNOWN = "<unk>"
+
+DOCUMENT_END = "\udc00"
+"""End of a document in the texts of `Tokenizer.encode_documents`. As a lone surrogate, it is no character of a text."""
 
 
 class Tokenizer(ABC):
@@ -43,7 +47,8 @@ class Tokenizer(ABC):
         hash: SHA-256 of `to_json()` in hexadecimal. Tokenizers that give equal ids have equal hashes.
         spaced: Whether decoding puts a space between two tokens, except after a newline.
         border: Pattern of characters after which `cut` can cut a text, or None for any character.
-        end_of_text: Id of the token that ends a text and stops generation, or None if there is no such token.
+        end_of_text: Id of the token that ends a document and stops generation, or None if there is no such token. The
+            token decodes to nothing.
     """
 
     kind: str
@@ -64,7 +69,7 @@ class Tokenizer(ABC):
         """Encode a text without surrogates. With unknown="error", leave out unknown characters or words.
 
         Args:
-            text: The text.
+            text: The text. If the tokenizer has an `end_of_text`, the text may contain DOCUMENT_END.
 
         Returns:
             Token ids (tokens,), and the number of occurrences of each unknown character or word.
@@ -134,6 +139,18 @@ class Tokenizer(ABC):
             InvalidValue: The text has a lone surrogate.
         """
         refuse_surrogates(text)
+        return self.encode_documents(text)
+
+    def encode_documents(self, text: str) -> tuple[np.ndarray, Counter[str]]:
+        """Encode documents as `encode_counted` does. The token `end_of_text` ends each document.
+
+        Args:
+            text: The documents, with DOCUMENT_END after each document. Without an `end_of_text`, the text must not
+                contain DOCUMENT_END. The text has no other surrogates, which this method does not check.
+
+        Returns:
+            Token ids (tokens,), of `self.dtype`, and the number of occurrences of each unknown character or word.
+        """
         ids, unknown = self._encode(text)
         return ids.astype(self.dtype, copy=False), unknown
 
@@ -256,7 +273,7 @@ class Tokenizer(ABC):
             return f"the first tokenizer is of kind {self.kind}, the second of kind {other.kind}"
         ours, theirs = set(self._pieces), set(other._pieces)
         parts = [
-            f"{where} {_names(Counter(piece.decode('utf-8', 'replace') for piece in sorted(pieces)))}"
+            f"{where} {_names(Counter(piece.decode('utf-8', 'replace') or END_ENTRY for piece in sorted(pieces)))}"
             for where, pieces in (
                 ("only the first vocabulary has", ours - theirs),
                 ("only the second vocabulary has", theirs - ours),
@@ -347,6 +364,17 @@ class StreamDecoder:
             U+FFFD if the last character is incomplete, else an empty string.
         """
         return self._utf8.decode(b"", final=True)
+
+
+def join_documents(documents: Sequence[list[int]], end_of_text: int | None) -> list[int]:
+    """Join the ids of documents, with the id `end_of_text` between two documents."""
+    first, *others = documents
+    ids = list(first)
+    for document in others:
+        assert end_of_text is not None
+        ids.append(end_of_text)
+        ids += document
+    return ids
 
 
 def piece_of(token: int, pieces: Sequence[bytes]) -> bytes:

@@ -3,6 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+END_ENTRY = "<end of text>"
+"""Entry of the token that ends a document. No text has this token: the entry is neither one character nor one word, and
+its space is not the symbol of a byte."""
+
+DECODED_END = {"type": "Replace", "pattern": {"Regex": f"^{END_ENTRY}$"}, "content": ""}
+"""Decoder that decodes END_ENTRY to nothing."""
+
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
@@ -54,6 +61,11 @@ def byte_symbols() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def decoders(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the decoder that applies other decoders, one after another."""
+    return parts[0] if len(parts) == 1 else {"type": "Sequence", "decoders": list(parts)}
 
 
 def numbered(entries: Sequence[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from timemix.errors import InvalidValue
-from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, join_documents
 from timemix.tokenizers.document import byte_symbols
 from timemix.tokenizers.pieces import WORD_END, pieces
 
@@ -86,7 +86,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         found = [np.empty(0, self.dtype)]
         for piece in pieces([text]):
-            found.append(np.array(self._library.encode(piece, add_special_tokens=False).ids, self.dtype))
+            documents = self._library.encode_batch_fast(piece.split(DOCUMENT_END), add_special_tokens=False)
+            found.append(np.array(join_documents([each.ids for each in documents], self.end_of_text), self.dtype))
         return np.concatenate(found), Counter()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import parse_json
-from timemix.tokenizers.base import KINDS, UNKNOWN, Tokenizer, refuse_surrogates
+from timemix.tokenizers.base import DOCUMENT_END, KINDS, UNKNOWN, Tokenizer, refuse_surrogates
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
-from timemix.tokenizers.document import in_order
+from timemix.tokenizers.document import END_ENTRY, in_order
 from timemix.tokenizers.hugging_face import HuggingFaceTokenizer
 from timemix.tokenizers.subword import SubwordTokenizer, train_subwords
 from timemix.tokenizers.word import WordTokenizer, train_words
@@ -24,17 +24,20 @@ def train_tokenizer(
     *,
     vocab_size: int = 4096,
     unknown: str = "error",
+    end_of_text: bool = False,
     each: Callable[[Callable[[str], Counter[str]], Iterable[str]], Iterable[Counter[str]]] = map,
 ) -> Tokenizer:
     """Train a tokenizer on a text.
 
     Args:
         kind: One of KINDS: "character", "byte", "word" or "subword".
-        text: The text, or its parts in order. The text must not be empty.
+        text: The text, or its parts in order. The text must not be empty. With `end_of_text`, it may contain
+            DOCUMENT_END.
         vocab_size: Largest number of tokens of a subword tokenizer (at least 256), or of a word tokenizer with
             unknown="unk". With unknown="unk", a word tokenizer has the most frequent words. A character tokenizer, or a
             word tokenizer with unknown="error", has every distinct character or word of the text, sorted.
         unknown: Treatment of text outside the vocabulary, as in `Tokenizer`. Word tokenizers do not support "byte".
+        end_of_text: Whether one of the tokens ends a document. Otherwise, `Tokenizer.end_of_text` is None.
         each: The function `map`, or a parallel `map` that counts words in several processes.
 
     Returns:
@@ -47,25 +50,26 @@ def train_tokenizer(
         raise InvalidValue(f"kind={kind!r} is not supported; choose {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if unknown not in ("error", "unk", "byte"):
         raise InvalidValue(f"unknown={unknown!r} is not supported; choose error, unk or byte")
-    parts = _without_surrogates([text] if isinstance(text, str) else text)
+    parts = _without_surrogates([text] if isinstance(text, str) else text, DOCUMENT_END if end_of_text else "")
     first = next(parts, "")
     if not first:
         raise InvalidValue(f"the text is empty, so no {kind} tokenizer can be trained on it; give a longer text")
     parts = itertools.chain([first], parts)
     if kind == "character":
-        return CharacterTokenizer(sorted(set().union(*parts)), unknown)
+        ends = [END_ENTRY] if end_of_text else []
+        return CharacterTokenizer(sorted(set().union(*parts) - {DOCUMENT_END}) + ends, unknown)
     if kind == "byte":
-        return ByteTokenizer()
+        return ByteTokenizer(end_of_text)
     if kind == "word":
-        return train_words(parts, vocab_size, unknown, each)
-    return train_subwords(parts, vocab_size)
+        return train_words(parts, vocab_size, unknown, each, end_of_text)
+    return train_subwords(parts, vocab_size, end_of_text)
 
 
-def _without_surrogates(parts: Iterable[str]) -> Iterator[str]:
-    """Yield the parts that are not empty, and refuse lone surrogates."""
+def _without_surrogates(parts: Iterable[str], allowed: str) -> Iterator[str]:
+    """Yield the parts that are not empty, and refuse lone surrogates except an allowed one."""
     before = 0
     for part in parts:
-        refuse_surrogates(part, before)
+        refuse_surrogates(part.replace(allowed, " ") if allowed else part, before)
         before += len(part)
         if part:
             yield part
@@ -125,4 +129,4 @@ def _from_document(document: dict[str, Any]) -> Tokenizer:
         return CharacterTokenizer(entries, "error")
     if document["pre_tokenizer"]["use_regex"]:
         return SubwordTokenizer(entries, model["merges"])
-    return ByteTokenizer()
+    return ByteTokenizer(END_ENTRY in entries)

@@ -12,8 +12,17 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from timemix.errors import InvalidValue
 from timemix.runtime.processes import interruptible
-from timemix.tokenizers.base import Tokenizer
-from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, in_order, pair_encoding, written_document
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, join_documents
+from timemix.tokenizers.document import (
+    BYTE_LEVEL,
+    DECODED_END,
+    END_ENTRY,
+    byte_symbols,
+    decoders,
+    in_order,
+    pair_encoding,
+    written_document,
+)
 from timemix.tokenizers.pieces import PIECE, WORD_END, pieces
 
 LONGEST_WORD = 1024
@@ -28,7 +37,7 @@ class SubwordTokenizer(Tokenizer):
     """Tokenizer whose tokens are frequent byte sequences within words (byte-level byte pair encoding).
 
     Args:
-        symbols: Tokens in the order of their ids, with a printable character for each byte.
+        symbols: Tokens in the order of their ids, with a printable character for each byte, and perhaps END_ENTRY.
         merges: Pairs of symbols that are merged, in order.
     """
 
@@ -38,9 +47,12 @@ class SubwordTokenizer(Tokenizer):
     def __init__(self, symbols: Sequence[str], merges: Sequence[Sequence[str]]) -> None:
         model = pair_encoding(symbols, merges=merges)
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-        pieces = [bytes(byte_of[character] for character in symbol) for symbol in symbols]
+        has_end = END_ENTRY in symbols
+        pieces = [b"" if symbol == END_ENTRY else bytes(map(byte_of.__getitem__, symbol)) for symbol in symbols]
         pre_tokenizer = BYTE_LEVEL | {"use_regex": True}
-        super().__init__("byte", pieces, written_document(model, BYTE_LEVEL, pre_tokenizer=pre_tokenizer))
+        decoder = decoders(*([DECODED_END] if has_end else []), BYTE_LEVEL)
+        super().__init__("byte", pieces, written_document(model, decoder, pre_tokenizer=pre_tokenizer))
+        self.end_of_text = symbols.index(END_ENTRY) if has_end else None
         self._library = tokenizers.Tokenizer.from_str(self._json)
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
@@ -54,26 +66,33 @@ class SubwordTokenizer(Tokenizer):
         return np.concatenate(ids + self._encode_batch(batch)), Counter()
 
     def _encode_batch(self, batch: list[str]) -> list[np.ndarray]:
+        documents = [piece.split(DOCUMENT_END) for piece in batch]
+
         def encodings() -> Any:
-            return self._library.encode_batch_fast(batch)
+            return self._library.encode_batch_fast([text for texts in documents for text in texts])
 
-        found = interruptible(encodings) if sum(map(len, batch)) > PIECE else encodings()
-        return [np.array(encoding.ids, self.dtype) for encoding in found]
+        found = iter(interruptible(encodings) if sum(map(len, batch)) > PIECE else encodings())
+        ids = [join_documents([next(found).ids for _ in texts], self.end_of_text) for texts in documents]
+        return [np.array(piece, self.dtype) for piece in ids]
 
 
-def train_subwords(parts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
+def train_subwords(parts: Iterable[str], vocab_size: int, end_of_text: bool) -> SubwordTokenizer:
     """Train a subword tokenizer of at most `vocab_size` tokens on the parts of a text."""
-    if vocab_size < 256:
-        raise InvalidValue(f"data.vocab_size is {vocab_size}; a subword vocabulary needs at least 256, for all bytes")
+    ends = [END_ENTRY] if end_of_text else []
+    least = 256 + len(ends)
+    if vocab_size < least:
+        needs = "all bytes and the end of text" if ends else "all bytes"
+        raise InvalidValue(f"data.vocab_size is {vocab_size}; a subword vocabulary needs at least {least}, for {needs}")
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = _SPLITTING
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=byte_symbols(), special_tokens=[], show_progress=False
+        vocab_size=vocab_size - len(ends), initial_alphabet=byte_symbols(), special_tokens=[], show_progress=False
     )
-    texts = (text for piece in pieces(parts) for text in _without_long_words(piece))
+    documents = (document for piece in pieces(parts) for document in piece.split(DOCUMENT_END))
+    texts = (text for document in documents for text in _without_long_words(document))
     interruptible(lambda: library.train_from_iterator(texts, trainer))
     model = json.loads(library.to_str())["model"]
-    return SubwordTokenizer(in_order(model["vocab"]), model["merges"])
+    return SubwordTokenizer(in_order(model["vocab"]) + ends, model["merges"])
 
 
 def _without_long_words(piece: str) -> Iterator[str]:

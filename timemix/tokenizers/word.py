@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import normalizers
 
 from timemix.errors import InvalidValue
-from timemix.tokenizers.base import UNKNOWN, Tokenizer
-from timemix.tokenizers.document import numbered, written_document
+from timemix.tokenizers.base import DOCUMENT_END, UNKNOWN, Tokenizer
+from timemix.tokenizers.document import DECODED_END, END_ENTRY, numbered, written_document
 from timemix.tokenizers.pieces import PART, WORD_END, pieces
 
 # Each character of STANDING_ALONE is a token by itself, as in the 2021 code.
@@ -25,7 +25,7 @@ class WordTokenizer(Tokenizer):
     Decoding puts a space between tokens, but no space after a newline. Case and spacing are lost.
 
     Args:
-        words: The words and characters, in the order of their ids.
+        words: The words and characters, in the order of their ids, and perhaps END_ENTRY.
         unknown: "error" or "unk" (<unk> becomes the last entry).
     """
 
@@ -48,7 +48,9 @@ class WordTokenizer(Tokenizer):
             "invert": False,
         }
         spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+        has_end = END_ENTRY in entries
         join = [
+            *([DECODED_END] if has_end else []),
             # WordPiece joins tokens with spaces. # is a token by itself, so no word begins with the prefix ##.
             {"type": "WordPiece", "prefix": "##", "cleanup": False},
             {"type": "Fuse"},
@@ -60,8 +62,9 @@ class WordTokenizer(Tokenizer):
             pre_tokenizer={"type": "Sequence", "pretokenizers": [alone, spaces]},
             normalizer={"type": "Lowercase"},
         )
-        super().__init__(unknown, [word.encode() for word in entries], document)
-        self._id_of_word = numbered(entries)
+        super().__init__(unknown, [b"" if word == END_ENTRY else word.encode() for word in entries], document)
+        self.end_of_text = entries.index(END_ENTRY) if has_end else None
+        self._id_of_word = numbered([DOCUMENT_END if word == END_ENTRY else word for word in entries])
 
     def _first_unit(self, text: str) -> str:
         found = WORD.search(text)
@@ -83,21 +86,25 @@ class WordTokenizer(Tokenizer):
         return np.concatenate(ids), unknown
 
 
-def train_words(parts: Iterable[str], vocab_size: int, unknown: str, each: Callable[..., Any]) -> WordTokenizer:
+def train_words(
+    parts: Iterable[str], vocab_size: int, unknown: str, each: Callable[..., Any], end_of_text: bool
+) -> WordTokenizer:
     """Train a word tokenizer on the parts of a text. `train_tokenizer` describes the arguments."""
     if unknown == "byte":
         raise InvalidValue("data.unknown is byte, which a word tokenizer does not support; choose unk or error")
     counts: Counter[str] = Counter()
     for counted in each(count_words, pieces(parts, PART)):
         counts.update(counted)
+    del counts[DOCUMENT_END]
     if not counts:
         raise InvalidValue("the text has no words, so no word tokenizer can be trained on it; give another text")
+    ends = [END_ENTRY] if end_of_text else []
     if unknown == "error":
-        return WordTokenizer(sorted(counts), unknown)
+        return WordTokenizer(sorted(counts) + ends, unknown)
     # The text itself may contain the word <unk>.
     del counts[UNKNOWN]
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1]
-    return WordTokenizer(sorted(frequent), unknown)
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1 - len(ends)]
+    return WordTokenizer(sorted(frequent) + ends, unknown)
 
 
 def count_words(text: str) -> Counter[str]:
@@ -106,9 +113,14 @@ def count_words(text: str) -> Counter[str]:
 
 
 def _words(text: str) -> Iterator[list[str]]:
-    """Yield the words of a text in lists, with the splitting rule of the 2021 code."""
+    """Yield the words of a text in lists, with the splitting rule of the 2021 code. DOCUMENT_END counts as a word."""
     for piece in pieces([text]):
-        yield WORD.findall(_lower(piece))
+        first, *others = piece.split(DOCUMENT_END)
+        words = WORD.findall(_lower(first))
+        for document in others:
+            words.append(DOCUMENT_END)
+            words += WORD.findall(_lower(document))
+        yield words
 
 
 def _lower(text: str) -> str:

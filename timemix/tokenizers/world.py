@@ -11,8 +11,8 @@ import numpy as np
 
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.files import LARGEST, read_lines
-from timemix.tokenizers.base import Tokenizer, pieces_of
-from timemix.tokenizers.document import BYTE_LEVEL, byte_symbols, numbered, written_document
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, pieces_of
+from timemix.tokenizers.document import BYTE_LEVEL, END_ENTRY, byte_symbols, decoders, numbered, written_document
 from timemix.tokenizers.longest_match import LongestMatch
 
 VOCAB_SIZE = 65536
@@ -22,7 +22,6 @@ _SYMBOLS = dict(enumerate(byte_symbols()))
 _BYTES = {ord(symbol): byte for byte, symbol in _SYMBOLS.items()}
 
 # A space is not the symbol of a byte, so these entries match no text.
-_END_OF_TEXT = "<end of text>"
 _UNUSED = "<unused {}>"
 _EMPTY = re.compile("<(end of text|unused [0-9]+)>")
 
@@ -62,6 +61,8 @@ class WorldTokenizer(Tokenizer):
         super().__init__("byte", pieces, _document(tokens, vocab_size))
         self.border = _border(tokens)
         self._longest_match = LongestMatch(pieces)
+        # In this vocabulary, the bytes of DOCUMENT_END are the token 0.
+        self._match_of_documents = LongestMatch([DOCUMENT_END.encode("utf-8", "surrogatepass"), *pieces[1:]])
 
     @classmethod
     def from_vocabulary(cls, entries: Sequence[str]) -> "WorldTokenizer":
@@ -74,7 +75,9 @@ class WorldTokenizer(Tokenizer):
         return cls(tokens, len(entries))
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
-        return self._longest_match.encode(text.encode()), Counter()
+        if DOCUMENT_END not in text:
+            return self._longest_match.encode(text.encode()), Counter()
+        return self._match_of_documents.encode(text.encode("utf-8", "surrogatepass")), Counter()
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Encode any bytes, which need not be UTF-8.
@@ -107,18 +110,17 @@ class WorldTokenizer(Tokenizer):
 def _document(tokens: Sequence[bytes], vocab_size: int) -> dict[str, Any]:
     """Return the content of the `tokenizer.json`. Without a prefix, WordPiece is longest match."""
     unused = map(_UNUSED.format, range(len(tokens) + 1, vocab_size))
-    entries = [_END_OF_TEXT, *(token.decode("latin-1").translate(_SYMBOLS) for token in tokens), *unused]
+    entries = [END_ENTRY, *(token.decode("latin-1").translate(_SYMBOLS) for token in tokens), *unused]
     model = {
         "type": "WordPiece",
-        "unk_token": _END_OF_TEXT,
+        "unk_token": END_ENTRY,
         "continuing_subword_prefix": "",
         # The whole text is one word.
         "max_input_chars_per_word": 2**53,
         "vocab": numbered(entries),
     }
     nothing = {"type": "Replace", "pattern": {"Regex": f"^{_EMPTY.pattern}$"}, "content": ""}
-    decoder = {"type": "Sequence", "decoders": [nothing, BYTE_LEVEL]}
-    return written_document(model, decoder, pre_tokenizer=BYTE_LEVEL)
+    return written_document(model, decoders(nothing, BYTE_LEVEL), pre_tokenizer=BYTE_LEVEL)
 
 
 def _border(tokens: Sequence[bytes]) -> re.Pattern[str]:
