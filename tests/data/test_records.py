@@ -75,7 +75,7 @@ def test_json_lines_of_any_texts(texts):
     lines = json_lines(texts)
     for size in (1, 7, 1000):
         pieces = (lines[i : i + size] for i in range(0, len(lines), size))
-        assert "".join(reader.joined(reader.records(pieces, "a.jsonl", ".jsonl", None))) == expected
+        assert "".join(reader.joined(reader.records(pieces, "a.jsonl", ".jsonl", None), False)) == expected
 
 
 def test_many_small_records_come_in_large_pieces(tmp_path):
@@ -107,7 +107,7 @@ def test_prepared_records_have_the_tokens_of_the_text(tmp_path):
     (tmp_path / "a.txt").write_text(JOINED * 9, encoding="utf-8")
     path = write(tmp_path, ".jsonl", [JOINED * 9])
     plain, lines = (
-        prepare(tmp_path / name, DataConfig(source=str(source), tokenizer="byte"))
+        prepare(tmp_path / name, DataConfig(source=str(source), tokenizer="byte", end_of_text=False))
         for name, source in (("plain", tmp_path / "a.txt"), ("lines", path))
     )
     assert plain.info.train.sha256 == lines.info.train.sha256
@@ -194,7 +194,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "set --data.text-key" in err
     status, out, _ = run_command(capsys, "data", "a.jsonl", "--data.text-key", "content", "--json")
     assert status == 0
-    assert json.loads(out)["characters"] == 8 * 99 - 1
+    assert json.loads(out)["characters"] == 7 * 99
 
 
 def test_columns_of_equal_names_and_bytes_that_are_no_text(tmp_path):

@@ -7,7 +7,7 @@ from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
 TokenizerKind = Literal["character", "byte", "word", "subword", "world", "hugging_face"]
-HoldOut = Literal["each", "end"]
+HoldOut = Literal["each", "end", "documents"]
 Unknown = Literal["error", "unk", "byte"]
 
 
@@ -22,7 +22,8 @@ class DataConfig:
     valid_fraction: float = 0.1
     """Share of the training text to hold out if --data.valid is not given, from 0 to below 1."""
     hold_out: HoldOut = "each"
-    """Place of the held-out share: `each` is the end of each file, `end` is the end of the whole text."""
+    """Place of the held-out share: `each` is the end of each file, `end` is the end of the whole text, `documents` are
+    random documents. With --data.end-of-text, `each` and `end` also hold out whole documents."""
     encoding: str = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: bool = False
@@ -30,6 +31,12 @@ class DataConfig:
     text_key: str | None = None
     """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files.
     Default: text; .csv and .tsv files are then plain text."""
+    end_of_text: bool | None = None
+    """Token after each document. A document is a record of a .jsonl, .ndjson, .parquet, .csv or .tsv file, or a whole
+    file of plain text. Default: True if the source has records, and the tokenizer has an end-of-text token or is
+    new."""
+    shuffle: int | None = None
+    """Seed, at least 0, of a random order of the training documents. Default: the order of the source."""
     tokenizer: TokenizerKind = "character"
     """Unit of text that one token represents."""
     vocab_size: int = 4096
@@ -50,6 +57,8 @@ class DataConfig:
             raise InvalidValue(
                 f"data.valid_fraction={self.valid_fraction} is out of range; give a number from 0 to below 1"
             )
+        if self.shuffle is not None:
+            check_range("data.shuffle", self.shuffle, 0, 2**63 - 1)
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)
         if self.valid_tokens is not None:
             check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)

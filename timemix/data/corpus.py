@@ -38,6 +38,8 @@ class SplitInfo:
     """Number of characters or words outside the vocabulary."""
     sha256: str
     """Hash of all token ids, in hexadecimal."""
+    documents: Count = field(default=0, metadata=OPTIONAL)
+    """Number of documents, each of which an end-of-text token ends."""
     first: tuple[Count, Count] | None = field(default=None, metadata=OPTIONAL)
     """Number of characters and bytes of the first token, None if unknown. No model predicts the first token."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)

@@ -12,12 +12,13 @@ from timemix.runtime.progress import ShowProgress
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Counts of a split: tokens, characters, bytes in UTF-8, and characters or words outside the vocabulary."""
+    """Counts of a split: tokens, characters, bytes in UTF-8, documents, and unknown characters or words."""
 
     tokens: int
     characters: int
     bytes: int
     unknown: int
+    documents: int
 
 
 @dataclass(frozen=True)

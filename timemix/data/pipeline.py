@@ -19,12 +19,13 @@ from timemix.data.config import DataConfig
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
+from timemix.data.splits import Parts, TextSize, split_of, whole_text
 from timemix.data.vocabulary import given_tokenizer
 from timemix.errors import InvalidValue, Unavailable, Unfit
 from timemix.runtime.processes import MOST_PROCESSES, Each, cores, in_processes
 from timemix.runtime.progress import ShowProgress, passing, untold
 from timemix.storage.json_files import Count
-from timemix.tokenizers.base import Tokenizer, refuse_surrogates
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, refuse_surrogates
 from timemix.tokenizers.make import tokenizer_from_json, train_tokenizer
 from timemix.tokenizers.pieces import PART
 
@@ -34,22 +35,9 @@ PROCESSES_FROM = 1 << 26
 """Least number of bytes of text for which starting several processes saves time."""
 
 
+END_BYTES = len(DOCUMENT_END.encode("utf-8", "surrogatepass"))
+
 CHANGED = "the text changed while it was read; try again when no process writes to it"
-
-
-@dataclass(frozen=True)
-class TextSize:
-    """Size, alphabet and hash of a source, computed when the source is first read."""
-
-    files: tuple[int, ...]
-    """Number of characters of each file."""
-    characters: int
-    bytes: int
-    """Number of bytes of the text in UTF-8."""
-    alphabet: str
-    """All distinct characters, sorted."""
-    sha256: str
-    """Hash of the text in UTF-8, in hexadecimal."""
 
 
 class Text:
@@ -71,20 +59,21 @@ class Text:
         first: Number of characters and bytes of the first token of each split that `encoded` has started.
 
     Raises:
-        InvalidValue: Both sources are the same text or share a file, or the config names a vocabulary without effect.
+        InvalidValue: Both sources are the same text or share a file, or the config names a vocabulary without effect,
+            or an end-of-text token, documents to hold out or an order of documents that the text cannot have.
         TimemixError: A source cannot be opened or read, for a reason that `open_source` lists.
     """
 
     def __init__(self, config: DataConfig, progress: ShowProgress, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.made = config, tokenizer or given_tokenizer(config, progress)
-        self.source = self._open(config.source, progress)
+        self.source = self._open(config.source, progress, self._has_documents())
         self.valid, self.files = self.source.valid, list(self.source.files)
         self.sizes: dict[str, TextSize] = {}
         self.first: dict[str, tuple[int, int]] = {}
         whole = hashlib.sha256()
         self.sizes["train"] = _measure(self.source, progress, whole)
         if config.valid is not None:
-            self.valid = self._open(config.valid, progress)
+            self.valid = self._open(config.valid, progress, self.source.documents)
             self._refuse_shared_files(self.valid)
             self.files += self.valid.files
         parted = whole.copy()
@@ -99,12 +88,23 @@ class Text:
             if config.valid is not None:
                 _warn_of_shared_lines(self.source, self.valid, progress)
         self.sha256, self.hash = whole.hexdigest(), parted.hexdigest()
-        self._cuts = self.sizes["train"].files if self.valid is not None else self._held_out_from()
+        self._parts = split_of(self.sizes["train"], config, self.source, has_valid=self.valid is not None)
         self.held_out = self._held_out()
 
-    def _open(self, source: str, progress: ShowProgress) -> Source:
+    def _has_documents(self) -> bool | None:
+        """Return whether to mark the ends of documents; None: only in a source of records."""
+        if self.made is None or self.made.end_of_text is not None:
+            return self.config.end_of_text
+        if self.config.end_of_text:
+            raise InvalidValue(
+                f"data.end_of_text is True, but the {self.made.kind} tokenizer has no end-of-text token; leave"
+                " data.end_of_text out, or train a new model from random weights"
+            )
+        return False
+
+    def _open(self, source: str, progress: ShowProgress, documents: bool | None) -> Source:
         options = {name: getattr(self.config, name) for name in ("encoding", "keep_nul", "text_key")}
-        return open_source(source, **options, progress=progress)
+        return open_source(source, **options, documents=documents, progress=progress)
 
     def _refuse_shared_files(self, valid: Source) -> None:
         own = {os.path.realpath(file): file for file in self.source.files}
@@ -115,27 +115,17 @@ class Text:
                 " out to hold out a share of data.source"
             )
 
-    def _held_out_from(self) -> tuple[int, ...]:
-        """Return the number of characters of each file before its held-out part."""
-        size, share = self.sizes["train"], 1 - self.config.valid_fraction
-        if self.config.hold_out == "each":
-            # Cumulative shares are rounded, so that rounding errors of many short files do not add up.
-            kept = [int(share * end) for end in itertools.accumulate(size.files, initial=0)]
-            return tuple(after - before for before, after in itertools.pairwise(kept))
-        cut = int(share * size.characters)
-        ends = itertools.accumulate(size.files)
-        return tuple(
-            min(max(cut - end + characters, 0), characters) for end, characters in zip(ends, size.files, strict=True)
-        )
-
     def _held_out(self) -> str:
         config, files = self.config, len(self.sizes["train"].files)
         if self.valid is not None:
             return self.valid.name if config.valid is None else f"all of {self.valid.name}"
         if not config.valid_fraction:
             return "nothing"
+        share = f"{100 * config.valid_fraction:g} %"
+        if config.hold_out == "documents":
+            return f"{share} of the documents of {self.source.name}"
         where = f"each of {files} files" if config.hold_out == "each" and files > 1 else self.source.name
-        return f"the last {100 * config.valid_fraction:g} % of {where}"
+        return f"the last {share} of {where}"
 
     def train_tokenizer(self, progress: ShowProgress) -> Tokenizer:
         """Train a tokenizer on the training text, or return the existing tokenizer.
@@ -146,25 +136,29 @@ class Text:
         if self.made is not None:
             return self.made
         config = self.config
-        options: dict[str, Any] = {"vocab_size": config.vocab_size, "unknown": config.unknown}
+        options: dict[str, Any] = {
+            "vocab_size": config.vocab_size,
+            "unknown": config.unknown,
+            "end_of_text": self.source.documents,
+        }
         if config.tokenizer == "character":
             return train_tokenizer("character", self.sizes["train"].alphabet, **options)
         with (
             passing(progress, f"vocabulary of {self.source.name}", self.source.size) as advance,
             self._processes(config.tokenizer == "word", int) as each,
         ):
-            texts = _part(self.source.read(advance), self._cuts, "train")
+            texts = self._parts(self.source.read(advance), "train")
             return train_tokenizer(config.tokenizer, texts, each=each or map, **options)
 
     @contextlib.contextmanager
     def encoder(self, made: Tokenizer) -> Iterator[Callable[[Iterator[str]], Iterator[Any]]]:
-        """Yield a function that applies `Tokenizer.encode_counted` to texts, in order.
+        """Yield a function that applies `Tokenizer.encode_documents` to texts, in order.
 
         Args:
             made: The tokenizer.
         """
         with self._processes(True, _begin_encoding, made.to_json()) as each:
-            yield partial(map, made.encode_counted) if each is None else partial(each, _encode)
+            yield partial(map, made.encode_documents) if each is None else partial(each, _encode)
 
     @contextlib.contextmanager
     def _processes(self, useful: bool, *begin: Any) -> Iterator[Each | None]:
@@ -190,32 +184,41 @@ class Text:
                 " free some memory and try again to resume"
             ) from error
 
-    def readings(self) -> list[tuple[str, Source, TextSize, tuple[int, ...]]]:
-        """Return name, source and size of each split, and the number of characters before each held-out part."""
-        train = ("train", self.source, self.sizes["train"], self._cuts)
+    def readings(self) -> list[tuple[str, Source, TextSize, Parts]]:
+        """Return name, source and size of each split, and the function that gives its part of the source."""
+        train = ("train", self.source, self.sizes["train"], self._parts)
         if self.valid is None:
             return [train, ("valid", *train[1:])]
-        valid = ("valid", self.valid, self.sizes["valid"], (0,) * len(self.sizes["valid"].files))
         # The validation text comes first: its unknown characters are reported before the long encoding of "train".
-        return [valid, train]
+        return [("valid", self.valid, self.sizes["valid"], whole_text), train]
 
 
 def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     """Read a source once to measure its size, and add its UTF-8 bytes to `hashes`."""
-    characters = bytes_ = 0
+    place = characters = bytes_ = 0
     files = [0] * max(1, len(source.files))
     own = hashlib.sha256()
     met = np.zeros(0x110000, bool)
+    documents = [np.empty(0, np.int64)]
     with passing(progress, f"reading {source.name}", source.size) as advance:
         for number, text in source.read(advance):
-            raw = refuse_surrogates(text, characters)
+            raw = refuse_surrogates(text.replace(DOCUMENT_END, "") if source.documents else text, characters)
             characters += len(text)
             files[number] += len(text)
             bytes_ += len(raw)
-            met[np.frombuffer(text.encode("utf-32-le"), "<u4")] = True
+            codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+            met[codes] = True
+            if source.documents:
+                ends = np.flatnonzero(codes == ord(DOCUMENT_END))
+                documents.append(place + 1 + ends)
+                characters -= len(ends)
+                raw = text.encode("utf-8", "surrogatepass")
+            place += len(text)
             for sha256 in (own, *hashes):
                 sha256.update(raw)
-    return TextSize(tuple(files), characters, bytes_, "".join(map(chr, np.flatnonzero(met))), own.hexdigest())
+    met[ord(DOCUMENT_END)] = False
+    alphabet = "".join(map(chr, np.flatnonzero(met)))
+    return TextSize(tuple(files), np.concatenate(documents), characters, bytes_, alphabet, own.hexdigest())
 
 
 LONG_LINE = 32
@@ -244,31 +247,11 @@ def _long_lines(texts: Iterator[tuple[int, str]]) -> Iterator[int]:
     """Hash the lines of at least LONG_LINE characters. For a line longer than CHUNK, hash only its end."""
     rest = ""
     for _, text in texts:
-        *lines, rest = (rest + text).split("\n")
+        *lines, rest = (rest + text.replace(DOCUMENT_END, "\n")).split("\n")
         yield from (hash(line) for line in lines if len(line) >= LONG_LINE)
         rest = rest[-CHUNK:]
     if len(rest) >= LONG_LINE:
         yield hash(rest)
-
-
-def _part(texts: Iterator[tuple[int, str]], cuts: tuple[int, ...], split: str) -> Iterator[str]:
-    """Yield the part of each file before the cut ("train") or after the cut ("valid"), with line ends between parts.
-
-    Args:
-        texts: Pairs of a file number and a piece of the text of that file, in order.
-        cuts: Number of characters of each file before its held-out part.
-        split: "train" or "valid".
-    """
-    place, before, last = 0, 0, ""
-    for number, text in texts:
-        place, newest = (place, before) if number == before else (0, before)
-        cut = min(max(cuts[number] - place, 0), len(text))
-        place, before = place + len(text), number
-        if own := text[:cut] if split == "train" else text[cut:]:
-            if number != newest and last not in ("", "\n"):
-                yield "\n"
-            yield own
-            last = own[-1]
 
 
 _tokenizer: Tokenizer
@@ -281,7 +264,7 @@ def _begin_encoding(document: str) -> None:
 
 
 def _encode(text: str) -> tuple[np.ndarray, Counter[str]]:
-    return _tokenizer.encode_counted(text)
+    return _tokenizer.encode_documents(text)
 
 
 @dataclass(frozen=True)
@@ -338,14 +321,14 @@ def encoded(
         Unfit: The text has changed since it was first read, or contains characters outside the vocabulary.
     """
     with text.encoder(made) as encode:
-        for split, source, size, cuts in text.readings():
+        for split, source, size, parts in text.readings():
             seen = hashlib.sha256()
             waiting: collections.deque[tuple[int, str]] = collections.deque()
             unknown: Counter[str] = Counter()
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
-                cut = made.cut(_part(_hashed(source.read(advance), seen), cuts, split), PART)
+                cut = made.cut(parts(_hashed(source.read(advance), seen), split), PART)
                 if beginning := next(cut, ""):
-                    text.first[split] = made.first_size(beginning)
+                    text.first[split] = made.first_size(beginning.partition(DOCUMENT_END)[0])
                     cut = itertools.chain([beginning], cut)
                 for ids, missing in encode(_to_encode(cut, counts[split], begun.get(split), waiting)):
                     piece = Piece(split, *waiting.popleft(), ids, missing.total())
@@ -376,7 +359,7 @@ def _to_encode(
 
     Args:
         cut: All pieces of the split, in order.
-        counts: Counts of the split, to which characters and bytes are added.
+        counts: Counts of the split, to which characters, bytes and documents are added.
         done: Finished part of the split, if any.
         waiting: Queue that receives the number of each yielded piece, and the hash of the text before the piece.
     """
@@ -387,8 +370,10 @@ def _to_encode(
             raise Unfit(CHANGED)
         raw = piece.encode("utf-8", "surrogatepass")
         sha256.update(raw)
-        counts["characters"] += len(piece)
-        counts["bytes"] += len(raw)
+        ends = piece.count(DOCUMENT_END)
+        counts["documents"] += ends
+        counts["characters"] += len(piece) - ends
+        counts["bytes"] += len(raw) - ends * END_BYTES
         if done is None or number >= done.pieces:
             waiting.append((number, before))
             yield piece
@@ -396,4 +381,4 @@ def _to_encode(
 
 def no_counts() -> dict[str, int]:
     """Return the counts of an empty split."""
-    return {"tokens": 0, "characters": 0, "bytes": 0, "unknown": 0}
+    return {"tokens": 0, "characters": 0, "bytes": 0, "unknown": 0, "documents": 0}

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from timemix.data.corpus import (
     part_size,
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
-from timemix.data.shards import ShardWriter, Tokens, map_shards, shard_name
+from timemix.data.shards import Shard, ShardWriter, Tokens, map_shards, shard_name
 from timemix.errors import FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import appear, atomic_folder, check_name, explained, refuse_existing, write_text
@@ -44,8 +44,8 @@ def prepare(
 
     The validation text is `config.valid`, the validation text of a download, or a held-out share of the source. The
     held-out share is the last `valid_fraction` of the characters of each file, or of the whole source if `hold_out` is
-    "end". A new tokenizer is trained on the training text. A character vocabulary also includes the characters of a
-    held-out share.
+    "end", or random documents if `hold_out` is "documents". No document is in both splits. A new tokenizer is trained
+    on the training text. A character vocabulary also includes the characters of a held-out share.
 
     The text is read several times, in pieces. Several processes encode a large text, so a script that calls `prepare`
     needs `if __name__ == "__main__"`. Memory use does not grow with the text, with two exceptions. The training of a
@@ -99,6 +99,8 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
     except Unfit:
         shutil.rmtree(folder)
         raise
+    if config.shuffle is not None:
+        splits["train"] = _shuffled(folder, made, splits["train"], config.shuffle)
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
         splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
     _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out)
@@ -267,12 +269,51 @@ def _thinned(folder: Path, made: Tokenizer, valid: SplitInfo, tokens: int) -> Sp
         valid: Record of the whole validation text.
         tokens: Number of tokens to keep.
     """
-    paths = [folder / shard_name("valid", number) for number in range(len(valid.shards or ()))]
+    whole = _taken(folder, "valid", made, valid)
+    return _write_ids(folder, "valid", made, evenly_spaced(whole, tokens), whole, valid, valid.first)
+
+
+def _shuffled(folder: Path, made: Tokenizer, train: SplitInfo, seed: int) -> SplitInfo:
+    """Shuffle the documents of the training tokens, and return the new record for data.json.
+
+    Args:
+        folder: Folder of the token files.
+        made: The tokenizer.
+        train: Record of the training text.
+        seed: Random seed of the order.
+    """
+    whole = _taken(folder, "train", made, train)
+    starts = np.fromiter(_starts(whole, made), np.int64, train.documents + 1)
+    with ShardWriter(folder, "train", made.dtype) as writer:
+        for numbers in np.array_split(
+            np.random.default_rng(seed).permutation(train.documents), train.documents // 1000 + 1
+        ):
+            writer.add(np.concatenate([whole[starts[i] : starts[i + 1]] for i in numbers.tolist()]))
+    first = made.spelled_size([map_shards(_paths(folder, "train", writer.shards), made.dtype)[:1]])
+    return replace(train, sha256=writer.sha256.hexdigest(), first=first, shards=tuple(writer.shards))
+
+
+def _starts(tokens: Tokens, made: Tokenizer) -> Iterator[int]:
+    """Yield the place of the first token of each document, then the number of tokens."""
+    yield 0
+    before = 0
+    for block in tokens.blocks():
+        yield from (before + 1 + np.flatnonzero(block == made.end_of_text)).tolist()
+        before += len(block)
+
+
+def _paths(folder: Path, split: str, written: Sequence[Shard] | None) -> list[Path]:
+    """Return the paths of the token files of a split."""
+    return [folder / shard_name(split, number) for number in range(len(written or ()))]
+
+
+def _taken(folder: Path, split: str, made: Tokenizer, info: SplitInfo) -> Tokens:
+    """Return the tokens of a split, and unlink the files, so that other tokens can be written in their place."""
+    paths = _paths(folder, split, info.shards)
     whole = map_shards(paths, made.dtype)
-    kept = evenly_spaced(whole, tokens)
     for path in paths:
         path.unlink()
-    return _write_ids(folder, "valid", made, kept, whole, valid, valid.first)
+    return whole
 
 
 def _write_ids(
@@ -297,9 +338,10 @@ def _write_ids(
     """
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
     with ShardWriter(folder, split, made.dtype) as writer:
-        unknown = 0
+        unknown = documents = 0
         for block in tokens.blocks():
             writer.add(block)
+            documents += int((block == made.end_of_text).sum()) if text.documents else 0
             unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
     characters, bytes_ = part_size(made, tokens, whole, text)
     return SplitInfo(
@@ -307,6 +349,7 @@ def _write_ids(
         characters=characters,
         bytes=bytes_,
         unknown=unknown,
+        documents=documents,
         sha256=writer.sha256.hexdigest(),
         first=first,
         shards=tuple(writer.shards),

@@ -8,6 +8,7 @@ from typing import Any
 
 from timemix.data.readers import CHUNK, OPENERS
 from timemix.errors import DamagedFile, InvalidValue, Unavailable, nearest
+from timemix.tokenizers.base import DOCUMENT_END
 
 DEFAULT_KEY = "text"
 """Key of the text in JSON lines and Parquet, unless data.text_key names another key."""
@@ -31,11 +32,13 @@ def format_of(path: Path, key: str | None) -> str | None:
     return None
 
 
-def joined(records: Iterator[str]) -> Iterator[str]:
-    """Join the texts of records, with a newline between two texts unless the first one ends with a newline.
+def joined(records: Iterator[str], documents: bool) -> Iterator[str]:
+    """Join the texts of records.
 
     Args:
         records: The texts. Empty texts are left out.
+        documents: Whether DOCUMENT_END ends each text. Otherwise, a newline is between two texts unless the first one
+            ends with a newline.
 
     Yields:
         Pieces of the joined text, each of about CHUNK characters.
@@ -45,7 +48,10 @@ def joined(records: Iterator[str]) -> Iterator[str]:
     for text in records:
         if not text:
             continue
-        piece.append(text if last in ("", "\n") else "\n" + text)
+        if documents:
+            piece.append(text + DOCUMENT_END)
+        else:
+            piece.append(text if last in ("", "\n") else "\n" + text)
         size, last = size + len(text), text[-1]
         if size >= CHUNK:
             yield "".join(piece)

@@ -18,6 +18,7 @@ from timemix.data.records import format_of, joined, parquet, records
 from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
 from timemix.storage.files import cannot_read, check_name
+from timemix.tokenizers.base import DOCUMENT_END
 
 logger = logging.getLogger("timemix")
 
@@ -49,13 +50,16 @@ class Source:
     size: int
     """Number of bytes to read. For a compressed file, the compressed size counts."""
     read: Callable[[Advance], Iterator[tuple[int, str]]]
-    """Function that yields nonempty pieces of text, each with the number of its file.
+    """Function that yields nonempty pieces of text, each with the number of its file. With `documents`, DOCUMENT_END
+    ends each document.
 
     The argument of `read` is a function that receives the number of bytes read so far. A line end that separates two
     files belongs to the earlier file. `read` raises a TimemixError for the reasons that `read_source` lists.
     """
     valid: "Source | None" = None
     """Validation text, which only some downloads include; otherwise None."""
+    documents: bool = False
+    """Whether the pieces contain the ends of documents."""
 
 
 def read_source(
@@ -101,17 +105,18 @@ def open_source(
     encoding: str = "utf-8",
     keep_nul: bool = False,
     text_key: str | None = None,
+    documents: bool | None = False,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
     """Open a text source that is then read in pieces.
 
     Files may be compressed (gzip, xz, bzip2, Zstandard). JSON lines (.jsonl, .ndjson), Parquet files and, with
-    `text_key`, tables (.csv, .tsv) have one text per record, and the texts are joined by newlines. Line ends are not
-    changed, and a byte order mark is removed. The files of a folder are read in sorted order, with a newline between
-    two files. A warning counts the skipped files of each kind: hidden files, binary files, links to other files,
-    compressed copies of other files, and folders that timemix wrote. The `read` function of the result raises the
-    errors about the content of the files.
+    `text_key`, tables (.csv, .tsv) have one text per record. A newline is between two records and between two files,
+    unless `documents` is True. Line ends are not changed, and a byte order mark is removed. The files of a folder are
+    read in sorted order. A warning counts the skipped files of each kind: hidden files, binary files, links to other
+    files, compressed copies of other files, and folders that timemix wrote. The `read` function of the result raises
+    the errors about the content of the files.
 
     Args:
         source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
@@ -120,6 +125,7 @@ def open_source(
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
         text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
             TSV are then plain text.
+        documents: Whether DOCUMENT_END ends each record and each file of plain text. None: only if a file has records.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -130,21 +136,23 @@ def open_source(
         Unavailable: A download failed.
     """
     options = (encoding, keep_nul)
+    of_files = (*options, text_key, documents)
     if source == "-":
-        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *options, text_key)
+        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *of_files)
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
             raise FileError(f"{source} is {kind}, which has tokens and no text; name a text file or a folder of texts")
-        return _files_source(source, folder_files(Path(source), *options), *options, text_key)
+        return _files_source(source, folder_files(Path(source), *options), *of_files)
     if os.path.exists(source):
-        return _files_source(source, [Path(source)], *options, text_key)
+        return _files_source(source, [Path(source)], *of_files)
     if source == "builtin":
-        return _builtin()
+        return _ended(_builtin()) if documents else _builtin()
     if source in DOWNLOADS:
-        return _download_source(source, cache, progress)
+        found = _download_source(source, cache, progress)
+        return _ended(found) if documents else found
     if matches := glob_files(source, *options):
-        return _files_source(source, matches, *options, text_key)
+        return _files_source(source, matches, *of_files)
     raise MissingFile(_no_source(source))
 
 
@@ -164,27 +172,44 @@ def _builtin() -> Source:
     return Source("builtin", (), len(text.encode()), lambda advance: iter([(0, text)]))
 
 
-def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool, text_key: str | None = None) -> Source:
+def _ended(source: Source) -> Source:
+    """Return a source of one file whose text is one document."""
+
+    def read(advance: Advance) -> Iterator[tuple[int, str]]:
+        yield from source.read(advance)
+        yield 0, DOCUMENT_END
+
+    valid = None if source.valid is None else _ended(source.valid)
+    return replace(source, read=read, valid=valid, documents=True)
+
+
+def _files_source(
+    source: str, files: list[Path], encoding: str, keep_nul: bool, text_key: str | None, documents: bool | None
+) -> Source:
+    """Return files as a source. `open_source` describes the arguments."""
     held = {path: _bytes_of_pipe(path) for path in files if path is STANDARD_INPUT or not path.is_file()}
     sizes = [len(held[path]) if path in held else _size(path) for path in files]
+    ended = any(format_of(path, text_key) for path in files) if documents is None else documents
 
     def texts_of(path: Path, before: int, size: int, advance: Advance) -> Iterator[str]:
         suffix = format_of(path, text_key)
         if suffix == ".parquet":
-            return joined(parquet(path, text_key, lambda share: advance(before + int(share * size))))
+            return joined(parquet(path, text_key, lambda share: advance(before + int(share * size))), ended)
         data = chunks(path, held.get(path), before, advance)
         texts = decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1)
-        return texts if suffix is None else joined(records(texts, path, suffix, text_key))
+        return texts if suffix is None else joined(records(texts, path, suffix, text_key), ended)
 
     def read(advance: Advance) -> Iterator[tuple[int, str]]:
         before, last, newest = 0, "", -1
         for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
             begun = False
             for text in texts_of(path, before, size, advance):
-                if not begun and last not in ("", "\n"):
+                if not begun and last not in ("", "\n", DOCUMENT_END):
                     yield newest, "\n"
                 yield number, text
                 begun, last, newest = True, text[-1], number
+            if begun and ended and last != DOCUMENT_END:
+                yield number, (last := DOCUMENT_END)
             before += size
         if not last:
             raise InvalidValue(f"{source} is empty; name a source with text")
@@ -192,7 +217,7 @@ def _files_source(source: str, files: list[Path], encoding: str, keep_nul: bool,
     name = Path(source).name or str(Path(source).resolve())
     # JSON does not support names that are not UTF-8.
     shown = tuple(os.fsencode(path).decode("utf-8", "backslashreplace") for path in files)
-    return Source(name, shown, sum(sizes), read)
+    return Source(name, shown, sum(sizes), read, documents=ended)
 
 
 def _bytes_of_pipe(path: Path) -> bytes:
