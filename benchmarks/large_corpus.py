@@ -1,14 +1,18 @@
 """Measure time and memory of preparing a large text; then kill another preparation half way, and resume it.
 
     python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword world] [--keep]
+    python benchmarks/large_corpus.py FOLDER --gigabytes 2 --formats txt jsonl parquet
 
 The script writes a synthetic text (random words with some non-ASCII letters, in lines and sentences) and the prepared
-folders to FOLDER, and deletes them at the end. The memory of a process is the value VmHWM of Linux. The script sums
-the current memory of all processes ten times per second. Pages that processes share count once for each process.
+folders to FOLDER, and deletes them at the end. The files of records have the lines of this text in documents of about
+2,000 characters. All MB/s count the bytes of the text alone. The memory of a process is the value VmHWM of Linux. The
+script sums the current memory of all processes ten times per second. Pages that processes share count once for each
+process.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -19,6 +23,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 
 SETTINGS = {
     "character": [],
@@ -50,6 +56,19 @@ def write_text(path: Path, size: int) -> None:
         while file.tell() < size:
             places = np.searchsorted(odds, generator.random(1_000_000) * odds[-1])
             file.write(b"".join(vocabulary[places]))
+
+
+def write_records(text: Path, path: Path) -> None:
+    """Save a text as JSON lines or Parquet, in records of whole lines with about 2,000 characters."""
+    with text.open(encoding="utf-8", newline="") as lines:
+        records = ("".join(group) for group in iter(lambda: lines.readlines(2000), []))
+        if path.suffix == ".jsonl":
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": record}, ensure_ascii=False) + "\n" for record in records)
+            return
+        with parquet.ParquetWriter(path, pyarrow.schema({"text": pyarrow.string()})) as writer:
+            while group := list(itertools.islice(records, 10_000)):
+                writer.write_table(pyarrow.table({"text": group}))
 
 
 class Memory:
@@ -101,13 +120,16 @@ def descendants(number: int) -> list[int]:
     return found
 
 
-def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> tuple[float, Memory, bool]:
+def prepare(
+    text: Path, out: Path, kind: str, megabytes: float = 0.0, kill_at: float | None = None
+) -> tuple[float, Memory, bool]:
     """Prepare a text in another process.
 
     Args:
         text: The text.
         out: Prepared folder.
         kind: Tokenizer, a key of SETTINGS.
+        megabytes: Size of the text in MB, needed with `kill_at`.
         kill_at: Share of the text, 0 to 1, after which the process is killed; None: do not kill the process.
 
     Returns:
@@ -119,7 +141,7 @@ def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> t
     memory = Memory(process.pid)
     while process.poll() is None:
         time.sleep(0.1)
-        if kill_at is not None and share_done(out, text.stat().st_size) >= kill_at:
+        if kill_at is not None and share_done(out, megabytes * 1e6) >= kill_at:
             process.send_signal(signal.SIGKILL)
             process.wait()
     seconds = time.perf_counter() - began
@@ -129,7 +151,7 @@ def prepare(text: Path, out: Path, kind: str, kill_at: float | None = None) -> t
     return seconds, memory, process.returncode == 0
 
 
-def share_done(out: Path, size: int) -> float:
+def share_done(out: Path, size: float) -> float:
     """Return the share of a text of `size` characters that an unfinished preparation has already processed."""
     try:
         state = json.loads((out.parent / f".{out.name}.unfinished" / "unfinished.json").read_text())
@@ -143,6 +165,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder for the text and the prepared folders")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the text; default: 10")
     parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="tokenizers; default: all")
+    parser.add_argument("--formats", nargs="+", choices=("txt", "jsonl", "parquet"), default=["txt"])
     parser.add_argument("--keep", action="store_true", help="keep the text and the prepared folders")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -151,30 +174,48 @@ def main() -> None:
         write_text(text, int(options.gigabytes * 1e9))
     megabytes = text.stat().st_size / 1e6
     print(f"{megabytes:,.0f} MB of text", flush=True)
+    sources = [text.with_suffix(f".{suffix}") for suffix in options.formats]
+    for source in sources:
+        if not source.exists():
+            write_records(text, source)
     try:
-        for kind in options.kinds:
-            whole, again = options.folder / f"{kind}-whole", options.folder / f"{kind}-again"
-            for out in (whole, again):
-                shutil.rmtree(out, ignore_errors=True)
-                shutil.rmtree(out.parent / f".{out.name}.unfinished", ignore_errors=True)
-            seconds, memory, _ = prepare(text, whole, kind)
-            print(f"{kind}: {seconds:.0f} s, {megabytes / seconds:.1f} MB/s; {memory}", flush=True)
-            before, _, ended = prepare(text, again, kind, kill_at=0.5)
-            after, memory, _ = prepare(text, again, kind)
-            same = all(
-                path.read_bytes() == (again / path.name).read_bytes() for path in sorted(whole.iterdir())
-            ) and len(list(whole.iterdir())) == len(list(again.iterdir()))
-            print(
-                f"{kind}, {'not ' if ended else ''}killed after {before:.0f} s: resumed for {after:.0f} s, {memory};"
-                f" {'identical files' if same else 'DIFFERENT FILES'}",
-                flush=True,
-            )
-            if not options.keep:
-                shutil.rmtree(whole)
-                shutil.rmtree(again)
+        for kind, source in itertools.product(options.kinds, sources):
+            measure(source, kind, megabytes, keep=options.keep)
     finally:
         if not options.keep:
-            text.unlink()
+            for path in {text, *sources}:
+                path.unlink()
+
+
+def measure(source: Path, kind: str, megabytes: float, *, keep: bool) -> None:
+    """Prepare a source; then kill a second preparation half way, resume it, and compare the results.
+
+    Args:
+        source: The text.
+        kind: Tokenizer, a key of SETTINGS.
+        megabytes: Size of the text without the marks of its format, in MB.
+        keep: Whether to keep the prepared folders.
+    """
+    name = f"{kind}, {source.suffix}"
+    whole, again = (source.parent / f"{kind}-{source.suffix[1:]}-{part}" for part in ("whole", "again"))
+    for out in (whole, again):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.parent / f".{out.name}.unfinished", ignore_errors=True)
+    seconds, memory, _ = prepare(source, whole, kind)
+    print(f"{name}: {seconds:.0f} s, {megabytes / seconds:.1f} MB/s; {memory}", flush=True)
+    before, _, ended = prepare(source, again, kind, megabytes, kill_at=0.5)
+    after, memory, _ = prepare(source, again, kind)
+    same = all(path.read_bytes() == (again / path.name).read_bytes() for path in sorted(whole.iterdir())) and len(
+        list(whole.iterdir())
+    ) == len(list(again.iterdir()))
+    print(
+        f"{name}, {'not ' if ended else ''}killed after {before:.0f} s: resumed for {after:.0f} s, {memory};"
+        f" {'identical files' if same else 'DIFFERENT FILES'}",
+        flush=True,
+    )
+    if not keep:
+        shutil.rmtree(whole)
+        shutil.rmtree(again)
 
 
 if __name__ == "__main__":

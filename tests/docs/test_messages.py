@@ -34,6 +34,7 @@ FILES = {
     "latin.txt": "le café noir".encode("latin-1"),
     "u16.txt": TEXT.encode("utf-16"),
     "short.txt": b"tiny",
+    "my.jsonl": b'{"text": "one"}\n',
     "accents.txt": "naïve café".encode(),
     "umlauts.txt": "The groß fox jumps für it!\n".encode() * 50,
     "seeds.toml": b'title = "t"\ntokens = 9\nseeds = [0, 1]\n[tune]\ntrain.lr = [1, 2]\n[[variants]]\nname = "half"\n',
@@ -43,6 +44,10 @@ FILES = {
 }
 PROVOKED = {
     "compare": ["compare bad.toml --data my.txt --out runs/bad"],
+    "documents": [
+        "data my.txt --data.shuffle 1",
+        "data my.jsonl",
+    ],
     "experiment-files": [
         "compare bad.toml --data my.txt --out runs/bad",
         "compare same.toml --data my.txt --out runs/bad",

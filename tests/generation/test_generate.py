@@ -12,7 +12,9 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import TEXT, small_trainer
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.generate import generate_tokens, stream
+from timemix.generation.prompts import default_prompt, prompt_ids
 from timemix.generation.sampler import Sampler
+from timemix.tokenizers.make import train_tokenizer
 
 CTX = 12
 
@@ -123,3 +125,14 @@ def test_the_token_that_ends_a_text_ends_it(run, monkeypatch):
     (whole,) = timemix.generate(loaded, "the ", tokens=60)
     monkeypatch.setattr(loaded.tokenizer, "end_of_text", int(loaded.tokenizer.encode(".")[0]))
     assert timemix.generate(loaded, "the ", tokens=60) == [whole.partition(".")[0]]
+
+
+def test_an_empty_prompt_begins_a_document():
+    tokenizer = train_tokenizer("character", "ab", end_of_text=True)
+    assert prompt_ids(tokenizer, "") == [tokenizer.end_of_text]
+    assert default_prompt(tokenizer) == ""
+    assert prompt_ids(tokenizer, "ba") == [1, 0]
+    plain = train_tokenizer("character", "ab")
+    assert prompt_ids(plain, "") == []
+    assert default_prompt(plain) == "a"
+    assert default_prompt(train_tokenizer("byte", "a")) == "\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import re
 import shlex
 import textwrap
@@ -166,13 +167,15 @@ def _parse_only() -> Iterator[None]:
 
 
 def write_texts(folder: Path) -> None:
-    """Create the files that the pages name: my.txt, other.txt, valid.txt, a folder of two files, and a vocabulary."""
+    """Create the files that the pages name: texts, documents, a folder of two files, and a vocabulary."""
     (folder / "rwkv_vocab_v20230424.txt").write_bytes(vocabulary_lines(BYTES))
     (folder / "text").mkdir()
     for name in ("my.txt", "text/a.txt"):
         (folder / name).write_text(TEXT, encoding="utf-8")
     for name in ("other.txt", "valid.txt", "text/b.txt"):
         (folder / name).write_text(OTHER, encoding="utf-8")
+    documents = (json.dumps({"text": f"{i}: {OTHER[:40]}"}) for i in range(30))
+    (folder / "poems.jsonl").write_text("\n".join(documents), encoding="utf-8")
 
 
 def train_tiny_run(folder: Path) -> None:

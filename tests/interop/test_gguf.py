@@ -230,6 +230,14 @@ def test_an_adopted_tokenizer_of_gpt2():
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
+@pytest.mark.parametrize("kind", ["byte", "subword", "character"])
+def test_the_end_of_text_is_a_control_token(kind):
+    tokenizer = train_tokenizer(kind, "plain words", vocab_size=300, end_of_text=True)
+    made = vocabulary(tokenizer)
+    assert made.end == tokenizer.end_of_text == len(made.tokens) - 1
+    assert made.kinds == ["NORMAL"] * made.end + ["CONTROL"]
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "sentence"),
     [

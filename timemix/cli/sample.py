@@ -78,7 +78,8 @@ class SampleArguments:
 
     run: RunFolder
     prompt: str | None = None
-    """Prompt. Default: empty with --load-state and a state after a text, otherwise a newline, or token 0 if the
+    """Prompt. An empty prompt begins a document if the vocabulary has an end of text. Default: empty with --load-state
+    and a state after a text, or if the vocabulary has an end of text; otherwise a newline, or token 0 if the
     vocabulary has no newline."""
     count: int = 1
     """Number of texts, at least 1, generated in one batch."""
@@ -105,7 +106,7 @@ def sample(arguments: list[str]) -> int:
     settings = parsed.sampling
     _check(parsed)
     from timemix.generation.engine import Engine
-    from timemix.generation.prompts import default_prompt
+    from timemix.generation.prompts import default_prompt, prompt_ids
     from timemix.generation.request import Request
     from timemix.generation.session import load_session, save_session
     from timemix.runs.load import load
@@ -115,9 +116,10 @@ def sample(arguments: list[str]) -> int:
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]), mapped=True)
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
     tokenizer, prompt = loaded.tokenizer, parsed.prompt
+    continues = start is not None and start.tokens
     if prompt is None:
-        prompt = "" if start is not None and start.tokens else default_prompt(tokenizer)
-    ids = tokenizer.encode(prompt).tolist()
+        prompt = "" if continues else default_prompt(tokenizer)
+    ids = [] if continues and not prompt else prompt_ids(tokenizer, prompt)
     _note_long_prompt(len(ids), loaded)
     engine = Engine(loaded.model, tokenizer, slots=parsed.count, weights=parsed.weights)
     note_uncompiled(engine)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.engine import Engine
+from timemix.generation.prompts import prompt_ids
 from timemix.generation.request import Context, Event, Request
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
@@ -93,7 +94,7 @@ def stream(
 
     Args:
         run: Run folder, checkpoint folder, or the result of `load`.
-        prompt: Text to continue, not empty.
+        prompt: Text to continue. Empty: the beginning of a document, if the tokenizer has an end of text.
         tokens: Largest number of tokens to generate, at least 0.
         seed: Random seed, 0 to 2^64 - 1; the same seed gives the same text.
         context: Rule for a full context: "reanchor" or "exact", see `Request`.
@@ -106,7 +107,7 @@ def stream(
         Iterator over pieces of the text after the prompt. A piece has at least one character.
 
     Raises:
-        InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
+        InvalidValue: The prompt has no tokens or unknown characters, or a number is out of its range.
         FileError: The run cannot be loaded.
         NotFinite: The logits of the model are not finite.
     """
@@ -132,7 +133,7 @@ def _engine(
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, slots=count, weights=weights)
     ends = () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
-    ids = tokenizer.encode(prompt).tolist()
+    ids = prompt_ids(tokenizer, prompt)
     request = Request(
         ids, tokens, sampler or Sampler(), seed, stop=stop, context=context, samples=count, stop_tokens=ends
     )
@@ -156,7 +157,7 @@ def generate(
 
     Args:
         run: Run folder, checkpoint folder, or the result of `load`.
-        prompt: Text to continue, not empty.
+        prompt: Text to continue. Empty: the beginning of a document, if the tokenizer has an end of text.
         tokens: Largest number of tokens of each text, at least 0.
         count: Number of texts, at least 1.
         seed: Random seed, 0 to 2^64 - 1; the same seed gives the same texts.
@@ -170,7 +171,7 @@ def generate(
         `count` texts, without the prompt.
 
     Raises:
-        InvalidValue: The prompt is empty or has characters outside the vocabulary, or a number is out of its range.
+        InvalidValue: The prompt has no tokens or unknown characters, or a number is out of its range.
         FileError: The run cannot be loaded.
         NotFinite: The logits of the model are not finite.
     """

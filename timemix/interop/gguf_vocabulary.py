@@ -98,6 +98,8 @@ def _of_pairs(tokenizer: Tokenizer, document: dict[str, Any]) -> Vocabulary:
         )
     entries = {i: text for text, i in model["vocab"].items()} | {i: each["content"] for i, each in added.items()}
     kinds = {i: "CONTROL" if each["special"] else "USER_DEFINED" for i, each in added.items()}
+    if tokenizer.end_of_text is not None:
+        kinds[tokenizer.end_of_text] = "CONTROL"
     # If a file names no end of text, llama.cpp takes token 11 for it. No text has the token of the byte 0xFF.
     end = model["vocab"][byte_symbols()[0xFF]] if tokenizer.end_of_text is None else tokenizer.end_of_text
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

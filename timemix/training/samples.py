@@ -6,7 +6,7 @@ import torch
 
 from timemix.errors import CannotWrite, InvalidValue
 from timemix.generation.generate import generate
-from timemix.generation.prompts import default_prompt
+from timemix.generation.prompts import default_prompt, prompt_ids
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.runs.load import Loaded
@@ -42,10 +42,10 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
     """
     for prompt in prompts:
         try:
-            ids = tokenizer.encode(prompt)
+            ids = prompt_ids(tokenizer, prompt)
         except InvalidValue as error:
             raise InvalidValue(f"the prompt {prompt!r} in train.sample_prompts cannot be encoded: {error}") from error
-        if not len(ids):
+        if not ids:
             raise InvalidValue(f"the prompt {prompt!r} in train.sample_prompts has no tokens; give a longer prompt")
 
 
@@ -59,7 +59,7 @@ def write_sample(
     Args:
         loaded: The model, with the run folder as its folder.
         step: Step of the model, for the heading above the text.
-        prompt: Start of the text. Default: a newline, or the first token of a vocabulary without a newline.
+        prompt: Start of the text. Default: as in `default_prompt`.
         sampler: Sampler of the tokens. Default: temperature 1, no filter.
         tokens: Number of generated tokens.
 
