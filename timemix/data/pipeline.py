@@ -35,6 +35,8 @@ PROCESSES_FROM = 1 << 26
 """Least number of bytes of text for which starting several processes saves time."""
 
 
+_SURROGATES = slice(0xD800, 0xE000)
+
 END_BYTES = len(DOCUMENT_END.encode("utf-8", "surrogatepass"))
 
 CHANGED = "the text changed while it was read; try again when no process writes to it"
@@ -202,21 +204,20 @@ def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     documents = [np.empty(0, np.int64)]
     with passing(progress, f"reading {source.name}", source.size) as advance:
         for number, text in source.read(advance):
-            raw = refuse_surrogates(text.replace(DOCUMENT_END, "") if source.documents else text, characters)
-            characters += len(text)
-            files[number] += len(text)
-            bytes_ += len(raw)
             codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
             met[codes] = True
-            if source.documents:
-                ends = np.flatnonzero(codes == ord(DOCUMENT_END))
-                documents.append(place + 1 + ends)
-                characters -= len(ends)
-                raw = text.encode("utf-8", "surrogatepass")
+            ends = np.flatnonzero(codes == ord(DOCUMENT_END)) if source.documents else documents[0]
+            met[ord(DOCUMENT_END)] &= not source.documents
+            if met[_SURROGATES].any():
+                refuse_surrogates(text.replace(DOCUMENT_END, " ") if source.documents else text, characters)
+            raw = text.encode("utf-8", "surrogatepass")
+            documents.append(place + 1 + ends)
             place += len(text)
+            files[number] += len(text)
+            characters += len(text) - len(ends)
+            bytes_ += len(raw) - len(ends) * END_BYTES
             for sha256 in (own, *hashes):
                 sha256.update(raw)
-    met[ord(DOCUMENT_END)] = False
     alphabet = "".join(map(chr, np.flatnonzero(met)))
     return TextSize(tuple(files), np.concatenate(documents), characters, bytes_, alphabet, own.hexdigest())
 

@@ -15,6 +15,9 @@ DEFAULT_KEY = "text"
 LONGEST_LINE = 1 << 28
 """Largest number of characters of a line. A longer line is probably damaged, and would fill the memory."""
 
+# Python refuses to parse integers of thousands of digits.
+_DECODER = json.JSONDecoder(parse_int=float)
+
 _JSON_LINES, _TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
 
 
@@ -84,8 +87,7 @@ def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> I
         if line.isspace():
             continue
         try:
-            # Python refuses to parse integers of thousands of digits.
-            record = json.loads(line, parse_int=float)
+            record = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             raise DamagedFile(f"{path}, line {number}, is no JSON: {error}; correct or remove the line") from error
         if not isinstance(record, dict):
@@ -119,7 +121,8 @@ def _text(record: dict[str, Any], key: str, place: str) -> str:
         kind = {type(None): "null", float: "as a number"}.get(type(text), f"of type {type(text).__name__}")
         raise InvalidValue(f"{place} has {key!r} {kind}; it must be a text")
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise InvalidValue(f"{place} has the lone surrogate {code} in {key!r}; remove it") from error
