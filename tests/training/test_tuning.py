@@ -185,6 +185,40 @@ def test_lora_of_any_rank_begins_exactly_at_the_base(folder, tmp_path):
     assert torch.equal(load(tmp_path / "run").model(tokens)[0], expected)
 
 
+RANKS = ("*", "mixer.*=3", "mixer.key=5", "ffn.value=2")
+
+
+def test_the_last_name_that_matches_sets_the_rank(folder, tmp_path):
+    config = tuned_config(folder, "lora", lora_rank=7, lora_modules=RANKS)
+    trainer = new_run(config, tmp_path / "run", progress=False)
+    trainer.run()
+    block = trainer.model.blocks[1]
+    found = {name: len(own) for name, own in block.named_parameters() if name.endswith("down")}
+    assert {found[f"{name}.down"] for name in ("mixer.receptance", "mixer.value", "mixer.output")} == {3}
+    assert [found[f"{name}.down"] for name in ("mixer.key", "ffn.key", "ffn.value")] == [5, 7, 2]
+    assert [module.scale for module in (block.mixer.key, block.ffn.key, block.ffn.value)] == [16 / 5, 16 / 7, 8]
+    tokens = torch.arange(16)[None]
+    own = trainer.model.eval()(tokens)[0]
+    loaded = load(tmp_path / "run", checkpoint="newest").model
+    assert torch.allclose(loaded(tokens)[0], own, atol=1e-6)
+    export_run(tmp_path / "run", "pth", tmp_path / "exported", checkpoint="newest")
+    written = read_torch_file(tmp_path / "exported/model.pth")["blocks.1.ffn.value.weight"]
+    down, up = block.ffn.value.down, block.ffn.value.up
+    assert torch.allclose(written, block.ffn.value.base + 8 * up @ down, atol=1e-6)
+    assert not torch.equal(written, block.ffn.value.base)
+
+
+def test_a_stopped_run_with_several_ranks_ends_like_the_undisturbed_one(folder, tmp_path):
+    config = tuned_config(folder, "lora", steps=6, lora_modules=RANKS)
+    new_run(config, tmp_path / "whole", progress=False).run()
+    with pytest.raises(Interrupted):
+        new_run(config, tmp_path / "stopped", progress=False).run(stop_at(3))
+    resume_run(tmp_path / "stopped").run()
+    same_end(tmp_path / "whole", tmp_path / "stopped")
+    with pytest.raises(InvalidValue, match="train.lora_modules=.* cannot change when .* is resumed"):
+        resume_run(tmp_path / "stopped", train={"lora_modules": ("*",), "steps": 20})
+
+
 @pytest.fixture(scope="module")
 def style(folder):
     """A run that has tuned a state beside the weights of `rwkv7`, and its exported session."""
@@ -315,6 +349,18 @@ def test_the_estimate_counts_frozen_weights_once(folder):
             "train.lora_modules has 'mixer.kye', which matches no linear map of a block;",
         ),
         ({"lora_modules": ()}, "train.lora_modules is empty; give at least one name, such as mixer.key"),
+        (
+            {"lora_modules": ("mixer.key=0",)},
+            "train.lora_modules has 'mixer.key=0'; it must be NAME=RANK",
+        ),
+        ({"lora_modules": ("mixer.key=",)}, "train.lora_modules has 'mixer.key='; it must be NAME=RANK"),
+        ({"lora_modules": ("=8",)}, "train.lora_modules has '=8'; it must be NAME=RANK"),
+        (
+            {"lora_modules": ("mixer.key=4,ffn.key",)},
+            "train.lora_modules has 'mixer.key=4,ffn.key'; it must be NAME=RANK with a rank from 1 to 65536, such as"
+            " mixer.key=16, and spaces between several of them",
+        ),
+        ({"lora_modules": ("mixer.kye=4",)}, "train.lora_modules has 'mixer.kye', which matches no linear map"),
         ({"lora_rank": 0}, "train.lora_rank is 0; it must be at least 1"),
         ({"lora_alpha": 0.0}, "train.lora_alpha is 0.0; it must be above 0 and finite"),
         ({"optimizer": "muon"}, "train.optimizer is 'muon', which trains all matrices, but train.tune is 'lora';"),

@@ -39,6 +39,9 @@ Strategy = Literal["replicate", "shard"]
 Tune = Literal["all", "state", "lora"]
 
 
+MOST_RANK = 2**16
+"""Largest rank of a low-rank term."""
+
 MOST_STEPS = 10**8 - 1
 """Largest number of steps of a run, since the step number in the name of a checkpoint has eight digits."""
 
@@ -134,11 +137,12 @@ class TrainConfig:
     """Trained parameters: `all` weights; or, with --from and frozen weights, the initial `state` of the recurrence, or
     low-rank terms of linear maps (`lora`)."""
     lora_rank: int = 8
-    """Rank of the low-rank terms of --train.tune lora, at least 1."""
+    """Rank of the low-rank terms of --train.tune lora, from 1 to 65536, unless --train.lora-modules sets another."""
     lora_alpha: float = 16.0
     """Strength of --train.tune lora, above 0. The factor of the low-rank terms is this number divided by the rank."""
     lora_modules: tuple[str, ...] = ("*",)
-    """Linear maps of a block that get a low-rank term, by name or pattern, such as mixer.key or ffn.*."""
+    """Linear maps of a block that get a low-rank term, by name or pattern, such as mixer.key or ffn.*.
+    NAME=RANK sets the rank of these maps, such as mixer.key=16. The last name that matches a map sets its rank."""
     strategy: Strategy = "replicate"
     """Use of several processes (torchrun): each process holds a whole model (`replicate`) or a part of it (`shard`)."""
     seed: int = 1
@@ -188,11 +192,13 @@ class TrainConfig:
                 f"train.accumulation={self.accumulation} does not divide train.batch_size={self.batch_size};"
                 f" nearest divisors: {nearest_divisors(self.accumulation, self.batch_size)}"
             )
-        check_range("train.lora_rank", self.lora_rank, 1, 2**16)
+        check_range("train.lora_rank", self.lora_rank, 1, MOST_RANK)
         if not 0 < self.lora_alpha < math.inf:
             raise InvalidValue(f"train.lora_alpha is {self.lora_alpha}; it must be above 0 and finite")
         if not self.lora_modules:
             raise InvalidValue("train.lora_modules is empty; give at least one name, such as mixer.key")
+        for text in self.lora_modules:
+            _pattern_and_rank(text, self.lora_rank)
         if self.tune != "all" and self.optimizer == "muon":
             raise InvalidValue(
                 f"train.optimizer is 'muon', which trains all matrices, but train.tune is {self.tune!r}; set"
@@ -203,6 +209,25 @@ class TrainConfig:
                 raise InvalidValue(f"train.{name} is {getattr(self, name)}; it must be a share of the run, from 0 to 1")
         if len(self.betas) != 2 or any(not 0 <= b < 1 for b in self.betas):
             raise InvalidValue(f"train.betas is {list(self.betas)}; it must be two numbers from 0 to below 1")
+
+    @property
+    def lora_ranks(self) -> tuple[tuple[str, int], ...]:
+        """The patterns of `lora_modules` with their ranks."""
+        return tuple(_pattern_and_rank(text, self.lora_rank) for text in self.lora_modules)
+
+
+def _pattern_and_rank(text: str, default: int) -> tuple[str, int]:
+    """Parse an element of `TrainConfig.lora_modules`: "PATTERN", or "PATTERN=RANK"."""
+    pattern, equals, digits = text.partition("=")
+    if not equals:
+        return pattern, default
+    rank = int(digits) if re.fullmatch(r"\d{1,5}", digits, re.ASCII) else 0
+    if not (pattern and 1 <= rank <= MOST_RANK):
+        raise InvalidValue(
+            f"train.lora_modules has {text!r}; it must be NAME=RANK with a rank from 1 to {MOST_RANK}, such as"
+            " mixer.key=16, and spaces between several of them"
+        )
+    return pattern, rank
 
 
 @dataclass(frozen=True)

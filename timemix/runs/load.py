@@ -215,7 +215,7 @@ def _tuned(folder: Path, config: RunConfig, device: torch.device, *, mapped: boo
         model.is_mapped = start.model.is_mapped
     else:
         model = plain
-        model.load_state_dict(with_lora(weights, own, config.train.lora_alpha / config.train.lora_rank), assign=True)
+        model.load_state_dict(with_lora(weights, own, config.train.lora_alpha), assign=True)
     if config.train.precision == "float64":
         model.double().is_mapped = False
     return model

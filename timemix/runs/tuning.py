@@ -30,7 +30,7 @@ def prepare(model: LanguageModel, train: TrainConfig) -> None:
     if train.tune == "state":
         model.learned_state = LearnedState(model.blocks)
     else:
-        add_lora(model.blocks, train.lora_rank, train.lora_alpha, train.lora_modules)
+        add_lora(model.blocks, train.lora_ranks, train.lora_alpha)
 
 
 def trained(model: LanguageModel) -> dict[str, Tensor]:

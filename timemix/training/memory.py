@@ -99,6 +99,8 @@ def memory_note(start: Loaded, config: RunConfig, world: World) -> str:
     if config.train.tune == "all":
         kinds = " and ".join(sorted(small))
         return f"the weights of {start.folder} are in {kinds}; training updates copies in float32, and {memory}"
-    what = "the initial state" if config.train.tune == "state" else f"LoRA of rank {config.train.lora_rank}"
+    ranks = {rank for _, rank in config.train.lora_ranks}
+    lora = f"LoRA of rank {ranks.pop()}" if len(ranks) == 1 else "LoRA of several ranks"
+    what = "the initial state" if config.train.tune == "state" else lora
     count = tuned_parameters(config.model, config.train)
     return f"{what} has {count:,} parameters; the weights of {start.folder} are frozen; training {memory}"

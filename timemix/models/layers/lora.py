@@ -58,20 +58,20 @@ def merged(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return (base + scale * (up @ down)).to(base.dtype)
 
 
-def add_lora(blocks: Sequence[nn.Module], rank: int, alpha: float, patterns: Sequence[str]) -> None:
+def add_lora(blocks: Sequence[nn.Module], ranks: Sequence[tuple[str, int]], alpha: float) -> None:
     """Replace linear maps of blocks by maps with a low-rank term.
 
     Args:
         blocks: Blocks of a model.
-        rank: Rank of each term.
+        ranks: Pairs of a pattern and a rank. A pattern is a name of linear maps within a block, such as "mixer.key",
+            with the wildcards `*` and `?`. The last pattern that matches a linear map sets the rank of its term.
         alpha: Number whose quotient by the rank is the factor of each term.
-        patterns: Names of linear maps within a block, such as "mixer.key", with the wildcards `*` and `?`.
 
     Raises:
         InvalidValue: A pattern matches no linear map.
     """
     names = {name for block in blocks for name, _ in _linear_maps(block)}
-    for pattern in patterns:
+    for pattern, _ in ranks:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InvalidValue(
                 f"train.lora_modules has {pattern!r}, which matches no linear map of a block; the linear maps are"
@@ -79,24 +79,24 @@ def add_lora(blocks: Sequence[nn.Module], rank: int, alpha: float, patterns: Seq
             )
     for block in blocks:
         for name, module in list(_linear_maps(block)):
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
+            if matching := [rank for pattern, rank in ranks if fnmatchcase(name, pattern)]:
                 parent, _, own = name.rpartition(".")
-                setattr(block.get_submodule(parent), own, LoraLinear(module, rank, alpha / rank))
+                setattr(block.get_submodule(parent), own, LoraLinear(module, matching[-1], alpha / matching[-1]))
 
 
-def with_lora(weights: Mapping[str, Tensor], terms: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+def with_lora(weights: Mapping[str, Tensor], terms: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """Return the weights of a model with the low-rank terms added.
 
     Args:
         weights: Weights by name.
         terms: Tensors "NAME.down" and "NAME.up" for each linear map NAME with a term.
-        scale: Factor of each term.
+        alpha: Number whose quotient by the rank is the factor of each term.
     """
     found = dict(weights)
     for name in (name.removesuffix(".down") for name in terms if name.endswith(".down")):
         base = found[f"{name}.weight"]
-        own = (base, terms[f"{name}.down"].to(base.device), terms[f"{name}.up"].to(base.device))
-        found[f"{name}.weight"] = merged(*own, scale)
+        down, up = terms[f"{name}.down"].to(base.device), terms[f"{name}.up"].to(base.device)
+        found[f"{name}.weight"] = merged(base, down, up, alpha / len(down))
     return found
 
 
