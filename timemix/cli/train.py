@@ -79,6 +79,9 @@ class TrainArguments:
     """Run folder to resume from its newest checkpoint (see timemix train --resume RUN --help). Default: a new run."""
     from_: Path | None = None
     """Run folder, or checkpoint, that gives the initial weights, tokenizer and settings. Default: random weights."""
+    from_state: Path | None = None
+    """Session file (timemix sample --save-state, timemix export --to state) whose state --train.tune state starts from.
+    Default: a state of zeros, or the learned state of --from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -158,7 +161,7 @@ def _defaults(choice: Choice) -> RunConfig:
     # A run of imported weights has neither a text nor steps.
     steps = config.train.steps if config.data.source else TrainConfig.steps
     train = replace(config.train, device="auto", steps=steps)
-    return replace(config, data=data, train=train, start=None)
+    return replace(config, data=data, train=train, start=None, start_state=None)
 
 
 def _check_resumable(arguments: list[str], run: Path) -> None:
@@ -167,6 +170,8 @@ def _check_resumable(arguments: list[str], run: Path) -> None:
     for flag in (word.partition("=")[0] for word in arguments):
         if flag == "--out":
             raise InvalidValue(f"--resume {run} trains in the folder {run}; leave --out out, or {from_weights}")
+        if flag == "--from-state":
+            raise InvalidValue(f"--from-state gives the first state of a new run, and {run} has begun; leave it out")
         if flag == "--data" or flag.startswith("--data.") or flag in _RESIZED:
             raise InvalidValue(f"{flag} cannot change in the resumed run {run}; {from_weights} {flag} VALUE")
         if flag.startswith("--model."):
@@ -202,6 +207,7 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
     default = TrainArguments(
         out=tyro.MISSING,
         from_=None if config.start is None else Path(config.start),
+        from_state=None if config.start_state is None else Path(config.start_state),
         model=config.model,
         data=DataOptions.of(config.data),
         train=_with_budget(config.train, arguments),
@@ -284,7 +290,8 @@ def _begun(asked: TrainArguments, world: "World") -> "Trainer":
 
     out = asked.out
     start = None if asked.from_ is None else str(asked.from_)
-    config = RunConfig(asked.model, asked.data.config(), asked.train, start)
+    state = None if asked.from_state is None else str(asked.from_state.resolve())
+    config = RunConfig(asked.model, asked.data.config(), asked.train, start, state)
     try:
         return new_run(config, out, world, progress=not asked.reporting.quiet)
     except AlreadyExists as error:

@@ -239,6 +239,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None
     """Run folder or checkpoint from which training takes the initial weights and the tokenizer."""
+    start_state: str | None = None
+    """Session file from which a run with `train.tune` "state" takes the first values of its learned state."""
 
     def __post_init__(self) -> None:
         if self.train.contexts > 1 and find_architecture(self.model.arch).bounded:

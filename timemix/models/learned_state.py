@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from timemix.errors import InvalidValue
 from timemix.models.layers.block import Block, Tensors
 from timemix.models.registry import ARCHITECTURES, load_part
+from timemix.models.state import State
 
 
 class LearnedState(nn.Module):
@@ -33,6 +34,22 @@ class LearnedState(nn.Module):
                 "train.tune is 'state', but this architecture has no recurrent state; set train.tune to 'lora', or"
                 f" start from a model of {', '.join(able)}"
             )
+
+    @torch.no_grad()
+    def begin_with(self, state: State, blocks: Sequence[Block]) -> None:
+        """Take over the recurrent part of a state.
+
+        Args:
+            state: State of one row.
+            blocks: Blocks of the model.
+
+        Raises:
+            InvalidValue: No parameters give this state.
+        """
+        for own, block, layer in zip(self.layers, blocks, state.layers, strict=True):
+            found = block.parameters_of({name: x[0] for name, x in layer.items()}, int(state.position))
+            for name, parameter in own.named_parameters():
+                parameter.copy_(found[name])
 
     def rows(self, layer: int, block: Block, count: int) -> Tensors:
         """Return the recurrent part of the state of a block before the first token.

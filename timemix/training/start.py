@@ -11,6 +11,7 @@ from timemix.data.config import DataConfig, TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
+from timemix.generation.session import Session
 from timemix.models.config import ModelConfig
 from timemix.runs.folder import check_resumable, checkpoints, newest, read_progress, warn_of_unfinished
 from timemix.runs.load import Loaded, empty_model, load, load_start
@@ -24,7 +25,7 @@ from timemix.training.memory import memory_note, refuse_too_large
 from timemix.training.parallel import check_shares
 from timemix.training.signals import signals_raised
 from timemix.training.trainer import Trainer
-from timemix.training.tuning import fill_start, hash_released, with_frozen
+from timemix.training.tuning import fill_start, first_state, hash_released, with_frozen
 
 FIXED = ("batch_size", "contexts", "seed", "optimizer", "tune", "lora_rank", "lora_alpha", "lora_modules")
 """Settings that cannot change when a run is resumed, because the data order or the optimizer state depends on them."""
@@ -42,7 +43,7 @@ def new_run(
 
     If `config.start` names a trained model, training starts from its weights, with its tokenizer. `config.model` must
     equal the config of the trained model, except for dropout and ctx_len. `Block.resized` cuts or extends the tables of
-    the trained model to ctx_len.
+    the trained model to ctx_len. With `config.start_state`, the learned state begins with the state of a session.
 
     Args:
         config: Config of the run. The resulting number of steps replaces `train.seconds`, `train.tokens` or
@@ -68,6 +69,7 @@ def new_run(
         start = None if config.start is None else load(config.start, mapped=True)
     if start is not None:
         _check_start(config.model, start)
+    session = first_state(config, start)
     config = with_frozen(config, start)
     check_shares(config.train, world)
     # Free memory differs between the processes, so a single process may refuse the run.
@@ -75,14 +77,16 @@ def new_run(
     world.first_does(lambda: _make_folder(out))
     try:
         with signals_raised():
-            return _begun(config, out, world, start, progress)
+            return _begun(config, out, world, start, session, progress)
     except BaseException:
         if world.first:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
 
-def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, progress: ShowProgress) -> Trainer:
+def _begun(
+    config: RunConfig, out: Path, world: World, start: Loaded | None, session: Session | None, progress: ShowProgress
+) -> Trainer:
     """Fill a new run folder, and return its trainer."""
     lock = world.first_does(lambda: _locked(out))
     corpus = world.first_does(lambda: _corpus(config, out, start, progress))
@@ -95,7 +99,7 @@ def _begun(config: RunConfig, out: Path, world: World, start: Loaded | None, pro
     world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
     trainer = Trainer(config, out, corpus, lock, world)
     if start is not None:
-        fill_start(trainer, start)
+        fill_start(trainer, start, session)
         # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
     return trainer

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from timemix.config.run import RunConfig
 from timemix.errors import InvalidValue
+from timemix.generation.session import Session, load_session
 from timemix.models.hashes import model_hash
+from timemix.models.language_model import LanguageModel, evaluating
+from timemix.models.state import State
 from timemix.runs.load import Loaded
 from timemix.runs.tuning import frozen_weights
 from timemix.storage.tensors import release
@@ -49,6 +52,27 @@ def with_frozen(config: RunConfig, start: Loaded | None) -> RunConfig:
     return replace(config, start=str(start.folder.resolve()))
 
 
+def first_state(config: RunConfig, start: Loaded | None) -> Session | None:
+    """Load the session whose state is the first learned state of a run, or return None if the run names no session.
+
+    Args:
+        config: Config of a new run.
+        start: The model that the run starts from, or None.
+
+    Raises:
+        InvalidValue: `train.tune` is not "state".
+        FileError: The file is missing or damaged, is no session file, or belongs to another model.
+    """
+    if config.start_state is None:
+        return None
+    if config.train.tune != "state":
+        raise InvalidValue(
+            f"the state in {config.start_state} needs train.tune 'state', but train.tune is {config.train.tune!r}; set"
+            " train.tune to 'state'"
+        )
+    return None if start is None else load_session(config.start_state, start.model)
+
+
 def hash_released(start: Loaded) -> None:
     """Compute the hash of a model, which `model_hash` keeps, and release the memory of its mapped weights.
 
@@ -66,12 +90,16 @@ def _mapped(start: Loaded, weights: dict[str, Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def fill_start(trainer: Trainer, start: Loaded) -> None:
+def fill_start(trainer: Trainer, start: Loaded, session: Session | None = None) -> None:
     """Copy the weights of a trained model into the model of a trainer, whose context length may differ.
 
     Args:
         trainer: The trainer.
         start: The trained model.
+        session: Session of `start` from whose end the learned state of the trainer begins, or None.
+
+    Raises:
+        InvalidValue: The architecture cannot learn a state that begins with the state of the session.
     """
     model, old = trainer.model, start.model.state_dict()
     weights = start.model.block.resized(old, start.config.model, model.config.ctx_len)
@@ -86,3 +114,19 @@ def fill_start(trainer: Trainer, start: Loaded) -> None:
         if id(weight) in mapped:
             release(weight)
     trainer.start_hash = model_hash(start.model)
+    if session is not None and model.learned_state is not None:
+        model.learned_state.begin_with(_at_its_end(session, model), model.blocks)
+
+
+def _at_its_end(session: Session, model: LanguageModel) -> State:
+    """Return the state after all tokens of a session."""
+    state = model.init_state(1)
+    for own, saved in zip(state.layers, session.state.layers, strict=True):
+        for name, x in own.items():
+            x.copy_(saved[name])
+    state.position.copy_(session.state.position)
+    if session.unread:
+        unread = torch.tensor([session.tokens[-session.unread :]], device=model.device)
+        with evaluating(model):
+            _, state = model(unread, state, logits="last")
+    return state

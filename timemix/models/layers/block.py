@@ -129,6 +129,21 @@ class Block(nn.Module):
         """
         return parameters
 
+    def parameters_of(self, state: Tensors, position: int) -> Tensors:
+        """Compute the parameters from which `state_of` computes the recurrent part of a state.
+
+        Args:
+            state: Tensors of the state of one row by name, without the dimension of the batch.
+            position: Number of tokens so far.
+
+        Returns:
+            Parameters by name, with the names of `state_parameters`.
+
+        Raises:
+            InvalidValue: No parameters give this state.
+        """
+        return {name: state[name] for name in self.state_parameters()}
+
     def forward(
         self,
         x: Tensor,

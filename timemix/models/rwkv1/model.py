@@ -2,6 +2,7 @@
 
 import torch
 
+from timemix.errors import InvalidValue
 from timemix.models.config import ShiftedConfig
 from timemix.models.layers.block import FIRST_WEIGHT, Kept, Model, ShiftedBlock, Tensors
 from timemix.models.layers.channel_mix import ChannelMix
@@ -90,6 +91,15 @@ class Rwkv1ExpBlock(TimeMixBlock):
         # (H, K, N)
         sums = {"numerators": parameters["value"] * weight[:, None], "denominators": weight}
         return sums | {name: x[0] for name, x in self.mixer.init_state(1).items() if name == "taps"}
+
+    def parameters_of(self, state: Tensors, position: int) -> Tensors:
+        if position:
+            raise InvalidValue(
+                "a state of rwkv1_exp depends on its position in the text, and a learned state begins at position 0;"
+                " give a state that timemix export --to state wrote"
+            )
+        weight = state["denominators"].clamp_min(torch.finfo(state["denominators"].dtype).tiny)
+        return {"value": state["numerators"] / weight[:, None], "log_weight": weight.log()}
 
     @classmethod
     def resized(cls, weights: Tensors, config: Rwkv1ExpConfig, ctx_len: int) -> Tensors:

@@ -102,6 +102,11 @@ class Rwkv4Block(Block):
         value, log_weight = parameters["value"], parameters["log_weight"]
         return {"wkv": torch.stack((value, torch.ones_like(value), log_weight))}
 
+    def parameters_of(self, state: Tensors, position: int) -> Tensors:
+        a, b, p = state["wkv"]
+        b = b.clamp_min(torch.finfo(b.dtype).tiny)
+        return {"value": a / b, "log_weight": p + b.log()}
+
     def forward(
         self,
         x: Tensor,
