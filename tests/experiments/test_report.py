@@ -1,6 +1,7 @@
 """report.html in a real browser: text, hover and switches."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -12,11 +13,14 @@ from tests.helpers.browser import open_browser
 from tests.helpers.comparisons import finish, small
 from tests.helpers.runs import write_text_file
 from timemix.bench.measure import StepSpeed
+from timemix.evaluation.loss import evaluate
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import to_html, write_report
 from timemix.experiments.spec import Verdict
 from timemix.experiments.table import build_table
 from timemix.experiments.variants import Variant
+from timemix.reporting.markdown import mean_and_deviation
+from timemix.runs.load import load
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,21 @@ def test_it_is_one_file_without_the_outside(comparison):
     assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?!data:)[\w/.:]""", page)
     assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
     assert page.count("</script>") == 2
+
+
+def test_bits_per_byte_stand_beside_nats(comparison):
+    (row, *_) = json.loads((comparison.out / "table.json").read_text())["variants"]
+    for seed, bits in row["valid_bits_per_byte"].items():
+        run = load(comparison.out / "variants/rwkv1" / f"seed-{seed}", checkpoint="newest")
+        assert bits == pytest.approx(evaluate(run).bits_per_byte, abs=1e-6)
+        # A token of this vocabulary is a byte.
+        assert bits == pytest.approx(row["valid_losses"][seed] / math.log(2))
+    page = (comparison.out / "report.html").read_text(encoding="utf-8")
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr>(.*?)</tr>", page)]
+    found = dict(zip(cells[0], cells[1], strict=True))
+    assert found["held-out loss"] == mean_and_deviation(row["valid_losses"].values())
+    assert found["bits per byte"] == mean_and_deviation(row["valid_bits_per_byte"].values())
+    assert dict(zip(cells[0], cells[3], strict=True))["bits per byte"] == "-"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from timemix.data.corpus import Corpus
+from timemix.evaluation.loss import bits_per_byte
 from timemix.experiments.compare import Comparison
 from timemix.experiments.jobs import Failure, Result
 from timemix.experiments.spec import Verdict
@@ -29,6 +31,8 @@ class Row:
     """Training loss by seed."""
     valid_losses: dict[int, float] = field(default_factory=dict)
     """Held-out loss by seed."""
+    valid_bits_per_byte: dict[int, float] = field(default_factory=dict)
+    """Held-out loss by seed in bits per byte of the text; empty if the number of bytes is unknown."""
     valid_at: dict[int, dict[str, float]] = field(default_factory=dict)
     """Held-out losses by seed, then by training step."""
     tokens_per_second: float | None = None
@@ -110,6 +114,7 @@ def _row(comparison: Comparison, variant: Variant) -> Row:
         tuning=tuning,
         train_losses={seed: r.train_loss for seed, r in good.items()},
         valid_losses={seed: r.valid_loss for seed, r in good.items()},
+        valid_bits_per_byte=_bits_per_byte(good, comparison.corpus(variant)),
         valid_at={seed: r.valid_at for seed, r in good.items()},
         tokens_per_second=statistics.median([r.tokens_per_second for r in good.values()]) if good else None,
         seconds=sum(r.seconds for r in good.values()),
@@ -118,6 +123,11 @@ def _row(comparison: Comparison, variant: Variant) -> Row:
         comparable=comparison.same_text(variant),
         by_position=_by_position(good) if comparison.experiment.by_position and good else None,
     )
+
+
+def _bits_per_byte(good: dict[int, Result], corpus: Corpus) -> dict[int, float]:
+    bits = {seed: bits_per_byte(r.valid_loss, corpus) for seed, r in good.items()}
+    return {seed: each for seed, each in bits.items() if each is not None}
 
 
 def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
@@ -165,7 +175,19 @@ def summary(table: Table) -> str:
 
 def result_rows(table: Table) -> list[list[str]]:
     """Return the rows of the main table as text, headings first."""
-    rows = [["variant", "parameters", "chosen", "training loss", "held-out loss", "difference", "tokens/s", "memory"]]
+    rows = [
+        [
+            "variant",
+            "parameters",
+            "chosen",
+            "training loss",
+            "held-out loss",
+            "bits per byte",
+            "difference",
+            "tokens/s",
+            "memory",
+        ]
+    ]
     for row in table.variants:
         memory, speed = row.peak_memory, row.tokens_per_second
         rows.append(
@@ -175,6 +197,7 @@ def result_rows(table: Table) -> list[list[str]]:
                 point_words(row.chosen),
                 mean_and_deviation(row.train_losses.values()),
                 mean_and_deviation(row.valid_losses.values()),
+                mean_and_deviation(row.valid_bits_per_byte.values()),
                 interval(row.difference),
                 "-" if speed is None else f"{speed:,.0f}",
                 "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
