@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from timemix.interop import onnx as exporting
 from timemix.interop.onnx import export_onnx
 from timemix.models.language_model import build_model
 from timemix.models.registry import list_architectures
+from timemix.storage.files import unfinished_name
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
 
 BYTES = train_tokenizer("byte", "a")
@@ -56,8 +58,8 @@ def test_onnxruntime_gives_the_logits_and_states_of_timemix(tmp_path, arch):
     import onnxruntime
 
     model = random_model(arch)
-    export_onnx(write_run(tmp_path / "run", model, BYTES), tmp_path / "mine.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "mine.onnx", providers=["CPUExecutionProvider"])
+    export_onnx(write_run(tmp_path / "run", model, BYTES), tmp_path / "mine")
+    session = onnxruntime.InferenceSession(tmp_path / "mine/model.onnx", providers=["CPUExecutionProvider"])
     assert [x.name for x in session.get_inputs()][:2] == ["token", "position"]
     names = [x.name for x in session.get_outputs()]
     tokens = torch.randint(256, (3, 27), generator=torch.Generator().manual_seed(1))
@@ -84,19 +86,19 @@ def test_onnxruntime_gives_the_logits_and_states_of_timemix(tmp_path, arch):
 
 
 @pytest.mark.slow
-def test_the_file_names_its_tokenizer_and_no_path_of_this_machine(run, tmp_path, capsys, monkeypatch):
+def test_the_file_has_no_path_of_this_machine(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxscript")
     import onnx
 
     monkeypatch.chdir(tmp_path)
-    status, out, err = run_command(capsys, "export", "run", "--to", "onnx", "--out", "mine.onnx", "--json")
-    assert (status, json.loads(out)["files"], err) == (0, ["mine.onnx", "mine.tokenizer.json"], "")
-    found = onnx.load("mine.onnx")
+    status, out, err = run_command(capsys, "export", "run", "--to", "onnx", "--out", "mine", "--json")
+    assert (status, json.loads(out)["files"], err) == (0, ["mine/model.onnx", "mine/tokenizer.json"], "")
+    found = onnx.load("mine/model.onnx")
     onnx.checker.check_model(found, full_check=True)
     about = {each.key: each.value for each in found.metadata_props}
-    assert about == {"timemix.architecture": "rwkv7", "timemix.tokenizer": "mine.tokenizer.json"}
-    assert load_tokenizer("mine.tokenizer.json").hash == BYTES.hash
-    content = (tmp_path / "mine.onnx").read_bytes()
+    assert about == {"timemix.architecture": "rwkv7"}
+    assert load_tokenizer("mine/tokenizer.json").hash == BYTES.hash
+    content = (tmp_path / "mine/model.onnx").read_bytes()
     assert b".py" not in content
     assert found.graph.input[0].type.tensor_type.shape.dim[0].dim_param
 
@@ -105,7 +107,7 @@ def test_the_file_names_its_tokenizer_and_no_path_of_this_machine(run, tmp_path,
 def test_a_full_disk(run, tmp_path):
     pytest.importorskip("onnxscript")
     with bytes_per_file(2**14), pytest.raises(CannotWrite, match="cannot write .*mine.*: File too large"):
-        export_onnx(run, tmp_path / "mine.onnx")
+        export_onnx(run, tmp_path / "mine")
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -113,6 +115,34 @@ def test_a_full_disk(run, tmp_path):
 def packages(monkeypatch):
     """Imitate the package onnxscript, which the refusals before an export do not use."""
     monkeypatch.setitem(sys.modules, "onnxscript", sys)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_export_leaves_no_file(run, tmp_path, packages, monkeypatch, error):
+    def fail(model):
+        (written,) = tmp_path.glob(".mine.partial-*/*")
+        assert written.name == "tokenizer.json"
+        raise error
+
+    monkeypatch.setattr(exporting, "step_program", fail)
+    with pytest.raises(error):
+        export_onnx(run, tmp_path / "mine")
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_killed_export_does_not_hinder_the_next(run, tmp_path, monkeypatch):
+    # The largest process id of Linux is 2^22.
+    left = unfinished_name(tmp_path / "mine", 2**22 + 1)
+    left.mkdir()
+    (left / "tokenizer.json").write_text("")
+
+    program = SimpleNamespace(SerializeToString=lambda: b"program")
+    helper = SimpleNamespace(set_model_props=lambda program, about: None)
+    monkeypatch.setattr(exporting, "_library", lambda: SimpleNamespace(helper=helper))
+    monkeypatch.setattr(exporting, "step_program", lambda model: program)
+    export_onnx(run, tmp_path / "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "mine"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"model.onnx", "tokenizer.json"}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +155,7 @@ def packages(monkeypatch):
 def test_an_architecture_with_a_growing_state(tmp_path, packages, arch, end):
     run = write_run(tmp_path / "run", random_model(arch), BYTES)
     with pytest.raises(InvalidValue, match=f"a model of {arch} has no state of constant size, .*{end}"):
-        export_onnx(run, tmp_path / "a.onnx")
+        export_onnx(run, tmp_path / "a")
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -139,7 +169,7 @@ def test_an_operator_that_onnx_does_not_have(run, tmp_path, packages, monkeypatc
     monkeypatch.setattr(torch.onnx, "export", fail)
     sentence = "PyTorch cannot export a model of rwkv7 to ONNX: no function for aten.mine; export another model$"
     with pytest.raises(InvalidValue, match=sentence):
-        export_onnx(run, tmp_path / "a.onnx")
+        export_onnx(run, tmp_path / "a")
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -148,15 +178,21 @@ def test_a_model_above_the_size_of_a_file(run, tmp_path, packages, monkeypatch):
     with pytest.raises(
         InvalidValue, match=r"the weights have [\d,]+ bytes in float32, more than the 1,000 bytes of an"
     ):
-        export_onnx(run, tmp_path / "a.onnx")
+        export_onnx(run, tmp_path / "a")
 
 
-@pytest.mark.parametrize("name", ["a.onnx", "a.tokenizer.json"])
-def test_a_file_that_exists_is_not_replaced(run, tmp_path, name):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(AlreadyExists, match=f"{name} exists already; choose another file"):
+def test_a_folder_that_exists_is_not_replaced(run, tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(AlreadyExists, match="a exists already; choose another folder"):
+        export_onnx(run, tmp_path / "a")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_the_name_of_a_file_is_refused(run, tmp_path):
+    with pytest.raises(
+        InvalidValue, match=r"a\.onnx is the name of a file, but the export is a folder; give a folder, "
+    ):
         export_onnx(run, tmp_path / "a.onnx")
-    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])
@@ -165,4 +201,4 @@ def test_without_a_package(run, tmp_path, monkeypatch, packages, name):
     with pytest.raises(
         Unavailable, match=r"the packages onnx and onnxscript are not installed; run: pip install 'time"
     ):
-        export_onnx(run, tmp_path / "a.onnx")
+        export_onnx(run, tmp_path / "a")

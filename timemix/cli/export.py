@@ -18,7 +18,7 @@ class ExportArguments:
     - hf with --form native: a folder of rwkv4 for transformers, or of rwkv7 for flash-linear-attention and rwkv7-hf,
       without timemix
     - gguf: a file for llama.cpp, with the vocabulary (pip install 'timemix[gguf]')
-    - onnx: a file with the step of one token, and a tokenizer file beside it (pip install 'timemix[onnx]')
+    - onnx: a folder with the step of one token, model.onnx, and its tokenizer (pip install 'timemix[onnx]')
     - state: a folder with learned.state of a run with --train.tune state, a session for timemix sample --load-state
 
     Examples:
@@ -50,19 +50,17 @@ def export(arguments: list[str]) -> int:
         raise InvalidValue(f"--dtype has no effect on --to {parsed.to}; leave it out")
     from timemix.interop.export import export_run, has_native_form
 
-    files = [parsed.out]
     if parsed.to == "gguf":
         from timemix.interop.gguf import export_gguf
 
         folder = export_gguf(parsed.run, parsed.out, dtype=parsed.dtype, checkpoint=parsed.checkpoint)
     elif parsed.to == "onnx":
-        from timemix.interop.onnx import export_onnx, tokenizer_file
+        from timemix.interop.onnx import export_onnx
 
         folder = export_onnx(parsed.run, parsed.out, checkpoint=parsed.checkpoint)
-        files.append(tokenizer_file(parsed.out))
     else:
         folder = export_run(parsed.run, parsed.to, parsed.out, form=parsed.form, checkpoint=parsed.checkpoint)
-        files = sorted(parsed.out.iterdir())
+    files = [parsed.out] if parsed.to == "gguf" else sorted(parsed.out.iterdir())
     if parsed.json:
         print(json.dumps({"checkpoint": str(folder), "files": [str(path) for path in files]}))
     else:

@@ -16,17 +16,15 @@ from timemix.models.language_model import LanguageModel
 from timemix.models.registry import find_architecture, list_architectures
 from timemix.models.state import State
 from timemix.runs.load import load
-from timemix.storage.files import check_name, new_file, refuse_existing
+from timemix.storage.files import check_name, new_folder, refuse_existing
+
+PROGRAM = "model.onnx"
+"""Name of the file with the step, in the folder of an export."""
 
 LARGEST = 2**31 - 2**20
 """Largest number of bytes of the weights. A file of protobuf, the container of ONNX, has less than 2 GiB."""
 
 _MOST_ROWS = 2**16
-
-
-def tokenizer_file(out: Path) -> Path:
-    """Return the path of the tokenizer beside an ONNX file: `mine.tokenizer.json` beside `mine.onnx`."""
-    return out.with_name(f"{out.name.removesuffix('.onnx')}.tokenizer.json")
 
 
 def export_onnx(run: Path, out: Path, *, checkpoint: str | int = "best") -> Path:
@@ -38,7 +36,7 @@ def export_onnx(run: Path, out: Path, *, checkpoint: str | int = "best") -> Path
 
     Args:
         run: Run folder, or a checkpoint folder.
-        out: New file. The tokenizer is written to `tokenizer_file(out)`.
+        out: New folder for `PROGRAM` and for tokenizer.json.
         checkpoint: "best" (lowest validation loss), "newest", or a step. `checkpoint` has no effect if `run` is a
             checkpoint folder.
 
@@ -46,26 +44,28 @@ def export_onnx(run: Path, out: Path, *, checkpoint: str | int = "best") -> Path
         The checkpoint folder that was exported.
 
     Raises:
-        AlreadyExists: `out` or the tokenizer beside it exists.
-        InvalidValue: The architecture has no state of constant size, or the model is too large.
+        AlreadyExists: `out` exists.
+        InvalidValue: `out` has the name of a file, the architecture has no state of constant size, or the model is too
+            large.
         FileError: The checkpoint is missing or damaged.
-        CannotWrite: A file cannot be written.
+        CannotWrite: The folder cannot be written.
         Unavailable: The packages onnx and onnxscript are not installed.
     """
     check_name(out)
-    beside = tokenizer_file(out)
-    for path in (out, beside):
-        refuse_existing(path, "file")
+    if out.suffix == ".onnx":
+        raise InvalidValue(
+            f"{out} is the name of a file, but the export is a folder; give a folder, such as {out.with_suffix('')}"
+        )
+    refuse_existing(out)
     library = _library()
     loaded = load(run, checkpoint=checkpoint)
     refuse_learned_state(loaded.config, loaded.folder)
     _check(loaded.model)
-    with new_file(out) as temporary, new_file(beside) as words:
-        words.write_text(loaded.tokenizer.to_json(), encoding="utf-8")
+    with new_folder(out) as temporary:
+        (temporary / "tokenizer.json").write_text(loaded.tokenizer.to_json(), encoding="utf-8")
         program = step_program(loaded.model)
-        about = {"timemix.architecture": loaded.config.model.arch, "timemix.tokenizer": beside.name}
-        library.helper.set_model_props(program, about)
-        temporary.write_bytes(program.SerializeToString())
+        library.helper.set_model_props(program, {"timemix.architecture": loaded.config.model.arch})
+        (temporary / PROGRAM).write_bytes(program.SerializeToString())
     return loaded.folder
 
 
