@@ -68,6 +68,8 @@ def test_wrong_tasks_are_refused():
         TaskSetting("recall", 4, (129,))
     with pytest.raises(InvalidValue, match="cannot name a file"):
         TaskSetting("a/b", 4, (4,), task="copy")
+    with pytest.raises(InvalidValue, match="^tasks is empty; give at least one of few, parity$"):
+        EXPERIMENT.only(())
 
 
 def test_the_context_covers_the_longest_test():

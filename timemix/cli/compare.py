@@ -74,7 +74,7 @@ class CompareArguments:
     """Number of training tokens of each run, such as 500k or 20M. Default: tokens of the experiment, otherwise 1.5M."""
     size: str = "cpu-small"
     """Preset that gives the size and training of the architectures of --arch."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
     """Names of the tasks of a synthetic experiment such as `recall`, one or more. Default: all tasks."""
     tune: bool = True
     """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
@@ -170,7 +170,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         raise InvalidValue(f"the experiment {name} trains no variants on a text; leave out --reuse and --results")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
-    if parsed.tasks:
+    if parsed.tasks is not None:
         if not isinstance(experiment, SyntheticExperiment):
             raise InvalidValue(f"the experiment {name} has no tasks; leave out --tasks")
         experiment = experiment.only(parsed.tasks)

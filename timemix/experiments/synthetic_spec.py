@@ -109,9 +109,11 @@ class SyntheticExperiment:
             names: Names of the tasks.
 
         Raises:
-            InvalidValue: The experiment lacks a task.
+            InvalidValue: The experiment lacks a task, or `names` is empty.
         """
         known = {task.name: task for task in self.tasks}
+        if not names:
+            raise InvalidValue(f"tasks is empty; give at least one of {', '.join(known)}")
         for name in names:
             if name not in known:
                 raise InvalidValue(f"the experiment has no task {name!r}{nearest(name, known)}")
