@@ -1,6 +1,7 @@
 """Drawing of runs in training: the picture follows the losses, and ends with the runs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_several_runs_are_drawn_to_the_end_of_the_last(call, run, monkeypatch, t
 def test_a_run_that_no_process_trains_is_drawn_once(call, run):
     status, out, err = call("plot", "run", "--follow")
     assert (status, out, err) == (0, "run/loss.png\n", "run is complete: 4 steps\n")
+
+
+@pytest.mark.parametrize(
+    ("others", "way"), [([], "name another run"), (["run"], "draw the others with: timemix plot run --follow")]
+)
+def test_a_run_that_is_removed_meanwhile(call, run, monkeypatch, others, way):
+    lock = FolderLock(Path(shutil.copytree(run, "other")))
+    lock.take()
+    acting(monkeypatch, lambda: shutil.rmtree("other"))
+    status, out, err = call("plot", *others, "other", "--follow", "--out", "both.png")
+    lock.release()
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == f"timemix: other was removed meanwhile; {way}"
+    assert "is damaged" not in err
 
 
 def test_a_missing_run_is_named(call, run):

@@ -93,6 +93,15 @@ def test_first_losses_do_not_squash_the_curve(make_run, tmp_path, drawn):
     assert 1.6 < high < 2
 
 
+def test_the_printed_validation_loss_is_inside_the_picture(make_run, tmp_path, drawn, recwarn):
+    """In a run that has just begun, the newest validation is far above the newest losses."""
+    rows = [{"step": 0, "tokens": 0, "valid_loss": 9.0}, {"step": 10, "tokens": 1920, "loss": 1.7}]
+    plot_loss([make_run("a", rows)], tmp_path / "loss.png")
+    low, high = drawn[0].get_ylim()
+    assert low < 1.7 < 9.0 < high
+    assert [str(each.message) for each in recwarn] == []
+
+
 def test_several_runs_have_different_lines(make_run, tmp_path, drawn):
     ends = {"rwkv1": 1.5, "_mha_$pro$": 1.51, "mha_rotary": 1.7}
     runs = [make_run(name, rows_of(end, seed=i)) for i, (name, end) in enumerate(ends.items())]

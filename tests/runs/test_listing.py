@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ import timemix
 from tests.helpers.runs import save_another, small_trainer
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
-from timemix.errors import DamagedFile, MissingFile
+from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs import listing, metrics
 from timemix.runs.listing import RunSummary, list_runs
 from timemix.runs.metrics import newest_numbers
@@ -177,6 +178,30 @@ def test_a_damaged_line_before_the_end_is_named(runs):
     number = len(path.read_text().splitlines()) // 2 + 1
     with pytest.raises(DamagedFile, match=f"line {number} of .*metrics.jsonl is not a JSON object"):
         newest_numbers(runs / "b", ["loss"])
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_folder_that_cannot_be_read(runs, monkeypatch, error):
+    inside = Path.iterdir
+
+    def fail(folder):
+        if folder == fails:
+            raise error
+        return inside(folder)
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    fails = runs / "group/deep"
+    assert [run.folder for run in list_runs(runs)] == [str(runs / name) for name in ("b", "c")]
+    fails = runs
+    with pytest.raises(FileError, match=f"cannot read {runs}: {error.strerror}; check its p"):
+        list_runs(runs)
+
+
+def test_a_config_of_another_program_is_no_newer_version(runs):
+    (runs / "b/config.toml").write_text("title = 'of another program'")
+    (b, *_) = list_runs(runs)
+    reason = "format_version is missing, so this is no config.toml of a run; restore it from a copy"
+    assert b.error == f"{runs}/b/config.toml: {reason}"
 
 
 def test_no_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Loss curves of runs in training, drawn again when new losses arrive."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def follow(runs: Sequence[Path], out: Path, draw: Callable[[], None]) -> None:
         draw: Function that draws the runs to `out`.
 
     Raises:
-        MissingFile: A run folder does not exist.
+        MissingFile: A run folder does not exist, or was removed meanwhile.
         FileError: A file of a run is damaged, or the picture cannot be written.
     """
     for run in runs:
@@ -40,6 +41,7 @@ def follow(runs: Sequence[Path], out: Path, draw: Callable[[], None]) -> None:
     ended: set[Path] = set()
     drawn, next_time, has_waited = None, 0.0, False
     while True:
+        _refuse_removed(runs)
         # The locks are read before the losses, so the last picture has all losses of a run that ended.
         newly_ended = [run for run in dict.fromkeys(runs) if run not in ended and not is_held(run)]
         ended.update(newly_ended)
@@ -62,6 +64,13 @@ def follow(runs: Sequence[Path], out: Path, draw: Callable[[], None]) -> None:
         if is_last:
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _refuse_removed(runs: Sequence[Path]) -> None:
+    left = [run for run in runs if (run / "config.toml").exists() or is_held(run)]
+    if removed := [run for run in runs if run not in left]:
+        way = f"draw the others with: {own_command()} plot {shlex.join(map(str, left))} --follow"
+        raise MissingFile(f"{removed[0]} was removed meanwhile; {way if left else 'name another run'}")
 
 
 def _size(path: Path) -> int:

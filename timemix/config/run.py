@@ -289,9 +289,11 @@ def current(data: dict[str, Any], version: int | None = None) -> dict[str, Any]:
         version: Format version to assume if the file has no `format_version`.
 
     Raises:
-        InvalidValue: The version is not supported.
+        InvalidValue: The version is missing or not supported.
     """
     version = data.get("format_version", version)
+    if version is None:
+        raise InvalidValue("format_version is missing, so this is no config.toml of a run; restore it from a copy")
     if version not in (1, FORMAT_VERSION):
         raise InvalidValue(
             f"format_version is {version!r}, but this timemix supports 1 and {FORMAT_VERSION}; update timemix"

@@ -336,7 +336,8 @@ def _loss_limits(curves: list[_Curve]) -> tuple[float, float]:
         train, smoothed, valid = (
             points[1, points[0] >= 0.1 * curve.last_x] for points in (curve.train, curve.smoothed, curve.valid)
         )
-        shown += [*smoothed, *valid]
+        # The last validation loss is printed beside the axes, also if it is from step 0.
+        shown += [*smoothed, *valid, *curve.valid[1, -1:]]
         if train.size:
             shown += np.quantile(train, (0.002, 0.998)).tolist()
     return _limits(shown)

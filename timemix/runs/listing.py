@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from timemix.config.run import MOST_STEPS, read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
 from timemix.runs.metrics import newest_numbers
+from timemix.storage.files import cannot_read
 from timemix.storage.index import is_sharded, read_index
 from timemix.storage.locks import is_held
 
@@ -53,9 +55,14 @@ def list_runs(folder: Path) -> list[RunSummary]:
 
     Raises:
         MissingFile: The folder does not exist.
+        FileError: The folder cannot be read.
     """
     if not folder.is_dir():
         raise MissingFile(f"there is no folder {folder}; name the folder of your runs")
+    try:
+        next(folder.iterdir(), None)
+    except OSError as error:
+        raise FileError(cannot_read(folder, error)) from error
     return [summarize(run) for run in _run_folders(folder)]
 
 
@@ -65,17 +72,19 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         return
     try:
         inside = sorted(folder.iterdir())
-    except PermissionError:
+    except OSError:
+        # The folder belongs to another user, or was removed meanwhile.
         return
     for each in inside:
         # The search follows a link only if it points to a run, so the search cannot loop forever.
-        if not each.name.startswith(".") and each.is_dir() and (_is_run(each) or not each.is_symlink()):
+        if not each.name.startswith(".") and isdir(each) and (_is_run(each) or not each.is_symlink()):
             yield from _run_folders(each)
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.toml").is_file() and any(
-        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", ".lock")
+    # The methods of Path raise an error in a folder without permission.
+    return isfile(folder / "config.toml") and any(
+        exists(folder / name) for name in ("metrics.jsonl", "checkpoints", ".lock")
     )
 
 
