@@ -149,7 +149,7 @@ class TimemixForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
         labels: Tensor | None = None,
@@ -175,11 +175,13 @@ class TimemixForCausalLM(PreTrainedModel, GenerationMixin):
             The loss, the logits and the state.
 
         Raises:
-            InvalidValue: Padding stands between tokens, a row with a state has no token, or an argument is not
-                supported.
+            InvalidValue: Padding stands between tokens, a row with a state has no token, `input_ids` is missing, or an
+                argument is not supported.
             ValueError: The context would have more tokens than `config.max_position_embeddings`.
         """
         _refuse(kwargs)
+        if input_ids is None:
+            raise InvalidValue("input_ids is missing; pass the ids of the tokens")
         B, T = input_ids.shape
         tokens = torch.where(input_ids < self.config.vocab_size, input_ids, self.config.outside_token_id)
         if state is not None:

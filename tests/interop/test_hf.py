@@ -168,7 +168,9 @@ def test_arguments_that_are_not_supported(recurrent):
     model, tokenizer = opened(recurrent[1])
     ids = tokenizer("the cat", return_tensors="pt").input_ids
     with pytest.raises(InvalidValue, match="inputs_embeds is given, .*; pass input_ids"):
-        model(ids, inputs_embeds=torch.zeros(1, 7, 16))
+        model(inputs_embeds=torch.zeros(1, 7, 16))
+    with pytest.raises(InvalidValue, match="input_ids is missing; pass the ids of the tokens"):
+        model()
     gap = torch.tensor([[1, 1, 0, 1, 1, 1, 1]])
     with pytest.raises(InvalidValue, match="attention_mask has padding between tokens; move"):
         model(ids, attention_mask=gap)
