@@ -241,6 +241,15 @@ def test_a_closed_pipe_is_quiet(trained):
         ),
         (["train", "--data", "my.txt", "--out", "r", "--train.batch-size", "99999999"], "GiB are free"),
         (["train", "--data", "my.txt", "--out", "r", "--train.device", "gpu9"], "gpu9"),
+        (
+            ["train", "--data", "my.txt", "--out", "r", "--train.lora-modules", "mixer.key=8"],
+            "--train.lora-modules needs --train.tune lora, but --train.tune is all; set --train.tune to lora",
+        ),
+        (
+            ["train", "--data", "my.txt", "--out", "r", "--train.lora_rank=4"],
+            "--train.lora-rank needs --train.tune lora",
+        ),
+        (["export", "old/run", "--to", "onnx", "--form", "native", "--out", "r"], "--form has no effect on --to onnx;"),
         (["train", "--data", "my.txt"], "missing --out (new folder for the run); see timemix train --help"),
         (["train", "--data=nothing.txt", "--out", "r"], "nothing.txt"),
         (["train", "--data", "my.txt", "--out", "r", "--train.seed", "9" * 30], "must be below 2^64"),

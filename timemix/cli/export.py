@@ -48,6 +48,8 @@ def export(arguments: list[str]) -> int:
     parsed = parse(ExportArguments, arguments, "export")
     if parsed.dtype is not None and parsed.to != "gguf":
         raise InvalidValue(f"--dtype has no effect on --to {parsed.to}; leave it out")
+    if parsed.form == "native" and parsed.to != "hf":
+        raise InvalidValue(f"--form has no effect on --to {parsed.to}; leave it out")
     from timemix.interop.export import export_run, has_native_form
 
     if parsed.to == "gguf":

@@ -212,7 +212,18 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
         data=DataOptions.of(config.data),
         train=_with_budget(config.train, arguments),
     )
-    return parse(TrainArguments, arguments, "train", default, choice)
+    parsed = parse(TrainArguments, arguments, "train", default, choice)
+    _check_lora(arguments, parsed.train)
+    return parsed
+
+
+def _check_lora(arguments: list[str], train: TrainConfig) -> None:
+    """Raise InvalidValue for an option of LoRA in a run without LoRA. Such a run would train all weights."""
+    for flag in (word.partition("=")[0].replace("_", "-") for word in arguments):
+        if flag.startswith("--train.lora-") and train.tune != "lora":
+            raise InvalidValue(
+                f"{flag} needs --train.tune lora, but --train.tune is {train.tune}; set --train.tune to lora"
+            )
 
 
 def _config_of(run: Path) -> RunConfig:

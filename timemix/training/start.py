@@ -254,6 +254,7 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path, training_to
     config, _ = with_counted_steps(config, training_tokens)
     for name in FIXED:
         if (wanted := getattr(config.train, name)) != (old := tables["train"][name]):
+            wanted, old = (" ".join(each) if isinstance(each, tuple) else each for each in (wanted, old))
             raise InvalidValue(
                 f"train.{name}={wanted} cannot change when {out} is resumed: the run has {old}; start a new run from"
                 f" its weights instead: timemix train --from {out} --out NEXT"
