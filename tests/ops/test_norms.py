@@ -1,5 +1,7 @@
 """LayerNorm with mixtures of neighbouring tokens in C: values and gradients agree with PyTorch's."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,14 +26,14 @@ def drawn(B, T, C, count, *, with_last, scale=1.0):
     return [x, torch.randn(C), torch.randn(C), [torch.rand(C) for _ in range(count)], last]
 
 
-def in_torch(x, weight, bias, mixes, last):
+def in_torch(x, weight, bias, mixes, last, resets=None):
     y = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-    previous, _ = previous_token(y, last, None)
+    previous, _ = previous_token(y, last, None, resets)
     return tuple(y + (previous - y) * mix for mix in mixes)
 
 
-def in_c(x, weight, bias, mixes, last, dtype=torch.float32):
-    return norm_mixtures(x, weight, bias, EPS, tuple(mixes), last, dtype)
+def in_c(x, weight, bias, mixes, last, dtype=torch.float32, resets=None):
+    return norm_mixtures(x, weight, bias, EPS, tuple(mixes), last, dtype, resets)
 
 
 def results(function, x, weight, bias, mixes, last, dtype=torch.float32):
@@ -53,12 +55,16 @@ def results(function, x, weight, bias, mixes, last, dtype=torch.float32):
     count=st.integers(1, 6),
     with_last=st.booleans(),
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    share=st.sampled_from([None, 0.1, 0.9]),
     seed=st.integers(0, 99),
 )
-def test_mixtures_of_any_size(B, T, C, count, with_last, scale, seed):
+def test_mixtures_of_any_size(B, T, C, count, with_last, scale, share, seed):
     torch.manual_seed(seed)
     arguments = drawn(B, T, C, count, with_last=with_last, scale=scale)
-    for one, other in zip(results(in_c, *arguments), results(in_torch, *arguments, torch.float64), strict=True):
+    resets = None if share is None else torch.rand(B, T) < share
+    found = results(partial(in_c, resets=resets), *arguments)
+    expected = results(partial(in_torch, resets=resets), *arguments, torch.float64)
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, atol=3e-5 * max(1, other.abs().max()), rtol=1e-4)
 
 

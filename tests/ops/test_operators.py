@@ -45,7 +45,7 @@ def test_in_a_compiled_function_it_is_the_custom_operator():
 
 
 class Block(nn.Module):
-    def forward(self, x, state, carry, position):
+    def forward(self, x, state, carry, position, lengths):
         return scaled(x.sin(), 3.0).sin(), None, carry
 
 

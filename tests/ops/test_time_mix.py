@@ -1,6 +1,7 @@
 """The time-mix of RWKV-7 in C: results and gradients equal the formulas in PyTorch, for any shape and value."""
 
 import platform
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ EPS = 64e-5
 NAMES = (*Products._fields, *(f"vector {name}" for name in Vectors._fields), "first", "state")
 
 
-def formula(products, vectors, first, state, eps):
+def formula(products, vectors, first, state, eps, resets=None):
     """Compute `time_mix` in PyTorch, by the formulas of the paper."""
     H, N = state.shape[1:3]
 
@@ -33,7 +34,7 @@ def formula(products, vectors, first, state, eps):
     kk = F.normalize(heads(k * vectors.removal), dim=-1, eps=1e-12)
     k = k * (1 + (a - 1) * vectors.replacement)
     r, w, k, v, a = map(heads, (products.receptance, w, k, v, a))
-    y, end = wkv7(r, w, k, v, -kk, kk * a, state, backend="reference")
+    y, end = wkv7(r, w, k, v, -kk, kk * a, state, resets=resets, backend="reference")
     y = F.layer_norm(y, (N,), eps=eps) * heads(vectors.norm_weight) + heads(vectors.norm_bias)
     y = y + (r * k * heads(vectors.bonus)).sum(-1, keepdim=True) * v
     return y.flatten(2) * products.gate, end
@@ -154,6 +155,15 @@ def test_a_text_in_two_parts_is_bit_identical(cut, N, seed):
         parts.append(piece)
     assert torch.equal(torch.cat(parts, 1), y)
     assert torch.equal(state, end)
+
+
+@pytest.mark.parametrize("T", [1, 35])
+def test_resets_give_the_values_and_gradients_of_the_formula(T):
+    resets = torch.rand(2, T, generator=torch.Generator().manual_seed(3)) < 0.3
+    resets[0, 0] = resets[1, -1] = True
+    drawn = arguments(2, T, 3, 16)
+    found = results(partial(time_mix, resets=resets), drawn)
+    assert_close(found, results(partial(formula, resets=resets), drawn, torch.float64), 2e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timemix.errors import InvalidValue
 from timemix.models.config import ModelConfig, Recompute
+from timemix.models.documents import by_document
 from timemix.models.layers.block import Block
 from timemix.models.layers.linear import Embedding, Linear
 from timemix.models.layers.recompute import recomputed
@@ -155,12 +156,18 @@ class LanguageModel(nn.Module):
                 ]
         return State(position, layers)
 
+    @property
+    def resets_in_rows(self) -> bool:
+        """Whether `forward` resets the state within a row. Otherwise, each document becomes a row of its own."""
+        return self.block.takes_resets and self.learned_state is None
+
     def forward(
         self,
         tokens: Tensor,
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
         logits: Literal["all", "last"] | None = "all",
     ) -> tuple[Tensor, State | None]:
         """Compute the logits of the next token after each token.
@@ -171,6 +178,8 @@ class LanguageModel(nn.Module):
                 consumes the state. None, as in training: the tokens begin at position 0.
             lengths: Number of valid tokens of each row (B,), 1 to T. Later tokens of the row are padding. None: all
                 tokens are valid.
+            resets: Whether a token is the first of a document (B, T) bool. It and later tokens depend on no earlier
+                token. None: no token, except at position 0.
             logits: "all": logits after each token. "last": logits after the last token of each row. None: hidden rows,
                 which are the input of the head, instead of logits.
 
@@ -180,27 +189,43 @@ class LanguageModel(nn.Module):
 
         Raises:
             ValueError: The context would have more tokens than `max_position`.
+            InvalidValue: The model does not support `resets` with a state.
         """
         if not torch.compiler.is_compiling():
             share()
         B, T = tokens.shape
         if self.max_position is not None and not is_recording():
             self.check_end(T if state is None else int((state.position + (T if lengths is None else lengths)).max()))
-        x = self.input_norm(self.dropout(self.embedding(tokens)))
-        layers: list[dict[str, Tensor]] = []
-        carry: Tensor | None = None
-        position = None if self.learned_state is None else torch.zeros(B, dtype=torch.int64, device=x.device)
-        for i, block in enumerate(self.blocks):
-            if state is None:
-                start = None if self.learned_state is None else self.learned_state.rows(i, block, B)
-                x, carry = recomputed(block, x, carry, self.recompute, start, position)
-            else:
-                x, layer, carry = block(x, state.layers[i], carry, state.position, lengths)
-                layers.append(layer)
-        if state is not None:
-            state = State(state.position + (T if lengths is None else lengths), layers)
+        if resets is None or (self.resets_in_rows and (state is None or self.max_position is None)):
+            x, state = self._rows(tokens, state, lengths, resets)
+        elif state is None:
+            x = by_document(lambda documents: self._rows(documents, None, None, None)[0], tokens, resets)
+        else:
+            raise InvalidValue(f"this {self.config.arch} does not support resets with a state; leave out state")
         if logits == "last":
             last = torch.full((B,), T, device=x.device) if lengths is None else lengths
             x = x[torch.arange(B, device=x.device), last - 1]
         x = self.norm(x)
         return (x if logits is None else self.head(x)), state
+
+    def _rows(
+        self, tokens: Tensor, state: State | None, lengths: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        """Return the output of the last block (B, T, C), and the next state. `forward` documents the arguments."""
+        B, T = tokens.shape
+        x = self.input_norm(self.dropout(self.embedding(tokens)))
+        layers: list[dict[str, Tensor]] = []
+        carry: Tensor | None = None
+        position = None if state is None else state.position
+        if state is None and self.learned_state is not None:
+            position = torch.zeros(B, dtype=torch.int64, device=x.device)
+        for i, block in enumerate(self.blocks):
+            start = None if state is None else state.layers[i]
+            if state is None and self.learned_state is not None:
+                start = self.learned_state.rows(i, block, B)
+            x, layer, carry = recomputed(block, x, carry, self.recompute, start, position, lengths, resets)
+            if layer is not None:
+                layers.append(layer)
+        if state is not None:
+            state = State(state.position + (T if lengths is None else lengths), layers)
+        return x, state

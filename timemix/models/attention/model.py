@@ -25,7 +25,7 @@ from timemix.models.layers.resize import with_ctx_len
 from timemix.models.layers.rotary import rotary
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
-from timemix.ops.common.history import append, lags, positions_read, weights_at
+from timemix.ops.common.history import append, lags, lags_in_documents, positions_read, weights_at
 from timemix.runtime.distributed import set_whole
 
 
@@ -63,6 +63,7 @@ class RotaryAttention(nn.Module):
         state: dict[str, Tensor] | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         B, T, C = x.shape
@@ -71,7 +72,7 @@ class RotaryAttention(nn.Module):
             linear(x).view(B, T, self.config.heads, -1).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
-        lag = None
+        lag = None if resets is None else lags_in_documents(resets)
         if position is not None:
             # Rows may be at different positions, so the targets are (B, 1, T).
             target = position[:, None, None] + target
@@ -98,7 +99,7 @@ class RotaryAttention(nn.Module):
             k: Keys (B, H, U, N).
             v: Values (B, H, U, N).
             lag: Lag of each source from each target (B, T, U), negative for future sources; None, as in training: lag
-                t - u, and U = T.
+                t - u, and U = T. The lag is also negative for sources of another document.
 
         Returns:
             Outputs (B, H, T, N).
@@ -186,6 +187,7 @@ class RotaryBlock(ShiftedBlock):
 
     Mixer: ClassVar[type[RotaryAttention]] = RotaryAttention
     Ffn: ClassVar[type[Geglu | ChannelMix]] = Geglu
+    takes_resets = True
 
     @classmethod
     @torch.no_grad()
@@ -212,6 +214,8 @@ class ProBlock(RotaryBlock):
 
     Mixer = ProAttention
     Ffn = ChannelMix
+    # W and gamma depend on the position in the window, not in the document.
+    takes_resets = False
 
     @classmethod
     def kept(cls, config: ShiftedConfig, rows: int) -> Kept:

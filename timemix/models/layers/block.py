@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -92,9 +93,12 @@ class Block(nn.Module):
 
     Attributes:
         gates: Names of the projections whose outputs go through a sigmoid.
+        takes_resets: Whether `forward` has one more argument, `resets`: whether a token is the first of a document
+            (B, T) bool, so that its results depend on no earlier token; None: no token, except at position 0.
     """
 
     gates: ClassVar[tuple[str, ...]] = ()
+    takes_resets: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -375,24 +379,40 @@ class ShiftedBlock(Block):
         carry: Tensor | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
+        """Apply the block.
+
+        Args:
+            x: Input (B, T, C).
+            state: State of the block after the earlier tokens, as in `Block.forward`.
+            carry: Tensor that is passed on to the next block.
+            position: Number of earlier tokens of each row (B,); None without a state.
+            lengths: Number of valid tokens of each row (B,), 1 to T; None: all tokens are valid.
+            resets: Whether a token is the first of a document (B, T) bool, without a state; None: no token. Only a
+                subclass whose `takes_resets` is True supports resets.
+
+        Returns:
+            Output (B, T, C), the next state (None if `state` is None), and `carry`.
+        """
         old = state or {}
-        shifted, mixer_shift = self._shifted(self.mixer_norm, x, old.get("mixer_shift"), lengths)
-        y, state = self.mixer(shifted, state, position, lengths)
+        shifted, mixer_shift = self._shifted(self.mixer_norm, x, old.get("mixer_shift"), lengths, resets)
+        mixer = self.mixer if resets is None else partial(self.mixer, resets=resets)
+        y, state = mixer(shifted, state, position, lengths)
         x = x + self.dropout(y).to(x.dtype)
-        shifted, ffn_shift = self._shifted(self.ffn_norm, x, old.get("ffn_shift"), lengths)
+        shifted, ffn_shift = self._shifted(self.ffn_norm, x, old.get("ffn_shift"), lengths, resets)
         x = x + self.dropout(self.ffn(shifted)).to(x.dtype)
         if state is not None and mixer_shift is not None and ffn_shift is not None:
             state |= {"mixer_shift": mixer_shift, "ffn_shift": ffn_shift}
         return x, state, carry
 
     def _shifted(
-        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
+        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Apply norm and token-shift to x (B, T, C). Return the result (B, T, C) and the next state of the shift."""
-        if state is None and x.dtype == torch.float32 and fused.serves(x):
+        if state is None and resets is None and x.dtype == torch.float32 and fused.serves(x):
             return norm_shift(x, norm.weight, norm.bias, norm.eps, self.shift.edges, product_dtype(x)), None
-        result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths)
+        result: tuple[Tensor, Tensor | None] = self.shift(to_product_dtype(norm(x)), state, lengths, resets)
         return result
 
     @classmethod

@@ -47,7 +47,12 @@ def interpolated(x: Tensor, previous: Tensor, weight: Tensor) -> Tensor:
 
 
 def normed_mixtures(
-    norm: LayerNorm, x: Tensor, mix: tuple[Tensor, ...], state: Tensor | None, lengths: Tensor | None
+    norm: LayerNorm,
+    x: Tensor,
+    mix: tuple[Tensor, ...],
+    state: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Normalize x, and interpolate between each token and the previous token.
 
@@ -57,13 +62,14 @@ def normed_mixtures(
         mix: Share of the previous token in each mixture (C,).
         state: Normalized token before x (B, 1, C); None: zeros, and the next state is None.
         lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+        resets: Whether the previous token of each token is zero (B, T) bool; None: never.
 
     Returns:
         The mixtures (B, T, C), in the dtype of products, and the next state.
     """
     if lengths is None and x.dtype == torch.float32 and fused.serves(x):
-        mixed = norm_mixtures(x, norm.weight, norm.bias, norm.eps, mix, state, product_dtype(x))
+        mixed = norm_mixtures(x, norm.weight, norm.bias, norm.eps, mix, state, product_dtype(x), resets)
         return mixed, None if state is None else norm(x[:, -1:])
     y = norm(x)
-    previous, state = previous_token(y, state, lengths)
+    previous, state = previous_token(y, state, lengths, resets)
     return tuple(interpolated(y, previous, each) for each in mix), state

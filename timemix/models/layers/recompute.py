@@ -17,8 +17,10 @@ def recomputed(
     recompute: Recompute,
     state: dict[str, Tensor] | None = None,
     position: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Apply a block in training. `recompute` changes the memory use, but not the results.
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None, Tensor | None]:
+    """Apply a block. In training, `recompute` changes the memory use, but not the results.
 
     Args:
         block: The block.
@@ -27,24 +29,27 @@ def recomputed(
         recompute: "none": store all results. "cheap": store the outputs of linear maps, convolutions and fused
             attention. "all": store only x. Compiled code ignores this argument: the compiler chooses the stored
             results.
-        state: Learned state before the first token; None: no such state.
-        position: Zeros (B,) with a learned state, else None.
+        state: State of the block, see `Block.forward`.
+        position: Number of earlier tokens of each row (B,), or None.
+        lengths: Number of valid tokens of each row (B,), or None.
+        resets: Whether a token is the first of a text (B, T), or None, see `Block.forward`.
 
     Returns:
-        Output (B, T, C), and the tensor `carry` for the next block.
+        Output (B, T, C), the next state, and the tensor `carry` for the next block.
 
     Source:
         arXiv 1604.06174.
     """
+    apply = block if resets is None else partial(block, resets=resets)
     if recompute == "none" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        x, _, carry = block(x, state, carry, position)
-        return x, carry
-    if recompute == "all":
-        x, _, carry = checkpoint(block, x, state, carry, position, use_reentrant=False)
-        return x, carry
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-    x, _, carry = checkpoint(block, x, state, carry, position, use_reentrant=False, context_fn=contexts)
-    return x, carry
+        result = apply(x, state, carry, position, lengths)
+    elif recompute == "all":
+        result = checkpoint(apply, x, state, carry, position, lengths, use_reentrant=False)
+    else:
+        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+        result = checkpoint(apply, x, state, carry, position, lengths, use_reentrant=False, context_fn=contexts)
+    x, state, carry = result
+    return x, state, carry
 
 
 _KEPT = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product", "timemix::causal_conv", "timemix::spectral_conv")

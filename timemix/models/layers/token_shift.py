@@ -61,7 +61,11 @@ class TokenShift(nn.Module):
         return distances
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Replace the first channels of each token by channels of earlier tokens.
 
@@ -69,6 +73,7 @@ class TokenShift(nn.Module):
             x: Input (B, T, C).
             state: Newest rows before x, oldest first (B, distance, C); None: zeros, and the next state is None.
             lengths: Number of valid rows of each batch entry (B,), 1 to T; None: all rows are valid.
+            resets: Whether the rows before each row are zero (B, T) bool, for `state` None; None: never.
 
         Returns:
             Shifted input (B, T, C), and the next state.
@@ -78,6 +83,11 @@ class TokenShift(nn.Module):
         T = x.shape[1]
         if state is None:
             parts = [F.pad(x[:, : max(T - d, 0), a:b], (0, 0, min(d, T), 0)) for d, (a, b) in enumerate(self.groups, 1)]
+            if resets is not None:
+                # Number of the document of each row, from 1: (B, T). No document has number 0.
+                document = 1 + resets.long().cumsum(1)
+                source = (F.pad(document[:, : max(T - d, 0)], (min(d, T), 0)) for d in range(1, 1 + len(parts)))
+                parts = [x.where((document == u)[:, :, None], 0) for x, u in zip(parts, source, strict=True)]
             return torch.cat([*parts, x[:, :, self.shifted :]], dim=-1), None
         # The rows are (B, D + T, C), with x[t] at index D + t.
         rows = torch.cat([state, x.to(state.dtype)], dim=1)
@@ -91,18 +101,25 @@ class TokenShift(nn.Module):
         return shifted, rows.gather(1, newest[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def previous_token(x: Tensor, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def previous_token(
+    x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Return the row before each row of x: y[t] = x[t - 1]. The row before the first token is zero.
 
     Args:
         x: Input (B, T, C).
         state: Row before x (B, 1, C); None: zeros, and the next state is None.
         lengths: Number of valid rows of each batch entry (B,), 1 to T; None: all rows are valid.
+        resets: Whether the row before each row is zero (B, T) bool; None: never.
 
     Returns:
         The previous rows (B, T, C), and the next state: the last valid row of each batch entry.
     """
+    earlier = x[:, :-1]
+    previous = F.pad(earlier, (0, 0, 1, 0)) if state is None else torch.cat([state.to(x.dtype), earlier], 1)
+    if resets is not None:
+        previous = previous.masked_fill(resets[:, :, None], 0)
     if state is None:
-        return F.pad(x[:, :-1], (0, 0, 1, 0)), None
+        return previous, None
     last = x[:, -1:] if lengths is None else x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))
-    return torch.cat([state.to(x.dtype), x[:, :-1]], 1), last.to(state.dtype)
+    return previous, last.to(state.dtype)

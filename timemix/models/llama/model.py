@@ -15,7 +15,7 @@ from timemix.models.layers.initial import normal, set_weights
 from timemix.models.layers.linear import Linear, to_product_dtype
 from timemix.models.layers.rotary import rotary
 from timemix.models.llama.config import LlamaConfig
-from timemix.ops.common.history import append, lags, positions_read
+from timemix.ops.common.history import append, lags, lags_in_documents, positions_read
 from timemix.ops.common.spread import broadcast_parameter
 
 
@@ -58,7 +58,12 @@ class GroupedAttention(nn.Module):
         return {"keys": new(shape), "values": new(shape)}
 
     def forward(
-        self, x: Tensor, state: Tensors | None, position: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        state: Tensors | None,
+        position: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None]:
         """Map x (B, T, C) to (B, T, C), and return the next state. `Block.forward` documents the arguments."""
         config = self.config
@@ -72,7 +77,7 @@ class GroupedAttention(nn.Module):
             # Rows may be at different positions, so the targets are (B, 1, T).
             target = position[:, None, None] + target
         q, k = (rotary(each, target, config.rotary_base, config.head_size) for each in (q, k))
-        seen = None
+        seen = None if resets is None else (lags_in_documents(resets) >= 0)[:, None]
         if state is not None and position is not None:
             U = positions_read(position, T, config.ctx_len)
             keys = append(state["keys"], k, position, lengths)
@@ -107,6 +112,8 @@ class Swiglu(nn.Module):
 class LlamaBlock(Block):
     """A block of attention, then SwiGLU, with RMSNorm before each sublayer."""
 
+    takes_resets = True
+
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.mixer_norm = RMSNorm(config.channels, config.norm_eps)
@@ -125,8 +132,9 @@ class LlamaBlock(Block):
         carry: Tensor | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
-        y, state = self.mixer(to_product_dtype(self.mixer_norm(x)), state, position, lengths)
+        y, state = self.mixer(to_product_dtype(self.mixer_norm(x)), state, position, lengths, resets)
         x = x + self.dropout(y).to(x.dtype)
         y = self.ffn(to_product_dtype(self.ffn_norm(x)))
         return x + self.dropout(y).to(x.dtype), state, carry

@@ -46,7 +46,7 @@ class TimeMix(nn.Module):
         self.output = Linear(C, C, bias=False)
 
     def forward(
-        self, mixed: dict[str, Tensor], wkv: Tensor | None, lengths: Tensor | None
+        self, mixed: dict[str, Tensor], wkv: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the time-mix.
 
@@ -54,13 +54,14 @@ class TimeMix(nn.Module):
             mixed: Mixtures of each token and the previous token (B, T, C), with the names in `MIXED`.
             wkv: State of `wkv4` (B, 3, C); None: no tokens, and the next state is None.
             lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+            resets: Whether to forget all earlier tokens before each token (B, T) bool; None: never.
 
         Returns:
             Output (B, T, C), and the next state of `wkv4`.
         """
         k, v = wide(self.key(mixed["key"])), wide(self.value(mixed["value"]))
         bonus = torch.zeros_like(self.decay) if self.bonus is None else self.bonus
-        y, wkv = wkv4(-self.decay.exp(), bonus, k, v, wkv, lengths=lengths)
+        y, wkv = wkv4(-self.decay.exp(), bonus, k, v, wkv, lengths=lengths, resets=resets)
         y = y.to(mixed["receptance"].dtype)
         if self.receptance is not None:
             y = self.receptance(mixed["receptance"]).sigmoid() * y
@@ -72,6 +73,7 @@ class Rwkv4Block(Block):
     """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
 
     gates = ("receptance",)
+    takes_resets = True
 
     def __init__(self, config: Rwkv4Config, layer: int) -> None:
         super().__init__(config, layer)
@@ -114,14 +116,15 @@ class Rwkv4Block(Block):
         carry: Tensor | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
         mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=True)
-        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
-        y, wkv = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), lengths)
+        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths, resets)
+        y, wkv = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), lengths, resets)
         x = x + self.dropout(y).to(x.dtype)
         mix = shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=True)
-        mixed, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths)
+        mixed, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths, resets)
         x = x + self.dropout(self.ffn(*mixed)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
             return x, None, carry

@@ -43,10 +43,11 @@ class Recurrence(nn.Module):
         state: Tensor | None,
         lengths: Tensor | None,
         bonus: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `wkv6`. Without a bonus (H, N), the current token has the weight 1."""
         bonus = r.new_ones(r.shape[2:]) if bonus is None else wide(bonus)
-        return wkv6(r, log_decay, k, v, bonus, state, lengths=lengths)
+        return wkv6(r, log_decay, k, v, bonus, state, lengths=lengths, resets=resets)
 
 
 class TimeMix(nn.Module):
@@ -73,7 +74,7 @@ class TimeMix(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(C)) if has_norm else None
 
     def mixtures(
-        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
+        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the mixtures (B, T, C) of each token and the previous token by name, and the next state of the shift.
 
@@ -82,6 +83,7 @@ class TimeMix(nn.Module):
             x: Input of the sublayer (B, T, C).
             state: Normalized token before x (B, 1, C); None: zeros, and the next state is None.
             lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+            resets: Whether the previous token of each token is zero (B, T) bool; None: never.
         """
         raise NotImplementedError
 
@@ -90,7 +92,7 @@ class TimeMix(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, mixed: dict[str, Tensor], wkv: Tensor | None, lengths: Tensor | None
+        self, mixed: dict[str, Tensor], wkv: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the time-mix.
 
@@ -98,14 +100,16 @@ class TimeMix(nn.Module):
             mixed: Mixtures of each token and the previous token (B, T, C) by name.
             wkv: State of `wkv6` (B, H, keys N, values N); None: zeros, and the next state is None.
             lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+            resets: Whether to set the state to zero before each token (B, T) bool; None: never.
 
         Returns:
             Output (B, T, C), and the next state of `wkv6`.
         """
         # (B, T, C) -> (B, T, H, N)
         r, k, v = (self.heads(wide(getattr(self, name)(mixed[name]))) for name in ("receptance", "key", "value"))
+        w = self.log_decay(mixed)
         y, wkv = self.recurrence(
-            r=r, log_decay=self.log_decay(mixed), k=k, v=v, state=wkv, lengths=lengths, bonus=self.bonus
+            r=r, log_decay=w, k=k, v=v, state=wkv, lengths=lengths, bonus=self.bonus, resets=resets
         )
         y = self.normalized(y).flatten(2)
         if self.gate is not None:
@@ -134,9 +138,10 @@ class TimeMix5(TimeMix):
         self.decay = nn.Parameter(torch.zeros(config.heads, config.head_size))
 
     def mixtures(
-        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
+        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        mixed, state = normed_mixtures(norm, x, shares(self.mix, MIXED_5, norm, current=True), state, lengths)
+        mix = shares(self.mix, MIXED_5, norm, current=True)
+        mixed, state = normed_mixtures(norm, x, mix, state, lengths, resets)
         return dict(zip(MIXED_5, mixed, strict=True)), state
 
     def log_decay(self, mixed: dict[str, Tensor]) -> Tensor:
@@ -162,13 +167,14 @@ class TimeMix6(TimeMix):
         self.decay = LowRankLogits(C, config.decay_rank if config.uses("token_decay") else 0, torch.tanh)
 
     def mixtures(
-        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None
+        self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         if self.first_mix is None:
-            plain, state = normed_mixtures(norm, x, shares(self.mix, MIXED_6, norm, current=False), state, lengths)
+            mix = shares(self.mix, MIXED_6, norm, current=False)
+            plain, state = normed_mixtures(norm, x, mix, state, lengths, resets)
             return dict(zip(MIXED_6, plain, strict=True)), state
         z = norm(x)
-        previous, state = previous_token(z, state, lengths)
+        previous, state = previous_token(z, state, lengths, resets)
         first = interpolated(z, previous, self.first_mix)
         mixed = dict.fromkeys(MIXED_6, to_product_dtype(z))
         for name, low_rank in self.mix_maps.items():
@@ -184,6 +190,8 @@ class TimeMix6(TimeMix):
 
 class Rwkv5Block(Block):
     """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
+
+    takes_resets = True
 
     def __init__(self, config: Rwkv5Config, layer: int) -> None:
         super().__init__(config, layer)
@@ -218,12 +226,14 @@ class Rwkv5Block(Block):
         carry: Tensor | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
-        mixed, mixer_shift = self.mixer.mixtures(self.mixer_norm, x, old.get("mixer_shift"), lengths)
-        y, wkv = self.mixer(mixed, old.get("wkv"), lengths)
+        mixed, mixer_shift = self.mixer.mixtures(self.mixer_norm, x, old.get("mixer_shift"), lengths, resets)
+        y, wkv = self.mixer(mixed, old.get("wkv"), lengths, resets)
         x = x + self.dropout(y).to(x.dtype)
-        both, ffn_shift = normed_mixtures(self.ffn_norm, x, self.previous_shares(), old.get("ffn_shift"), lengths)
+        mix = self.previous_shares()
+        both, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths, resets)
         x = x + self.dropout(self.ffn(*both)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
             return x, None, carry

@@ -48,9 +48,10 @@ class Recurrence(nn.Module):
         rate: Tensor,
         state: Tensor | None,
         lengths: Tensor | None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute `wkv7`, where the state forgets its values along q (B, T, H, N) at the in-context learning rate."""
-        return wkv7(r, log_decay, k, v, -q, q * rate, state, lengths=lengths)
+        return wkv7(r, log_decay, k, v, -q, q * rate, state, lengths=lengths, resets=resets)
 
 
 class TimeMix(nn.Module):
@@ -88,7 +89,12 @@ class TimeMix(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(C)) if has_norm else None
 
     def forward(
-        self, mixed: dict[str, Tensor], wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
+        self,
+        mixed: dict[str, Tensor],
+        wkv: Tensor | None,
+        first: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Apply the time-mix.
 
@@ -97,6 +103,7 @@ class TimeMix(nn.Module):
             wkv: State of `wkv7` (B, H, N, N); None: zeros, and the next state is None.
             first: Values of layer 0 (B, T, C); None in layer 0.
             lengths: Number of valid tokens of each row (B,); None: all tokens are valid.
+            resets: Whether to set the state to zero before each token (B, T) bool; None: never.
 
         Returns:
             Output (B, T, C), the next state of `wkv7`, and the values of layer 0.
@@ -111,13 +118,15 @@ class TimeMix(nn.Module):
             None if self.gate is None else self.gate(mixed["gate"]),
         )
         if lengths is None and not self.config.without and supports(products.key, self.config.head_size):
-            y, wkv = self._in_c(products, wkv, first)
+            y, wkv = self._in_c(products, wkv, first, resets)
         else:
-            y, wkv = self._in_torch(products, wkv, first, lengths)
+            y, wkv = self._in_torch(products, wkv, first, lengths, resets)
         out: Tensor = self.output(y.to(mixed["gate"].dtype))
         return out, wkv, wide(products.value) if first is None else first
 
-    def _in_c(self, products: Products, wkv: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _in_c(
+        self, products: Products, wkv: Tensor | None, first: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute the input of the output product (B, T, C) and the next state, by ops/rwkv7/time_mix.c."""
         B, H, N = len(products.key), self.config.heads, self.config.head_size
         start = products.key.new_zeros(B, H, N, N, dtype=torch.float32) if wkv is None else wkv
@@ -125,11 +134,16 @@ class TimeMix(nn.Module):
         # A whole model, which has all vectors; a model without an idea runs in PyTorch.
         own: tuple[Any, ...] = (self.removal, self.replacement, self.bonus, self.norm_weight, self.norm_bias)
         vectors = Vectors(self.decay.bias, cast(LowRankLogits, self.rate).bias, bias, *own)
-        y, end = time_mix(products, vectors, first, start, self.config.group_norm_eps)
+        y, end = time_mix(products, vectors, first, start, self.config.group_norm_eps, resets)
         return y, None if wkv is None else end
 
     def _in_torch(
-        self, products: Products, wkv: Tensor | None, first: Tensor | None, lengths: Tensor | None
+        self,
+        products: Products,
+        wkv: Tensor | None,
+        first: Tensor | None,
+        lengths: Tensor | None,
+        resets: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what `_in_c` computes, with PyTorch."""
         r, k, v = wide(products.receptance), wide(products.key), wide(products.value)
@@ -145,7 +159,7 @@ class TimeMix(nn.Module):
         # (B, T, C) -> (B, T, H, N), with unit length over N
         q = F.normalize(self._heads(q), dim=-1, eps=1e-12)
         r, w, k, v, a = (self._heads(each) for each in (r, w, k, v, a))
-        y, wkv = self.recurrence(r=r, log_decay=w, k=k, v=v, q=q, rate=a, state=wkv, lengths=lengths)
+        y, wkv = self.recurrence(r=r, log_decay=w, k=k, v=v, q=q, rate=a, state=wkv, lengths=lengths, resets=resets)
         y = self._with_bonus(y, r, k, v).flatten(2)
         return y if products.gate is None else y * wide(products.gate), wkv
 
@@ -188,6 +202,8 @@ class ChannelMix(nn.Module):
 class Rwkv7Block(Block):
     """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
 
+    takes_resets = True
+
     def __init__(self, config: Rwkv7Config, layer: int) -> None:
         super().__init__(config, layer)
         self.mixer_norm = LayerNorm(config.channels)
@@ -212,14 +228,15 @@ class Rwkv7Block(Block):
         carry: Tensor | None = None,
         position: Tensor | None = None,
         lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
         mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=False)
-        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths)
-        y, wkv, carry = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), carry, lengths)
+        mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths, resets)
+        y, wkv, carry = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), carry, lengths, resets)
         x = x + self.dropout(y).to(x.dtype)
         ffn_mix = torch.zeros_like(self.ffn_norm.weight) if self.ffn.mix is None else self.ffn.mix
-        (y,), ffn_shift = normed_mixtures(self.ffn_norm, x, (ffn_mix,), old.get("ffn_shift"), lengths)
+        (y,), ffn_shift = normed_mixtures(self.ffn_norm, x, (ffn_mix,), old.get("ffn_shift"), lengths, resets)
         x = x + self.dropout(self.ffn(y)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
             return x, None, carry

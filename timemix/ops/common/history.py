@@ -72,6 +72,19 @@ def lags(position: Tensor, T: int, U: int) -> Tensor:
     return target[:, :, None] - torch.arange(U, device=position.device)
 
 
+def lags_in_documents(resets: Tensor) -> Tensor:
+    """Return the lags t - u between the positions t and u of each row, without sources outside the document of t.
+
+    Args:
+        resets: Whether a token is the first of a document (B, T) bool. Each row begins with a document.
+
+    Returns:
+        Lags (B, T, T), negative if u is in the future of t or in another document.
+    """
+    time, document = torch.arange(resets.shape[1], device=resets.device), resets.long().cumsum(1)
+    return (time[:, None] - time).where(document[:, :, None] == document[:, None, :], -1)
+
+
 def weights_at(f: Tensor, lag: Tensor) -> Tensor:
     """Look up the weights f at given lags.
 

@@ -9,6 +9,7 @@
     dz[t] = sum_i d_i[t] (1 - mix_i) + sum_i d_i[t+1] mix_i   (the second sum is 0 past the last position)
     dmix_i = sum_t d_i[t] (z[t-1] - z[t]),   dlast = sum_i d_i[0] mix_i
 
+   At a reset t, z[t-1] is replaced by 0, so the sums over d_i[t] mix_i are 0.
    and dweight, dbias and dx follow from dz as in norm_shift.c. z is computed again from x. */
 
 #include "ops/common/norm.h"
@@ -17,6 +18,7 @@
 typedef struct {
     int64_t count, B, T, C;
     const float *x, *weight, *bias, *mix, *last; /* x (B, T, C), mix (count, C), last (B, C) or NULL for 0 */
+    const uint8_t *resets;                       /* (B, T), or NULL */
 } mixing;
 
 /* z (C,) of a row b T + t, from its mean and r. */
@@ -26,9 +28,11 @@ INLINE void normed(const mixing *s, int64_t row, float mean, float r, float *z) 
     for (int64_t c = 0; c < s->C; c++) z[c] = (x[c] - mean) * r * s->weight[c] + s->bias[c];
 }
 
-/* z[-1] (C,) of the sequence b. */
-INLINE void before_first(const mixing *s, int64_t b, float *z) {
-    if (s->last) memcpy(z, s->last + b * s->C, s->C * sizeof(float));
+INLINE int is_reset(const mixing *s, int64_t row) { return s->resets && s->resets[row]; }
+
+/* z[t-1] (C,) of a row b T + t that is a reset or has t = 0. */
+INLINE void before_first(const mixing *s, int64_t row, float *z) {
+    if (s->last && !is_reset(s, row)) memcpy(z, s->last + row / s->T * s->C, s->C * sizeof(float));
     else memset(z, 0, s->C * sizeof(float));
 }
 
@@ -42,7 +46,7 @@ void timemix_mixtures(int64_t type, int64_t threads, const mixing *s, float epsi
         float z[2][C], m, r;
         for (int64_t row = first; row < rows * (part + 1) / PARTS; row++) {
             float *now = z[row % 2], *before = z[1 - row % 2];
-            if (row % s->T == 0) before_first(s, row / s->T, before);
+            if (row % s->T == 0 || is_reset(s, row)) before_first(s, row, before);
             else if (row == first) {
                 norm_statistics(s->x + (row - 1) * C, epsilon, C, &m, &r);
                 normed(s, row - 1, m, r, before);
@@ -99,11 +103,12 @@ INLINE void mixtures_back_part(enum type type, const mixing *s, int64_t first, i
         /* The row after the part only completes dz of the last row. */
         if (row == end && (row == first || row % T == 0)) break;
         if (row < end) {
-            if (row % T == 0) before_first(s, row / T, z_before);
+            if (row % T == 0 || is_reset(s, row)) before_first(s, row, z_before);
             else if (row == first) normed(s, before, mean[before], scale[before], z_before);
             normed(s, row, mean[row], scale[row], z_now);
         }
         mixtures_back(type, s, row, dy, z_before, z_now, dz_now, earlier, row < end ? dmix : NULL);
+        if (is_reset(s, row)) memset(earlier, 0, C * sizeof(float));
         if (row % T == 0) {
             if (dlast) memcpy(dlast + row / T * C, earlier, C * sizeof(float));
         } else if (row > first) {

@@ -46,6 +46,7 @@ def norm_mixtures(
     mixes: tuple[Tensor, ...],
     last: Tensor | None,
     dtype: torch.dtype,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply LayerNorm, then interpolate between each token and the previous token, once for each mixture.
 
@@ -57,13 +58,15 @@ def norm_mixtures(
         mixes: Share of the previous token in each mixture (C,).
         last: Normalized token before x (B, 1, C); None for zeros.
         dtype: Dtype of the results, float32 or bfloat16.
+        resets: Whether the previous token of each token is zero (B, T) bool; None for only the first token.
 
     Returns:
         A mixture (B, T, C) for each entry of `mixes`, in `dtype`.
     """
     apply: Any = _NormMixtures.apply
     parameters = (fused.numbers(each) for each in (weight, bias, torch.stack(mixes)))
-    result: tuple[Tensor, ...] = apply(x, *parameters, None if last is None else fused.numbers(last), eps, dtype)
+    before = None if last is None else fused.numbers(last)
+    result: tuple[Tensor, ...] = apply(x, *parameters, before, eps, dtype, resets)
     return result
 
 
@@ -78,7 +81,7 @@ class _Shift(ctypes.Structure):
 class _Mixing(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("count", *"BTC")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "mix", "last")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "mix", "last", "resets")),
     ]
 
 
@@ -120,31 +123,34 @@ class _NormMixtures(torch.autograd.Function):
         last: Tensor | None,
         eps: float,
         dtype: torch.dtype,
+        resets: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        x = x.contiguous()
+        x, resets = x.contiguous(), None if resets is None else resets.contiguous()
         y = [torch.empty_like(x, dtype=dtype) for _ in mix]
         mean, scale = x.new_empty(2, *x.shape[:2])
-        given = _mixing(x, weight, bias, mix, last)
+        given = _mixing(x, weight, bias, mix, last, resets)
         fused.call("timemix_mixtures", y[0], given, ctypes.c_float(eps), _addresses(y), mean, scale)
-        ctx.save_for_backward(x, weight, bias, mix, last, mean, scale)
+        ctx.save_for_backward(x, weight, bias, mix, last, resets, mean, scale)
         return tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mix, last, mean, scale = ctx.saved_tensors
+        x, weight, bias, mix, last, resets, mean, scale = ctx.saved_tensors
         dy = tuple(each.contiguous() for each in dy)
         dx, dlast = torch.empty_like(x), None if last is None else torch.empty_like(last)
         # Sums over parts of the rows: (PARTS, mixtures, C) and (PARTS, C)
         sums = [x.new_zeros(fused.PARTS, *each.shape) for each in (mix, weight, bias)]
-        given = _mixing(x, weight, bias, mix, last)
+        given = _mixing(x, weight, bias, mix, last, resets)
         fused.call("timemix_mixtures_back", dy[0], given, mean, scale, _addresses(dy), dx, dlast, *sums)
         dmix, dweight, dbias = (each.sum(0) for each in sums)
-        return dx, dweight, dbias, dmix, dlast, None, None
+        return dx, dweight, dbias, dmix, dlast, None, None, None
 
 
-def _mixing(x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, last: Tensor | None) -> _Mixing:
-    addresses = (None if each is None else each.data_ptr() for each in (x, weight, bias, mix, last))
+def _mixing(
+    x: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, last: Tensor | None, resets: Tensor | None
+) -> _Mixing:
+    addresses = (None if each is None else each.data_ptr() for each in (x, weight, bias, mix, last, resets))
     return _Mixing(len(mix), *x.shape, *addresses)
 
 

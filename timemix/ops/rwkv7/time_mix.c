@@ -33,6 +33,8 @@ typedef struct {
     const void *r, *k, *v, *decay, *rate, *residual, *gate;
     /* In layer 0, `residual` and `first` are NULL, and v' = v. */
     const float *first;
+    /* resets (B, T), or NULL. */
+    const uint8_t *resets;
 } mix_inputs;
 
 typedef struct {
@@ -212,8 +214,9 @@ INLINE void mix_head_forward(const int K, enum type type, const mix_inputs *x, c
     float *S = scratch.states;
     transpose_in(N, state, S);
     for (int64_t i = 0; i < x->T; i++) {
-        const int64_t at = ((row * x->T + i) * x->H + head) * N;
+        const int64_t token = row * x->T + i, at = (token * x->H + head) * N;
         if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
+        if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
         before_wkv7(type, N, *x, *p, at, head * N, t);
         wkv7_step(K, N, S, S, t.of);
         after_wkv7(type, N, *x, *p, at, head * N, t, out);
@@ -236,11 +239,14 @@ INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, cons
         const int64_t first = chunk * CHUNK, count = x->T - first < CHUNK ? x->T - first : CHUNK;
         memcpy(states, starts + chunk * size, size * sizeof(float));
         for (int64_t i = 0; i < count; i++) {
-            before_wkv7(type, N, *x, *p, ((row * x->T + first + i) * x->H + head) * N, head * N, tokens[i]);
-            wkv7_step(K, N, states + i * size, states + (i + 1) * size, tokens[i].of);
+            const int64_t token = row * x->T + first + i;
+            float *S = states + i * size;
+            if (x->resets && x->resets[token]) memset(S, 0, size * sizeof(float));
+            before_wkv7(type, N, *x, *p, (token * x->H + head) * N, head * N, tokens[i]);
+            wkv7_step(K, N, S, S + size, tokens[i].of);
         }
         for (int64_t i = count - 1; i >= 0; i--) {
-            const int64_t at = ((row * x->T + first + i) * x->H + head) * N;
+            const int64_t token = row * x->T + first + i, at = (token * x->H + head) * N;
             after_wkv7_back(type, N, *x, *p, at, head * N, tokens[i], dout, *d, *sums, own, dy, dr, dk, dv);
             wkv7_step_back(K, N, states + i * size, tokens[i].of, dy, dS, g);
 #pragma omp simd
@@ -250,6 +256,7 @@ INLINE void mix_head_back(const int K, enum type type, const mix_inputs *x, cons
                 g.v[j] += dv[j];
             }
             before_wkv7_back(type, N, *x, *p, at, head * N, tokens[i], g, *d, *sums, own);
+            if (x->resets && x->resets[token]) memset(dS, 0, size * sizeof(float));
         }
     }
     transpose_out(N, dS, dstate);

@@ -75,7 +75,12 @@ def supports(x: Tensor, head_size: int) -> bool:
 
 
 def time_mix(
-    products: Products, vectors: Vectors, first: Tensor | None, state: Tensor, eps: float
+    products: Products,
+    vectors: Vectors,
+    first: Tensor | None,
+    state: Tensor,
+    eps: float,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the input of the output product of a time-mix.
 
@@ -87,6 +92,7 @@ def time_mix(
         first: Values of layer 0 (B, T, C), float32; None in layer 0.
         state: State before these tokens (B, H, values N, keys N), float32. It is not changed, and gets a gradient.
         eps: Constant that the norm of each head adds to the variance.
+        resets: Whether to set the state to zero before each token (B, T) bool; None for never.
 
     Returns:
         The input of the output product (B, T, C), in the dtype of the products, and the state after these tokens.
@@ -94,7 +100,8 @@ def time_mix(
     apply: Any = _TimeMix.apply
     given = (each if each is None else each.contiguous() for each in products)
     numbers = (each if each is None else each.float().flatten().contiguous() for each in vectors)
-    y, end = apply(eps, state, None if first is None else first.contiguous(), *given, *numbers)
+    optional = (each if each is None else each.contiguous() for each in (first, resets))
+    y, end = apply(eps, state, *optional, *given, *numbers)
     return y, end
 
 
@@ -102,7 +109,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in "BTHN"),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in (*Products._fields, "first")),
+        *((name, ctypes.c_void_p) for name in (*Products._fields, "first", "resets")),
     ]
 
 
@@ -123,38 +130,40 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if each is None else each.data_ptr() for each in tensors]
 
 
-def _inputs(eps: float, state: Tensor, first: Tensor | None, products: Products) -> _Inputs:
+def _inputs(eps: float, state: Tensor, first: Tensor | None, resets: Tensor | None, products: Products) -> _Inputs:
     B, H, N, _ = state.shape
-    return _Inputs(B, products.key.shape[1], H, N, eps, *_addresses(*products, first))
+    return _Inputs(B, products.key.shape[1], H, N, eps, *_addresses(*products, first, resets))
 
 
 class _TimeMix(torch.autograd.Function):
     """Autograd function for the kernels of time_mix.c."""
 
     @staticmethod
-    def forward(ctx: Any, eps: float, state: Tensor, first: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, eps: float, state: Tensor, first: Tensor | None, resets: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor]:
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(products.key), state.clone(memory_format=torch.contiguous_format)
         starts, scratch = starts_and_scratch(end, y.shape[1])
         kept = starts if any(ctx.needs_input_grad) else None
-        given = _inputs(eps, end, first, products), _Vectors(*_addresses(*vectors))
+        given = _inputs(eps, end, first, resets, products), _Vectors(*_addresses(*vectors))
         KERNELS.call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
         ctx.eps = eps
-        ctx.save_for_backward(first, *tensors, kept)
+        ctx.save_for_backward(first, resets, *tensors, kept)
         return y, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_end: Tensor) -> tuple[Tensor | None, ...]:
-        first, *tensors, starts = ctx.saved_tensors
+        first, resets, *tensors, starts = ctx.saved_tensors
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
         gradients = [None if x is None else torch.empty_like(x) for x in (*products, first)]
         # Sums over the tokens of each sequence: (B, C)
         sums = [None if x is None else x.new_zeros(len(dy), len(x)) for x in vectors]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
         _, scratch = starts_and_scratch(d_state, 0)
-        given = _inputs(ctx.eps, d_state, first, products), _Vectors(*_addresses(*vectors))
+        given = _inputs(ctx.eps, d_state, first, resets, products), _Vectors(*_addresses(*vectors))
         found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
         KERNELS.call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
-        return None, d_state, gradients.pop(), *gradients, *(None if x is None else x.sum(0) for x in sums)
+        return None, d_state, gradients.pop(), None, *gradients, *(None if x is None else x.sum(0) for x in sums)
