@@ -47,6 +47,9 @@ PROVOKED = {
     "documents": [
         "data my.txt --data.shuffle 1",
         "data my.jsonl",
+        "train rwkv7-small --data my.txt --data.no-cross-documents --out runs/bad",
+        "train --data my.txt --data.order carried --out runs/bad",
+        "train rwkv7-small --data my.txt --data.order carried --train.batch-size 999 --model.ctx-len 64 --out runs/bad",
     ],
     "experiment-files": [
         "compare bad.toml --data my.txt --out runs/bad",

@@ -33,6 +33,12 @@ def test_samples_and_hooks_make_no_other_run(run):
     assert not set(keys(run, patience=5)) & set(keys(run))
 
 
+def test_a_run_on_separate_documents_is_another_run(run):
+    config, corpus = run
+    changed = replace(config, data=replace(config.data, cross_documents=False))
+    assert not set(run_keys(changed, corpus)) & set(keys(run))
+
+
 @pytest.mark.parametrize("name", ["seconds", "tokens", "epochs"])
 def test_the_length_of_a_run_is_that_of_the_experiment(name):
     with pytest.raises(

@@ -45,7 +45,7 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
 @pytest.mark.parametrize("asked", ["auto", "on"])
 def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_path, caplog, asked):
     def broken(model, **options):
-        def call(*args):
+        def call(*args, **options):
             raise torch._dynamo.exc.TorchDynamoException("CppCompileError: out of luck\nmore")
 
         return call

@@ -46,6 +46,10 @@ class EvalArguments:
     carry_state: bool = False
     """State carried from window to window, so that every token has the whole text before it as its context; only for
     architectures with unbounded context, and without --stride."""
+    by_document: bool = False
+    """Number of documents and mean of their losses, each document with equal weight; a token then depends only on its
+    own document. Only for vocabularies with an end-of-text token. A document is a record, or a whole file of plain
+    text."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness: names, YAML files, or folders of YAML files. Excludes --data. Default: the loss
     on a text."""
@@ -93,12 +97,19 @@ def eval(arguments: list[str]) -> int:
         "precision": precision,
         "stride": parsed.stride,
         "carry_state": parsed.carry_state,
+        "cross_documents": loaded.config.data.cross_documents,
+        "by_document": parsed.by_document,
     }
     if parsed.data is None:
         name, result = "the held-out text", evaluate_held_out(loaded.model, loaded.corpus(), **options)
     else:
         source = read_source(
-            parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, text_key=parsed.text_key, progress=True
+            parsed.data,
+            encoding=parsed.encoding,
+            keep_nul=parsed.keep_nul,
+            text_key=parsed.text_key,
+            documents=_has_documents(parsed, loaded),
+            progress=True,
         )
         text, name = source.text, source.name if parsed.data == "-" else parsed.data
         result = evaluate_text(loaded.model, loaded.tokenizer, text, **options)
@@ -113,16 +124,26 @@ def eval(arguments: list[str]) -> int:
         f"{result.tokens:,} tokens, {result.characters:,} characters, {result.bytes:,} bytes"
         f" of {name}, {loaded.folder}"
     )
+    if result.documents is not None:
+        count = "1 document" if result.documents == 1 else f"{result.documents:,} documents of equal weight"
+        print(f"{result.nats_per_token_by_document:.4f} nats per token, mean over {count}")
     if result.unknown:
         units = "words" if loaded.tokenizer.kind == "word" else "characters"
         print(f"{result.unknown:,} unknown {units} {_treatment_of_unknown(loaded, result)}")
     return 0
 
 
+def _has_documents(parsed: EvalArguments, loaded: "Loaded") -> bool | None:
+    """Return whether --data has documents, as the text of the run has; None: only if it has records."""
+    if loaded.tokenizer.end_of_text is None:
+        return False
+    return True if parsed.by_document else loaded.config.data.end_of_text
+
+
 def _check_tasks(parsed: EvalArguments) -> None:
     """Refuse options that exclude one another, before the model is loaded."""
     if parsed.tasks:
-        for name in ("data", "stride", "carry_state"):
+        for name in ("data", "stride", "carry_state", "by_document"):
             if getattr(parsed, name):
                 flag = name.replace("_", "-")
                 raise InvalidValue(f"--{flag} is for a text, not for tasks; leave out --{flag} or --tasks")

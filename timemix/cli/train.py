@@ -14,7 +14,6 @@ from timemix.cli.terminal import lasting_output, own_command
 from timemix.config.from_file import config_from_file
 from timemix.config.presets import DEFAULT_PRESET, PRESETS
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml
-from timemix.data.config import DataConfig
 from timemix.errors import AlreadyExists, DamagedFile, InvalidValue, TimemixError, Unavailable
 from timemix.models.config import ModelConfig
 
@@ -156,8 +155,8 @@ def _defaults(choice: Choice) -> RunConfig:
     )
     # Standard input cannot be read again, but its prepared tokens can be read again.
     source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
-    # The new run can have another text: only the data settings `source` and `order` of the old run apply.
-    data = DataConfig(source=source, order=config.data.order)
+    # The new run can have another text: only the source and the settings of training apply.
+    data = config.data.with_source(source)
     # A run of imported weights has neither a text nor steps.
     steps = config.train.steps if config.data.source else TrainConfig.steps
     train = replace(config.train, device="auto", steps=steps)

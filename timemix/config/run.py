@@ -249,6 +249,12 @@ class RunConfig:
                 " set train.contexts to 1, or choose an architecture with unbounded context:"
                 f" {', '.join(list_architectures(bounded=False))}"
             )
+        if self.data.order == "carried" and find_architecture(self.model.arch).bounded:
+            raise InvalidValue(
+                f"data.order is 'carried', but {self.model.arch} has no state to carry past ctx_len; set data.order to"
+                " 'epoch', or choose an architecture with unbounded context:"
+                f" {', '.join(list_architectures(bounded=False))}"
+            )
 
     @staticmethod
     def narrowed(data: dict[str, Any]) -> dict[str, type]:

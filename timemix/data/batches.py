@@ -19,10 +19,13 @@ class Batches:
         ctx_len: Number of tokens in a window.
         seed: Random seed of the positions, below 2^64.
         order: "random": windows at uniformly random positions, as in the 2021 code. "epoch": adjacent windows, each
-            once per epoch, in a new order and from a new starting point in every epoch.
+            once per epoch, in a new order and from a new starting point in every epoch. "carried": the text is cut into
+            `batch_size` parts of equal length, and row i of the batches has the adjacent windows of part i, again and
+            again. The tokens at the end of a part that fill no window are left out.
 
     Raises:
-        InvalidValue: The text has fewer than ctx_len + 1 tokens.
+        InvalidValue: The text has fewer than ctx_len + 1 tokens, or in the order "carried", fewer than `batch_size`
+            windows.
     """
 
     def __init__(
@@ -39,6 +42,14 @@ class Batches:
         # starting point.
         self._windows = max(1, (len(tokens) - 1) // ctx_len - 1)
         self._slack = min(ctx_len - 1, len(tokens) - 1 - self._windows * ctx_len)
+        # Length of a part in tokens, and number of its windows, in the order "carried".
+        self._part = (len(tokens) - 1) // batch_size
+        self._part_windows = self._part // ctx_len
+        if order == "carried" and not self._part_windows:
+            raise InvalidValue(
+                f"the training text has {len(tokens)} tokens, but data.order 'carried' needs {batch_size * ctx_len + 1}"
+                f" for {batch_size} rows of ctx_len={ctx_len}; use more text, or a smaller train.batch_size"
+            )
         self._epoch = -1
         self._epoch_starts = np.empty(0, np.int64)
 
@@ -56,7 +67,20 @@ class Batches:
         rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
         return rows[:, :-1], rows[:, 1:]
 
+    def earlier(self, step: int) -> int:
+        """Return the number of tokens that the rows of the earlier batches have before each row of the batch of a step.
+
+        Args:
+            step: Number of the step, counted from 0.
+
+        Returns:
+            The number; 0 if the rows continue no row of the batch before.
+        """
+        return step % self._part_windows * self._ctx_len if self._order == "carried" else 0
+
     def _starts(self, step: int) -> np.ndarray:
+        if self._order == "carried":
+            return np.arange(self._batch_size) * self._part + self.earlier(step)
         if self._order == "random":
             return _generator(self._seed, step).integers(0, len(self._tokens) - self._ctx_len, self._batch_size)
         number = np.arange(step * self._batch_size, (step + 1) * self._batch_size)

@@ -9,6 +9,7 @@ from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 TokenizerKind = Literal["character", "byte", "word", "subword", "world", "hugging_face"]
 HoldOut = Literal["each", "end", "documents"]
 Unknown = Literal["error", "unk", "byte"]
+Order = Literal["random", "epoch", "carried"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class DataConfig:
     """Treatment of text outside the vocabulary: an error, the token <unk>, or byte tokens."""
     valid_tokens: int | None = None
     """Largest number of held-out tokens, at least 1, in 20 evenly spaced pieces. Default: all."""
-    order: Literal["random", "epoch"] = "random"
-    """Order of the training windows: `random` positions, or each window once per `epoch`.
+    order: Order = "random"
+    """Order of the training windows: `random` positions, each window once per `epoch`, or `carried`: each row of a
+    batch continues the text and the state of this row in the last batch, for architectures with unbounded context.
     The presets demo, cpu-small, record and rwkv7-small choose epoch. Only training uses the order."""
+    cross_documents: bool = True
+    """Whether a token of a window depends on the documents before its own document, in training and validation.
+    The value False needs a tokenizer with an end-of-text token."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.valid_fraction < 1:
@@ -62,3 +67,11 @@ class DataConfig:
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)
         if self.valid_tokens is not None:
             check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)
+
+    def with_source(self, source: str) -> "DataConfig":
+        """Return settings for another text, with the same `order` and `cross_documents`, which training uses.
+
+        Args:
+            source: The text.
+        """
+        return DataConfig(source=source, order=self.order, cross_documents=self.cross_documents)

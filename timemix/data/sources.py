@@ -68,6 +68,7 @@ def read_source(
     encoding: str = "utf-8",
     keep_nul: bool = False,
     text_key: str | None = None,
+    documents: bool | None = False,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> SourceText:
@@ -79,6 +80,7 @@ def read_source(
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
         text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
             TSV are then plain text.
+        documents: Whether DOCUMENT_END ends each document, as in `open_source`.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -89,7 +91,13 @@ def read_source(
         Unavailable: A download failed.
     """
     opened = open_source(
-        source, encoding=encoding, keep_nul=keep_nul, text_key=text_key, cache=cache, progress=progress
+        source,
+        encoding=encoding,
+        keep_nul=keep_nul,
+        text_key=text_key,
+        documents=documents,
+        cache=cache,
+        progress=progress,
     )
     valid = None if opened.valid is None else _whole(opened.valid)
     return SourceText(_whole(opened), opened.name, opened.files, valid)

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus
 from timemix.data.shards import Tokens
 from timemix.errors import InvalidValue
+from timemix.evaluation.documents import DocumentLosses, document_start
 from timemix.models.language_model import LanguageModel, evaluating
 from timemix.models.registry import list_architectures
 from timemix.runs.load import Loaded, load
 from timemix.runtime.device import autocast
 from timemix.runtime.distributed import ALONE, World
-from timemix.tokenizers.base import Tokenizer
+from timemix.storage.json_files import OPTIONAL
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, refuse_surrogates
 
 
 def windows(
@@ -80,6 +82,8 @@ def loss_per_token(
     precision: str = "float32",
     stride: int | None = None,
     carry_state: bool = False,
+    document_start: int | None = None,
+    documents: DocumentLosses | None = None,
     tokens_per_batch: int = 8192,
     world: World = ALONE,
 ) -> float:
@@ -92,17 +96,19 @@ def loss_per_token(
         stride: Distance between the starts of windows in tokens, at least 1; None: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
+        document_start: Id of the token that is the first of each document; None: tokens depend on earlier documents.
+        documents: Object that gets the loss of each token, with `document_start` and one process.
         tokens_per_batch: Number of tokens in a batch.
         world: Processes that share the batches. All processes must call this function, and each process gets the loss
             of the whole text.
 
     Raises:
-        InvalidValue: `stride` is below 1, or `carry_state` is not supported.
+        InvalidValue: `stride` is below 1, or `carry_state` or `document_start` is not supported.
     """
     if stride is not None and stride < 1:
         raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
     if carry_state:
-        return _loss_with_carried_state(model, tokens, precision, stride)
+        return _loss_with_carried_state(model, tokens, precision, stride, document_start, documents)
     ctx_len = model.config.ctx_len
     total = 0.0
     batches = windows(tokens, ctx_len, max(1, tokens_per_batch // ctx_len), stride)
@@ -113,8 +119,8 @@ def loss_per_token(
             inputs, targets, scored = turns[world.rank % len(turns)]
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
-                logits, _ = model(x)
-            loss = cross_entropy(logits[:, -scored:], y[:, -scored:], reduction="sum").item()
+                logits, _ = model(x, resets=_resets(x, document_start))
+            loss = _summed(logits[:, -scored:], y[:, -scored:], _resets(x[:, -scored:], document_start), documents)
             total += loss if world.rank < len(turns) else 0.0
     (total,) = world.sum(total)
     return total / (len(tokens) - 1)
@@ -122,7 +128,12 @@ def loss_per_token(
 
 @torch.no_grad()
 def _loss_with_carried_state(
-    model: LanguageModel, tokens: np.ndarray | Tokens, precision: str, stride: int | None
+    model: LanguageModel,
+    tokens: np.ndarray | Tokens,
+    precision: str,
+    stride: int | None,
+    document_start: int | None,
+    documents: DocumentLosses | None,
 ) -> float:
     """Return the mean loss in nats over all tokens but the first, with the state carried through the whole text."""
     if model.max_position is not None:
@@ -137,10 +148,30 @@ def _loss_with_carried_state(
         for inputs, targets in validation_windows(tokens, model.config.ctx_len, 1):
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
-                logits, state = model(x, state)
-            total += cross_entropy(logits, y, reduction="sum").item()
+                logits, state = model(x, state, resets=_resets(x, document_start))
+            total += _summed(logits, y, _resets(x, document_start), documents)
             count += y.numel()
     return total / count
+
+
+def _resets(inputs: Tensor, document_start: int | None) -> Tensor | None:
+    return None if document_start is None else torch.eq(inputs, document_start)
+
+
+def _summed(logits: Tensor, targets: Tensor, resets: Tensor | None, documents: DocumentLosses | None) -> float:
+    """Return the summed loss of tokens in nats, and add the loss of each token to `documents`.
+
+    Args:
+        logits: Logits (B, T, V).
+        targets: Token ids (B, T).
+        resets: Whether the token before each target is the first of a document (B, T).
+        documents: Object that gets the losses, or None.
+    """
+    if documents is None or resets is None:
+        return cross_entropy(logits, targets, reduction="sum").item()
+    losses = cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
+    documents.add(losses, resets.flatten().cpu().numpy())
+    return float(losses.sum())
 
 
 @torch.no_grad()
@@ -222,6 +253,11 @@ class Evaluation:
     token."""
     predicted_bytes: int
     """Number of predicted bytes: all bytes except the bytes of skipped characters and of the first token."""
+    documents: int | None = field(default=None, metadata=OPTIONAL)
+    """Number of documents, or None without `by_document`."""
+    nats_per_token_by_document: float | None = field(default=None, metadata=OPTIONAL)
+    """Mean over the documents of their loss in nats per token, or None without `by_document`. Each document has equal
+    weight."""
 
 
 def evaluate(
@@ -231,6 +267,7 @@ def evaluate(
     precision: str = "float32",
     stride: int | None = None,
     carry_state: bool = False,
+    by_document: bool = False,
 ) -> Evaluation:
     """Measure the loss of a trained model on a text.
 
@@ -241,14 +278,16 @@ def evaluate(
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
+        by_document: Whether to count the documents and average their losses. Tokens then depend only on their own
+            document, as in runs with `data.cross_documents` false.
 
     Returns:
         The loss in nats per token, bits per character and bits per byte (UTF-8), with the numbers of tokens, characters
         and bytes.
 
     Raises:
-        InvalidValue: The text has fewer than two tokens, `stride` is below 1, `carry_state` is not supported, or
-            `precision` is unknown.
+        InvalidValue: The text has fewer than two tokens, `stride` is below 1, `carry_state` or `by_document` is not
+            supported, or `precision` is unknown.
         FileError: The run, or its data, cannot be loaded.
     """
     if precision not in ("float32", "bfloat16"):
@@ -256,7 +295,13 @@ def evaluate(
     if not isinstance(text, str | None):
         raise InvalidValue(f"text is {type(text).__name__}; it must be a str")
     loaded = run if isinstance(run, Loaded) else load(run)
-    options: dict[str, Any] = {"precision": precision, "stride": stride, "carry_state": carry_state}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "stride": stride,
+        "carry_state": carry_state,
+        "cross_documents": loaded.config.data.cross_documents,
+        "by_document": by_document,
+    }
     if text is None:
         return evaluate_held_out(loaded.model, loaded.corpus(), **options)
     return evaluate_text(loaded.model, loaded.tokenizer, text, **options)
@@ -270,6 +315,8 @@ def evaluate_text(
     precision: str = "float32",
     stride: int | None = None,
     carry_state: bool = False,
+    cross_documents: bool = True,
+    by_document: bool = False,
 ) -> Evaluation:
     """Measure the loss of a model on a text.
 
@@ -280,24 +327,41 @@ def evaluate_text(
     Args:
         model: The model.
         tokenizer: Tokenizer of the model.
-        text: The text.
+        text: The text. If the tokenizer has an end-of-text token, DOCUMENT_END may end each document.
         precision: Precision of matrix products: "float32" or "bfloat16".
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
+        cross_documents: Whether tokens depend on the documents before their own document. The value False needs a
+            tokenizer with an end-of-text token.
+        by_document: Whether to count the documents and average their losses. The value True implies `cross_documents`
+            False.
 
     Raises:
         InvalidValue: The text gives fewer than two tokens, `stride` is below 1, or `carry_state` is not supported.
     """
-    tokens, unknown = tokenizer.encode_counted(text)
+    plain = text if tokenizer.end_of_text is None else text.replace(DOCUMENT_END, "")
+    whole_bytes = len(refuse_surrogates(plain))
+    tokens, unknown = tokenizer.encode_documents(text)
     left_out = unknown if tokenizer.unknown == "error" else Counter[str]()
-    whole = TextSize(len(text), len(text.encode("utf-8")), unknown.total())
-    first = tokenizer.first_size(text)
+    whole = TextSize(len(plain), whole_bytes, unknown.total())
+    first = tokenizer.first_size(text.partition(DOCUMENT_END)[0])
     predicted = (
         whole.characters - sum(len(each) * count for each, count in left_out.items()) - first[0],
         whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()) - first[1],
     )
-    return _in_units(model, tokens, whole, predicted, precision=precision, stride=stride, carry_state=carry_state)
+    return _in_units(
+        model,
+        tokenizer,
+        tokens,
+        whole,
+        predicted,
+        precision=precision,
+        stride=stride,
+        carry_state=carry_state,
+        cross_documents=cross_documents,
+        by_document=by_document,
+    )
 
 
 def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float | None:
@@ -332,6 +396,8 @@ def evaluate_held_out(
     precision: str = "float32",
     stride: int | None = None,
     carry_state: bool = False,
+    cross_documents: bool = True,
+    by_document: bool = False,
 ) -> Evaluation:
     """Measure the loss of a model on the validation tokens of a prepared folder.
 
@@ -342,6 +408,10 @@ def evaluate_held_out(
         stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
+        cross_documents: Whether tokens depend on the documents before their own document. The value False needs a
+            tokenizer with an end-of-text token.
+        by_document: Whether to count the documents and average their losses. The value True implies `cross_documents`
+            False.
 
     Raises:
         InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
@@ -349,11 +419,23 @@ def evaluate_held_out(
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     predicted = _predicted_size(corpus)
-    return _in_units(model, corpus.valid, whole, predicted, precision=precision, stride=stride, carry_state=carry_state)
+    return _in_units(
+        model,
+        corpus.tokenizer,
+        corpus.valid,
+        whole,
+        predicted,
+        precision=precision,
+        stride=stride,
+        carry_state=carry_state,
+        cross_documents=cross_documents,
+        by_document=by_document,
+    )
 
 
 def _in_units(
     model: LanguageModel,
+    tokenizer: Tokenizer,
     tokens: np.ndarray | Tokens,
     whole: TextSize,
     predicted: tuple[int, int],
@@ -361,6 +443,8 @@ def _in_units(
     precision: str,
     stride: int | None,
     carry_state: bool,
+    cross_documents: bool,
+    by_document: bool,
 ) -> Evaluation:
     """Measure the loss on the tokens of a text.
 
@@ -372,10 +456,30 @@ def _in_units(
         precision: Precision of matrix products.
         stride: Distance between the starts of windows in tokens.
         carry_state: Whether to carry the state from window to window.
+        cross_documents: Whether tokens depend on the documents before their own document.
+        by_document: Whether to count the documents and average their losses.
     """
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
-    nats = loss_per_token(model, tokens, precision=precision, stride=stride, carry_state=carry_state)
+    start = None
+    if by_document or not cross_documents:
+        clause = "by_document is True" if by_document else "cross_documents is False"
+        start = document_start(tokenizer, clause)
+        if carry_state and not model.resets_in_rows and model.max_position is None:
+            raise InvalidValue(
+                f"carry_state is True, which this {model.config.arch} does not support for separate documents; leave it"
+                " out"
+            )
+    documents = DocumentLosses() if by_document else None
+    nats = loss_per_token(
+        model,
+        tokens,
+        precision=precision,
+        stride=stride,
+        carry_state=carry_state,
+        document_start=start,
+        documents=documents,
+    )
     bits = nats * (len(tokens) - 1) / math.log(2)
     characters, bytes_ = (max(size, 1) for size in predicted)
     return Evaluation(
@@ -388,4 +492,6 @@ def _in_units(
         unknown=whole.unknown,
         predicted_characters=characters,
         predicted_bytes=bytes_,
+        documents=None if documents is None else documents.count,
+        nats_per_token_by_document=None if documents is None else documents.mean,
     )

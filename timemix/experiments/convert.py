@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.data.config import DataConfig
 from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
 from timemix.data.sources import open_source
@@ -199,7 +198,7 @@ def _config(conversion: Conversion, converted: Loaded) -> RunConfig:
     config, own = converted.config, converted.folder.parent.parent / "data"
     # The folder of the old run already has prepared tokens.
     source = conversion.data or (str(own) if is_corpus(own) else config.data.source)
-    data = DataConfig(source=source, order=config.data.order)
+    data = config.data.with_source(source)
     return replace(config, data=data, train=_train_config(conversion, config.train))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened, nested
-from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus
 from timemix.models.config import ModelConfig
 from timemix.storage.settings import to_dict
@@ -29,7 +28,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     plain = replace(
         config,
         model=replace(config.model, vocab_size=ModelConfig.vocab_size),
-        data=DataConfig(source="", order=config.data.order),
+        data=config.data.with_source(""),
         train=replace(config.train, device=""),
     )
     form = to_dict(plain)
@@ -41,6 +40,8 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
             del form["train"][name]
     for name in ("hold_out", "keep_nul", "text_key", "end_of_text", "shuffle"):
         form["data"].pop(name, None)
+    if plain.data.cross_documents:
+        form["data"].pop("cross_documents", None)
     if not form["model"].get("without"):
         form["model"].pop("without", None)
     forms = [form]

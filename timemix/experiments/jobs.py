@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from timemix.config.run import RunConfig, read_toml, to_toml
-from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus
 from timemix.errors import DamagedFile
 from timemix.experiments.variants import Variant
@@ -192,7 +191,7 @@ def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> R
         corpus: Tokens of the prepared folder.
         device: PyTorch device.
     """
-    data = DataConfig(source=str(source), order=config.data.order)
+    data = config.data.with_source(str(source))
     return resolved(replace(config, data=data, train=replace(config.train, device=device)), corpus)
 
 

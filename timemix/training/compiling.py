@@ -23,7 +23,13 @@ On an H200, compiling takes 40 s and saves 25 ms in a step of 1.8e12 operations.
 
 
 def choose_compile(
-    asked: str, flops: float, device: torch.device, processes: int = 1, *, fused: bool = False
+    asked: str,
+    flops: float,
+    device: torch.device,
+    processes: int = 1,
+    *,
+    fused: bool = False,
+    ragged: bool = False,
 ) -> tuple[bool, str]:
     """Return whether to compile the model of a run, and the reason as text.
 
@@ -35,6 +41,7 @@ def choose_compile(
         device: Device of the model.
         processes: Number of processes of the run.
         fused: Whether `ops.common.fused` runs the whole model, about as fast as compiled code (docs/performance.md).
+        ragged: Whether the model computes rows of many lengths, each of which would be compiled.
 
     Raises:
         InvalidValue: `asked` is "on" and the model cannot be compiled.
@@ -42,6 +49,8 @@ def choose_compile(
     hindrance = None
     if processes > 1:
         hindrance = "compiling supports one process only"
+    elif ragged:
+        hindrance = "the lengths of the documents vary (data.cross_documents is False)"
     elif device.type == "cpu" and cpp_compiler() is None:
         hindrance = "no C++ compiler is installed"
     if asked == "on":

@@ -21,6 +21,7 @@ from timemix.storage.files import cannot_write, check_name, remove_unfinished, w
 from timemix.storage.locks import FolderLock
 from timemix.storage.settings import from_dict, to_dict
 from timemix.training.budget import with_counted_steps, with_steps
+from timemix.training.carried import check_documents
 from timemix.training.memory import memory_note, refuse_too_large
 from timemix.training.parallel import check_shares
 from timemix.training.signals import signals_raised
@@ -72,6 +73,7 @@ def new_run(
     session = first_state(config, start)
     config = with_frozen(config, start)
     check_shares(config.train, world)
+    check_documents(config, world)
     # Free memory differs between the processes, so a single process may refuse the run.
     world.all_check(lambda: refuse_too_large(config, world))
     world.first_does(lambda: _make_folder(out))

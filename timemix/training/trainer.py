@@ -15,6 +15,7 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
+from timemix.evaluation.documents import document_start
 from timemix.evaluation.loss import bits_per_byte, cross_entropy, loss_per_token
 from timemix.generation.sampler import Sampler
 from timemix.models.size import flops_per_token
@@ -27,6 +28,7 @@ from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
+from timemix.training.carried import CarriedState, check_documents
 from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
 from timemix.training.feed import Feed
@@ -86,6 +88,10 @@ class Trainer:
         self.device, self.device_reason = choose_device(train.device, world.local_rank)
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
         check_shares(train, world)
+        check_documents(config, world)
+        self._document_start: int | None = None
+        if not config.data.cross_documents:
+            self._document_start = document_start(corpus.tokenizer, "data.cross_documents is False")
         check_prompts(train.sample_prompts, corpus.tokenizer)
         self.batches = Batches(
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
@@ -108,11 +114,15 @@ class Trainer:
             self.device,
             world.size,
             fused=self.model.block.runs_in_c(config.model, self.precision, self.device),
+            ragged=not config.data.cross_documents and not self.model.resets_in_rows,
         )
         # Training batches all have one shape, so the model is compiled once. Validation calls the uncompiled model.
         self._training_model = self._parallel_model
         if self.compiled:
             self._training_model = compiled_model(self.model, self.device, train.accumulation)
+        self._carried: CarriedState | None = None
+        if config.data.order == "carried":
+            self._carried = CarriedState(self.model, self.batches, train.batch_size, train.accumulation)
         self.optimizers = build_optimizers(self.model, train, self.precision, self.recipe)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
@@ -179,6 +189,8 @@ class Trainer:
             FileError: A file is missing, damaged or does not fit the model, or the training data have changed.
         """
         progress = restore_training(folder, self.model, self.optimizers, self.world)
+        if self._carried is not None:
+            self._carried.restore(folder, progress.step)
         if progress.data != self.data_hashes:
             raise DamagedFile(
                 f"the data differ from those that {self.out} was trained on; restore them, or start a new run"
@@ -198,19 +210,20 @@ class Trainer:
         if self.step:
             prune(self.out)
 
-    def loss_of(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, inputs: Tensor, targets: Tensor, piece: int | None = None) -> Tensor:
         """Return the training loss of a batch: mean cross-entropy in nats per token, plus terms of the architecture.
 
         Args:
             inputs: Tokens, (B, T) int64.
             targets: Tokens one position after the inputs, (B, T) int64.
+            piece: Number of the piece of a batch whose carried state the inputs continue; None: no earlier tokens.
 
         Raises:
             Unavailable: `train.compile` is "on" and the model cannot be compiled.
         """
         with autocast(self.precision, self.device):
             try:
-                logits, _ = self._training_model(inputs)
+                logits = self._logits(inputs, piece)
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.config.train.compile == "on":
                     raise Unavailable(
@@ -218,8 +231,18 @@ class Trainer:
                     ) from error
                 self._warn(f"the model cannot be compiled ({first_line(error)}); training continues uncompiled")
                 self.compiled, self._training_model = False, self._parallel_model
-                logits, _ = self._training_model(inputs)
+                logits = self._logits(inputs, piece)
         return self.model.block.training_loss(self.config.model, cross_entropy(logits, targets), logits)
+
+    def _logits(self, inputs: Tensor, piece: int | None) -> Tensor:
+        """Return the logits of a piece of a batch, and carry its state."""
+        resets = None if self._document_start is None else inputs == self._document_start
+        if self._carried is None or piece is None:
+            logits, _ = self._training_model(inputs, resets=resets)
+        else:
+            logits, self._carried[piece] = self._training_model(inputs, self._carried[piece], resets=resets)
+        result: Tensor = logits
+        return result
 
     def train_step(self) -> tuple[float, float]:
         """Run one optimizer step.
@@ -240,9 +263,12 @@ class Trainer:
         inputs, targets = (rows.chunk(config.accumulation) for rows in self._feed(self.step))
         pieces = list(zip(inputs, targets, strict=True))
         losses: list[Tensor] = []
+        if self._carried is not None:
+            self._carried.begin(self.step)
         for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
-                piece = self.loss_of(piece_inputs, piece_targets) / config.accumulation
+                own = () if self._carried is None else (i - 1,)
+                piece = self.loss_of(piece_inputs, piece_targets, *own) / config.accumulation
                 piece.backward()
             # The loss is copied, because the next piece of the batch overwrites the output of a CUDA graph.
             losses.append(piece.detach().clone())
@@ -295,7 +321,13 @@ class Trainer:
         """
         if len(self.corpus.valid) < 2:
             return None
-        loss = loss_per_token(self.model, self.corpus.valid, precision=self.precision, world=self.world)
+        loss = loss_per_token(
+            self.model,
+            self.corpus.valid,
+            precision=self.precision,
+            document_start=self._document_start,
+            world=self.world,
+        )
         if not math.isfinite(loss):
             raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller train.lr")
         self.valid_loss, self.valid_step = loss, self.step
@@ -351,6 +383,8 @@ class Trainer:
             NotFinite: A weight is not finite.
         """
         weights, state = tensors_to_save(self.model, self.optimizers)
+        if self._carried is not None:
+            state |= self._carried.tensors(self.step)
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
