@@ -6,13 +6,13 @@ import torch
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.scripted import Scripted
 from tests.helpers.vocabularies import BYTES
+from timemix.data.templates import PLAIN, WORLD, Message
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.conversation import TURNS_KEPT, Conversation
 from timemix.generation.engine import Engine
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, save_session
-from timemix.generation.templates import PLAIN, WORLD, Message
 from timemix.tokenizers.character import CharacterTokenizer
 from timemix.tokenizers.world import WorldTokenizer
 

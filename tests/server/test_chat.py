@@ -7,8 +7,8 @@ from tests.helpers.models import VARIANTS, build
 from tests.helpers.scripted import Scripted
 from tests.helpers.serving import served, tiny
 from tests.helpers.vocabularies import BYTES
+from timemix.data.templates import WORLD, Message
 from timemix.generation.engine import Engine
-from timemix.generation.templates import WORLD, Message
 from timemix.server.engine_thread import Served
 from timemix.tokenizers.world import WorldTokenizer
 

@@ -58,9 +58,9 @@ def chat(arguments: list[str]) -> int:
     refuse_dashes(arguments, "--system", "--stop")
     parsed = parse(ChatArguments, arguments, "chat")
     settings = parsed.sampling
+    from timemix.data.templates import TEMPLATES, template_of
     from timemix.generation.conversation import Conversation
     from timemix.generation.engine import Engine
-    from timemix.generation.templates import TEMPLATES, template_of
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device
 

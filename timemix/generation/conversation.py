@@ -5,12 +5,12 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
+from timemix.data.templates import ChatTemplate, Message
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.engine import Engine
 from timemix.generation.request import Context, Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import Session
-from timemix.generation.templates import ChatTemplate, Message
 
 TURNS_KEPT = 16
 """Number of newest turns that `Conversation.undo` can remove. Each of these turns holds one state."""

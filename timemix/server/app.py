@@ -20,8 +20,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from timemix.data.templates import template_of
 from timemix.generation.prefix_cache import PrefixCache
-from timemix.generation.templates import template_of
 from timemix.server.chat import chat
 from timemix.server.completions import complete
 from timemix.server.engine_thread import EngineThread, Served

@@ -6,9 +6,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from timemix.data.templates import ChatTemplate, Message, Role, template_of
 from timemix.generation.conversation import without_stop_token
 from timemix.generation.session import Session
-from timemix.generation.templates import ChatTemplate, Message, Role, template_of
 from timemix.server.answers import Call, Form, Piece, Score
 from timemix.server.completions import (
     MOST_TOP,

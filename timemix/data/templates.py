@@ -1,4 +1,4 @@
-"""Chat templates: rules that write the messages of a conversation as one text, which the model continues.
+"""Chat templates: rules that write the messages of a conversation as one text, for training and for answers.
 
 The template of the RWKV World models separates messages by a blank line:
 
@@ -20,6 +20,7 @@ from timemix.tokenizers.base import Tokenizer
 Role = Literal["system", "user", "assistant"]
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
+_BLANK_LINES_BEFORE_LABEL = re.compile(rf"\n\s*\n(?=({'|'.join(role.capitalize() for role in get_args(Role))}):)")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,51 @@ class ChatTemplate:
             texts += [self._written(last), self.label("assistant")]
         return self.separator.join(text for text in texts if text)
 
+    def segments(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+        """Return a whole conversation for training, divided into the texts that the model reads and generates.
+
+        The texts of the assistant begin with `space`. If a message of the user follows, they end with the stop string,
+        as an answer does that the model generates. The end-of-text token must follow the last text.
+
+        The joined texts are those of `render`, with one exception: in a template with labels, the blank lines before a
+        line of an answer that begins with a label are replaced by one line end. Otherwise the answer would contain the
+        stop string, or imitate another message.
+
+        Args:
+            messages: The messages. The last message that is not empty must be of the assistant.
+
+        Returns:
+            Pairs of a text and whether the model generates this text.
+
+        Raises:
+            InvalidValue: No message of the assistant has text, or a message of another role follows the last answer.
+        """
+        written = [(message.role, text) for message in messages if (text := self._trained(message))]
+        if not any(role == "assistant" for role, _ in written):
+            raise InvalidValue("no message of the assistant has text")
+        if (last := written[-1][0]) != "assistant":
+            raise InvalidValue(f"the last message is of the {last}, not of the assistant")
+        found: list[tuple[str, bool]] = []
+        before = ""
+        for number, (role, text) in enumerate(written):
+            # The stop string of the answer before may already contain the beginning of this message.
+            text = (self.separator + text if number else text).removeprefix(before)
+            before = ""
+            if role != "assistant":
+                found.append((text, False))
+                continue
+            label = self.label(role)
+            start = text.index(label) + len(label)
+            following = "" if number + 1 == len(written) else self.separator + written[number + 1][1]
+            before = next((stop for stop in self.stop if following.startswith(stop)), "")
+            found += [(text[:start], False), (text[start:] + before, True)]
+        return found
+
+    def _trained(self, message: Message) -> str:
+        """Return a whole message with its label, without a line that could end an answer; empty if it is empty."""
+        text = self._written(message)
+        return _BLANK_LINES_BEFORE_LABEL.sub("\n", text) if self.has_labels else text
+
     def _written(self, message: Message) -> str:
         """Return a whole message with its label; empty if the message is empty."""
         text = self._cleaned(message).rstrip() if self.has_labels else message.content
@@ -144,13 +190,16 @@ TEMPLATES = {template.name: template for template in (WORLD, PLAIN)}
 """All templates, by name."""
 
 
-def template_of(tokenizer: Tokenizer) -> ChatTemplate:
-    """Return the chat template of the models that use a tokenizer.
+def template_of(tokenizer: Tokenizer, trained: str | None = None) -> ChatTemplate:
+    """Return the chat template of a model.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Tokenizer of the model.
+        trained: Name of the template of the conversations that the model was trained on; None: other text.
 
     Returns:
-        `WORLD` for the World tokenizer, otherwise `PLAIN`.
+        The template of the training. Without it, `WORLD` for the World tokenizer, otherwise `PLAIN`.
     """
+    if trained is not None:
+        return TEMPLATES[trained]
     return WORLD if tokenizer.kind == "world" else PLAIN

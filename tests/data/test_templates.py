@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples
 from tests.helpers.vocabularies import BYTES
+from timemix.data.templates import PLAIN, TEMPLATES, WORLD, Message, template_of
 from timemix.errors import InvalidValue
-from timemix.generation.templates import PLAIN, TEMPLATES, WORLD, Message, template_of
 from timemix.tokenizers.character import CharacterTokenizer
 from timemix.tokenizers.world import WorldTokenizer
 
@@ -81,6 +81,77 @@ def test_the_text_of_a_next_turn_extends_the_text_before(messages, answer):
         assert written + WORLD.following([Message("user", "Bye!")], written) == after
 
 
+@pytest.mark.parametrize(
+    ("messages", "segments"),
+    [
+        ([("user", "2+3"), ("assistant", "5")], [("User: 2+3", False), ("\n\nAssistant:", False), (" 5", True)]),
+        (
+            [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+            [
+                ("System: S", False),
+                ("\n\nUser: a", False),
+                ("\n\nAssistant:", False),
+                (" b\n\nUser:", True),
+                (" c", False),
+                ("\n\nAssistant:", False),
+                (" d", True),
+            ],
+        ),
+        # No stop string follows an answer before a message of the system or the assistant.
+        (
+            [("user", "a"), ("assistant", "b"), ("assistant", "c")],
+            [("User: a", False), ("\n\nAssistant:", False), (" b", True), ("\n\nAssistant:", False), (" c", True)],
+        ),
+        ([("assistant", "b")], [("Assistant:", False), (" b", True)]),
+        (
+            [("user", "x\n\nUser: y "), ("assistant", "One\n\ntwo\n\nUser: z\n\n\nAssistant:\n")],
+            [
+                ("User: x\nUser: y", False),
+                ("\n\nAssistant:", False),
+                (" One\n\ntwo\nUser: z\nAssistant:", True),
+            ],
+        ),
+    ],
+)
+def test_a_conversation_for_training_has_the_texts_that_the_model_generates(messages, segments):
+    assert WORLD.segments([Message(*each) for each in messages]) == segments
+
+
+@given(MESSAGES)
+@examples(60)
+def test_a_conversation_for_training_continues_each_prompt(messages):
+    """Each text that the model must generate follows the prompt of `timemix chat`, and is an answer with its stop."""
+    messages = [each for each in messages if each.content.strip()] + [Message("assistant", "z")]
+    # Blank lines before a label are removed from the answers of the training alone.
+    messages = [Message(each.role, re.sub(r"\s*\n\s*", "\n", each.content.replace("\r", "\n"))) for each in messages]
+    found = WORLD.segments(messages)
+    assert "".join(text for text, _ in found) == WORLD.render(messages)
+    read, answers = "", [i for i, each in enumerate(messages) if each.role == "assistant"]
+    for text, is_counted in found:
+        if is_counted:
+            number = answers.pop(0)
+            prompt = WORLD.render([*messages[:number], Message("assistant", "")])
+            assert read == prompt
+            follows = number + 1 < len(messages) and messages[number + 1].role == "user"
+            assert text == " " + messages[number].content.strip() + ("\n\nUser:" if follows else "")
+        read += text
+    assert not answers
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([QUESTION], "no message of the assistant has text"),
+        ([QUESTION, Message("assistant", " ")], "no message of the assistant has text"),
+        ([Message("assistant", "a"), QUESTION], "the last message is of the user, not of the assistant"),
+        ([], "no message of the assistant has text"),
+    ],
+)
+def test_a_conversation_without_an_answer_is_refused(messages, words):
+    with pytest.raises(InvalidValue, match=words):
+        WORLD.segments(messages)
+
+
 def test_messages_of_unknown_roles_and_no_messages_are_refused():
     with pytest.raises(InvalidValue, match="role='usr' is not supported; did you mean 'user'"):
         Message("usr", "x")
@@ -91,4 +162,5 @@ def test_messages_of_unknown_roles_and_no_messages_are_refused():
 def test_the_tokenizer_decides_the_template():
     assert template_of(WorldTokenizer(BYTES, 300)) is WORLD
     assert template_of(CharacterTokenizer(["a"], "error")) is PLAIN
+    assert template_of(CharacterTokenizer(["a"], "error"), "world") is WORLD
     assert list(TEMPLATES) == ["world", "plain"]
