@@ -37,14 +37,22 @@ SETTINGS = {
     "muon": {"optimizer": "muon", "weight_decay": 0.1},
     "mha_pro": {},
     "rwkv7": {"precision": "float64"},
+    "masked": {"precision": "float64", "accumulation": 2},
 }
+
+MASKED = "".join(
+    json.dumps({"prompt": "a" * (1 + 7 * i % 40), "completion": f"the cat sat on mat {i}." * (i % 3 + 1)}) + "\n"
+    for i in range(60)
+)
+"""Conversations for "masked": windows have different numbers of counted targets, and some have none."""
 
 
 def config(folder: Path, name: str, strategy: str):
     arch = name if name in list_architectures() else "rwkv1"
     # 5 heads of 3 channels give two processes parts of unequal size.
     settings = {"steps": 6, "valid_every": 3, "save_every": 3, "log_every": 1} | SETTINGS[name]
-    made = small_config(folder / "tokens", arch, strategy=strategy, **settings)
+    tokens = folder / ("masked-tokens" if name == "masked" else "tokens")
+    made = small_config(tokens, arch, strategy=strategy, **settings)
     return with_model(made, heads=5, channels=15)
 
 

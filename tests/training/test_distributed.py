@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import timemix
-from tests.helpers.process_group import SETTINGS, config, initial_config
+from tests.helpers.process_group import MASKED, SETTINGS, config, initial_config
 from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import slow
 from timemix.cli import train as cli
 from timemix.config.run import read_toml
 from timemix.data.batches import Batches
+from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.errors import Interrupted, InvalidValue, MissingFile, ProcessLost
 from timemix.evaluation.loss import loss_per_token
@@ -97,6 +98,8 @@ def others(tmp_path_factory):
     """Runs of all other settings."""
     folder = tmp_path_factory.mktemp("others")
     prepare(folder / "tokens", small_config(write_text_file(folder)).data)
+    (folder / "chat.jsonl").write_text(MASKED)
+    prepare(folder / "masked-tokens", DataConfig(str(folder / "chat.jsonl"), template="world"))
     return run_group(folder, [name for name in SETTINGS if name != "plain"])
 
 
@@ -106,7 +109,7 @@ def test_two_processes_learn_what_one_does(request, name, strategy):
     folder = request.getfixturevalue("folder" if name == "plain" else "others")
     # Muon enlarges small singular values, together with their rounding errors. The LayerNorm after the small initial
     # embedding of rwkv7 enlarges rounding errors too.
-    tolerance = {"float64": 1e-12, "rwkv7": 1e-7, "muon": 1e-4}.get(name, 1e-5)
+    tolerance = {"float64": 1e-12, "masked": 1e-12, "rwkv7": 1e-7, "muon": 1e-4}.get(name, 1e-5)
     same_curve(folder / name, folder / f"{name}-{strategy}-2", tolerance)
 
 

@@ -30,8 +30,9 @@ MAIN = "main"
 class ChatArguments:
     """Talk with a trained model in the terminal.
 
-    Each line is a message, and the model answers. A model with the World tokenizer gets the messages in the template of
-    the RWKV World models. Other models continue the text of the messages. The line /help lists the commands of a
+    Each line is a message, and the model answers. A model that was trained on conversations gets the messages in their
+    template. Else, a model with the World tokenizer gets the template of the RWKV World models, and other models
+    continue the text of the messages. The line /help lists the commands of a
     conversation, such as /save FILE.
 
     Examples:
@@ -43,8 +44,8 @@ class ChatArguments:
     system: str = ""
     """System message at the start of the conversation. Default: none."""
     template: Literal["auto", "world", "plain"] = "auto"
-    """Chat template; `auto` is `world` for a model with the World tokenizer, and `plain` (the model continues the lines
-    as one text) for other models."""
+    """Chat template; `auto` is the template of --data.template, else `world` for a model with the World tokenizer, and
+    `plain` (the model continues the lines as one text) for other models."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
@@ -66,7 +67,11 @@ def chat(arguments: list[str]) -> int:
 
     sampler = settings.sampler()
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]), mapped=True)
-    template = template_of(loaded.tokenizer) if parsed.template == "auto" else TEMPLATES[parsed.template]
+    template = (
+        template_of(loaded.tokenizer, loaded.config.data.template)
+        if parsed.template == "auto"
+        else TEMPLATES[parsed.template]
+    )
     engine = Engine(loaded.model, loaded.tokenizer, slots=1, weights=parsed.weights)
     note_uncompiled(engine)
     conversation = Conversation(

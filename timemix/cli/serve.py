@@ -153,7 +153,7 @@ def _models(parsed: ServeArguments) -> "Sequence[Served]":
         )
         note_uncompiled(engine, name)
         created = int(loaded.folder.stat().st_mtime)
-        models.append(Served(name, engine, parsed.weights, created))
+        models.append(Served(name, engine, parsed.weights, created, loaded.config.data.template))
         config = loaded.model.config
         parameters = sum(p.numel() for p in loaded.model.parameters())
         print(f"timemix: model {name}: {config.arch}, {parameters:,} parameters, {parsed.weights}", flush=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from timemix.data.shards import Tokens
+from timemix.data.shards import Tokens, counted_targets, targets_of
 from timemix.errors import InvalidValue
 
 
@@ -61,11 +61,24 @@ class Batches:
             part: The rows of the batch to return. Default: all rows.
 
         Returns:
-            Inputs and targets, each (rows, ctx_len) int64. Targets are the tokens one position after the inputs.
+            Inputs and targets, each (rows, ctx_len) int64. Targets are the tokens one position after the inputs, or
+            IGNORED where the loss does not count these tokens.
         """
         starts = self._starts(step)[part]
-        rows = np.stack([self._tokens[s : s + self._ctx_len + 1] for s in starts]).astype(np.int64)
-        return rows[:, :-1], rows[:, 1:]
+        inputs = np.stack([self._tokens[s : s + self._ctx_len] for s in starts]).astype(np.int64)
+        return inputs, np.stack([targets_of(self._tokens, slice(s + 1, s + self._ctx_len + 1)) for s in starts])
+
+    @property
+    def has_uncounted(self) -> bool:
+        """Whether the text has a loss mask, so that the loss does not count every target."""
+        return isinstance(self._tokens, Tokens) and self._tokens.counted is not None
+
+    def counted(self, step: int) -> int:
+        """Return the number of targets in the batch of a step that the loss counts."""
+        if not isinstance(self._tokens, Tokens):
+            return self._batch_size * self._ctx_len
+        parts = (self._tokens.part(slice(s, s + self._ctx_len + 1)) for s in self._starts(step))
+        return sum(map(counted_targets, parts))
 
     def earlier(self, step: int) -> int:
         """Return the number of tokens that the rows of the earlier batches have before each row of the batch of a step.
@@ -105,7 +118,8 @@ def validation_windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cut a whole text into adjacent windows, and yield the windows in batches.
 
-    Every token of the text except the first is a target exactly once.
+    Every token of the text except the first is a target exactly once. IGNORED replaces targets that the loss does not
+    count.
 
     Args:
         tokens: Token ids, (tokens,).
@@ -118,8 +132,9 @@ def validation_windows(
     whole = (len(tokens) - 1) // ctx_len
     for first in range(0, whole, batch_size):
         last = min(first + batch_size, whole)
-        span = tokens[first * ctx_len : last * ctx_len + 1].astype(np.int64)
-        yield span[:-1].reshape(-1, ctx_len), span[1:].reshape(-1, ctx_len)
+        begin, end = first * ctx_len, last * ctx_len
+        inputs = tokens[begin:end].astype(np.int64)
+        yield inputs.reshape(-1, ctx_len), targets_of(tokens, slice(begin + 1, end + 1)).reshape(-1, ctx_len)
     rest = tokens[whole * ctx_len :].astype(np.int64)
     if len(rest) > 1:
-        yield rest[None, :-1], rest[None, 1:]
+        yield rest[None, :-1], targets_of(tokens, slice(whole * ctx_len + 1, None))[None]

@@ -10,6 +10,7 @@ TokenizerKind = Literal["character", "byte", "word", "subword", "world", "huggin
 HoldOut = Literal["each", "end", "documents"]
 Unknown = Literal["error", "unk", "byte"]
 Order = Literal["random", "epoch", "carried"]
+Template = Literal["world"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class DataConfig:
     text_key: str | None = None
     """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files.
     Default: text; .csv and .tsv files are then plain text."""
+    template: Template | None = None
+    """Chat template for records with `messages`, or with `prompt` and `completion`. The loss counts only what the
+    assistant says. Default: the records have texts."""
     end_of_text: bool | None = None
     """Token after each document. A document is a record of a .jsonl, .ndjson, .parquet, .csv or .tsv file, or a whole
     file of plain text. Default: True if the source has records, and the tokenizer has an end-of-text token or is
@@ -62,6 +66,13 @@ class DataConfig:
             raise InvalidValue(
                 f"data.valid_fraction={self.valid_fraction} is out of range; give a number from 0 to below 1"
             )
+        if self.template is not None:
+            for name, is_wrong in (("text_key", self.text_key is not None), ("end_of_text", self.end_of_text is False)):
+                if is_wrong:
+                    raise InvalidValue(
+                        f"data.{name}={getattr(self, name)!r} contradicts data.template={self.template!r}: each record"
+                        f" is a conversation, which an end-of-text token ends; leave data.{name} out"
+                    )
         if self.shuffle is not None:
             check_range("data.shuffle", self.shuffle, 0, 2**63 - 1)
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)

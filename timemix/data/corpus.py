@@ -3,6 +3,8 @@
 A prepared folder contains
 
 - train-00000.bin, ..., valid-00000.bin, ...: token ids of both splits (smallest unsigned type, little-endian),
+- train-loss-00000.bin, ..., valid-loss-00000.bin, ..., for conversations only: the loss mask, with one byte for each
+  token, which is 1 if the loss counts the token as a target, and otherwise 0,
 - tokenizer.json: the tokenizer,
 - data.json: counts, hashes, and the paths of the text files.
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timemix.data.shards import Shard, Tokens, check_shard, map_shards, shard_name
+from timemix.data.shards import MASK_TYPE, Shard, ShardWriter, Tokens, check_shard, map_shards, mask_of, shard_name
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.storage.files import check_name
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
@@ -22,6 +24,20 @@ from timemix.tokenizers.make import load_tokenizer
 
 DATA_FORMAT_VERSION = 2
 SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedInfo:
+    """Hash of the loss mask of a split and counts of its counted tokens, as stored in data.json."""
+
+    tokens: Count
+    """Number of tokens that the loss counts."""
+    characters: Count
+    """Number of characters that these tokens represent, without the first token of the split."""
+    bytes: Count
+    """Number of UTF-8 bytes that these tokens represent, without the first token of the split."""
+    sha256: str
+    """Hash of the mask, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +60,8 @@ class SplitInfo:
     """Number of characters and bytes of the first token, None if unknown. No model predicts the first token."""
     shards: tuple[Shard, ...] | None = field(default=None, metadata=OPTIONAL)
     """The token files. The value is None in format version 1, because version 1 stores each split in one file."""
+    counted: CountedInfo | None = field(default=None, metadata=OPTIONAL)
+    """The loss mask; None: the loss counts all tokens."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,8 @@ class DataInfo:
     valid: SplitInfo
     held_out: str | None = field(default=None, metadata=OPTIONAL)
     """Description of the validation text, such as "the last 10 % of builtin"."""
+    template: str | None = field(default=None, metadata=OPTIONAL)
+    """Name of the chat template of the conversations; None: the text has no conversations."""
 
     def split(self, name: str) -> SplitInfo:
         """Return the record of the split "train" or "valid"."""
@@ -105,7 +125,10 @@ def evenly_spaced(ids: np.ndarray | Tokens, tokens: int | None, pieces: int = 20
     ends = [tokens * i // pieces for i in range(pieces + 1)]
     gap = len(ids) - tokens
     starts = [a + gap * i // max(pieces - 1, 1) for i, a in enumerate(ends[:-1])]
-    return np.concatenate([ids[s : s + b - a] for s, a, b in zip(starts, ends, ends[1:], strict=False)])
+    places = [slice(s, s + b - a) for s, a, b in zip(starts, ends, ends[1:], strict=False)]
+    if isinstance(ids, Tokens):
+        return Tokens.joined([ids.part(place) for place in places])
+    return np.concatenate([ids[place] for place in places])
 
 
 def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo) -> tuple[int, int]:
@@ -126,6 +149,17 @@ def part_size(tokenizer: Tokenizer, part: Tokens, whole: Tokens, text: SplitInfo
         for real, mine, total in zip((text.characters, text.bytes), own, all_, strict=True)
     )
     return characters, bytes_
+
+
+def counted_info(writer: ShardWriter, tokenizer: Tokenizer) -> CountedInfo | None:
+    """Return the record of the loss mask of a finished split; None: the loss counts all tokens."""
+    if writer.mask_sha256 is None:
+        return None
+    tokens = writer.mapped()
+    count = sum(int(np.count_nonzero(counted)) for _, counted in tokens.masked_blocks() if counted is not None)
+    predicted = tokens.part(slice(1, None)).masked_blocks()
+    characters, bytes_ = tokenizer.spelled_size(ids[counted > 0] for ids, counted in predicted if counted is not None)
+    return CountedInfo(tokens=count, characters=characters, bytes=bytes_, sha256=writer.mask_sha256)
 
 
 def is_corpus(path: Path) -> bool:
@@ -189,9 +223,20 @@ def open_corpus(folder: Path) -> Corpus:
     dtype = tokenizer.dtype.newbyteorder("<")
     for split in SPLITS:
         for place, shard in shards[split].items():
-            check_shard(place, dtype, shard, tokenizer.vocab_size)
-    train, valid = (map_shards(list(shards[split]), dtype) for split in SPLITS)
+            check_shard(place, dtype, shard.tokens, shard.sha256, tokenizer.vocab_size)
+    train, valid = (map_shards(list(shards[split]), dtype, _mask(folder, split, shards[split])) for split in SPLITS)
     return Corpus(train, valid, tokenizer, info)
+
+
+def _mask(folder: Path, split: str, shards: dict[Path, Shard]) -> Tokens | None:
+    """Open and check the loss mask of a split; return None if the loss counts all tokens."""
+    paths = {}
+    for number, shard in enumerate(shards.values()):
+        if shard.counted is not None:
+            paths[folder / shard_name(mask_of(split), number)] = shard
+    for path, shard in paths.items():
+        check_shard(path, MASK_TYPE, shard.tokens, shard.counted or "", 2)
+    return map_shards(list(paths), MASK_TYPE) if paths else None
 
 
 def _shards(folder: Path, split: str, info: DataInfo) -> dict[Path, Shard]:
@@ -206,4 +251,6 @@ def _shards(folder: Path, split: str, info: DataInfo) -> dict[Path, Shard]:
     found = {folder / shard_name(split, number): shard for number, shard in enumerate(counts.shards or ())}
     if sum(shard.tokens for shard in found.values()) != counts.tokens:
         raise Misfit(f"the shards of {split} do not add up to its {counts.tokens} tokens")
+    if {shard.counted is None for shard in found.values()} - {counts.counted is None}:
+        raise Misfit(f"only a part of {split} has a loss mask")
     return found

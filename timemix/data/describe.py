@@ -87,4 +87,7 @@ def text_hash(config: DataConfig) -> str:
     if not is_corpus(Path(config.source)):
         return Text(config, False).hash
     info = open_corpus(Path(config.source)).info
-    return hashlib.sha256("\0".join(info.split(split).sha256 for split in SPLITS).encode()).hexdigest()
+    splits = [info.split(split) for split in SPLITS]
+    hashes = [split.sha256 for split in splits]
+    hashes += [split.counted.sha256 for split in splits if split.counted is not None]
+    return hashlib.sha256("\0".join(hashes).encode()).hexdigest()

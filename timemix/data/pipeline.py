@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from timemix.data import marks
 from timemix.data.config import DataConfig
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
@@ -36,8 +37,6 @@ PROCESSES_FROM = 1 << 26
 
 
 _SURROGATES = slice(0xD800, 0xE000)
-
-END_BYTES = len(DOCUMENT_END.encode("utf-8", "surrogatepass"))
 
 CHANGED = "the text changed while it was read; try again when no process writes to it"
 
@@ -95,6 +94,12 @@ class Text:
 
     def _has_documents(self) -> bool | None:
         """Return whether to mark the ends of documents; None: only in a source of records."""
+        template = self.config.template
+        if template is not None and self.made is not None and self.made.end_of_text is None:
+            raise InvalidValue(
+                f"data.template={template!r} needs an end-of-text token, but the {self.made.kind} tokenizer has none;"
+                " train a new model from random weights"
+            )
         if self.made is None or self.made.end_of_text is not None:
             return self.config.end_of_text
         if self.config.end_of_text:
@@ -105,7 +110,7 @@ class Text:
         return False
 
     def _open(self, source: str, progress: ShowProgress, documents: bool | None) -> Source:
-        options = {name: getattr(self.config, name) for name in ("encoding", "keep_nul", "text_key")}
+        options = {name: getattr(self.config, name) for name in ("encoding", "keep_nul", "text_key", "template")}
         return open_source(source, **options, documents=documents, progress=progress)
 
     def _refuse_shared_files(self, valid: Source) -> None:
@@ -149,18 +154,21 @@ class Text:
             passing(progress, f"vocabulary of {self.source.name}", self.source.size) as advance,
             self._processes(config.tokenizer == "word", int) as each,
         ):
-            texts = self._parts(self.source.read(advance), "train")
+            texts = (
+                marks.without(text, (marks.COUNTED, marks.UNCOUNTED))
+                for text in self._parts(self.source.read(advance), "train")
+            )
             return train_tokenizer(config.tokenizer, texts, each=each or map, **options)
 
     @contextlib.contextmanager
     def encoder(self, made: Tokenizer) -> Iterator[Callable[[Iterator[str]], Iterator[Any]]]:
-        """Yield a function that applies `Tokenizer.encode_documents` to texts, in order.
+        """Yield a function that applies `marks.encode_marked` to texts, in order.
 
         Args:
             made: The tokenizer.
         """
         with self._processes(True, _begin_encoding, made.to_json()) as each:
-            yield partial(map, made.encode_documents) if each is None else partial(each, _encode)
+            yield partial(map, partial(marks.encode_marked, made)) if each is None else partial(each, _encode)
 
     @contextlib.contextmanager
     def _processes(self, useful: bool, *begin: Any) -> Iterator[Each | None]:
@@ -202,20 +210,22 @@ def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     own = hashlib.sha256()
     met = np.zeros(0x110000, bool)
     documents = [np.empty(0, np.int64)]
+    allowed = marks.MARKS if source.has_loss_marks else marks.MARKS[: int(source.documents)]
     with passing(progress, f"reading {source.name}", source.size) as advance:
         for number, text in source.read(advance):
             codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
             met[codes] = True
-            ends = np.flatnonzero(codes == ord(DOCUMENT_END)) if source.documents else documents[0]
-            met[ord(DOCUMENT_END)] &= not source.documents
+            met[list(map(ord, allowed))] = False
             if met[_SURROGATES].any():
-                refuse_surrogates(text.replace(DOCUMENT_END, " ") if source.documents else text, characters)
+                refuse_surrogates(marks.without(text, allowed), characters)
             raw = text.encode("utf-8", "surrogatepass")
-            documents.append(place + 1 + ends)
+            if source.documents:
+                documents.append(place + 1 + np.flatnonzero(codes == ord(DOCUMENT_END)))
             place += len(text)
             files[number] += len(text)
-            characters += len(text) - len(ends)
-            bytes_ += len(raw) - len(ends) * END_BYTES
+            count = sum(map(text.count, allowed))
+            characters += len(text) - count
+            bytes_ += len(raw) - count * marks.MARK_BYTES
             for sha256 in (own, *hashes):
                 sha256.update(raw)
     alphabet = "".join(map(chr, np.flatnonzero(met)))
@@ -264,8 +274,8 @@ def _begin_encoding(document: str) -> None:
     _tokenizer = tokenizer_from_json(document)
 
 
-def _encode(text: str) -> tuple[np.ndarray, Counter[str]]:
-    return _tokenizer.encode_documents(text)
+def _encode(text: str) -> tuple[np.ndarray, np.ndarray | None, Counter[str]]:
+    return marks.encode_marked(_tokenizer, text)
 
 
 @dataclass(frozen=True)
@@ -279,6 +289,8 @@ class Piece:
     """Hash of the split's text before the piece."""
     ids: np.ndarray
     """Token ids, (tokens,)."""
+    counted: np.ndarray | None
+    """Loss mask, (tokens,); None: the loss counts all tokens."""
     unknown: int
     """Number of characters or words outside the vocabulary."""
 
@@ -329,10 +341,11 @@ def encoded(
             with passing(progress, f"tokenizing {source.name}", source.size) as advance:
                 cut = made.cut(parts(_hashed(source.read(advance), seen), split), PART)
                 if beginning := next(cut, ""):
-                    text.first[split] = made.first_size(beginning.partition(DOCUMENT_END)[0])
+                    text.first[split] = made.first_size(marks.first_unmarked(beginning))
                     cut = itertools.chain([beginning], cut)
-                for ids, missing in encode(_to_encode(cut, counts[split], begun.get(split), waiting)):
-                    piece = Piece(split, *waiting.popleft(), ids, missing.total())
+                mark = marks.UNCOUNTED if source.has_loss_marks else ""
+                for ids, counted, missing in encode(_to_encode(cut, counts[split], begun.get(split), waiting, mark)):
+                    piece = Piece(split, *waiting.popleft(), ids, counted, missing.total())
                     yield piece
                     counts[split]["tokens"] += len(ids)
                     counts[split]["unknown"] += piece.unknown
@@ -354,7 +367,11 @@ def _hashed(texts: Iterator[tuple[int, str]], sha256: Any) -> Iterator[tuple[int
 
 
 def _to_encode(
-    cut: Iterator[str], counts: dict[str, int], done: Done | None, waiting: collections.deque[tuple[int, str]]
+    cut: Iterator[str],
+    counts: dict[str, int],
+    done: Done | None,
+    waiting: collections.deque[tuple[int, str]],
+    mark: str,
 ) -> Iterator[str]:
     """Yield the unfinished pieces of a split, and count and hash all pieces.
 
@@ -363,6 +380,8 @@ def _to_encode(
         counts: Counts of the split, to which characters, bytes and documents are added.
         done: Finished part of the split, if any.
         waiting: Queue that receives the number of each yielded piece, and the hash of the text before the piece.
+        mark: Loss mark before the text; empty for a text without loss marks. Each yielded piece begins with the newest
+            loss mark before it, so that its tokens do not depend on other pieces.
     """
     sha256 = hashlib.sha256()
     for number, piece in enumerate(cut):
@@ -371,13 +390,14 @@ def _to_encode(
             raise Unfit(CHANGED)
         raw = piece.encode("utf-8", "surrogatepass")
         sha256.update(raw)
-        ends = piece.count(DOCUMENT_END)
-        counts["documents"] += ends
-        counts["characters"] += len(piece) - ends
-        counts["bytes"] += len(raw) - ends * END_BYTES
+        count = marks.count_marks(piece)
+        counts["documents"] += piece.count(DOCUMENT_END)
+        counts["characters"] += len(piece) - count
+        counts["bytes"] += len(raw) - count * marks.MARK_BYTES
         if done is None or number >= done.pieces:
             waiting.append((number, before))
-            yield piece
+            yield mark + piece
+        mark = marks.newest_loss_mark(piece, mark)
 
 
 def no_counts() -> dict[str, int]:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from timemix.data.corpus import (
     DataInfo,
     SplitInfo,
     TokenizerInfo,
+    counted_info,
     evenly_spaced,
     open_corpus,
     part_size,
 )
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
-from timemix.data.shards import Shard, ShardWriter, Tokens, map_shards, shard_name
+from timemix.data.shards import ShardWriter, Tokens, map_split, mask_of, shard_name
 from timemix.errors import FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
 from timemix.storage.files import appear, atomic_folder, check_name, explained, refuse_existing, write_text
@@ -103,7 +104,7 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
         splits["train"] = _shuffled(folder, made, splits["train"], config.shuffle)
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
         splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
-    _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out)
+    _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out, config.template)
     appear(folder, out)
     (out / _State.FILE).unlink()
 
@@ -140,7 +141,8 @@ def hold_out_end(corpus: Corpus, out: Path, *, share: float = 0.05, valid_tokens
         }
         corpus.tokenizer.save(folder / "tokenizer.json")
         held_out = f"the last {100 * share:g} % of the training text"
-        _write_info(folder, corpus.tokenizer, splits, corpus.info.files, corpus.info.encoding, held_out)
+        info = corpus.info
+        _write_info(folder, corpus.tokenizer, splits, info.files, info.encoding, held_out, info.template)
     return open_corpus(out)
 
 
@@ -159,6 +161,7 @@ class _State:
         sizes |= {"made": None if text.made is None else text.made.hash}
         self._content: dict[str, Any] = {"version": __version__, "text": text.hash, "settings": settings | sizes}
         self._done: dict[str, Done] = {}
+        self._has_mask = text.config.template is not None
 
     def tokenizer(self, text: Text, progress: ShowProgress) -> Tokenizer:
         """Return the tokenizer of the folder if it fits the text. Otherwise, empty the folder and train a tokenizer."""
@@ -184,12 +187,15 @@ class _State:
 
     def writer(self, split: str, made: Tokenizer) -> ShardWriter:
         """Return a writer that continues after a split's finished token files, or at the start if a file is damaged."""
+        has_mask = self._has_mask
         with contextlib.suppress(FileError):
             done = self._done.get(split)
             shards = () if done is None else done.shards
-            return ShardWriter(self.folder, split, made.dtype, shards=shards, vocab_size=made.vocab_size)
+            return ShardWriter(
+                self.folder, split, made.dtype, shards=shards, vocab_size=made.vocab_size, has_mask=has_mask
+            )
         self._done.pop(split, None)
-        return ShardWriter(self.folder, split, made.dtype)
+        return ShardWriter(self.folder, split, made.dtype, has_mask=has_mask)
 
     @property
     def begun(self) -> dict[str, Done]:
@@ -223,9 +229,10 @@ def _write_splits(state: _State, text: Text, made: Tokenizer, progress: ShowProg
     return {
         split: SplitInfo(
             **counts[split],
-            sha256=writers[split].sha256.hexdigest(),
+            sha256=writers[split].sha256,
             first=text.first.get(split),
             shards=tuple(writers[split].shards),
+            counted=counted_info(writers[split], made),
         )
         for split in SPLITS
     }
@@ -256,7 +263,8 @@ def _write_split(
         for piece in encoded:
             place = Done((), piece.number, piece.before, counts["tokens"], counts["unknown"])
             if made.unknown != "error" or not place.unknown + piece.unknown:
-                writer.add(piece.ids[max(0, writer.tokens - place.tokens) :])
+                new = slice(max(0, writer.tokens - place.tokens), None)
+                writer.add(piece.ids[new], None if piece.counted is None else piece.counted[new])
         place = Done((), piece.number + 1, None, counts["tokens"], counts["unknown"])
 
 
@@ -284,13 +292,16 @@ def _shuffled(folder: Path, made: Tokenizer, train: SplitInfo, seed: int) -> Spl
     """
     whole = _taken(folder, "train", made, train)
     starts = np.fromiter(_starts(whole, made), np.int64, train.documents + 1)
-    with ShardWriter(folder, "train", made.dtype) as writer:
+    with ShardWriter(folder, "train", made.dtype, has_mask=whole.counted is not None) as writer:
         for numbers in np.array_split(
             np.random.default_rng(seed).permutation(train.documents), train.documents // 1000 + 1
         ):
-            writer.add(np.concatenate([whole[starts[i] : starts[i + 1]] for i in numbers.tolist()]))
-    first = made.spelled_size([map_shards(_paths(folder, "train", writer.shards), made.dtype)[:1]])
-    return replace(train, sha256=writer.sha256.hexdigest(), first=first, shards=tuple(writer.shards))
+            parts = [whole.part(slice(starts[i], starts[i + 1])) for i in numbers.tolist()]
+            for ids, counted in Tokens.joined(parts).masked_blocks():
+                writer.add(ids, counted)
+    first = made.spelled_size([writer.mapped()[:1]])
+    info = counted_info(writer, made)
+    return replace(train, sha256=writer.sha256, first=first, shards=tuple(writer.shards), counted=info)
 
 
 def _starts(tokens: Tokens, made: Tokenizer) -> Iterator[int]:
@@ -302,17 +313,12 @@ def _starts(tokens: Tokens, made: Tokenizer) -> Iterator[int]:
         before += len(block)
 
 
-def _paths(folder: Path, split: str, written: Sequence[Shard] | None) -> list[Path]:
-    """Return the paths of the token files of a split."""
-    return [folder / shard_name(split, number) for number in range(len(written or ()))]
-
-
 def _taken(folder: Path, split: str, made: Tokenizer, info: SplitInfo) -> Tokens:
     """Return the tokens of a split, and unlink the files, so that other tokens can be written in their place."""
-    paths = _paths(folder, split, info.shards)
-    whole = map_shards(paths, made.dtype)
-    for path in paths:
-        path.unlink()
+    whole = map_split(folder, split, made.dtype, info.shards or ())
+    for name in (split, mask_of(split)):
+        for number in range(len(info.shards or ())):
+            (folder / shard_name(name, number)).unlink(missing_ok=True)
     return whole
 
 
@@ -337,10 +343,10 @@ def _write_ids(
         first: Number of characters and bytes of the first token, None if unknown.
     """
     tokens = ids if isinstance(ids, Tokens) else Tokens([ids], ids.dtype)
-    with ShardWriter(folder, split, made.dtype) as writer:
+    with ShardWriter(folder, split, made.dtype, has_mask=tokens.counted is not None) as writer:
         unknown = documents = 0
-        for block in tokens.blocks():
-            writer.add(block)
+        for block, counted in tokens.masked_blocks():
+            writer.add(block, counted)
             documents += int((block == made.end_of_text).sum()) if text.documents else 0
             unknown += int((block == made.vocab_size - 1).sum()) if made.unknown == "unk" else 0
     characters, bytes_ = part_size(made, tokens, whole, text)
@@ -350,9 +356,10 @@ def _write_ids(
         bytes=bytes_,
         unknown=unknown,
         documents=documents,
-        sha256=writer.sha256.hexdigest(),
+        sha256=writer.sha256,
         first=first,
         shards=tuple(writer.shards),
+        counted=counted_info(writer, made),
     )
 
 
@@ -363,6 +370,7 @@ def _write_info(
     files: tuple[str, ...],
     encoding: str,
     held_out: str,
+    template: str | None,
 ) -> None:
     info = DataInfo(
         format_version=DATA_FORMAT_VERSION,
@@ -373,6 +381,7 @@ def _write_info(
         train=splits["train"],
         valid=splits["valid"],
         held_out=held_out,
+        template=template,
     )
     write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
 

@@ -2,11 +2,13 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from timemix.data.chats import CHAT_KEYS, marked_conversation, refuse_lone_surrogate
 from timemix.data.readers import CHUNK, OPENERS
+from timemix.data.templates import ChatTemplate
 from timemix.errors import DamagedFile, InvalidValue, Unavailable, nearest
 from timemix.tokenizers.base import DOCUMENT_END
 
@@ -63,7 +65,9 @@ def joined(records: Iterator[str], documents: bool) -> Iterator[str]:
         yield "".join(piece)
 
 
-def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> Iterator[str]:
+def records(
+    texts: Iterator[str], path: Path, suffix: str, key: str | None, template: ChatTemplate | None = None
+) -> Iterator[str]:
     """Read the records of JSON lines or of a table.
 
     Args:
@@ -71,13 +75,14 @@ def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> I
         path: The file, for messages.
         suffix: Format, as from `format_of`.
         key: Key of the text; None: DEFAULT_KEY.
+        template: Chat template of the conversations; None: the records have texts.
 
     Yields:
-        The text of each record.
+        The text of each record, with loss marks if it is a conversation.
 
     Raises:
         DamagedFile: A line is no record, or too long. The message names the line.
-        InvalidValue: A record has no text under the key.
+        InvalidValue: A record has no text under the key, or no conversation for the template.
     """
     lines = _lines(texts, path)
     if suffix in _TABLES:
@@ -92,7 +97,7 @@ def records(texts: Iterator[str], path: Path, suffix: str, key: str | None) -> I
             raise DamagedFile(f"{path}, line {number}, is no JSON: {error}; correct or remove the line") from error
         if not isinstance(record, dict):
             raise DamagedFile(f"{path}, line {number}, is no JSON object; correct or remove the line")
-        yield _text(record, key or DEFAULT_KEY, f"{path}, line {number},")
+        yield _of_record(record, key, template, f"{path}, line {number},")
 
 
 def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
@@ -112,21 +117,32 @@ def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
         yield last
 
 
-def _text(record: dict[str, Any], key: str, place: str) -> str:
-    """Return the text of a record."""
+def _of_record(record: dict[str, Any], key: str | None, template: ChatTemplate | None, place: str) -> str:
+    """Return the text of a record, or its conversation."""
+    return _text(record, key, place) if template is None else marked_conversation(record, template, place)
+
+
+def _text(record: dict[str, Any], given: str | None, place: str) -> str:
+    """Return the text of a record under a key; None: DEFAULT_KEY."""
+    key = given or DEFAULT_KEY
     if key not in record:
+        _refuse_chat(record, given, place)
         raise InvalidValue(f"{place} has no key {key!r}{nearest(key, record)}; set data.text_key")
     text = record[key]
     if not isinstance(text, str):
         kind = {type(None): "null", float: "as a number"}.get(type(text), f"of type {type(text).__name__}")
         raise InvalidValue(f"{place} has {key!r} {kind}; it must be a text")
-    try:
-        if not text.isascii():
-            text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise InvalidValue(f"{place} has the lone surrogate {code} in {key!r}; remove it") from error
+    refuse_lone_surrogate(text, key, place)
     return text
+
+
+def _refuse_chat(names: Iterable[str], given: str | None, place: str) -> None:
+    """Raise InvalidValue if the keys of a record without a text are those of a conversation."""
+    if given is None and (chat := [name for name in CHAT_KEYS if name in names]):
+        raise InvalidValue(
+            f"{place} has no {DEFAULT_KEY!r}, but {chat[0]!r}, as conversations have; set data.template to world, or"
+            " data.text_key to the key of a text"
+        )
 
 
 def _column(path: Path, names: list[str], key: str) -> int:
@@ -159,38 +175,54 @@ def _table(lines: Iterator[str], path: Path, delimiter: str, key: str) -> Iterat
         raise DamagedFile(f"{path}, line {reader.line_num}, is no row of a table: {error}; correct the line") from error
 
 
-def parquet(path: Path, key: str | None, advance: Callable[[float], object]) -> Iterator[str]:
-    """Read a column of a Parquet file, one row group after another.
+def parquet(
+    path: Path, key: str | None, template: ChatTemplate | None, advance: Callable[[float], object]
+) -> Iterator[str]:
+    """Read the texts or the conversations of a Parquet file, one row group after another.
 
     Args:
         path: The file.
         key: Name of the column; None: DEFAULT_KEY.
+        template: Chat template of the conversations; None: the column has texts.
         advance: Function that receives the share of the rows that was read so far.
 
     Yields:
-        The text of each row.
+        The text of each row, with loss marks if it is a conversation.
 
     Raises:
         Unavailable: The package pyarrow is not installed.
         DamagedFile: The file is damaged.
-        InvalidValue: The column is missing, or has no text in a row.
+        InvalidValue: The column is missing, or a row has no text, or no conversation for the template.
     """
     try:
         import pyarrow
         from pyarrow import parquet as reader
     except ImportError as error:
         raise Unavailable(f"{path} is a Parquet file, which needs pyarrow: pip install 'timemix[data]'") from error
-    key, done = key or DEFAULT_KEY, 0
+    done = 0
     try:
         with reader.ParquetFile(path) as file:
-            kind = file.schema_arrow.field(_column(path, file.schema_arrow.names, key)).type
-            # A column with few distinct texts may be stored as a dictionary of these texts.
-            plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise InvalidValue(f"{path} has the column {key!r} of type {kind}; it must be a column of texts")
-            for batch in file.iter_batches(batch_size=1024, columns=[key]):
-                for row, text in enumerate(batch.column(0).to_pylist(), done + 1):
-                    yield _text({key: text}, key, f"{path}, row {row},")
+            names = file.schema_arrow.names
+            if template is None:
+                _refuse_chat(names if DEFAULT_KEY not in names else (), key, str(path))
+                columns = [key or DEFAULT_KEY]
+                kind = file.schema_arrow.field(_column(path, names, columns[0])).type
+                # A column with few distinct texts may be stored as a dictionary of these texts.
+                plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+                if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                    raise InvalidValue(
+                        f"{path} has the column {columns[0]!r} of type {kind}; it must be a column of texts"
+                    )
+            else:
+                columns = [name for name in CHAT_KEYS if name in names]
+                if not columns:
+                    raise InvalidValue(
+                        f"{path} has neither a column 'messages' nor 'prompt' and 'completion', which data.template"
+                        " needs; leave data.template out, or rename the columns"
+                    )
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row, record in enumerate(batch.to_pylist(), done + 1):
+                    yield _of_record(record, key, template, f"{path}, row {row},")
                 done += batch.num_rows
                 advance(done / max(1, file.metadata.num_rows))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
 from timemix.data.folders import folder_files, glob_files, written_by_timemix
 from timemix.data.readers import CHUNK, chunks, decoded
 from timemix.data.records import format_of, joined, parquet, records
+from timemix.data.templates import TEMPLATES, ChatTemplate
 from timemix.errors import FileError, InvalidValue, MissingFile
 from timemix.runtime.progress import Advance, ShowProgress, untold
 from timemix.storage.files import cannot_read, check_name
@@ -60,6 +61,8 @@ class Source:
     """Validation text, which only some downloads include; otherwise None."""
     documents: bool = False
     """Whether the pieces contain the ends of documents."""
+    has_loss_marks: bool = False
+    """Whether the pieces contain the marks COUNTED and UNCOUNTED."""
 
 
 def read_source(
@@ -114,6 +117,7 @@ def open_source(
     keep_nul: bool = False,
     text_key: str | None = None,
     documents: bool | None = False,
+    template: str | None = None,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
@@ -134,6 +138,8 @@ def open_source(
         text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
             TSV are then plain text.
         documents: Whether DOCUMENT_END ends each record and each file of plain text. None: only if a file has records.
+        template: Name of the chat template that writes the conversations of the records as texts, with the marks of
+            `timemix.data.marks`. Default: the records have texts.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -144,7 +150,7 @@ def open_source(
         Unavailable: A download failed.
     """
     options = (encoding, keep_nul)
-    of_files = (*options, text_key, documents)
+    of_files = (*options, text_key, documents, None if template is None else TEMPLATES[template])
     if source == "-":
         return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *of_files)
     check_name(Path(source))
@@ -154,6 +160,8 @@ def open_source(
         return _files_source(source, folder_files(Path(source), *options), *of_files)
     if os.path.exists(source):
         return _files_source(source, [Path(source)], *of_files)
+    if template is not None and (source == "builtin" or source in DOWNLOADS):
+        raise InvalidValue(f"{source} has no conversations; leave data.template out, or name a file of conversations")
     if source == "builtin":
         return _ended(_builtin()) if documents else _builtin()
     if source in DOWNLOADS:
@@ -192,9 +200,23 @@ def _ended(source: Source) -> Source:
 
 
 def _files_source(
-    source: str, files: list[Path], encoding: str, keep_nul: bool, text_key: str | None, documents: bool | None
+    source: str,
+    files: list[Path],
+    encoding: str,
+    keep_nul: bool,
+    text_key: str | None,
+    documents: bool | None,
+    template: ChatTemplate | None,
 ) -> Source:
     """Return files as a source. `open_source` describes the arguments."""
+    if template is not None:
+        for path in files:
+            if format_of(path, text_key) is None:
+                raise InvalidValue(
+                    f"{path} is plain text, but data.template needs conversations in .jsonl, .ndjson or .parquet"
+                    " files; leave data.template out, or name other files"
+                )
+        documents = True
     held = {path: _bytes_of_pipe(path) for path in files if path is STANDARD_INPUT or not path.is_file()}
     sizes = [len(held[path]) if path in held else _size(path) for path in files]
     ended = any(format_of(path, text_key) for path in files) if documents is None else documents
@@ -202,10 +224,10 @@ def _files_source(
     def texts_of(path: Path, before: int, size: int, advance: Advance) -> Iterator[str]:
         suffix = format_of(path, text_key)
         if suffix == ".parquet":
-            return joined(parquet(path, text_key, lambda share: advance(before + int(share * size))), ended)
+            return joined(parquet(path, text_key, template, lambda share: advance(before + int(share * size))), ended)
         data = chunks(path, held.get(path), before, advance)
         texts = decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1)
-        return texts if suffix is None else joined(records(texts, path, suffix, text_key), ended)
+        return texts if suffix is None else joined(records(texts, path, suffix, text_key, template), ended)
 
     def read(advance: Advance) -> Iterator[tuple[int, str]]:
         before, last, newest = 0, "", -1
@@ -225,7 +247,7 @@ def _files_source(
     name = Path(source).name or str(Path(source).resolve())
     # JSON does not support names that are not UTF-8.
     shown = tuple(os.fsencode(path).decode("utf-8", "backslashreplace") for path in files)
-    return Source(name, shown, sum(sizes), read, documents=ended)
+    return Source(name, shown, sum(sizes), read, documents=ended, has_loss_marks=template is not None)
 
 
 def _bytes_of_pipe(path: Path) -> bytes:

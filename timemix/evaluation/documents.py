@@ -35,19 +35,22 @@ class DocumentLosses:
         # Number of the other documents, and the sum of their mean losses
         self._ended, self._total = 0, 0.0
 
-    def add(self, losses: np.ndarray, begins: np.ndarray) -> None:
+    def add(self, losses: np.ndarray, begins: np.ndarray, counted: np.ndarray) -> None:
         """Add the losses of the next tokens.
 
         Args:
             losses: Losses in nats (n,) float64.
             begins: Whether the token is the first predicted token of a document (n,) bool.
+            counted: Whether the loss counts the token (n,) bool; otherwise its loss is 0.
         """
-        for number, part in enumerate(np.split(losses, begins.nonzero()[0])):
+        borders = begins.nonzero()[0]
+        parts = zip(np.split(losses, borders), np.split(counted, borders), strict=True)
+        for number, (part, of_part) in enumerate(parts):
             if number:
                 self._ended, self._total = self.count, self._all_means
                 self._sum, self._tokens = 0.0, 0
             self._sum += float(part.sum())
-            self._tokens += len(part)
+            self._tokens += int(of_part.sum())
 
     @property
     def _all_means(self) -> float:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from timemix.data.batches import validation_windows
 from timemix.data.corpus import Corpus
-from timemix.data.shards import Tokens
+from timemix.data.shards import IGNORED, Tokens, counted_targets, targets_of
 from timemix.errors import InvalidValue
 from timemix.evaluation.documents import DocumentLosses, document_start
 from timemix.models.language_model import LanguageModel, evaluating
@@ -51,15 +51,17 @@ def windows(
         return
     last = max(len(tokens) - 1 - ctx_len, 0)
     head = tokens[: ctx_len + 1].astype(np.int64)
-    yield head[None, :-1], head[None, 1:], len(head) - 1
+    yield head[None, :-1], targets_of(tokens, slice(1, ctx_len + 1))[None], len(head) - 1
     starts = list(range(stride, last + 1, stride))
     for i in range(0, len(starts), batch_size):
-        rows = np.stack([tokens[s : s + ctx_len + 1] for s in starts[i : i + batch_size]]).astype(np.int64)
-        yield rows[:, :-1], rows[:, 1:], stride
+        group = starts[i : i + batch_size]
+        inputs = np.stack([tokens[s : s + ctx_len] for s in group]).astype(np.int64)
+        yield inputs, np.stack([targets_of(tokens, slice(s + 1, s + ctx_len + 1)) for s in group]), stride
     scored = (starts[-1] if starts else 0) + ctx_len
     if (rest := len(tokens) - 1 - scored) > 0:
-        row = tokens[-(ctx_len + 1) :].astype(np.int64)[None]
-        yield row[:, :-1], row[:, 1:], rest
+        first = max(0, len(tokens) - (ctx_len + 1))
+        row = tokens[first:].astype(np.int64)[None]
+        yield row[:, :-1], targets_of(tokens, slice(first + 1, None))[None], rest
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -67,11 +69,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
     Args:
         logits: Logits (B, T, V).
-        targets: Token ids, (B, T) int64.
+        targets: Token ids, (B, T) int64. The loss of a target with the value IGNORED is 0, and does not count in the
+            mean. At least one target must count in a mean.
         reduction: Reduction of the losses: "mean", "sum", or "none", which returns all losses (B * T,).
     """
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction=reduction)
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -87,11 +90,11 @@ def loss_per_token(
     tokens_per_batch: int = 8192,
     world: World = ALONE,
 ) -> float:
-    """Return the mean loss in nats over all tokens of a text but the first, each predicted once.
+    """Return the mean loss in nats over all counted tokens of a text but the first, each predicted once.
 
     Args:
         model: The model.
-        tokens: Token ids, (tokens,), at least 2.
+        tokens: Token ids, (tokens,), at least 2. If the loss counts none of the tokens, the result is 0.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
         stride: Distance between the starts of windows in tokens, at least 1; None: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
@@ -123,7 +126,7 @@ def loss_per_token(
             loss = _summed(logits[:, -scored:], y[:, -scored:], _resets(x[:, -scored:], document_start), documents)
             total += loss if world.rank < len(turns) else 0.0
     (total,) = world.sum(total)
-    return total / (len(tokens) - 1)
+    return total / max(1, counted_targets(tokens))
 
 
 @torch.no_grad()
@@ -143,15 +146,14 @@ def _loss_with_carried_state(
         )
     if stride is not None:
         raise InvalidValue(f"stride={stride} excludes carry_state=True; leave one of them out")
-    total, count, state = 0.0, 0, model.init_state(1)
+    total, state = 0.0, model.init_state(1)
     with evaluating(model):
         for inputs, targets in validation_windows(tokens, model.config.ctx_len, 1):
             x, y = (torch.from_numpy(a).to(model.device) for a in (inputs, targets))
             with autocast(precision, model.device):
                 logits, state = model(x, state, resets=_resets(x, document_start))
             total += _summed(logits, y, _resets(x, document_start), documents)
-            count += y.numel()
-    return total / count
+    return total / max(1, counted_targets(tokens))
 
 
 def _resets(inputs: Tensor, document_start: int | None) -> Tensor | None:
@@ -170,7 +172,7 @@ def _summed(logits: Tensor, targets: Tensor, resets: Tensor | None, documents: D
     if documents is None or resets is None:
         return cross_entropy(logits, targets, reduction="sum").item()
     losses = cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
-    documents.add(losses, resets.flatten().cpu().numpy())
+    documents.add(losses, resets.flatten().cpu().numpy(), (targets != IGNORED).flatten().cpu().numpy())
     return float(losses.sum())
 
 
@@ -196,7 +198,7 @@ def loss_by_position(
         tokens_per_batch: Number of tokens in a batch.
 
     Returns:
-        Losses, (contexts * ctx_len,).
+        Losses, (contexts * ctx_len,). A position without a counted target has the loss 0.
 
     Raises:
         InvalidValue: The text has fewer than `contexts` * ctx_len + 1 tokens.
@@ -206,8 +208,7 @@ def loss_by_position(
         raise InvalidValue(
             f"the text has {len(tokens)} tokens, but a window of {length} needs {length + 1}; give a longer text"
         )
-    total = np.zeros(length)
-    rows = 0
+    total, counted = np.zeros(length), np.zeros(length)
     with evaluating(model):
         for inputs, targets in validation_windows(tokens, length, max(1, tokens_per_batch // length)):
             if inputs.shape[1] == length:
@@ -220,8 +221,8 @@ def loss_by_position(
                     new = y[:, begin + known : end]
                     losses = cross_entropy(logits[:, known:], new, reduction="none").view(new.shape)
                     total[begin + known : end] += losses.double().sum(0).cpu().numpy()
-                rows += len(inputs)
-    return total / rows
+                counted += (targets != IGNORED).sum(0)
+    return total / np.maximum(counted, 1)
 
 
 @dataclass(frozen=True)
@@ -249,10 +250,11 @@ class Evaluation:
     unknown: int
     """Number of characters or words outside the vocabulary."""
     predicted_characters: int
-    """Number of predicted characters: all characters except skipped characters and the characters of the first
-    token."""
+    """Number of predicted characters: all characters except skipped characters and the characters of the first token.
+    With a loss mask, only the characters of counted tokens."""
     predicted_bytes: int
-    """Number of predicted bytes: all bytes except the bytes of skipped characters and of the first token."""
+    """Number of predicted bytes: all bytes except the bytes of skipped characters and of the first token. With a loss
+    mask, only the bytes of counted tokens."""
     documents: int | None = field(default=None, metadata=OPTIONAL)
     """Number of documents, or None without `by_document`."""
     nats_per_token_by_document: float | None = field(default=None, metadata=OPTIONAL)
@@ -368,7 +370,7 @@ def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float | None:
     """Convert a loss on the validation tokens of a prepared folder to bits per byte of their text in UTF-8.
 
     Args:
-        nats_per_token: Mean loss over all tokens but the first, in nats.
+        nats_per_token: Mean loss over all counted tokens but the first, in nats.
         corpus: The prepared folder.
 
     Returns:
@@ -377,12 +379,14 @@ def bits_per_byte(nats_per_token: float, corpus: Corpus) -> float | None:
     _, bytes_ = _predicted_size(corpus)
     if bytes_ < 1:
         return None
-    return nats_per_token * (len(corpus.valid) - 1) / math.log(2) / bytes_
+    return nats_per_token * counted_targets(corpus.valid) / math.log(2) / bytes_
 
 
 def _predicted_size(corpus: Corpus) -> tuple[int, int]:
-    """Return the numbers of characters and bytes of the validation text without its first token."""
+    """Return the numbers of characters and bytes of the validation text that the loss counts."""
     valid = corpus.info.valid
+    if valid.counted is not None:
+        return valid.counted.characters, valid.counted.bytes
     # Folders that earlier versions of timemix prepared do not store the size of the first token. Without a stored size,
     # <unk> counts as one character of one byte.
     first = valid.first or corpus.tokenizer.spelled_size([corpus.valid[:1]])
@@ -452,7 +456,7 @@ def _in_units(
         model: The model.
         tokens: Token ids, (tokens,).
         whole: Numbers of characters, bytes and unknown characters or words of the whole text.
-        predicted: Numbers of characters and bytes that the tokens after the first token encode.
+        predicted: Numbers of characters and bytes that the counted tokens after the first token encode.
         precision: Precision of matrix products.
         stride: Distance between the starts of windows in tokens.
         carry_state: Whether to carry the state from window to window.
@@ -480,7 +484,7 @@ def _in_units(
         document_start=start,
         documents=documents,
     )
-    bits = nats * (len(tokens) - 1) / math.log(2)
+    bits = nats * counted_targets(tokens) / math.log(2)
     characters, bytes_ = (max(size, 1) for size in predicted)
     return Evaluation(
         nats_per_token=nats,

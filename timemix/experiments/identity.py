@@ -24,6 +24,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     """
     info = corpus.info
     hashes = [info.train.sha256, info.valid.sha256, info.tokenizer.sha256]
+    hashes += [split.counted.sha256 for split in (info.train, info.valid) if split.counted is not None]
     # The token hashes cover all other fields of `data` and the vocabulary, so later fields of `data` change no key.
     plain = replace(
         config,
@@ -38,7 +39,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     for name in ("tune", "lora_rank", "lora_alpha", "lora_modules"):
         if plain.train.tune == "all":
             del form["train"][name]
-    for name in ("hold_out", "keep_nul", "text_key", "end_of_text", "shuffle"):
+    for name in ("hold_out", "keep_nul", "text_key", "template", "end_of_text", "shuffle"):
         form["data"].pop(name, None)
     if plain.data.cross_documents:
         form["data"].pop("cross_documents", None)

@@ -20,7 +20,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from timemix.data.templates import template_of
 from timemix.generation.prefix_cache import PrefixCache
 from timemix.server.chat import chat
 from timemix.server.completions import complete
@@ -138,7 +137,7 @@ async def health(request: HttpRequest) -> Response:
 
 
 def _describe(served: Served) -> dict[str, Any]:
-    model, template = served.engine.model, template_of(served.tokenizer)
+    model, template = served.engine.model, served.template
     return {
         "id": served.name,
         "object": "model",

@@ -6,7 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from timemix.data.templates import ChatTemplate, Message, Role, template_of
+from timemix.data.templates import ChatTemplate, Message, Role
 from timemix.generation.conversation import without_stop_token
 from timemix.generation.session import Session
 from timemix.server.answers import Call, Form, Piece, Score
@@ -51,7 +51,7 @@ async def chat(request: HttpRequest) -> Response:
     service = service_of(request)
     fields = await Fields.read(request, service.most_bytes)
     served = service.model(fields.text("model"))
-    template, tokenizer = template_of(served.tokenizer), served.tokenizer
+    template, tokenizer = served.template, served.tokenizer
     messages = await run_in_threadpool(messages_of, fields)
     asked = answer_fields(fields, served, template) | await state_fields(request, fields, served)
     start = asked["start"]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from timemix.data.templates import ChatTemplate, template_of
 from timemix.errors import TooManyRequests
 from timemix.generation.engine import Engine
 from timemix.generation.request import Event, Request
@@ -27,6 +28,7 @@ class Served:
         engine: Engine of the model, with a tokenizer.
         weights: Number format of the weights.
         created: Time of the checkpoint, in seconds since 1970.
+        trained: Name of the chat template of the model's training, if it was trained on conversations.
         metrics: Counts since the start.
     """
 
@@ -34,6 +36,7 @@ class Served:
     engine: Engine
     weights: str
     created: int
+    trained: str | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
     @property
@@ -41,6 +44,11 @@ class Served:
         """Tokenizer of the model."""
         assert self.engine.tokenizer is not None
         return self.engine.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Chat template of the model."""
+        return template_of(self.tokenizer, self.trained)
 
 
 class Stream:

@@ -93,9 +93,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         if value not in args:
             raise InvalidValue(f"{name} is {value!r}{nearest(str(value), args)}")
         return value
-    if origin is types.UnionType and value is None and type(None) in args:
+    is_union = origin in (types.UnionType, typing.Union)
+    if is_union and value is None and type(None) in args:
         return None
-    if origin is types.UnionType:
+    if is_union:
         kinds = [kind for kind in args if kind is not type(None)]
         return _checked(name, value, type(value) if type(value) in kinds else kinds[-1])
     if origin is tuple:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from timemix.data.shards import IGNORED
 from timemix.storage.files import write_text
 from timemix.tokenizers.base import Tokenizer
 
@@ -56,11 +57,12 @@ def write_bad_batch(
         path: The file.
         step: Number of the step, counted from 1.
         why: The reason, such as "the loss is not finite".
-        batch: Inputs and targets, each (B, T).
+        batch: Inputs and targets, each (B, T). The file has no last token of a window whose last target does not count.
         tokenizer: Tokenizer of the run.
     """
     inputs, targets = batch
-    windows = np.concatenate([inputs, targets[:, -1:]], 1)
+    rows = np.concatenate([inputs, targets[:, -1:]], 1)
+    windows = [row[row != IGNORED] for row in rows]
     texts = [tokenizer.decode(row) for row in windows]
-    record = {"step": step, "why": why, "tokens": windows.tolist(), "texts": texts}
+    record = {"step": step, "why": why, "tokens": [row.tolist() for row in windows], "texts": texts}
     write_text(path, json.dumps(record, ensure_ascii=False, indent=1))

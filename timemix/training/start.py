@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml, to_toml
-from timemix.data.config import DataConfig, TokenizerKind, Unknown
+from timemix.data.config import DataConfig, Template, TokenizerKind, Unknown
 from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
@@ -142,10 +142,16 @@ def _locked(folder: Path) -> FolderLock:
 def resolved(config: RunConfig, corpus: Corpus) -> RunConfig:
     """Return the config, completed with the fields that the tokens determine.
 
-    The tokens determine the vocabulary size, the tokenizer and, for a prepared folder, its absolute path.
+    The tokens determine the vocabulary size, the tokenizer, the chat template and, for a prepared folder, its absolute
+    path.
     """
     made = corpus.tokenizer
-    data = replace(config.data, tokenizer=cast(TokenizerKind, made.kind), unknown=cast(Unknown, made.unknown))
+    data = replace(
+        config.data,
+        tokenizer=cast(TokenizerKind, made.kind),
+        unknown=cast(Unknown, made.unknown),
+        template=cast(Template | None, corpus.info.template),
+    )
     if is_corpus(Path(data.source)):
         data = replace(data, source=str(Path(data.source).resolve()))
     return replace(config, model=replace(config.model, vocab_size=made.vocab_size), data=data)
@@ -164,6 +170,11 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
                 f"data.{name} has no effect on {source}, which is prepared; leave data.{name} out, or name the text"
                 " instead"
             )
+    if (asked := config.data.template) not in (None, corpus.info.template):
+        raise InvalidValue(
+            f"data.template={asked!r} differs from the template of {source}, which is prepared: {corpus.info.template};"
+            " leave data.template out, or name the text instead"
+        )
     if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
         raise InvalidValue(
             f"the vocabulary of {source} is not that of {config.start}: {corpus.tokenizer.differences(tokenizer)};"

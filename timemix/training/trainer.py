@@ -14,6 +14,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
+from timemix.data.shards import mask_of
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.documents import document_start
 from timemix.evaluation.loss import bits_per_byte, cross_entropy, loss_per_token
@@ -33,6 +34,7 @@ from timemix.training.compiling import choose_compile, compiled_model
 from timemix.training.failures import Failures, first_line
 from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
+from timemix.training.masked import counted_only, piece_divisor
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
@@ -173,11 +175,12 @@ class Trainer:
 
     @property
     def data_hashes(self) -> dict[str, str]:
-        """Hashes that identify the training data: sha256 of both splits, of the tokenizer and of the frozen model."""
-        info = self.corpus.info
-        splits = {split: info.split(split).sha256 for split in ("train", "valid")}
+        """Hashes that identify the training data: both splits and their loss masks, the tokenizer, the frozen model."""
+        splits = {name: self.corpus.info.split(name) for name in ("train", "valid")}
+        hashes = {name: split.sha256 for name, split in splits.items()}
+        hashes |= {mask_of(name): split.counted.sha256 for name, split in splits.items() if split.counted is not None}
         frozen = {"start": self.start_hash} if self.start_hash else {}
-        return splits | {"tokenizer": self.corpus.tokenizer.hash} | frozen
+        return hashes | {"tokenizer": self.corpus.tokenizer.hash} | frozen
 
     def restore(self, folder: Path) -> None:
         """Load a checkpoint and continue from its step.
@@ -215,7 +218,8 @@ class Trainer:
 
         Args:
             inputs: Tokens, (B, T) int64.
-            targets: Tokens one position after the inputs, (B, T) int64.
+            targets: Tokens one position after the inputs, (B, T) int64. The loss counts all of them, unless the text
+                has a loss mask. Then it does not count targets with the value IGNORED, and is 0 if no target counts.
             piece: Number of the piece of a batch whose carried state the inputs continue; None: no earlier tokens.
 
         Raises:
@@ -232,7 +236,17 @@ class Trainer:
                 self._warn(f"the model cannot be compiled ({first_line(error)}); training continues uncompiled")
                 self.compiled, self._training_model = False, self._parallel_model
                 logits = self._logits(inputs, piece)
+        if self.batches.has_uncounted:
+            logits, targets = counted_only(logits, targets)
+            if not targets.numel():
+                return logits.sum()
         return self.model.block.training_loss(self.config.model, cross_entropy(logits, targets), logits)
+
+    def _divisor(self, targets: Tensor) -> float:
+        """Return the divisor of the mean loss of a piece of the batch of this step."""
+        if not self.batches.has_uncounted:
+            return self.config.train.accumulation
+        return piece_divisor(targets, self.batches.counted(self.step), self.world.size)
 
     def _logits(self, inputs: Tensor, piece: int | None) -> Tensor:
         """Return the logits of a piece of a batch, and carry its state."""
@@ -268,7 +282,7 @@ class Trainer:
         for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
             with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
                 own = () if self._carried is None else (i - 1,)
-                piece = self.loss_of(piece_inputs, piece_targets, *own) / config.accumulation
+                piece = self.loss_of(piece_inputs, piece_targets, *own) / self._divisor(piece_targets)
                 piece.backward()
             # The loss is copied, because the next piece of the batch overwrites the output of a CUDA graph.
             losses.append(piece.detach().clone())
