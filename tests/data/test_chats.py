@@ -325,10 +325,10 @@ def of(**fields):
         ),
         (
             of(role="tool"),
-            "has the role 'tool' in messages[1], which is not supported; the roles are system, user, assistant",
+            "has the role 'tool' in messages[1]; it must be system, user or assistant",
         ),
-        (of(role=None), "has the role null in messages[1], which is not supported; the roles are system, user"),
-        (of(role=["user"]), "has the role as a list of parts in messages[1], which is not supported"),
+        (of(role=None), "has the role null in messages[1]; it must be system"),
+        (of(role=["user"]), "has the role as a list of parts in messages[1]; it must be"),
         (of(content=None), "has 'messages[1].content' null; it must be a text"),
         (of(content=3), "has 'messages[1].content' as a number; it must be a text"),
         (
@@ -413,3 +413,12 @@ def test_other_text_has_no_mask(tmp_path):
     assert corpus.info.train.counted is None
     assert not list((tmp_path / "out").glob("*-loss-*"))
     assert read_source(str(tmp_path / "text.jsonl")).text.startswith("a 0\na 1\n")
+
+
+@pytest.mark.parametrize("end_of_text", [False, True])
+def test_loss_marks_in_other_text_are_refused(tmp_path, end_of_text):
+    """The encoding utf-7 can spell lone surrogates."""
+    (tmp_path / "text.txt").write_bytes(b"one +3AE- two\n" * 20)
+    config = DataConfig(str(tmp_path / "text.txt"), encoding="utf-7", end_of_text=end_of_text)
+    with pytest.raises(InvalidValue, match=r"has a lone surrogate, U\+DC01, at character 4, which UTF-8 cannot encode"):
+        prepare(tmp_path / "out", config)

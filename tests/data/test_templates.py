@@ -84,30 +84,26 @@ def test_the_text_of_a_next_turn_extends_the_text_before(messages, answer):
 @pytest.mark.parametrize(
     ("messages", "segments"),
     [
-        ([("user", "2+3"), ("assistant", "5")], [("User: 2+3", False), ("\n\nAssistant:", False), (" 5", True)]),
+        ([("user", "2+3"), ("assistant", "5")], [("User: 2+3\n\nAssistant:", False), (" 5", True)]),
         (
             [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
             [
-                ("System: S", False),
-                ("\n\nUser: a", False),
-                ("\n\nAssistant:", False),
+                ("System: S\n\nUser: a\n\nAssistant:", False),
                 (" b\n\nUser:", True),
-                (" c", False),
-                ("\n\nAssistant:", False),
+                (" c\n\nAssistant:", False),
                 (" d", True),
             ],
         ),
         # No stop string follows an answer before a message of the system or the assistant.
         (
             [("user", "a"), ("assistant", "b"), ("assistant", "c")],
-            [("User: a", False), ("\n\nAssistant:", False), (" b", True), ("\n\nAssistant:", False), (" c", True)],
+            [("User: a\n\nAssistant:", False), (" b", True), ("\n\nAssistant:", False), (" c", True)],
         ),
         ([("assistant", "b")], [("Assistant:", False), (" b", True)]),
         (
             [("user", "x\n\nUser: y "), ("assistant", "One\n\ntwo\n\nUser: z\n\n\nAssistant:\n")],
             [
-                ("User: x\nUser: y", False),
-                ("\n\nAssistant:", False),
+                ("User: x\nUser: y\n\nAssistant:", False),
                 (" One\n\ntwo\nUser: z\nAssistant:", True),
             ],
         ),
@@ -136,6 +132,15 @@ def test_a_conversation_for_training_continues_each_prompt(messages):
             assert text == " " + messages[number].content.strip() + ("\n\nUser:" if follows else "")
         read += text
     assert not answers
+
+
+def test_the_model_reads_the_same_texts_in_training_and_in_a_chat():
+    """So the tokens of a prompt are those of the training, too."""
+    (first, _), (answer, _), (second, _), _ = WORLD.segments(
+        [QUESTION, Message("assistant", "Hi."), Message("user", "Bye?\n\nNo."), Message("assistant", "Yes.")]
+    )
+    assert first == WORLD.render([QUESTION])
+    assert second == WORLD.following([Message("user", "Bye?\n\nNo.")], first + answer)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_means_of_documents_do_not_depend_on_the_pieces(tokens, size):
     losses, begins = np.arange(1.0, len(tokens) + 1), np.array(tokens) == END
     documents = DocumentLosses()
     for i in range(0, len(tokens), size):
-        documents.add(losses[i : i + size], begins[i : i + size])
+        documents.add(losses[i : i + size], begins[i : i + size], np.ones(len(losses[i : i + size]), bool))
     parts = [part.mean() for part in np.split(losses, begins.nonzero()[0]) if len(part)]
     assert documents.count == len(parts)
     assert documents.mean == pytest.approx(np.mean(parts))

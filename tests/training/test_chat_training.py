@@ -168,3 +168,21 @@ def test_a_model_is_tuned_on_conversations(folder, tmp_path, tune):
     trainer.run()
     assert trainer.corpus.train.counted is not None
     assert timemix.load(tmp_path / "tuned").config.data.template == "world"
+
+
+def test_eval_measures_the_answers_of_conversations(folder, loaded, capsys, tmp_path):
+    lines = (folder / "chat.jsonl").read_text().splitlines(keepends=True)
+    held_out = loaded.corpus().info.valid.documents
+    (tmp_path / "valid.jsonl").write_text("".join(lines[-held_out:]))
+    options = ("eval", folder / "run", "--checkpoint", "newest", "--json")
+    status, out, _ = run_command(capsys, *options, "--data", tmp_path / "valid.jsonl", "--template", "world")
+    assert status == 0
+    expected = json.loads(run_command(capsys, *options)[1])
+    assert {**json.loads(out), "data": expected["data"]} == expected
+    for extra, words in (
+        (("--data", tmp_path / "valid.jsonl"), "has no 'text', but 'messages', as conversations have; set --data.temp"),
+        (("--template", "world"), "--template is for the conversations of --data, which have no text key; add --data"),
+        (("--template", "world", "--data", "builtin"), "builtin has no conversations; leave --data.template out"),
+    ):
+        status, _, errors = run_command(capsys, *options, *extra)
+        assert (status, words in errors) == (2, True), errors

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from timemix.cli.options import RunFolder, parse
+from timemix.data.config import Template
 from timemix.errors import InvalidValue
 from timemix.storage.json_files import to_json
 
@@ -40,6 +41,9 @@ class EvalArguments:
     text_key: Annotated[str | None, tyro.conf.arg(aliases=["--data.text-key"])] = None
     """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files. Default: text; .csv and
     .tsv files are then plain text."""
+    template: Annotated[Template | None, tyro.conf.arg(aliases=["--data.template"])] = None
+    """Chat template for records with `messages`, or with `prompt` and `completion`; only answers count in the loss.
+    Default: the records have texts."""
     stride: int | None = None
     """Distance between the starts of windows in tokens, at least 1; a smaller stride gives more context. Default:
     ctx_len."""
@@ -81,7 +85,11 @@ def eval(arguments: list[str]) -> int:
     if "--tasks" in arguments and not parsed.tasks:
         raise InvalidValue("--tasks has no task; name at least one task")
     _check_tasks(parsed)
+    if parsed.template is not None and (parsed.data is None or parsed.text_key is not None):
+        way = "add --data" if parsed.data is None else "leave --text-key out"
+        raise InvalidValue(f"--template is for the conversations of --data, which have no text key; {way}")
     from timemix.data.sources import read_source
+    from timemix.evaluation.conversations import evaluate_conversations
     from timemix.evaluation.loss import evaluate_held_out, evaluate_text
     from timemix.models.quantize import rounded
     from timemix.runs.load import load
@@ -109,10 +117,12 @@ def eval(arguments: list[str]) -> int:
             keep_nul=parsed.keep_nul,
             text_key=parsed.text_key,
             documents=_has_documents(parsed, loaded),
+            template=parsed.template,
             progress=True,
         )
         text, name = source.text, source.name if parsed.data == "-" else parsed.data
-        result = evaluate_text(loaded.model, loaded.tokenizer, text, **options)
+        measure = evaluate_text if parsed.template is None else evaluate_conversations
+        result = measure(loaded.model, loaded.tokenizer, text, **options)
     if parsed.json:
         print(
             json.dumps({"checkpoint": str(loaded.folder), "data": name, "weights": parsed.weights, **to_json(result)})

@@ -63,9 +63,7 @@ def _message(given: Any, name: str, place: str) -> Message:
     role = given["role"]
     if role not in ROLES:
         shown = repr(role) if isinstance(role, str) else _kind(role)
-        raise InvalidValue(
-            f"{place} has the role {shown} in {name}, which is not supported; the roles are {', '.join(ROLES)}"
-        )
+        raise InvalidValue(f"{place} has the role {shown} in {name}; it must be system, user or assistant")
     return Message(role, _content(given["content"], f"{name}.content", place))
 
 

@@ -16,7 +16,9 @@ COUNTED, UNCOUNTED = "\udc01", "\udc02"
 """The loss counts the tokens after COUNTED, and does not count the tokens after UNCOUNTED. No token contains a mark, so
 the text before a mark and the text after it have tokens of their own."""
 
-MARKS = (DOCUMENT_END, COUNTED, UNCOUNTED)
+LOSS_MARKS = (COUNTED, UNCOUNTED)
+
+MARKS = (DOCUMENT_END, *LOSS_MARKS)
 """All marks: first the end of a document, then the loss marks."""
 
 MARK_BYTES = len(DOCUMENT_END.encode("utf-8", "surrogatepass"))
@@ -44,7 +46,7 @@ def newest_loss_mark(text: str, before: str) -> str:
 
 
 def first_unmarked(text: str) -> str:
-    """Return the text before the first mark that follows a character."""
+    """Return the text up to a mark, without the marks before it."""
     segments = re.split(f"[{''.join(MARKS)}]", text)
     return next(filter(None, segments), "")
 
@@ -60,7 +62,7 @@ def encode_marked(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarr
         Token ids (tokens,), the loss mask (tokens,), which is None for a text without COUNTED and UNCOUNTED, and the
         number of occurrences of each unknown character or word.
     """
-    if not text.startswith((COUNTED, UNCOUNTED)):
+    if not text.startswith(LOSS_MARKS):
         ids, unknown = tokenizer.encode_documents(text)
         return ids, None, unknown
     _, *parts = _LOSS_MARK.split(text)

@@ -154,10 +154,7 @@ class Text:
             passing(progress, f"vocabulary of {self.source.name}", self.source.size) as advance,
             self._processes(config.tokenizer == "word", int) as each,
         ):
-            texts = (
-                marks.without(text, (marks.COUNTED, marks.UNCOUNTED))
-                for text in self._parts(self.source.read(advance), "train")
-            )
+            texts = map(partial(marks.without, some=marks.LOSS_MARKS), self._parts(self.source.read(advance), "train"))
             return train_tokenizer(config.tokenizer, texts, each=each or map, **options)
 
     @contextlib.contextmanager
@@ -207,8 +204,7 @@ def _measure(source: Source, progress: ShowProgress, *hashes: Any) -> TextSize:
     """Read a source once to measure its size, and add its UTF-8 bytes to `hashes`."""
     place = characters = bytes_ = 0
     files = [0] * max(1, len(source.files))
-    own = hashlib.sha256()
-    met = np.zeros(0x110000, bool)
+    own, met = hashlib.sha256(), np.zeros(0x110000, bool)
     documents = [np.empty(0, np.int64)]
     allowed = marks.MARKS if source.has_loss_marks else marks.MARKS[: int(source.documents)]
     with passing(progress, f"reading {source.name}", source.size) as advance:
@@ -380,8 +376,7 @@ def _to_encode(
         counts: Counts of the split, to which characters, bytes and documents are added.
         done: Finished part of the split, if any.
         waiting: Queue that receives the number of each yielded piece, and the hash of the text before the piece.
-        mark: Loss mark before the text; empty for a text without loss marks. Each yielded piece begins with the newest
-            loss mark before it, so that its tokens do not depend on other pieces.
+        mark: Loss mark before the text, or empty. Each yielded piece begins with the newest loss mark before it.
     """
     sha256 = hashlib.sha256()
     for number, piece in enumerate(cut):

@@ -72,6 +72,7 @@ def read_source(
     keep_nul: bool = False,
     text_key: str | None = None,
     documents: bool | None = False,
+    template: str | None = None,
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> SourceText:
@@ -84,6 +85,7 @@ def read_source(
         text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
             TSV are then plain text.
         documents: Whether DOCUMENT_END ends each document, as in `open_source`.
+        template: Name of the chat template for conversations, as for `open_source`.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -99,6 +101,7 @@ def read_source(
         keep_nul=keep_nul,
         text_key=text_key,
         documents=documents,
+        template=template,
         cache=cache,
         progress=progress,
     )

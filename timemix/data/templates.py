@@ -113,7 +113,8 @@ class ChatTemplate:
             messages: The messages. The last message that is not empty must be of the assistant.
 
         Returns:
-            Pairs of a text and whether the model generates this text.
+            Pairs of a text and whether the model generates this text. Texts that it reads and texts that it generates
+            take turns.
 
         Raises:
             InvalidValue: No message of the assistant has text, or a message of another role follows the last answer.
@@ -124,19 +125,20 @@ class ChatTemplate:
         if (last := written[-1][0]) != "assistant":
             raise InvalidValue(f"the last message is of the {last}, not of the assistant")
         found: list[tuple[str, bool]] = []
-        before = ""
+        read = before = ""
         for number, (role, text) in enumerate(written):
             # The stop string of the answer before may already contain the beginning of this message.
             text = (self.separator + text if number else text).removeprefix(before)
             before = ""
             if role != "assistant":
-                found.append((text, False))
+                read += text
                 continue
             label = self.label(role)
             start = text.index(label) + len(label)
             following = "" if number + 1 == len(written) else self.separator + written[number + 1][1]
             before = next((stop for stop in self.stop if following.startswith(stop)), "")
-            found += [(text[:start], False), (text[start:] + before, True)]
+            found += [(read + text[:start], False), (text[start:] + before, True)]
+            read = ""
         return found
 
     def _trained(self, message: Message) -> str:

@@ -352,7 +352,7 @@ def evaluate_text(
         whole.characters - sum(len(each) * count for each, count in left_out.items()) - first[0],
         whole.bytes - sum(len(each.encode("utf-8")) * count for each, count in left_out.items()) - first[1],
     )
-    return _in_units(
+    return in_units(
         model,
         tokenizer,
         tokens,
@@ -423,7 +423,7 @@ def evaluate_held_out(
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     predicted = _predicted_size(corpus)
-    return _in_units(
+    return in_units(
         model,
         corpus.tokenizer,
         corpus.valid,
@@ -437,7 +437,7 @@ def evaluate_held_out(
     )
 
 
-def _in_units(
+def in_units(
     model: LanguageModel,
     tokenizer: Tokenizer,
     tokens: np.ndarray | Tokens,
