@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -30,11 +31,21 @@ OF_OTHERS = {
 }
 """Messages, and parts of messages, that timemix does not write."""
 
+
+def chat(*messages):
+    """Return a line with a conversation."""
+    return (json.dumps({"messages": [{"role": "user", "content": "a"}, *messages]}) + "\n").encode()
+
+
 FILES = {
     "latin.txt": "le café noir".encode("latin-1"),
     "u16.txt": TEXT.encode("utf-16"),
     "short.txt": b"tiny",
     "my.jsonl": b'{"text": "one"}\n',
+    "wrong.jsonl": chat({"role": "tool", "content": "b"}),
+    "parts.jsonl": chat({"role": "assistant", "content": [{"type": "text", "text": "b"}]}),
+    "asked.jsonl": chat({"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}),
+    "mixed.jsonl": chat({"role": "assistant", "content": "b"}) + b'{"text": "one"}\n',
     "accents.txt": "naïve café".encode(),
     "umlauts.txt": "The groß fox jumps für it!\n".encode() * 50,
     "seeds.toml": b'title = "t"\ntokens = 9\nseeds = [0, 1]\n[tune]\ntrain.lr = [1, 2]\n[[variants]]\nname = "half"\n',
@@ -43,6 +54,15 @@ FILES = {
     "same.toml": b'title = "t"\ntokens = 9\n[[variants]]\nname = "half"\n[[variants]]\nname = "quarter"\n',
 }
 PROVOKED = {
+    "chat-data": [
+        "data chat.jsonl",
+        "data my.txt --data.template world",
+        "data chat.jsonl --data.template chatml",
+        "data wrong.jsonl --data.template world",
+        "data parts.jsonl --data.template world",
+        "data asked.jsonl --data.template world",
+        "data mixed.jsonl --data.template world",
+    ],
     "compare": ["compare bad.toml --data my.txt --out runs/bad"],
     "documents": [
         "data my.txt --data.shuffle 1",

@@ -167,7 +167,7 @@ def _parse_only() -> Iterator[None]:
 
 
 def write_texts(folder: Path) -> None:
-    """Create the files that the pages name: texts, documents, a folder of two files, and a vocabulary."""
+    """Create the files that the pages name: texts, documents, conversations, a folder of two files, a vocabulary."""
     (folder / "rwkv_vocab_v20230424.txt").write_bytes(vocabulary_lines(BYTES))
     (folder / "text").mkdir()
     for name in ("my.txt", "text/a.txt"):
@@ -176,6 +176,8 @@ def write_texts(folder: Path) -> None:
         (folder / name).write_text(OTHER, encoding="utf-8")
     documents = (json.dumps({"text": f"{i}: {OTHER[:40]}"}) for i in range(30))
     (folder / "poems.jsonl").write_text("\n".join(documents), encoding="utf-8")
+    chats = (json.dumps({"prompt": f"What is {i} plus 1?", "completion": f"{i + 1}."}) for i in range(30))
+    (folder / "chat.jsonl").write_text("\n".join(chats), encoding="utf-8")
 
 
 def train_tiny_run(folder: Path) -> None:
