@@ -128,7 +128,7 @@ CONTENTS = st.text("ab:\n é鱼User", min_size=1, max_size=9).filter(str.strip)
     part=st.integers(1, 9),
     kind=st.sampled_from(["character", "subword", "word", "world"]),
 )
-@examples(25)
+@examples(12)
 def test_any_conversations_in_any_pieces(tmp_path_factory, chats, part, kind):
     folder = tmp_path_factory.mktemp("chats")
     records = [chat(*turns) for turns in chats]
@@ -261,6 +261,7 @@ def test_a_resumed_preparation_finds_a_damaged_mask(tmp_path, small, monkeypatch
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_several_processes_give_what_one_gives(tmp_path, small, monkeypatch):
     small(40, 1 << 20)
     path = write_chats(tmp_path / "chat.jsonl", CHATS)

@@ -27,7 +27,7 @@ from timemix.server.engine_thread import Served
 from timemix.training.start import new_run, resume_run
 from timemix.training.trainer import Trainer
 
-SUMS = {f"{a}+{b}": str(a + b) for a in range(1, 3) for b in range(2, 4)}
+SUMS = {f"{a}+{a}": str(a + a) for a in range(1, 5)}
 GREEDY = timemix.Sampler(temperature=0)
 
 
@@ -39,7 +39,7 @@ def conversation(questions):
 
 
 def config_of(source, **train):
-    settings = {"steps": 150, "batch_size": 8, "lr": 1e-2, "valid_every": 150, "save_every": 1000, "seed": 3} | train
+    settings = {"steps": 140, "batch_size": 8, "lr": 1e-2, "valid_every": 140, "save_every": 1000, "seed": 3} | train
     config = small_config(source, "rwkv7", **settings)
     data = DataConfig(source=str(source), template="world")
     return replace(config, model=replace(config.model, channels=32, ctx_len=40), data=data)
@@ -73,15 +73,15 @@ def test_the_model_answers_and_stops_in_a_conversation(loaded):
 
 
 def test_chat_and_server_use_the_template_of_the_training(folder, loaded, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("2+3\n1+2\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("3+3\n1+1\n"))
     status, out, _ = run_command(
         capsys, "chat", folder / "run", "--checkpoint", "newest", "--temperature", 0, "--tokens", 20
     )
-    assert (status, out) == (0, "5\n3\n")
+    assert (status, out) == (0, "6\n2\n")
     engine = timemix.Engine(loaded.model, loaded.tokenizer)
     with served([Served("mine", engine, "float32", 1, trained=loaded.config.data.template)]) as server:
         assert server.call("/v1/models").json["data"][0]["chat_template"] == "world"
-        messages = [{"role": "user", "content": "1+3"}]
+        messages = [{"role": "user", "content": "2+2"}]
         answer = server.call("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 20}).json
     choice = answer["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("4", "stop")
