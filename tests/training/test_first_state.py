@@ -16,7 +16,8 @@ from timemix.interop.export import export_run
 from timemix.runs.load import load
 from timemix.training.start import new_run, resume_run
 
-RECURRENT = ["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
+SLOW = pytest.mark.slow
+RECURRENT = ["rwkv7", *(pytest.param(arch, marks=SLOW) for arch in ("rwkv4", "rwkv5", "rwkv6"))]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_dropout_does_not_change_the_first_state(folder, tmp_path):
     assert all(torch.equal(own[name], x) for name, x in plain.items())
 
 
-@pytest.mark.parametrize("arch", ["rwkv1_exp", "rwkv4", "rwkv7"])
+@pytest.mark.parametrize("arch", ["rwkv4", *(pytest.param(arch, marks=SLOW) for arch in ("rwkv1_exp", "rwkv7"))])
 def test_an_exported_state_is_tuned_further(tmp_path, arch):
     """The state of an export has no token-shift, so the first forward equals the continued session."""
     small_trainer(tmp_path, arch, name=arch, steps=2).run()
@@ -112,6 +113,7 @@ def test_a_session_of_rwkv1_exp_after_a_text_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@SLOW
 def test_the_command_line(folder, tmp_path, capsys):
     small = ("--data", folder / "text.txt", "--train.tune", "state", "--train.steps", 2, "--quiet")
     command = ("train", "--from", folder / "rwkv7", *small)

@@ -208,6 +208,7 @@ def test_the_last_name_that_matches_sets_the_rank(folder, tmp_path):
     assert not torch.equal(written, block.ffn.value.base)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_several_ranks_ends_like_the_undisturbed_one(folder, tmp_path):
     config = tuned_config(folder, "lora", steps=6, lora_modules=RANKS)
     new_run(config, tmp_path / "whole", progress=False).run()
