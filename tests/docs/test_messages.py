@@ -26,6 +26,7 @@ PROSE = re.compile(r"(?:[A-Za-z]{2,}[,;]? ){2}[A-Za-z]{2,}")
 """Three words in a row: the value of a variable has fewer."""
 OF_OTHERS = {
     "invalid continuation byte": "Python",
+    "[Errno -2] Name or service not known": "the system",
     "Torch not compiled with CUDA enabled": "PyTorch",
     "Setting OMP_NUM_THREADS environment variable for each process to be 1 in default": "torchrun",
 }
@@ -66,6 +67,7 @@ PROVOKED = {
     "compare": ["compare bad.toml --data my.txt --out runs/bad"],
     "documents": [
         "data my.txt --data.shuffle 1",
+        "data my.txt --data.drop-duplicates exact",
         "data my.jsonl",
         "train rwkv7-small --data my.txt --data.no-cross-documents --out runs/bad",
         "train --data my.txt --data.order carried --out runs/bad",

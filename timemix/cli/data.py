@@ -19,9 +19,10 @@ class DataArguments:
     """Describe a text, or with --out save its tokens to a folder for timemix train --data.
 
     A source is a file, a folder or a glob of files (.gz, .xz, .bz2 and .zst are decompressed), `-` (standard input),
-    `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. In a folder or a glob,
-    timemix skips hidden files, binary files, links to other files of the source, compressed copies of other files, and
-    folders that timemix has created. A warning names up to four skipped files of each kind.
+    `builtin`, or a download: simplebooks-92, simplebooks-2, tinyshakespeare, enwik8, text8. `hf:NAME` is a dataset of
+    Hugging Face, with :CONFIG and :SPLIT if needed, and `hf:FOLDER` is a folder with such a dataset. In a folder or a
+    glob, timemix skips hidden files, binary files, links to other files of the source, compressed copies of other
+    files, and folders that timemix has created. A warning names up to four skipped files of each kind.
 
     Examples:
         timemix data my.txt
@@ -70,4 +71,5 @@ def _in_short(info: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": info["tokenizer"]["kind"],
         "vocab_size": info["tokenizer"]["vocab_size"],
         **splits,
+        **{name: info[name] for name in ("documents", "valid_documents") if name in info},
     }

@@ -32,7 +32,8 @@ class EvalArguments:
 
     run: RunFolder
     data: str | None = None
-    """Text: file, folder, glob, `-` (standard input), `builtin`, or a download. Default: held-out text of the run."""
+    """Text: file, folder, glob, `-` (standard input), `builtin`, a download, or `hf:NAME`, a dataset of Hugging Face.
+    Default: held-out text of the run."""
     encoding: Annotated[str, tyro.conf.arg(aliases=["--data.encoding"])] = "utf-8"
     """Encoding of the text files, by its Python name."""
     keep_nul: Annotated[bool, tyro.conf.arg(aliases=["--data.keep-nul"])] = False

@@ -204,5 +204,5 @@ def print_report(report: dict[str, Any]) -> None:
     for name, value in report.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for part, each in rows:
-            label = f"{name.replace('_', ' ')} {part}"
+            label = f"{name} {part}".replace("_", " ")
             print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")

@@ -8,6 +8,7 @@ from timemix.storage.settings import LARGEST_VOCABULARY, check_range
 
 TokenizerKind = Literal["character", "byte", "word", "subword", "world", "hugging_face"]
 HoldOut = Literal["each", "end", "documents"]
+DropDuplicates = Literal["none", "exact", "near"]
 Unknown = Literal["error", "unk", "byte"]
 Order = Literal["random", "epoch", "carried"]
 Template = Literal["world"]
@@ -18,7 +19,8 @@ class DataConfig:
     """Settings of the text, its split and its tokenizer."""
 
     source: str = "builtin"
-    """Text: file, folder, glob, prepared folder, `-` (stdin), `builtin`, or a download (see timemix data --help)."""
+    """Text: file, folder, glob, prepared folder, `-` (stdin), `builtin`, a download, or a dataset of Hugging Face
+    (`hf:NAME`); see timemix data --help."""
     valid: str | None = None
     """Validation text, a source like --data.source. Default: the share --data.valid-fraction of the training text."""
     valid_fraction: float = 0.1
@@ -42,6 +44,9 @@ class DataConfig:
     new."""
     shuffle: int | None = None
     """Seed, at least 0, of a random order of the training documents. Default: the order of the source."""
+    drop_duplicates: DropDuplicates = "none"
+    """Documents to drop: `exact` drops empty documents and repetitions of an earlier document, `near` also documents
+    that are similar to an earlier one. timemix then reads the text once more."""
     tokenizer: TokenizerKind = "character"
     """Unit of text that one token represents."""
     vocab_size: int = 4096

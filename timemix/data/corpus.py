@@ -6,7 +6,7 @@ A prepared folder contains
 - train-loss-00000.bin, ..., valid-loss-00000.bin, ..., for conversations only: the loss mask, with one byte for each
   token, which is 1 if the loss counts the token as a target, and otherwise 0,
 - tokenizer.json: the tokenizer,
-- data.json: counts, hashes, and the paths of the text files.
+- data.json: counts (also of dropped documents), hashes, and the paths of the text files.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from timemix.data.duplicates import DocumentCounts
 from timemix.data.shards import MASK_TYPE, Shard, ShardWriter, Tokens, check_shard, map_shards, mask_of, shard_name
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
 from timemix.storage.files import check_name
@@ -91,6 +92,10 @@ class DataInfo:
     """Description of the validation text, such as "the last 10 % of builtin"."""
     template: str | None = field(default=None, metadata=OPTIONAL)
     """Name of the chat template of the conversations; None: the text has no conversations."""
+    documents: DocumentCounts | None = field(default=None, metadata=OPTIONAL)
+    """Counts of the documents of the source, None if it is one document."""
+    valid_documents: DocumentCounts | None = field(default=None, metadata=OPTIONAL)
+    """Counts of the documents of a validation text with its own source."""
 
     def split(self, name: str) -> SplitInfo:
         """Return the record of the split "train" or "valid"."""

@@ -1,13 +1,15 @@
 """Counts and hash of a text, without saving its tokens."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from timemix.data.config import DataConfig
 from timemix.data.corpus import SPLITS, is_corpus, open_corpus
+from timemix.data.duplicates import DocumentCounts
 from timemix.data.pipeline import Text, encoded, no_counts
 from timemix.runtime.progress import ShowProgress
+from timemix.storage.json_files import OPTIONAL
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class TextDescription:
     vocab_size: int
     train: SplitCounts
     valid: SplitCounts
+    documents: DocumentCounts | None = field(default=None, metadata=OPTIONAL)
+    """Counts of the documents of the source, None if it is one document."""
+    valid_documents: DocumentCounts | None = field(default=None, metadata=OPTIONAL)
+    """Counts of the documents of a validation text with its own source."""
 
 
 def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescription:
@@ -69,6 +75,8 @@ def describe(config: DataConfig, *, progress: ShowProgress = False) -> TextDescr
         vocab_size=made.vocab_size,
         train=SplitCounts(**counts["train"]),
         valid=SplitCounts(**counts["valid"]),
+        documents=text.documents.get("train"),
+        valid_documents=text.documents.get("valid"),
     )
 
 

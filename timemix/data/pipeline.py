@@ -17,6 +17,7 @@ import numpy as np
 
 from timemix.data import marks
 from timemix.data.config import DataConfig
+from timemix.data.duplicates import counts_of
 from timemix.data.readers import CHUNK
 from timemix.data.shards import Shard
 from timemix.data.sources import Source, open_source
@@ -44,7 +45,8 @@ CHANGED = "the text changed while it was read; try again when no process writes 
 class Text:
     """The text that a config names. The text is read once to measure its size, and again for each later task.
 
-    The constructor warns if at least half of the validation lines are also in the training text.
+    The constructor warns if at least half of the validation lines, or some of the validation documents, are also in the
+    training text.
 
     Args:
         config: Sources, split and tokenizer.
@@ -57,6 +59,8 @@ class Text:
         sha256: Hash of all text, in hexadecimal.
         hash: Hash of both sources, with a NUL between the two sources.
         held_out: Description of the validation text, such as "the last 10 % of builtin".
+        documents: Counts of the documents of "train", and of "valid" if the validation text has its own source. A
+            source that is one document has no counts.
         first: Number of characters and bytes of the first token of each split that `encoded` has started.
 
     Raises:
@@ -72,6 +76,11 @@ class Text:
         self.sizes: dict[str, TextSize] = {}
         self.first: dict[str, tuple[int, int]] = {}
         whole = hashlib.sha256()
+        if config.drop_duplicates != "none" and self.source.counted is None:
+            raise InvalidValue(
+                f"data.drop_duplicates={config.drop_duplicates!r} has no effect on {self.source.name}, which is one"
+                " document; leave data.drop_duplicates out, or name a folder or a file of records"
+            )
         self.sizes["train"] = _measure(self.source, progress, whole)
         if config.valid is not None:
             self.valid = self._open(config.valid, progress, self.source.documents)
@@ -88,6 +97,8 @@ class Text:
                 )
             if config.valid is not None:
                 _warn_of_shared_lines(self.source, self.valid, progress)
+        name, counted = ("", None) if self.valid is None else (self.valid.name, self.valid.counted)
+        self.documents = counts_of((self.source.name, name), self.source.counted, counted, progress)
         self.sha256, self.hash = whole.hexdigest(), parted.hexdigest()
         self._parts = split_of(self.sizes["train"], config, self.source, has_valid=self.valid is not None)
         self.held_out = self._held_out()
@@ -110,7 +121,8 @@ class Text:
         return False
 
     def _open(self, source: str, progress: ShowProgress, documents: bool | None) -> Source:
-        options = {name: getattr(self.config, name) for name in ("encoding", "keep_nul", "text_key", "template")}
+        names = ("encoding", "keep_nul", "text_key", "template", "drop_duplicates")
+        options = {name: getattr(self.config, name) for name in names}
         return open_source(source, **options, documents=documents, progress=progress)
 
     def _refuse_shared_files(self, valid: Source) -> None:

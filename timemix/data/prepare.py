@@ -26,6 +26,7 @@ from timemix.data.corpus import (
     open_corpus,
     part_size,
 )
+from timemix.data.duplicates import DocumentCounts
 from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_split, mask_of, shard_name
 from timemix.errors import FileError, InUse, InvalidValue, Unfit
@@ -104,7 +105,9 @@ def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progres
         splits["train"] = _shuffled(folder, made, splits["train"], config.shuffle)
     if config.valid_tokens is not None and splits["valid"].tokens > config.valid_tokens:
         splits["valid"] = _thinned(folder, made, splits["valid"], config.valid_tokens)
-    _write_info(folder, made, splits, tuple(text.files), config.encoding, text.held_out, config.template)
+    _write_info(
+        folder, made, splits, tuple(text.files), config.encoding, text.held_out, config.template, text.documents
+    )
     appear(folder, out)
     (out / _State.FILE).unlink()
 
@@ -371,6 +374,7 @@ def _write_info(
     encoding: str,
     held_out: str,
     template: str | None,
+    documents: dict[str, DocumentCounts] | None = None,
 ) -> None:
     info = DataInfo(
         format_version=DATA_FORMAT_VERSION,
@@ -382,6 +386,8 @@ def _write_info(
         valid=splits["valid"],
         held_out=held_out,
         template=template,
+        documents=None if documents is None else documents.get("train"),
+        valid_documents=None if documents is None else documents.get("valid"),
     )
     write_text(folder / "data.json", json.dumps(to_json(info), indent=1) + "\n")
 

@@ -119,11 +119,20 @@ def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
 
 def _of_record(record: dict[str, Any], key: str | None, template: ChatTemplate | None, place: str) -> str:
     """Return the text of a record, or its conversation."""
-    return _text(record, key, place) if template is None else marked_conversation(record, template, place)
+    return record_text(record, key, place) if template is None else marked_conversation(record, template, place)
 
 
-def _text(record: dict[str, Any], given: str | None, place: str) -> str:
-    """Return the text of a record under a key; None: DEFAULT_KEY."""
+def record_text(record: dict[str, Any], given: str | None, place: str) -> str:
+    """Return the text of a record.
+
+    Args:
+        record: The record.
+        given: Key of the text; None: DEFAULT_KEY.
+        place: File and line of the record, for messages.
+
+    Raises:
+        InvalidValue: The record has no text under the key.
+    """
     key = given or DEFAULT_KEY
     if key not in record:
         _refuse_chat(record, given, place)
@@ -175,6 +184,15 @@ def _table(lines: Iterator[str], path: Path, delimiter: str, key: str) -> Iterat
         raise DamagedFile(f"{path}, line {reader.line_num}, is no row of a table: {error}; correct the line") from error
 
 
+def is_text_type(kind: Any) -> bool:
+    """Return whether a column of a type of pyarrow has texts."""
+    import pyarrow
+
+    # A column with few distinct texts may be stored as a dictionary of these texts.
+    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return plain in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+
+
 def parquet(
     path: Path, key: str | None, template: ChatTemplate | None, advance: Callable[[float], object]
 ) -> Iterator[str]:
@@ -207,9 +225,7 @@ def parquet(
                 _refuse_chat(names if DEFAULT_KEY not in names else (), key, str(path))
                 columns = [key or DEFAULT_KEY]
                 kind = file.schema_arrow.field(_column(path, names, columns[0])).type
-                # A column with few distinct texts may be stored as a dictionary of these texts.
-                plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-                if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                if not is_text_type(kind):
                     raise InvalidValue(
                         f"{path} has the column {columns[0]!r} of type {kind}; it must be a column of texts"
                     )

@@ -8,16 +8,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from timemix.data.config import DropDuplicates
 from timemix.data.downloads import DOWNLOADS, Download, fetch, opened_member
+from timemix.data.duplicates import DocumentReader, Reading
 from timemix.data.folders import folder_files, glob_files, written_by_timemix
+from timemix.data.hub import PREFIX, Split, open_dataset
 from timemix.data.readers import CHUNK, chunks, decoded
 from timemix.data.records import format_of, joined, parquet, records
 from timemix.data.templates import TEMPLATES, ChatTemplate
 from timemix.errors import FileError, InvalidValue, MissingFile
-from timemix.runtime.progress import Advance, ShowProgress, untold
+from timemix.runtime.progress import Advance, ShowProgress, passing, untold
 from timemix.storage.files import cannot_read, check_name
 from timemix.tokenizers.base import DOCUMENT_END
 
@@ -63,6 +67,8 @@ class Source:
     """Whether the pieces contain the ends of documents."""
     has_loss_marks: bool = False
     """Whether the pieces contain the marks COUNTED and UNCOUNTED."""
+    counted: DocumentReader | None = None
+    """Reader with the counts of the documents; None for a source with one document."""
 
 
 def read_source(
@@ -121,6 +127,7 @@ def open_source(
     text_key: str | None = None,
     documents: bool | None = False,
     template: str | None = None,
+    drop_duplicates: DropDuplicates = "none",
     cache: Path | None = None,
     progress: ShowProgress = False,
 ) -> Source:
@@ -134,8 +141,8 @@ def open_source(
     the errors about the content of the files.
 
     Args:
-        source: A file, folder, glob, "-" (standard input), "builtin", or the name of a download (`DOWNLOADS`). An
-            existing path takes precedence over the name of a download.
+        source: A file, folder, glob, "-" (standard input), "builtin", the name of a download (`DOWNLOADS`), or a
+            dataset of Hugging Face, as in `open_dataset`. An existing path takes precedence over the other sources.
         encoding: Encoding of the files.
         keep_nul: Whether a file with NUL characters counts as text instead of as binary.
         text_key: Key of the text in JSON lines, or name of the column in a table. Default: "text"; tables in CSV and
@@ -143,6 +150,7 @@ def open_source(
         documents: Whether DOCUMENT_END ends each record and each file of plain text. None: only if a file has records.
         template: Name of the chat template that writes the conversations of the records as texts, with the marks of
             `timemix.data.marks`. Default: the records have texts.
+        drop_duplicates: Documents to leave out of the text, as in `DocumentReader`.
         cache: Folder of the downloads. Default: the cache of the user.
         progress: Whether to show the progress of downloads on standard error, or a function for progress lines.
 
@@ -153,25 +161,41 @@ def open_source(
         Unavailable: A download failed.
     """
     options = (encoding, keep_nul)
-    of_files = (*options, text_key, documents, None if template is None else TEMPLATES[template])
+    of_files = partial(
+        _files_source,
+        encoding=encoding,
+        keep_nul=keep_nul,
+        text_key=text_key,
+        documents=documents,
+        template=None if template is None else TEMPLATES[template],
+        drop_duplicates=drop_duplicates,
+        progress=progress,
+    )
     if source == "-":
-        return _files_source(STANDARD_INPUT.name, [STANDARD_INPUT], *of_files)
+        return of_files(STANDARD_INPUT.name, [STANDARD_INPUT])
     check_name(Path(source))
     if os.path.isdir(source):
         if kind := written_by_timemix(Path(source)):
             raise FileError(f"{source} is {kind}, which has tokens and no text; name a text file or a folder of texts")
-        return _files_source(source, folder_files(Path(source), *options), *of_files)
+        return of_files(source, folder_files(Path(source), *options))
     if os.path.exists(source):
-        return _files_source(source, [Path(source)], *of_files)
+        return of_files(source, [Path(source)])
+    if template is not None and source.startswith(PREFIX):
+        raise InvalidValue(
+            f"{source} is a dataset of Hugging Face, but data.template needs files; save the dataset as a .jsonl or"
+            " .parquet file"
+        )
     if template is not None and (source == "builtin" or source in DOWNLOADS):
         raise InvalidValue(f"{source} has no conversations; leave data.template out, or name a file of conversations")
     if source == "builtin":
         return _ended(_builtin()) if documents else _builtin()
+    if source.startswith(PREFIX):
+        return _hub_source(source, text_key, documents is not False, drop_duplicates, cache, progress)
     if source in DOWNLOADS:
         found = _download_source(source, cache, progress)
         return _ended(found) if documents else found
     if matches := glob_files(source, *options):
-        return _files_source(source, matches, *of_files)
+        return of_files(source, matches)
     raise MissingFile(_no_source(source))
 
 
@@ -181,6 +205,34 @@ def _standard_input(stream: TextIO | None) -> bytes:
     if stream is None or stream.isatty():
         raise InvalidValue("the source '-' is standard input, but no text is piped into it; pipe a text or name a file")
     return stream.buffer.read()
+
+
+def _hub_source(
+    source: str,
+    text_key: str | None,
+    documents: bool,
+    drop_duplicates: DropDuplicates,
+    cache: Path | None,
+    progress: ShowProgress,
+) -> Source:
+    """Return a dataset of Hugging Face as a source."""
+
+    def opened(split: Split) -> Source:
+        def read(reading: Reading, advance: Advance) -> Iterator[tuple[int, str]]:
+            is_empty = True
+            rows = split.texts(lambda share: advance(int(share * split.size)))
+            for text in joined(reading.records(rows), documents):
+                yield 0, text
+                is_empty = False
+            if is_empty:
+                raise InvalidValue(f"{split.reference} is empty; name a source with text")
+
+        comparing = partial(passing, progress, f"comparing the documents of {split.name}", split.size)
+        counted = DocumentReader(read, drop_duplicates, comparing)
+        return Source(split.name, (split.reference,), split.size, counted.read, documents=documents, counted=counted)
+
+    train, valid = open_dataset(source, text_key, cache, progress)
+    return replace(opened(train), valid=None if valid is None else opened(valid))
 
 
 def _builtin() -> Source:
@@ -205,11 +257,14 @@ def _ended(source: Source) -> Source:
 def _files_source(
     source: str,
     files: list[Path],
+    *,
     encoding: str,
     keep_nul: bool,
     text_key: str | None,
     documents: bool | None,
     template: ChatTemplate | None,
+    drop_duplicates: DropDuplicates,
+    progress: ShowProgress,
 ) -> Source:
     """Return files as a source. `open_source` describes the arguments."""
     if template is not None:
@@ -222,21 +277,25 @@ def _files_source(
         documents = True
     held = {path: _bytes_of_pipe(path) for path in files if path is STANDARD_INPUT or not path.is_file()}
     sizes = [len(held[path]) if path in held else _size(path) for path in files]
-    ended = any(format_of(path, text_key) for path in files) if documents is None else documents
+    has_records = any(format_of(path, text_key) for path in files)
+    ended = has_records if documents is None else documents
 
-    def texts_of(path: Path, before: int, size: int, advance: Advance) -> Iterator[str]:
+    def texts_of(path: Path, before: int, size: int, reading: Reading, advance: Advance) -> Iterator[str]:
         suffix = format_of(path, text_key)
         if suffix == ".parquet":
-            return joined(parquet(path, text_key, template, lambda share: advance(before + int(share * size))), ended)
+            rows = parquet(path, text_key, template, lambda share: advance(before + int(share * size)))
+            return joined(reading.records(rows), ended)
         data = chunks(path, held.get(path), before, advance)
         texts = decoded(data, str(path), encoding, keep_nul, is_alone=len(files) == 1)
-        return texts if suffix is None else joined(records(texts, path, suffix, text_key, template), ended)
+        if suffix is None:
+            return reading.file(texts)
+        return joined(reading.records(records(texts, path, suffix, text_key, template)), ended)
 
-    def read(advance: Advance) -> Iterator[tuple[int, str]]:
+    def read(reading: Reading, advance: Advance) -> Iterator[tuple[int, str]]:
         before, last, newest = 0, "", -1
         for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
             begun = False
-            for text in texts_of(path, before, size, advance):
+            for text in texts_of(path, before, size, reading, advance):
                 if not begun and last not in ("", "\n", DOCUMENT_END):
                     yield newest, "\n"
                 yield number, text
@@ -250,7 +309,18 @@ def _files_source(
     name = Path(source).name or str(Path(source).resolve())
     # JSON does not support names that are not UTF-8.
     shown = tuple(os.fsencode(path).decode("utf-8", "backslashreplace") for path in files)
-    return Source(name, shown, sum(sizes), read, documents=ended, has_loss_marks=template is not None)
+    several = has_records or len(files) > 1
+    comparing = partial(passing, progress, f"comparing the documents of {name}", sum(sizes))
+    counted = DocumentReader(read, drop_duplicates if several else "none", comparing)
+    return Source(
+        name,
+        shown,
+        sum(sizes),
+        counted.read,
+        documents=ended,
+        has_loss_marks=template is not None,
+        counted=counted if several else None,
+    )
 
 
 def _bytes_of_pipe(path: Path) -> bytes:

@@ -39,7 +39,7 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     for name in ("tune", "lora_rank", "lora_alpha", "lora_modules"):
         if plain.train.tune == "all":
             del form["train"][name]
-    for name in ("hold_out", "keep_nul", "text_key", "template", "end_of_text", "shuffle"):
+    for name in ("hold_out", "keep_nul", "text_key", "template", "end_of_text", "shuffle", "drop_duplicates"):
         form["data"].pop(name, None)
     if plain.data.cross_documents:
         form["data"].pop("cross_documents", None)
