@@ -186,3 +186,24 @@ def test_eval_measures_the_answers_of_conversations(folder, loaded, capsys, tmp_
     ):
         status, _, errors = run_command(capsys, *options, *extra)
         assert (status, words in errors) == (2, True), errors
+
+
+def test_each_conversation_has_equal_weight_by_document(loaded):
+    """Without earlier conversations, the loss of each one is the mean of its counted tokens."""
+    corpus = loaded.corpus()
+    found = evaluate_held_out(loaded.model, corpus, by_document=True)
+    ids, counted = corpus.valid[:].astype(np.int64), corpus.valid.counted[:]
+    ends = np.flatnonzero(ids == corpus.tokenizer.end_of_text)
+    assert found.documents == corpus.info.valid.documents == len(ends)
+    # Windows begin at multiples of ctx_len, and the end-of-text token before a conversation is its first input.
+    losses, means = [], []
+    for begin in range(0, len(ids) - 1, loaded.model.config.ctx_len):
+        window = torch.from_numpy(ids[begin : begin + loaded.model.config.ctx_len + 1])
+        resets = window[None, :-1] == corpus.tokenizer.end_of_text
+        with torch.no_grad():
+            logits, _ = loaded.model(window[None, :-1], resets=resets)
+        losses += torch.nn.functional.cross_entropy(logits[0], window[1:], reduction="none").tolist()
+    for first, last in zip([0, *ends[:-1]], ends, strict=True):
+        part = slice(int(first), int(last))
+        means.append(np.array(losses)[part][counted[1:][part] == 1].mean())
+    assert found.nats_per_token_by_document == pytest.approx(np.mean(means), rel=1e-5)
