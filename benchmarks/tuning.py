@@ -22,8 +22,8 @@ from timemix.runs.folder import best, checkpoints, read_progress
 from timemix.runs.metrics import read_metrics
 
 RATES = {
-    "state": (3e-2, 1e-1, 3e-1, 1.0),
-    "lora": (1e-3, 3e-3, 1e-2, 3e-2),
+    "state": (1e-1, 3e-1, 1.0, 3.0, 10.0),
+    "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "all": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 """Learning rates of each way of tuning. A best rate at an end of its list calls for a longer list."""
@@ -137,7 +137,7 @@ def main() -> None:
     running.add_argument("--base-steps", type=int, default=6000)
     running.add_argument("--steps", type=int, default=300, help="steps on the book")
     running.add_argument("--seeds", type=int, default=3)
-    running.add_argument("--rates", type=int, default=4, help="number of learning rates to try, at most 4")
+    running.add_argument("--rates", type=int, default=5, help="largest number of learning rates to try")
     verbs.add_parser("table", help="print the results").add_argument("folder", type=Path)
     asked = parser.parse_args()
     if asked.verb == "run":

@@ -14,7 +14,7 @@ from timemix import errors
 from timemix._version import __version__
 
 if TYPE_CHECKING:
-    from timemix.evaluation.loss import evaluate
+    from timemix.evaluation.texts import evaluate
     from timemix.generation.engine import Engine
     from timemix.generation.generate import generate, stream
     from timemix.generation.prefix_cache import PrefixCache
@@ -41,7 +41,7 @@ _MODULES = {
     "Sampler": "timemix.generation.sampler",
     "Session": "timemix.generation.session",
     "build_model": "timemix.models.language_model",
-    "evaluate": "timemix.evaluation.loss",
+    "evaluate": "timemix.evaluation.texts",
     "generate": "timemix.generation.generate",
     "list_architectures": "timemix.models.registry",
     "load": "timemix.runs.load",

@@ -78,7 +78,7 @@ API = {
             "timemix.load",
             "timemix.runs.load.Loaded",
             "timemix.evaluate",
-            "timemix.evaluation.loss.Evaluation",
+            "timemix.evaluation.texts.Evaluation",
         ),
     ),
     "generation": ApiPage(

@@ -16,7 +16,8 @@ from tests.helpers.runs import TEXT, small_config, write_text_file
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
 from timemix.evaluation.documents import DocumentLosses
-from timemix.evaluation.loss import evaluate_held_out, evaluate_text, loss_per_token
+from timemix.evaluation.loss import loss_per_token
+from timemix.evaluation.texts import evaluate_held_out, evaluate_text
 from timemix.tokenizers.base import DOCUMENT_END
 from timemix.training.start import new_run
 

@@ -18,14 +18,8 @@ from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_fil
 from timemix.data.config import DataConfig
 from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
-from timemix.evaluation.loss import (
-    bits_per_byte,
-    evaluate_held_out,
-    evaluate_text,
-    loss_by_position,
-    loss_per_token,
-    windows,
-)
+from timemix.evaluation.loss import loss_by_position, loss_per_token, windows
+from timemix.evaluation.texts import bits_per_byte, evaluate_held_out, evaluate_text
 from timemix.models.registry import list_architectures
 from timemix.training.start import new_run
 

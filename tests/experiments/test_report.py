@@ -13,7 +13,7 @@ from tests.helpers.browser import open_browser
 from tests.helpers.comparisons import finish, small
 from tests.helpers.runs import write_text_file
 from timemix.bench.measure import StepSpeed
-from timemix.evaluation.loss import evaluate
+from timemix.evaluation.texts import evaluate
 from timemix.experiments.compare import Comparison
 from timemix.experiments.report import to_html, write_report
 from timemix.experiments.spec import Verdict

@@ -13,7 +13,7 @@ from tests.helpers.commands import run_command
 from tests.helpers.runs import TEXT, small_config, with_model
 from tests.helpers.serving import served
 from timemix.errors import InvalidValue
-from timemix.evaluation.loss import evaluate_text
+from timemix.evaluation.texts import evaluate_text
 from timemix.generation.engine import Engine
 from timemix.interop.export import export_run
 from timemix.server.engine_thread import Served

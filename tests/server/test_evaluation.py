@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.engines import CHARACTERS
 from tests.helpers.serving import served, tiny
-from timemix.evaluation.loss import evaluate_text
+from timemix.evaluation.texts import evaluate_text
 
 TEXT = "abcdefghijkjihgfedcba" * 4 + "kkeeddbbaa"
 PREFIX = CHARACTERS.encode("a").tolist()[0]

@@ -20,7 +20,8 @@ from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
 from timemix.data.templates import WORLD
 from timemix.errors import DamagedFile, InvalidValue
-from timemix.evaluation.loss import bits_per_byte, evaluate_held_out, loss_per_token
+from timemix.evaluation.loss import loss_per_token
+from timemix.evaluation.texts import bits_per_byte, evaluate_held_out
 from timemix.experiments.identity import run_keys
 from timemix.generation.conversation import Conversation
 from timemix.server.engine_thread import Served

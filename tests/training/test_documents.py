@@ -15,7 +15,7 @@ from tests.helpers.runs import TEXT, small_config, with_model, write_text_file
 from timemix.config.run import RunConfig, read_toml
 from timemix.data.batches import Batches
 from timemix.errors import DamagedFile, Interrupted, InvalidValue
-from timemix.evaluation.loss import evaluate
+from timemix.evaluation.texts import evaluate
 from timemix.models.registry import ARCHITECTURES
 from timemix.runs.folder import checkpoints
 from timemix.runtime.distributed import World

@@ -12,7 +12,8 @@ from tests.helpers.runs import small_trainer
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.corpus import evenly_spaced
 from timemix.data.shards import IGNORED, Tokens, counted_targets, targets_of
-from timemix.evaluation.loss import bits_per_byte, cross_entropy, loss_by_position, loss_per_token
+from timemix.evaluation.loss import cross_entropy, loss_by_position, loss_per_token
+from timemix.evaluation.texts import bits_per_byte
 from timemix.training.masked import counted_only
 from timemix.training.parallel import new_model
 from timemix.training.spikes import write_bad_batch

@@ -18,7 +18,8 @@ from tests.helpers.serving import served
 from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.errors import DamagedFile, Interrupted, InvalidValue, MissingFile
-from timemix.evaluation.loss import cross_entropy, evaluate
+from timemix.evaluation.loss import cross_entropy
+from timemix.evaluation.texts import evaluate
 from timemix.generation.decode import build_step
 from timemix.generation.session import load_session
 from timemix.interop.export import export_run

@@ -14,7 +14,7 @@ from timemix.errors import InvalidValue
 from timemix.storage.json_files import to_json
 
 if TYPE_CHECKING:
-    from timemix.evaluation.loss import Evaluation
+    from timemix.evaluation.texts import Evaluation
     from timemix.runs.load import Loaded
 
 
@@ -91,7 +91,7 @@ def eval(arguments: list[str]) -> int:
         raise InvalidValue(f"--template is for the conversations of --data, which have no text key; {way}")
     from timemix.data.sources import read_source
     from timemix.evaluation.conversations import evaluate_conversations
-    from timemix.evaluation.loss import evaluate_held_out, evaluate_text
+    from timemix.evaluation.texts import evaluate_held_out, evaluate_text
     from timemix.models.quantize import rounded
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device, choose_precision

@@ -5,7 +5,7 @@ import numpy as np
 from timemix.data.marks import encode_marked, without
 from timemix.data.shards import MASK_TYPE, Tokens
 from timemix.errors import InvalidValue
-from timemix.evaluation.loss import Evaluation, TextSize, in_units
+from timemix.evaluation.texts import Evaluation, TextSize, in_units
 from timemix.models.language_model import LanguageModel
 from timemix.tokenizers.base import Tokenizer
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from timemix.data.corpus import Corpus
-from timemix.evaluation.loss import bits_per_byte
+from timemix.evaluation.texts import bits_per_byte
 from timemix.experiments.compare import Comparison
 from timemix.experiments.jobs import Failure, Result
 from timemix.experiments.spec import Verdict

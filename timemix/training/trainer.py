@@ -17,7 +17,8 @@ from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
 from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
 from timemix.evaluation.documents import document_start
-from timemix.evaluation.loss import bits_per_byte, cross_entropy, loss_per_token
+from timemix.evaluation.loss import cross_entropy, loss_per_token
+from timemix.evaluation.texts import bits_per_byte
 from timemix.generation.sampler import Sampler
 from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
