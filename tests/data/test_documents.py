@@ -197,4 +197,6 @@ def test_the_command_prints_the_number_of_documents(tmp_path, capsys, monkeypatc
     status, out, _ = run_command(capsys, "data", "a.jsonl", "--out", "tokens", "--data.shuffle", "3")
     assert status == 0
     assert re.search("^train documents +27$", out, re.MULTILINE)
+    (tmp_path / "a.txt").write_text("one two " * 30)
+    assert "documents" not in run_command(capsys, "data", "a.txt")[1]
     assert open_corpus(tmp_path / "tokens").info.valid.documents == 3

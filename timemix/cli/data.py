@@ -53,8 +53,14 @@ def data(arguments: list[str]) -> int:
         if parsed.json:
             print(json.dumps(report))
         else:
-            print_report(report if parsed.out is None else _in_short(report))
+            print_report(_without_zeros(report if parsed.out is None else _in_short(report)))
     return 0
+
+
+def _without_zeros(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report without the numbers of documents of a text that has no ends of documents."""
+    splits = {split: {k: v for k, v in report[split].items() if k != "documents" or v} for split in ("train", "valid")}
+    return report | splits
 
 
 def _in_short(info: dict[str, Any]) -> dict[str, Any]:
