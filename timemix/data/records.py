@@ -97,7 +97,11 @@ def records(
             raise DamagedFile(f"{path}, line {number}, is no JSON: {error}; correct or remove the line") from error
         if not isinstance(record, dict):
             raise DamagedFile(f"{path}, line {number}, is no JSON object; correct or remove the line")
-        yield _of_record(record, key, template, f"{path}, line {number},")
+        text = _of_record(record, key, template, f"{path}, line {number},")
+        # Decoded bytes have no lone surrogates, but an escape sequence may be one.
+        if template is None and "\\u" in line:
+            refuse_lone_surrogate(text, key or DEFAULT_KEY, f"{path}, line {number},")
+        yield text
 
 
 def _lines(texts: Iterator[str], path: Path) -> Iterator[str]:
@@ -141,7 +145,6 @@ def record_text(record: dict[str, Any], given: str | None, place: str) -> str:
     if not isinstance(text, str):
         kind = {type(None): "null", float: "as a number"}.get(type(text), f"of type {type(text).__name__}")
         raise InvalidValue(f"{place} has {key!r} {kind}; it must be a text")
-    refuse_lone_surrogate(text, key, place)
     return text
 
 
