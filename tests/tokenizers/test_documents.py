@@ -40,7 +40,7 @@ OTHERS = {
 }
 ALL = TRAINED | OTHERS
 each_choice = pytest.mark.parametrize("choice", ALL, ids="-".join)
-DOCUMENTS = st.lists(st.text(st.sampled_from("aThe cat\n .é二前🐈<>"), max_size=12), max_size=6)
+DOCUMENTS = st.lists(st.text(st.sampled_from("aThe cat\n .é二前한🐈<>"), max_size=12), max_size=6)
 
 
 @each_choice
