@@ -240,20 +240,34 @@ def test_a_killed_preparation_resumes_with_its_mask(tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_resumed_preparation_finds_a_damaged_mask(tmp_path, small, monkeypatch):
-    small(50, 100)
-    path = write_chats(tmp_path / "chat.jsonl", CHATS)
+def stopped(out, config, monkeypatch, files):
+    """Begin to prepare a folder, and stop after a number of token files."""
     finish = shards.ShardWriter._finish
 
     def stops(self):
         finish(self)
-        if len(self.shards) == 3:
+        if len(self.shards) == files:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(shards.ShardWriter, "_finish", stops)
         with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / "out", config_of(path))
+            prepare(out, config)
+
+
+def test_a_preparation_resumes_within_answers_and_between_them(tmp_path, small, monkeypatch):
+    small(13, 40)
+    config = config_of(write_chats(tmp_path / "chat.jsonl", CHATS[:3]), valid_fraction=0)
+    for files in range(1, 6):
+        stopped(tmp_path / str(files), config, monkeypatch, files)
+        corpus = prepare(tmp_path / str(files), config)
+        check(corpus.train, corpus.tokenizer, CHATS[:3])
+
+
+def test_a_resumed_preparation_finds_a_damaged_mask(tmp_path, small, monkeypatch):
+    small(50, 100)
+    path = write_chats(tmp_path / "chat.jsonl", CHATS)
+    stopped(tmp_path / "out", config_of(path), monkeypatch, 3)
     mask = tmp_path / ".out.unfinished" / "train-loss-00001.bin"
     mask.write_bytes(bytes(1 - byte for byte in mask.read_bytes()))
     prepare(tmp_path / "out", config_of(path))
