@@ -128,7 +128,7 @@ CONTENTS = st.text("ab:\n é鱼User", min_size=1, max_size=9).filter(str.strip)
     part=st.integers(1, 9),
     kind=st.sampled_from(["character", "subword", "word", "world"]),
 )
-@examples(12)
+@examples(12, fast=6)
 def test_any_conversations_in_any_pieces(tmp_path_factory, chats, part, kind):
     folder = tmp_path_factory.mktemp("chats")
     records = [chat(*turns) for turns in chats]

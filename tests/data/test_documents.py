@@ -87,7 +87,7 @@ def test_files_of_both_kinds(tmp_path):
     assert parts_of(prepare(tmp_path / "out", config)) == [["one", "two\n", "three"], ["four\nfive"]]
 
 
-@examples(30)
+@examples(30, fast=15)
 @given(
     files=st.lists(st.lists(st.text("abc\n", min_size=1, max_size=30), max_size=8), min_size=1, max_size=6),
     share=st.sampled_from([0.01, 0.1, 0.5, 0.9]),

@@ -80,6 +80,7 @@ def test_near_duplicates_are_found_as_brute_force_finds_them():
     assert (similar[found] >= 0.7).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_estimate_has_the_stated_error():
     errors, scales = [], []
     for words in (30, 100, 1000):
@@ -106,7 +107,7 @@ def test_bands_of_many_equal_documents_end():
 
 
 @given(st.text(max_size=60), st.lists(st.integers(0, 60), max_size=4), st.integers(1, 40))
-@examples(100)
+@examples(100, fast=8)
 def test_hash_and_signature_do_not_depend_on_the_pieces(text, cuts, block):
     places = [0, *sorted(cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]

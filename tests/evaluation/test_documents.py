@@ -13,7 +13,7 @@ import timemix
 from tests.helpers.commands import run_command
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_config, write_text_file
-from tests.helpers.tiers import examples
+from tests.helpers.tiers import examples, slow
 from timemix.errors import InvalidValue
 from timemix.evaluation.documents import DocumentLosses
 from timemix.evaluation.loss import loss_per_token
@@ -56,13 +56,13 @@ def test_means_of_documents_do_not_depend_on_the_pieces(tokens, size):
     ("arch", "options"),
     [
         ("rwkv1", {}),
-        ("rwkv1", {"stride": 5}),
+        slow("rwkv1", {"stride": 5}),
         ("rwkv7", {}),
         ("rwkv7", {"stride": 5}),
         ("rwkv7", {"carry_state": True}),
     ],
 )
-@pytest.mark.parametrize("tail", [[], [END], [END, END], [END, 5]])
+@pytest.mark.parametrize("tail", [slow([]), slow([END]), [END, END], [END, 5]])
 def test_each_document_counts_once_with_the_loss_that_it_has_alone(arch, options, tail):
     """All documents fit into a window or, with a carried state, are longer."""
     longest = 30 if options.get("carry_state") else 6

@@ -10,9 +10,9 @@ ALL = os.environ.get("TIMEMIX_TESTS") == "all"
 FAST_EXAMPLES = 25
 
 
-def examples(full: int, **others: Any) -> settings:
-    """Return settings of hypothesis: `full` examples in `make test-all`, at most `FAST_EXAMPLES` in `make test`."""
-    return settings(max_examples=full if ALL else min(full, FAST_EXAMPLES), deadline=None, **others)
+def examples(full: int, *, fast: int = FAST_EXAMPLES, **others: Any) -> settings:
+    """Return settings of hypothesis: `full` examples in `make test-all`, at most `fast` in `make test`."""
+    return settings(max_examples=full if ALL else min(full, fast), deadline=None, **others)
 
 
 def slow(*values: Any, **options: Any) -> Any:

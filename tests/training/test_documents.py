@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tests.helpers.ends import same_end, stop_at
 from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import TEXT, small_config, with_model, write_text_file
+from tests.helpers.tiers import slow
 from timemix.config.run import RunConfig, read_toml
 from timemix.data.batches import Batches
 from timemix.errors import DamagedFile, Interrupted, InvalidValue
@@ -98,7 +99,7 @@ def test_a_text_shorter_than_a_window_a_row_is_refused():
         Batches(np.arange(40), batch_size=4, ctx_len=10, seed=1, order="carried")
 
 
-@pytest.mark.parametrize(("arch", "accumulation"), [("rwkv1_exp", 2), ("rwkv4", 1), ("rwkv6", 2), ("rwkv7", 1)])
+@pytest.mark.parametrize(("arch", "accumulation"), [("rwkv1_exp", 2), slow("rwkv4", 1), slow("rwkv6", 2), ("rwkv7", 1)])
 def test_each_step_continues_the_state_of_the_step_before(tmp_path, arch, accumulation):
     settings = {"steps": 50, "lr": 0.0, "lr_final": 0.0, "batch_size": 16, "accumulation": accumulation}
     trainer = new_run(
@@ -121,21 +122,22 @@ def test_each_step_continues_the_state_of_the_step_before(tmp_path, arch, accumu
             assert loss == pytest.approx(float(expected), abs=1e-5)
 
 
-def check_resume(folder, arch, cross, **settings):
-    """Stop a run twice, and compare its end with that of an undisturbed run."""
+def check_resume(folder, arch, cross, stops=(3, 5), **settings):
+    """Stop a run at some steps, and compare its end with that of an undisturbed run."""
     config = small_config(write_documents(folder), arch, steps=9, save_every=100, **settings)
     config = with_data(with_model(config, dropout=0.2), order="carried", cross_documents=cross)
     new_run(config, folder / "whole").run()
-    with pytest.raises(Interrupted):
-        new_run(config, folder / "stopped").run(stop_at(3))
-    with pytest.raises(Interrupted):
-        resume_run(folder / "stopped").run(stop_at(5))
-    resume_run(folder / "stopped").run()
+    trainer = new_run(config, folder / "stopped")
+    for step in stops:
+        with pytest.raises(Interrupted):
+            trainer.run(stop_at(step))
+        trainer = resume_run(folder / "stopped")
+    trainer.run()
     same_end(folder / "whole", folder / "stopped")
 
 
 def test_a_stopped_run_resumes_with_its_state(tmp_path):
-    check_resume(tmp_path, "rwkv7", False, precision="float32", accumulation=2)
+    check_resume(tmp_path, "rwkv7", False, stops=[4], precision="float32", accumulation=2)
 
 
 @pytest.mark.slow
@@ -221,6 +223,7 @@ def test_documents_of_many_lengths_are_not_compiled(tmp_path):
         new_run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_each_document_begins_with_the_learned_state(tmp_path):
     config = small_config(write_documents(tmp_path), "rwkv7", steps=8)
     new_run(config, tmp_path / "run").run()
@@ -233,6 +236,7 @@ def test_each_document_begins_with_the_learned_state(tmp_path):
     assert found.documents == trainer.corpus.info.valid.documents
 
 
+@pytest.mark.slow
 def test_lora_trains_on_a_carried_state_of_separate_documents(tmp_path):
     config = small_config(write_documents(tmp_path), "rwkv7", steps=1)
     new_run(config, tmp_path / "run").run()

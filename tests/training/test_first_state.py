@@ -69,6 +69,7 @@ def test_the_first_forward_continues_the_session(tmp_path, arch):
         assert torch.allclose(load(tmp_path / "run").model(tokens)[0], own, atol=1e-6)
 
 
+@SLOW
 def test_dropout_does_not_change_the_first_state(folder, tmp_path):
     config = tuned_config(folder)
     config = replace(config, model=replace(config.model, dropout=0.5))
@@ -77,7 +78,8 @@ def test_dropout_does_not_change_the_first_state(folder, tmp_path):
     assert all(torch.equal(own[name], x) for name, x in plain.items())
 
 
-@pytest.mark.parametrize("arch", ["rwkv4", *(pytest.param(arch, marks=SLOW) for arch in ("rwkv1_exp", "rwkv7"))])
+@SLOW
+@pytest.mark.parametrize("arch", ["rwkv4", "rwkv1_exp", "rwkv7"])
 def test_an_exported_state_is_tuned_further(tmp_path, arch):
     """The state of an export has no token-shift, so the first forward equals the continued session."""
     small_trainer(tmp_path, arch, name=arch, steps=2).run()
@@ -94,6 +96,7 @@ def test_an_exported_state_is_tuned_further(tmp_path, arch):
         assert not torch.allclose(own, base(tokens)[0], atol=1e-3)
 
 
+@SLOW
 def test_a_stopped_run_does_not_need_the_session_again(folder, tmp_path):
     (tmp_path / "the.state").write_bytes((folder / "the.state").read_bytes())
     config = replace(tuned_config(folder, steps=6), start_state=str(tmp_path / "the.state"))
@@ -148,6 +151,7 @@ def wrong_files(folder, tmp_path):
     }
 
 
+@SLOW
 def test_wrong_files_and_options(folder, tmp_path, capsys):
     command = ("train", "--from", folder / "rwkv7", "--data", folder / "text.txt", "--out", tmp_path / "run", "--quiet")
     for name, message in wrong_files(folder, tmp_path).items():

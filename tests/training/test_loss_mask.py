@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.helpers.runs import small_trainer
+from tests.helpers.tiers import slow
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.corpus import evenly_spaced
 from timemix.data.shards import IGNORED, Tokens, counted_targets, targets_of
@@ -145,7 +146,7 @@ def test_pieces_without_counted_targets_are_left_out(plain):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 5}, {"carry_state": True}, {"tokens_per_batch": 32}])
+@pytest.mark.parametrize("options", [{}, {"stride": 5}, slow({"carry_state": True}), slow({"tokens_per_batch": 32})])
 def test_the_validation_loss_is_the_mean_over_counted_tokens(plain, options):
     config = replace(plain.config.model, vocab_size=7)
     torch.manual_seed(0)
