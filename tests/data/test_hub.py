@@ -241,6 +241,14 @@ def test_a_dataset_is_downloaded_once_and_stays_at_its_commit(hub, tmp_path, mon
 
 
 @pytest.mark.slow
+def test_an_earlier_commit_gives_its_own_text(hub):
+    earlier = COMMIT[::-1]
+    hub.earlier[earlier] = {"a.jsonl": json_lines(["old"]).encode()}
+    source = f"hf:u/stories@{earlier}"
+    assert read(source)[0][source] == ["old", None, f"{source}::train"]
+
+
+@pytest.mark.slow
 def test_what_a_hub_refuses_is_one_sentence(hub):
     hub.files |= {
         "u/configs": {"README.md": CONFIGS.encode(), "en.jsonl": b'{"text": "a"}\n', "de.jsonl": b'{"text": "b"}\n'},

@@ -16,12 +16,14 @@ class Hub:
 
     def __init__(self):
         self.files, self.gated, self.commits = {}, set(), {}
+        self.earlier = {}
+        """Files of earlier commits by the commit."""
         self.requests = []
         self.cut_after = None
         """Number of bytes after which the server closes the connection of a download, None for never."""
 
-    def commit(self, name):
-        return self.commits.get(name, COMMIT)
+    def commit(self, name, revision=None):
+        return revision if revision in self.earlier else self.commits.get(name, COMMIT)
 
 
 def entry(path, data):
@@ -57,12 +59,12 @@ class Handler(BaseHTTPRequestHandler):
             self.give(404, {"error": "not found"}, {"X-Error-Code": "RepoNotFound"})
             return
         name, verb, revision, rest = found.groups()
-        files = hub.files[name]
-        if revision not in (None, "main", hub.commit(name)):
+        files, commit = hub.earlier.get(revision, hub.files[name]), hub.commit(name, revision)
+        if revision not in (None, "main", commit):
             self.give(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
         elif verb in (None, "revision"):
             siblings = [{"rfilename": each} for each in files]
-            self.give(200, {"id": name, "sha": hub.commit(name), "siblings": siblings, "private": False, "tags": []})
+            self.give(200, {"id": name, "sha": commit, "siblings": siblings, "private": False, "tags": []})
         elif verb == "tree":
             self.tree(files, rest, parse_qs(address.query))
         elif verb == "paths-info":
@@ -71,9 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         elif name in hub.gated:
             self.give(403, {"error": "gated"}, {"X-Error-Code": "GatedRepo"})
         elif rest not in files:
-            self.give(404, {"error": "no file"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit(name)})
+            self.give(404, {"error": "no file"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         else:
-            self.file(name, rest, files[rest])
+            self.file(commit, rest, files[rest])
 
     def entry(self, files, path):
         if path in files:
@@ -92,14 +94,14 @@ class Handler(BaseHTTPRequestHandler):
             below = [each for each in below if "/" not in each[len(prefix) :]]
         self.give(200, [self.entry(files, each) for each in (*sorted(folders), *below)])
 
-    def file(self, name, path, data):
+    def file(self, commit, path, data):
         first, last = 0, len(data) - 1
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(match[1]), min(last, int(match[2] or last))
         part = data[first : last + 1]
         headers = {
             "ETag": f'"{entry(path, data)["oid"]}"',
-            "X-Repo-Commit": self.hub.commit(name),
+            "X-Repo-Commit": commit,
             "Content-Range": f"bytes {first}-{last}/{len(data)}",
             "Accept-Ranges": "bytes",
             "Content-Type": "application/octet-stream",
