@@ -30,8 +30,9 @@ VERBS = [
 
 
 def optional(kind):
-    """Options of a verb that may be absent and take a text or a path."""
+    """Options of a verb that may be absent and take any text or path."""
     named = {field.name: str(field.type) for field in fields(kind) if field.default is None}
+    named = {name: words for name, words in named.items() if "Literal" not in words and "tuple" not in words}
     return [name for name, words in named.items() if "str" in words or "Path" in words]
 
 
