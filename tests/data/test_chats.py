@@ -171,6 +171,27 @@ def test_conversations_in_parquet(tmp_path, shape):
         prepare(tmp_path / "text", config_of(tmp_path / "wrong.parquet"))
 
 
+def test_dates_and_equal_columns_instead_of_conversations_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array(["a"])
+    far = pyarrow.table({"prompt": texts, "completion": pyarrow.array([2**60], pyarrow.timestamp("us"))})
+    parquet.write_table(far, tmp_path / "far.parquet")
+    with pytest.raises(InvalidValue, match="has 'prompt' or 'completion' of a wrong type: date value out of range"):
+        prepare(tmp_path / "out", config_of(tmp_path / "far.parquet"))
+    twice = pyarrow.Table.from_arrays([texts] * 3, names=["prompt", "completion", "prompt"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(InvalidValue, match="has 2 columns 'prompt'; rename all but one of these columns"):
+        prepare(tmp_path / "out", config_of(tmp_path / "twice.parquet"))
+
+
+def test_one_conversation_cannot_be_held_out(tmp_path):
+    path = write_chats(tmp_path / "one.jsonl", CHATS[:1])
+    with pytest.raises(InvalidValue, match=r"set data.valid, or set data.valid_fraction to 0$"):
+        prepare(tmp_path / "out", config_of(path))
+
+
 def test_thinned_shuffled_and_held_out_parts_keep_their_masks(tmp_path):
     path = write_chats(tmp_path / "chat.jsonl", CHATS)
     whole = prepare(tmp_path / "whole", config_of(path))

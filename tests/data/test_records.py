@@ -20,6 +20,7 @@ from timemix.data.prepare import prepare
 from timemix.data.sources import open_source, read_source
 from timemix.errors import DamagedFile, InvalidValue, Unavailable
 from timemix.runtime.progress import untold
+from timemix.tokenizers.base import DOCUMENT_END
 
 TEXTS = ["The cat sat.", "", "two\nlines\n", "caf\u00e9 \u9c7c \u2028 \U0001f600", 'a "quote", a comma', "last"]
 JOINED = 'The cat sat.\ntwo\nlines\ncaf\u00e9 \u9c7c \u2028 \U0001f600\na "quote", a comma\nlast'
@@ -83,6 +84,15 @@ def test_many_small_records_come_in_large_pieces(tmp_path):
     pieces = [text for _, text in open_source(str(path)).read(untold)]
     assert len(pieces) == 2
     assert "".join(pieces) == "\n".join(["word"] * 300_000)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_long_record_comes_in_several_pieces(tmp_path, documents):
+    path = write(tmp_path, ".jsonl", ["word" * 1_000_000, "end"])
+    pieces = [text for _, text in open_source(str(path), documents=documents).read(untold)]
+    assert max(map(len, pieces)) <= reader.CHUNK + 1
+    end = DOCUMENT_END if documents else ""
+    assert "".join(pieces) == "word" * 1_000_000 + (end or "\n") + "end" + end
 
 
 def test_another_key_and_plain_tables(tmp_path):

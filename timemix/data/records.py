@@ -53,14 +53,19 @@ def joined(records: Iterator[str], documents: bool) -> Iterator[str]:
     for text in records:
         if not text:
             continue
+        if not documents and last not in ("", "\n"):
+            piece.append("\n")
+        # One piece of a huge record would later take several times its memory.
+        for start in range(0, len(text), CHUNK):
+            part = text[start : start + CHUNK]
+            piece.append(part)
+            size += len(part)
+            if size >= CHUNK:
+                yield "".join(piece)
+                piece, size = [], 0
         if documents:
-            piece.append(text + DOCUMENT_END)
-        else:
-            piece.append(text if last in ("", "\n") else "\n" + text)
-        size, last = size + len(text), text[-1]
-        if size >= CHUNK:
-            yield "".join(piece)
-            piece, size = [], 0
+            piece.append(DOCUMENT_END)
+        last = text[-1]
     if piece:
         yield "".join(piece)
 
@@ -239,8 +244,19 @@ def parquet(
                         f"{path} has neither a column 'messages' nor 'prompt' and 'completion', which data.template"
                         " needs; leave data.template out, or rename the columns"
                     )
+                for name in columns:
+                    _column(path, names, name)
             for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row, record in enumerate(batch.to_pylist(), done + 1):
+                try:
+                    found = batch.to_pylist()
+                except (pyarrow.ArrowException, UnicodeDecodeError):
+                    raise
+                except (OverflowError, ValueError) as error:
+                    # Python has no value for some dates of Arrow.
+                    raise InvalidValue(
+                        f"{path} has {' or '.join(map(repr, columns))} of a wrong type: {error}; correct the columns"
+                    ) from error
+                for row, record in enumerate(found, done + 1):
                     yield _of_record(record, key, template, f"{path}, row {row},")
                 done += batch.num_rows
                 advance(done / max(1, file.metadata.num_rows))

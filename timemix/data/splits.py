@@ -64,9 +64,10 @@ def split_of(size: TextSize, config: DataConfig, source: Source, *, has_valid: b
     if has_valid:
         return whole_text
     if source.documents and config.valid_fraction and len(size.documents) < 2:
+        other = "" if config.template is not None else " or data.end_of_text to False"
         raise InvalidValue(
             f"{source.name} has only one document, so that none can be held out; set data.valid, or set"
-            " data.valid_fraction to 0 or data.end_of_text to False"
+            f" data.valid_fraction to 0{other}"
         )
     if source.documents and config.hold_out == "documents":
         return partial(_drawn, _draw(len(size.documents), config.valid_fraction))
