@@ -1,7 +1,9 @@
 """Measure time and memory of preparing a large text; then kill another preparation half way, and resume it.
 
+With --rounds, the script measures the formats in turn, and kills nothing.
+
     python benchmarks/large_corpus.py FOLDER [--gigabytes 10] [--kinds character word subword world] [--keep]
-    python benchmarks/large_corpus.py FOLDER --gigabytes 2 --formats txt jsonl parquet
+    python benchmarks/large_corpus.py FOLDER --gigabytes 2 --formats txt jsonl parquet --rounds 3
 
 The script writes a synthetic text (random words with some non-ASCII letters, in lines and sentences) and the prepared
 folders to FOLDER, and deletes them at the end. The files of records have the lines of this text in documents of about
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the text; default: 10")
     parser.add_argument("--kinds", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="tokenizers; default: all")
     parser.add_argument("--formats", nargs="+", choices=("txt", "jsonl", "parquet"), default=["txt"])
+    parser.add_argument("--rounds", type=int, default=0, help="number of times to measure each format; default: 0")
     parser.add_argument("--keep", action="store_true", help="keep the text and the prepared folders")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -179,12 +182,22 @@ def main() -> None:
         if not source.exists():
             write_records(text, source)
     try:
-        for kind, source in itertools.product(options.kinds, sources):
+        for kind, _, source in itertools.product(options.kinds, range(options.rounds), sources):
+            prepare_once(source, kind, megabytes)
+        for kind, source in itertools.product(options.kinds, () if options.rounds else sources):
             measure(source, kind, megabytes, keep=options.keep)
     finally:
         if not options.keep:
             for path in {text, *sources}:
                 path.unlink()
+
+
+def prepare_once(source: Path, kind: str, megabytes: float) -> None:
+    """Prepare a source. `measure` describes the arguments."""
+    out = source.parent / "once"
+    seconds, memory, _ = prepare(source, out, kind)
+    print(f"{kind}, {source.suffix}: {seconds:.1f} s, {megabytes / seconds:.1f} MB/s; {memory}", flush=True)
+    shutil.rmtree(out)
 
 
 def measure(source: Path, kind: str, megabytes: float, *, keep: bool) -> None:
