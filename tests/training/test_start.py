@@ -21,7 +21,9 @@ from timemix.training.signals import STOP_SIGNALS
 from timemix.training.start import new_run, resume_run
 
 
-@pytest.mark.parametrize("fields", [{"valid": "text.txt"}, {"valid_fraction": 0.5}, {"valid_tokens": 9}])
+@pytest.mark.parametrize(
+    "fields", [{"valid": "text.txt"}, {"valid_fraction": 0.5}, {"valid_tokens": 9}, {"shuffle": 7}]
+)
 def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
     prepare(tmp_path / "tokens", DataConfig(str(write_text_file(tmp_path))))
     config = small_config(tmp_path / "tokens")

@@ -164,7 +164,7 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
     if not is_corpus(source):
         return prepare(out / "data", config.data, tokenizer=tokenizer, progress=progress)
     corpus = open_corpus(source)
-    for name in ("valid", "valid_fraction", "valid_tokens", "drop_duplicates"):
+    for name in ("valid", "valid_fraction", "valid_tokens", "drop_duplicates", "shuffle"):
         if getattr(config.data, name) != getattr(DataConfig, name):
             raise InvalidValue(
                 f"data.{name} has no effect on {source}, which is prepared; leave data.{name} out, or name the text"
