@@ -64,11 +64,11 @@ def split_of(size: TextSize, config: DataConfig, source: Source, *, has_valid: b
     if has_valid:
         return whole_text
     if source.documents and config.valid_fraction and len(size.documents) < 2:
-        other = "" if config.template is not None else " or data.end_of_text to False"
-        raise InvalidValue(
+        reason = (
             f"{source.name} has only one document, so that none can be held out; set data.valid, or set"
-            f" data.valid_fraction to 0{other}"
+            " data.valid_fraction to 0"
         )
+        raise InvalidValue(reason if config.template is not None else f"{reason} or data.end_of_text to False")
     if source.documents and config.hold_out == "documents":
         return partial(_drawn, _draw(len(size.documents), config.valid_fraction))
     cuts = _cuts(size, config)
