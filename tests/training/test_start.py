@@ -22,7 +22,15 @@ from timemix.training.start import new_run, resume_run
 
 
 @pytest.mark.parametrize(
-    "fields", [{"valid": "text.txt"}, {"valid_fraction": 0.5}, {"valid_tokens": 9}, {"shuffle": 7}]
+    "fields",
+    [
+        {"valid": "text.txt"},
+        {"valid_fraction": 0.5},
+        {"valid_tokens": 9},
+        {"shuffle": 7},
+        {"end_of_text": True},
+        {"hold_out": "documents"},
+    ],
 )
 def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
     prepare(tmp_path / "tokens", DataConfig(str(write_text_file(tmp_path))))

@@ -14,7 +14,7 @@ from timemix.tokenizers.base import DOCUMENT_END
 
 DEFAULT_KEY = "text"
 """Key of the text in JSON lines and Parquet, unless data.text_key names another key."""
-LONGEST_LINE = 1 << 28
+LONGEST_LINE = 1 << 26
 """Largest number of characters of a line. A longer line is probably damaged, and would fill the memory."""
 
 # Python refuses to parse integers of thousands of digits.

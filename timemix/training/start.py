@@ -164,8 +164,9 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
     if not is_corpus(source):
         return prepare(out / "data", config.data, tokenizer=tokenizer, progress=progress)
     corpus = open_corpus(source)
-    for name in ("valid", "valid_fraction", "valid_tokens", "drop_duplicates", "shuffle"):
-        if getattr(config.data, name) != getattr(DataConfig, name):
+    for name in ("valid", "valid_fraction", "valid_tokens", "drop_duplicates", "shuffle", "end_of_text", "hold_out"):
+        # Old files name the place `end` of the held-out share.
+        if getattr(config.data, name) not in (getattr(DataConfig, name), "end"):
             raise InvalidValue(
                 f"data.{name} has no effect on {source}, which is prepared; leave data.{name} out, or name the text"
                 " instead"
