@@ -15,9 +15,11 @@ import timemix.ops.common.operators
 from timemix.generation.decode import ModelStep, Step
 from timemix.generation.request import Event
 from timemix.models.language_model import LanguageModel
-from timemix.models.layers.block import Block, Kept, Recipe, ShiftedBlock
+from timemix.models.layers.block import Block, Kept, Recipe
+from timemix.models.layers.shifted_block import ShiftedBlock
 from timemix.models.state import State
-from timemix.tokenizers.base import StreamDecoder, Tokenizer
+from timemix.tokenizers.base import Tokenizer
+from timemix.tokenizers.stream import StreamDecoder
 
 NAMES = {
     *("Architecture", "Engine", "PrefixCache", "Request", "Sampler", "Session"),

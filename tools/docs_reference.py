@@ -120,7 +120,7 @@ API = {
             "timemix.tokenizers.make.train_tokenizer",
             "timemix.tokenizers.make.load_tokenizer",
             "timemix.tokenizers.base.Tokenizer",
-            "timemix.tokenizers.base.StreamDecoder",
+            "timemix.tokenizers.stream.StreamDecoder",
             "timemix.tokenizers.character.CharacterTokenizer",
             "timemix.tokenizers.character.ByteTokenizer",
             "timemix.tokenizers.word.WordTokenizer",

@@ -4,7 +4,6 @@ Every tokenizer is saved as a `tokenizer.json`. The `tokenizers` library gives t
 structure of a `tokenizer.json` determines the kind of the tokenizer and its treatment of unknown text.
 """
 
-import codecs
 import hashlib
 import json
 import re
@@ -20,6 +19,7 @@ from timemix.errors import InvalidValue
 from timemix.storage.files import write_text
 from timemix.tokenizers.document import END_ENTRY
 from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
+from timemix.tokenizers.stream import StreamDecoder, piece_of
 
 KINDS = ("character", "byte", "word", "subword")
 """The kinds of tokenizers that are trained on a text. The kinds "world" and "hugging_face" are read from files."""
@@ -237,7 +237,7 @@ class Tokenizer(ABC):
         """Return the character or word at the beginning of a text."""
         return text[:1]
 
-    def stream(self) -> "StreamDecoder":
+    def stream(self) -> StreamDecoder:
         """Create a decoder that takes one token at a time.
 
         Returns:
@@ -302,70 +302,6 @@ class Tokenizer(ABC):
         write_text(Path(path), self._json)
 
 
-class StreamDecoder:
-    """Decode tokens one by one.
-
-    The joined results of all `push` calls and a final `flush` equal the result of `Tokenizer.decode`.
-
-    Args:
-        pieces: UTF-8 bytes of each token, by id.
-        spaced: Whether a space comes between two tokens, except after a newline.
-    """
-
-    def __init__(self, pieces: Sequence[bytes], spaced: bool) -> None:
-        self._pieces = pieces
-        self._spaced = spaced
-        self._space_due = False
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Decode the next token.
-
-        Args:
-            token: Token id.
-
-        Returns:
-            The text that is complete after the token. The text may be empty.
-
-        Raises:
-            InvalidValue: The id is outside the vocabulary.
-        """
-        piece = piece_of(token, self._pieces)
-        if not self._spaced:
-            return self._utf8.decode(piece)
-        space = b" " if self._space_due else b""
-        self._space_due = piece != b"\n"
-        return self._utf8.decode(space + piece)
-
-    def push_all(self, ids: np.ndarray) -> str:
-        """Decode the next tokens. The result equals the joined results of `push`.
-
-        Args:
-            ids: Token ids (tokens,).
-
-        Returns:
-            The text that is complete after the tokens.
-
-        Raises:
-            InvalidValue: An id is outside the vocabulary.
-        """
-        found = pieces_of(ids, self._pieces)
-        if not self._spaced or not found:
-            return self._utf8.decode(b"".join(found))
-        # No word contains a space or newline.
-        joined = b" ".join([b"", *found] if self._space_due else found).replace(b"\n ", b"\n")
-        self._space_due = found[-1] != b"\n"
-        return self._utf8.decode(joined)
-
-    def flush(self) -> str:
-        """End the text.
-
-        Returns:
-            U+FFFD if the last character is incomplete, else an empty string.
-        """
-        return self._utf8.decode(b"", final=True)
-
-
 def join_documents(documents: Sequence[list[int]], end_of_text: int | None) -> list[int]:
     """Join the ids of documents, with the id `end_of_text` between two documents."""
     first, *others = documents
@@ -375,33 +311,6 @@ def join_documents(documents: Sequence[list[int]], end_of_text: int | None) -> l
         ids.append(end_of_text)
         ids += document
     return ids
-
-
-def piece_of(token: int, pieces: Sequence[bytes]) -> bytes:
-    """Return the bytes of a token.
-
-    Raises:
-        InvalidValue: The id is outside the vocabulary.
-    """
-    if not 0 <= token < len(pieces):
-        raise InvalidValue(f"token {token} is outside the vocabulary of {len(pieces)}; ids start at 0")
-    return pieces[token]
-
-
-def pieces_of(ids: np.ndarray, pieces: Sequence[bytes]) -> list[bytes]:
-    """Return the bytes of each token.
-
-    Args:
-        ids: Token ids (tokens,).
-        pieces: Bytes of each token of the vocabulary, by id.
-
-    Raises:
-        InvalidValue: An id is outside the vocabulary.
-    """
-    outside = (ids < 0) | (ids >= len(pieces))
-    if outside.any():
-        raise InvalidValue(f"token {ids[outside][0]} is outside the vocabulary of {len(pieces)}; ids start at 0")
-    return [pieces[token] for token in ids.astype(np.int64).tolist()]
 
 
 def refuse_surrogates(text: str, before: int = 0) -> bytes:

@@ -11,9 +11,10 @@ import numpy as np
 
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.files import LARGEST, read_lines
-from timemix.tokenizers.base import DOCUMENT_END, Tokenizer, pieces_of
+from timemix.tokenizers.base import DOCUMENT_END, Tokenizer
 from timemix.tokenizers.document import BYTE_LEVEL, END_ENTRY, byte_symbols, decoders, numbered, written_document
 from timemix.tokenizers.longest_match import LongestMatch
+from timemix.tokenizers.stream import pieces_of
 
 VOCAB_SIZE = 65536
 """Number of rows of the embedding of the published models."""

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from timemix.models.attention.config import ProConfig, RotaryConfig
 from timemix.models.config import ShiftedConfig
 from timemix.models.layers.activations import ACTIVATIONS
-from timemix.models.layers.block import Kept, Model, ShiftedBlock, Tensors
+from timemix.models.layers.block import Kept, Model, Tensors
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.layers.initial import log_decay, normal, orthogonal, scale_outputs, set_weights, table_like
 from timemix.models.layers.linear import Linear, joint_linear
 from timemix.models.layers.resize import with_ctx_len
 from timemix.models.layers.rotary import rotary
+from timemix.models.layers.shifted_block import ShiftedBlock
 from timemix.models.layers.tables import time_gamma, time_table, times_gamma
 from timemix.ops.common.causal import toeplitz
 from timemix.ops.common.history import append, lags, lags_in_documents, positions_read, weights_at

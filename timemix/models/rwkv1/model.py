@@ -4,9 +4,10 @@ import torch
 
 from timemix.errors import InvalidValue
 from timemix.models.config import ShiftedConfig
-from timemix.models.layers.block import FIRST_WEIGHT, Kept, Model, ShiftedBlock, Tensors
+from timemix.models.layers.block import FIRST_WEIGHT, Kept, Model, Tensors
 from timemix.models.layers.channel_mix import ChannelMix
 from timemix.models.layers.resize import resized_table, with_ctx_len
+from timemix.models.layers.shifted_block import ShiftedBlock
 from timemix.models.rwkv1.config import Rwkv1Config, Rwkv1ExpConfig
 from timemix.models.rwkv1.exp_time_mix import ExpTimeMix
 from timemix.models.rwkv1.initial import set_initial_values
