@@ -1,11 +1,13 @@
 """Loss of a model on conversations, of which only the answers count."""
 
+from typing import Unpack
+
 import numpy as np
 
 from timemix.data.marks import encode_marked, without
 from timemix.data.shards import MASK_TYPE, Tokens
 from timemix.errors import InvalidValue
-from timemix.evaluation.texts import Evaluation, TextSize, in_units
+from timemix.evaluation.texts import Evaluation, Options, TextSize, in_units
 from timemix.models.language_model import LanguageModel
 from timemix.tokenizers.base import Tokenizer
 
@@ -14,12 +16,7 @@ def evaluate_conversations(
     model: LanguageModel,
     tokenizer: Tokenizer,
     text: str,
-    *,
-    precision: str = "float32",
-    stride: int | None = None,
-    carry_state: bool = False,
-    cross_documents: bool = True,
-    by_document: bool = False,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """Measure the loss of a model on the answers of conversations, and on the ends of text after them.
 
@@ -27,11 +24,7 @@ def evaluate_conversations(
         model: The model.
         tokenizer: Tokenizer of the model, with an `end_of_text`.
         text: The conversations with loss marks, as from `read_source` with a template.
-        precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
-        carry_state: Whether to carry the state from window to window, as in `evaluate_text`.
-        cross_documents: Whether tokens depend on earlier conversations, as in `evaluate_text`.
-        by_document: Whether to average the losses of the conversations, as in `evaluate_text`.
+        options: Options of the evaluation, in which each conversation is a document.
 
     Raises:
         InvalidValue: The tokenizer has no `end_of_text`, the text gives fewer than two tokens, `stride` is below 1, or
@@ -55,9 +48,5 @@ def evaluate_conversations(
         tokens,
         whole,
         predicted,
-        precision=precision,
-        stride=stride,
-        carry_state=carry_state,
-        cross_documents=cross_documents,
-        by_document=by_document,
+        **options,
     )

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -56,6 +56,24 @@ class Evaluation:
     weight."""
 
 
+class Options(TypedDict, total=False):
+    """Options of an evaluation."""
+
+    precision: str
+    """Precision of matrix products: "float32" (default) or "bfloat16"."""
+    stride: int | None
+    """Distance between the starts of windows in tokens, at least 1. Default: adjacent windows."""
+    carry_state: bool
+    """Whether to carry the state from window to window, so that every token has the whole text before it as its
+    context. Default: False. The value True needs an architecture with unbounded context, and excludes `stride`."""
+    cross_documents: bool
+    """Whether tokens depend on the documents before their own document. Default: True. The value False needs a
+    tokenizer with an end-of-text token."""
+    by_document: bool
+    """Whether to count the documents and average their losses. Default: False. The value True implies
+    `cross_documents` False."""
+
+
 def evaluate(
     run: str | Path | Loaded,
     text: str | None = None,
@@ -91,7 +109,7 @@ def evaluate(
     if not isinstance(text, str | None):
         raise InvalidValue(f"text is {type(text).__name__}; it must be a str")
     loaded = run if isinstance(run, Loaded) else load(run)
-    options: dict[str, Any] = {
+    options: Options = {
         "precision": precision,
         "stride": stride,
         "carry_state": carry_state,
@@ -107,12 +125,7 @@ def evaluate_text(
     model: LanguageModel,
     tokenizer: Tokenizer,
     text: str,
-    *,
-    precision: str = "float32",
-    stride: int | None = None,
-    carry_state: bool = False,
-    cross_documents: bool = True,
-    by_document: bool = False,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """Measure the loss of a model on a text.
 
@@ -124,14 +137,7 @@ def evaluate_text(
         model: The model.
         tokenizer: Tokenizer of the model.
         text: The text. If the tokenizer has an end-of-text token, DOCUMENT_END may end each document.
-        precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
-        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
-            as its context. This needs an architecture with unbounded context, and excludes `stride`.
-        cross_documents: Whether tokens depend on the documents before their own document. The value False needs a
-            tokenizer with an end-of-text token.
-        by_document: Whether to count the documents and average their losses. The value True implies `cross_documents`
-            False.
+        options: Options of the evaluation.
 
     Raises:
         InvalidValue: The text gives fewer than two tokens, `stride` is below 1, or `carry_state` is not supported.
@@ -152,11 +158,7 @@ def evaluate_text(
         tokens,
         whole,
         predicted,
-        precision=precision,
-        stride=stride,
-        carry_state=carry_state,
-        cross_documents=cross_documents,
-        by_document=by_document,
+        **options,
     )
 
 
@@ -190,26 +192,14 @@ def _predicted_size(corpus: Corpus) -> tuple[int, int]:
 def evaluate_held_out(
     model: LanguageModel,
     corpus: Corpus,
-    *,
-    precision: str = "float32",
-    stride: int | None = None,
-    carry_state: bool = False,
-    cross_documents: bool = True,
-    by_document: bool = False,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """Measure the loss of a model on the validation tokens of a prepared folder.
 
     Args:
         model: The model.
         corpus: The prepared folder.
-        precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
-        carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
-            as its context. This needs an architecture with unbounded context, and excludes `stride`.
-        cross_documents: Whether tokens depend on the documents before their own document. The value False needs a
-            tokenizer with an end-of-text token.
-        by_document: Whether to count the documents and average their losses. The value True implies `cross_documents`
-            False.
+        options: Options of the evaluation.
 
     Raises:
         InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
@@ -223,11 +213,7 @@ def evaluate_held_out(
         corpus.valid,
         whole,
         predicted,
-        precision=precision,
-        stride=stride,
-        carry_state=carry_state,
-        cross_documents=cross_documents,
-        by_document=by_document,
+        **options,
     )
 
 
@@ -237,30 +223,23 @@ def in_units(
     tokens: np.ndarray | Tokens,
     whole: TextSize,
     predicted: tuple[int, int],
-    *,
-    precision: str,
-    stride: int | None,
-    carry_state: bool,
-    cross_documents: bool,
-    by_document: bool,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """Measure the loss on the tokens of a text.
 
     Args:
         model: The model.
+        tokenizer: Tokenizer of the model.
         tokens: Token ids, (tokens,).
         whole: Numbers of characters, bytes and unknown characters or words of the whole text.
         predicted: Numbers of characters and bytes that the counted tokens after the first token encode.
-        precision: Precision of matrix products.
-        stride: Distance between the starts of windows in tokens.
-        carry_state: Whether to carry the state from window to window.
-        cross_documents: Whether tokens depend on the documents before their own document.
-        by_document: Whether to count the documents and average their losses.
+        options: Options of the evaluation.
     """
+    by_document, carry_state = options.get("by_document", False), options.get("carry_state", False)
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
     start = None
-    if by_document or not cross_documents:
+    if by_document or not options.get("cross_documents", True):
         clause = "by_document is True" if by_document else "cross_documents is False"
         start = document_start(tokenizer, clause)
         if carry_state and not model.resets_in_rows and model.max_position is None:
@@ -272,8 +251,8 @@ def in_units(
     nats = loss_per_token(
         model,
         tokens,
-        precision=precision,
-        stride=stride,
+        precision=options.get("precision", "float32"),
+        stride=options.get("stride"),
         carry_state=carry_state,
         document_start=start,
         documents=documents,
