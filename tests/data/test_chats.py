@@ -2,11 +2,7 @@
 
 import gzip
 import json
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.commands import run_command
+from tests.helpers.preparing import contents, kill_after, started
 from tests.helpers.tiers import examples
 from tests.helpers.vocabularies import BYTES
 from timemix.data import pipeline, shards
@@ -28,7 +25,6 @@ from timemix.errors import DamagedFile, InvalidValue
 from timemix.tokenizers.make import train_tokenizer
 from timemix.tokenizers.world import WorldTokenizer
 
-ROOT = Path(__file__).parents[2]
 TINY_WORLD = WorldTokenizer([*BYTES, b"User", b"User:", b": ", b"\n\n", b" a", b"Assistant"], 300)
 
 
@@ -218,43 +214,16 @@ def test_thinned_shuffled_and_held_out_parts_keep_their_masks(tmp_path):
     assert held.info.template == "world"
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from timemix.data import prepare as module, shards, pipeline
-from timemix.data.config import DataConfig
-pipeline.PART = module.PART = 50
-shards.SHARD_BYTES = 100
-finish = shards.ShardWriter._finish
-def slow(self):
-    finish(self)
-    print("file", flush=True)
-    time.sleep(0.02)
-shards.ShardWriter._finish = slow
-module.prepare(Path(sys.argv[2]), DataConfig(source=sys.argv[1], template="world"))
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_preparation_resumes_with_its_mask(tmp_path):
     path = write_chats(tmp_path / "chat.jsonl", CHATS)
 
     def begin(out):
-        command = [sys.executable, "-c", SLOW, path, tmp_path / out]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        return started(path, tmp_path / out, 100, template="world")
 
     whole = begin("whole").communicate()[0].split()
     assert len(whole) > 5
-    child = begin("killed")
-    for _ in range(3):
-        child.stdout.readline()
-    time.sleep(0.01)
-    child.kill()
-    child.communicate()
+    kill_after(begin("killed"), 3)
     assert list((tmp_path / ".killed.unfinished").glob("train-loss-*.bin"))
     rest = begin("killed").communicate()[0].split()
     assert len(rest) < len(whole)

@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tests.helpers.pairwise import pairwise
+from tests.helpers.preparing import contents, kill_after, started
 from tests.helpers.tiers import examples
 from timemix.data import pipeline as text
 from timemix.data import shards
@@ -109,43 +109,15 @@ def test_any_text_in_any_pieces(tmp_path_factory, content, part, kind):
     np.testing.assert_array_equal(corpus.train[:], made.encode(content))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from timemix.data import prepare as module, shards, pipeline as text
-from timemix.data.config import DataConfig
-text.PART = module.PART = 50
-shards.SHARD_BYTES = 400
-finish = shards.ShardWriter._finish
-def slow(self):
-    finish(self)
-    print("file", flush=True)
-    time.sleep(0.02)
-shards.ShardWriter._finish = slow
-module.prepare(Path(sys.argv[2]), DataConfig(source=sys.argv[1], unknown="unk"))
-"""
-
-
 def test_a_killed_preparation_resumes_bit_identically(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
 
     def begin(out: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", SLOW, tmp_path / "text.txt", tmp_path / out]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        return started(tmp_path / "text.txt", tmp_path / out, 400, unknown="unk")
 
     whole = begin("whole").communicate()[0].split()
     assert len(whole) > 2
-    child = begin("killed")
-    assert child.stdout is not None
-    child.stdout.readline()
-    time.sleep(0.01)
-    child.kill()
-    child.wait()
-    child.stdout.close()
+    kill_after(begin("killed"), 1)
     assert not (tmp_path / "killed").exists()
     assert list((tmp_path / ".killed.unfinished").glob("train-*.bin"))
     rest = begin("killed").communicate()[0].split()

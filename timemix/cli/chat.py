@@ -30,10 +30,10 @@ MAIN = "main"
 class ChatArguments:
     """Talk with a trained model in the terminal.
 
-    Each line is a message, and the model answers. A model that was trained on conversations gets the messages in their
-    template. Else, a model with the World tokenizer gets the template of the RWKV World models, and other models
-    continue the text of the messages. The line /help lists the commands of a
-    conversation, such as /save FILE.
+    Each line is a message, and the model answers. A model that was trained on conversations gets the messages in the
+    template of these conversations. Another model with the World tokenizer gets them in the template of the RWKV World
+    models, and all other models continue the text of the messages. The line /help lists the commands of a conversation,
+    such as /save FILE.
 
     Examples:
         timemix chat runs/mine --temperature 0.9 --top-p 0.6
@@ -44,8 +44,8 @@ class ChatArguments:
     system: str = ""
     """System message at the start of the conversation. Default: none."""
     template: Literal["auto", "world", "plain"] = "auto"
-    """Chat template; `auto` is the template of --data.template, else `world` for a model with the World tokenizer, and
-    `plain` (the model continues the lines as one text) for other models."""
+    """Chat template; `auto` is the template of the training conversations. Without conversations, it is `world` for a
+    model with the World tokenizer, and `plain` (the model continues the lines as one text) for other models."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     weights: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
