@@ -26,6 +26,7 @@ from timemix.experiments.variants import Variant
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed
+from timemix.training.batch_loss import BatchLoss
 from timemix.training.trainer import Trainer
 
 
@@ -42,11 +43,16 @@ def done(tmp_path_factory):
     """A finished comparison, the batches of its trainers, and its report."""
     folder = tmp_path_factory.mktemp("compare")
     seen = {}
-    loss_of = Trainer.loss_of
+    train_step, of_piece = Trainer.train_step, BatchLoss.of_piece
 
-    def spy(self, inputs, targets):
-        seen.setdefault(str(self.out), []).append(inputs.numpy().copy())
-        return loss_of(self, inputs, targets)
+    def spy_on_step(self):
+        seen.setdefault(str(self.out), [])
+        spy_on_step.batches = seen[str(self.out)]
+        return train_step(self)
+
+    def spy_on_loss(self, inputs, *others):
+        spy_on_step.batches.append(inputs.numpy().copy())
+        return of_piece(self, inputs, *others)
 
     measured = []
 
@@ -58,7 +64,8 @@ def done(tmp_path_factory):
 
     experiment = small(write_text_file(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "loss_of", spy)
+        patch.setattr(Trainer, "train_step", spy_on_step)
+        patch.setattr(BatchLoss, "of_piece", spy_on_loss)
         patch.setattr("timemix.experiments.compare.measure_training", once)
         comparison = Comparison(experiment, folder / "out")
         lines = finish(comparison)

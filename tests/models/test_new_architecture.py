@@ -212,7 +212,7 @@ def test_the_training_loss_has_its_own_term(tmp_path):
     inputs, targets = (torch.from_numpy(x) for x in run.batches(0))
     logits, _ = run.model(inputs)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(run.loss_of(inputs, targets), plain + 1e-3 * logits.square().mean())
+    torch.testing.assert_close(run.batch_loss(inputs, targets), plain + 1e-3 * logits.square().mean())
 
 
 def test_it_is_sampled_evaluated_inspected_and_extended(tmp_path):

@@ -99,12 +99,12 @@ def test_a_run_that_is_long_enough_to_compile_is_timed_compiled(tmp_path, monkey
         return flops > 100 * one, "a test"
 
     def pace(trainer, seconds):
-        timed.append(trainer.compiled)
-        return Pace(step=0.001 if trainer.compiled else 0.01, validation=0.0, checkpoint=0.0)
+        timed.append(trainer.batch_loss.compiled)
+        return Pace(step=0.001 if trainer.batch_loss.compiled else 0.01, validation=0.0, checkpoint=0.0)
 
     config = small_config(write_text_file(tmp_path), seconds=2000.0)
-    monkeypatch.setattr("timemix.training.trainer.flops_per_token", lambda model: 1)
-    monkeypatch.setattr("timemix.training.trainer.choose_compile", compiles)
+    monkeypatch.setattr("timemix.training.batch_loss.flops_per_token", lambda model: 1)
+    monkeypatch.setattr("timemix.training.batch_loss.choose_compile", compiles)
     monkeypatch.setattr(budget, "_pace", pace)
     one = 3 * config.train.batch_size * config.window
     trainer = new_run(config, tmp_path / "run", progress=False)

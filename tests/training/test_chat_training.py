@@ -98,7 +98,7 @@ def test_the_tokens_of_the_user_have_no_influence_on_gradients(folder):
         masked = Tokens([ids], ids.dtype, tokens.counted)
         targets = Batches(masked, batch_size=8, ctx_len=40, seed=3, order=trainer.config.data.order)(0)[1]
         trainer.model.zero_grad()
-        trainer.loss_of(torch.from_numpy(inputs), torch.from_numpy(targets)).backward()
+        trainer.batch_loss(torch.from_numpy(inputs), torch.from_numpy(targets)).backward()
         return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
     own = gradient(tokens[:])

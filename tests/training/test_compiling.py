@@ -54,13 +54,13 @@ def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_p
     monkeypatch.setattr(compiling, "COMPILE_FROM", 0)
     monkeypatch.setattr(fused, "available", lambda: False)
     trainer = small_trainer(tmp_path, compile=asked)
-    assert trainer.compiled
+    assert trainer.batch_loss.compiled
     if asked == "on":
         with pytest.raises(Unavailable, match="the model cannot be compiled: CppCompileError: out of luck; leave"):
             trainer.run()
         return
     trainer.run()
-    assert not trainer.compiled
+    assert not trainer.batch_loss.compiled
     assert caplog.text.count("out of luck); training continues uncompiled") == 1
     whole = small_trainer(tmp_path, name="whole", compile="off")
     whole.run()

@@ -59,7 +59,7 @@ def test_training_and_validation_read_each_document_alone(tmp_path, arch):
         rows = [torch.from_numpy(x) for x in trainer.batches(0)]
         assert (rows[0] == end).any()
         torch.testing.assert_close(
-            F.cross_entropy(trainer._logits(rows[0], None).flatten(0, 1), rows[1].flatten()),
+            F.cross_entropy(trainer.batch_loss.logits(rows[0]).flatten(0, 1), rows[1].flatten()),
             loss_of_documents(trainer.model, *rows, end),
             atol=1e-5,
             rtol=0,

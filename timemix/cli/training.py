@@ -115,6 +115,6 @@ def _introduce(trainer: "Trainer") -> None:
         f" {len(trainer.corpus.train):,} training tokens, {len(trainer.corpus.valid):,} held out{held_out}\n"
         f"{trainer.device} ({trainer.device_reason}), {trainer.precision} ({trainer.precision_reason}){processes}"
         + "".join(f", {op} {form}" for op, form in forms.items())
-        + f", {'compiled' if trainer.compiled else 'not compiled'} ({trainer.compile_reason})",
+        + f", {'compiled' if trainer.batch_loss.compiled else 'not compiled'} ({trainer.batch_loss.compile_reason})",
         file=sys.stderr,
     )

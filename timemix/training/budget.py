@@ -126,9 +126,9 @@ def _steps_of_seconds(config: RunConfig, seconds: float, corpus: Corpus, out: Pa
             sized = replace(config, train=replace(config.train, steps=steps, seconds=None))
             trainer = Trainer(sized, scratch, corpus, world=world)
             # Only long runs are compiled. If the run is long enough, a second pass times compiled steps.
-            if compiled is not None and (compiled or not trainer.compiled):
+            if compiled is not None and (compiled or not trainer.batch_loss.compiled):
                 break
-            compiled = trainer.compiled
+            compiled = trainer.batch_loss.compiled
             pace = _pace(trainer, min(SHARE * seconds, LONGEST))
             left = seconds - (time.perf_counter() - began)
             # The clocks of several processes differ, so process 0 decides.

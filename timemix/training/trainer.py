@@ -15,9 +15,9 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
-from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite, Unavailable
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite
 from timemix.evaluation.documents import document_start
-from timemix.evaluation.loss import cross_entropy, loss_per_token
+from timemix.evaluation.loss import loss_per_token
 from timemix.evaluation.texts import bits_per_byte
 from timemix.generation.sampler import Sampler
 from timemix.models.size import flops_per_token
@@ -25,17 +25,16 @@ from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.tuning import prepare
-from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
 from timemix.runtime.machine import matrix_product_peak, peak_memory
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
-from timemix.training.carried import CarriedState, check_documents
-from timemix.training.compiling import choose_compile, compiled_model
-from timemix.training.failures import Failures, first_line
+from timemix.training.batch_loss import BatchLoss
+from timemix.training.carried import check_documents
+from timemix.training.failures import Failures
 from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
-from timemix.training.masked import counted_only, piece_divisor
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
@@ -65,6 +64,7 @@ class Trainer:
 
     Attributes:
         model: The model, sharded with `train.strategy` "shard".
+        batch_loss: The training loss of a batch, from the compiled or uncompiled model.
         optimizers: Optimizers of the model.
         step: Number of finished optimizer steps.
         seconds: Seconds of training so far, without validation and saving.
@@ -75,7 +75,6 @@ class Trainer:
         start_hash: Hash of the model whose weights are frozen (`train.tune`); None if all weights are trained.
         device: Device of the model. `device_reason` is the reason for the choice of the device.
         precision: Precision of matrix products. `precision_reason` is the reason for the choice of the precision.
-        compiled: Whether the training step is compiled. `compile_reason` is the reason for compiling or not compiling.
 
     Raises:
         InvalidValue: The settings do not fit the corpus or the number of processes.
@@ -110,22 +109,16 @@ class Trainer:
         self.start_hash: str | None = None
         self.model.recompute = train.recompute
         self.recipe = self.model.block.recipe(config.model)
-        flops = 3 * flops_per_token(config.model) * train.steps * self.tokens_per_step
-        self.compiled, self.compile_reason = choose_compile(
-            train.compile,
-            flops,
-            self.device,
-            world.size,
-            fused=self.model.block.runs_in_c(config.model, self.precision, self.device),
-            ragged=not config.data.cross_documents and not self.model.resets_in_rows,
+        self.batch_loss = BatchLoss(
+            config,
+            self.model,
+            self._parallel_model,
+            self.batches,
+            precision=self.precision,
+            document_start=self._document_start,
+            processes=world.size,
+            warn=self._warn,
         )
-        # Training batches all have one shape, so the model is compiled once. Validation calls the uncompiled model.
-        self._training_model = self._parallel_model
-        if self.compiled:
-            self._training_model = compiled_model(self.model, self.device, train.accumulation)
-        self._carried: CarriedState | None = None
-        if config.data.order == "carried":
-            self._carried = CarriedState(self.model, self.batches, train.batch_size, train.accumulation)
         self.optimizers = build_optimizers(self.model, train, self.precision, self.recipe)
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
@@ -193,8 +186,8 @@ class Trainer:
             FileError: A file is missing, damaged or does not fit the model, or the training data have changed.
         """
         progress = restore_training(folder, self.model, self.optimizers, self.world)
-        if self._carried is not None:
-            self._carried.restore(folder, progress.step)
+        if self.batch_loss.carried is not None:
+            self.batch_loss.carried.restore(folder, progress.step)
         if progress.data != self.data_hashes:
             raise DamagedFile(
                 f"the data differ from those that {self.out} was trained on; restore them, or start a new run"
@@ -213,51 +206,6 @@ class Trainer:
         self.metrics.cut(self.step if self.step else -1)
         if self.step:
             prune(self.out)
-
-    def loss_of(self, inputs: Tensor, targets: Tensor, piece: int | None = None) -> Tensor:
-        """Return the training loss of a batch: mean cross-entropy in nats per token, plus terms of the architecture.
-
-        Args:
-            inputs: Tokens, (B, T) int64.
-            targets: Tokens one position after the inputs, (B, T) int64. The loss counts all of them, unless the text
-                has a loss mask. Then it does not count targets with the value IGNORED, and is 0 if no target counts.
-            piece: Number of the piece of a batch whose carried state the inputs continue; None: no earlier tokens.
-
-        Raises:
-            Unavailable: `train.compile` is "on" and the model cannot be compiled.
-        """
-        with autocast(self.precision, self.device):
-            try:
-                logits = self._logits(inputs, piece)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                if self.config.train.compile == "on":
-                    raise Unavailable(
-                        f"the model cannot be compiled: {first_line(error)}; leave train.compile out"
-                    ) from error
-                self._warn(f"the model cannot be compiled ({first_line(error)}); training continues uncompiled")
-                self.compiled, self._training_model = False, self._parallel_model
-                logits = self._logits(inputs, piece)
-        if self.batches.has_uncounted:
-            logits, targets = counted_only(logits, targets)
-            if not targets.numel():
-                return logits.sum()
-        return self.model.block.training_loss(self.config.model, cross_entropy(logits, targets), logits)
-
-    def _divisor(self, targets: Tensor) -> float:
-        """Return the divisor of the mean loss of a piece of the batch of this step."""
-        if not self.batches.has_uncounted:
-            return self.config.train.accumulation
-        return piece_divisor(targets, self.batches.counted(self.step), self.world.size)
-
-    def _logits(self, inputs: Tensor, piece: int | None) -> Tensor:
-        """Return the logits of a piece of a batch, and carry its state."""
-        resets = None if self._document_start is None else inputs == self._document_start
-        if self._carried is None or piece is None:
-            logits, _ = self._training_model(inputs, resets=resets)
-        else:
-            logits, self._carried[piece] = self._training_model(inputs, self._carried[piece], resets=resets)
-        result: Tensor = logits
-        return result
 
     def train_step(self) -> tuple[float, float]:
         """Run one optimizer step.
@@ -278,12 +226,10 @@ class Trainer:
         inputs, targets = (rows.chunk(config.accumulation) for rows in self._feed(self.step))
         pieces = list(zip(inputs, targets, strict=True))
         losses: list[Tensor] = []
-        if self._carried is not None:
-            self._carried.begin(self.step)
-        for i, (piece_inputs, piece_targets) in enumerate(pieces, 1):
-            with nullcontext() if i == len(pieces) else without_exchange(self._parallel_model):
-                own = () if self._carried is None else (i - 1,)
-                piece = self.loss_of(piece_inputs, piece_targets, *own) / self._divisor(piece_targets)
+        self.batch_loss.begin(self.step)
+        for i, (piece_inputs, piece_targets) in enumerate(pieces):
+            with nullcontext() if i == len(pieces) - 1 else without_exchange(self._parallel_model):
+                piece = self.batch_loss.of_piece(piece_inputs, piece_targets, i)
                 piece.backward()
             # The loss is copied, because the next piece of the batch overwrites the output of a CUDA graph.
             losses.append(piece.detach().clone())
@@ -398,8 +344,8 @@ class Trainer:
             NotFinite: A weight is not finite.
         """
         weights, state = tensors_to_save(self.model, self.optimizers)
-        if self._carried is not None:
-            state |= self._carried.tensors(self.step)
+        if self.batch_loss.carried is not None:
+            state |= self.batch_loss.carried.tensors(self.step)
         progress = Progress(
             step=self.step,
             tokens=self.tokens,
