@@ -159,6 +159,10 @@ def test_conversations_in_parquet(tmp_path, shape):
     check(corpus.train, corpus.tokenizer, plain)
     with pytest.raises(InvalidValue, match=rf"chat.parquet has no 'text', but '{shape}', as conversations have"):
         prepare(tmp_path / "text", DataConfig(str(tmp_path / "chat.parquet")))
+    with gzip.open(tmp_path / "chat.parquet.gz", "wb") as file:
+        file.write((tmp_path / "chat.parquet").read_bytes())
+    with pytest.raises(InvalidValue, match=r"chat.parquet.gz is a compressed Parquet file; decompress it"):
+        prepare(tmp_path / "text", config_of(tmp_path / "chat.parquet.gz"))
     parquet.write_table(pyarrow.Table.from_pylist([{"a": "b"}]), tmp_path / "other.parquet")
     with pytest.raises(InvalidValue, match="has neither a column 'messages' nor 'prompt' and 'completion'"):
         prepare(tmp_path / "text", config_of(tmp_path / "other.parquet"))

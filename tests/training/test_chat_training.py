@@ -123,6 +123,7 @@ def test_the_validation_counts_answers_in_every_unit(folder, loaded):
     found = evaluate_held_out(loaded.model, corpus)
     assert found.nats_per_token == nats
     assert found.bits_per_byte == pytest.approx(bits_per_byte(nats, corpus))
+    assert (found.predicted_tokens, found.tokens) == (tokens, len(ids))
     assert (found.predicted_bytes, found.bytes) == (len(text.encode()), len(corpus.tokenizer.decode(ids).encode()))
     line = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert line["valid_loss"] == pytest.approx(nats, rel=1e-5)
@@ -180,6 +181,9 @@ def test_eval_measures_the_answers_of_conversations(folder, loaded, capsys, tmp_
     assert status == 0
     expected = json.loads(run_command(capsys, *options)[1])
     assert {**json.loads(out), "data": expected["data"]} == expected
+    counts = [f"{expected[f'predicted_{unit}']:,} {unit}" for unit in ("tokens", "characters", "bytes")]
+    printed = run_command(capsys, *options[:-1])[1]
+    assert f"the loss counts {', '.join(counts)}: those of the answers\n" in printed
     for extra, words in (
         (("--data", tmp_path / "valid.jsonl"), "has no 'text', but 'messages', as conversations have; set --data.temp"),
         (("--template", "world"), "--template is for the conversations of --data, which have no text key; add --data"),

@@ -135,6 +135,11 @@ def eval(arguments: list[str]) -> int:
         f"{result.tokens:,} tokens, {result.characters:,} characters, {result.bytes:,} bytes"
         f" of {name}, {loaded.folder}"
     )
+    if result.predicted_tokens < result.tokens - 1:
+        print(
+            f"the loss counts {result.predicted_tokens:,} tokens, {result.predicted_characters:,} characters,"
+            f" {result.predicted_bytes:,} bytes: those of the answers"
+        )
     if result.documents is not None:
         count = "1 document" if result.documents == 1 else f"{result.documents:,} documents of equal weight"
         print(f"{result.nats_per_token_by_document:.4f} nats per token, mean over {count}")

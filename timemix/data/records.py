@@ -218,13 +218,16 @@ def parquet(
     Raises:
         Unavailable: The package pyarrow is not installed.
         DamagedFile: The file is damaged.
-        InvalidValue: The column is missing, or a row has no text, or no conversation for the template.
+        InvalidValue: The whole file is compressed, the column is missing, or a row has no text, or no conversation for
+            the template.
     """
     try:
         import pyarrow
         from pyarrow import parquet as reader
     except ImportError as error:
         raise Unavailable(f"{path} is a Parquet file, which needs pyarrow: pip install 'timemix[data]'") from error
+    if path.suffix.lower() in OPENERS:
+        raise InvalidValue(f"{path} is a compressed Parquet file; decompress it, and name the .parquet file")
     done = 0
     try:
         with reader.ParquetFile(path) as file:

@@ -43,6 +43,8 @@ class Evaluation:
     """Number of bytes of the text in UTF-8."""
     unknown: int
     """Number of characters or words outside the vocabulary."""
+    predicted_tokens: int
+    """Number of tokens that the loss counts: all tokens but the first, or the counted tokens of a loss mask."""
     predicted_characters: int
     """Number of predicted characters: all characters except skipped characters and the characters of the first token.
     With a loss mask, only the characters of counted tokens."""
@@ -257,7 +259,8 @@ def in_units(
         document_start=start,
         documents=documents,
     )
-    bits = nats * counted_targets(tokens) / math.log(2)
+    count = counted_targets(tokens)
+    bits = nats * count / math.log(2)
     characters, bytes_ = (max(size, 1) for size in predicted)
     return Evaluation(
         nats_per_token=nats,
@@ -267,6 +270,7 @@ def in_units(
         characters=whole.characters,
         bytes=whole.bytes,
         unknown=whole.unknown,
+        predicted_tokens=count,
         predicted_characters=characters,
         predicted_bytes=bytes_,
         documents=None if documents is None else documents.count,
