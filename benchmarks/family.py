@@ -73,7 +73,7 @@ def run(name: str, data: Path, out: Path) -> None:
         )
         return
     results = RESULTS / name
-    options = ["compare", name, "--out", str(out / name), "--results", str(results)]
+    options = ["compare", name, "--out", str(out / name), "--results", str(results), "--reuse", str(RESULTS)]
     options += ["--data", str(data / "pgbooks_train.txt.xz"), "--valid", str(data / "pgbooks_valid.txt")]
     # Two processes of one thread each are faster on two cores than one process with two threads.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timemix"]

@@ -458,6 +458,24 @@ def test_results_in_a_folder_of_their_own_are_enough_to_go_on(tmp_path, unmeasur
     assert (kept / "mha.seed-2.json").exists()
 
 
+def test_the_results_of_another_comparison_are_reused_without_its_run_folders(tmp_path, unmeasured):
+    experiment, kept = small(write_text_file(tmp_path), by_position=True), tmp_path / "kept"
+    finish(Comparison(experiment, tmp_path / "one", results=kept / "one"))
+    (kept / "one/notes.json").write_text("[")
+    third = Variant("third", {"model": {"arch": "rwkv1", "ffn": {"activation": "relu2"}}})
+    wider = replace(experiment, variants=(*experiment.variants[1:], third), verdicts=())
+    assert len(trained_jobs(Comparison(wider, tmp_path / "two", reuse=kept))) == 8
+    some = Comparison(wider, tmp_path / "three", results=kept / "three", reuse=kept)
+    finish(some)
+    assert not list((tmp_path / "three/variants/mha").glob("seed-*/config.toml"))
+    assert list((tmp_path / "three/variants/third").glob("seed-*/config.toml"))
+    write_report(some)
+    # The files name no folder of the machine.
+    assert not any('taken_from": "' in p.read_text() for p in (kept / "three").iterdir())
+    for path in (kept / "one").glob("mha.*.json"):
+        assert (kept / "three" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_results_of_other_settings_are_trained_again(tmp_path, unmeasured):
     experiment, kept = small(write_text_file(tmp_path)), tmp_path / "kept"
     finish(Comparison(experiment, tmp_path / "one", results=kept))

@@ -79,7 +79,8 @@ class CompareArguments:
     tune: bool = True
     """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
     reuse: Path | None = None
-    """Folder of other comparisons, whose finished runs with equal settings and text are copied. Default: no folder."""
+    """Folder of other comparisons, whose finished runs with equal settings and text are copied; with --results, also
+    the folder of the --results folders of other comparisons. Default: no folder."""
     results: Path | None = None
     """Folder with one small JSON file for each finished run, which is not trained again. Further runs add their files.
     Default: no folder."""

@@ -44,7 +44,6 @@ from timemix.experiments.jobs import (
     measured_before,
     on_corpus,
     outcome,
-    read_result,
 )
 from timemix.experiments.spec import TUNING_SEED, Experiment
 from timemix.experiments.texts import Texts, common_beginning
@@ -53,7 +52,7 @@ from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.runtime.progress import clock
 from timemix.storage.files import write_text
-from timemix.storage.json_files import Misfit, is_number, read_json, to_json
+from timemix.storage.json_files import is_number, read_json, to_json
 from timemix.storage.locks import claimed
 from timemix.training.progress import Watch
 from timemix.training.trainer import Trainer
@@ -69,7 +68,8 @@ class Comparison:
     Args:
         experiment: The experiment.
         out: Folder of the comparison. A new folder is created, and an unfinished comparison is resumed.
-        reuse: Folder of other comparisons. Runs with equal config and tokens are copied, not trained again.
+        reuse: Folder of other comparisons. Runs with equal config and tokens are copied, not trained again. With
+            `results`, `reuse` may also be the folder of the result folders of other comparisons.
         results: Folder with a small JSON file for each finished run. A run with a file is not trained again. Further
             runs add their files.
         device: PyTorch device.
@@ -311,8 +311,9 @@ class Comparison:
         if (same := self._same_run(keys, job)) is not None:
             copied, result = same
             shutil.rmtree(folder, ignore_errors=True)
-            # The caller writes result.json last, so an incomplete copy counts as unfinished.
-            shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("result.json"))
+            if copied.is_dir():
+                # The caller writes result.json last, so an incomplete copy counts as unfinished.
+                shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("result.json"))
             return replace(result, taken_from=str(copied))
         trainer = begin_or_resume(config, folder)
         with watching(job, config) as watch:
@@ -343,19 +344,13 @@ class Comparison:
         """Find a finished run with the same config and tokens in another comparison in `reuse`.
 
         Returns:
-            Folder and result of the run, None if no run matches.
+            Run folder or result file of the run, and its result; None if no run matches.
         """
         if self._reuse is None:
             return None
-        for path in sorted(self._reuse.glob("*/variants/*/*/result.json")):
-            if path.is_relative_to(self.out):
-                continue
-            try:
-                result = read_result(read_json(path))
-            except Misfit:
-                continue
-            if isinstance(result, Result) and result.key in keys and self._whole(result, job):
-                return path.parent, result
+        for path, result in self.files.of_other_comparisons(self._reuse):
+            if result.key in keys and self._whole(result, job):
+                return path, result
         return None
 
     def _count_steps(self, variant: Variant) -> int | None:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.corpus import Corpus
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, FileError
 from timemix.experiments.variants import Variant
 from timemix.storage.files import write_text
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, read_json, to_json, to_record
@@ -149,9 +150,31 @@ class ResultFiles:
     def copy(self, job: Job, result: Result | Failure) -> None:
         """Write the copy of a result, unless the copy exists or the job may run again."""
         if self.results is not None and (isinstance(result, Result) or result.diverged):
-            path, text = self._copy(self.results, job), json.dumps(to_json(result)) + "\n"
+            # The run folder of a copied run exists on this machine only.
+            plain = replace(result, taken_from=None) if isinstance(result, Result) else result
+            path, text = self._copy(self.results, job), json.dumps(to_json(plain)) + "\n"
             if not path.exists() or path.read_bytes() != text.encode():
                 write_text(path, text)
+
+    def of_other_comparisons(self, reuse: Path) -> Iterator[tuple[Path, Result]]:
+        """Yield the finished runs of other comparisons.
+
+        Args:
+            reuse: Folder of the comparisons, or of their result folders.
+
+        Yields:
+            Run folder and result of each run. If this comparison has a result folder, also the result file and the
+            result of each run that has only a file.
+        """
+        folders = [path for path in reuse.glob("*/variants/*/*/result.json") if not path.is_relative_to(self.out)]
+        files = [] if self.results is None else [*reuse.glob("*/*.json")]
+        for path in [*sorted(folders), *sorted(files)]:
+            try:
+                result = read_result(read_json(path))
+            except (FileError, Misfit):
+                continue
+            if isinstance(result, Result):
+                yield path.parent if path in folders else path, result
 
     def measurement(self, variant: Variant, name: str) -> Path:
         """Return the path of a measurement of a variant, such as "memory"."""
