@@ -18,7 +18,9 @@ from tests.helpers.limits import bytes_per_file
 from tests.helpers.runs import small_trainer
 from tests.helpers.tiers import examples
 from tests.helpers.vocabularies import BYTES
+from timemix.data.templates import TEMPLATES
 from timemix.errors import AlreadyExists, CannotWrite, InvalidValue, Unavailable
+from timemix.interop.chat_template import to_jinja
 from timemix.interop.gguf import export_gguf
 from timemix.interop.gguf_vocabulary import vocabulary
 from timemix.models.language_model import build_model
@@ -96,6 +98,14 @@ def test_settings(source, file):
     assert found["tokenizer.ggml.model"] == "rwkv"
     assert "tokenizer.ggml.eos_token_id" not in found
     assert not found["tokenizer.ggml.add_bos_token"]
+    assert "tokenizer.chat_template" not in found
+
+
+def test_a_chat_model_has_its_template(tmp_path):
+    tokenizer = WorldTokenizer([*BYTES, b"\n\n"])
+    run = write_run(tmp_path / "world", random_model("rwkv7", tokenizer.vocab_size), tokenizer)
+    export_gguf(run, tmp_path / "a.gguf")
+    assert read_settings(tmp_path / "a.gguf")["tokenizer.chat_template"] == to_jinja(TEMPLATES["world"])
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])

@@ -14,6 +14,7 @@ from tests.helpers.pages import ROOT, RUN, blocks, train_tiny_run, write_texts
 from tests.helpers.published import expected, imported
 from tests.helpers.vocabularies import BYTES, vocabulary_lines
 from timemix.errors import InvalidValue
+from timemix.interop.chat_template import write_template
 from timemix.interop.export import export_run
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import ARCHITECTURES
@@ -280,6 +281,8 @@ def test_python_of_the_page(tmp_path, monkeypatch):
     train_tiny_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     export_run(tmp_path / RUN, "hf", tmp_path / "exported-mine")
+    # The page also chats with the model, which a run without conversations does not support.
+    write_template(tmp_path / "exported-mine", timemix.load(tmp_path / RUN).tokenizer, "world")
     names = {}
     for text in blocks(ROOT / "docs/howto/hugging-face.md", "py"):
         exec(text, names)

@@ -18,12 +18,15 @@ from timemix.data.config import DataConfig
 from timemix.data.corpus import Corpus
 from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
-from timemix.data.templates import WORLD
+from timemix.data.templates import WORLD, template_of
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.evaluation.loss import loss_per_token
 from timemix.evaluation.texts import bits_per_byte, evaluate_held_out
 from timemix.experiments.identity import run_keys
 from timemix.generation.conversation import Conversation
+from timemix.interop.chat_template import to_jinja
+from timemix.interop.export import export_run
+from timemix.interop.importing import import_run
 from timemix.server.engine_thread import Served
 from timemix.training.start import new_run, resume_run
 from timemix.training.trainer import Trainer
@@ -82,6 +85,7 @@ def test_chat_and_server_use_the_template_of_the_training(folder, loaded, capsys
     engine = timemix.Engine(loaded.model, loaded.tokenizer)
     with served([Served("mine", engine, "float32", 1, trained=loaded.config.data.template)]) as server:
         assert server.call("/v1/models").json["data"][0]["chat_template"] == "world"
+        assert server.call("/tokenizer_info").json["chat_template"] == to_jinja(WORLD)
         messages = [{"role": "user", "content": "2+2"}]
         answer = server.call("/v1/chat/completions", {"messages": messages, "temperature": 0, "max_tokens": 20}).json
     choice = answer["choices"][0]
@@ -107,6 +111,27 @@ def test_the_tokens_of_the_user_have_no_influence_on_gradients(folder):
     assert torch.equal(gradient(np.where(counted, tokens[:], others).astype(tokens.dtype)), own)
     assert not torch.equal(gradient(np.where(counted, others, tokens[:]).astype(tokens.dtype)), own)
     trainer.lock.release()
+
+
+@pytest.mark.parametrize("to", ["hf", "pth"])
+def test_an_exported_model_brings_its_template(folder, loaded, tmp_path, to):
+    export_run(folder / "run", to, tmp_path / "exported", checkpoint="newest")
+    if to == "hf":
+        transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+        messages = [{"role": "user", "content": "2+2"}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert ids == loaded.tokenizer.encode("User: 2+2\n\nAssistant:").tolist()
+    import_run(tmp_path / "exported" / ("" if to == "hf" else "model.pth"), tmp_path / "run")
+    again = timemix.load(tmp_path / "run")
+    talk = Conversation(
+        timemix.Engine(again.model, again.tokenizer),
+        template_of(again.tokenizer, again.config.data.template),
+        tokens=20,
+        sampler=GREEDY,
+    )
+    assert "".join(talk.say("2+2")) == "4"
+    assert not talk.is_unfinished
 
 
 def open_of(folder) -> Corpus:

@@ -13,6 +13,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig, read_toml
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.generation.session import Session, save_session
+from timemix.interop.chat_template import write_template
 from timemix.interop.hugging_face import WEIGHTS
 from timemix.interop.model_folder import write_model_folder
 from timemix.models.config import ModelConfig
@@ -115,6 +116,7 @@ def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None
             else:
                 _write_folder(temporary, weights, config, load_part(str(entry.hugging_face)))
             shutil.copy(folder / "tokenizer.json", temporary)
+            write_template(temporary, load_tokenizer(folder / "tokenizer.json"), run.data.template)
 
 
 @contextmanager

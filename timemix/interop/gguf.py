@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from timemix.data.templates import template_of
 from timemix.errors import InvalidValue, Unavailable
+from timemix.interop.chat_template import to_jinja
 from timemix.interop.export import refuse_learned_state, refuse_without
 from timemix.interop.gguf_vocabulary import Vocabulary, vocabulary
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
@@ -25,7 +27,7 @@ _FILE_TYPES: dict[Number, int] = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
 def export_gguf(run: Path, out: Path, *, dtype: Number | None = None, checkpoint: str | int = "best") -> Path:
-    """Export a trained model to a file of llama.cpp, with its vocabulary.
+    """Export a trained model to a file of llama.cpp, with its vocabulary and the chat template of a chat model.
 
     Vectors and small matrices stay in float32, as in the files of llama.cpp's own converter.
 
@@ -69,6 +71,8 @@ def export_gguf(run: Path, out: Path, *, dtype: Number | None = None, checkpoint
             writer.add_name(run.resolve().name)
             _add_settings(writer, library, settings, number)
             _add_vocabulary(writer, library, words)
+            if template := to_jinja(template_of(loaded.tokenizer, loaded.config.data.template)):
+                writer.add_chat_template(template)
             for name, x in weights.items():
                 _add_tensor(writer, library, name, x, number)
             writer.write_header_to_file()

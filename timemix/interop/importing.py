@@ -8,9 +8,10 @@ from torch import Tensor
 
 from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.config.run import RunConfig, to_toml
-from timemix.data.config import DataConfig, TokenizerKind, Unknown
+from timemix.data.config import DataConfig, Template, TokenizerKind, Unknown
 from timemix.data.vocabulary import PACKAGES, PUBLISHED, world_tokenizer
 from timemix.errors import DamagedFile, InvalidValue, Unavailable
+from timemix.interop.chat_template import template_in
 from timemix.interop.published import Published, read_published
 from timemix.runs.folder import Progress
 from timemix.runs.save import save_checkpoint
@@ -70,7 +71,7 @@ def import_run(path: Path, out: Path, tokenizer: Path | None = None, *, ctx_len:
     check_range("ctx_len", ctx_len, 1, 2**20)
     published = read_published(path, ctx_len)
     own = _tokenizer(path, tokenizer, published.config.vocab_size)
-    config = _config(published, own)
+    config = _config(published, own, template_in(path if path.is_dir() else path.parent))
     save_imported(out, published.weights, config, own, published.unused)
     formats = sorted({str(x.dtype).removeprefix("torch.") for x in published.weights.values()})
     return Imported(config, sum(x.numel() for x in published.weights.values()), ", ".join(formats))
@@ -145,7 +146,7 @@ def _world_of_a_package(path: Path, vocab_size: int) -> Tokenizer:
     )
 
 
-def _config(published: Published, tokenizer: Tokenizer) -> RunConfig:
+def _config(published: Published, tokenizer: Tokenizer, template: str | None) -> RunConfig:
     """Return the config of the run, without a text. Its settings of training are the defaults of `train --from RUN`."""
     train = replace(
         preset(DEFAULT_PRESET, published.config.arch).train,
@@ -157,5 +158,5 @@ def _config(published: Published, tokenizer: Tokenizer) -> RunConfig:
         valid_every=50,
     )
     kind, unknown = cast(TokenizerKind, tokenizer.kind), cast(Unknown, tokenizer.unknown)
-    data = DataConfig(source="", tokenizer=kind, unknown=unknown)
+    data = DataConfig(source="", tokenizer=kind, unknown=unknown, template=cast(Template | None, template))
     return RunConfig(model=published.config, data=data, train=train)

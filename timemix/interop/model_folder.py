@@ -3,6 +3,7 @@
 config.json, generation_config.json     settings
 model.safetensors                       weights, with the names of timemix after "model."
 tokenizer.json, tokenizer_config.json   tokenizer
+chat_template.jinja                     chat template of a model that knows conversations
 modeling_timemix.py                     import of timemix.hf, for trust_remote_code=True
 README.md                               model card
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from timemix._version import __version__
 from timemix.config.run import RunConfig, to_toml
+from timemix.interop.chat_template import write_template
 from timemix.interop.hugging_face import WEIGHTS
 from timemix.models.registry import find_architecture
 from timemix.runs.folder import Progress
@@ -122,6 +124,7 @@ def write_model_folder(
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
+    write_template(folder, tokenizer, config.data.template)
     write_stub(folder)
     (folder / "README.md").write_text(_card(config, tokenizer, progress, stored), encoding="utf-8")
     copy_tensors(folder / WEIGHTS, {PREFIX + name: name for name in stored.shapes}, stored, {"format": "pt"})

@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
+from timemix.interop.chat_template import to_jinja
 from timemix.server.completions import spelled
 from timemix.server.errors import ApiError
 from timemix.server.fields import Fields, checked
@@ -60,7 +61,7 @@ async def tokenizer_info(request: HttpRequest) -> JSONResponse:
             "eos_token_id": tokenizer.end_of_text,
             "bos_token": None,
             "pad_token": None,
-            "chat_template": None,
+            "chat_template": to_jinja(served.template),
             "hash": tokenizer.hash,
         }
     )
