@@ -104,18 +104,23 @@ def test_the_needle_is_at_its_distance(size, seed):
 
 def test_batches_depend_on_seed_and_step_alone():
     task = TASKS["recall"]
-    batches = [training_batch(task, 4, 8, seed, step) for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    batches = [training_batch(task, 4, 8, seed, step, 100) for seed, step in ((1, 60), (1, 60), (1, 61), (2, 60))]
     first, same, *others = (inputs.tolist() for inputs, _ in batches)
     assert first == same
     assert first not in others
     assert held_out_batch(task, 4, 8, 1)[0].tolist() not in (first, *others)
-    lengths = {training_batch(task, 1, 4, 1, step)[0].shape[1] for step in range(60)}
-    assert lengths == {3, 6, 9, 12}
+
+
+def test_the_largest_size_grows_in_the_first_half_of_a_run():
+    sizes = [training_batch(TASKS["recall"], 1, 4, 1, step, 400)[0].shape[1] // 3 for step in range(400)]
+    parts = [sizes[:50], sizes[50:100], sizes[100:150], sizes[150:200], sizes[200:]]
+    assert [set(part) for part in parts] == [{1}, {1, 2}, {1, 2, 3}, {1, 2, 3, 4}, {1, 2, 3, 4}]
+    assert training_batch(TASKS["copy"], 1, 8, 1, 0, 1)[0].shape[1] in range(2, 17)
 
 
 def test_of_running_answers_the_second_half_counts():
     _, targets = held_out_batch(TASKS["parity"], 5, 8, 1)
     assert (targets[:, :4] == IGNORED).all()
     assert (targets[:, 4:] != IGNORED).all()
-    assert training_batch(TASKS["parity"], 5, 8, 1, 0)[0].shape == (5, 8)
-    assert (training_batch(TASKS["parity"], 5, 8, 1, 0)[1] != IGNORED).all()
+    assert training_batch(TASKS["parity"], 5, 8, 1, 0, 10)[0].shape == (5, 8)
+    assert (training_batch(TASKS["parity"], 5, 8, 1, 0, 10)[1] != IGNORED).all()

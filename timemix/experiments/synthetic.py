@@ -170,7 +170,9 @@ class Runs:
         # Omit a setting that a later version added, if its value does not change the run.
         if not model.get("without"):
             model.pop("without", None)
-        settings = task | {"model": model, "train": train}
+        # Results of earlier versions have no growth, so they are of other runs.
+        growth = {} if TASKS[cell.task.kind].running else {"growing_sizes": True}
+        settings = task | growth | {"model": model, "train": train}
         found: dict[str, Any] = json.loads(json.dumps(settings))
         return found
 
@@ -257,7 +259,8 @@ class Training:
         train = self.config.train
         lr = learning_rate(train, step, self.recipe.warmup_floor)
         begin_step(self.optimizers, lr)
-        inputs, targets = self._upload(training_batch(self.task, train.batch_size, self.size, train.seed, step))
+        batch = training_batch(self.task, train.batch_size, self.size, train.seed, step, train.steps)
+        inputs, targets = self._upload(batch)
         with autocast(self.precision, self.device):
             logits, _ = self.model(inputs)
         loss = cross_entropy(logits, targets)
@@ -293,8 +296,10 @@ class Training:
 def _seconds_per_step(config: RunConfig, task: TaskSetting) -> float:
     """Measure a few training steps, without the first step, which loads and compiles code."""
     training = Training(config, task)
-    training.step(0)
+    # At this step, sequences have the mean size of the whole run.
+    middle = 3 * config.train.steps // 8
+    training.step(middle)
     start = time.perf_counter()
-    for step in range(1, TIMED_STEPS + 1):
+    for step in range(middle + 1, middle + TIMED_STEPS + 1):
         training.step(step)
     return (time.perf_counter() - start) / TIMED_STEPS

@@ -5,6 +5,7 @@ must predict at this position. The target is IGNORED at a position without an an
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -149,11 +150,12 @@ TASKS = {
 }
 
 
-def training_batch(task: SyntheticTask, rows: int, size: int, seed: int, step: int) -> Batch:
+def training_batch(task: SyntheticTask, rows: int, size: int, seed: int, step: int, steps: int) -> Batch:
     """Return the batch of a training step.
 
-    All sequences of a batch have the same size, from 1 to `size`. A task with a running answer has the size `size` in
-    every step, because a sequence contains all its shorter beginnings.
+    All sequences of a batch have the same random size. In the first half of the run, the largest size grows from 1 to
+    `size`: without this growth, attention needs many more steps to learn the query tasks. A task with a running answer
+    has the size `size` in every step, because a sequence contains all its shorter beginnings.
 
     Args:
         task: The task.
@@ -161,9 +163,13 @@ def training_batch(task: SyntheticTask, rows: int, size: int, seed: int, step: i
         size: Largest size.
         seed: Seed of the run.
         step: Number of the step, counted from 0.
+        steps: Number of steps of the run.
     """
     random = np.random.default_rng([0, seed, step])
-    return task.make(random, rows, size if task.running else int(random.integers(1, size + 1)))
+    if task.running:
+        return task.make(random, rows, size)
+    largest = min(size, math.ceil(2 * size * (step + 1) / steps))
+    return task.make(random, rows, int(random.integers(1, largest + 1)))
 
 
 def held_out_batch(task: SyntheticTask, rows: int, size: int, seed: int) -> Batch:
