@@ -278,10 +278,12 @@ def test_a_new_model_has_the_initial_values_of_timemix():
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_python_of_the_page(tmp_path, monkeypatch):
     write_texts(tmp_path)
+    # The page also chats with the model, so its vocabulary needs the stop string, and its folder a template.
+    with (tmp_path / "my.txt").open("a") as file:
+        file.write("\n\nUser: Hello!\n\nAssistant:")
     train_tiny_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     export_run(tmp_path / RUN, "hf", tmp_path / "exported-mine")
-    # The page also chats with the model, which a run without conversations does not support.
     write_template(tmp_path / "exported-mine", timemix.load(tmp_path / RUN).tokenizer, "world")
     names = {}
     for text in blocks(ROOT / "docs/howto/hugging-face.md", "py"):

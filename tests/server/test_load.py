@@ -248,8 +248,8 @@ def test_conversations_do_not_mix(count):
         engine = server.models[0].engine
         with ThreadPoolExecutor(12) as clients:
             found = list(clients.map(lambda number: converse(server, number), range(count)))
-        assert within(10, lambda: not engine.busy)
-        assert engine.active == engine.pending == 0
+        # A cancelled request holds its slot until the next step, although the engine is no longer busy.
+        assert within(10, lambda: engine.active == engine.pending == 0)
         for number in range(count):
             assert found[number] == converse_alone(engine, number), number
         assert json.dumps(found).count("[") > count
