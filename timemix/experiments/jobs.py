@@ -166,15 +166,17 @@ class ResultFiles:
             Run folder and result of each run. If this comparison has a result folder, also the result file and the
             result of each run that has only a file.
         """
-        folders = [path for path in reuse.glob("*/variants/*/*/result.json") if not path.is_relative_to(self.out)]
-        files = [] if self.results is None else [*reuse.glob("*/*.json")]
-        for path in [*sorted(folders), *sorted(files)]:
+        folders = sorted(reuse.glob("*/variants/*/*/result.json"))
+        found = [(path.parent, path) for path in folders if not path.is_relative_to(self.out)]
+        if self.results is not None:
+            found += [(path, path) for path in sorted(reuse.glob("*/*.json"))]
+        for place, path in found:
             try:
                 result = read_result(read_json(path))
             except (FileError, Misfit):
                 continue
             if isinstance(result, Result):
-                yield path.parent if path in folders else path, result
+                yield place, result
 
     def measurement(self, variant: Variant, name: str) -> Path:
         """Return the path of a measurement of a variant, such as "memory"."""
