@@ -140,7 +140,7 @@ def test_the_held_out_text_gives_the_validation_loss_of_training(tmp_path):
     trainer = small_trainer(tmp_path)
     trainer.run()
     result = evaluate_held_out(trainer.model, trainer.corpus)
-    assert result.nats_per_token == pytest.approx(trainer.valid_loss)
+    assert result.nats_per_token == pytest.approx(trainer.validation.loss)
     last = json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["valid_bits_per_byte"] == pytest.approx(result.bits_per_byte)
     assert result.tokens == len(trainer.corpus.valid)

@@ -112,12 +112,12 @@ class TestGoingOnFromARun:
             assert torch.equal(trainer.model.state_dict()[name], tensor)
         trainer.run()
         first = json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[0])
-        assert first["valid_loss"] == run.valid_loss
+        assert first["valid_loss"] == run.validation.loss
         assert timemix.load(trainer.out).config.start == str(run.out)
 
     def test_with_a_longer_context_the_loss_stays_near(self, run, tmp_path):
         trainer = new_run(self.config(run, tmp_path / "text.txt", ctx_len=24, dropout=0.1), tmp_path / "next")
-        assert trainer.validate() < run.valid_loss + 0.5 < math.log(trainer.config.model.vocab_size)
+        assert trainer.validate() < run.validation.loss + 0.5 < math.log(trainer.config.model.vocab_size)
         trainer.run()
 
     def test_a_new_text_is_read_with_the_old_vocabulary(self, run, tmp_path):

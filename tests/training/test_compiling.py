@@ -64,7 +64,7 @@ def test_a_failed_compilation_falls_back_unless_compile_is_on(monkeypatch, tmp_p
     assert caplog.text.count("out of luck); training continues uncompiled") == 1
     whole = small_trainer(tmp_path, name="whole", compile="off")
     whole.run()
-    assert whole.valid_loss == trainer.valid_loss
+    assert whole.validation.loss == trainer.validation.loss
 
 
 @pytest.mark.slow

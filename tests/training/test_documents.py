@@ -234,7 +234,7 @@ def test_each_document_begins_with_the_learned_state(tmp_path):
     trainer = new_run(config, tmp_path / "next")
     trainer.run()
     found = evaluate(tmp_path / "next", by_document=True)
-    assert found.nats_per_token == pytest.approx(trainer.best_loss, abs=1e-6)
+    assert found.nats_per_token == pytest.approx(trainer.validation.best, abs=1e-6)
     assert found.documents == trainer.corpus.info.valid.documents
 
 

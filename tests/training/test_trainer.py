@@ -112,12 +112,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, what):
 def test_newest_and_best_are_kept(tmp_path):
     trainer = small_trainer(tmp_path, steps=40, valid_every=5, save_every=5, lr=0.5, lr_final=0.5, clip=0)
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.1])
-
-    def validate():
-        trainer.valid_loss, trainer.valid_step = next(losses), trainer.step
-        return trainer.valid_loss
-
-    trainer.validate = validate
+    trainer.validation.measure = lambda: next(losses)
     trainer.run()
     assert [c.name for c in run_folder.checkpoints(trainer.out)] == ["step-00000005", "step-00000040"]
     assert run_folder.best(trainer.out).name == "step-00000005"
@@ -138,8 +133,8 @@ def test_the_loss_before_training_is_not_the_best_after_a_resume(tmp_path):
     trainer = small_trainer(tmp_path, steps=12, valid_every=100, save_every=4)
     with pytest.raises(RuntimeError):
         trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 10 else None)
-    assert trainer.valid_loss is not None
-    assert resume_run(trainer.out).best_loss == math.inf
+    assert trainer.validation.loss is not None
+    assert resume_run(trainer.out).validation.best == math.inf
 
 
 def test_resuming_on_other_data_is_refused(tmp_path):
@@ -224,7 +219,7 @@ def test_no_held_out_text_means_no_validation(tmp_path):
     config = type(config)(config.model, type(config.data)(source=config.data.source, valid_fraction=0.0), config.train)
     trainer = new_run(config, tmp_path / "run")
     trainer.run()
-    assert trainer.valid_loss is None
+    assert trainer.validation.loss is None
     timemix.load(tmp_path / "run")
 
 
@@ -322,11 +317,7 @@ class Losses:
         self.losses = losses
 
     def of(self, trainer):
-        def validate():
-            trainer.valid_loss, trainer.valid_step = self.losses[trainer.step // 2], trainer.step
-            return trainer.valid_loss
-
-        trainer.validate = validate
+        trainer.validation.measure = lambda: self.losses[trainer.step // 2]
         return trainer
 
 
@@ -337,10 +328,10 @@ FALL_AND_RISE = Losses(9.0, 3.0, 2.0, 2.5, 1.9, 2.1, 2.0, 2.2, 1.8, 1.7, 1.6)
 def test_training_stops_early_and_keeps_the_best(tmp_path):
     trainer = FALL_AND_RISE.of(small_trainer(tmp_path, patience=3, **PATIENT))
     assert trainer.run().name == "step-00000014"
-    assert (trainer.is_complete, trainer.stopped_early, trainer.validations_without_gain) == (True, True, 3)
+    assert (trainer.is_complete, trainer.validation.stopped_early, trainer.validation.without_gain) == (True, True, 3)
     assert run_folder.best(trainer.out).name == "step-00000008"
     resumed = resume_run(trainer.out)
-    assert resumed.stopped_early
+    assert resumed.validation.stopped_early
     resumed.lock.release()
 
 

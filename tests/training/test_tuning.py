@@ -135,8 +135,8 @@ def test_only_the_named_parameters_change(folder, tmp_path, tune):
     saved = load_file(load(tmp_path / "run", checkpoint="newest").folder / "model.safetensors")
     assert saved.keys() == weights.keys() - frozen.keys()
     loaded = load(tmp_path / "run")
-    assert evaluate(loaded).nats_per_token == pytest.approx(trainer.best_loss, abs=1e-6)
-    assert trainer.best_loss < begun
+    assert evaluate(loaded).nats_per_token == pytest.approx(trainer.validation.best, abs=1e-6)
+    assert trainer.validation.best < begun
 
 
 @pytest.mark.parametrize("tune", ["state", pytest.param("lora", marks=pytest.mark.slow)])
@@ -302,7 +302,7 @@ def test_frozen_weights_in_other_number_formats(tmp_path, tune):
         trainer.run()
         loaded = load(tmp_path / precision)
         assert {x.dtype for x in loaded.model.state_dict().values()} == {dtype}
-        assert evaluate(loaded).nats_per_token == pytest.approx(trainer.best_loss, abs=1e-6)
+        assert evaluate(loaded).nats_per_token == pytest.approx(trainer.validation.best, abs=1e-6)
     timemix.generate(load(tmp_path / "float32", mapped=True), "the ", tokens=3)
 
 

@@ -322,7 +322,7 @@ def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
         return trainer
     if trainer.lock.taken_over:
         print(f"timemix: {trainer.lock.taken_over} locked {out} and ended without unlocking it", file=sys.stderr)
-    if trainer.stopped_early:
+    if trainer.validation.stopped_early:
         print(stopped_early(trainer))
     elif trainer.is_complete:
         print(

@@ -83,12 +83,13 @@ def _way_past_divergence(trainer: "Trainer") -> str:
 
 
 def _conclude(trainer: "Trainer") -> None:
-    if trainer.stopped_early:
+    validation = trainer.validation
+    if validation.stopped_early:
         print(stopped_early(trainer), file=sys.stderr)
-    if trainer.valid_loss is not None:
-        bits = "" if trainer.valid_bits_per_byte is None else f", {trainer.valid_bits_per_byte:.4f} bits per byte,"
+    if validation.loss is not None:
+        bits = "" if validation.bits_per_byte is None else f", {validation.bits_per_byte:.4f} bits per byte,"
         print(
-            f"validation loss {trainer.valid_loss:.4f} nats per token (best {trainer.best_loss:.4f}){bits}"
+            f"validation loss {validation.loss:.4f} nats per token (best {validation.best:.4f}){bits}"
             f" after {trainer.seconds:.0f} s of training steps",
             file=sys.stderr,
         )
@@ -99,7 +100,7 @@ def stopped_early(trainer: "Trainer") -> str:
     train = trainer.config.train
     return (
         f"{trainer.out} stopped early at step {trainer.step} of {train.steps}, after"
-        f" {trainer.validations_without_gain} validations without a lower loss; continue with:"
+        f" {trainer.validation.without_gain} validations without a lower loss; continue with:"
         f" {own_command()} train --resume {trainer.out} --train.patience 0"
     )
 

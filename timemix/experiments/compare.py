@@ -324,7 +324,7 @@ class Comparison:
         rows = read_metrics(trainer.out)
         losses = [row["loss"] for row in rows if is_number(row.get("loss"))]
         # `Comparison` rejects a text without held-out tokens.
-        assert trainer.valid_loss is not None
+        assert trainer.validation.loss is not None
         result = Result(
             steps=trainer.step,
             tokens=trainer.tokens,
@@ -332,7 +332,7 @@ class Comparison:
             tokens_per_second=trainer.tokens / trainer.seconds,
             parameters=sum(p.numel() for p in trainer.model.parameters()),
             train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
-            valid_loss=trainer.valid_loss,
+            valid_loss=trainer.validation.loss,
             valid_at={str(row.get("step")): row["valid_loss"] for row in rows if is_number(row.get("valid_loss"))},
         )
         if self.experiment.by_position and not job.tuning:

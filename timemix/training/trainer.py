@@ -15,19 +15,16 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
-from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, NotFinite
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, NotFinite
 from timemix.evaluation.documents import document_start
-from timemix.evaluation.loss import loss_per_token
-from timemix.evaluation.texts import bits_per_byte
 from timemix.generation.sampler import Sampler
-from timemix.models.size import flops_per_token
 from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.tuning import prepare
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
-from timemix.runtime.machine import matrix_product_peak, peak_memory
+from timemix.runtime.machine import matrix_product_peak
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
 from timemix.training.batch_loss import BatchLoss
@@ -35,6 +32,7 @@ from timemix.training.carried import check_documents
 from timemix.training.failures import Failures
 from timemix.training.feed import Feed
 from timemix.training.hooks import Hook, Hooks
+from timemix.training.interval import Interval
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
@@ -42,6 +40,7 @@ from timemix.training.samples import check_prompts, whole_model, write_sample
 from timemix.training.saving import first_damaged, restore_training, tensors_to_save, write_checkpoint
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
+from timemix.training.validation import Validation
 
 logger = logging.getLogger("timemix")
 
@@ -68,10 +67,7 @@ class Trainer:
         optimizers: Optimizers of the model.
         step: Number of finished optimizer steps.
         seconds: Seconds of training so far, without validation and saving.
-        valid_loss: Newest validation loss in nats per token, None before the first validation.
-        valid_step: Step of the newest validation.
-        best_loss: Lowest validation loss so far, in nats per token.
-        validations_without_gain: Number of validations since the validation with the lowest loss.
+        validation: The validation losses so far, and the early stop.
         start_hash: Hash of the model whose weights are frozen (`train.tune`); None if all weights are trained.
         device: Device of the model. `device_reason` is the reason for the choice of the device.
         precision: Precision of matrix products. `precision_reason` is the reason for the choice of the precision.
@@ -91,9 +87,9 @@ class Trainer:
         self.precision, self.precision_reason = choose_precision(train.precision, self.device)
         check_shares(train, world)
         check_documents(config, world)
-        self._document_start: int | None = None
+        separator: int | None = None
         if not config.data.cross_documents:
-            self._document_start = document_start(corpus.tokenizer, "data.cross_documents is False")
+            separator = document_start(corpus.tokenizer, "data.cross_documents is False")
         check_prompts(train.sample_prompts, corpus.tokenizer)
         self.batches = Batches(
             corpus.train, batch_size=train.batch_size, ctx_len=config.window, seed=train.seed, order=config.data.order
@@ -115,7 +111,7 @@ class Trainer:
             self._parallel_model,
             self.batches,
             precision=self.precision,
-            document_start=self._document_start,
+            document_start=separator,
             processes=world.size,
             warn=self._warn,
         )
@@ -123,18 +119,10 @@ class Trainer:
         self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
         self.seconds = 0.0
-        self.valid_loss: float | None = None
-        self.valid_step: int | None = None
-        self.best_loss = math.inf
-        self.validations_without_gain = 0
-        if train.patience and len(corpus.valid) < 2:
-            raise InvalidValue(
-                f"train.patience={train.patience} needs held-out text, and there is none; set data.valid_fraction or"
-                " data.valid"
-            )
-        self._losses: list[float] = []
-        self._line_start = (0.0, 0)
-        self._speed = 0.0
+        self.validation = Validation(
+            self.model, corpus, train.patience, precision=self.precision, document_start=separator, world=world
+        )
+        self._interval = Interval(config, self.device)
         self._received: list[int] = []
         self._reasons_to_stop: list[float] = [0.0] * (len(STOP_SIGNALS) + 1)
         self._spikes = SpikeWatch(train.spike)
@@ -153,19 +141,9 @@ class Trainer:
         return self.step * self.tokens_per_step
 
     @property
-    def valid_bits_per_byte(self) -> float | None:
-        """Newest validation loss in bits per byte, None before the first validation and for unknown sizes of texts."""
-        return None if self.valid_loss is None else bits_per_byte(self.valid_loss, self.corpus)
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether none of the last `train.patience` validations lowered the validation loss."""
-        return 0 < self.config.train.patience <= self.validations_without_gain
-
-    @property
     def is_complete(self) -> bool:
         """Whether the run has finished its last step or stopped early."""
-        return self.step >= self.config.train.steps or self.stopped_early
+        return self.step >= self.config.train.steps or self.validation.stopped_early
 
     @property
     def data_hashes(self) -> dict[str, str]:
@@ -194,12 +172,10 @@ class Trainer:
             )
         self.step = progress.step
         self.seconds = progress.seconds
-        self.valid_loss = progress.valid_loss
-        self.valid_step = progress.valid_step
-        self.best_loss = best_loss(self.out)
-        self._losses = list(progress.losses_since_line)
+        self.validation.loss, self.validation.step = progress.valid_loss, progress.valid_step
+        self.validation.best, self.validation.without_gain = best_loss(self.out), progress.validations_without_gain
+        self._interval.losses = list(progress.losses_since_line)
         self._spikes.state = progress.usual_loss
-        self.validations_without_gain = progress.validations_without_gain
 
     def tidy(self) -> None:
         """Remove metrics after the current step, and old checkpoints that a killed process left behind."""
@@ -280,18 +256,12 @@ class Trainer:
         Raises:
             NotFinite: The loss is not finite.
         """
-        if len(self.corpus.valid) < 2:
+        loss = self.validation.measure()
+        if loss is None:
             return None
-        loss = loss_per_token(
-            self.model,
-            self.corpus.valid,
-            precision=self.precision,
-            document_start=self._document_start,
-            world=self.world,
-        )
         if not math.isfinite(loss):
             raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller train.lr")
-        self.valid_loss, self.valid_step = loss, self.step
+        self.validation.loss, self.validation.step = loss, self.step
         return loss
 
     def sample(self, prompt: str | None = None, sampler: Sampler | None = None) -> str | None:
@@ -350,11 +320,11 @@ class Trainer:
             step=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
-            valid_loss=self.valid_loss,
-            valid_step=self.valid_step,
-            losses_since_line=tuple(self._losses),
+            valid_loss=self.validation.loss,
+            valid_step=self.validation.step,
+            losses_since_line=tuple(self._interval.losses),
             usual_loss=self._spikes.state,
-            validations_without_gain=self.validations_without_gain,
+            validations_without_gain=self.validation.without_gain,
             data=self.data_hashes,
         )
 
@@ -436,22 +406,25 @@ class Trainer:
         (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
         if self.step == 0:
             self._write({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
-        self._line_start = self.seconds, self.step
+        self._interval.begin(self.step, self.seconds, peak)
         while not self.is_complete:
             began = time.perf_counter()
             loss, norm = self.train_step()
             step_seconds = time.perf_counter() - began
             self.seconds += step_seconds
-            self._losses.append(loss)
+            self._interval.losses.append(loss)
             is_last = self.step == config.steps
-            line = self._measured(norm, peak) if self.step % config.log_every == 0 or is_last else {}
+            line: Line = {}
+            if self.step % config.log_every == 0 or is_last:
+                lr = learning_rate(config, self.step - 1, self.recipe.warmup_floor)
+                line |= self._interval.measure(self.step, self.seconds, lr, norm)
             improved = False
             if self.step % config.valid_every == 0 or is_last:
                 line |= self._validated()
-                improved = self._is_improvement(line["valid_loss"])
+                improved = self.validation.count()
             if line:
                 self._write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
-            speed = self._speed or self.tokens_per_step / step_seconds
+            speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
             is_due = config.sample_every > 0 and self.step % config.sample_every == 0
             self._show(watch, loss, speed, self.samples() if is_due and not self.is_complete else ())
             self._stop_if_asked()
@@ -465,43 +438,13 @@ class Trainer:
     def _validated(self) -> Line:
         """Validate, and return the fields of a metrics line about the validation."""
         loss = self.validate()
-        bits = {} if self.valid_bits_per_byte is None else {"valid_bits_per_byte": self.valid_bits_per_byte}
-        return {"valid_loss": loss} | bits
-
-    def _measured(self, norm: float, peak: float) -> Line:
-        """Return the fields of a metrics line about the steps since the previous line.
-
-        Args:
-            norm: Gradient norm of the last step.
-            peak: Peak speed of the device, in floating-point operations per second.
-        """
-        seconds, step = self._line_start
-        self._speed = (self.step - step) * self.tokens_per_step / (self.seconds - seconds)
-        loss = float(np.mean(self._losses))
-        self._losses, self._line_start = [], (self.seconds, self.step)
-        return {
-            "loss": loss,
-            "lr": learning_rate(self.config.train, self.step - 1, self.recipe.warmup_floor),
-            "grad_norm": norm,
-            "tokens_per_second": self._speed,
-            "peak_share": 3 * flops_per_token(self.config.model) * self._speed / peak,
-            "memory": peak_memory(self.device),
-        }
-
-    def _is_improvement(self, valid_loss: float | None) -> bool:
-        """Record a validation loss, and return whether it is the lowest so far."""
-        if valid_loss is None:
-            return False
-        if valid_loss >= self.best_loss:
-            self.validations_without_gain += 1
-            return False
-        self.best_loss, self.validations_without_gain = valid_loss, 0
-        return True
+        bits = self.validation.bits_per_byte
+        return {"valid_loss": loss} | ({} if bits is None else {"valid_bits_per_byte": bits})
 
     def _show(self, watch: Watch, loss: float, speed: float, samples: tuple[Sample, ...]) -> None:
         if self.world.first:
             steps = self.config.train.steps
-            valid = self.valid_loss, self.valid_step
+            valid = self.validation.loss, self.validation.step
             watch(TrainingProgress(self.step, steps, self.tokens, self.seconds, loss, speed, *valid, samples))
 
     def _stop_if_asked(self) -> None:
