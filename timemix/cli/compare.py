@@ -99,7 +99,9 @@ def compare(arguments: list[str]) -> int:
     first = int(os.environ.get("RANK", "0")) == 0
     from timemix.experiments import sampling as sampling_study
     from timemix.experiments import sampling_report, speed, synthetic, synthetic_report, table
+    from timemix.runtime.machine import keep_freed_memory
 
+    keep_freed_memory()
     try:
         if isinstance(experiment, Experiment):
             trained = _train_all(experiment, out, device, parsed, first)
