@@ -11,11 +11,11 @@ demo: .venv/installed
 
 # DATA: a folder with the texts that benchmarks/claims.py names. An interrupted run resumes.
 claims: .venv/installed
-	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),../shared/data)
+	$(BIN)/python benchmarks/claims.py --data $(or $(DATA),$(error give the folder of the texts: make claims DATA=FOLDER))
 
 # As `make claims`, for benchmarks/family.py. It trains only the runs without a file in benchmarks/family/.
 family: .venv/installed
-	$(BIN)/python benchmarks/family.py --data $(or $(DATA),../shared/data)
+	$(BIN)/python benchmarks/family.py --data $(or $(DATA),$(error give the folder of the texts: make family DATA=FOLDER))
 
 # The fast tier: minutes on two cores.
 test: check

@@ -170,12 +170,14 @@ def write(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the texts")
+    parser.add_argument("--data", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of the experiments")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="experiments to run; default: all")
     parser.add_argument("--write-only", action="store_true", help="write docs/claims.md from existing tables only")
     options = parser.parse_args()
     if not options.write_only:
+        if options.data is None:
+            parser.error("give the folder of the texts: --data FOLDER")
         for name in options.only:
             run(name, options.data, options.out)
         if "architectures" in options.only:

@@ -1,10 +1,11 @@
 """Compare RWKV of every year with attention: loss, tasks, speed. Write docs/family.md and its pictures.
 
-    python benchmarks/family.py --data FOLDER [--out runs/family] [--only family recall ...] [--write-only]
+    python benchmarks/family.py [--data FOLDER] [--out runs/family] [--only family recall ...] [--write-only]
 
-FOLDER contains pgbooks_train.txt.xz and pgbooks_valid.txt. The result of each run is a JSON file in benchmarks/family/.
-The script trains only the runs without a file, also in a fresh clone. To work in parts, stop it after some time:
-`timeout 90m make family`. The part "speed" needs a machine on which nothing else runs.
+FOLDER contains pgbooks_train.txt.xz and pgbooks_valid.txt. The tasks and the part "speed" need no text. The result of
+each run is a JSON file in benchmarks/family/. The script trains only the runs without a file, also in a fresh clone. To
+work in parts, stop it after some time: `timeout 90m make family DATA=FOLDER`. The part "speed" needs a machine on which
+nothing else runs.
 """
 
 import argparse
@@ -250,7 +251,8 @@ def blocks() -> dict[str, str]:
     for name in (*LOSSES, *TASKS):
         table = table_of(name)
         if table is None:
-            found[name] = f"This part was not run yet. The command is `python benchmarks/family.py --only {name}`."
+            command = f"python benchmarks/family.py --only {name}" + " --data FOLDER" * (name in LOSSES)
+            found[name] = f"This part was not run yet. The command is `{command}`."
             continue
         found[name] = task_block(table) if name in TASKS else loss_block(table)
         claims += verdict_rows(name, table)
@@ -270,12 +272,14 @@ def write(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the texts")
+    parser.add_argument("--data", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/family"), help="folder of the comparisons")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="parts to run; default: all")
     parser.add_argument("--write-only", action="store_true", help="write docs/family.md from the results only")
     options = parser.parse_args()
     if not options.write_only:
+        if options.data is None and set(options.only) & set(LOSSES):
+            parser.error("give the folder of the texts: --data FOLDER")
         RESULTS.mkdir(exist_ok=True)
         for name in options.only:
             if name == "speed":
