@@ -161,6 +161,11 @@ class TestLearningRate:
         assert rates[89:91] == pytest.approx([1.0, 1.0])
         assert rates[95] == pytest.approx(0.55)
 
+    @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+    def test_steps_after_the_last_have_the_final_rate(self, schedule):
+        rates = [self.rate(s, schedule=schedule, warmup=0.1, decay=0.2) for s in (100, 101, 1000)]
+        assert rates == pytest.approx([0.1] * 3)
+
     def test_warmup_rises_to_lr_and_never_starts_at_zero(self):
         rates = [self.rate(s, warmup=0.1) for s in range(12)]
         assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])

@@ -109,7 +109,7 @@ def resume_and_save(folder: Path, strategy: str, world: World) -> None:
 
 
 def check_longer_than_an_exchange_waits(folder: Path, world: World) -> None:
-    """Resume a run while process 0 reads for longer than an exchange may take, and refuse one in a process."""
+    """Process 0 alone reads and calls a hook for longer than an exchange may take; one process refuses a run."""
     check = StoredTensors.check_content
 
     def slowly(self, rank=0, size=1):
@@ -125,6 +125,8 @@ def check_longer_than_an_exchange_waits(folder: Path, world: World) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StoredTensors, "check_content", slowly)
         resume_run(folder / f"copied-shard-{world.size}", world).lock.release()
+    hooked = new_run(config(folder, "plain", "shard"), folder / f"hooked-{world.size}", world)
+    hooked.run(hooks=[lambda line: time.sleep(4.0 * (line["step"] == 1))])
     set_timeout(PATIENCE, dist.group.WORLD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(start, "refuse_too_large", refuse)

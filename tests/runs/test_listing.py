@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import timemix
+from tests.helpers.ends import stop_at
 from tests.helpers.runs import save_another, small_trainer
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
-from timemix.errors import DamagedFile, FileError, MissingFile
+from timemix.errors import DamagedFile, FileError, Interrupted, MissingFile
 from timemix.runs import listing, metrics
 from timemix.runs.listing import RunSummary, list_runs
-from timemix.runs.metrics import newest_numbers
+from timemix.runs.metrics import Metrics, newest_numbers, read_metrics
 from timemix.storage.locks import FolderLock
 
 
@@ -82,6 +83,26 @@ def test_an_early_stop_is_complete(tmp_path):
     assert (found.state, found.step, found.steps) == ("complete", trainer.step, 40)
 
 
+def test_a_run_whose_last_checkpoint_is_missing_is_not_complete(tmp_path):
+    """The last line of metrics.jsonl is older than the last checkpoint, which a full disk or a kill may prevent."""
+    trainer = small_trainer(tmp_path)
+    with pytest.raises(Interrupted):
+        trainer.run(stop_at(4))
+    Metrics(trainer.out / "metrics.jsonl").write({"step": 8})
+    (found,) = list_runs(trainer.out)
+    assert (found.state, found.step, found.steps) == ("stopped", 8, 8)
+
+
+def test_metrics_of_any_size_have_newest_numbers(runs, monkeypatch):
+    path = runs / "b/metrics.jsonl"
+    monkeypatch.setattr(metrics, "LARGEST_METRICS", path.stat().st_size - 1)
+    monkeypatch.setattr(metrics, "TAIL", 8)
+    assert list_runs(runs)[0].state == "complete"
+    assert newest_numbers(runs / "b", ["step", "nothing"])["nothing"] is None
+    with pytest.raises(FileError, match=r"metrics.jsonl has .* bytes, and timemix reads at most .*train.log_every"):
+        read_metrics(runs / "b")
+
+
 def test_a_killed_process_is_not_running(runs):
     code = f"""
 import os
@@ -99,11 +120,11 @@ os._exit(9)
 @pytest.mark.parametrize(
     ("holder", "state"),
     [
-        ({"process": os.getpid(), "host": "another-machine", "since": "2020-01-01 00:00:00"}, "running"),
+        ({"process": os.getpid(), "host": "another-machine", "time": 1.5e9}, "running"),
         # This process started later, so it is another process.
-        ({"process": os.getpid(), "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
-        ({"process": 2**22 + 1, "host": None, "since": "2020-01-01 00:00:00"}, "complete"),
-        ({"process": "x", "host": None, "since": 3}, "complete"),
+        ({"process": os.getpid(), "host": None, "time": 1.5e9}, "complete"),
+        ({"process": 2**22 + 1, "host": None, "time": 1.5e9}, "complete"),
+        ({"process": "x", "host": None, "time": 3}, "complete"),
         ({}, "complete"),
     ],
 )

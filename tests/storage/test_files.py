@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InUse
-from timemix.storage.files import atomic_folder, new_folder, write_text
-from timemix.storage.locks import FolderLock, claimed
+from timemix.storage.files import append, atomic_folder, new_folder, remove_folder, remove_unfinished, write_text
+from timemix.storage.locks import FolderLock, claimed, is_held
 from timemix.training.start import new_run, resume_run
 
 
@@ -168,3 +170,63 @@ def test_a_file_of_such_a_name_in_a_folder_is_read(tmp_path):
     (folder / BAD).write_text("some text\n")
     corpus = prepare(tmp_path / "out", DataConfig(source=str(folder)))
     assert corpus.info.files == (str(folder / r"caf\xe9"),)
+
+
+def test_a_folder_whose_replacement_was_killed_gets_its_name_back(tmp_path, monkeypatch):
+    """The process is killed between the two renames, or while it removes a folder."""
+    with atomic_folder(tmp_path / "kept") as temporary:
+        write_text(temporary / "a", "old")
+    monkeypatch.setattr("timemix.storage.files.shutil.rmtree", lambda *arguments, **options: None)
+    monkeypatch.setattr("timemix.storage.files.appear", failing(errno.EIO))
+    with pytest.raises(CannotWrite), atomic_folder(tmp_path / "kept") as temporary:
+        write_text(temporary / "a", "new")
+    monkeypatch.undo()
+    assert not (tmp_path / "kept").exists()
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept/a").read_text() == "old"
+
+
+def test_a_folder_whose_removal_was_killed_stays_removed(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("timemix.storage.files.shutil.rmtree", lambda *arguments, **options: None)
+        remove_folder(tmp_path / "gone")
+    assert list(tmp_path.iterdir())
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_are_appended_whole_or_not_at_all(tmp_path):
+    resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
+    path = tmp_path / "lines"
+    append(path, b"one\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+        with pytest.raises(CannotWrite):
+            append(path, b"two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system has no tzset")
+def test_a_lock_is_held_in_every_time_zone(tmp_path, monkeypatch):
+    lock = FolderLock(tmp_path)
+    try:
+        for zone in ("UTC", "Asia/Tokyo", "America/Los_Angeles"):
+            monkeypatch.setenv("TZ", "UTC")
+            time.tzset()
+            lock.take()
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            assert is_held(tmp_path)
+            lock.release()
+            assert not is_held(tmp_path)
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, FileError
 from timemix.storage import tensors
 from timemix.storage.tensors import check_content, open_tensors, write_tensors
 
@@ -110,3 +110,12 @@ def test_the_number_of_a_failed_write_is_kept(tmp_path, monkeypatch, number):
     with pytest.raises(OSError, match=os.strerror(number)) as error:
         write_tensors(tmp_path / "t", TENSORS, {})
     assert error.value.errno == number
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(path, monkeypatch):
+    def refuse(self, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(FileError, match=r"cannot read .*t.safetensors: Permission denied; check its permissions"):
+        check(path)

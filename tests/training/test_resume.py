@@ -120,7 +120,7 @@ def test_killed_while_old_checkpoints_are_removed(tmp_path, monkeypatch, removed
         pass
 
     def killed(path, *args, **kwargs):
-        if trainer.step == 8 and Path(path).name.startswith(".step-00000006.replaced"):
+        if trainer.step == 8 and Path(path).name.startswith(".step-00000006.removed"):
             if removed:
                 (Path(path) / "training.json").unlink()
             raise Kill

@@ -13,8 +13,9 @@ from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.config.run import read_toml
 from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
-from timemix.errors import DamagedFile, Interrupted, InvalidValue, NotFinite
+from timemix.errors import DamagedFile, Interrupted, InvalidValue, MissingFile, NotFinite
 from timemix.runs import folder as run_folder
+from timemix.storage.files import remove_folder
 from timemix.training import start
 from timemix.training.optim import learning_rate
 from timemix.training.signals import STOP_SIGNALS
@@ -59,6 +60,30 @@ def test_a_signal_before_the_first_step_leaves_no_folder(number, tmp_path, monke
 def rates(run) -> dict[int, float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["lr"] for line in lines if "lr" in line}
+
+
+@pytest.mark.parametrize("tune", ["all", "lora"])
+def test_a_run_killed_before_its_starting_weights_are_saved_cannot_begin_with_others(tmp_path, monkeypatch, tune):
+    small_trainer(tmp_path, "rwkv7", name="base").run()
+    config = replace(small_config(tmp_path / "text.txt", "rwkv7", tune=tune), start=str(tmp_path / "base"))
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timemix.training.trainer.Trainer.save", die)
+        patch.setattr("timemix.training.start.shutil.rmtree", lambda *arguments, **options: None)
+        with pytest.raises(KeyboardInterrupt):
+            new_run(config, tmp_path / "killed")
+    with pytest.raises(MissingFile, match="is not a run folder: it has no config.toml"):
+        resume_run(tmp_path / "killed")
+    trainer = new_run(config, tmp_path / "begun")
+    trainer.lock.release()
+    remove_folder(trainer.out / "checkpoints/step-00000000")
+    with pytest.raises(
+        MissingFile, match=r"no complete checkpoint with the weights of .*base.*, .* --config "
+    ):
+        resume_run(trainer.out)
 
 
 def test_a_complete_run_continues_to_more_steps_by_their_schedule(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.ends import stop_at
 from tests.helpers.runs import small_trainer
-from timemix.errors import DamagedFile, HookFailed, Interrupted, InvalidValue, Unavailable
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, InvalidValue, Unavailable
 from timemix.runs.metrics import read_metrics
 from timemix.storage.settings import to_dict
 from timemix.training.start import resume_run
@@ -167,6 +167,17 @@ def test_csv_has_a_row_for_each_line_also_of_the_time_before(tmp_path):
         assert line.keys() <= row.keys()
         assert row == {name: "" if line.get(name) is None else str(line[name]) for name in COLUMNS}
     assert not (trainer.out / "tracking.json").exists()
+
+
+def test_rows_that_could_not_be_written_come_with_the_next(tmp_path):
+    tracker = Csv(tmp_path)
+    tracker({"step": 1, "loss": 3.5})
+    path, tracker._path = tracker._path, tmp_path / "nowhere" / "metrics.csv"
+    with pytest.raises(CannotWrite):
+        tracker({"step": 2, "loss": 2.5})
+    tracker._path = path
+    tracker({"step": 3, "loss": 1.5})
+    assert [(row["step"], row["loss"]) for row in rows_of(tmp_path)] == [("1", "3.5"), ("2", "2.5"), ("3", "1.5")]
 
 
 def test_another_project_starts_another_record(tmp_path, wandb):

@@ -1,5 +1,6 @@
 """Metrics of a run, its warnings, and its hooks."""
 
+import contextlib
 import json
 import math
 import os
@@ -143,6 +144,24 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path, what):
     np.testing.assert_array_equal(np.array(record["tokens"])[:, :-1], trainer.batches(6)[0])
 
 
+@pytest.mark.parametrize("what", ["a spike", "not finite"])
+def test_a_batch_that_cannot_be_saved_is_a_warning(tmp_path, monkeypatch, caplog, what):
+    def fail(*arguments):
+        raise CannotWrite("no space left on the device")
+
+    def spoil(progress):
+        if progress.step == 60 and what == "a spike":
+            trainer.model.head.weight.data.mul_(-20)
+        elif progress.step == 60:
+            trainer.model.head.weight.register_hook(lambda g: g * math.inf)
+
+    monkeypatch.setattr("timemix.training.trainer.write_bad_batch", fail)
+    trainer = small_trainer(tmp_path, steps=62, save_bad_batches=True)
+    with contextlib.nullcontext() if what == "a spike" else pytest.raises(NotFinite, match="not finite at step 61"):
+        trainer.run(spoil)
+    assert "step 61: no space left on the device; the batch is not saved" in caplog.text
+
+
 def test_no_batches_are_kept_unasked(tmp_path):
     trainer = small_trainer(tmp_path)
     with pytest.raises(NotFinite):
@@ -164,7 +183,7 @@ def test_hooks_are_named_as_module_and_function(tmp_path, monkeypatch):
     load_hook("my_hooks:write")(line)
     assert line == {"seen": True}
     sys.modules.pop("my_hooks")
-    for name in ("my_hooks", "my_hooks:read", "nothing_here:write", "my_hooks:number", ":", ""):
+    for name in ("my_hooks", "my_hooks:read", "nothing_here:write", "my_hooks:number", "./my_hooks.py:write", ":", ""):
         with pytest.raises(InvalidValue, match="hook .*as module:function"):
             load_hook(name)
 

@@ -15,9 +15,6 @@ from timemix.generation.session import Session
 TURNS_KEPT = 16
 """Number of newest turns that `Conversation.undo` can remove. Each of these turns holds one state."""
 
-TOKENS_KEPT = 64
-"""Number of newest tokens that the session of a conversation holds, enough for every stop string of a template."""
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -195,27 +192,26 @@ class Conversation:
         start = None if before is None else without_stop_token(before, self._pattern.stop_tokens)
         number = self._engine.add(replace(self._pattern, prompt=prompt, start=start, sample=attempt))
         space = self._template.space if prompt else ""
-        tokens = [*(() if start is None else start.tokens), *prompt]
-        read, session = len(tokens), None
+        has_token, session = False, None
         try:
             while self._engine.busy:
                 text = ""
                 for event in self._engine.step():
                     if event.finished == "error":
                         raise NotFinite(f"the answer cannot continue: {event.reason}; use another checkpoint")
-                    tokens += () if event.token is None else (event.token,)
+                    has_token = has_token or event.token is not None
                     text, session = event.text, event.session
                 if text:
                     text, space = text.removeprefix(space), ""
                 yield text
         except GeneratorExit:
-            if session is None and len(tokens) > read:
+            if session is None and has_token:
                 session = self._engine.session(number)
             raise
         finally:
             self._engine.cancel(number)
             if session is not None:
-                self.session = replace(session, tokens=tuple(tokens[-max(TOKENS_KEPT, len(session.tokens)) :]))
+                self.session = session
 
 
 def without_stop_token(session: Session, stop_tokens: Sequence[int]) -> Session:

@@ -15,7 +15,7 @@ from timemix.generation.decode import Step, build_step
 from timemix.generation.drawer import Drawer, Drawn
 from timemix.generation.prefix_cache import PrefixCache, new_prefix
 from timemix.generation.request import Event, Finished, Request, is_integer
-from timemix.generation.row import UNFINISHED, Row, new_emitter, new_row
+from timemix.generation.row import TOKENS_KEPT, Row, new_emitter, new_row
 from timemix.generation.sampler import numbers
 from timemix.generation.session import Session
 from timemix.models.language_model import LanguageModel
@@ -86,9 +86,9 @@ class Engine:
         self._state = model.init_state(0)
         self._free: list[int] = []
         self._drawer = Drawer()
-        # Number of newest tokens of a text to store: the model processes these tokens again at the end of the context,
-        # or these tokens form an unfinished character.
-        self._tokens_kept = max(model.max_position or 0, UNFINISHED)
+        # Number of newest tokens of a text to store. The model processes these tokens again at the end of the context,
+        # and a conversation looks in these tokens for a stop string.
+        self._tokens_kept = max(model.max_position or 0, TOKENS_KEPT)
         # `_changed` guards all fields above. `_stepping` is True while a step computes without the lock.
         # `_copying` is the number of calls of `session` that wait for the end of the step.
         self._changed = threading.Condition()
@@ -271,19 +271,18 @@ class Engine:
         """Put the other samples of a request first in the queue when its row has one unprocessed prompt token left."""
         if not (row.forks and row.has_read):
             return
-        state = self._copy(row) if row.position else None
+        state = self._copy(row)
         forks = [
             replace(
                 row,
                 sample=row.sample + number,
-                tokens=list(row.tokens),
+                tokens=row.tokens[-self._tokens_kept :],
                 seen=set(row.seen),
                 counts=dict(row.counts),
                 prefix=copy(row.prefix),
                 emitter=new_emitter(row.request, row.tokens, self.tokenizer),
                 state=state,
                 forks=0,
-                prompt_scores=None,
             )
             for number in range(1, row.forks + 1)
         ]
@@ -368,9 +367,8 @@ class Engine:
         row.counts[token] = row.counts.get(token, 0) + 1
         row.unread = 1
         row.written += 1
-        held = max(self._tokens_kept, PIECE)
-        if len(row.tokens) > 2 * held:
-            del row.tokens[:-held]
+        if len(row.tokens) > 2 * self._tokens_kept:
+            del row.tokens[: -self._tokens_kept]
         last = row.written - row.first >= row.request.tokens
         text, is_stopped = row.text(token, last)
         finished: Finished | None = "stop" if is_stopped else "length" if last else None
@@ -385,13 +383,9 @@ class Engine:
 
     def _session_of(self, row: Row) -> Session:
         """Return a copy of a row as a session."""
-        if row.position:
-            state = self._copy(row)
-        else:
-            state = self.model.init_state(1) if row.state is None else row.state.clone()
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
         held = "" if row.emitter is None else row.emitter.held
-        return Session(state, tokens, row.unread, row.written, frozenset(row.seen), held, dict(row.counts))
+        return Session(self._copy(row), tokens, row.unread, row.written, frozenset(row.seen), held, dict(row.counts))
 
 
 def _shapes(state: State) -> list[dict[str, torch.Size]]:

@@ -15,6 +15,10 @@ UNFINISHED = 4
 """Number of tokens to store for an unfinished character: three tokens for its bytes, and one more token."""
 
 
+TOKENS_KEPT = 64
+"""Number of newest tokens of a text that a session keeps at least, enough for every stop string of a chat template."""
+
+
 class Emitter:
     """A decoder that emits whole characters, and holds back text that may begin a stop string.
 
@@ -35,12 +39,12 @@ class Emitter:
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text that can be emitted after a token, and whether a stop string ended the text."""
         text = self.held + self._decoder.push(token)
-        # Find the stop string that begins first. Of several stop strings at one position, the shortest stop string is
-        # complete first.
-        found = min(((at, len(each)) for each in self._stop if (at := text.find(each)) >= 0), default=None)
+        # Find the stop string that is complete first. If one stop string ends with another, it begins first.
+        found = min(((at + len(each), at) for each in self._stop if (at := text.find(each)) >= 0), default=None)
         if found is not None:
-            self.held = text[sum(found) :]
-            return text[: found[0]], True
+            end, at = found
+            self.held = text[end:]
+            return text[:at], True
         held = max((_begun(text, each) for each in self._stop), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held], False

@@ -110,15 +110,27 @@ def warn_of_unfinished(run: Path) -> None:
             logger.warning("%s lacks %s and is skipped; restore or remove it", folder, ", ".join(lacking))
 
 
-def check_resumable(run: Path) -> None:
-    """Check that a run has a complete checkpoint or no checkpoint at all.
+def check_resumable(run: Path, start: str | None) -> None:
+    """Check that a run has a complete checkpoint, or can begin again at step 0.
 
-    If every checkpoint lacked a file, the run would begin again at step 0, and replace its checkpoints.
+    If every checkpoint lacked a file, the run would begin again at step 0, and replace its checkpoints. Without a
+    checkpoint, a run that started from the weights of another model would begin with random weights.
+
+    Args:
+        run: Run folder.
+        start: Model from whose weights the run started; None: random weights.
 
     Raises:
-        MissingFile: Every checkpoint of the run lacks a file.
+        MissingFile: Every checkpoint of the run lacks a file, or the checkpoint with the weights of `start` is missing.
     """
-    if _folders(run) and not checkpoints(run):
+    if checkpoints(run):
+        return
+    if start is not None:
+        raise MissingFile(
+            f"{run} has no complete checkpoint with the weights of {start}, from which it started; start it again:"
+            f" timemix train --config {run / 'config.toml'} --out NEXT"
+        )
+    if _folders(run):
         raise MissingFile(f"{_no_checkpoint(run)}, or remove {run / 'checkpoints'} to begin at step 0")
 
 
@@ -250,5 +262,8 @@ def _no_run(path: Path) -> str:
 
 def _known_runs(folder: Path) -> str:
     """Return the end of a message, with up to eight runs of a folder."""
-    runs = sorted(p.name for p in folder.iterdir() if (p / "config.toml").exists()) if folder.is_dir() else []
+    runs: list[str] = []
+    # os.path.exists raises no error in a neighbouring folder without permission.
+    with contextlib.suppress(OSError):
+        runs = sorted(path.name for path in folder.iterdir() if os.path.exists(path / "config.toml"))
     return f"the runs in {folder} are {', '.join(runs[:8])}" if runs else "name a folder that training has written"

@@ -97,12 +97,13 @@ def summarize(run: Path) -> RunSummary:
         if not 0 <= (numbers.get("step") or 0) <= MOST_STEPS:
             raise DamagedFile(f"{metrics} is damaged: its newest step is {numbers['step']:g}; restore it from a copy")
         kept = checkpoints(run)
-        step = max(int(numbers.get("step") or 0), *(int(each.name.removeprefix("step-")) for each in kept), 0)
+        saved = int(kept[-1].name.removeprefix("step-")) if kept else 0
+        step = max(int(numbers.get("step") or 0), saved)
         written = (metrics if metrics.exists() else run / "config.toml").stat().st_mtime
         progress = read_progress(kept[-1]) if kept else None
         gainless = progress.validations_without_gain if progress else 0
         # A converted run without fine-tuning has 0 steps: it is complete at its first checkpoint.
-        is_complete = (step >= config.train.steps and bool(kept)) or 0 < config.train.patience <= gainless
+        is_complete = (bool(kept) and saved >= config.train.steps) or 0 < config.train.patience <= gainless
         state: Literal["running", "complete", "stopped"] = "complete" if is_complete else "stopped"
         return RunSummary(
             folder=str(run),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timemix.errors import CannotWrite, DamagedFile, FileError
+from timemix.errors import DamagedFile, FileError
 from timemix.runs.folder import newest
-from timemix.storage.files import atomic_file, cannot_read, cannot_write, check_regular, read_lines
+from timemix.storage.files import append, atomic_file, cannot_read, check_regular, read_lines
 from timemix.storage.json_files import is_number
 
 Line = dict[str, Any]
@@ -41,16 +41,7 @@ class Metrics:
             CannotWrite: The disk is full or not writable. The next call of `write` tries to append the line again.
         """
         self._unwritten.append(line)
-        raw = "".join(json.dumps(each) + "\n" for each in self._unwritten).encode()
-        try:
-            # Without a buffer, closing the file does not repeat a write that failed on a full disk.
-            with self.path.open("ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(raw) != len(raw):
-                    file.truncate(end)
-                    raise OSError(28, os.strerror(28))
-        except OSError as error:
-            raise CannotWrite(cannot_write(self.path, error)) from error
+        append(self.path, "".join(json.dumps(each) + "\n" for each in self._unwritten).encode())
         self._unwritten = []
 
 
@@ -64,7 +55,8 @@ def _step_of(line: bytes) -> float:
 
 
 LARGEST_METRICS = 64 * 2**20
-"""Maximum size of metrics.jsonl in bytes, about 250,000 lines. Parsed lines take up to 15x the memory of the file."""
+"""Number of bytes of metrics.jsonl that are read, about 250,000 lines. Parsed lines take up to 15x the memory of the
+file."""
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -78,15 +70,22 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
     Raises:
         MissingFile: The folder or the file does not exist.
+        FileError: The file has more than LARGEST_METRICS bytes.
         DamagedFile: A line before the last line is not a JSON object.
     """
     path = run / "metrics.jsonl"
     if not (path.exists() or (run / "config.toml").exists()):
         # This call raises MissingFile, with the names of the runs nearby.
         newest(run)
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST_METRICS:
+        raise FileError(
+            f"{path} has {size:,} bytes, and timemix reads at most {LARGEST_METRICS:,}; remove some of its lines, and"
+            " set a larger train.log_every"
+        )
     rows: list[dict[str, Any]] = []
     damaged: int | None = None
-    for number, line in enumerate(read_lines(path, LARGEST_METRICS), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if damaged is not None:
             raise DamagedFile(f"line {damaged} of {path} is not a JSON object; repair or remove the line")
         try:
@@ -107,7 +106,8 @@ TAIL = 64 * 2**10
 def newest_numbers(run: Path, names: Sequence[str]) -> dict[str, float | None]:
     """Return the newest number of each name in metrics.jsonl, None if no line has the name.
 
-    The file is read from its end, and only as far as needed. `read_metrics` reads all lines.
+    The file is read from its end, only as far as needed, and at most LARGEST_METRICS bytes. `read_metrics` reads all
+    lines.
 
     Args:
         run: Run folder.
@@ -118,16 +118,16 @@ def newest_numbers(run: Path, names: Sequence[str]) -> dict[str, float | None]:
         DamagedFile: A line in the part that was read is not a JSON object, except an incomplete last line.
     """
     path, size = run / "metrics.jsonl", TAIL
-    check_regular(path, LARGEST_METRICS)
+    check_regular(path)
     while True:
         rows, is_whole = _last_rows(path, size)
         if rows is None:
             # The whole file is read again, because the error message names the number of the damaged line.
             rows, is_whole = read_metrics(run), True
         found = {name: next((row[name] for row in reversed(rows) if is_number(row.get(name))), None) for name in names}
-        if is_whole or None not in found.values():
+        if is_whole or None not in found.values() or size == LARGEST_METRICS:
             return found
-        size *= 8
+        size = min(8 * size, LARGEST_METRICS)
 
 
 def _last_rows(path: Path, size: int) -> tuple[list[Line] | None, bool]:

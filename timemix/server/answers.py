@@ -8,7 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from timemix.generation.request import Event, Request
+from timemix.generation.row import UNFINISHED
 from timemix.generation.session import Session
 from timemix.server.engine_thread import Served
 from timemix.server.errors import ApiError
@@ -208,6 +211,10 @@ class _Choice:
         self._call, self._index, self._request = call, index, call.requests[place]
         self._echo = call.echo[place] if call.echo else None
         self._decoder = call.served.tokenizer.stream()
+        if self._echo is None:
+            # The text of a token depends on earlier tokens.
+            before = [*(() if self._request.start is None else self._request.start.tokens), *self._request.prompt]
+            self._decoder.push_all(np.array(before[-UNFINISHED:], np.int64))
         self._offset = self._written = 0
         self._is_new, self._space = True, call.form.space
 

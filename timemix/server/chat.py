@@ -13,6 +13,7 @@ from timemix.server.answers import Call, Form, Piece, Score
 from timemix.server.completions import (
     MOST_TOP,
     build_request,
+    check_repeated,
     engine_fields,
     keeper,
     spelled,
@@ -60,6 +61,8 @@ async def chat(request: HttpRequest) -> Response:
         start = asked["start"] = without_stop_token(start, [tokenizer.end_of_text])
     ids = await run_in_threadpool(_prompt, messages, template, tokenizer, start)
     requests = [await run_in_threadpool(build_request, ids, asked, served, "messages")]
+    if fields.flag("return_token_ids"):
+        check_repeated(requests)
     is_begun = messages[-1].role == "assistant" and bool(messages[-1].content.strip())
     call = Call(
         served=served,

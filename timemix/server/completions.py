@@ -29,6 +29,9 @@ MOST_CHOICES = 128
 MOST_PROMPTS = 1024
 """Largest number of prompts of one call."""
 
+MOST_REPEATED = 4_000_000
+"""Largest number of prompt tokens in the answer of one call."""
+
 MOST_STOPS = 16
 """Largest number of stop strings, and of stop tokens."""
 
@@ -80,6 +83,8 @@ async def complete(request: HttpRequest) -> Response:
     requests = await run_in_threadpool(
         lambda: [build_request(prompt.ids, asked, served, "prompt") for prompt in prompts]
     )
+    if echo or fields.flag("return_token_ids"):
+        check_repeated(requests)
     call = Call(
         served=served,
         form=CompletionForm(),
@@ -91,6 +96,22 @@ async def complete(request: HttpRequest) -> Response:
         **stream_fields(fields),
     )
     return await respond(request, call, service.thread)
+
+
+def check_repeated(requests: Sequence[Request]) -> None:
+    """Check the size of an answer whose choices all repeat their prompt.
+
+    Raises:
+        ApiError: There are several choices, and their prompts have too many tokens together.
+    """
+    repeated = sum(each.samples * len(each.prompt) for each in requests)
+    if requests[0].samples > 1 and repeated > MOST_REPEATED:
+        raise ApiError(
+            400,
+            f"the choices repeat {repeated:,} tokens of prompts, more than {MOST_REPEATED:,}; give a smaller n, or"
+            " leave echo and return_token_ids out",
+            "n",
+        )
 
 
 def stream_fields(fields: Fields) -> dict[str, Any]:

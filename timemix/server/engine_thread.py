@@ -1,7 +1,6 @@
 """The thread that steps the engines, and the way of events from this thread to the coroutines of requests."""
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from timemix.server.metrics import Metrics
 from timemix.tokenizers.base import Tokenizer
 
 MOST_UNREAD = 2048
-"""Largest number of events that wait for a client. A client that reads more slowly loses its request."""
+"""Largest number of events of a sample that wait for a client. A client that reads more slowly loses its request."""
 
 
 @dataclass(eq=False)
@@ -70,6 +69,7 @@ class Stream:
         # Number of samples that have not ended, by id of the request, and the place of each request in the call.
         self._open: dict[int, int] = {}
         self._places: dict[int, int] = {}
+        self._most_unread = MOST_UNREAD * sum(request.samples for request in requests)
         try:
             for place, request in enumerate(requests):
                 id = served.engine.add(request)
@@ -112,10 +112,8 @@ class Stream:
         """Return the number of prompt tokens that have been processed, and the number of all prompt tokens."""
         processed = total = 0
         for id in self.ids:
-            # A request may have ended in the engine, while its last events are on their way.
-            with contextlib.suppress(KeyError):
-                found = self.served.engine.progress(id)
-                processed, total = processed + found[0], total + found[1]
+            found = self.served.engine.progress(id)
+            processed, total = processed + found[0], total + found[1]
         return processed, total
 
     def put(self, event: Event, now: float) -> None:
@@ -136,7 +134,7 @@ class Stream:
                 del self._open[event.id]
         self._unread.append((self._places[event.id], event))
         self._ready.set()
-        if len(self._unread) > MOST_UNREAD:
+        if len(self._unread) > self._most_unread:
             self.fail(ApiError(400, "the client reads too slowly; read the stream while it is generated"))
 
     def fail(self, fault: ApiError) -> None:

@@ -122,10 +122,9 @@ def atomic_folder(folder: Path, *, replaces: bool = True) -> Iterator[Path]:
                 if path.is_file():
                     _sync(path)
             if replaces and folder.exists():
-                old = _set_aside(folder)
-                temporary.rename(folder)
+                old = _set_aside(folder, "replaced")
+                appear(temporary, folder)
                 shutil.rmtree(old)
-                _sync(folder.parent)
                 return
             refuse_existing(folder)
             try:
@@ -174,12 +173,17 @@ def remove_folder(folder: Path) -> None:
         CannotWrite: The folder cannot be removed.
     """
     with explained(folder):
-        shutil.rmtree(_set_aside(folder))
+        shutil.rmtree(_set_aside(folder, "removed"))
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename a folder to a name that `remove_unfinished` recognizes, and return the new path."""
-    aside = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+def _set_aside(folder: Path, what: str) -> Path:
+    """Rename a folder to a name that `remove_unfinished` recognizes, and return the new path.
+
+    Args:
+        folder: The folder.
+        what: What happens to the folder: "replaced" or "removed".
+    """
+    aside = folder.with_name(f".{folder.name}.{what}-{os.getpid()}")
     folder.rename(aside)
     return aside
 
@@ -234,6 +238,20 @@ def new_file(path: Path) -> Iterator[Path]:
         refuse_existing(path, "file")
 
 
+def append(path: Path, raw: bytes) -> None:
+    """Append bytes to a file: all of them, or none if the disk is full.
+
+    Raises:
+        CannotWrite: The disk is full or not writable.
+    """
+    # Without a buffer, closing the file does not repeat a write that failed on a full disk.
+    with explained(path), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(raw) != len(raw):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def write_text(path: Path, text: str) -> None:
     """Save a text in a UTF-8 file, with an atomic write.
 
@@ -254,9 +272,15 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`."""
-    for name in (".*.partial-*", ".*.replaced-*"):
-        for path in folder.glob(name):
+    """Remove the temporary folders that `atomic_folder` or `remove_folder` of a killed process left in `folder`.
+
+    A folder gets its name back if the process was killed before the new folder got this name.
+    """
+    for path in folder.glob(".*.replaced-*"):
+        if not (old := path.with_name(path.name[1:].rpartition(".replaced-")[0])).exists():
+            path.rename(old)
+    for what in ("partial", "replaced", "removed"):
+        for path in folder.glob(f".*.{what}-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -117,8 +117,9 @@ class FolderLock:
                 dead = f"; if it has ended, remove {self._lock.soft}" if self._lock.soft.exists() else ""
                 raise InUse(f"{self.folder} is in use by {self._named()}; wait until it ends, or stop it{dead}")
             self.taken_over = self._named() if self._holder.exists() else None
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+            now = time.time()
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since, "time": now}
             # An atomic write replaces a link or a pipe of this name, instead of writing into the link or pipe.
             write_text(self._holder, json.dumps(holder))
 
@@ -148,8 +149,7 @@ def is_held(folder: Path) -> bool:
         holder = read_json(folder / ".lock.json")
         if holder["host"] != socket.gethostname():
             return True
-        since = time.mktime(time.strptime(holder["since"], "%Y-%m-%d %H:%M:%S"))
         # A later process may have the same process id.
-        return bool(psutil.Process(holder["process"]).create_time() < since + 1)
+        return bool(psutil.Process(holder["process"]).create_time() < holder["time"] + 1)
     except (FileError, KeyError, TypeError, ValueError, OverflowError, psutil.Error):
         return False

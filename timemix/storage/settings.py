@@ -1,6 +1,7 @@
 """Conversion of settings between dataclasses, nested dictionaries and TOML, with checks."""
 
 import dataclasses
+import math
 import sys
 import tomllib
 import types
@@ -39,7 +40,8 @@ def check_range(name: str, value: float, least: float, most: float = sys.float_i
 
 def nearest_divisors(value: int, total: int) -> str:
     """Return the nearest divisors of `total` below and above `value`, for an error message."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
+    divisors = small + [total // d for d in reversed(small) if d * d < total]
     near = [d for d in divisors if d < value][-1:] + [d for d in divisors if d > value][:1]
     return ", ".join(map(str, near))
 

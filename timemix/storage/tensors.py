@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from timemix.errors import DamagedFile, MissingFile
-from timemix.storage.files import check_name, check_regular
+from timemix.errors import DamagedFile, FileError, MissingFile
+from timemix.storage.files import cannot_read, check_name, check_regular
 
 LARGEST_HEADER = 16 * 2**20
 """Maximum size in bytes of the JSON header of a safetensors file, enough for about 100,000 tensors."""
@@ -236,6 +236,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     try:
         with path.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
+    except OSError as error:
+        raise FileError(cannot_read(path, error)) from error
+    try:
         if header > LARGEST_HEADER:
             raise OSError(f"its header would have {header:,} bytes")
         try:

@@ -175,7 +175,7 @@ class Tokenizer(ABC):
             ids: Token ids (tokens,).
 
         Returns:
-            The text. Bytes that are not UTF-8 become U+FFFD. Encoding the decoded text gives `ids` again.
+            The text. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             InvalidValue: An id is outside the vocabulary.

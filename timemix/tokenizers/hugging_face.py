@@ -3,6 +3,7 @@
 The tokenizer of the RWKV-4 models that were trained on the Pile (GPT-NeoX) is one of these.
 """
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,11 @@ from timemix.tokenizers.pieces import WORD_END, pieces
 
 END_OF_TEXT = "<|endoftext|>"
 _UNUSED = "<|unused_{}|>"
+_BORDER = re.compile(r"[^\W_](?= [^\W_]|\n|[。，！？])")
+"""A letter or digit before a space and a word, before a newline, or before a mark of Chinese. The splitting rules of
+other programs differ in punctuation, but all of them split here."""
+_PROBE = "one two\nthree 12 345\n6 é ä\n木 木。木，Wort！a？b"
+"""Text with all kinds of borders."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -26,11 +32,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     Raises:
         ValueError: The tokenizer is not byte-level, two tokens have one id, the ids have gaps, it has no added token,
-            or an added token has several words.
+            an added token has several words, or the tokens of a word depend on the words before it.
     """
 
     kind = "hugging_face"
-    border = WORD_END
+    border = _BORDER
 
     def __init__(self, document: dict[str, Any]) -> None:
         model = document["model"]
@@ -64,6 +70,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError("an added token has another id in the vocabulary")
         self._library.no_truncation()
         self._library.no_padding()
+        # As in all tokenizers of timemix, no word of a text becomes the end-of-text token.
+        self._library.encode_special_tokens = True
+        if not all(
+            self._split(_PROBE) == self._split(_PROBE[: cut.end()]) + self._split(_PROBE[cut.end() :])
+            for cut in _BORDER.finditer(_PROBE)
+        ):
+            raise ValueError("the tokens of a word depend on the words before it")
 
     def padded(self, vocab_size: int) -> "HuggingFaceTokenizer":
         """Return the tokenizer with more ids, which decode to nothing.
@@ -85,10 +98,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         found = [np.empty(0, self.dtype)]
-        for piece in pieces([text]):
+        for piece in pieces([text], border=_BORDER):
             documents = self._library.encode_batch_fast(piece.split(DOCUMENT_END), add_special_tokens=False)
             found.append(np.array(join_documents([each.ids for each in documents], self.end_of_text), self.dtype))
         return np.concatenate(found), Counter()
+
+
+    def _split(self, text: str) -> list[str]:
+        """Return the parts of a text that the tokenizer encodes one by one."""
+        normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [part for part, _ in splitter.pre_tokenize_str(text)]
 
 
 def _has_byte_level(part: dict[str, Any] | None) -> bool:

@@ -25,7 +25,7 @@ def pieces(parts: Iterable[str], size: int | None = None, border: re.Pattern[str
     Args:
         parts: Parts of the text, in order.
         size: Least number of characters of a piece, or None for PIECE characters.
-        border: Pattern of one character, which may look ahead at one more character.
+        border: Pattern of one character, which may look ahead at two more characters.
 
     Yields:
         The pieces, in order.
@@ -39,8 +39,8 @@ def pieces(parts: Iterable[str], size: int | None = None, border: re.Pattern[str
             yield rest[start : match.end()]
             start = match.end()
         rest = rest[start:]
-        # Only the next part of the text shows whether a cut can follow the last character of this part.
-        searched = max(0, len(rest) - 1)
+        # Only the next part of the text shows whether a cut can follow one of the last two characters of this part.
+        searched = max(0, len(rest) - 2)
     if rest:
         yield rest
 

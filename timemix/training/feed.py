@@ -37,5 +37,7 @@ class Feed:
         return self._ready[1]
 
     def _upload(self, rows: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return rows.to(self._device)
         # A copy runs in parallel with the computation only if its source is pinned memory.
-        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+        return rows.pin_memory().to(self._device, non_blocking=True)

@@ -127,7 +127,7 @@ def load_hook(name: str) -> Hook:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
         raise InvalidValue(f"hook {name!r} cannot be imported: {error}; name a function as module:function") from error
     if not callable(found):
         raise InvalidValue(f"hook {name!r} is not a function; name a function as module:function")

@@ -205,6 +205,8 @@ def learning_rate(config: TrainConfig, step: int, warmup_floor: float = 0.0) -> 
         warmup_floor: Share of `config.lr` at which the warm-up starts, from 0 to 1.
     """
     warmup = config.warmup * config.steps
+    # Measurements of speed run more steps than the run has.
+    step = min(step, config.steps)
     if step < warmup:
         # Without a floor, the rate would be 0 in step 0, so the warm-up begins one step later.
         begun = step if warmup_floor else step + 1

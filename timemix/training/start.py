@@ -98,12 +98,13 @@ def _begun(
     if start is not None and (note := memory_note(start, config, world)):
         world.first_does(lambda: show(progress, note))
     config = with_steps(config, corpus, out, world, lambda sentence: show(progress, sentence))
-    world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
     trainer = Trainer(config, out, corpus, lock, world)
     if start is not None:
         fill_start(trainer, start, session)
         # With this checkpoint, a run that is killed before its next checkpoint can start from the same weights again.
         trainer.save()
+    # A folder with config.toml can be resumed, so this file comes last.
+    world.first_does(lambda: write_text(out / "config.toml", to_toml(config)))
     return trainer
 
 
@@ -284,7 +285,7 @@ def _take(out: Path) -> FolderLock:
     lock.take()
     try:
         remove_unfinished(out / "checkpoints")
-        check_resumable(out)
+        check_resumable(out, read_toml(out / "config.toml").start)
     except BaseException:
         lock.release()
         raise

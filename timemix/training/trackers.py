@@ -5,6 +5,7 @@ tracking.json in the run folder holds the id of the run in each service, so that
 
 import csv
 import importlib
+import io
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ from typing import Any
 from timemix.config.run import RunConfig, to_toml
 from timemix.errors import DamagedFile, InvalidValue, TimemixError, Unavailable
 from timemix.runs.metrics import Line, read_metrics
-from timemix.storage.files import atomic_file, write_text
+from timemix.storage.files import append, atomic_file, write_text
 from timemix.storage.json_files import Misfit, read_json, to_record
 from timemix.storage.settings import to_dict
 from timemix.training.failures import first_line
@@ -195,10 +196,14 @@ class Csv(Tracker):
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(_row(line) for line in lines)
+        self._unwritten: list[Line] = []
 
     def __call__(self, line: Line) -> None:
-        with self._path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerow(_row(line))
+        self._unwritten.append(line)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(_row(each) for each in self._unwritten)
+        append(self._path, text.getvalue().encode())
+        self._unwritten = []
 
     def samples(self, samples: Sequence[Sample]) -> None:
         """Do nothing, because samples.txt holds the texts."""

@@ -240,7 +240,10 @@ class Trainer:
     def _keep_batch(self, step: int, why: str) -> None:
         if self.config.train.save_bad_batches and self.world.first:
             path = self.out / "bad-batches" / f"step-{step + 1:08d}.json"
-            write_bad_batch(path, step + 1, why, self.batches(step), self.corpus.tokenizer)
+            try:
+                write_bad_batch(path, step + 1, why, self.batches(step), self.corpus.tokenizer)
+            except CannotWrite as error:
+                self._warn(f"step {step + 1}: {error}; the batch is not saved")
 
     def _not_finite(self, what: str, step: int) -> str:
         return f"the {what} is not finite at step {step}; {self._last_good()}"
@@ -288,10 +291,14 @@ class Trainer:
             The texts in process 0, nothing in other processes.
         """
         loaded, prompts = self._loaded(), self.config.train.sample_prompts or (None,)
-        samples = self.world.first_does(lambda: tuple(write_sample(loaded, self.step, each) for each in prompts)) or ()
-        if samples:
+
+        def write() -> tuple[Sample, ...]:
+            samples = tuple(write_sample(loaded, self.step, each) for each in prompts)
             self._hooks.samples(samples)
-        return samples
+            return samples
+
+        # The other processes wait without a time limit, because a hook may take long.
+        return self.world.first_does(write) or ()
 
     def _loaded(self) -> Loaded:
         """Return the model for sampling. In processes other than process 0, a sharded model is not whole."""
@@ -405,7 +412,7 @@ class Trainer:
         config = self.config.train
         (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
         if self.step == 0:
-            self._write({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
+            self._record({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
         self._interval.begin(self.step, self.seconds, peak)
         while not self.is_complete:
             began = time.perf_counter()
@@ -423,7 +430,7 @@ class Trainer:
                 line |= self._validated()
                 improved = self.validation.count()
             if line:
-                self._write({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
+                self._record({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
             speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
             is_due = config.sample_every > 0 and self.step % config.sample_every == 0
             self._show(watch, loss, speed, self.samples() if is_due and not self.is_complete else ())
@@ -463,10 +470,12 @@ class Trainer:
 
         self.world.first_does(fail)
 
+    def _record(self, line: Line) -> None:
+        """Write a line of metrics.jsonl, and call the hooks with this line. All processes must call this method."""
+        # The other processes wait without a time limit, because a hook may take long.
+        self.world.first_does(lambda: self._write(line))
+
     def _write(self, line: Line) -> None:
-        """Write a line of metrics.jsonl, and call the hooks with this line."""
-        if not self.world.first:
-            return
         try:
             self.metrics.write(line)
         except CannotWrite as error:
