@@ -16,14 +16,17 @@ from tests.helpers.engines import CHARACTERS, KINDS, alone, finish, reanchored, 
 from tests.helpers.models import CTX, VARIANTS, build
 from tests.helpers.pairwise import pairwise
 from tests.helpers.tiers import examples
+from tests.helpers.vocabularies import BYTES
 from timemix.errors import InvalidValue, TooManyRequests
 from timemix.generation.decode import build_step
 from timemix.generation.engine import Engine
 from timemix.generation.request import Request
+from timemix.generation.row import Emitter
 from timemix.generation.sampler import Sampler
-from timemix.generation.session import load_session, save_session
+from timemix.generation.session import Session, load_session, save_session
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 from timemix.tokenizers.make import train_tokenizer
+from timemix.tokenizers.world import WorldTokenizer
 
 
 @pytest.fixture(params=KINDS)
@@ -207,6 +210,20 @@ def test_stop_strings_end_the_text_before_them():
     # c, a, b, a, c, d: the engine holds "a" back until the next token.
     assert [e.text for e in events] == ["c", "", "ab", "", "", ""]
     assert [e.finished for e in events] == [None] * 5 + ["stop"]
+
+
+@pytest.mark.parametrize("tokens", [["x", "a", "b", "c", "d", "x"], ["x", "abcd", "x"], ["xabcdx"], ["xab", "cdx"]])
+def test_of_overlapping_stop_strings_the_first_complete_one_ends_the_text(tokens):
+    longer = [each.encode() for each in tokens if len(each) > 1]
+    emitter = Emitter(WorldTokenizer([*BYTES, *longer], 300), [], "", ("abcd", "bc"))
+    text = ""
+    for each in tokens:
+        # Token 0 ends a text, and the bytes have the ids 1 to 256.
+        more, is_stopped = emitter.push(1 + [*BYTES, *longer].index(each.encode()))
+        text += more
+        if is_stopped:
+            break
+    assert (text, is_stopped) == ("xa", True)
 
 
 def test_text_that_was_held_back_comes_with_the_end():
@@ -413,6 +430,32 @@ def test_samples_read_their_prompt_once_and_are_those_of_requests_of_their_own(m
     for sample in range(4, 9):
         own = [e for e in events if e.sample == sample]
         assert_same(own, alone(model, Request(prompt, 3, seed=6, sample=sample, log_probabilities=True)))
+
+
+@pytest.mark.parametrize("prompt", [[3], [3, 4, 5]])
+def test_every_sample_and_session_begins_with_the_state_of_a_session_that_has_read_nothing(prompt):
+    """A learned state has read no token, and differs from the state of the model."""
+    model = KINDS["rwkv7"]()
+    start = Session(model.init_state(1), tokens=(), unread=0)
+    torch.manual_seed(0)
+    for layer in start.state.layers:
+        for x in layer.values():
+            x.normal_()
+    engine = Engine(model, CHARACTERS)
+    engine.add(Request(prompt, 4, seed=6, samples=3, start=start, log_probabilities=True))
+    events = finish(engine)[0]
+    for sample in range(3):
+        request = Request(prompt, 4, seed=6, sample=sample, start=start, log_probabilities=True)
+        assert_same([e for e in events if e.sample == sample], alone(model, request))
+    (kept,) = alone(model, Request([3], 0, start=start, keep_session=True))
+    rest = alone(model, Request([4], 4, seed=6, start=kept.session, log_probabilities=True))
+    assert_same(rest, alone(model, Request([3, 4], 4, seed=6, start=start, log_probabilities=True)))
+
+
+def test_a_session_keeps_enough_tokens_for_a_stop_string():
+    model = KINDS["rwkv7"]()
+    (*_, last) = alone(model, Request(list(range(10)) * 20, 5, keep_session=True))
+    assert len(last.session.tokens) == 64
 
 
 def test_the_most_probable_tokens_and_the_prompt_are_scored_as_the_model_does(model):

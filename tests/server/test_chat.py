@@ -10,6 +10,7 @@ from tests.helpers.vocabularies import BYTES
 from timemix.data.templates import WORLD, Message
 from timemix.generation.engine import Engine
 from timemix.server.engine_thread import Served
+from timemix.tokenizers.character import ByteTokenizer
 from timemix.tokenizers.world import WorldTokenizer
 
 TOKENIZER = WorldTokenizer([*BYTES, b"\n\n", b"User", b" Hi"], 300)
@@ -35,10 +36,10 @@ def chat(server, *messages, **fields):
 def scripted():
     """Return a server whose model generates a given text."""
 
-    def scripted(*script):
-        model = build(VARIANTS["rwkv7"], torch.float32, vocab_size=300)
-        engine = Engine(model, TOKENIZER, step=Scripted(model, TOKENIZER, script))
-        return served([Served("scripted", engine, "float32", 1)])
+    def scripted(*script, tokenizer=TOKENIZER):
+        model = build(VARIANTS["rwkv7"], torch.float32, vocab_size=tokenizer.vocab_size)
+        engine = Engine(model, tokenizer, step=Scripted(model, tokenizer, script))
+        return served([Served("scripted", engine, "float32", 1, trained="world")])
 
     return scripted
 
@@ -203,12 +204,15 @@ def test_messages_that_a_bounded_context_does_not_hold(server):
     assert chat(server, "a" * 13, model="bounded", context="reanchor")["usage"]["completion_tokens"] == 12
 
 
-@pytest.mark.parametrize("end", ["\n\nUser:", 0])
-def test_a_state_continues_a_conversation(scripted, end):
-    with scripted(" Hi.", end, " Bye.", end) as server:
+@pytest.mark.parametrize(
+    ("end", "tokenizer"), [("\n\nUser:", TOKENIZER), (0, TOKENIZER), ("\n\nUser:", ByteTokenizer())]
+)
+def test_a_state_continues_a_conversation(scripted, end, tokenizer):
+    """Tokens of single bytes are many tokens for one stop string."""
+    with scripted(" Hi.", end, " Bye.", end, tokenizer=tokenizer) as server:
         first = chat(server, "Hello!", return_state=True)["choices"][0]
         second = chat(server, "Well?", state=first["state"]["id"])
         step = server.models[0].engine.advance
         assert second["choices"][0]["message"]["content"] == "Bye."
         text = "User: Hello!\n\nAssistant: Hi.\n\nUser: Well?\n\nAssistant: Bye."
-        assert TOKENIZER.decode(step.read).startswith(text)
+        assert tokenizer.decode(step.read).startswith(text)

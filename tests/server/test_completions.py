@@ -8,6 +8,8 @@ from tests.helpers.engines import alone
 from tests.helpers.serving import served, tiny
 from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
+from timemix.server import completions
+from timemix.tokenizers.make import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,38 @@ def test_echo_scores_the_prompt(server):
     )[1:]:
         assert top[token] == value
         assert len(top) in (3, 4)
+
+
+def test_echo_scores_the_prompt_in_every_choice(server):
+    answer = server.complete(prompt="abcab", max_tokens=2, n=3, echo=True, logprobs=1, seed=0)
+    first, *others = [choice["logprobs"] for choice in answer["choices"]]
+    assert all(score is not None for score in first["token_logprobs"][1:])
+    for other in others:
+        for name, values in first.items():
+            assert other[name][:5] == values[:5]
+
+
+def test_offsets_of_words_count_the_space_after_the_prompt():
+    tokenizer = train_tokenizer("word", ["the cat sat on the mat"])
+    with served([tiny("words", tokenizer=tokenizer)]) as server:
+        (choice,) = server.complete(prompt="the", max_tokens=4, logprobs=0, seed=1)["choices"]
+    places = choice["logprobs"]["text_offset"]
+    words = choice["text"].split()
+    assert len(words) == 4
+    assert choice["text"] == "".join(f" {word}" for word in words)
+    assert places == [sum(len(word) + 1 for word in words[:n]) for n in range(4)]
+
+
+def test_choices_that_repeat_a_long_prompt_are_refused(server, monkeypatch):
+    monkeypatch.setattr(completions, "MOST_REPEATED", 100)
+    for more in ({"echo": True}, {"return_token_ids": True}):
+        answer = server.call("/v1/completions", {"prompt": "ab" * 20, "n": 3, "max_tokens": 1} | more)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "n")
+        assert answer.json["error"]["message"].startswith(
+            "the choices repeat 120 tokens of prompts, more than 100; give"
+        )
+        assert server.complete(prompt="ab" * 60, max_tokens=1, **more)
+    assert len(server.complete(prompt="ab" * 20, n=3, max_tokens=1)["choices"]) == 3
 
 
 def test_a_greedy_token_has_the_largest_of_the_reported_numbers(server):

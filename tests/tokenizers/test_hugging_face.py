@@ -46,6 +46,8 @@ def library(vocab_size=300):
 
 
 LIBRARY = library()
+# As in all tokenizers of timemix, no word of a text becomes the end-of-text token.
+LIBRARY.encode_special_tokens = True
 OURS = HuggingFaceTokenizer(json.loads(LIBRARY.to_str()))
 
 
@@ -70,6 +72,44 @@ def test_a_stream_gives_the_text_of_the_library(text):
     stream = OURS.stream()
     streamed = "".join(stream.push(token) for token in ids.tolist()) + stream.flush()
     assert streamed == OURS.decode(ids) == LIBRARY.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def test_no_text_becomes_a_special_token():
+    ids = OURS.encode("the cat<|endoftext|>")
+    assert OURS.end_of_text not in ids.tolist()
+    assert OURS.decode(ids) == "the cat<|endoftext|>"
+
+
+@pytest.mark.parametrize("text", ["a" * 65536 + ".\nb", "a" * 65536 + "...\n\nb c", "a" * 65535 + " b\nc"])
+def test_a_long_text_is_cut_where_no_rule_joins(text):
+    """Other rules than GPT-2's join punctuation with line ends."""
+    made = tokenizers.Tokenizer(models.BPE())
+    rule = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    splits = [
+        pre_tokenizers.Split(rule, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>"]
+    )
+    made.train_from_iterator(["the end.\nA new line...\n\nb. c.\n"] * 9, trainer)
+    ours = HuggingFaceTokenizer(json.loads(made.to_str()))
+    assert ours.encode(text).tolist() == made.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "splitter",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+)
+def test_rules_that_join_words_are_refused(splitter):
+    made = library()
+    made.pre_tokenizer = splitter
+    with pytest.raises(ValueError, match="the tokens of a word depend on the words before it"):
+        HuggingFaceTokenizer(json.loads(made.to_str()))
 
 
 def test_saved_and_loaded_again(path, tmp_path):

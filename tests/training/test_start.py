@@ -80,9 +80,7 @@ def test_a_run_killed_before_its_starting_weights_are_saved_cannot_begin_with_ot
     trainer = new_run(config, tmp_path / "begun")
     trainer.lock.release()
     remove_folder(trainer.out / "checkpoints/step-00000000")
-    with pytest.raises(
-        MissingFile, match=r"no complete checkpoint with the weights of .*base.*, .* --config "
-    ):
+    with pytest.raises(MissingFile, match=r"no complete checkpoint with the weights of .*base.*, .* --config "):
         resume_run(trainer.out)
 
 

@@ -48,7 +48,7 @@ class Tokenizer(ABC):
         spaced: Whether decoding puts a space between two tokens, except after a newline.
         border: Pattern of characters after which `cut` can cut a text, or None for any character.
         end_of_text: Id of the token that ends a document and stops generation, or None if there is no such token. The
-            token decodes to nothing.
+            token decodes to nothing, or to a space in a word tokenizer.
     """
 
     kind: str

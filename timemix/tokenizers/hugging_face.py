@@ -103,7 +103,6 @@ class HuggingFaceTokenizer(Tokenizer):
             found.append(np.array(join_documents([each.ids for each in documents], self.end_of_text), self.dtype))
         return np.concatenate(found), Counter()
 
-
     def _split(self, text: str) -> list[str]:
         """Return the parts of a text that the tokenizer encodes one by one."""
         normalizer, splitter = self._library.normalizer, self._library.pre_tokenizer

@@ -15,7 +15,7 @@ class StreamDecoder:
 
     Args:
         pieces: UTF-8 bytes of each token, by id.
-        spaced: Whether a space comes between two tokens, except after a newline. Tokens without bytes do not count.
+        spaced: Whether a space comes between two tokens, except after a newline.
     """
 
     def __init__(self, pieces: Sequence[bytes], spaced: bool) -> None:
@@ -37,7 +37,7 @@ class StreamDecoder:
             InvalidValue: The id is outside the vocabulary.
         """
         piece = piece_of(token, self._pieces)
-        if not (self._spaced and piece):
+        if not self._spaced:
             return self._utf8.decode(piece)
         space = b" " if self._space_due else b""
         self._space_due = piece != b"\n"
@@ -55,8 +55,7 @@ class StreamDecoder:
         Raises:
             InvalidValue: An id is outside the vocabulary.
         """
-        # The end-of-text token decodes to nothing.
-        found = [piece for piece in pieces_of(ids, self._pieces) if piece]
+        found = pieces_of(ids, self._pieces)
         if not self._spaced or not found:
             return self._utf8.decode(b"".join(found))
         # No word contains a space or newline.
