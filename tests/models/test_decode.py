@@ -16,6 +16,7 @@ from tests.helpers.pairwise import pairwise
 from tests.helpers.runs import small_trainer
 from tests.helpers.tiers import examples
 from timemix.cli.main import main
+from timemix.errors import InvalidValue
 from timemix.generation.decode import ModelStep, build_step
 from timemix.models.quantize import quantized, rounded
 from timemix.models.registry import model_config
@@ -265,6 +266,34 @@ def test_eight_bits_are_within_half_a_step():
     assert integers.dtype == torch.int8
     assert ((integers * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-7).all()
     assert integers.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("arch", ["llama", "mha_shift", "rwkv1", "rwkv1_exp", "rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+def test_a_model_in_bfloat16_decodes_as_the_same_numbers_in_float32(arch, weights):
+    model = build(model_config(arch), torch.bfloat16)
+    wide = build(model_config(arch), torch.float32)
+    wide.load_state_dict(model.state_dict())
+    # Only the weights of a file may be in bfloat16.
+    model.is_mapped = True
+    found = []
+    for each in (model, wide):
+        step, state = build_step(each, weights), each.init_state(2)
+        assert step.compiled
+        for token in ([1, 2], [3, 4], [5, 6]):
+            logits, state = step(torch.tensor(token), state, torch.arange(2))
+        found.append(logits)
+    assert torch.allclose(*found, atol=1e-5)
+    state.layers[0] = {name: x.bfloat16() for name, x in state.layers[0].items()}
+    with pytest.raises(InvalidValue, match="of the state is torch.bfloat16; the compiled step needs float32"):
+        step(torch.tensor([1, 2]), state, torch.arange(2))
+
+
+def test_eight_bits_of_bfloat16_are_within_half_a_step():
+    weight = torch.randn(500, 64).bfloat16()
+    integers, scale = quantized(weight)
+    error = (integers * scale[:, None] - weight.float()).abs()
+    assert (error <= scale[:, None] * 0.5001).all()
 
 
 def test_rounding_costs_little_loss(capsys, tmp_path):

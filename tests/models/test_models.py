@@ -352,3 +352,20 @@ def test_what_is_computed_again_has_the_same_gradients(name, recompute):
     (all_kept, plain), (fewer_kept, again) = results
     assert fewer_kept < all_kept / 2
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_state_has_at_least_float32(model, dtype):
+    """The compiled steps write float32 numbers, also into the state of a model with weights in bfloat16."""
+    expected = torch.promote_types(dtype, torch.float32)
+    state = model.to(dtype).init_state(2)
+    assert {x.dtype for layer in state.layers for x in layer.values()} <= {expected}
+
+
+@pytest.mark.parametrize("arch", ["rwkv4", "rwkv5", "rwkv6", "rwkv7"])
+def test_a_state_keeps_no_activations_in_memory(arch):
+    model = build(VARIANTS[arch])
+    _, state = model(tokens(2), model.init_state(2))
+    for layer in state.layers:
+        for name, x in layer.items():
+            assert x.untyped_storage().nbytes() == x.nbytes, name

@@ -245,6 +245,11 @@ def test_wrong_shapes_are_refused(name, shape, words):
         wkv6(**arguments)
 
 
+def test_resets_of_another_type_are_refused():
+    with pytest.raises(ValueError, match="resets is torch.int64; it must be torch.bool"):
+        wkv6(**dict(zip(NAMES, inputs(1, 5, 1, 2), strict=True)), resets=torch.zeros(1, 5, dtype=torch.int64))
+
+
 def test_the_choice_of_the_backend():
     short, long = torch.zeros(1, 1, 1, 8, dtype=torch.float64), torch.zeros(1, 100, 1, 8, dtype=torch.float64)
     assert choose_backend("auto", short)[0] == "reference"

@@ -236,6 +236,11 @@ def test_wrong_shapes_are_refused(name, shape, words):
         wkv7(**arguments)
 
 
+def test_resets_of_another_type_are_refused():
+    with pytest.raises(ValueError, match="resets is torch.int64; it must be torch.bool"):
+        wkv7(**dict(zip(NAMES, inputs(1, 5, 1, 2), strict=True)), resets=torch.zeros(1, 5, dtype=torch.int64))
+
+
 def test_the_choice_of_the_backend():
     short, long = torch.zeros(1, 1, 1, 8, dtype=torch.float64), torch.zeros(1, 100, 1, 8, dtype=torch.float64)
     assert choose_backend("auto", short)[0] == "reference"
@@ -336,3 +341,23 @@ def test_wrong_kernels_of_fla_are_not_used(install_fla, chunk_rwkv7, words):
 def test_fla_needs_cuda():
     with pytest.raises(ValueError, match="backend='fla' is not available: .* needs cuda, not cpu; choose auto"):
         choose_backend("fla", torch.zeros(1, 100, 1, 8))
+
+
+def test_kernels_whose_gradients_are_not_a_number_are_not_used():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, r, state):
+            return r.clone(), state.clone()
+
+        @staticmethod
+        def backward(ctx, y, end):
+            return y * torch.nan, end
+
+    def right(r, state, resets):
+        return r.clone(), state.clone()
+
+    given = [torch.rand(1, 4, 1, 2), torch.rand(1, 1, 2, 2)]
+    weights = [torch.rand_like(x) for x in given]
+    assert common.library.difference(right, right, given, weights) is None
+    broken = common.library.difference(lambda r, state, resets: Broken.apply(r, state), right, given, weights)
+    assert "differ by nan" in broken

@@ -142,6 +142,9 @@ class CompiledStep:
 
         Args:
             state: The state. Its tensors become contiguous.
+
+        Raises:
+            InvalidValue: A tensor of a layer is not float32.
         """
         tensors = [state.position, *(x for layer in state.layers for x in layer.values())]
         if len(tensors) == len(self._bound) and not any(map(operator.is_not, tensors, self._bound)):
@@ -150,6 +153,8 @@ class CompiledStep:
         for own, layer in zip(self._layers, state.layers, strict=True):
             for name, x in layer.items():
                 # The model's own forward pass may leave non-contiguous views in a state.
+                if x.dtype != torch.float32:
+                    raise InvalidValue(f"{name} of the state is {x.dtype}; the compiled step needs float32")
                 x = layer[name] = x.contiguous()
                 setattr(own, name, x.data_ptr())
         self._bound = [state.position, *(x for layer in state.layers for x in layer.values())]

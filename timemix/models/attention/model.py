@@ -55,8 +55,9 @@ class RotaryAttention(nn.Module):
         """Create the state before the first token, for B rows."""
         config = self.config
         shape = (batch_size, config.heads, config.ctx_len, config.head_size)
-        new = self.key.weight.new_zeros
-        return {"keys": new(shape), "values": new(shape)}
+        weight = self.key.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return {name: weight.new_zeros(shape, dtype=dtype) for name in ("keys", "values")}
 
     def forward(
         self,

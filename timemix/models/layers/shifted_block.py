@@ -42,7 +42,9 @@ class ShiftedBlock(Block):
     def init_state(self, batch_size: int) -> Tensors:
         state: Tensors = self.mixer.init_state(batch_size)
         if self.shift.distance:
-            rows = self.mixer_norm.weight.new_zeros(batch_size, self.shift.distance, len(self.mixer_norm.weight))
+            weight = self.mixer_norm.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            rows = weight.new_zeros(batch_size, self.shift.distance, len(weight), dtype=dtype)
             state |= {"mixer_shift": rows, "ffn_shift": rows.clone()}
         return state
 

@@ -95,7 +95,8 @@ class TokenShift(nn.Module):
         parts = [rows[:, D - d : D - d + T, a:b] for d, (a, b) in enumerate(self.groups[:D], 1)]
         shifted = torch.cat([*parts, x[:, :, self.shifted :]], dim=-1)
         if lengths is None:
-            return shifted, rows[:, T:]
+            # A view would keep all rows in memory.
+            return shifted, rows[:, T:].clone()
         # The indices (B, D) of the D rows that end at the last valid token of each batch entry.
         newest = lengths[:, None] + torch.arange(D, device=x.device)
         return shifted, rows.gather(1, newest[:, :, None].expand(-1, -1, rows.shape[2]))
@@ -121,5 +122,6 @@ def previous_token(
         previous = previous.masked_fill(resets[:, :, None], 0)
     if state is None:
         return previous, None
-    last = x[:, -1:] if lengths is None else x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))
+    # A view would keep all rows in memory.
+    last = x[:, -1:].clone() if lengths is None else x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))
     return previous, last.to(state.dtype)

@@ -48,11 +48,11 @@ class Rwkv4Step(CompiledStep):
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
             # step.c has the share of the previous token.
-            "mix": tuple(given.vector(1 - mixer.mix[name]) for name in MIXED),
-            "ffn_mix": tuple(given.vector(1 - ffn.mix[name]) for name in ("key", "receptance")),
+            "mix": tuple(given.vector(1 - mixer.mix[name].float()) for name in MIXED),
+            "ffn_mix": tuple(given.vector(1 - ffn.mix[name].float()) for name in ("key", "receptance")),
             **{name: given.linear(getattr(mixer, name)) for name in _MIXER},
             **{f"ffn_{name}": given.linear(getattr(ffn, name)) for name in _FFN},
-            "decay": given.vector(-mixer.decay.exp()),
+            "decay": given.vector(-mixer.decay.float().exp()),
             "bonus": given.vector(mixer.bonus),
         }
 

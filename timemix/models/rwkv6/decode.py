@@ -13,6 +13,7 @@ from timemix.models.compiled_step import CompiledStep
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.layers.low_rank import LowRank
+from timemix.models.layers.receptance_mix import MIXED as FFN_MIXED
 from timemix.models.quantize import at_least_int8
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.models.rwkv6.model import MIXED_6, Rwkv5Block, TimeMix6
@@ -67,12 +68,11 @@ class Rwkv6Step(CompiledStep):
         """Return the weights of a block."""
         block = cast(Rwkv5Block, block)
         mixer, ffn, given = block.mixer, block.ffn, self.parameters
-        own = self._fields_of_6(mixer) if isinstance(mixer, TimeMix6) else self._fields_of_5(mixer)
+        own = self._fields_of_6(mixer, ffn) if isinstance(mixer, TimeMix6) else self._fields_of_5(mixer, ffn)
         return own | {
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
             "head_norm": (given.vector(mixer.norm_weight), given.vector(mixer.norm_bias)),
-            "ffn_mix": tuple(given.vector(share) for share in block.previous_shares()),
             **{name: given.linear(getattr(mixer, name)) for name in _MIXER},
             **{f"ffn_{name}": given.linear(getattr(ffn, name)) for name in _FFN},
             "bonus": given.vector(mixer.bonus),
@@ -90,13 +90,17 @@ class Rwkv6Step(CompiledStep):
             "head_epsilon": config.group_norm_eps,
         }
 
-    def _fields_of_5(self, mixer: Any) -> dict[str, Any]:
+    def _fields_of_5(self, mixer: Any, ffn: Any) -> dict[str, Any]:
         """Return the mixtures and the decay of rwkv5. step.c has the share of the previous token, and w of wkv6."""
         given = self.parameters
-        mix = (None, *(given.vector(1 - mixer.mix[name]) for name in MIXED_6[1:]))
-        return {"mix": mix, "decay": given.vector(-mixer.decay.exp())}
+        # In bfloat16, 1 - x would be rounded.
+        return {
+            "mix": (None, *(given.vector(1 - mixer.mix[name].float()) for name in MIXED_6[1:])),
+            "ffn_mix": tuple(given.vector(1 - ffn.mix[name].float()) for name in FFN_MIXED),
+            "decay": given.vector(-mixer.decay.float().exp()),
+        }
 
-    def _fields_of_6(self, mixer: TimeMix6) -> dict[str, Any]:
+    def _fields_of_6(self, mixer: TimeMix6, ffn: Any) -> dict[str, Any]:
         """Return the mixtures and the decay of rwkv6, and their low-rank maps."""
         given, weights = self.parameters, at_least_int8(self.parameters.weights)
         maps = [cast(LowRank, mixer.mix_maps[name]) for name in MIXED_6]
@@ -105,6 +109,7 @@ class Rwkv6Step(CompiledStep):
         return {
             "first_mix": given.vector(mixer.first_mix),
             "mix": tuple(given.vector(mixer.mix[name]) for name in MIXED_6),
+            "ffn_mix": tuple(given.vector(ffn.mix[name]) for name in FFN_MIXED),
             "mix_down": given.panels(down.t(), None, weights),
             "mix_up": tuple(given.panels(each.up_weight.t(), None, weights) for each in maps),
             "decay_down": given.panels(mixer.decay.down_weight.t(), None, weights),

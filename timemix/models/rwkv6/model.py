@@ -24,6 +24,7 @@ from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.models.rwkv6.initial import set_initial_values
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv6.api import choose_backend, wkv6
+from timemix.runtime.device import autocast
 
 MIXED_5 = ("key", "value", "receptance", "gate")
 """The vectors of a time-mix of RWKV-5, each of which reads its own mixture of a token and the previous token."""
@@ -274,7 +275,8 @@ class Rwkv5Block(Block):
         dtype = torch.float64 if precision == "float64" else torch.float32
         # An expanded tensor has a shape, but no memory.
         r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
-        return {"wkv6": "{} ({})".format(*choose_backend("auto", r))}
+        with autocast(precision, device):
+            return {"wkv6": "{} ({})".format(*choose_backend("auto", r))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         found = {("mixer", name): getattr(self.mixer, name) for name in ("receptance", "key", "value", "gate")}

@@ -122,10 +122,14 @@ def check_shapes(name: str, x: Tensor, others: Mapping[str, tuple[Tensor | None,
         others: Each other argument by name, with the shape that it must have; None is not checked.
 
     Raises:
-        ValueError: An argument has another shape.
+        ValueError: An argument has another shape, or `resets` is not bool.
     """
     for other, (given, shape) in others.items():
         if given is not None and given.shape != shape:
             raise ValueError(
                 f"{other} has shape {tuple(given.shape)}; with {name} of shape {tuple(x.shape)} it must be {shape}"
             )
+    resets, _ = others.get("resets", (None, ()))
+    # The C code reads one byte for each token.
+    if resets is not None and resets.dtype != torch.bool:
+        raise ValueError(f"resets is {resets.dtype}; it must be torch.bool")
