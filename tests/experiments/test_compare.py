@@ -253,6 +253,29 @@ def test_seeds_run_again_when_tuning_chooses_another_point(tmp_path):
     assert trained.train.lr == experiment.tuning_points()[1 - chosen]["train.lr"]
 
 
+def test_seeds_run_again_when_a_repeated_tuning_run_chooses_another_point(tmp_path, monkeypatch, unmeasured):
+    """The best point changes in the call that already knows the seeds of the old point."""
+    experiment = small(write_text_file(tmp_path), seeds=(1,))
+    points, train, disk = experiment.tuning_points(), Comparison._train, {}
+
+    def train_best(self, trainer, watch, job):
+        if job.tuning and self.point(job) == points[1]:
+            if disk["full"]:
+                raise CannotWrite("no space left")
+            return replace(train(self, trainer, watch, job), valid_loss=0.0)
+        return train(self, trainer, watch, job)
+
+    monkeypatch.setattr(Comparison, "_train", train_best)
+    for disk["full"], chosen in ((True, points[0]), (False, points[1])):
+        comparison = Comparison(experiment, tmp_path / "out")
+        comparison.estimate()
+        finish(comparison)
+        for variant in experiment.variants:
+            assert comparison.best_point(variant) == chosen
+            trained = load(comparison.folder(comparison.seed_jobs(variant)[0])).config
+            assert trained.train.lr == chosen["train.lr"]
+
+
 def test_a_moved_folder_resumes(tmp_path, monkeypatch):
     experiment = small(write_text_file(tmp_path), tune={}, seeds=(1,))
     step = Trainer.train_step

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timemix.experiments.spec import Verdict
-from timemix.experiments.table import Row, Table, judge, point_words, warnings
+from timemix.experiments.table import Row, Table, judge, point_words, verdict_rows, warnings
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word, verdict_words
 
@@ -67,7 +67,17 @@ def test_a_verdict_may_ask_for_a_step():
     assert judge(at_end, better, worse).gain["mean"] == pytest.approx(-0.95)
     assert judge(early, better, worse).gain["mean"] == pytest.approx(1.0)
     assert judge(early, better, worse).verdict == "holds"
-    assert judge(early, better, replace(worse, comparable=False)).verdict == "not run"
+    assert judge(early, better, replace(worse, text="another")).verdict == "not run"
+
+
+def test_the_seeds_of_a_verdict_are_those_of_both_variants():
+    """Runs that failed have no losses, so fewer differences give the interval."""
+    better = Row(name="better", label="better", valid_losses={1: 1.0, 2: 1.0, 3: 1.0})
+    worse = Row(name="worse", label="worse", valid_losses={1: 4.0, 2: 2.0, 3: 0.0, 4: 9.0, 5: 9.0})
+    judged = judge(Verdict("c", "better", "worse"), better, worse)
+    rows = verdict_rows(Table("t", 1, None, [1, 2, 3, 4, 5], [better, worse], [judged]))
+    assert judged.pairs == 3
+    assert rows[1][2] == "undecided (about 18 seeds would decide)"
 
 
 def test_a_verdict_may_ask_for_the_first_positions():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.commands import run_command
 from tests.helpers.published import imported
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import small_config, small_trainer, write_text_file
 from timemix.errors import AlreadyExists, DamagedFile, FileError
 from timemix.interop.export import export_run
 from timemix.interop.importing import import_run
@@ -18,6 +20,7 @@ from timemix.runs.load import load
 from timemix.storage.index import shard_name, write_index
 from timemix.storage.tensors import read_tensors, write_tensors
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
+from timemix.training.start import new_run
 
 FILES = [
     "README.md",
@@ -62,6 +65,18 @@ def test_the_files(run, tmp_path):
     assert f"the loss on the held-out text of the run is {loss:.4f} nats per token" in card
     assert 'source = "text.txt"' in card
     assert str(run.parent) not in card
+
+
+def test_the_card_of_a_fine_tuned_run_names_no_folders(run, tmp_path):
+    config = replace(small_config(write_text_file(tmp_path)), start=str(run))
+    trained = new_run(config, tmp_path / "secret/run").run()
+    export_run(trained.parent.parent, "hf", tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert 'source = "text.txt"' in card
+    settings = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+    assert "start" not in settings
+    for folder in (run.parent, tmp_path):
+        assert str(folder) not in card
 
 
 def test_imported_weights_keep_their_type(tmp_path):

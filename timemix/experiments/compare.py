@@ -264,7 +264,9 @@ class Comparison:
                 ended = same and self._whole(result, job)
             if not ended:
                 return False
-            self._known_to_have_ended.add(self.folder(job))
+            # Until tuning has ended, the best point may change, and the seeds of another point run again.
+            if self._ready(job):
+                self._known_to_have_ended.add(self.folder(job))
         return True
 
     def _whole(self, result: Result, job: Job) -> bool:

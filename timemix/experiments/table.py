@@ -45,6 +45,8 @@ class Row:
     """Error message by seed."""
     comparable: bool = True
     """Whether the variant has the same tokenizer and held-out text as the first row."""
+    text: str = ""
+    """Hashes of the tokenizer and of the held-out text."""
     by_position: dict[int, tuple[float, ...]] | None = field(default=None, metadata=OPTIONAL)
     """Held-out loss by seed, then by position in the window."""
     difference: Difference | None = None
@@ -60,6 +62,8 @@ class Judgement:
     worse: str
     gain: Difference | None
     verdict: str
+    pairs: int
+    """Number of seeds with both runs."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def _row(comparison: Comparison, variant: Variant) -> Row:
     results = {job.number: comparison.result(job) or Failure("not run") for job in comparison.seed_jobs(variant)}
     good = {seed: r for seed, r in results.items() if isinstance(r, Result)}
     tuning: list[dict[str, Any]] = []
+    corpus = comparison.corpus(variant)
     for job in comparison.tuning_jobs(variant):
         tuned = comparison.good_result(job)
         tuning.append({**comparison.point(job), "valid_loss": None if tuned is None else tuned.valid_loss})
@@ -114,13 +119,14 @@ def _row(comparison: Comparison, variant: Variant) -> Row:
         tuning=tuning,
         train_losses={seed: r.train_loss for seed, r in good.items()},
         valid_losses={seed: r.valid_loss for seed, r in good.items()},
-        valid_bits_per_byte=_bits_per_byte(good, comparison.corpus(variant)),
+        valid_bits_per_byte=_bits_per_byte(good, corpus),
         valid_at={seed: r.valid_at for seed, r in good.items()},
         tokens_per_second=statistics.median([r.tokens_per_second for r in good.values()]) if good else None,
         seconds=sum(r.seconds for r in good.values()),
         peak_memory=comparison.memory(variant),
         failed={seed: r.error for seed, r in results.items() if isinstance(r, Failure)},
         comparable=comparison.same_text(variant),
+        text=f"{corpus.tokenizer.hash} {corpus.info.valid.sha256}",
         by_position=_by_position(good) if comparison.experiment.by_position and good else None,
     )
 
@@ -145,10 +151,10 @@ def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
         better: Results of the variant with the lower loss.
         worse: Results of the variant with the higher loss.
     """
-    difference = None
-    if better.comparable == worse.comparable:
-        difference = paired_difference(_losses(better, verdict), _losses(worse, verdict))
-    return Judgement(verdict.claim, verdict.better, verdict.worse, difference, verdict_word(difference))
+    low, high = _losses(better, verdict), _losses(worse, verdict)
+    difference = paired_difference(low, high) if better.text == worse.text else None
+    pairs = len(low.keys() & high.keys())
+    return Judgement(verdict.claim, verdict.better, verdict.worse, difference, verdict_word(difference), pairs)
 
 
 def _losses(row: Row, verdict: Verdict | None = None) -> dict[int, float]:
@@ -209,7 +215,7 @@ def result_rows(table: Table) -> list[list[str]]:
 def verdict_rows(table: Table) -> list[list[str]]:
     """Return the rows of the table of verdicts as text, headings first."""
     return [["claim", "better by", "verdict"]] + [
-        [v.claim, interval(v.gain), verdict_words(v.gain, len(table.seeds))] for v in table.verdicts
+        [v.claim, interval(v.gain), verdict_words(v.gain, v.pairs)] for v in table.verdicts
     ]
 
 

@@ -217,7 +217,7 @@ The content of `run.toml` for `timemix train --config run.toml --data TEXT --out
 
 
 def _card(config: RunConfig, tokenizer: Tokenizer, progress: Progress | None, stored: StoredTensors) -> str:
-    """Return the model card. The text of the run has only its name in the card, because its path may be private."""
+    """Return the model card. Files of the run have only their names in the card, because their paths may be private."""
     model, unit = config.model, "words" if tokenizer.kind == "word" else "characters"
     parameters = sum(math.prod(shape) for shape in stored.shapes.values())
     notes = [f"Kind: `{tokenizer.kind}`, with {tokenizer.vocab_size:,} tokens."]
@@ -234,8 +234,13 @@ def _card(config: RunConfig, tokenizer: Tokenizer, progress: Progress | None, st
             f"The model does not generate the special tokens `{END_OF_TEXT}` and `{PAD}`. As inputs, they count as the"
             f" token {first_token(tokenizer)}."
         )
-    source, valid = config.data.source, config.data.valid
-    private = replace(config.data, source=Path(source).name, valid=None if valid is None else Path(valid).name)
+    source, valid, vocabulary = (
+        None if path is None else Path(path).name
+        for path in (config.data.source, config.data.valid, config.data.vocabulary)
+    )
+    data = replace(config.data, source=source or "", valid=valid, vocabulary=vocabulary)
+    # Another machine does not have the model from which the run started.
+    public = replace(config, start=None, start_state=None, data=data)
     if progress is None or progress.valid_loss is None:
         loss = "The loss of this model on a held-out text was not measured."
     else:
@@ -259,5 +264,5 @@ def _card(config: RunConfig, tokenizer: Tokenizer, progress: Progress | None, st
         tokens=min(100, model.ctx_len // 2) if _is_bounded(config) else 100,
         loss=loss,
         tokenizer=" ".join(notes),
-        settings=to_toml(replace(config, data=private)),
+        settings=to_toml(public),
     )

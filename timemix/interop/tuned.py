@@ -88,8 +88,10 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = 16.0) -> Im
         return ImportedTuning("state", len(own))
     weights = _with_terms(path, own, base, converter, alpha)
     train = replace(base.config.train, steps=0, seconds=None, tokens=None, tune="all")
-    data = DataConfig(source="", tokenizer=base.config.data.tokenizer, unknown=base.config.data.unknown)
-    save_imported(out, weights, replace(base.config, start=None, train=train, data=data), base.tokenizer)
+    old = base.config.data
+    data = DataConfig(source="", tokenizer=old.tokenizer, unknown=old.unknown, template=old.template)
+    config = replace(base.config, start=None, start_state=None, train=train, data=data)
+    save_imported(out, weights, config, base.tokenizer)
     return ImportedTuning("lora", len(own) // 2)
 
 
