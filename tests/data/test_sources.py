@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -367,8 +368,17 @@ def test_a_good_zip(serve, tmp_path):
     read = read_source("served", cache=tmp_path / "cache", progress=lines.append)
     assert (read.text, read.valid, read.name) == (TEXT, "held out", "served")
     assert lines[-1].endswith("MB")
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["text.zip"]
+    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.startswith(".")] == ["text.zip"]
     read_source("served", cache=tmp_path / "cache", encoding="utf-16")
+    assert server.asked == [None]
+
+
+def test_two_processes_download_a_text_once(serve, tmp_path):
+    content = TEXT.encode() * 1000
+    server = serve(content, sha256=sha256(content))
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda _: read_source("served", cache=tmp_path).text, range(2))
+        assert list(found) == [TEXT * 1000] * 2
     assert server.asked == [None]
 
 
@@ -414,7 +424,7 @@ def test_a_wrong_hash(serve, tmp_path):
     assert (
         f"download http://127.0.0.1:{server.server_port}/text.zip by other means and save it as {tmp_path}" in sentence
     )
-    assert list(tmp_path.iterdir()) == []
+    assert [p for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
 
 
 def test_the_first_hash_is_kept(serve, tmp_path, caplog):

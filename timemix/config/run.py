@@ -157,7 +157,8 @@ class TrainConfig:
     """Steps between text samples, printed and appended to samples.txt, at least 0
     (0: samples only at the end of the run)."""
     sample_prompts: tuple[str, ...] = ()
-    """Beginnings of the text samples, one sample for each prompt. Default: one sample that begins with a newline."""
+    """Beginnings of the text samples, one sample for each prompt. Default: one sample that begins as a document,
+    or with a newline if the vocabulary has no end-of-text token."""
     patience: int = 0
     """Number of validations without a lower loss after which training stops early, at least 0
     (0: no early stopping)."""

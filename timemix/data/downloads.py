@@ -15,6 +15,7 @@ from timemix.errors import DamagedFile, Unavailable
 from timemix.runtime.cache import cache_folder
 from timemix.runtime.progress import ShowProgress, meter
 from timemix.storage.files import write_text
+from timemix.storage.locks import claimed
 
 logger = logging.getLogger("timemix")
 
@@ -107,10 +108,19 @@ def fetch(entry: Download, cache: Path | None, progress: ShowProgress) -> Path:
         DamagedFile: The hash of the file is not the expected hash.
         Unavailable: The download failed.
     """
+    folder = cache or cache_folder()
+    if (folder / entry.file).exists():
+        return _checked(entry, folder, progress)
+    # Without the lock, two processes would append to one partial file.
+    with claimed(folder / f".{entry.file}.lock", wait=True):
+        return _checked(entry, folder, progress)
+
+
+def _checked(entry: Download, folder: Path, progress: ShowProgress) -> Path:
+    """Check the hash of a file in a folder, and download the file if it is missing or damaged."""
     import pooch
 
     pooch.get_logger().setLevel(logging.WARNING)
-    folder = cache or cache_folder()
     path = folder / entry.file
     pin = folder / f"{entry.file}.sha256"
     downloader = _Downloader(folder / f"{entry.file}.part", progress)
