@@ -238,6 +238,11 @@ def test_an_adopted_tokenizer_of_gpt2():
 
 
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+# Parts between spaces
+WORDS = [
+    {"type": "Split", "pattern": {"Regex": r" ?\S+|\s+"}, "behavior": "Isolated", "invert": False},
+    LEVEL | {"use_regex": False},
+]
 
 
 @pytest.mark.parametrize("kind", ["byte", "subword", "character"])
@@ -256,7 +261,7 @@ def test_the_end_of_text_is_a_control_token(kind):
         (train_tokenizer("character", "ab\u00e9"), "needs the 256 bytes in a vocabulary with characters outside ASCII"),
         (adopted(normalizer={"type": "NFC"}), "splits and merges text as the tokenizer of GPT-2, unlike"),
         (adopted(pre_tokenizer=LEVEL | {"add_prefix_space": True}), "as the tokenizer of GPT-2, unlike"),
-        (adopted(pre_tokenizer=LEVEL | {"use_regex": False}), "as the tokenizer of GPT-2, unlike"),
+        (adopted(pre_tokenizer={"type": "Sequence", "pretokenizers": WORDS}), "as the tokenizer of GPT-2, unlike"),
         (adopted(flags={"lstrip": True}), "as the tokenizer of GPT-2, unlike"),
     ],
 )

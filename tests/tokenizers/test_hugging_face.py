@@ -98,16 +98,17 @@ def test_a_long_text_is_cut_where_no_rule_joins(text):
     assert ours.encode(text).tolist() == made.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize(
-    "splitter",
-    [
-        pre_tokenizers.ByteLevel(add_prefix_space=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-)
-def test_rules_that_join_words_are_refused(splitter):
+def test_a_tokenizer_that_puts_a_space_before_a_text_is_cut_before_spaces():
     made = library()
-    made.pre_tokenizer = splitter
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ours = HuggingFaceTokenizer(json.loads(made.to_str()))
+    for text in ("a" * 65536 + "\nthe cat", "a" * 65536 + " the cat\nb", "the cat"):
+        assert ours.encode(text).tolist() == made.encode(text, add_special_tokens=False).ids
+
+
+def test_rules_that_join_words_are_refused():
+    made = library()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     with pytest.raises(ValueError, match="the tokens of a word depend on the words before it"):
         HuggingFaceTokenizer(json.loads(made.to_str()))
 

@@ -17,9 +17,10 @@ from timemix.tokenizers.pieces import WORD_END, pieces
 
 END_OF_TEXT = "<|endoftext|>"
 _UNUSED = "<|unused_{}|>"
-_BORDER = re.compile(r"[^\W_](?= [^\W_]|\n|[。，！？])")
+_BORDERS = (re.compile(r"[^\W_](?= [^\W_]|\n|[。，！？])"), re.compile(r"[^\W_](?= [^\W_])"))
 """A letter or digit before a space and a word, before a newline, or before a mark of Chinese. The splitting rules of
-other programs differ in punctuation, but all of them split here."""
+other programs differ in punctuation, but all of them split here. A tokenizer that puts a space before each text can be
+cut only before a space."""
 _PROBE = "one two\nthree 12 345\n6 é ä\n木 木。木，Wort！a？b"
 """Text with all kinds of borders."""
 
@@ -36,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "hugging_face"
-    border = _BORDER
+    border: re.Pattern[str]
 
     def __init__(self, document: dict[str, Any]) -> None:
         model = document["model"]
@@ -72,11 +73,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.no_padding()
         # As in all tokenizers of timemix, no word of a text becomes the end-of-text token.
         self._library.encode_special_tokens = True
-        if not all(
-            self._split(_PROBE) == self._split(_PROBE[: cut.end()]) + self._split(_PROBE[cut.end() :])
-            for cut in _BORDER.finditer(_PROBE)
-        ):
+        borders = [border for border in _BORDERS if self._splits_at(border)]
+        if not borders:
             raise ValueError("the tokens of a word depend on the words before it")
+        self.border = borders[0]
 
     def padded(self, vocab_size: int) -> "HuggingFaceTokenizer":
         """Return the tokenizer with more ids, which decode to nothing.
@@ -98,10 +98,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> tuple[np.ndarray, Counter[str]]:
         found = [np.empty(0, self.dtype)]
-        for piece in pieces([text], border=_BORDER):
+        for piece in pieces([text], border=self.border):
             documents = self._library.encode_batch_fast(piece.split(DOCUMENT_END), add_special_tokens=False)
             found.append(np.array(join_documents([each.ids for each in documents], self.end_of_text), self.dtype))
         return np.concatenate(found), Counter()
+
+    def _splits_at(self, border: re.Pattern[str]) -> bool:
+        """Return whether the tokenizer encodes the text after a border as it encodes this text alone."""
+        cuts = [match.end() for match in border.finditer(_PROBE)]
+        return all(self._split(_PROBE) == self._split(_PROBE[:cut]) + self._split(_PROBE[cut:]) for cut in cuts)
 
     def _split(self, text: str) -> list[str]:
         """Return the parts of a text that the tokenizer encodes one by one."""
