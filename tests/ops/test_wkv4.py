@@ -230,3 +230,14 @@ def test_the_choice_of_the_backend(monkeypatch):
     assert choose_backend("auto", long.float())[0] == "chunked"
     with pytest.raises(ValueError, match="backend='c' is not available: no C compiler was found; choose auto"):
         choose_backend("c", long.float())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_states_are_stored_only_for_a_backward_pass(monkeypatch, is_training):
+    given, call = [], compiled.KERNELS.call
+    monkeypatch.setattr(compiled.KERNELS, "call", lambda *arguments: (given.append(arguments), call(*arguments)))
+    arguments = [x.float().requires_grad_() for x in inputs(1, 40, 4)]
+    with torch.set_grad_enabled(is_training):
+        wkv4(**dict(zip(NAMES, arguments, strict=True)), backend="c")
+    (arguments,) = given
+    assert (arguments[4] is not None) == is_training

@@ -315,3 +315,14 @@ def test_wrong_kernels_of_fla_are_not_used(install_fla):
 def test_fla_needs_cuda():
     with pytest.raises(ValueError, match="backend='fla' is not available: .* needs cuda, not cpu; choose auto"):
         choose_backend("fla", torch.zeros(1, 100, 1, 8))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_states_are_stored_only_for_a_backward_pass(monkeypatch, is_training):
+    given, call = [], compiled.KERNELS.call
+    monkeypatch.setattr(compiled.KERNELS, "call", lambda *arguments: (given.append(arguments), call(*arguments)))
+    arguments = [x.float().requires_grad_() for x in inputs(1, 40, 1, 4)]
+    with torch.set_grad_enabled(is_training):
+        wkv6(**dict(zip(NAMES, arguments, strict=True)), backend="c")
+    (arguments,) = given
+    assert (arguments[4] is not None) == is_training

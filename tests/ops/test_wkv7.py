@@ -361,3 +361,14 @@ def test_kernels_whose_gradients_are_not_a_number_are_not_used():
     assert common.library.difference(right, right, given, weights) is None
     broken = common.library.difference(lambda r, state, resets: Broken.apply(r, state), right, given, weights)
     assert "differ by nan" in broken
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_states_are_stored_only_for_a_backward_pass(monkeypatch, is_training):
+    given, call = [], compiled.KERNELS.call
+    monkeypatch.setattr(compiled.KERNELS, "call", lambda *arguments: (given.append(arguments), call(*arguments)))
+    arguments = [x.float().requires_grad_() for x in inputs(1, 40, 1, 4)]
+    with torch.set_grad_enabled(is_training):
+        wkv7(**dict(zip(NAMES, arguments, strict=True)), backend="c")
+    (arguments,) = given
+    assert (arguments[4] is not None) == is_training

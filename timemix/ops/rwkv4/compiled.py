@@ -49,7 +49,8 @@ def compiled_wkv4(
         y (B, T, C), and the state after the valid tokens.
     """
     apply: Any = _Compiled.apply
-    y, end = apply(state, lengths, resets, *(x.contiguous() for x in (w, u, k, v)))
+    # PyTorch runs the forward pass of a function without gradients, so `torch.is_grad_enabled` is False inside it.
+    y, end = apply(torch.is_grad_enabled(), state, lengths, resets, *(x.contiguous() for x in (w, u, k, v)))
     return y, end
 
 
@@ -71,14 +72,15 @@ def _inputs(inputs: tuple[Tensor, ...], lengths: Tensor, resets: Tensor | None) 
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, lengths: Tensor, resets: Tensor | None, *inputs: Tensor
+        ctx: Any, is_training: bool, state: Tensor, lengths: Tensor, resets: Tensor | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         k = inputs[2]
         lengths, resets = lengths.long().contiguous(), None if resets is None else resets.contiguous()
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(k), state.clone(memory_format=torch.contiguous_format)
         B, T, C = k.shape
-        starts = k.new_empty(B, -(-T // CHUNK), 3, C) if any(ctx.needs_input_grad) else None
+        is_kept = is_training and any(ctx.needs_input_grad)
+        starts = k.new_empty(B, -(-T // CHUNK), 3, C) if is_kept else None
         KERNELS.call("timemix_wkv4", _inputs(inputs, lengths, resets), end, y, starts)
         ctx.save_for_backward(*inputs, starts, lengths, resets)
         return y, end
@@ -98,4 +100,4 @@ class _Compiled(torch.autograd.Function):
         addresses = _Gradients(*(x.data_ptr() for x in (dk, dv, dw, du)))
         given = _inputs(tuple(inputs), lengths, resets)
         KERNELS.call("timemix_wkv4_back", given, starts, dy.contiguous(), d_state, addresses)
-        return d_state, None, None, dw.sum(0), du.sum(0), dk, dv
+        return None, d_state, None, None, dw.sum(0), du.sum(0), dk, dv

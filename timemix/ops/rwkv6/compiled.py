@@ -52,7 +52,8 @@ def compiled_wkv6(
         y (B, T, H, N), and the state after these tokens.
     """
     apply: Any = _Compiled.apply
-    y, end = apply(state, resets, *(x.contiguous() for x in (r, w, k, v, u)))
+    # PyTorch runs the forward pass of a function without gradients, so `torch.is_grad_enabled` is False inside it.
+    y, end = apply(torch.is_grad_enabled(), state, resets, *(x.contiguous() for x in (r, w, k, v, u)))
     return y, end
 
 
@@ -83,12 +84,14 @@ def _starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, state: Tensor, resets: Tensor | None, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, is_training: bool, state: Tensor, resets: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
         resets = None if resets is None else resets.contiguous()
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
         starts, scratch = _starts_and_scratch(end, y.shape[1])
-        kept = starts if any(ctx.needs_input_grad) else None
+        kept = starts if is_training and any(ctx.needs_input_grad) else None
         KERNELS.call("timemix_wkv6", _inputs(inputs, resets), end, y, kept, scratch)
         ctx.save_for_backward(*inputs, kept, resets)
         return y, end
@@ -104,4 +107,4 @@ class _Compiled(torch.autograd.Function):
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
         KERNELS.call("timemix_wkv6_back", given, starts, dy.contiguous(), d_state, addresses, scratch)
-        return d_state, None, *(x if x.ndim == 4 else x.sum(0) for x in gradients)
+        return None, d_state, None, *(x if x.ndim == 4 else x.sum(0) for x in gradients)

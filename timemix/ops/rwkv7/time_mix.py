@@ -101,7 +101,8 @@ def time_mix(
     given = (each if each is None else each.contiguous() for each in products)
     numbers = (each if each is None else each.float().flatten().contiguous() for each in vectors)
     optional = (each if each is None else each.contiguous() for each in (first, resets))
-    y, end = apply(eps, state, *optional, *given, *numbers)
+    # PyTorch runs the forward pass of a function without gradients, so `torch.is_grad_enabled` is False inside it.
+    y, end = apply(torch.is_grad_enabled(), eps, state, *optional, *given, *numbers)
     return y, end
 
 
@@ -140,13 +141,19 @@ class _TimeMix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, eps: float, state: Tensor, first: Tensor | None, resets: Tensor | None, *tensors: Any
+        ctx: Any,
+        is_training: bool,
+        eps: float,
+        state: Tensor,
+        first: Tensor | None,
+        resets: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor]:
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(products.key), state.clone(memory_format=torch.contiguous_format)
         starts, scratch = starts_and_scratch(end, y.shape[1])
-        kept = starts if any(ctx.needs_input_grad) else None
+        kept = starts if is_training and any(ctx.needs_input_grad) else None
         given = _inputs(eps, end, first, resets, products), _Vectors(*_addresses(*vectors))
         KERNELS.call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
         ctx.eps = eps
@@ -166,4 +173,4 @@ class _TimeMix(torch.autograd.Function):
         given = _inputs(ctx.eps, d_state, first, resets, products), _Vectors(*_addresses(*vectors))
         found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
         KERNELS.call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)
-        return None, d_state, gradients.pop(), None, *gradients, *(None if x is None else x.sum(0) for x in sums)
+        return None, None, d_state, gradients.pop(), None, *gradients, *(None if x is None else x.sum(0) for x in sums)
