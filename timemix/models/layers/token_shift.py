@@ -93,7 +93,7 @@ class TokenShift(nn.Module):
         rows = torch.cat([state, x.to(state.dtype)], dim=1)
         D = self.distance
         parts = [rows[:, D - d : D - d + T, a:b] for d, (a, b) in enumerate(self.groups[:D], 1)]
-        shifted = torch.cat([*parts, x[:, :, self.shifted :]], dim=-1)
+        shifted = torch.cat([*parts, x[:, :, self.shifted :]], dim=-1).to(x.dtype)
         if lengths is None:
             # A view would keep all rows in memory.
             return shifted, rows[:, T:].clone()
