@@ -261,6 +261,7 @@ def test_seeds_run_again_when_a_repeated_tuning_run_chooses_another_point(tmp_pa
     def train_best(self, trainer, watch, job):
         if job.tuning and self.point(job) == points[1]:
             if disk["full"]:
+                trainer.lock.release()
                 raise CannotWrite("no space left")
             return replace(train(self, trainer, watch, job), valid_loss=0.0)
         return train(self, trainer, watch, job)
