@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.operators import stores_states
 from tests.helpers.tiers import examples, slow
 from timemix.ops.rwkv4 import BACKENDS, choose_backend, compiled, wkv4
 from timemix.ops.rwkv4.api import empty_state
@@ -234,10 +235,5 @@ def test_the_choice_of_the_backend(monkeypatch):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_states_are_stored_only_for_a_backward_pass(monkeypatch, is_training):
-    given, call = [], compiled.KERNELS.call
-    monkeypatch.setattr(compiled.KERNELS, "call", lambda *arguments: (given.append(arguments), call(*arguments)))
-    arguments = [x.float().requires_grad_() for x in inputs(1, 40, 4)]
-    with torch.set_grad_enabled(is_training):
-        wkv4(**dict(zip(NAMES, arguments, strict=True)), backend="c")
-    (arguments,) = given
-    assert (arguments[4] is not None) == is_training
+    arguments = dict(zip(NAMES, inputs(1, 40, 4), strict=True))
+    assert stores_states(monkeypatch, compiled.KERNELS, wkv4, arguments, is_training) == is_training

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.helpers.operators import stores_states
 from tests.helpers.tiers import examples, slow
 from timemix.ops import common
 from timemix.ops.rwkv7 import BACKENDS, choose_backend, compiled, library, wkv7
@@ -365,10 +366,5 @@ def test_kernels_whose_gradients_are_not_a_number_are_not_used():
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_states_are_stored_only_for_a_backward_pass(monkeypatch, is_training):
-    given, call = [], compiled.KERNELS.call
-    monkeypatch.setattr(compiled.KERNELS, "call", lambda *arguments: (given.append(arguments), call(*arguments)))
-    arguments = [x.float().requires_grad_() for x in inputs(1, 40, 1, 4)]
-    with torch.set_grad_enabled(is_training):
-        wkv7(**dict(zip(NAMES, arguments, strict=True)), backend="c")
-    (arguments,) = given
-    assert (arguments[4] is not None) == is_training
+    arguments = dict(zip(NAMES, inputs(1, 40, 1, 4), strict=True))
+    assert stores_states(monkeypatch, compiled.KERNELS, wkv7, arguments, is_training) == is_training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.models.language_model import LanguageModel
+from timemix.models.layers.mixtures import wide
 
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "bfloat16", "int8", "int4")
@@ -44,7 +45,7 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
         integers (outputs, inputs) int8, -127 to 127, and scale (outputs,).
     """
     # In bfloat16, a quotient near 127 would be rounded to 128, which int8 does not have.
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(weight)
     # The clamp avoids a division by 0 for an output whose weights are all 0.
     scale = weight.abs().amax(1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
