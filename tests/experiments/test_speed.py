@@ -111,10 +111,23 @@ def test_what_is_measured_is_not_measured_again(counted, tmp_path):
         run_speed(other, tmp_path / "out", lines.append)
 
 
+def test_a_folder_belongs_to_one_device(counted, tmp_path):
+    path = tmp_path / "out" / "experiment.json"
+    run_speed(EXPERIMENT, tmp_path / "out", lambda line: None, device="cpu")
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"device": "cuda"}))
+    with pytest.raises(FileError, match=r"different: device\)"):
+        run_speed(EXPERIMENT, tmp_path / "out", lambda line: None, device="cpu")
+    # A folder of an earlier version does not name its device.
+    del written["device"]
+    path.write_text(json.dumps(written))
+    run_speed(EXPERIMENT, tmp_path / "out", lambda line: None, device="cpu")
+
+
 def test_other_failures_are_measured_again_and_decide_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "measure_training", lambda config, steps: StepFailure("illegal memory access"))
     table = to_json(run_speed(EXPERIMENT, tmp_path / "out", lambda line: None))
-    assert {v["verdict"] for v in table["verdicts"]} == {"not run"}
+    assert {v["verdict"] for v in table["verdicts"]} == {"not compared"}
     assert json.loads((tmp_path / "out" / "measurements.json").read_text()) == {}
     with pytest.raises(Unavailable, match="device 'cuda:99'"):
         run_speed(EXPERIMENT, tmp_path / "other", lambda line: None, device="cuda:99")

@@ -51,7 +51,7 @@ def test_what_all_variants_share_cancels(noise, gain):
         ({"mean": -1, "low": -2, "high": -0.1}, "does not hold"),
         ({"mean": 1, "low": -0.1, "high": 2}, "undecided"),
         ({"mean": 1, "low": None, "high": None}, "undecided"),
-        (None, "not run"),
+        (None, "not compared"),
     ],
 )
 def test_a_verdict_follows_from_its_interval(gain, word):
@@ -67,7 +67,7 @@ def test_a_verdict_may_ask_for_a_step():
     assert judge(at_end, better, worse).gain["mean"] == pytest.approx(-0.95)
     assert judge(early, better, worse).gain["mean"] == pytest.approx(1.0)
     assert judge(early, better, worse).verdict == "holds"
-    assert judge(early, better, replace(worse, text="another")).verdict == "not run"
+    assert judge(early, better, replace(worse, text="another")).verdict == "not compared"
 
 
 def test_the_seeds_of_a_verdict_are_those_of_both_variants():
@@ -107,7 +107,8 @@ def test_limits_of_the_comparison_are_reported():
             failed=dict(failed),
             chosen={"train.lr": lr},
             tuning=tuning,
-            comparable=label != "c",
+            text="another" if label == "c" else "",
+            chosen_precision={"a": {1: "float32"}, "b": {1: "bfloat16", 2: "float32"}}.get(label, {}),
         )
 
     rows = [row("a", 1000, 2e-3), row("b", 1020, 4e-3), row("c", None, 2e-3, {3: "no"})]
@@ -115,6 +116,8 @@ def test_limits_of_the_comparison_are_reported():
     assert said == [
         "Variant 'c', seed 3, failed: no",
         "Variant 'c' has another held-out text or tokenizer, so its losses are not compared.",
+        "Some runs use bfloat16 and others float32, because train.precision is auto and the processors differ; set"
+        " train.precision to compare the runs in one precision.",
         "Variant 'b' has 2.0% more parameters than the first variant.",
         "The best train.lr of variant 'b', 0.004, is at the edge of the grid; widen the grid.",
     ]
@@ -147,5 +150,5 @@ def test_an_undecided_verdict_says_how_many_seeds_would_decide():
     small = paired_difference(dict.fromkeys(values, 0.0), {seed: x - 0.99 for seed, x in values.items()})
     assert verdict_words(small, 3) == "undecided (more than 200 seeds would decide)"
     assert verdict_words(paired_difference({1: 0.0}, {1: 1.0}), 1) == "undecided"
-    assert verdict_words(None, 3) == "not run"
+    assert verdict_words(None, 3) == "not compared"
     assert verdict_words({"mean": 1.0, "low": 0.5, "high": 1.5}, 3) == "holds"

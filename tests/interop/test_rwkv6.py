@@ -7,9 +7,11 @@ from torch.nn import functional as F
 import timemix
 from tests.helpers.original_code import Golden
 from timemix.errors import DamagedFile, InvalidValue
+from timemix.generation.decode import build_step
 from timemix.interop.export import export_run
 from timemix.interop.importing import import_run
 from timemix.interop.published import read_published
+from timemix.models.rwkv6.decode import Rwkv6Step
 from timemix.tokenizers.make import train_tokenizer
 
 ARCHS = ("rwkv5", "rwkv6")
@@ -175,6 +177,9 @@ def test_early_versions_load_and_generate(version, dtype, tmp_path):
     assert loaded.config.model.without == (() if version == "5.1" else ("gate",))
     tokens = torch.arange(12) * 7 % 30
     found = loaded.model(tokens[None])[0][0]
+    torch.testing.assert_close(found.double(), early_logits(weights, tokens), atol=2e-5, rtol=0)
+    step = build_step(loaded.model, backend="compiled" if Rwkv6Step.library()[0] else "auto")
+    found, _ = step(tokens, loaded.model.init_state(1), torch.tensor([0]), torch.tensor([12]), torch.arange(12))
     torch.testing.assert_close(found.double(), early_logits(weights, tokens), atol=2e-5, rtol=0)
     texts = timemix.generate(loaded, loaded.tokenizer.decode(tokens), tokens=5)
     assert len(texts[0]) == 5

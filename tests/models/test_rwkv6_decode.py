@@ -25,6 +25,7 @@ SIZES = {
     "narrow hidden": {"ffn_ratio": 0.1},
 }
 VARIANTS = {f"{arch} {name}": (arch, fields) for arch in ARCHS for name, fields in SIZES.items()} | {
+    "rwkv5 without a gate, as RWKV-5.0": ("rwkv5", {"without": ("gate",)}),
     "rwkv6 odd ranks": ("rwkv6", {"mixture_rank": 5, "decay_rank": 3}),
     "rwkv6 wide ranks": ("rwkv6", {"mixture_rank": 70, "decay_rank": 33}),
 }

@@ -155,10 +155,6 @@ class Comparison:
         """Return the tokens of a variant, for its tuning runs or for its runs with seeds."""
         return self._texts.of(variant, tuning)[1]
 
-    def same_text(self, variant: Variant) -> bool:
-        """Return whether a variant has the same tokenizer and held-out text as the first variant."""
-        return self._texts.are_same(variant, self.experiment.variants[0])
-
     def config(self, job: Job) -> RunConfig:
         """Return the config of a job's run, with the prepared folder as source."""
         seed = TUNING_SEED if job.tuning else job.number
@@ -335,6 +331,7 @@ class Comparison:
             parameters=sum(p.numel() for p in trainer.model.parameters()),
             train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
             valid_loss=trainer.validation.loss,
+            precision=trainer.precision,
             valid_at={str(row.get("step")): row["valid_loss"] for row in rows if is_number(row.get("valid_loss"))},
         )
         if self.experiment.by_position and not job.tuning:

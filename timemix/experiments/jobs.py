@@ -40,6 +40,8 @@ class Result:
     """Held-out loss by position in the window, None unless the experiment sets `by_position`."""
     key: str | None = field(default=None, metadata=OPTIONAL)
     """Hash that identifies the run."""
+    precision: str | None = field(default=None, metadata=OPTIONAL)
+    """Precision of matrix products, None in a result of an earlier version."""
     taken_from: str | None = field(default=None, metadata=OPTIONAL)
     """Original run folder of a run that was copied from another comparison, None for a trained run."""
 

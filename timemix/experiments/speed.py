@@ -92,11 +92,11 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
         FileError: The folder `out` has another experiment, or a file is damaged or cannot be written.
         Unavailable: The machine lacks the device.
     """
-    choose_device(device)
+    found_device, _ = choose_device(device)
     with claimed(out / ".lock") as mine:
         if not mine:
             raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
-        _check_folder(experiment, out)
+        _check_folder(experiment, found_device.type, out)
         path = out / "measurements.json"
         found = _measured_before(path) if path.exists() else {}
         for round_ in range(experiment.rounds):
@@ -123,14 +123,16 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
     return table
 
 
-def _check_folder(experiment: SpeedExperiment, out: Path) -> None:
+def _check_folder(experiment: SpeedExperiment, device: str, out: Path) -> None:
     path = out / "experiment.json"
-    ours = json.loads(json.dumps(asdict(experiment)))
+    ours = json.loads(json.dumps(asdict(experiment) | {"device": device}))
     if not path.exists():
         write_text(path, json.dumps(ours, indent=1))
         return
-    theirs = read_json(path)
-    differ = [n for n in ("variants", "ctx_lens", "tokens", "preset", "base", "vocab_size") if theirs.get(n) != ours[n]]
+    # Earlier versions did not record the device.
+    theirs = {"device": device} | read_json(path)
+    fields = ("variants", "ctx_lens", "tokens", "preset", "base", "vocab_size", "device")
+    differ = [name for name in fields if theirs.get(name) != ours[name]]
     if differ:
         raise FileError(f"{out} has another experiment (different: {', '.join(differ)}); choose another folder")
 

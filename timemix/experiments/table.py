@@ -43,8 +43,8 @@ class Row:
     """Peak memory of a training step, in bytes."""
     failed: dict[int, str] = field(default_factory=dict)
     """Error message by seed."""
-    comparable: bool = True
-    """Whether the variant has the same tokenizer and held-out text as the first row."""
+    chosen_precision: dict[int, str] = field(default_factory=dict)
+    """Precision by seed that `train.precision = "auto"` chose; empty for another value of `train.precision`."""
     text: str = ""
     """Hashes of the tokenizer and of the held-out text."""
     by_position: dict[int, tuple[float, ...]] | None = field(default=None, metadata=OPTIONAL)
@@ -90,7 +90,7 @@ def build_table(comparison: Comparison) -> Table:
     first, *others = [_row(comparison, variant) for variant in experiment.variants]
     rows = [first]
     for row in others:
-        difference = paired_difference(_losses(first), _losses(row)) if row.comparable else None
+        difference = paired_difference(_losses(first), _losses(row)) if row.text == first.text else None
         rows.append(replace(row, difference=difference))
     by_name = {row.name: row for row in rows}
     return Table(
@@ -125,7 +125,7 @@ def _row(comparison: Comparison, variant: Variant) -> Row:
         seconds=sum(r.seconds for r in good.values()),
         peak_memory=comparison.memory(variant),
         failed={seed: r.error for seed, r in results.items() if isinstance(r, Failure)},
-        comparable=comparison.same_text(variant),
+        chosen_precision=_chosen_precision(comparison, variant, good),
         text=f"{corpus.tokenizer.hash} {corpus.info.valid.sha256}",
         by_position=_by_position(good) if comparison.experiment.by_position and good else None,
     )
@@ -136,6 +136,12 @@ def _bits_per_byte(good: dict[int, Result], corpus: Corpus) -> dict[int, float]:
     return {seed: each for seed, each in bits.items() if each is not None}
 
 
+def _chosen_precision(comparison: Comparison, variant: Variant, good: dict[int, Result]) -> dict[int, str]:
+    if comparison.config(comparison.seed_jobs(variant)[0]).train.precision != "auto":
+        return {}
+    return {seed: r.precision for seed, r in good.items() if r.precision is not None}
+
+
 def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
     return {seed: r.by_position for seed, r in good.items() if r.by_position is not None}
 
@@ -143,8 +149,8 @@ def _by_position(good: dict[int, Result]) -> dict[int, tuple[float, ...]]:
 def judge(verdict: Verdict, better: Row, worse: Row) -> Judgement:
     """Test the claim that the variant `worse` has a higher held-out loss than the variant `better`.
 
-    The verdict is "holds", "does not hold", "undecided" or "not run". Variants with different tokenizers or held-out
-    texts are not compared.
+    The verdict is "holds", "does not hold", "undecided" or "not compared". Variants with different tokenizers or
+    held-out texts are not compared.
 
     Args:
         verdict: The claim.
@@ -263,8 +269,14 @@ def warnings(table: Table) -> list[str]:
     said += [
         f"Variant {row.label!r} has another held-out text or tokenizer, so its losses are not compared."
         for row in table.variants
-        if not row.comparable
+        if row.text != table.variants[0].text
     ]
+    precisions = sorted({each for row in table.variants for each in row.chosen_precision.values()})
+    if len(precisions) > 1:
+        said.append(
+            f"Some runs use {' and others '.join(precisions)}, because train.precision is auto and the processors differ;"
+            " set train.precision to compare the runs in one precision."
+        )
     counts = [row.parameters for row in table.variants if row.parameters]
     for row in table.variants:
         if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:

@@ -52,11 +52,6 @@ class Texts:
         """Return the prepared folder of a variant and its tokens, for tuning runs or for runs with seeds."""
         return self._open[self._configs[variant.name]][tuning]
 
-    def are_same(self, one: Variant, other: Variant) -> bool:
-        """Return whether two variants have the same tokenizer and held-out text."""
-        (_, a), (_, b) = self.of(one), self.of(other)
-        return (a.tokenizer.hash, a.info.valid.sha256) == (b.tokenizer.hash, b.info.valid.sha256)
-
 
 def common_beginning(corpora: Sequence[Corpus]) -> str:
     """Return the beginning of the first held-out text, up to the first character that a vocabulary lacks.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timemix.errors import InvalidValue
+from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.quantize import WEIGHTS, Weights, at_least_int8
@@ -91,13 +92,23 @@ class CompiledStep:
         Returns:
             The reason; None if the step can run.
         """
-        if without := getattr(model.config, "without", ()):
+        if without := cls.lacking(model.config):
             return f"the compiled step is for whole models, not for a model without {', '.join(without)}"
         dtype = model.head.weight.dtype
         if model.device.type != "cpu" or not (dtype == torch.float32 or (model.is_mapped and dtype in _STORED)):
             return f"the compiled step is for float32 on the CPU, not {dtype} on {model.device.type}"
         found, reason = cls.library()
         return None if found else reason
+
+    @classmethod
+    def lacking(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Return the names of the parts that this step needs and a model lacks.
+
+        Args:
+            config: Settings of the model.
+        """
+        without: tuple[str, ...] = getattr(config, "without", ())
+        return without
 
     def layer_fields(self, block: Block) -> dict[str, Any]:
         """Return the fields of the C structure of a layer, except the state.

@@ -83,10 +83,11 @@ def verdict_word(gain: Difference | None) -> str:
     """Return the verdict on a claim that a difference is positive.
 
     The verdict is "holds" if the whole interval is above 0, "does not hold" if the whole interval is below 0, and
-    "undecided" if the interval contains 0 or does not exist. Without a difference, the verdict is "not run".
+    "undecided" if the interval contains 0 or does not exist. Without a difference, the verdict is "not
+    compared".
     """
     if gain is None:
-        return "not run"
+        return "not compared"
     if gain["low"] is None or gain["high"] is None or gain["low"] <= 0 <= gain["high"]:
         return "undecided"
     return "holds" if gain["low"] > 0 else "does not hold"

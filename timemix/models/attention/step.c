@@ -10,8 +10,8 @@
    key/value heads: query head h reads key/value head h G / H.
 
    A call processes pieces of consecutive tokens (step.h). All rows are multiplied by the weights together (panels.h).
-   Only token-shift and attention connect the rows of a piece. Weights are float32, bfloat16, or int8 with a scale for
-   each output. All other numbers are float32.
+   Only token-shift and attention connect the rows of a piece. All numbers but the weights of linear maps are
+   float32.
 
    The order in which a number of a row is summed depends only on the position of the row. So each result is
    bit-identical for any division of texts into pieces, and for any other texts, slots or threads. */

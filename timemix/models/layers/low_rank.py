@@ -35,8 +35,8 @@ class LowRank(nn.Module):
         return (hidden if self.act is None else self.act(hidden)) @ self.up_weight
 
 
-class LowRankLogits(LowRank):
-    """A low-rank map with a bias, whose results are arguments of a sigmoid."""
+class LowRankWithBias(LowRank):
+    """A low-rank map with a bias, which the caller adds to the result of `forward` in at least float32."""
 
     def __init__(self, channels: int, rank: int, act: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(channels, rank, act)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from timemix.models.compiled_step import CompiledStep
+from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.layers.block import Block
 from timemix.models.layers.low_rank import LowRank
@@ -52,7 +53,7 @@ class Rwkv6Step(CompiledStep):
     """The compiled decode step of rwkv5 and rwkv6."""
 
     source = Path(__file__).with_name("step.c")
-    # wkv6.h gives the reason.
+    # exp.h gives the reason.
     flags = ("-fno-associative-math",)
     layer_type, model_type = _Layer, _Model
 
@@ -64,6 +65,11 @@ class Rwkv6Step(CompiledStep):
             return f"the compiled step needs a head size of at most {MOST}"
         return super().hindrance(model)
 
+    @classmethod
+    def lacking(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Return the names of the parts that this step needs and a model lacks. RWKV-5.0 has no gate."""
+        return tuple(p for p in super().lacking(config) if p != "gate" or isinstance(config, Rwkv6Config))
+
     def layer_fields(self, block: Block) -> dict[str, Any]:
         """Return the weights of a block."""
         block = cast(Rwkv5Block, block)
@@ -73,7 +79,7 @@ class Rwkv6Step(CompiledStep):
             "mixer_norm": given.norm(block.mixer_norm),
             "ffn_norm": given.norm(block.ffn_norm),
             "head_norm": (given.vector(mixer.norm_weight), given.vector(mixer.norm_bias)),
-            **{name: given.linear(getattr(mixer, name)) for name in _MIXER},
+            **{name: given.linear(linear) for name in _MIXER if (linear := getattr(mixer, name)) is not None},
             **{f"ffn_{name}": given.linear(getattr(ffn, name)) for name in _FFN},
             "bonus": given.vector(mixer.bonus),
         }
@@ -95,7 +101,7 @@ class Rwkv6Step(CompiledStep):
         given = self.parameters
         # In bfloat16, 1 - x would be rounded.
         return {
-            "mix": (None, *(given.vector(1 - mixer.mix[name].float()) for name in MIXED_6[1:])),
+            "mix": tuple(given.vector(1 - mixer.mix[n].float()) if n in mixer.mix else None for n in MIXED_6),
             "ffn_mix": tuple(given.vector(1 - ffn.mix[name].float()) for name in FFN_MIXED),
             "decay": given.vector(-mixer.decay.float().exp()),
         }

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear, to_product_dtype
-from timemix.models.layers.low_rank import LowRank, LowRankLogits
+from timemix.models.layers.low_rank import LowRank, LowRankWithBias
 from timemix.models.layers.mixtures import interpolated, learned, normed_mixtures, shares, wide
 from timemix.models.layers.receptance_mix import MIXED as FFN_MIXED
 from timemix.models.layers.receptance_mix import ReceptanceChannelMix
@@ -165,7 +165,7 @@ class TimeMix6(TimeMix):
         self.first_mix = nn.Parameter(torch.zeros(C)) if mapped else None
         self.mix_maps = nn.ModuleDict({name: LowRank(C, R, torch.tanh) for name in mapped})
         # A map of rank 0 gives 0, which leaves the bias.
-        self.decay = LowRankLogits(C, config.decay_rank if config.uses("token_decay") else 0, torch.tanh)
+        self.decay = LowRankWithBias(C, config.decay_rank if config.uses("token_decay") else 0, torch.tanh)
 
     def mixtures(
         self, norm: LayerNorm, x: Tensor, state: Tensor | None, lengths: Tensor | None, resets: Tensor | None

@@ -33,7 +33,7 @@
 /* The mixtures of a time-mix, in the order of MIXED_6 in model.py. rwkv5 has no DECAY. */
 enum mixture { DECAY, KEY, VALUE, RECEPTANCE, GATE, MIXTURES };
 
-/* Weights and state of a layer. In rwkv5, first_mix and the low-rank maps are NULL. */
+/* Weights and state of a layer. In rwkv5, first_mix and the low-rank maps are NULL. RWKV-5.0 has no gate. */
 typedef struct {
     const float *mixer_norm[2], *ffn_norm[2], *head_norm[2];             /* {weight, bias} (C,) */
     const float *first_mix, *mix[MIXTURES], *ffn_mix[2];      /* (C,): share of the previous token */
@@ -135,7 +135,7 @@ static void before_wkv6(int64_t N, const model *m, const layer *l, const rows *w
         for (int64_t n = 0; n < N; n++) own[n] = -expf(own[n]);
         decay = own;
     }
-    wkv6_decay(N, decay, x->c + t * N, x->m + t * N);
+    exp_factors(N, decay, x->c + t * N, x->m + t * N);
 #pragma omp simd reduction(+ : p)
     for (int64_t n = 0; n < N; n++) p += r[n] * u[n] * k[n];
     for (int64_t n = 0; n < N; n++) y[n] = p * v[n];
@@ -167,9 +167,9 @@ static void time_mix(const model *m, const layer *l, const batch *b, const rows 
 
 /* x += output(time-mix of the mixtures of z). */
 static void mixer(const model *m, const layer *l, const batch *b, const rows *w) {
-    const int64_t count = b->first[b->pieces], C = m->common.channels;
+    const int64_t count = b->first[b->pieces], C = m->common.channels, fixed = (l->gate.weight ? MIXTURES : GATE) - KEY;
     if (l->first_mix) learned_mixtures(m, l, b, w);
-    else norm_mix(&m->common, b, l->mixer_norm, w->x, w->z, l->mix + KEY, MIXTURES - KEY, w->in + KEY, l->mixer_shift);
+    else norm_mix(&m->common, b, l->mixer_norm, w->x, w->z, l->mix + KEY, fixed, w->in + KEY, l->mixer_shift);
     multiply(&l->receptance, w->in[RECEPTANCE], w->r, count);
     multiply(&l->key, w->in[KEY], w->k, count);
     multiply(&l->value, w->in[VALUE], w->v, count);

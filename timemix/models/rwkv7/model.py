@@ -17,7 +17,7 @@ from timemix.models.layers.activations import relu2
 from timemix.models.layers.block import Block, Kept, Model, Recipe, Tensors
 from timemix.models.layers.l2wrap import l2wrap
 from timemix.models.layers.linear import LayerNorm, Linear
-from timemix.models.layers.low_rank import LowRank, LowRankLogits
+from timemix.models.layers.low_rank import LowRank, LowRankWithBias
 from timemix.models.layers.mixtures import learned, normed_mixtures, shares, wide
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.initial import set_initial_values
@@ -76,9 +76,9 @@ class TimeMix(nn.Module):
         self.value = Linear(C, C, bias=False)
         self.output = Linear(C, C, bias=False)
         # A map of rank 0 gives 0, which leaves the bias.
-        self.decay = LowRankLogits(C, ranks["decay"] if config.uses("token_decay") else 0, torch.tanh)
-        self.rate = LowRankLogits(C, ranks["rate"]) if has_delta else None
-        self.residual = LowRankLogits(C, ranks["residual"]) if layer and config.uses("value_residual") else None
+        self.decay = LowRankWithBias(C, ranks["decay"] if config.uses("token_decay") else 0, torch.tanh)
+        self.rate = LowRankWithBias(C, ranks["rate"]) if has_delta else None
+        self.residual = LowRankWithBias(C, ranks["residual"]) if layer and config.uses("value_residual") else None
         self.gate = LowRank(C, ranks["gate"], torch.sigmoid) if config.uses("gate") else None
         self.removal = nn.Parameter(torch.zeros(C)) if has_delta else None
         self.replacement = nn.Parameter(torch.zeros(C)) if has_delta else None
@@ -133,7 +133,7 @@ class TimeMix(nn.Module):
         bias = None if self.residual is None else self.residual.bias
         # A whole model, which has all vectors; a model without an idea runs in PyTorch.
         own: tuple[Any, ...] = (self.removal, self.replacement, self.bonus, self.norm_weight, self.norm_bias)
-        vectors = Vectors(self.decay.bias, cast(LowRankLogits, self.rate).bias, bias, *own)
+        vectors = Vectors(self.decay.bias, cast(LowRankWithBias, self.rate).bias, bias, *own)
         y, end = time_mix(products, vectors, first, start, self.config.group_norm_eps, resets)
         return y, None if wkv is None else end
 

@@ -4,8 +4,8 @@
    compiled without -ffinite-math-only. The C library then declares no vectorized expf, and one call of expf for each
    number would be slow.
 
-   The decode steps use expf and sigmoid. The decode steps are compiled with all of -ffast-math, so the compiler calls
-   the vectorized expf. */
+   The decode steps are compiled with -ffinite-math-only, so the compiler calls the vectorized expf. They use expf and
+   sigmoid, and the series only in code that they share with the training kernels. */
 
 #ifndef TIMEMIX_EXP_H
 #define TIMEMIX_EXP_H
@@ -25,8 +25,8 @@ INLINE float exp_rest(float x, float *power) {
     return r * (1 + r * (0.5f + r * (1.f / 6 + r * high)));
 }
 
-/* exp(x), by a Taylor series of exp(r) to r^7. x is clamped to at least -87. Up to x = 88, the relative error is 3e-7 with fused multiply-add and 4e-6
-   without fused multiply-add. */
+/* exp(x), by a Taylor series of exp(r) to r^7. x is clamped to at least -87. Up to x = 88, the relative error is 3e-7
+   with fused multiply-add and 4e-6 without fused multiply-add. */
 INLINE float exp_series(float x) {
     float power;
     const float rest = exp_rest(x, &power);
@@ -38,6 +38,19 @@ INLINE float expm1_series(float x) {
     float power;
     const float rest = exp_rest(x, &power);
     return (power - 1) + rest * power;
+}
+
+/* The factors c and m (N,) for which c S + m S is exp(w) S, from log-decays w (N,). For w above -ln 2, c = 1 and
+   m = exp(w) - 1, because the rounding error of a factor near 1 would be equal at every token, and add up. Otherwise
+   c = 0 and m = exp(w), because small factors would lose their digits in 1 + m. A file that uses c and m is compiled
+   without -fassociative-math, which would replace c S + m S by (c + m) S. */
+INLINE void exp_factors(int64_t N, const float *w, float *c, float *m) {
+#pragma omp simd
+    for (int64_t j = 0; j < N; j++) {
+        const int near = w[j] > -0.69314718f;
+        c[j] = near ? 1 : 0;
+        m[j] = near ? expm1_series(w[j]) : exp_series(w[j]);
+    }
 }
 
 /* sigmoid(x), where x is clamped to at least -60 so that exp(-x) stays in range. */

@@ -1,7 +1,8 @@
 /* Parts of the training kernels of recurrences whose state is a matrix per head: sizes, memory and division into tasks.
 
    Inside the kernels, a state is (keys N, values P), where P is N padded to a multiple of 16. A file that includes this
-   header defines CHUNK, the number of tokens between stored states, and ARRAYS, the number of arrays (P,) of a thread. */
+   header is compiled with CHUNK, the number of tokens between stored states, and ARRAYS, the number of arrays (P,) of a
+   thread: for the tokens of a chunk, and for gradients. */
 
 #ifndef TIMEMIX_HEADS_H
 #define TIMEMIX_HEADS_H

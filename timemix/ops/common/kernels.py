@@ -76,6 +76,26 @@ class Kernels:
         getattr(code, name)(ctypes.c_int64(torch.get_num_threads()), *map(native.passed, arguments))
 
 
+def starts_and_scratch(state: Tensor, tokens: int, chunk: int, arrays: int) -> tuple[Tensor, Tensor]:
+    """Allocate memory for a recurrence whose state is a matrix per head (heads.h).
+
+    Args:
+        state: State (B, H, N, N), float32.
+        tokens: Number T of tokens.
+        chunk: Number of tokens from one stored state to the next, CHUNK in C.
+        arrays: Number of vectors of a head in the memory of a thread, ARRAYS in C.
+
+    Returns:
+        The state before every `chunk` tokens, to be stored for the backward pass, and memory for each thread, SCRATCH
+        in C.
+    """
+    B, H, N, _ = state.shape
+    padded = -(-N // 16) * 16
+    starts = state.new_empty(B, H, -(-tokens // chunk), N, padded)
+    scratch = state.new_empty(torch.get_num_threads(), (arrays + (chunk + 2) * N) * padded)
+    return starts, scratch
+
+
 def choose(
     backend: str, x: Tensor, hindrances: Mapping[str, Callable[[], str | None]], chunked: str
 ) -> tuple[str, str]:

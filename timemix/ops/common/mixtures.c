@@ -9,8 +9,8 @@
     dz[t] = sum_i d_i[t] (1 - mix_i) + sum_i d_i[t+1] mix_i   (the second sum is 0 past the last position)
     dmix_i = sum_t d_i[t] (z[t-1] - z[t]),   dlast = sum_i d_i[0] mix_i
 
-   At a reset t, z[t-1] is replaced by 0, so the sums over d_i[t] mix_i are 0.
-   and dweight, dbias and dx follow from dz as in norm_shift.c. z is computed again from x. */
+   dweight, dbias and dx follow from dz as in norm_shift.c. z is computed again from x. At a reset t, z[t-1] is replaced
+   by 0, so the sum over d_i[t] mix_i is 0. */
 
 #include "ops/common/norm.h"
 #include "ops/common/types.h"

@@ -7,9 +7,7 @@
     dr = S dy + q u k        dk = dS' v + q r u        dv = dS'^T k + p dy        du = q r k
     dw = d * (sums over the values of S * dS')         dS = diag(d) dS' + r dy^T
 
-   d S is computed as c S + m S. For w above -ln 2, c = 1 and m = exp(w) - 1, because the rounding error of a d near 1
-   would be equal at every token, and add up. Otherwise c = 0 and m = exp(w), because small d would lose their digits in
-   1 + m. This file is compiled without -fassociative-math, which would replace c S + m S by (c + m) S.
+   d S is computed as c S + m S (exp_factors in exp.h).
 
    Layout. A row of S belongs to one key and is a vector over the values, inside this file padded with zeros to P
    numbers. So the products with S add up vectors, and need no sum over the elements of a vector. Only the backward pass
@@ -25,12 +23,7 @@
 #include "ops/common/exp.h"
 #include "ops/common/vectors.h"
 
-/* Arrays of the tokens of a chunk, and of gradients. */
-#define ARRAYS (6 * CHUNK + 6)
 #include "ops/common/heads.h"
-
-/* -ln 2, the log-decay above which c is 1. */
-#define NEAR -0.69314718f
 
 /* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.
 
@@ -148,18 +141,9 @@ typedef struct {
     const uint8_t *resets;
 } wkv6_inputs;
 
-INLINE void read_decay(int64_t N, const float *w, wkv6_token t) {
-#pragma omp simd
-    for (int64_t j = 0; j < N; j++) {
-        const int near = w[j] > NEAR;
-        t.c[j] = near ? 1 : 0;
-        t.m[j] = near ? expm1_series(w[j]) : exp_series(w[j]);
-    }
-}
-
 /* Reads the arguments of a token, which begin at `at`; a fixed decay has been read before the first token. */
 INLINE void wkv6_read(wkv6_inputs x, int64_t at, wkv6_token t) {
-    if (!x.fixed) read_decay(x.N, x.w + at, t);
+    if (!x.fixed) exp_factors(x.N, x.w + at, t.c, t.m);
 #pragma omp simd
     for (int64_t j = 0; j < x.N; j++) {
         t.r[j] = x.r[at + j];
@@ -175,7 +159,7 @@ INLINE void wkv6_head(const int K, const wkv6_inputs *x, int64_t row, int64_t he
     const wkv6_token t = token_of(&scratch);
     float *S = scratch.states;
     pad_state(N, state, S);
-    if (x->fixed) read_decay(N, x->w + head * N, t);
+    if (x->fixed) exp_factors(N, x->w + head * N, t.c, t.m);
     for (int64_t i = 0; i < x->T; i++) {
         const int64_t token = row * x->T + i, at = (token * x->H + head) * N;
         if (starts && i % CHUNK == 0) memcpy(starts + i / CHUNK * size, S, size * sizeof(float));
@@ -207,7 +191,7 @@ INLINE void wkv6_head_back(const int K, const wkv6_inputs *x, int64_t row, int64
     wkv6_token tokens[CHUNK];
     for (int64_t i = 0; i < CHUNK; i++) tokens[i] = token_of(&scratch);
     if (x->fixed)
-        for (int64_t i = 0; i < CHUNK; i++) read_decay(N, x->w + head * N, tokens[i]);
+        for (int64_t i = 0; i < CHUNK; i++) exp_factors(N, x->w + head * N, tokens[i].c, tokens[i].m);
     const wkv6_gradients g = gradients_of(&scratch);
     float *dS = scratch.dS, *out = array_of(&scratch), *dw = gradients->w + sums;
     pad_state(N, dstate, dS);

@@ -2,9 +2,7 @@
 
     y = S^T r + p v        S' = diag(d) S + k v^T        with d = exp(w), p = sum(r u k)
 
-   d S is computed as c S + m S, as in wkv6.c: c = 1 and m = exp(w) - 1 for w above -ln 2, otherwise c = 0 and
-   m = exp(w). A file that includes this header is compiled without -fassociative-math, which would replace c S + m S
-   by (c + m) S.
+   d S is computed as c S + m S (exp_factors in exp.h).
 
    S has the layout of the state, (keys, values). A row of S belongs to one key, and does not depend on the other rows.
    So a few rows stay in registers for all tokens, and the state is read and written once. */
@@ -12,12 +10,8 @@
 #ifndef TIMEMIX_WKV6_H
 #define TIMEMIX_WKV6_H
 
-#include "ops/common/exp.h"
 #include "ops/common/types.h"
 #include "ops/common/vectors.h"
-
-/* -ln 2, the log-decay above which c is 1. */
-#define NEAR -0.69314718f
 
 /* Rows of S that are computed together. They share the vectors of v and y, and fit into the registers for N = 64. */
 #define STATE_ROWS (WIDTH == 16 ? 4 : 1)
@@ -30,15 +24,6 @@
 typedef struct {
     float *r, *c, *m, *k, *v, *y;
 } wkv6_tokens;
-
-/* c and m (N,) of log-decays w (N,). */
-LOCAL void wkv6_decay(int64_t N, const float *w, float *c, float *m) {
-    for (int64_t j = 0; j < N; j++) {
-        const int near = w[j] > NEAR;
-        c[j] = near ? 1 : 0;
-        m[j] = near ? expm1_series(w[j]) : exp_series(w[j]);
-    }
-}
 
 /* The rows j to j + STATE_ROWS - 1 of S, which have a constant number of vectors. */
 INLINE void wkv6_rows(const int vectors, int64_t j, int64_t T, float *S, const wkv6_tokens *x) {

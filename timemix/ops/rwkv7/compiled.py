@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from timemix.ops.common.kernels import Kernels
+from timemix.ops.common.kernels import Kernels, starts_and_scratch
 
 CHUNK = 16
 """Number of tokens from one stored state to the next."""
@@ -19,7 +19,10 @@ CHUNK = 16
 MOST = 256
 """Largest head size N."""
 
-FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DMOST={MOST}")
+ARRAYS = 12 * CHUNK + 12
+"""Number of vectors of a head in the memory of a thread."""
+
+FLAGS = ("-fno-finite-math-only", "-fno-associative-math", f"-DCHUNK={CHUNK}", f"-DARRAYS={ARRAYS}", f"-DMOST={MOST}")
 """Flags of the compiler. -fno-finite-math-only preserves NaN, because a NaN shows that a run diverged.
 -fno-associative-math preserves the accuracy of small decays, see wkv7.c."""
 
@@ -73,24 +76,6 @@ def _inputs(inputs: tuple[Tensor, ...], resets: Tensor | None) -> _Inputs:
     return _Inputs(*inputs[0].shape, *(x.data_ptr() for x in inputs), address)
 
 
-def starts_and_scratch(state: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Allocate memory for the C code.
-
-    Args:
-        state: State (B, H, N, N), float32.
-        tokens: Number T of tokens.
-
-    Returns:
-        The state before every `CHUNK` tokens, to be stored for the backward pass, and memory for each thread, as
-        SCRATCH in wkv7.c.
-    """
-    B, H, N, _ = state.shape
-    padded = -(-N // 16) * 16
-    starts = state.new_empty(B, H, -(-tokens // CHUNK), N, padded)
-    scratch = state.new_empty(torch.get_num_threads(), (12 * CHUNK + 12 + (CHUNK + 2) * N) * padded)
-    return starts, scratch
-
-
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -99,7 +84,7 @@ class _Compiled(torch.autograd.Function):
         resets = None if resets is None else resets.contiguous()
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(inputs[0]), state.clone(memory_format=torch.contiguous_format)
-        starts, scratch = starts_and_scratch(end, y.shape[1])
+        starts, scratch = starts_and_scratch(end, y.shape[1], CHUNK, ARRAYS)
         kept = starts if is_training and any(ctx.needs_input_grad) else None
         KERNELS.call("timemix_wkv7", _inputs(inputs, resets), end, y, kept, scratch)
         ctx.save_for_backward(*inputs, kept, resets)
@@ -111,7 +96,7 @@ class _Compiled(torch.autograd.Function):
         *inputs, starts, resets = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        _, scratch = starts_and_scratch(d_state, 0)
+        _, scratch = starts_and_scratch(d_state, 0, CHUNK, ARRAYS)
         addresses = _Gradients(*(x.data_ptr() for x in gradients))
         given = _inputs(tuple(inputs), resets)
         KERNELS.call("timemix_wkv7_back", given, starts, dy.contiguous(), d_state, addresses, scratch)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from timemix.ops.common import fused
-from timemix.ops.rwkv7.compiled import KERNELS, MOST, starts_and_scratch
+from timemix.ops.common.kernels import starts_and_scratch
+from timemix.ops.rwkv7.compiled import ARRAYS, CHUNK, KERNELS, MOST
 
 
 class Products(NamedTuple):
@@ -152,7 +153,7 @@ class _TimeMix(torch.autograd.Function):
         products, vectors = Products(*tensors[:7]), Vectors(*tensors[7:])
         # The C code updates the state in place, so it gets a copy.
         y, end = torch.empty_like(products.key), state.clone(memory_format=torch.contiguous_format)
-        starts, scratch = starts_and_scratch(end, y.shape[1])
+        starts, scratch = starts_and_scratch(end, y.shape[1], CHUNK, ARRAYS)
         kept = starts if is_training and any(ctx.needs_input_grad) else None
         given = _inputs(eps, end, first, resets, products), _Vectors(*_addresses(*vectors))
         KERNELS.call("timemix_time_mix", _type(y), *given, end, y, kept, scratch)
@@ -169,7 +170,7 @@ class _TimeMix(torch.autograd.Function):
         # Sums over the tokens of each sequence: (B, C)
         sums = [None if x is None else x.new_zeros(len(dy), len(x)) for x in vectors]
         d_state = d_end.clone(memory_format=torch.contiguous_format)
-        _, scratch = starts_and_scratch(d_state, 0)
+        _, scratch = starts_and_scratch(d_state, 0, CHUNK, ARRAYS)
         given = _inputs(ctx.eps, d_state, first, resets, products), _Vectors(*_addresses(*vectors))
         found = _Gradients(*_addresses(*gradients)), _Vectors(*_addresses(*sums))
         KERNELS.call("timemix_time_mix_back", _type(dy), *given, starts, dy.contiguous(), d_state, *found, scratch)

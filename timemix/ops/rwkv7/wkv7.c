@@ -28,8 +28,6 @@
 #include "ops/common/exp.h"
 #include "ops/common/vectors.h"
 
-/* Arrays of the tokens of a chunk, and of gradients. */
-#define ARRAYS (12 * CHUNK + 12)
 #include "ops/common/heads.h"
 
 /* Structures of pointers are passed by value, because gcc loads their pointers in each iteration of a loop otherwise.

@@ -28,17 +28,6 @@ typedef struct {
     float *r, *m, *k, *v, *a, *b, *y;
 } wkv7_tokens;
 
-INLINE float sum_of(vec x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float all[WIDTH], sum = 0;
-    memcpy(all, &x, sizeof all);
-    for (int n = 0; n < WIDTH; n++) sum += all[n];
-    return sum;
-#endif
-}
-
 /* The rows i to i + STATE_ROWS - 1 of S, which have a constant number of vectors. */
 INLINE void wkv7_rows(const int vectors, int64_t i, int64_t T, float *S, const wkv7_tokens *x) {
     const int64_t N = vectors * WIDTH;
@@ -53,7 +42,7 @@ INLINE void wkv7_rows(const int vectors, int64_t i, int64_t T, float *S, const w
             for (int g = 0; g < STATE_ROWS; g++) part[g] += row[g][n] * a;
         }
         for (int g = 0; g < STATE_ROWS; g++) {
-            u[g] = sum_of(part[g]);
+            u[g] = total(part[g]);
             part[g] = (vec){0};
         }
         for (int n = 0; n < vectors; n++) {
@@ -65,7 +54,7 @@ INLINE void wkv7_rows(const int vectors, int64_t i, int64_t T, float *S, const w
                 part[g] += row[g][n] * r;
             }
         }
-        for (int g = 0; g < STATE_ROWS; g++) x->y[t * N + i + g] = sum_of(part[g]);
+        for (int g = 0; g < STATE_ROWS; g++) x->y[t * N + i + g] = total(part[g]);
     }
     memcpy(S + i * N, row, sizeof row);
 }
