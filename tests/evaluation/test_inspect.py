@@ -1,6 +1,7 @@
 """Inspection: agreement with values computed by hand, and reasons for parts that a model lacks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_the_start_is_the_model_before_the_first_step(tmp_path):
     # rwkv1 starts with zero keys and receptances, so a share is undefined.
     rows = [r for r in report["projections"] if r["half"] == "mixer"]
     assert [r["share_at_start"] is None for r in rows] == [r["projection"] != "value" for r in rows]
+
+
+def test_the_start_of_a_run_from_another_model_is_unknown(tmp_path):
+    first, tokens = trained(tmp_path)
+    config = replace(first.config, start=str(tmp_path / "run"))
+    new_run(config, tmp_path / "tuned").run()
+    report = inspect_run(load(tmp_path / "tuned"), tokens)
+    assert all(row.share_at_start is None and row.share is not None for row in report.projections)
+    pictures = draw(report, config.model, tmp_path)
+    assert tmp_path / "shift.png" in pictures
 
 
 def test_statistics_and_tables_are_the_models_own(tmp_path):

@@ -116,7 +116,7 @@ def test_limits_of_the_comparison_are_reported():
     assert said == [
         "Variant 'c', seed 3, failed: no",
         "Variant 'c' has another held-out text or tokenizer, so its losses are not compared.",
-        "Some runs use bfloat16 and others float32, because train.precision is auto and the processors differ; set"
+        "Some runs use bfloat16 and others float32, because train.precision is auto and processors differ; set"
         " train.precision to compare the runs in one precision.",
         "Variant 'b' has 2.0% more parameters than the first variant.",
         "The best train.lr of variant 'b', 0.004, is at the edge of the grid; widen the grid.",

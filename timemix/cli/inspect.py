@@ -94,7 +94,7 @@ def _print_projections(report: "Inspection") -> None:
     if has_shift:
         print(
             "share  part of the shifted channels in |weight| x deviation of the input\n"
-            "start  the same share at the start of training\n"
+            "start  the same share before training, if the run did not start from another model\n"
             "added  rise of the loss, in nats per token, if this projection alone does not see the shifted channels\n"
         )
     print("layer  part   projection      mean  deviation" + ("  share  start    added" if has_shift else ""))

@@ -38,7 +38,7 @@ class Projection:
     """Statistics of a projection on a text: its outputs, and its use of the shifted channels.
 
     Fields about shifted channels are None in a layer without shifted channels. Fields that end in `_at_start` describe
-    the model before training.
+    the model before training, and are None if the run started from another model.
     """
 
     layer: int
@@ -106,9 +106,11 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
     if len(tokens) < 2:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but at least 2 are needed; give a longer text")
     model = loaded.model
-    # With the seed of the run, `start` gets the initial weights of the run.
-    torch.manual_seed(loaded.config.train.seed)
-    start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
+    start: LanguageModel | None = None
+    if loaded.config.start is None:
+        # With the seed of the run, `start` gets the initial weights of the run.
+        torch.manual_seed(loaded.config.train.seed)
+        start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()
     tables = [{name: table.tolist() for name, table in block.tables().items()} for block in model.blocks]
     not_shown = {}
     if not any(tables):
@@ -130,23 +132,27 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
     )
 
 
-def measure_projections(model: LanguageModel, start: LanguageModel, tokens: np.ndarray | Tokens) -> list[Projection]:
+def measure_projections(
+    model: LanguageModel, start: LanguageModel | None, tokens: np.ndarray | Tokens
+) -> list[Projection]:
     """Measure every projection of every layer on a text.
 
     Args:
         model: The trained model.
-        start: The model with its weights before training.
+        start: The model with its weights before training; None if these weights are unknown.
         tokens: Token ids of the text, (tokens,).
     """
-    now, before = _observe(model, tokens), _observe(start, tokens)
+    now = _observe(model, tokens)
+    before = {} if start is None else _observe(start, tokens)
     rows = []
     for (layer, half, name), seen in now.items():
         block = model.blocks[layer]
         linear, shifted = block.projections()[half, name], block.shifted
         use, use_before, without = _use(linear, seen.deviation, shifted), None, None
         if use is not None:
-            old = start.blocks[layer].projections()[half, name]
-            use_before = _use(old, before[layer, half, name].deviation, shifted)
+            if start is not None:
+                old = start.blocks[layer].projections()[half, name]
+                use_before = _use(old, before[layer, half, name].deviation, shifted)
             with _without(linear, shifted):
                 without = loss_per_token(model, tokens)
         after_sigmoid = name in block.gates

@@ -274,7 +274,7 @@ def warnings(table: Table) -> list[str]:
     precisions = sorted({each for row in table.variants for each in row.chosen_precision.values()})
     if len(precisions) > 1:
         said.append(
-            f"Some runs use {' and others '.join(precisions)}, because train.precision is auto and the processors differ;"
+            f"Some runs use {' and others '.join(precisions)}, because train.precision is auto and processors differ;"
             " set train.precision to compare the runs in one precision."
         )
     counts = [row.parameters for row in table.variants if row.parameters]
