@@ -25,11 +25,14 @@ from timemix.bench.measure import StepFailure, measure_training
 from timemix.bench.race import Contender, machine_now, race
 from timemix.bench.sample import standing
 from timemix.experiments.spec import Experiment, find_experiment, read_experiment
+from timemix.experiments.synthetic import finished_table
+from timemix.experiments.synthetic_report import SyntheticTable, task_rows, warnings
+from timemix.experiments.synthetic_spec import SyntheticExperiment
 from timemix.generation.decode import Step, build_step
 from timemix.models.language_model import LanguageModel
 from timemix.reporting.markdown import markdown_table, mean_and_deviation, with_blocks
 from timemix.reporting.plots import save_picture
-from timemix.reporting.statistics import interval, mean_interval, verdict_words
+from timemix.reporting.statistics import Difference, interval, mean_interval, verdict_words
 from timemix.storage.json_files import to_json
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +58,7 @@ YEARS = {
     "rwkv7": "RWKV-7\n2025",
 }
 # Task, setting and size of the test that a panel of the picture shows
-SHOWN_TASKS = (("recall", "recall-64", "32", "recall of 32 pairs"), ("state-tracking", "s3", "32", "permutations of 3"))
+SHOWN_TASKS = (("recall", "recall-64", 32, "recall of 32 pairs"), ("state-tracking", "s3", 32, "permutations of 3"))
 
 
 def run(name: str, data: Path, out: Path) -> None:
@@ -137,14 +140,23 @@ def measure_speed() -> None:
 
 
 def table_of(name: str) -> dict[str, Any] | None:
-    """Return the table of an experiment; None if it was not run."""
+    """Return the table of a comparison of losses; None if it was not run."""
     path = RESULTS / name / "table.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def accuracies_of(name: str) -> SyntheticTable:
+    """Return the table of the finished tasks of an experiment."""
+    experiment = read_experiment(find_experiment(name))
+    assert isinstance(experiment, SyntheticExperiment)
+    return finished_table(experiment, RESULTS / name)
+
+
 def loss_block(table: dict[str, Any]) -> str:
     """Return the losses of an experiment as a Markdown table."""
-    rows = [["architecture", "parameters", "lr", "seeds", "held-out loss", "difference from the first row"]]
+    rows = [
+        ["architecture", "parameters", "lr", "seeds", "held-out loss (nats/token)", "difference from the first row"]
+    ]
     for row in table["variants"]:
         chosen = row["chosen"] or {}
         lr = f"{chosen['train.lr']:g}" if "train.lr" in chosen else "-"
@@ -157,29 +169,27 @@ def loss_block(table: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def verdict_rows(name: str, table: dict[str, Any]) -> list[list[str]]:
-    """Return the claims of an experiment: claim, difference, verdict and name of the experiment."""
-    seeds = table["seeds"] if isinstance(table["seeds"], int) else len(table["seeds"])
-    gains = [(v["claim"], v["gain"] if "gain" in v else v["difference"]) for v in table["verdicts"]]
-    return [[claim, interval(gain), verdict_words(gain, seeds), f"[{name}](#{name})"] for claim, gain in gains]
+def verdict_rows(name: str, verdicts: list[tuple[str, Difference | None, int]]) -> list[list[str]]:
+    """Return the claims of an experiment: claim, difference and its unit, verdict, name of the experiment.
+
+    Args:
+        name: Name of the experiment.
+        verdicts: The claims, each with its difference and the number of its pairs of runs.
+    """
+    unit = "share" if name in TASKS else "nats/subword" if name == "family-subword" else "nats/character"
+    return [
+        [claim, interval(gain), unit, verdict_words(gain, pairs), f"[{name}](#{name})"]
+        for claim, gain, pairs in verdicts
+    ]
 
 
-def task_block(table: dict[str, Any]) -> str:
+def task_block(table: SyntheticTable) -> str:
     """Return the accuracies of an experiment, one Markdown table for each task."""
     parts = []
-    for task in table["tasks"]:
-        sizes = list(task["rows"][0]["accuracy"])
-        rows = [["architecture", "lr", *sizes]]
-        for row in task["rows"]:
-            shares = [row["accuracy"][size] for size in sizes]
-            cells = [
-                f"{s['mean']:.2f}" + ("" if s["low"] is None else f" ({s['low']:.2f} to {s['high']:.2f})")
-                for s in shares
-            ]
-            rows.append([row["label"], f"{row['lr']:g}", *cells])
-        guess = f"1/{task['answers']}"
-        parts.append(f"`{task['name']}`, trained on sizes up to {task['size']}; a guess is right in {guess} of cases:")
-        parts.append(markdown_table(rows))
+    for task in table.tasks:
+        parts += [f"`{task.name}`, trained on sizes up to {task.size}:", markdown_table(task_rows(task, digits=2))]
+    if said := warnings(table):
+        parts.append("\n".join(f"- {each}" for each in said))
     return "\n\n".join(parts)
 
 
@@ -214,9 +224,8 @@ def draw(path: Path) -> bool:
         }
         panels.append(("held-out loss", "nats per character (lower is better)", losses))
     for name, task, size, title in SHOWN_TASKS:
-        if table := table_of(name):
-            rows = next(t for t in table["tasks"] if t["name"] == task)["rows"]
-            panels.append((title, "share of right answers", {r["name"]: r["accuracy"][size] for r in rows}))
+        for rows in (each.rows for each in accuracies_of(name).tasks if each.name == task):
+            panels.append((title, "share of right answers", {row.name: row.accuracy[size] for row in rows}))
     if SPEED.exists():
         speeds = json.loads(SPEED.read_text(encoding="utf-8"))["variants"]
         values = {n: {"mean": each["decoding_10000"], "low": None, "high": None} for n, each in speeds.items()}
@@ -245,18 +254,25 @@ def draw(path: Path) -> bool:
     return True
 
 
+def _not_run(options: str) -> str:
+    return f"This part was not run yet. The command is `python benchmarks/family.py --only {options}`."
+
+
 def blocks() -> dict[str, str]:
     """Return the generated parts of docs/family.md by name. A part is between `<!-- NAME -->` and `<!-- /NAME -->`."""
-    found, claims = {}, [["claim", "better by", "verdict", "experiment"]]
-    for name in (*LOSSES, *TASKS):
+    found, claims = {}, [["claim", "better by", "unit", "verdict", "experiment"]]
+    for name in LOSSES:
         table = table_of(name)
-        if table is None:
-            command = f"python benchmarks/family.py --only {name}" + " --data FOLDER" * (name in LOSSES)
-            found[name] = f"This part was not run yet. The command is `{command}`."
-            continue
-        found[name] = task_block(table) if name in TASKS else loss_block(table)
-        claims += verdict_rows(name, table)
-    found["verdicts"] = markdown_table(claims, words=(0, 2, 3))
+        found[name] = _not_run(f"{name} --data FOLDER") if table is None else loss_block(table)
+        if table is not None:
+            # The first tables lack the number of pairs, and no run of them failed.
+            verdicts = [(v["claim"], v["gain"], v.get("pairs", len(table["seeds"]))) for v in table["verdicts"]]
+            claims += verdict_rows(name, verdicts)
+    for name in TASKS:
+        accuracies = accuracies_of(name)
+        found[name] = task_block(accuracies) if accuracies.tasks else _not_run(name)
+        claims += verdict_rows(name, [(v.claim, v.difference, accuracies.seeds) for v in accuracies.verdicts])
+    found["verdicts"] = markdown_table(claims, words=(0, 2, 3, 4))
     if SPEED.exists():
         found["speed"] = speed_block(json.loads(SPEED.read_text(encoding="utf-8")))
     return found

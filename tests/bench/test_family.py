@@ -1,11 +1,13 @@
 """The page docs/family.md follows from the files in benchmarks/family."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import family
 from timemix.experiments.spec import Experiment, find_experiment, read_experiment
+from timemix.experiments.synthetic_report import SyntheticRow, SyntheticTable, TaskJudgement, TaskTable
 from timemix.experiments.synthetic_spec import SyntheticExperiment
 
 
@@ -34,17 +36,17 @@ LOSSES = {
     ],
     "verdicts": [{"claim": "7 beats 1", "gain": {"mean": 0.1, "low": 0.05, "high": 0.15}}],
 }
-TASK = {
-    "name": "recall-64",
-    "size": 32,
-    "answers": 64,
-    "rows": [{"name": "rwkv7", "label": "RWKV-7", "lr": 0.001, "accuracy": {"8": share(0.7), "32": share(0.5)}}],
-}
-ACCURACIES = {
-    "seeds": 3,
-    "tasks": [TASK],
-    "verdicts": [{"claim": "7 recalls", "difference": {"mean": 0.0, "low": -1, "high": 1}}],
-}
+ROW = SyntheticRow(
+    "rwkv7", "RWKV-7", 1000, 0.001, {8: share(0.7), 32: share(0.5)}, {8: {1: 0.7}, 32: {1: 0.4, 2: 0.6}}, [], 0
+)
+ACCURACIES = SyntheticTable(
+    title="t",
+    seeds=3,
+    lrs=[0.001],
+    tasks=[TaskTable("recall-64", "recall", 32, {8: 0.2, 32: 0.11}, [ROW])],
+    verdicts=[TaskJudgement("7 recalls", {"mean": 0.0, "low": -1, "high": 1}, "undecided")],
+)
+NONE = replace(ACCURACIES, tasks=[], verdicts=[])
 
 
 @pytest.fixture
@@ -54,18 +56,20 @@ def results(tmp_path, monkeypatch):
     page.write_text(family.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     for name, value in {"RESULTS": tmp_path, "PAGE": page, "SPEED": tmp_path / "speed.json"}.items():
         monkeypatch.setattr(family, name, value)
-    for name, table in {"family": LOSSES, "recall": ACCURACIES}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "table.json").write_text(json.dumps(table))
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "table.json").write_text(json.dumps(LOSSES))
+    monkeypatch.setattr(family, "accuracies_of", lambda name: ACCURACIES if name == "recall" else NONE)
     return tmp_path
 
 
 def test_the_page_has_the_tables_of_the_results(results):
     blocks = family.blocks()
     assert "| RWKV of 2021 | 1,000 | 0.004 | 3 | 1.6000 ± 0.1000 | - |" in blocks["family"]
-    assert "| RWKV-7 | 0.001 | 0.70 (0.60 to 0.80) | 0.50 (0.40 to 0.60) |" in blocks["recall"]
-    assert "| 7 beats 1 | +0.1000 (+0.0500 to +0.1500) | holds | [family](#family) |" in blocks["verdicts"]
-    assert "undecided" in blocks["verdicts"]
+    row = "| RWKV-7 | 1,000 | 0.001 | 0.70 (0.60 to 0.80) | 0.50 (0.40 to 0.60) | 0.40, 0.60 |"
+    assert row in blocks["recall"]
+    row = "| 7 beats 1 | +0.1000 (+0.0500 to +0.1500) | nats/character | holds | [family](#family) |"
+    assert row in blocks["verdicts"]
+    assert "| 7 recalls | +0.0000 (-1.0000 to +1.0000) | share | undecided" in blocks["verdicts"]
     assert "was not run yet" in blocks["copy"]
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from timemix.errors import FileError, InvalidValue
+from timemix.errors import FileError, InvalidValue, TimemixError
 from timemix.experiments import synthetic
 from timemix.experiments.spec import find_experiment, read_experiment
 from timemix.experiments.synthetic import Training, run_synthetic
-from timemix.experiments.synthetic_report import Measured, best_lr, build_table, share_words, to_markdown
+from timemix.experiments.synthetic_report import Measured, best_lr, build_table, share_words, to_markdown, warnings
 from timemix.experiments.synthetic_spec import SyntheticExperiment, TaskSetting, TaskVerdict
 from timemix.experiments.variants import Variant
 from timemix.reporting.statistics import mean_interval
@@ -53,6 +53,12 @@ def test_the_shipped_experiments_give_all_variants_equal_settings(name):
         ({"seeds": (0, 1)}, "seeds is .0, 1.; give different seeds, each at least 1"),
         ({"lrs": ()}, "lrs is .. and rows is 8; give different lrs, and at least 1 row"),
         ({"tasks": ()}, "give at least one task"),
+        ({"lrs": (1e-3, -1.0)}, "train.lr is -1.0"),
+        ({"base": {"train": {"steps": 0}}}, "train.steps is 0; give a run at least 1 step"),
+        ({"base": {"train": {"valid_every": 9}}}, "train.valid_every has no effect on synthetic tasks; leave"),
+        ({"base": {"data": {"seed": 9}}}, "data.seed has no effect on synthetic tasks; leave data.seed out"),
+        ({"variants": (Variant("old"), Variant("new"))}, "variants 'old' and 'new' have the same settings"),
+        ({"verdicts": (TaskVerdict("c", "new", "new", "parity", 8),)}, "compares the variant 'new' with itself"),
         ({"verdicts": (TaskVerdict("c", "new", "old", "parity", 9),)}, "'parity' at the size 9, which no test has"),
     ],
 )
@@ -123,7 +129,7 @@ def test_a_stopped_experiment_repeats_no_finished_run(monkeypatch, tmp_path):
     lines = []
     monkeypatch.setattr(synthetic, "measure_cell", measure)
     run_synthetic(EXPERIMENT, tmp_path, lines.append, "cpu")
-    assert lines[0].startswith("the unfinished runs take about")
+    assert lines[0] == "unfinished runs: 10, about 0:00 in one process"
     # 2 tasks, 2 variants, 2 learning rates and 2 seeds are 16 runs, of which 6 are finished.
     assert len(lines) == 1 + 10
     for name in set(saved) - {damaged}:
@@ -160,10 +166,13 @@ def test_table_and_verdicts():
     table = build_table(one, found)
     assert table.verdicts[0].difference["mean"] == pytest.approx(0.24)
     text = to_markdown(table)
-    assert "Trained on up to 8 tokens. A guess is right with probability 1/2." in text
-    assert "| old | 100 | 0.001 | 0.510 (0.383 to 0.637) |" in text
+    assert "Trained on up to 8 tokens. Only the second half of the answers of a sequence counts." in text
+    assert "| variant | parameters | lr | 8 tokens | 16 tokens | each seed at 8 |" in text
+    assert "| a guess | - | - | 0.50 | 0.50 | - |" in text
+    assert "| old | 100 | 0.001 | 0.510 (0.383 to 0.637) | 0.255 (0.191 to 0.319) | 0.50, 0.52 |" in text
     # The interval of a share ends at 1.
     assert "| new (1 diverged) | 100 | 0.001 | 0.990 (0.863 to 1.000) |" in text
+    assert "- parity: the best lr is at the edge of the grid for old (0.001), new (0.001); widen the grid." in text
     single = build_table(replace(one, seeds=(1,)), {"parity": {n: {1: r[1]} for n, r in found["parity"].items()}})
     assert "means over one seed." in to_markdown(single)
     assert single.verdicts[0].verdict == "undecided"
@@ -174,13 +183,44 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path):
     said: list[str] = []
     runs = synthetic.Runs(EXPERIMENT, tmp_path, said.append, "cpu")
     with claimed(tmp_path / ".parity.new.lr-0.003.seed-0.lock"):
-        assert runs.pass_through() is None
+        assert not runs.pass_through()
         assert len(said) == 3 * 4 + 1
-    found = runs.pass_through()
+        assert runs.finished(EXPERIMENT.tasks[1]) is None
+    assert runs.pass_through()
     assert len(said) == 4 * 4
-    assert {task: {name: set(seeds) for name, seeds in each.items()} for task, each in found.items()} == {
-        task: {"old": {1, 2}, "new": {1, 2}} for task in ("few", "parity")
-    }
+    for task in EXPERIMENT.tasks:
+        assert {name: set(seeds) for name, seeds in runs.finished(task).items()} == {"old": {1, 2}, "new": {1, 2}}
+
+
+def test_the_table_has_all_finished_tasks(tmp_path):
+    tables = [run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu", (name,)) for name in ("parity", "few")]
+    assert [[task.name for task in table.tasks] for table in tables] == [["parity"], ["few", "parity"]]
+    assert [len(table.verdicts) for table in tables] == [1, 1]
+    assert tables[1].tasks[1].rows[0].precisions == ["float32"]
+    (tmp_path / "experiment.json").write_text("{}")
+    with pytest.raises(FileError, match="has another experiment .experiment.json.; choose another folder"):
+        run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu")
+
+
+def test_a_run_that_fails_is_named_in_one_sentence(monkeypatch, tmp_path):
+    def fail(config, task, rows):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(synthetic, "measure_cell", fail)
+    with pytest.raises(TimemixError, match=r"^the run few.old.lr-0.001.seed-0 failed: CUDA out of memory.$"):
+        run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu")
+
+
+def test_warnings_of_sizes_and_precisions():
+    small, large = (
+        replace(result(0.5), parameters=count, precision=p) for count, p in ((100, "float32"), (120, "bfloat16"))
+    )
+    one = replace(EXPERIMENT, tasks=EXPERIMENT.tasks[1:], lrs=(1e-3,), verdicts=())
+    table = build_table(one, {"parity": {"old": {1: small}, "new": {1: large}}})
+    assert warnings(table) == [
+        "parity: new has 20% more parameters than old.",
+        "The runs use different precisions: bfloat16, float32; set train.precision.",
+    ]
 
 
 def test_some_tasks_of_an_experiment():

@@ -13,6 +13,7 @@ from timemix.experiments.synthetic_tasks import (
     LETTERS,
     PREFIX,
     TASKS,
+    VALUES,
     held_out_batch,
     permutations_of,
     training_batch,
@@ -96,10 +97,30 @@ def test_copies_follow_the_separator(size, seed):
 @examples(50)
 def test_the_needle_is_at_its_distance(size, seed):
     for inputs, targets in rows_of("needle", size, seed):
-        marker = inputs[-1]
-        assert [i for i, token in enumerate(inputs) if token == marker] == [PREFIX, len(inputs) - 1]
-        assert targets == [IGNORED] * (len(inputs) - 1) + [inputs[-1 - size]]
-        assert inputs[PREFIX + 1] == inputs[-1 - size]
+        first, second = (i for i, token in enumerate(inputs) if token == VALUES)
+        assert 0 <= first <= PREFIX
+        assert second - size == first + 1
+        answers = {i: token for i, token in enumerate(targets) if token != IGNORED}
+        assert answers == {second: inputs[first + 1]}
+
+
+def test_neither_place_nor_kind_gives_the_needle_away():
+    inputs, targets = TASKS["needle"].make(np.random.default_rng(0), 4000, 16)
+    answers = targets.max(1)
+    # The answer at any one position is the value there only by chance, or if the marker is before it in 1 of 9 rows.
+    right = (inputs == answers[:, None]).mean(0)
+    assert right.max() < 1 / 9 + 1 / VALUES + 0.03
+
+
+def test_a_guess_knows_only_which_answers_are_frequent():
+    for name, share in (("parity", 1 / 2), ("mod5", 1 / 5), ("s3", 1 / 6), ("s5", 1 / 120)):
+        assert TASKS[name].guess(16) == pytest.approx(share, abs=0.01)
+    # With one pair, the only value is the answer. With two, a guess is right in half of the cases, or more if equal.
+    assert TASKS["recall"].guess(1) == 1
+    assert TASKS["recall"].guess(2) == pytest.approx(1 / 2 + 1 / 2 / VALUES, abs=0.005)
+    # The depth is 1 after 1 bracket, and 0 or 2 after 2 brackets. Of two answers, only the second counts.
+    assert TASKS["brackets"].guess(1) == 1
+    assert TASKS["brackets"].guess(2) == pytest.approx(1 / 2, abs=0.01)
 
 
 def test_batches_depend_on_seed_and_step_alone():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -108,20 +109,22 @@ def compare(arguments: list[str]) -> int:
             if trained is None:
                 return 0
             found, words = trained.to_json(), table.to_markdown(trained)
+        elif isinstance(experiment, SyntheticExperiment):
+            answered = synthetic.run_synthetic(experiment, out, _say, device, parsed.tasks)
+            found, words = to_json(answered), synthetic_report.to_markdown(answered)
+            if not first:
+                return 0
         elif not first:
             return 0
         elif isinstance(experiment, SpeedExperiment):
             timed = speed.run_speed(experiment, out, _say, device)
             found, words = to_json(timed), speed.to_markdown(timed)
-        elif isinstance(experiment, SyntheticExperiment):
-            answered = synthetic.run_synthetic(experiment, out, _say, device)
-            found, words = to_json(answered), synthetic_report.to_markdown(answered)
         else:
             written = sampling_study.run_sampling(experiment, out, _say, device)
             found, words = to_json(written), sampling_report.to_markdown(written)
-    except Interrupted as stop:
+    except (Interrupted, KeyboardInterrupt) as stop:
         _say(f"timemix: stopped; the same command resumes the comparison in {out}")
-        return 128 + stop.number
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
     print(json.dumps(found) if parsed.json else words, end="\n" if parsed.json else "")
     _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
     return 0
@@ -176,7 +179,7 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
     if parsed.tasks is not None:
         if not isinstance(experiment, SyntheticExperiment):
             raise InvalidValue(f"the experiment {name} has no tasks; leave out --tasks")
-        experiment = experiment.only(parsed.tasks)
+        experiment.only(parsed.tasks)
     if parsed.seeds is not None:
         if parsed.seeds < 1:
             raise InvalidValue(f"--seeds is {parsed.seeds}; it must be at least 1")

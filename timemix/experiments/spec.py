@@ -11,7 +11,15 @@ from timemix.config.run import RunConfig
 from timemix.config.version_1 import flattened
 from timemix.errors import DamagedFile, InvalidValue, MissingFile, nearest
 from timemix.experiments.synthetic_spec import SyntheticExperiment
-from timemix.experiments.variants import Variant, check_variants, flat, merged, named_architecture, variant_config
+from timemix.experiments.variants import (
+    Variant,
+    check_different,
+    check_variants,
+    flat,
+    merged,
+    named_architecture,
+    variant_config,
+)
 from timemix.models.registry import find_architecture
 from timemix.storage.settings import UNFIT, from_dict, parse_toml
 
@@ -114,7 +122,7 @@ class Experiment:
         if "" in self.prompts:
             raise InvalidValue("a prompt is empty; give at least one character")
         runs_of = {variant.name: self._check_runs(variant) for variant in self.variants}
-        _check_different(runs_of)
+        check_different(runs_of)
         if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
             raise InvalidValue("a verdict has first_positions, but by_position is false; set by_position = true")
 
@@ -274,15 +282,6 @@ class SpeedExperiment:
         config = variant_config(self.preset, self.base, variant, {})
         model = replace(config.model, ctx_len=ctx_len, vocab_size=self.vocab_size)
         return replace(config, model=model, train=replace(config.train, batch_size=self.tokens // ctx_len))
-
-
-def _check_different(runs_of: dict[str, list[RunConfig]]) -> None:
-    for (one, runs), (other, others) in itertools.combinations(runs_of.items(), 2):
-        if runs == others:
-            raise InvalidValue(
-                f"variants {one!r} and {other!r} have the same settings, so their runs would be bit-identical;"
-                " change a setting of one, or remove it"
-            )
 
 
 def with_data(experiment: "AnyExperiment", source: str | None, valid: str | None) -> "AnyExperiment":

@@ -5,6 +5,7 @@ only the runs without a file. Further variants, tasks and seeds therefore extend
 assign the runs to processes, so any number of processes may work in one folder.
 """
 
+import itertools
 import json
 import math
 import time
@@ -13,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from timemix.config.run import RunConfig
-from timemix.errors import DamagedFile, FileError
+from timemix.errors import DamagedFile, FileError, TimemixError
 from timemix.evaluation.loss import cross_entropy
 from timemix.experiments.spec import TUNING_SEED
 from timemix.experiments.synthetic_report import (
-    Found,
     Measured,
     SyntheticTable,
     best_lr,
@@ -29,22 +30,18 @@ from timemix.experiments.synthetic_report import (
     draw_table,
     to_markdown,
 )
-from timemix.experiments.synthetic_spec import SyntheticExperiment, TaskSetting
+from timemix.experiments.synthetic_spec import TRAINING_FIELDS, SyntheticExperiment, TaskSetting
 from timemix.experiments.synthetic_tasks import IGNORED, TASKS, Batch, held_out_batch, training_batch
 from timemix.experiments.variants import Variant
 from timemix.models.language_model import LanguageModel, evaluating
 from timemix.runtime.device import autocast, choose_device, choose_precision
+from timemix.runtime.progress import clock
 from timemix.storage.files import write_text
 from timemix.storage.json_files import read_json, read_record, to_json
 from timemix.storage.locks import claimed
 from timemix.storage.settings import to_dict
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 
-TRAINING_FIELDS = (
-    *("steps", "batch_size", "lr", "lr_final", "embedding_lr", "schedule", "warmup", "decay"),
-    *("optimizer", "betas", "eps", "weight_decay", "clip", "precision", "seed"),
-)
-"""Training settings that determine the result of a run."""
 TEST_TOKENS = 16384
 """Largest number of tokens of a forward pass in a test."""
 TIMED_STEPS = 3
@@ -109,16 +106,23 @@ class Runs:
             # Another process may have finished the run in the meantime.
             if not mine or (found := self.measured(cell)):
                 return found
-            result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
+            try:
+                result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
+            except (RuntimeError, MemoryError) as error:
+                reason = f"{error}".strip() or type(error).__name__
+                raise TimemixError(f"the run {cell.name} failed: {reason.splitlines()[0]}") from error
             data = to_json(result) | {"settings": self._settings(cell)}
             write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
         words = ", ".join(f"{value:.3f} at {size}" for size, value in result.accuracy.items())
         self.say(f"{cell.name}: accuracy {words} ({result.seconds:.0f} s)")
         return result
 
-    def seconds_left(self) -> float:
-        """Estimate the training time of all unfinished runs from a few steps of each variant on each task."""
-        total = 0.0
+    def estimate(self) -> str:
+        """Return the number of unfinished runs and their training time in one process as text; "" if none is left.
+
+        The time follows from a few steps of each variant on each task.
+        """
+        runs, seconds = 0, 0.0
         for task in self.experiment.tasks:
             for variant in self.experiment.variants:
                 tuning = [Cell(task, variant, lr, TUNING_SEED) for lr in self._lrs()]
@@ -129,30 +133,48 @@ class Runs:
                     unfinished += all(self.measured(cell) is None for cell in cells)
                 if unfinished:
                     config = self._config(Cell(task, variant, self.experiment.lrs[0], TUNING_SEED))
-                    total += unfinished * config.train.steps * _seconds_per_step(config, task)
-        return total
+                    runs += unfinished
+                    seconds += unfinished * config.train.steps * _seconds_per_step(config, task)
+        return f"unfinished runs: {runs}, about {clock(seconds)} in one process" if runs else ""
 
-    def all(self, task: TaskSetting, variant: Variant) -> dict[int, Measured] | None:
-        """Tune a variant on a task, and return the result of each seed; None if other processes train some runs."""
-        tuned = {lr: self.measure(Cell(task, variant, lr, TUNING_SEED)) for lr in self._lrs()}
+    def finished(self, task: TaskSetting) -> dict[str, dict[int, Measured]] | None:
+        """Return the results of a task by variant and seed without training; None if a run is unfinished."""
+        found: dict[str, dict[int, Measured]] = {}
+        for variant in self.experiment.variants:
+            results = self._results(task, variant, self.measured)
+            if results is None:
+                return None
+            found[variant.name] = results
+        return found
+
+    def train(self, task: TaskSetting, variant: Variant) -> bool:
+        """Tune a variant on a task and train its seeds; return whether no run is left to other processes."""
+        return self._results(task, variant, self.measure) is not None
+
+    def _results(
+        self, task: TaskSetting, variant: Variant, result_of: Callable[[Cell], Measured | None]
+    ) -> dict[int, Measured] | None:
+        """Return the result of each seed at the best learning rate; None if a run has no result.
+
+        Args:
+            task: The task.
+            variant: The variant.
+            result_of: Function that returns the result of a run; None without a result.
+        """
+        tuned = {lr: result_of(Cell(task, variant, lr, TUNING_SEED)) for lr in self._lrs()}
         known = {lr: result for lr, result in tuned.items() if result is not None}
         if len(known) < len(tuned):
             return None
         lr = best_lr(known) if known else self.experiment.lrs[0]
-        results = {seed: self.measure(Cell(task, variant, lr, seed)) for seed in self.experiment.seeds}
+        results = {seed: result_of(Cell(task, variant, lr, seed)) for seed in self.experiment.seeds}
         finished = {seed: result for seed, result in results.items() if result is not None}
         return finished if len(finished) == len(results) else None
 
-    def pass_through(self) -> Found | None:
-        """Train all runs that no other process trains. Return all results; None if other processes train some runs."""
-        found: Found = {}
-        complete = True
-        for task in self.experiment.tasks:
-            for variant in self.experiment.variants:
-                results = self.all(task, variant)
-                complete = complete and results is not None
-                found.setdefault(task.name, {})[variant.name] = results or {}
-        return found if complete else None
+    def pass_through(self) -> bool:
+        """Train all runs that no other process trains. Return whether all runs are finished."""
+        pairs = itertools.product(self.experiment.tasks, self.experiment.variants)
+        # Every pair is visited, also after a run that another process trains.
+        return min([self.train(task, variant) for task, variant in pairs])
 
     def _lrs(self) -> tuple[float, ...]:
         return self.experiment.lrs if len(self.experiment.lrs) > 1 else ()
@@ -178,7 +200,11 @@ class Runs:
 
 
 def run_synthetic(
-    experiment: SyntheticExperiment, out: Path, say: Callable[[str], None], device: str = "auto"
+    experiment: SyntheticExperiment,
+    out: Path,
+    say: Callable[[str], None],
+    device: str = "auto",
+    tasks: tuple[str, ...] | None = None,
 ) -> SyntheticTable:
     """Train the unfinished runs of an experiment, and write the table and the picture to a folder.
 
@@ -187,25 +213,45 @@ def run_synthetic(
         out: Folder of the experiment.
         say: Function that prints a line of text.
         device: PyTorch device.
+        tasks: Names of the tasks whose runs are trained. Default: all tasks.
 
     Returns:
-        The table.
+        The table of these tasks, and of the other tasks whose runs are all finished.
 
     Raises:
-        FileError: The folder `out` has results of other settings, or a file cannot be written.
+        InvalidValue: The experiment lacks a task.
+        FileError: The folder `out` has another experiment or results of other settings, or a file cannot be written.
         Unavailable: The machine lacks the device.
+        TimemixError: A run failed, for example because memory ran out.
     """
     choose_device(device)
-    runs = Runs(experiment, out, say, device)
-    if seconds := runs.seconds_left():
-        say(f"the unfinished runs take about {seconds / 3600:.2f} hours")
-    while (found := runs.pass_through()) is None:
+    if (path := out / "experiment.json").exists():
+        raise FileError(f"{out} has another experiment ({path.name}); choose another folder")
+    runs = Runs(experiment if tasks is None else experiment.only(tasks), out, say, device)
+    if words := runs.estimate():
+        say(words)
+    while not runs.pass_through():
         time.sleep(SECONDS_BETWEEN_PASSES)
-    table = build_table(experiment, found)
+    table = finished_table(experiment, out)
     write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")
     write_text(out / "table.md", to_markdown(table))
     draw_table(experiment, table, out / "accuracy.png")
     return table
+
+
+def finished_table(experiment: SyntheticExperiment, out: Path) -> SyntheticTable:
+    """Return the table of the tasks whose runs are all finished, without training.
+
+    Args:
+        experiment: The experiment.
+        out: Folder of the experiment.
+
+    Raises:
+        FileError: The folder `out` has results of other settings.
+    """
+    runs = Runs(experiment, out, say=lambda line: None, device="cpu")
+    found = {task.name: runs.finished(task) for task in experiment.tasks}
+    return build_table(experiment, {name: results for name, results in found.items() if results is not None})
 
 
 def measure_cell(config: RunConfig, task: TaskSetting, rows: int) -> Measured:
@@ -230,6 +276,7 @@ def measure_cell(config: RunConfig, task: TaskSetting, rows: int) -> Measured:
         lr=config.train.lr,
         parameters=sum(p.numel() for p in training.model.parameters()),
         seconds=round(time.perf_counter() - start, 1),
+        precision=training.precision,
     )
 
 
@@ -250,8 +297,12 @@ class Training:
         self.recipe = self.model.block.recipe(config.model)
         self.optimizers = build_optimizers(self.model, config.train, self.precision, self.recipe)
 
-    def step(self, step: int) -> float | None:
-        """Run one optimizer step on the batch of this step.
+    def step(self, step: int, batch: Batch | None = None) -> float | None:
+        """Run one optimizer step.
+
+        Args:
+            step: Number of the step, counted from 0.
+            batch: Inputs and targets. Default: the batch of this step.
 
         Returns:
             The loss in nats per answer; None if the loss or a gradient is not finite. The weights are then unchanged.
@@ -259,7 +310,8 @@ class Training:
         train = self.config.train
         lr = learning_rate(train, step, self.recipe.warmup_floor)
         begin_step(self.optimizers, lr)
-        batch = training_batch(self.task, train.batch_size, self.size, train.seed, step, train.steps)
+        if batch is None:
+            batch = training_batch(self.task, train.batch_size, self.size, train.seed, step, train.steps)
         inputs, targets = self._upload(batch)
         with autocast(self.precision, self.device):
             logits, _ = self.model(inputs)
@@ -296,10 +348,12 @@ class Training:
 def _seconds_per_step(config: RunConfig, task: TaskSetting) -> float:
     """Measure a few training steps, without the first step, which loads and compiles code."""
     training = Training(config, task)
-    # At this step, sequences have the mean size of the whole run.
-    middle = 3 * config.train.steps // 8
-    training.step(middle)
+    # Mean size of the sequences of a run (`training_batch`): (s + 1) / 2 for the largest size s of a step, where s has
+    # the mean 3/4 of the largest size of the run.
+    size = task.size if training.task.running else max(1, round((0.75 * task.size + 1) / 2))
+    batch = training.task.make(np.random.default_rng(0), config.train.batch_size, size)
+    training.step(0, batch)
     start = time.perf_counter()
-    for step in range(middle + 1, middle + TIMED_STEPS + 1):
-        training.step(step)
+    for step in range(1, TIMED_STEPS + 1):
+        training.step(step, batch)
     return (time.perf_counter() - start) / TIMED_STEPS

@@ -1,7 +1,7 @@
 """Table, verdicts and picture of an experiment with synthetic tasks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from timemix.reporting.statistics import (
     verdict_word,
     verdict_words,
 )
+from timemix.storage.json_files import OPTIONAL
 
 COLUMNS = 3
 """Number of tasks in a row of the picture."""
@@ -36,6 +37,8 @@ class Measured:
     """Number of parameters of the model."""
     seconds: float
     """Time of training and tests in seconds."""
+    precision: str | None = field(default=None, metadata=OPTIONAL)
+    """Precision of matrix products, None in a result of an earlier version."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class SyntheticRow:
     lr: float
     accuracy: dict[int, Difference]
     """Mean accuracy over seeds by size of the test, with the ends of its 95 % interval."""
+    by_seed: dict[int, dict[int, float]]
+    """Accuracy by size of the test, then by seed."""
+    precisions: list[str]
+    """Precisions of the runs, each once."""
     diverged: int
     """Number of seeds whose loss diverged."""
 
@@ -60,8 +67,8 @@ class TaskTable:
     kind: str
     size: int
     """Largest size of a training sequence."""
-    answers: int
-    """Number of different answers."""
+    guess: dict[int, float]
+    """Accuracy of a guess by frequency (`SyntheticTask.guess`), by size of the test."""
     rows: list[SyntheticRow]
 
 
@@ -81,6 +88,8 @@ class SyntheticTable:
 
     title: str
     seeds: int
+    lrs: list[float]
+    """Learning rates that were tried."""
     tasks: list[TaskTable]
     verdicts: list[TaskJudgement]
 
@@ -103,22 +112,33 @@ def build_table(experiment: SyntheticExperiment, found: Found) -> SyntheticTable
 
     Args:
         experiment: The experiment.
-        found: Results of all runs.
+        found: Results of all runs of a task, for at least one task.
     """
-    tasks = [_task_table(experiment, task, found[task.name]) for task in experiment.tasks]
-    verdicts = [_judge(verdict, found[verdict.task]) for verdict in experiment.verdicts]
-    return SyntheticTable(experiment.title, len(experiment.seeds), tasks, verdicts)
+    tasks = [_task_table(experiment, task, found[task.name]) for task in experiment.tasks if task.name in found]
+    verdicts = [_judge(verdict, found[verdict.task]) for verdict in experiment.verdicts if verdict.task in found]
+    return SyntheticTable(experiment.title, len(experiment.seeds), list(experiment.lrs), tasks, verdicts)
 
 
 def _task_table(experiment: SyntheticExperiment, task: TaskSetting, found: dict[str, dict[int, Measured]]) -> TaskTable:
     rows = []
     for variant in experiment.variants:
-        results = list(found[variant.name].values())
-        accuracy = {n: _share([r.accuracy[str(n)] for r in results]) for n in task.tests}
-        diverged = sum(r.loss is None for r in results)
-        first = results[0]
-        rows.append(SyntheticRow(variant.name, variant.heading, first.parameters, first.lr, accuracy, diverged))
-    return TaskTable(task.name, task.kind, task.size, TASKS[task.kind].answers, rows)
+        results = found[variant.name]
+        by_seed = {n: {seed: r.accuracy[str(n)] for seed, r in results.items()} for n in task.tests}
+        first, *_ = results.values()
+        rows.append(
+            SyntheticRow(
+                name=variant.name,
+                label=variant.heading,
+                parameters=first.parameters,
+                lr=first.lr,
+                accuracy={n: _share(list(values.values())) for n, values in by_seed.items()},
+                by_seed=by_seed,
+                precisions=sorted({r.precision for r in results.values() if r.precision is not None}),
+                diverged=sum(r.loss is None for r in results.values()),
+            )
+        )
+    guess = {n: TASKS[task.kind].guess(n) for n in task.tests}
+    return TaskTable(task.name, task.kind, task.size, guess, rows)
 
 
 def _share(values: list[float]) -> Difference:
@@ -141,37 +161,79 @@ def to_markdown(table: SyntheticTable) -> str:
     parts = [
         f"# {table.title}",
         f"The figures are shares of right answers: means over {seeds}"
-        + (", with 95 % intervals." if table.seeds > 1 else "."),
+        + (", with 95 % intervals." if table.seeds > 1 else ".")
+        + " The first row is a guess: the answer that is most frequent in the sequence, or at the position if every"
+        " position has an answer.",
     ]
     for task in table.tasks:
         words = TASKS[task.kind].size
         half = " Only the second half of the answers of a sequence counts." if TASKS[task.kind].running else ""
         parts += [
             f"## {task.name}",
-            f"Trained on up to {task.size} {words}. A guess is right with probability 1/{task.answers}.{half}",
+            f"Trained on up to {task.size} {words}.{half}",
+            markdown_table(task_rows(task)),
         ]
-        rows = [["variant", "parameters", "lr", *(f"{n} {words}" for n in task.rows[0].accuracy)]]
-        for row in task.rows:
-            label = row.label + (f" ({row.diverged} diverged)" if row.diverged else "")
-            rows.append([label, f"{row.parameters:,}", f"{row.lr:g}", *map(share_words, row.accuracy.values())])
-        parts.append(markdown_table(rows))
     if table.verdicts:
         rows = [["claim", "difference of the accuracies", "verdict"]]
         rows += [[v.claim, interval(v.difference), verdict_words(v.difference, table.seeds)] for v in table.verdicts]
         parts.append(markdown_table(rows, words=(0, 2)))
+    if said := warnings(table):
+        parts.append("\n".join(f"- {each}" for each in said))
     return "\n\n".join(parts) + "\n"
 
 
-def share_words(share: Difference) -> str:
+def task_rows(task: TaskTable, digits: int = 3) -> list[list[str]]:
+    """Return the table of a task as text, headings first: a guess, then the variants.
+
+    The last column has the accuracy of each seed at the largest test that is not larger than the training, because the
+    mean of seeds that learned the task and seeds that did not hides both.
+
+    Args:
+        task: Results of all variants.
+        digits: Number of digits after the decimal point.
+    """
+    sizes = list(task.guess)
+    shown = max((n for n in sizes if n <= task.size), default=sizes[0])
+    heads = [f"{n} {TASKS[task.kind].size}" for n in sizes]
+    rows = [["variant", "parameters", "lr", *heads, f"each seed at {shown}"]]
+    rows.append(["a guess", "-", "-", *(f"{share:.2f}" for share in task.guess.values()), "-"])
+    for row in task.rows:
+        label = row.label + (f" ({row.diverged} diverged)" if row.diverged else "")
+        shares = [share_words(share, digits) for share in row.accuracy.values()]
+        seeds = ", ".join(f"{share:.2f}" for share in sorted(row.by_seed[shown].values()))
+        rows.append([label, f"{row.parameters:,}", f"{row.lr:g}", *shares, seeds])
+    return rows
+
+
+def warnings(table: SyntheticTable) -> list[str]:
+    """Return warnings about an experiment: learning rates at the edge of the grid, unequal sizes and precisions."""
+    said = []
+    for task in table.tasks:
+        if len(table.lrs) > 1:
+            at_edge = {row.label: row.lr for row in task.rows if row.lr in (min(table.lrs), max(table.lrs))}
+            if at_edge:
+                names = ", ".join(f"{label} ({lr:g})" for label, lr in at_edge.items())
+                said.append(f"{task.name}: the best lr is at the edge of the grid for {names}; widen the grid.")
+        few, many = (choose(task.rows, key=lambda row: row.parameters) for choose in (min, max))
+        if many.parameters > 1.01 * few.parameters:
+            more = many.parameters / few.parameters - 1
+            said.append(f"{task.name}: {many.label} has {more:.0%} more parameters than {few.label}.")
+    precisions = sorted({each for task in table.tasks for row in task.rows for each in row.precisions})
+    if len(precisions) > 1:
+        said.append(f"The runs use different precisions: {', '.join(precisions)}; set train.precision.")
+    return said
+
+
+def share_words(share: Difference, digits: int = 3) -> str:
     """Return a share with its interval as text, such as "0.981 (0.950 to 1.000)"."""
-    spread = "" if share["low"] is None else f" ({share['low']:.3f} to {share['high']:.3f})"
-    return f"{share['mean']:.3f}{spread}"
+    spread = "" if share["low"] is None else f" ({share['low']:.{digits}f} to {share['high']:.{digits}f})"
+    return f"{share['mean']:.{digits}f}{spread}"
 
 
 def draw_table(experiment: SyntheticExperiment, table: SyntheticTable, out: Path) -> None:
     """Draw the accuracy of each variant by size of the test, one diagram per task.
 
-    A dotted line marks the largest size in training, and a dashed line the accuracy of a guess.
+    A dotted line marks the largest size in training, and a dashed line the accuracy of a guess. Small dots are seeds.
 
     Args:
         experiment: The experiment.
@@ -203,8 +265,10 @@ def _draw_task(axes: Any, task: TaskTable, colors: list[str]) -> None:
         low, high = ([_end(share, end) for share in shares] for end in ("low", "high"))
         axes.fill_between(sizes, low, high, color=color, alpha=0.12, linewidth=0)
         axes.plot(sizes, means, color=color, marker="osD^vPX"[i % 7], markeredgecolor="white", label=row.label)
+        for size, shares_of in row.by_seed.items():
+            axes.plot([size] * len(shares_of), list(shares_of.values()), ".", color=color, markersize=3, alpha=0.6)
     axes.axvline(task.size, color="0.5", linewidth=0.9, linestyle=":")
-    axes.axhline(1 / task.answers, color="0.5", linewidth=0.9, linestyle="--")
+    axes.plot(sizes, list(task.guess.values()), color="0.5", linewidth=0.9, linestyle="--")
     axes.set(title=task.name, xlabel=TASKS[task.kind].size, ylim=(-0.03, 1.05), xscale="log")
     axes.minorticks_off()
     axes.set_xticks(sizes, [str(n) for n in sizes])

@@ -6,10 +6,23 @@ from typing import Any
 from timemix.config.run import RunConfig
 from timemix.errors import InvalidValue, nearest
 from timemix.experiments.synthetic_tasks import KEYS, TASKS
-from timemix.experiments.variants import NO_FILE_NAME, Variant, check_variants, merged, variant_config
+from timemix.experiments.variants import (
+    NO_FILE_NAME,
+    Variant,
+    check_different,
+    check_variants,
+    flat,
+    merged,
+    variant_config,
+)
 
 LARGEST_SIZE = 65536
 """Largest size of a sequence."""
+TRAINING_FIELDS = (
+    *("steps", "batch_size", "lr", "lr_final", "embedding_lr", "schedule", "warmup", "decay"),
+    *("optimizer", "betas", "eps", "weight_decay", "clip", "precision", "seed"),
+)
+"""Training settings that determine the result of a run. All other settings of `train` and `data` have no effect."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,9 @@ class SyntheticExperiment:
                     f"a verdict names the task {verdict.task!r} at the size {verdict.size}, which no test has"
                 )
         for task in self.tasks:
-            for variant in self.variants:
-                self.config(task, variant, self.lrs[0], self.seeds[0])
+            check_different(
+                {v.name: [self.config(task, v, lr, self.seeds[0]) for lr in self.lrs] for v in self.variants}
+            )
 
     def only(self, names: tuple[str, ...]) -> "SyntheticExperiment":
         """Return the experiment with some of its tasks, and the verdicts on these tasks.
@@ -126,7 +140,16 @@ class SyntheticExperiment:
         Raises:
             InvalidValue: A field or a value is not supported. The message names the variant.
         """
-        config = variant_config(self.preset, merged(self.base, task.set), variant, {"train.lr": lr})
+        given = merged(self.base, task.set)
+        for name in flat(merged(given, variant.set)):
+            part, _, field_name = name.partition(".")
+            if part == "data" or (part == "train" and field_name not in TRAINING_FIELDS):
+                raise InvalidValue(
+                    f"variant {variant.name!r}: {name} has no effect on synthetic tasks; leave {name} out"
+                )
+        config = variant_config(self.preset, given, variant, {"train.lr": lr})
+        if not config.train.steps:
+            raise InvalidValue(f"variant {variant.name!r}: train.steps is 0; give a run at least 1 step")
         kind = TASKS[task.kind]
         longest = max(kind.length(size) for size in (task.size, *task.tests))
         model = replace(config.model, ctx_len=longest, vocab_size=kind.vocab_size)

@@ -16,15 +16,15 @@ IGNORED = -100
 KEYS = 128
 """Number of keys of `recall`, and largest number of pairs."""
 VALUES = 32
-"""Number of values of `recall` and of `needle`."""
+"""Number of values of `recall` and `needle`."""
 LETTERS = 16
 """Number of letters of `copy` and `reverse`."""
-FILLERS = 16
-"""Number of filler tokens of `needle`."""
 PREFIX = 8
-"""Number of filler tokens before the marker of `needle`."""
+"""Largest number of filler tokens before the first marker of `needle`."""
 DEEPEST = 8
 """Largest depth of `brackets`."""
+GUESSED_TOKENS = 2**20
+"""Number of tokens from which `SyntheticTask.guess` is measured."""
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, each (rows, length) int64."""
@@ -38,8 +38,8 @@ class SyntheticTask:
     """Generator of a batch: (random generator, rows, size) -> inputs and targets."""
     vocab_size: int
     """Number of tokens, inputs and answers together."""
-    answers: int
-    """Number of different answers. A guess is right with probability 1 / answers."""
+    answers: range
+    """Tokens that can be answers."""
     size: str
     """Meaning of the size in words."""
     running: bool = False
@@ -48,6 +48,28 @@ class SyntheticTask:
     def length(self, size: int) -> int:
         """Return the number of positions of a sequence."""
         return int(self.make(np.random.default_rng(0), 1, size)[0].shape[1])
+
+    def guess(self, size: int) -> float:
+        """Return the accuracy of a guess by frequency, to which the accuracy of a model is compared.
+
+        The guess is the answer that is most frequent in the sequence. With running answers, the guess is the answer
+        that is most frequent at the position.
+
+        Args:
+            size: Size of the sequences.
+        """
+        rows = max(2, GUESSED_TOKENS // self.length(size))
+        inputs, targets = held_out_batch(self, rows, size, seed=0)
+        if self.running:
+            # The counts in one half of the sequences give the guesses for the other half.
+            seen, targets = targets[: rows // 2], targets[rows // 2 :]
+            # (answers, length)
+            counts = np.stack([(seen == answer).sum(0) for answer in self.answers])
+        else:
+            # (answers, rows, 1)
+            counts = np.stack([(inputs == answer).sum(1, keepdims=True) for answer in self.answers])
+        guesses = self.answers.start + counts.argmax(0)
+        return float((guesses == targets).sum() / (targets != IGNORED).sum())
 
 
 def _recall(random: np.random.Generator, rows: int, size: int) -> Batch:
@@ -123,30 +145,29 @@ def _reverse(random: np.random.Generator, rows: int, size: int) -> Batch:
 
 
 def _needle(random: np.random.Generator, rows: int, size: int) -> Batch:
-    """Filler with a marker and a value in it, and the marker again at the end. The answer at the end is the value.
+    """Values with two markers between them. The answer at the second marker is the value after the first marker.
 
-    The value and the end of the sequence are `size` positions apart.
+    This value and the second marker are `size` positions apart. The first marker is at a random position, and all other
+    tokens are values, so that the answer depends on the marker alone.
     """
-    inputs = random.integers(0, FILLERS, (rows, PREFIX + size + 2))
-    values = random.integers(FILLERS, FILLERS + VALUES, rows)
-    marker = FILLERS + VALUES
-    inputs[:, PREFIX] = inputs[:, -1] = marker
-    inputs[:, PREFIX + 1] = values
+    inputs = random.integers(0, VALUES, (rows, PREFIX + size + 2))
     targets = np.full_like(inputs, IGNORED)
-    targets[:, -1] = values
+    row, marker = np.arange(rows), random.integers(0, PREFIX + 1, rows)
+    inputs[row, marker] = inputs[row, marker + 1 + size] = VALUES
+    targets[row, marker + 1 + size] = inputs[row, marker + 1]
     return inputs, targets
 
 
 TASKS = {
-    "recall": SyntheticTask(_recall, KEYS + VALUES, VALUES, "pairs"),
-    "parity": SyntheticTask(_running_sum(2), 2, 2, "tokens", running=True),
-    "mod5": SyntheticTask(_running_sum(5), 5, 5, "tokens", running=True),
-    "s3": SyntheticTask(_running_product(3), 6, 6, "tokens", running=True),
-    "s5": SyntheticTask(_running_product(5), 120, 120, "tokens", running=True),
-    "brackets": SyntheticTask(_brackets, DEEPEST + 1, DEEPEST + 1, "tokens", running=True),
-    "copy": SyntheticTask(_copy, LETTERS + 1, LETTERS, "letters"),
-    "reverse": SyntheticTask(_reverse, LETTERS + 1, LETTERS, "letters"),
-    "needle": SyntheticTask(_needle, FILLERS + VALUES + 1, VALUES, "positions from value to query"),
+    "recall": SyntheticTask(_recall, KEYS + VALUES, range(KEYS, KEYS + VALUES), "pairs"),
+    "parity": SyntheticTask(_running_sum(2), 2, range(2), "tokens", running=True),
+    "mod5": SyntheticTask(_running_sum(5), 5, range(5), "tokens", running=True),
+    "s3": SyntheticTask(_running_product(3), 6, range(6), "tokens", running=True),
+    "s5": SyntheticTask(_running_product(5), 120, range(120), "tokens", running=True),
+    "brackets": SyntheticTask(_brackets, DEEPEST + 1, range(DEEPEST + 1), "tokens", running=True),
+    "copy": SyntheticTask(_copy, LETTERS + 1, range(LETTERS), "letters"),
+    "reverse": SyntheticTask(_reverse, LETTERS + 1, range(LETTERS), "letters"),
+    "needle": SyntheticTask(_needle, VALUES + 1, range(VALUES), "positions from value to query"),
 }
 
 

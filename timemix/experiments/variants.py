@@ -1,5 +1,6 @@
 """The variants of an experiment. Shared fields, fields of a variant and a tuning point override a preset."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -156,6 +157,25 @@ def check_variants(variants: Sequence[Variant], verdicts: Sequence[Claim]) -> No
         for name in (verdict.better, verdict.worse):
             if name not in names:
                 raise InvalidValue(f"a verdict names the variant {name!r}{nearest(name, names)}")
+        if verdict.better == verdict.worse:
+            raise InvalidValue(f"a verdict compares the variant {verdict.better!r} with itself; name two variants")
+
+
+def check_different(runs_of: dict[str, list[RunConfig]]) -> None:
+    """Check that no two variants have the same runs.
+
+    Args:
+        runs_of: Configs of the runs by name of the variant.
+
+    Raises:
+        InvalidValue: Two variants have the same runs.
+    """
+    for (one, runs), (other, others) in itertools.combinations(runs_of.items(), 2):
+        if runs == others:
+            raise InvalidValue(
+                f"variants {one!r} and {other!r} have the same settings, so their runs would be bit-identical;"
+                " change a setting of one, or remove it"
+            )
 
 
 def _is_color(color: str) -> bool:
