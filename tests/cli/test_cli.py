@@ -17,6 +17,7 @@ from tests.helpers.commands import run_command
 from tests.helpers.pages import blocks
 from tests.helpers.runs import TEXT
 from timemix.bench.measure import StepSpeed
+from timemix.cli.compare import CompareArguments, _of_architectures
 from timemix.cli.main import main
 from timemix.errors import FileError, InvalidValue, NotFinite
 
@@ -362,6 +363,15 @@ def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
     )
     # The runs are ordinary runs.
     assert call("sample", "c/variants/mha_shift/seed-1", "--prompt", "the", "--tokens", "3")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("archs", "points"),
+    [(("rwkv1", "rwkv7"), [6, 3]), (("rwkv6", "rwkv7", "llama"), [3, 3, 3]), (("rwkv4",), [3]), (("mha_pro",), [6])],
+)
+def test_compare_tunes_what_each_architecture_has(archs, points):
+    experiment = _of_architectures(CompareArguments(arch=archs))
+    assert [len(experiment.points_of(variant)) for variant in experiment.variants] == points
 
 
 def test_compare_stopped_by_ctrl_c_goes_on(tmp_path):

@@ -519,12 +519,31 @@ def test_the_results_of_another_comparison_are_reused_without_its_run_folders(tm
         assert (kept / "three" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_results_of_other_settings_are_trained_again(tmp_path, unmeasured):
+def test_results_of_other_settings_are_refused(tmp_path, unmeasured):
     experiment, kept = small(write_text_file(tmp_path)), tmp_path / "kept"
     finish(Comparison(experiment, tmp_path / "one", results=kept))
     wider = replace(experiment, base=experiment.base | {"model": BASE["model"] | {"channels": 24}})
-    assert len(trained_jobs(Comparison(wider, tmp_path / "two", results=kept))) == 8
-    assert trained_jobs(Comparison(wider, tmp_path / "three", results=kept)) == []
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    for other in (wider, replace(wider, tune={})):
+        with pytest.raises(FileError, match="has the result of .* with other settings or another text; choose another"):
+            finish(Comparison(other, tmp_path / f"other {len(other.tune)}", results=kept))
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+def test_a_measurement_of_other_settings_is_repeated(tmp_path, monkeypatch):
+    measured = StepSpeed(0.25, 64.0, 1024.0)
+    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: measured)
+    experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={})
+    counts = []
+    for name, seconds in (("one", 1.5), ("two", 3.0), ("three", 3.0)):
+        comparison = Comparison(replace(experiment, seconds=seconds), tmp_path / name, results=tmp_path / "kept")
+        counts.append(comparison.config(comparison.seed_jobs(experiment.variants[0])[0]).train.steps)
+        assert comparison.memory(experiment.variants[0]) == 1024
+        measured = StepSpeed(0.25, 64.0, 1024.0) if name == "one" else StepSpeed(0.5, 32.0, 1024.0)
+    assert counts == [6, 12, 12]
+    wider = replace(experiment, base=experiment.base | {"model": BASE["model"] | {"channels": 24}})
+    measured = StepSpeed(0.5, 64.0, 2048.0)
+    assert Comparison(wider, tmp_path / "four", results=tmp_path / "kept").memory(wider.variants[0]) == 2048
 
 
 def test_results_of_an_earlier_call_are_copied(tmp_path, unmeasured):

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from timemix.training.progress import Watch
 
 
-GRID = {"train": {"lr": [2e-3, 4e-3, 8e-3]}, "model": {"initial": ["original", "zero"]}}
+LRS = [2e-3, 4e-3, 8e-3]
+INITIAL = ["original", "zero"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class CompareArguments:
     tasks: tuple[str, ...] | None = None
     """Names of the tasks of a synthetic experiment such as `recall`, one or more. Default: all tasks."""
     tune: bool = True
-    """With --arch: choice of learning rate and initial values of each architecture, by 6 short runs with seed 0."""
+    """With --arch: choice of the learning rate of each architecture, by 3 runs with seed 0. An architecture with
+    model.initial, such as rwkv1, has 6 runs: 3 for each kind of initial values."""
     reuse: Path | None = None
     """Folder of other comparisons, whose finished runs with equal settings and text are copied; with --results, also
     the folder of the --results folders of other comparisons. Default: no folder."""
@@ -192,16 +194,19 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
 
 
 def _of_architectures(parsed: CompareArguments) -> Experiment:
-    colours = {arch: find_architecture(arch).colour for arch in parsed.arch}
+    found = {arch: find_architecture(arch) for arch in parsed.arch}
+    tune: dict[str, Any] = {"train": {"lr": LRS}}
+    if any("initial" in each.config.__dataclass_fields__ for each in found.values()):
+        tune["model"] = {"initial": INITIAL}
     # Validate only at the start and at the end: more validations would cost more than 2 % of the time.
     steps = preset(parsed.size).train.steps
     return Experiment(
         title=" against ".join(parsed.arch),
-        variants=tuple(Variant(a, {"model": {"arch": a}}, color=colours[a]) for a in parsed.arch),
+        variants=tuple(Variant(a, {"model": {"arch": a}}, color=found[a].colour) for a in parsed.arch),
         tokens=1_500_000,
         preset=parsed.size,
         base={"train": {"valid_every": steps, "save_every": 500}},
-        tune=GRID if parsed.tune else {},
+        tune=tune if parsed.tune else {},
     )
 
 

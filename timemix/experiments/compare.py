@@ -32,7 +32,7 @@ from timemix.data.corpus import Corpus
 from timemix.data.describe import text_hash
 from timemix.errors import FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
-from timemix.experiments.identity import difference, run_keys
+from timemix.experiments.identity import difference, run_keys, settings_key
 from timemix.experiments.jobs import (
     Budget,
     Failure,
@@ -204,9 +204,11 @@ class Comparison:
             say: Function that prints a line of text for each finished job, with an estimate of the time left.
 
         Raises:
+            FileError: The folder of the result files has results of runs with other settings, or a file is damaged.
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
         """
         jobs = self._jobs()
+        self._refuse_results_of_others(jobs)
         for job in jobs:
             if self._ended(job) and (result := self.result(job)) is not None:
                 self.files.copy(job, result)
@@ -222,6 +224,20 @@ class Comparison:
         while left := [job for job in jobs if not self._ended(job)]:
             if not any(self._try(job, watching, report) for job in left if self._ready(job)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _refuse_results_of_others(self, jobs: list[Job]) -> None:
+        """Refuse result files of runs with other settings, which new runs would replace.
+
+        The settings of a run with a seed follow from the tuning runs, so a new best tuning point may replace its file.
+        """
+        tuned = {job.variant.name for job in jobs if job.tuning}
+        for job in jobs:
+            kept = self.files.kept(job) if job.tuning or job.variant.name not in tuned else None
+            if kept is not None and kept.key is not None and kept.key not in self._keys(job):
+                raise FileError(
+                    f"{self.files.results} has the result of {job.name} with other settings or another text; choose"
+                    " another folder for --results"
+                )
 
     def _jobs(self) -> list[Job]:
         """Return all jobs, tuning runs first."""
@@ -357,14 +373,15 @@ class Comparison:
         seconds = self.experiment.seconds
         if seconds is None:
             return None
-        path = self.files.measurement(variant, "budget")
-        if not path.exists():
+        path, key = self.files.measurement(variant, "budget"), settings_key(self._first_config(variant), seconds)
+        budget = measured_before(path, Budget, key)
+        if budget is None:
             measured = self._measured(variant, steps=20)
             if isinstance(measured, StepFailure):
                 raise TimemixError(f"a training step of variant {variant.name!r} failed: {measured.error}")
             budget = Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
-            write_text(path, json.dumps(to_json(budget)))
-        return measured_before(path, Budget).steps
+            write_text(path, json.dumps(to_json(budget) | {"key": key}))
+        return budget.steps
 
     def _measured(self, variant: Variant, steps: int) -> StepSpeed | StepFailure:
         point = self.best_point(variant) or self._points[variant.name][0]
@@ -379,13 +396,15 @@ class Comparison:
 
     def _training_step(self, variant: Variant) -> StepMemory:
         """Return the measured training step of a variant, without values if the step fails."""
-        path = self.files.measurement(variant, "memory")
-        if not path.exists():
-            measured = self._measured(variant, steps=1)
-            if isinstance(measured, StepFailure):
-                return StepMemory()
-            write_text(path, json.dumps(to_json(measured)) + "\n")
-        return measured_before(path, StepMemory)
+        path, key = self.files.measurement(variant, "memory"), settings_key(self._first_config(variant))
+        found = measured_before(path, StepMemory, key)
+        if found is not None:
+            return found
+        measured = self._measured(variant, steps=1)
+        if isinstance(measured, StepFailure):
+            return StepMemory()
+        write_text(path, json.dumps(to_json(measured) | {"key": key}) + "\n")
+        return StepMemory(measured.peak_memory, measured.step_seconds)
 
 
 def _call_name() -> str:

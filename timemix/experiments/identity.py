@@ -51,6 +51,18 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
 
 
+def settings_key(config: RunConfig, *others: object) -> str:
+    """Return a hash of the settings that determine the speed and the memory of a training step.
+
+    Args:
+        config: Config of a run.
+        *others: Further values for the hash, in JSON types.
+    """
+    train = {k: v for k, v in to_dict(config.train).items() if k not in ("lr", "seed", "steps", "device")}
+    model = {k: v for k, v in to_dict(config.model).items() if k != "initial"}
+    return sha256(json.dumps([model, train, *others], sort_keys=True).encode()).hexdigest()
+
+
 def difference(theirs: Any, ours: dict[str, Any]) -> str:
     """Return the names of fields that differ between two experiments and determine the runs, as text; "" if none.
 

@@ -135,10 +135,18 @@ class ResultFiles:
             DamagedFile: The file is damaged.
         """
         path = self.folder(job) / "result.json"
-        if not path.exists() and self.results is not None:
-            path = self._copy(self.results, job)
-        if not path.exists():
-            return None
+        return self._read(path, job) if path.exists() else self.kept(job)
+
+    def kept(self, job: Job) -> Result | Failure | None:
+        """Return the copy of a result; None without a copy.
+
+        Raises:
+            DamagedFile: The file is damaged.
+        """
+        path = None if self.results is None else self._copy(self.results, job)
+        return self._read(path, job) if path is not None and path.exists() else None
+
+    def _read(self, path: Path, job: Job) -> Result | Failure:
         try:
             return read_result(read_json(path))
         except Misfit:
@@ -193,18 +201,25 @@ class ResultFiles:
 Measured = TypeVar("Measured")
 
 
-def measured_before(path: Path, kind: type[Measured]) -> Measured:
+def measured_before(path: Path, kind: type[Measured], key: str) -> Measured | None:
     """Read an earlier measurement as a dataclass.
 
     Args:
         path: JSON file of the measurement.
         kind: Dataclass of the result.
+        key: Hash of the measured settings.
+
+    Returns:
+        The measurement; None if there is no file, or if the file has another key. Earlier versions wrote no key.
 
     Raises:
-        FileError: The file is missing or damaged.
+        FileError: The file is damaged.
     """
+    if not path.exists():
+        return None
     try:
-        return to_record(read_json(path), kind)
+        found = read_json(path)
+        return to_record(found, kind) if found.get("key", key) == key else None
     except Misfit:
         raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
 
