@@ -1,8 +1,11 @@
 """The howto pages: their Python runs, and timemix accepts the options of their commands."""
 
+import ast
 import re
 import shutil
 import subprocess
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -14,6 +17,7 @@ from tests.helpers.pages import (
     blocks,
     check_command,
     commands,
+    numbered_blocks,
     run_python,
     timemix_arguments,
 )
@@ -22,6 +26,10 @@ from timemix.server.engine_thread import Served
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
 OF_SERVER = [page for page in PAGES if SERVER in page.read_text(encoding="utf-8")]
+CREATING = ("train", "data", "convert", "import", "export")
+"""Verbs that refuse an existing --out."""
+CREATED = {"train": 1, "prepare": 0, "export_run": 2, "export_gguf": 1, "export_onnx": 1}
+"""Functions that refuse an existing output, and the place of the output among their arguments."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,30 @@ def test_commands_of_a_page_are_accepted(page, trained, monkeypatch):
     monkeypatch.chdir(trained)
     for line in commands(page):
         check_command(line)
+
+
+def created(page):
+    """Yield the outputs that a page creates. A command that the page shows twice counts once."""
+    for line in commands(page):
+        for arguments in timemix_arguments(line):
+            if set(arguments[:1]) & set(CREATING):
+                yield from (out for flag, out in pairwise(arguments) if flag == "--out")
+    for _, language, text in numbered_blocks(page):
+        calls = ast.walk(ast.parse(text)) if language in ("python", "py") else ()
+        for call in (each for each in calls if isinstance(each, ast.Call)):
+            place = CREATED.get(ast.unparse(call.func).rpartition(".")[2], len(call.args))
+            if place < len(call.args) and not any(each.arg == "resume" for each in call.keywords):
+                yield from re.findall(r"^(?:Path\()?'([^']+)'", ast.unparse(call.args[place]))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs/tutorial.md"], ids=lambda page: page.stem)
+def test_a_page_creates_each_output_once(page):
+    assert [out for out, count in Counter(created(page)).items() if count > 1] == []
+
+
+def test_outputs_are_found_in_commands_and_python():
+    assert {"runs/next", "runs/longer", "runs/next-python"} == set(created(ROOT / "docs/howto/fine-tune.md"))
+    assert {"mine.gguf", "mine-python.gguf"} < set(created(ROOT / "docs/howto/llama-cpp.md"))
 
 
 @pytest.mark.parametrize(

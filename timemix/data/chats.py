@@ -13,7 +13,7 @@ CHAT_KEYS = ("messages", "prompt", "completion")
 
 
 def marked_conversation(record: dict[str, Any], template: ChatTemplate, place: str) -> str:
-    """Return the text of the conversation in a record. The loss counts only what the assistant says.
+    """Return the text of the conversation in a record. The loss counts only the messages of the assistant.
 
     Args:
         record: Either `messages`, a list of messages with `role` and `content`, or the texts `prompt` and `completion`.

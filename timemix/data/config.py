@@ -36,8 +36,8 @@ class DataConfig:
     """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files.
     Default: text; .csv and .tsv files are then plain text."""
     template: Template | None = None
-    """Chat template for records with `messages`, or with `prompt` and `completion`. The loss counts only what the
-    assistant says. Default: the records have texts."""
+    """Chat template for records with `messages`, or with `prompt` and `completion`. The loss counts only the
+    messages of the assistant. Default: the records have texts."""
     end_of_text: bool | None = None
     """Token after each document. A document is a record of a .jsonl, .ndjson, .parquet, .csv or .tsv file, or a whole
     file of plain text. Default: True if the source has records, and the tokenizer has an end-of-text token or is
