@@ -340,7 +340,10 @@ def test_remote_code_imports_the_installed_package(recurrent, tmp_path):
 def test_remote_code_without_timemix(recurrent, tmp_path):
     done = remote(WITHOUT, recurrent[1], home=tmp_path)
     assert done.returncode != 0
-    assert "ImportError: this model needs the package timemix; run: pip install 'timemix[hf]'" in done.stderr
+    assert (
+        "ImportError: this model needs the package timemix; clone its repository, and run:"
+        " pip install '/path/to/timemix[hf]'"
+    ) in done.stderr
 
 
 def test_the_message_without_transformers(tmp_path):

@@ -64,6 +64,7 @@ def test_the_files(run, tmp_path):
     loss = json.loads((best(run) / "training.json").read_text())["valid_loss"]
     assert f"the loss on the held-out text of the run is {loss:.4f} nats per token" in card
     assert 'source = "text.txt"' in card
+    assert "\n    pip install '/path/to/timemix[hf]'\n" in card
     assert str(run.parent) not in card
 
 

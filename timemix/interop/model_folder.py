@@ -37,7 +37,7 @@ PREFIX = "model."
 """Prefix of the names of all weights."""
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
-_MISSING = "this model needs the package timemix; run: pip install 'timemix[hf]'"
+_MISSING = "this model needs the package timemix; clone its repository, and run: pip install '/path/to/timemix[hf]'"
 _STUB = f'''"""The classes of this model, which the package timemix contains."""
 
 try:
@@ -188,7 +188,9 @@ timemix {version}. {context}
 
 ## Use
 
-    pip install 'timemix[hf]'
+Install timemix from a clone of its repository:
+
+    pip install '/path/to/timemix[hf]'
 
 ```python
 import timemix.hf
