@@ -6,6 +6,7 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def _place(path: str) -> float:
     return math.inf
 
 
+def _section(path: str) -> str | None:
+    """Return the title of the section of a page: the first cell of the row of docs/index.md that links the page."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| (?P<title>[^|]+) \|.*\]\({re.escape(path)}\)", index, re.MULTILINE)
+    return found["title"].replace("**", "").capitalize() if found and not path.endswith("/index.md") else None
+
+
 def _heading(files: Files, path: str) -> str:
     """Return the first heading of a page."""
     file = files.get_file_from_path(path)
@@ -106,10 +114,12 @@ def _expanded(item: Any, paths: list[str]) -> Any:
 
 
 def _folder_items(folder: str, paths: list[str]) -> Iterator[Any]:
-    """Yield the items of a folder: its index, its other pages, its folders."""
+    """Yield the items of a folder: its index, its other pages in sections, its folders."""
     below = [path for path in paths if path.startswith(folder)]
     direct = [path for path in below if "/" not in path.removeprefix(folder)]
-    yield from sorted(direct, key=lambda path: not path.endswith("/index.md"))
+    for title, group in groupby(sorted(direct, key=lambda path: not path.endswith("/index.md")), _section):
+        members = list(group)
+        yield from [{title: members}] if title else members
     for name in dict.fromkeys(path.removeprefix(folder).split("/")[0] for path in below if path not in direct):
         yield {SECTIONS.get(name, name): list(_folder_items(f"{folder}{name}/", paths))}
 

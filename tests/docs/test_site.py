@@ -178,6 +178,14 @@ def test_the_first_page_links_the_reference_instead_of_building_it(site):
 
 
 @pytest.mark.slow
+def test_the_rows_of_the_index_are_sections(site):
+    pages, _ = site
+    for title in ("Train on my own text", "Do a long run safely", "Do a comparison", "Use a trained model"):
+        assert any(title == text.strip() for text in pages["howto/serve.html"].text), title
+    assert "Understand the models" in {text.strip() for text in pages["explanation/math.html"].text}
+
+
+@pytest.mark.slow
 def test_options_are_code_that_stays_on_one_line(site):
     pages, folder = site
     assert [text for text in pages["reference/settings.html"].text if "--" in text] == []
