@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import run_command
-from tests.helpers.pages import numbered_blocks, run_block
+from tests.helpers.pages import check_command, commands, numbered_blocks, run_block
 
 PAGE = Path(__file__).parents[2] / "docs/tutorial.md"
 # The tests run in an environment that is installed already.
@@ -81,6 +81,11 @@ def test_the_tutorial_as_it_stands(tmp_path, monkeypatch, capsys):
         else:
             printed = run_and_read(line, language, text, names, capsys)
     assert {path.name for path in Path("runs").iterdir()} == {"first", "code", "compared", "recurrent"}
+
+
+def test_the_command_of_the_server_is_accepted():
+    (command,) = (each for each in commands(PAGE) if each.startswith("timemix serve"))
+    check_command(command)
 
 
 def test_every_shorter_setting_occurs_in_the_page():
