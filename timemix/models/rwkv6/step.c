@@ -132,7 +132,8 @@ static void before_wkv6(int64_t N, const model *m, const layer *l, const rows *w
     memcpy(x->v + t * N, v, N * sizeof(float));
     if (l->decay_up.weight) {
         float *own = w->decay + at;
-        for (int64_t n = 0; n < N; n++) own[n] = -expf(own[n]);
+        /* exp(-exp(80)) is 0, and the file is compiled for finite numbers. */
+        for (int64_t n = 0; n < N; n++) own[n] = -expf(fminf(own[n], 80));
         decay = own;
     }
     exp_factors(N, decay, x->c + t * N, x->m + t * N);

@@ -56,6 +56,7 @@ INLINE void exp_factors(int64_t N, const float *w, float *c, float *m) {
 /* sigmoid(x), where x is clamped to at least -60 so that exp(-x) stays in range. */
 INLINE float sigmoid_series(float x) { return 1 / (1 + exp_series(x < -60 ? 60 : -x)); }
 
-INLINE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+/* As sigmoid_series. With -ffast-math, 1 / infinity is NaN, because the compiler computes 1 / y by a Newton step. */
+INLINE float sigmoid(float x) { return 1 / (1 + expf(fminf(-x, 60))); }
 
 #endif
