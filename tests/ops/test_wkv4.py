@@ -116,6 +116,34 @@ def test_exponents_near_60_keep_their_digits_in_c(shift):
     assert error(results([x.float() for x in arguments], "c")["y"], expected["y"]) < 3e-7
 
 
+def long_sums(kind):
+    """Return arguments with large sums a and b before a key far above them, in float32 numbers."""
+    torch.manual_seed(3)
+    if kind == "a thousand keys":
+        arguments = inputs(1, 1003, 33, key=0.1, decay=-1e-3, state=False)
+        rises, rise = 1000, 15
+    else:
+        arguments = inputs(1, 3, 33, key=0.1, decay=-1e-5)
+        rises, rise = 0, 12
+    arguments = [x.detach() for x in arguments]
+    arguments[2][:, rises] += rise
+    if kind == "a state":
+        arguments[4][:, 0] = 1e5 * torch.randn(33)
+        arguments[4][:, 1:] = torch.tensor([1e5, 0.0])[:, None]
+    return [x.float().double() for x in arguments]
+
+
+@pytest.mark.parametrize("kind", ["a thousand keys", "a state"])
+def test_a_key_far_above_large_sums_keeps_their_digits_in_c(kind):
+    """The factor of the sums is then near 0. As 1 + (d - 1), it would lose the digits of the sums."""
+    arguments = long_sums(kind)
+    expected = results(arguments, "reference")
+    found = results([x.float() for x in arguments], "c")
+    for name in NAMES:
+        assert error(found[name], expected[name]) < (2e-6 if name == "w" else 1e-6), name
+    assert error(found["y"], expected["y"]) < 3e-7
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_the_c_code_is_bit_identical_for_any_threads_and_strides(changed):
     arguments = inputs(3, 40, 130, torch.float32)

@@ -40,17 +40,21 @@ INLINE float expm1_series(float x) {
     return (power - 1) + rest * power;
 }
 
-/* The factors c and m (N,) for which c S + m S is exp(w) S, from log-decays w (N,). For w above -ln 2, c = 1 and
-   m = exp(w) - 1, because the rounding error of a factor near 1 would be equal at every token, and add up. Otherwise
-   c = 0 and m = exp(w), because small factors would lose their digits in 1 + m. A file that uses c and m is compiled
-   without -fassociative-math, which would replace c S + m S by (c + m) S. */
+/* The factors c and m for which c s + m s is exp(w) s, for a sum s that decays by exp(w) at each token. For w above -ln 2,
+   c = 1 and m = exp(w) - 1, because the rounding error of a factor near 1 would be equal at every token, and add up.
+   Otherwise c = 0 and m = exp(w), because small factors would lose their digits in 1 + m. A file that uses c and m is
+   compiled without -fassociative-math, which would replace c s + m s by (c + m) s. */
+INLINE void exp_factor(float w, float *c, float *m) {
+    float power;
+    const float rest = exp_rest(w, &power);
+    *c = w > -0.69314718f ? 1 : 0;
+    *m = (power - *c) + rest * power;
+}
+
+/* exp_factor for w (N,): c and m (N,). */
 INLINE void exp_factors(int64_t N, const float *w, float *c, float *m) {
 #pragma omp simd
-    for (int64_t j = 0; j < N; j++) {
-        const int near = w[j] > -0.69314718f;
-        c[j] = near ? 1 : 0;
-        m[j] = near ? expm1_series(w[j]) : exp_series(w[j]);
-    }
+    for (int64_t j = 0; j < N; j++) exp_factor(w[j], c + j, m + j);
 }
 
 /* sigmoid(x), where x is clamped to at least -60 so that exp(-x) stays in range. */

@@ -14,10 +14,10 @@
     dk = m (v da' + db') + du        dv = m da' + n g        du = n g (v - y)        dw = d (a da' + b db')
     da = d da' + e g                 db = d db' - e g y      dp = a da + b db for the first state
 
-   All factors are at most 1, so nothing overflows. Rounding errors that are equal at every token would add up, so the sums
-   use d - 1 instead of a d near 1, and the exponent of d is (p - p') + w: if p' is p + w, rounded, then d repairs the
-   rounding error. This file is compiled without -fassociative-math, which would undo both. A token takes four
-   exponentials per channel forward.
+   All factors are at most 1, so nothing overflows. Rounding errors that are equal at every token would add up, so d is the
+   sum of two factors (exp_factor), 1 and d - 1 for a d near 1. The exponent of d is (p - p') + w: if p' is p + w, rounded,
+   then d repairs the rounding error. This file is compiled without -fassociative-math, which would undo both. A token
+   takes four exponentials per channel forward.
 
    The forward pass stores the state at the start of every chunk. The backward pass computes the states within a chunk
    again, so memory grows with T / CHUNK. Each task is a block of channels of one sequence, so results are bit-identical
@@ -76,14 +76,16 @@ INLINE void wkv4_token_back(const wkv4_state *restrict s, const wkv4_inputs *x, 
         wkv4_factors(s->p[c], u[c], k[c], &e, &n);
         const float inverse = 1 / (e * s->b[c] + n), y = (e * s->a[c] + n * v[c]) * inverse, slope = dy[c] * inverse;
         const float p = larger(s->p[c] + w[c], k[c]);
-        const float fall = expm1_series(difference(s->p[c], p, w[c])), m = exp_series(k[c] - p);
+        const float m = exp_series(k[c] - p);
+        float stay, fall;
+        exp_factor(difference(s->p[c], p, w[c]), &stay, &fall);
         const float bonus = n * slope * (v[c] - y);
         dk[c] = m * (v[c] * d->a[c] + d->b[c]) + bonus;
         dv[c] = m * d->a[c] + n * slope;
         du[c] += bonus;
-        dw[c] += (1 + fall) * (s->a[c] * d->a[c] + s->b[c] * d->b[c]);
-        d->a[c] = d->a[c] + (fall * d->a[c] + e * slope);
-        d->b[c] = d->b[c] + (fall * d->b[c] - e * slope * y);
+        dw[c] += (stay + fall) * (s->a[c] * d->a[c] + s->b[c] * d->b[c]);
+        d->a[c] = stay * d->a[c] + (fall * d->a[c] + e * slope);
+        d->b[c] = stay * d->b[c] + (fall * d->b[c] - e * slope * y);
     }
 }
 

@@ -56,9 +56,11 @@ INLINE void wkv4_update(const wkv4_state *restrict s, wkv4_state *restrict next,
                         const float *restrict k, const float *restrict v, int64_t count) {
     for (int64_t c = 0; c < count; c++) {
         const float p = larger(s->p[c] + w[c], k[c]);
-        const float fall = expm1_series(difference(s->p[c], p, w[c])), m = exp_series(k[c] - p);
-        next->a[c] = s->a[c] + (fall * s->a[c] + m * v[c]);
-        next->b[c] = s->b[c] + (fall * s->b[c] + m);
+        const float m = exp_series(k[c] - p);
+        float stay, fall;
+        exp_factor(difference(s->p[c], p, w[c]), &stay, &fall);
+        next->a[c] = stay * s->a[c] + (fall * s->a[c] + m * v[c]);
+        next->b[c] = stay * s->b[c] + (fall * s->b[c] + m);
         next->p[c] = p;
     }
 }
