@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.runs import small_trainer
+from tests.helpers.runs import small_config, small_trainer, with_model, write_text_file
 from timemix.errors import InvalidValue, Unavailable
 from timemix.ops.common import fused
 from timemix.runtime import machine
-from timemix.training import compiling
+from timemix.training import batch_loss, compiling
 from timemix.training.compiling import COMPILE_FROM, choose_compile
-from timemix.training.start import resume_run
+from timemix.training.start import new_run, resume_run
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,29 @@ def test_auto_compiles_long_runs_where_it_can(monkeypatch):
     assert choose_compile("off", COMPILE_FROM, CPU) == (False, "asked for")
     assert choose_compile("auto", COMPILE_FROM, CPU, fused=True) == (False, "the model's own C code is as fast")
     assert choose_compile("auto", COMPILE_FROM, CPU, processes=2) == (False, "compiling supports one process only")
+
+
+@pytest.mark.parametrize(
+    ("arch", "compiles", "fields"),
+    [
+        ("rwkv1", False, {}),
+        ("rwkv4", False, {}),
+        ("rwkv5", False, {}),
+        ("rwkv6", False, {}),
+        ("rwkv7", False, {}),
+        ("rwkv5", False, {"without": ("gate",)}),
+        ("rwkv7", False, {"without": ("gate",)}),
+        ("rwkv6", True, {"heads": 1, "channels": 320}),
+        ("mha_pro", True, {}),
+    ],
+)
+def test_auto_compiles_only_models_without_c_kernels(monkeypatch, tmp_path, arch, compiles, fields):
+    """torch.compile would replace the C code of the recurrence by operations in PyTorch."""
+    monkeypatch.setattr(shutil, "which", lambda name, *path: f"/bin/{name}")
+    monkeypatch.setattr(compiling, "COMPILE_FROM", 0)
+    monkeypatch.setattr(batch_loss, "compiled_model", lambda model, *more: model)
+    config = with_model(small_config(write_text_file(tmp_path), arch), **fields)
+    assert new_run(config, tmp_path / "run").batch_loss.compiled == compiles
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ def choose_compile(
         flops: Floating-point operations of the whole run.
         device: Device of the model.
         processes: Number of processes of the run.
-        fused: Whether `ops.common.fused` runs the whole model, about as fast as compiled code (docs/performance.md).
+        fused: Whether C code computes the recurrence, norms and mixtures of the model (`Block.runs_in_c`).
         ragged: Whether the model computes rows of many lengths, each of which would be compiled.
 
     Raises:

@@ -272,7 +272,9 @@ class Block(nn.Module):
 
     @classmethod
     def runs_in_c(cls, config: Any, precision: str, device: torch.device) -> bool:
-        """Return whether C code computes all of a training step except the matrix products (by default False).
+        """Return whether C code computes the recurrence, norms and mixtures of a training step (by default False).
+
+        torch.compile would replace this C code, so `--train.compile auto` does not compile the model.
 
         Args:
             config: Settings of the model.
@@ -280,7 +282,7 @@ class Block(nn.Module):
             device: Device of the model.
 
         Returns:
-            True if C code computes the training step.
+            True if C code computes these parts.
         """
         return False
 

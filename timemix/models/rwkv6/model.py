@@ -22,8 +22,10 @@ from timemix.models.layers.receptance_mix import ReceptanceChannelMix
 from timemix.models.layers.token_shift import previous_token
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.models.rwkv6.initial import set_initial_values
+from timemix.ops.common import fused
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv6.api import choose_backend, wkv6
+from timemix.ops.rwkv6.compiled import KERNELS, MOST
 from timemix.runtime.device import autocast
 
 MIXED_5 = ("key", "value", "receptance", "gate")
@@ -269,6 +271,11 @@ class Rwkv5Block(Block):
         """Count the stored numbers. The C code stores the state of every 16 tokens, N / 16 numbers per channel."""
         C, hidden = config.channels, config.ffn_hidden
         return Kept(24 * C + 2 * hidden + C * config.head_size // 16, 7 * C + hidden)
+
+    @classmethod
+    def runs_in_c(cls, config: Rwkv5Config, precision: str, device: torch.device) -> bool:
+        is_supported = precision in ("float32", "bfloat16") and device.type == "cpu" and config.head_size <= MOST
+        return is_supported and fused.available() and KERNELS.compiles()
 
     @classmethod
     def forms(cls, config: Rwkv5Config, precision: str, device: torch.device) -> dict[str, str]:

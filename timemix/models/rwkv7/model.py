@@ -270,7 +270,8 @@ class Rwkv7Block(Block):
     def kept(cls, config: Rwkv7Config, rows: int) -> Kept:
         """Count the stored numbers. The C code stores the state of every 16 tokens, N / 16 numbers per channel."""
         C, hidden, ranks = config.channels, config.ffn_hidden, sum(config.ranks.values())
-        if not cls.runs_in_c(config, "float32", torch.device("cpu")):
+        # A model without an idea computes its elementwise operations in PyTorch.
+        if config.without or not cls.runs_in_c(config, "float32", torch.device("cpu")):
             return Kept(38 * C + 2 * hidden + ranks, 11 * C + hidden + ranks)
         return Kept(17 * C + C * config.head_size // 16 + 2 * hidden + ranks, 11 * C + hidden + ranks)
 
@@ -278,7 +279,6 @@ class Rwkv7Block(Block):
     def runs_in_c(cls, config: Rwkv7Config, precision: str, device: torch.device) -> bool:
         return (
             precision in ("float32", "bfloat16")
-            and not config.without
             and device.type == "cpu"
             and config.head_size <= MOST
             and fused.available()
