@@ -270,7 +270,7 @@ class Rwkv5Block(Block):
     def kept(cls, config: Rwkv5Config, rows: int) -> Kept:
         """Count the stored numbers. The C code stores the state of every 16 tokens, N / 16 numbers per channel."""
         C, hidden = config.channels, config.ffn_hidden
-        return Kept(24 * C + 2 * hidden + C * config.head_size // 16, 7 * C + hidden)
+        return Kept(23 * C + 2 * hidden + C * config.head_size // 16, 7 * C + hidden)
 
     @classmethod
     def runs_in_c(cls, config: Rwkv5Config, precision: str, device: torch.device) -> bool:
@@ -308,6 +308,6 @@ class Rwkv6Block(Rwkv5Block):
     @classmethod
     def kept(cls, config: Rwkv5Config, rows: int) -> Kept:
         assert isinstance(config, Rwkv6Config)
-        low_rank = 2 * len(MIXED_6) * config.mixture_rank + 2 * config.decay_rank
+        low_rank = len(MIXED_6) * config.mixture_rank + config.decay_rank
         base = super().kept(config, rows)
-        return Kept(base.block + 24 * config.channels + low_rank, base.products + 6 * config.channels + low_rank)
+        return Kept(base.block + 13 * config.channels + low_rank, base.products + 6 * config.channels + low_rank)

@@ -10,6 +10,7 @@ The softmax of a row gives y[t]. So each chunk takes n (n + 1) exponentials per 
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from timemix.ops.rwkv4.reference import EMPTY
 
@@ -28,6 +29,9 @@ def chunked_wkv4(
 ) -> tuple[Tensor, Tensor]:
     """Compute wkv4 chunk by chunk.
 
+    Only the inputs and the state before each chunk are stored for the backward pass, which computes each chunk again.
+    All weights would take n + 1 numbers for each number of k.
+
     Args:
         w: Log-decay (C,), at most 0.
         u: Bonus of the current token (C,), added to its key.
@@ -43,9 +47,8 @@ def chunked_wkv4(
     y, T = [], k.shape[1]
     for first in range(0, T, CHUNK):
         at = slice(first, min(first + CHUNK, T))
-        piece, state = _chunk(
-            w, u, k[:, at], v[:, at], state, lengths - first, None if resets is None else resets[:, at]
-        )
+        given = w, u, k[:, at], v[:, at], state, lengths - first, None if resets is None else resets[:, at]
+        piece, state = checkpoint(_chunk, *given, use_reentrant=False, preserve_rng_state=False)
         y.append(piece)
     return torch.cat(y, 1), state
 
