@@ -191,6 +191,18 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
     assert not clean["y"][1, 5:].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_outside_the_text_are_clamped(backend):
+    """A row without tokens has its state as the last state. The C code must not read or write outside the rows."""
+    arguments = inputs(4, 19, 5, dtype_of(backend))
+    clean = results(arguments, "reference", lengths=torch.tensor([0, 19, 0, 19]))
+    found = results(arguments, backend, lengths=torch.tensor([0, 19, -1000, 1000]))
+    assert_accurate(found, clean)
+    assert torch.equal(found["end"][[0, 2]], arguments[-1].detach()[[0, 2]])
+    assert not found["y"][[0, 2]].any()
+    assert not found["k"][[0, 2]].any()
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_the_gradient_is_the_numerical_one(backend):
     arguments = inputs(1, 6, 2)

@@ -192,6 +192,15 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
+def test_lengths_outside_the_text_are_clamped(backend):
+    arguments = inputs(3, 9, 1, 4, dtype_of(backend))
+    clean = results(arguments, backend, lengths=torch.tensor([0, 9, 0]))
+    for name, value in results(arguments, backend, lengths=torch.tensor([0, 1000, -1000])).items():
+        assert torch.equal(value, clean[name]), name
+    assert torch.equal(clean["end"][0], arguments[-1].detach()[0])
+
+
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_a_diverged_input_stays_visible(backend):
     arguments = [x.detach() for x in inputs(1, 20, 1, 4, dtype_of(backend))]
     arguments[1][0, 3, 0, 0] = torch.nan

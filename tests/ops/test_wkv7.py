@@ -185,6 +185,15 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
     assert not clean["y"][1, 5:].any()
 
 
+@pytest.mark.parametrize("backend", ON_THE_CPU)
+def test_lengths_outside_the_text_are_clamped(backend):
+    arguments = inputs(3, 9, 1, 4, dtype_of(backend))
+    clean = results(arguments, backend, lengths=torch.tensor([0, 9, 0]))
+    for name, value in results(arguments, backend, lengths=torch.tensor([0, 1000, -1000])).items():
+        assert torch.equal(value, clean[name]), name
+    assert torch.equal(clean["end"][0], arguments[-1].detach()[0])
+
+
 def test_a_reset_forgets_all_earlier_tokens():
     arguments = inputs(1, 80, 1, 4)
     resets = torch.zeros(1, 80, dtype=torch.bool)

@@ -45,7 +45,8 @@ def wkv4(
         state: State before these tokens (B, 3, C): numerator a, denominator b and their exponent p, which stand for
             the sums a exp(p) and b exp(p). None: no tokens. `wkv4` does not change the state, and computes its
             gradient.
-        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid. At padding, y is zero.
+        lengths: Number of valid tokens in each row (B,), clamped to 0 to T; None if all T tokens are valid. At padding,
+            y is zero.
         resets: Whether to forget all previous tokens before each token (B, T) bool; None for never.
         backend: "auto" or a name in `BACKENDS`.
 
@@ -66,7 +67,8 @@ def wkv4(
     if lengths is None:
         counts = torch.full((B,), T, device=k.device)
     else:
-        counts, is_valid = lengths, (torch.arange(T, device=k.device) < lengths[:, None])[..., None]
+        # As in wkv6 and wkv7, a row has no more than T tokens. The C code has no check of its own.
+        counts, is_valid = lengths.clamp(0, T), (torch.arange(T, device=k.device) < lengths[:, None])[..., None]
         # Padding may hold any number, such as NaN.
         k, v = k.where(is_valid, 0), v.where(is_valid, 0)
     start = empty_state(B, C, dtype, k.device) if state is None else state.to(dtype)

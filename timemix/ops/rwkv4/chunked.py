@@ -80,14 +80,15 @@ def _chunk(
 
 
 def _after(w: Tensor, k: Tensor, v: Tensor, state: Tensor, count: Tensor, document: Tensor) -> Tensor:
-    """Return the state after the first `count` (B,) tokens of a chunk."""
+    """Return the state after the first `count` (B,) tokens of a chunk. Without tokens, it is the state itself."""
     a, b, p = state.unbind(1)
     t = torch.arange(k.shape[1], device=k.device)
     last = document.gather(1, (count - 1).clamp(min=0)[:, None])
     is_kept = ((t < count[:, None]) & (document == last))[..., None]
     exponents = ((count[:, None] - 1 - t).clamp(min=0)[..., None] * w + k).where(is_kept, EMPTY)
-    carries = ((last == 0) | (count == 0)[:, None]).expand_as(p)
+    carries = (last == 0).expand_as(p)
     carried = (p + count[:, None] * w).where(carries, EMPTY)
     largest = torch.maximum(carried, exponents.amax(1)).detach()
     old, new = (carried - largest).exp().where(carries, 0), (exponents - largest[:, None]).exp().where(is_kept, 0)
-    return torch.stack((old * a + (new * v).sum(1), old * b + new.sum(1), largest), 1)
+    after = torch.stack((old * a + (new * v).sum(1), old * b + new.sum(1), largest), 1)
+    return after.where((count > 0)[:, None, None], state)

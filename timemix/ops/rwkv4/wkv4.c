@@ -96,12 +96,14 @@ static void wkv4_backward(const wkv4_inputs *x, wkv4_task task, const float *sta
     float *dw = g->w + task.row * C + task.first, *du = g->u + task.row * C + task.first;
     memset(dw, 0, count * sizeof(float));
     memset(du, 0, count * sizeof(float));
-    wkv4_load(&d, dstate + task.row * 3 * C + task.first, C, count);
     for (int64_t t = length; t < x->T; t++) {
         const int64_t at = (task.row * x->T + t) * C + task.first;
         memset(g->k + at, 0, count * sizeof(float));
         memset(g->v + at, 0, count * sizeof(float));
     }
+    /* Without tokens, the last state is the first one, and `starts` holds nothing. */
+    if (length == 0) return;
+    wkv4_load(&d, dstate + task.row * 3 * C + task.first, C, count);
     for (int64_t chunk = (length - 1) / CHUNK; chunk >= 0; chunk--) {
         const int64_t first = chunk * CHUNK, tokens = length - first < CHUNK ? length - first : CHUNK;
         /* Sums over a chunk first, then over chunks: a plain sum over many tokens would lose more digits. */

@@ -47,7 +47,8 @@ def wkv6(
         u: Bonus of the current token (H, N).
         state: State S before these tokens, of shape (B, H, keys N, values N); None for zeros. `wkv6` does not change
             the state, and computes its gradient.
-        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid. At padding, y is zero.
+        lengths: Number of valid tokens in each row (B,), clamped to 0 to T; None if all T tokens are valid. At padding,
+            y is zero.
         resets: Whether to set S to zero before each token (B, T) bool, as at the start of a document; None for never.
         backend: "auto" or a name in `BACKENDS`.
 

@@ -52,7 +52,8 @@ def wkv7(
         b: Vectors along which S a is added to the state (B, T, H, N).
         state: State S before these tokens, of shape (B, H, values N, keys N); None for zeros. `wkv7` does not change
             the state, and computes its gradient.
-        lengths: Number of valid tokens in each row (B,), 1 to T; None if all T tokens are valid. At padding, y is zero.
+        lengths: Number of valid tokens in each row (B,), clamped to 0 to T; None if all T tokens are valid. At padding,
+            y is zero.
         resets: Whether to set S to zero before each token (B, T) bool, as at the start of a document; None for never.
         backend: "auto" or a name in `BACKENDS`.
 
