@@ -107,6 +107,18 @@ def test_hard_values_in_float32(backend, kind, T):
     assert_accurate(results([x.float() for x in arguments], backend), expected, 10 if is_hard else 1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decay_of_minus_infinity_forgets_all_but_the_newest_token(backend):
+    """In float32, -exp(decay) is minus infinity for a decay above 88. y is an average of two values."""
+    arguments = inputs(2, 40, 3, dtype_of(backend), decay=-torch.inf)
+    found = results(arguments, backend)
+    _, u, k, v, _ = (x.detach() for x in arguments)
+    bonus = (u + k[:, 1:] - k[:, :-1]).sigmoid()
+    torch.testing.assert_close(found["y"][:, 1:], bonus * v[:, 1:] + (1 - bonus) * v[:, :-1])
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["w"].abs().max() < 1e-30
+
+
 @pytest.mark.parametrize("shift", [59.0, -59.0])
 def test_exponents_near_60_keep_their_digits_in_c(shift):
     """A rounded exponent of 60 has an error of up to 4e-6, which would be the relative error of a weight."""
@@ -189,6 +201,18 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
     for name, value in results(broken, backend, lengths=lengths).items():
         assert torch.equal(value.nan_to_num(7), clean[name]), name
     assert not clean["y"][1, 5:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_is_empty(backend):
+    arguments = inputs(0, 70, 5, dtype_of(backend))
+    found = results(arguments, backend)
+    assert {name: value.shape for name, value in found.items()} == {
+        "y": arguments[3].shape,
+        "end": arguments[-1].shape,
+        **{name: x.shape for name, x in zip(NAMES, arguments, strict=True)},
+    }
+    assert not any(value.any() for value in found.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -186,6 +186,18 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
+def test_an_empty_batch_is_empty(backend):
+    arguments = inputs(0, 70, 2, 4, dtype_of(backend))
+    found = results(arguments, backend)
+    assert {name: value.shape for name, value in found.items()} == {
+        "y": arguments[3].shape,
+        "end": arguments[-1].shape,
+        **{name: x.shape for name, x in zip(NAMES, arguments, strict=True)},
+    }
+    assert not any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_lengths_outside_the_text_are_clamped(backend):
     arguments = inputs(3, 9, 1, 4, dtype_of(backend))
     clean = results(arguments, backend, lengths=torch.tensor([0, 9, 0]))

@@ -17,6 +17,9 @@ from timemix.ops.rwkv4.reference import EMPTY
 CHUNK = 16
 """Number of tokens of a chunk."""
 
+LEAST = -1e30
+"""The least log-decay of a chunk."""
+
 
 def chunked_wkv4(
     w: Tensor,
@@ -45,6 +48,8 @@ def chunked_wkv4(
         y (B, T, C), and the state after the valid tokens.
     """
     y, T = [], k.shape[1]
+    # Minus infinity times the distance 0 would be NaN. Any finite key is lost after a decay of this size.
+    w = w.clamp(min=LEAST)
     for first in range(0, T, CHUNK):
         at = slice(first, min(first + CHUNK, T))
         given = w, u, k[:, at], v[:, at], state, lengths - first, None if resets is None else resets[:, at]

@@ -69,6 +69,7 @@ def _wkv6(
     B, T, H, _ = r.shape
     # The least power of two from T on, at most CHUNK
     n = min(CHUNK, 1 << (T - 1).bit_length())
+    shape = B, H, -(-T // n)
     current = (r * u * k).sum(-1, keepdim=True) * v
     w = w.expand_as(r)
     if resets is not None:
@@ -76,15 +77,15 @@ def _wkv6(
         w = w.where(~resets[:, :, None, None], -torch.inf)
     R, W, K, V = (_to_chunks(x, n) for x in (r, w, k, v))
     # (G, n, N) (G, N, n) -> (G, N, N) -> (B, H, chunks, N, N)
-    written = ((K * _after(W).exp()).mT @ V).unflatten(0, (B, H, -1))
-    decay = W.sum(1).exp().unflatten(0, (B, H, -1))
+    written = ((K * _after(W).exp()).mT @ V).unflatten(0, shape)
+    decay = W.sum(1).exp().unflatten(0, shape)
     states = [state]
-    for i in range(decay.shape[2]):
+    for i in range(shape[2]):
         states.append(states[-1] * decay[:, :, i, :, None] + written[:, :, i])
     S = torch.stack(states[:-1], 2).flatten(0, 2)
     Y = (R * _before(W).exp()) @ S + _within(R, W, K, V)
     # (G, n, N) -> (B, H, chunks, n, N) -> (B, chunks, n, H, N) -> (B, T, H, N)
-    y = Y.unflatten(0, (B, H, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+    y = Y.unflatten(0, shape).permute(0, 2, 3, 1, 4).flatten(1, 2)
     return y[:, :T] + current, states[-1]
 
 

@@ -90,18 +90,6 @@ def _to_chunks(x: Tensor, n: int) -> Tensor:
     return chunks
 
 
-def _from_chunks(x: Tensor, B: int, H: int) -> Tensor:
-    # (G, n, N) -> (B, H, chunks, n, N) -> (B, chunks, n, H, N) -> (B, T, H, N)
-    tokens: Tensor = x.unflatten(0, (B, H, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
-    return tokens
-
-
-def _by_chunk(x: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    # (G, N, N) -> (B, H, N, N) for each chunk of a row
-    chunks: tuple[Tensor, ...] = x.unflatten(0, (like.shape[0], like.shape[1], -1)).unbind(2)
-    return chunks
-
-
 class _Chunks:
     """The factors and matrices of all chunks, which the forward and backward passes share.
 
@@ -112,6 +100,8 @@ class _Chunks:
     """
 
     def __init__(self, inputs: Sequence[Tensor], resets: Tensor | None, n: int) -> None:
+        B, T, H, _ = inputs[0].shape
+        self._shape = B, H, T // n
         self.R, W, self.K, self.V, self.A, self.B = (_to_chunks(x, n) for x in inputs)
         G = W.cumsum(1)
         E, g, m = G - W, G[:, -1:], G[:, n // 2, None]
@@ -152,6 +142,18 @@ class _Chunks:
         found: Tensor = torch.linalg.solve_triangular(-self.X.mT, right, upper=True, unitriangular=True)
         return found
 
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """Return x of all tokens of all chunks in the shape of the inputs."""
+        # (G, n, N) -> (B, H, chunks, n, N) -> (B, chunks, n, H, N) -> (B, T, H, N)
+        tokens: Tensor = x.unflatten(0, self._shape).permute(0, 2, 3, 1, 4).flatten(1, 2)
+        return tokens
+
+    def by_chunk(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return a matrix of each chunk for each chunk of a row."""
+        # (G, N, N) -> (B, H, N, N) for each chunk of a row
+        chunks: tuple[Tensor, ...] = x.unflatten(0, self._shape).unbind(2)
+        return chunks
+
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
@@ -161,14 +163,14 @@ class _Chunked(torch.autograd.Function):
         M = torch.diag_embed(c.decay) + Q.mT @ c.B_end
         C = c.V.mT @ c.K_end + P.mT @ c.B_end
         states = [state]
-        for M_i, C_i in zip(_by_chunk(M, state), _by_chunk(C, state), strict=True):
+        for M_i, C_i in zip(c.by_chunk(M), c.by_chunk(C), strict=True):
             states.append(states[-1] @ M_i + C_i)
         # The state at the start of each chunk: (B, H, chunks, N, N) -> (G, N, N)
         S = torch.stack(states[:-1], 2).flatten(0, 2)
         Y = c.R_start @ S.mT + c.Rk @ c.V + c.Rb @ (P + Q @ S.mT)
         ctx.save_for_backward(*inputs, S, states[-1], resets)
         ctx.n = n
-        return _from_chunks(Y, *state.shape[:2]), states[-1]
+        return c.of_tokens(Y), states[-1]
 
     @staticmethod
     @once_differentiable
@@ -183,16 +185,16 @@ class _Chunked(torch.autograd.Function):
         M = torch.diag_embed(c.decay) + c.A_start.mT @ L
         D = dY.mT @ c.R_start + O.mT @ c.A_start
         d_states = [d_end]
-        for M_i, D_i in zip(_by_chunk(M, end)[::-1], _by_chunk(D, end)[::-1], strict=True):
+        for M_i, D_i in zip(c.by_chunk(M)[::-1], c.by_chunk(D)[::-1], strict=True):
             d_states.append(d_states[-1] @ M_i.mT + D_i)
         # The gradient of the state after each chunk
         dS = torch.stack(d_states[-2::-1], 2).flatten(0, 2)
         U = c.solve(c.Ak @ c.V + c.A_start @ S.mT)
         Z = O + L @ dS.mT
         # S' of each chunk is S of the next chunk. S' of the last chunk is the final state.
-        after = torch.stack([*_by_chunk(S, end)[1:], end], 2).flatten(0, 2)
+        after = torch.stack([*c.by_chunk(S)[1:], end], 2).flatten(0, 2)
         gradients = _gradients(c, S, after, dY, dS, U, Z)
-        return d_states[-1], None, None, *(_from_chunks(x, *end.shape[:2]) for x in gradients)
+        return d_states[-1], None, None, *map(c.of_tokens, gradients)
 
 
 def _gradients(
