@@ -61,7 +61,7 @@ class TimeMix(nn.Module):
         """
         k, v = wide(self.key(mixed["key"])), wide(self.value(mixed["value"]))
         bonus = torch.zeros_like(self.decay) if self.bonus is None else self.bonus
-        y, wkv = wkv4(-self.decay.exp(), bonus, k, v, wkv, lengths=lengths, resets=resets)
+        y, wkv = wkv4(-wide(self.decay).exp(), bonus, k, v, wkv, lengths=lengths, resets=resets)
         y = y.to(mixed["receptance"].dtype)
         if self.receptance is not None:
             y = self.receptance(mixed["receptance"]).sigmoid() * y
