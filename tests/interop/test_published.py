@@ -125,9 +125,31 @@ def test_the_folder_equals_the_folder_of_another_converter(folder):
         assert list(x.shape) == known["shape"]
         assert hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest() == known["sha256"], name
     ours, theirs = json.loads((folder / "config.json").read_text()), hugging_face_document()
-    both = ours.keys() & theirs.keys() - {"bos_token_id"}
+    both = ours.keys() & theirs.keys() - {"bos_token_id", "eos_token_id", "pad_token_id"}
     assert {name: ours[name] for name in both} == {name: theirs[name] for name in both}
     assert {"vocab_size", "hidden_size", "head_dim", "norm_eps", "num_hidden_layers"} < both
+
+
+def with_end(folder: Path) -> Path:
+    """Write a tokenizer of 50 tokens whose last token is the end of a text."""
+    letters = (chr(code) for code in range(0x3B1, 0x3B1 + 49))
+    train_tokenizer("character", "".join(letters), end_of_text=True).save(folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("path", [PTH, GOLDEN / "rwkv4.pth"])
+@pytest.mark.parametrize("has_end", [False, True])
+def test_the_end_of_text_is_that_of_the_tokenizer(path, has_end, tmp_path):
+    """transformers ends a generated text at eos_token_id. Token 0 of a model of characters may be the newline."""
+    tokenizer = with_end(tmp_path) if has_end else tokenizer_file(tmp_path)
+    import_run(path, tmp_path / "run", tokenizer, ctx_len=32)
+    end = load(tmp_path / "run").tokenizer.end_of_text
+    assert (end is not None) == has_end
+    export_run(tmp_path / "run", "hf", tmp_path / "hf", form="native")
+    document = json.loads((tmp_path / "hf/config.json").read_text())
+    names = {"bos_token_id", "eos_token_id", "pad_token_id"} & document.keys()
+    assert {document[name] for name in names} == {end}
+    assert {"bos_token_id", "eos_token_id"} <= names
 
 
 def write_folder(folder: Path, weights, **changes) -> Path:

@@ -71,9 +71,8 @@ def test_a_folder_of_transformers(folder, tmp_path):
         assert list(x.shape) == known["tensors"][name]["shape"]
         assert hashlib.sha256(x.numpy().tobytes()).hexdigest() == known["tensors"][name]["sha256"], name
     ours = json.loads((folder / "config.json").read_text())
-    assert {name: known["config"][name] for name in ours.keys() - {"dtype", "context_length"}} == {
-        name: ours[name] for name in ours.keys() - {"dtype", "context_length"}
-    }
+    both = ours.keys() - {"dtype", "context_length", "bos_token_id", "eos_token_id"}
+    assert {name: known["config"][name] for name in both} == {name: ours[name] for name in both}
     theirs = tmp_path / "hf"
     theirs.mkdir()
     (theirs / "config.json").write_text(json.dumps(known["config"]))
@@ -91,3 +90,13 @@ def test_transformers_opens_the_exported_folder(folder):
     with torch.no_grad():
         found = torch.cat([model(row[None], use_cache=False).logits for row in tokens])
     torch.testing.assert_close(found.double(), logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_transformers_generates_past_token_0_of_a_vocabulary_without_an_end(folder):
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    model = transformers.RwkvForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # All logits are equal, so the most probable token is always token 0.
+    torch.nn.init.zeros_(model.head.weight)
+    found = model.generate(torch.tensor([[3, 0, 5]]), max_new_tokens=4, do_sample=False)
+    assert found.tolist() == [[3, 0, 5, 0, 0, 0, 0]]

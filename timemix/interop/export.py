@@ -108,15 +108,17 @@ def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None
             " --to pth"
         )
     converter = load_part(str(entry.weights))
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
     with _stored(folder, run, out) as stored:
         weights = converter.to_published({name: stored.tensor(name) for name in stored.shapes})
         with new_folder(out) as temporary:
             if to == "pth":
                 _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
             else:
-                _write_folder(temporary, weights, config, load_part(str(entry.hugging_face)))
+                document = load_part(str(entry.hugging_face)).document(config, tokenizer.end_of_text)
+                _write_folder(temporary, weights, document, load_part(str(entry.hugging_face)))
             shutil.copy(folder / "tokenizer.json", temporary)
-            write_template(temporary, load_tokenizer(folder / "tokenizer.json"), run.data.template)
+            write_template(temporary, tokenizer, run.data.template)
 
 
 @contextmanager
@@ -172,9 +174,9 @@ def _write_pth(path: Path, weights: dict[str, Tensor], config: ModelConfig, conv
     write_torch_file(path, {name: x.contiguous() for name, x in weights.items()})
 
 
-def _write_folder(folder: Path, weights: dict[str, Tensor], config: ModelConfig, form: Any) -> None:
+def _write_folder(folder: Path, weights: dict[str, Tensor], document: dict[str, Any], form: Any) -> None:
     """Write weights and settings in the form of Hugging Face."""
     types = {str(x.dtype).removeprefix("torch.") for x in weights.values()}
-    document = form.document(config) | ({"dtype": types.pop()} if len(types) == 1 else {})
+    document |= {"dtype": types.pop()} if len(types) == 1 else {}
     (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     write_tensors(folder / WEIGHTS, form.to_hugging_face(weights), {"format": "pt"})

@@ -20,8 +20,6 @@ _CONSTANTS = {
     "rescale_every": 6,
     "tie_word_embeddings": False,
     "use_cache": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
 }
 _OUTSIDE = {
     "emb.weight": "rwkv.embeddings.weight",
@@ -89,11 +87,12 @@ def settings(document: dict[str, Any], config: Rwkv4Config) -> dict[str, Any]:
     return {}
 
 
-def document(config: Rwkv4Config) -> dict[str, Any]:
+def document(config: Rwkv4Config, end: int | None) -> dict[str, Any]:
     """Return the content of config.json for a model.
 
     Args:
         config: Settings of the model.
+        end: Id of the token at the end of a text, at which transformers ends a generated text; None: no such token.
 
     Returns:
         A JSON object.
@@ -108,4 +107,5 @@ def document(config: Rwkv4Config) -> dict[str, Any]:
         "intermediate_size": config.ffn_hidden,
         "num_hidden_layers": config.layers,
         **_CONSTANTS,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
     }

@@ -30,9 +30,6 @@ _CONSTANTS = {
     "fuse_norm": False,
     "tie_word_embeddings": False,
     "use_cache": True,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
 }
 _STACKED = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _OUTSIDE = {
@@ -136,11 +133,12 @@ def settings(document: dict[str, Any], config: Rwkv7Config) -> dict[str, Any]:
     return {"group_norm_eps": config.head_size * _NORM_EPS}
 
 
-def document(config: Rwkv7Config) -> dict[str, Any]:
+def document(config: Rwkv7Config, end: int | None) -> dict[str, Any]:
     """Return the content of config.json for a model.
 
     Args:
         config: Settings of the model.
+        end: Id of the token at the end of a text, at which transformers ends a generated text; None: no such token.
 
     Returns:
         A JSON object.
@@ -171,4 +169,5 @@ def document(config: Rwkv7Config) -> dict[str, Any]:
         **{f"{theirs}_low_rank_dim": config.ranks[ours] for ours, theirs in ranks.items()},
         "max_position_embeddings": config.ctx_len,
         **_CONSTANTS,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
     }
