@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from timemix.ops.common.derivatives import once_differentiable
 from timemix.runtime.native import library, passed
 
 ACTIVATION_KINDS = ("gelu", "mish", "relu2", "silu")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from timemix.ops.common import fused
+from timemix.ops.common.derivatives import once_differentiable
 
 
 def norm_shift(

@@ -37,8 +37,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from timemix.ops.common.derivatives import once_differentiable
 
 CHUNK = 64
 """n, the number of tokens in a chunk."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from timemix.ops.common.derivatives import once_differentiable
 from timemix.ops.common.kernels import Kernels, starts_and_scratch
 
 CHUNK = 16

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from timemix.ops.common import fused
+from timemix.ops.common.derivatives import once_differentiable
 from timemix.ops.common.kernels import starts_and_scratch
 from timemix.ops.rwkv7.compiled import ARRAYS, CHUNK, KERNELS, MOST
 
