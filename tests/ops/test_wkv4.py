@@ -203,6 +203,19 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
     assert not clean["y"][1, 5:].any()
 
 
+@pytest.mark.parametrize("backend", ["reference", "c"])
+def test_a_reset_forgets_a_nan(backend):
+    """In chunks, it does not: 0 * NaN is NaN."""
+    arguments = [x.detach() for x in inputs(1, 80, 2, dtype_of(backend))]
+    for x in arguments[2:4]:
+        x[0, 3] = torch.nan
+    resets = torch.arange(80)[None] == 5
+    y, end = wkv4(*arguments, resets=resets, backend=backend)
+    assert y[0, 3].isnan().all()
+    assert y[0, 5:].isfinite().all()
+    assert end.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_empty(backend):
     arguments = inputs(0, 70, 5, dtype_of(backend))

@@ -38,7 +38,8 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16)
 class CompiledStep:
     """A decode step that computes the whole model in one call of C code.
 
-    Linear weights are copied into panels (ops/common/panels.h). The C code reads all other parameters in place.
+    Linear weights are copied into panels (ops/common/panels.h). Vectors that the C code needs in another form, such as
+    -exp(decay), and parameters in another number format are copied too. The C code reads all other parameters in place.
 
     Args:
         model: A supported model (`hindrance` checks the support).

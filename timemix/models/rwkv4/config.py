@@ -19,7 +19,8 @@ class Rwkv4Config(Ideas, ModelConfig):
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
     without: tuple[str, ...] = ()
     """Ideas that the model leaves out, none, one or more of: token_shift, receptance, bonus.
-    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+    Default: a whole model. Only whole models generate in compiled C. Only whole models can be exported
+    to pth, gguf and the native form of hf."""
 
     ideas: ClassVar = ("token_shift", "receptance", "bonus")
 

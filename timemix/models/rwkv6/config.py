@@ -23,7 +23,8 @@ class Rwkv5Config(Ideas, HeadsConfig):
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
     without: tuple[str, ...] = ()
     """Ideas that the model leaves out, none, one or more of: token_shift, gate, head_norm, bonus.
-    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+    Default: a whole model. Only whole models, and models that leave out only the gate, generate in compiled C.
+    Only whole models can be exported to pth, gguf and the native form of hf."""
 
     ideas: ClassVar[tuple[str, ...]] = ("token_shift", "gate", "head_norm", "bonus")
 
@@ -62,7 +63,8 @@ class Rwkv6Config(Rwkv5Config):
     without: tuple[str, ...] = ()
     """Ideas that the model leaves out, none, one or more of: token_shift, token_mixtures, token_decay, gate,
     head_norm, bonus.
-    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+    Default: a whole model. Only whole models generate in compiled C. Only whole models can be exported
+    to pth, gguf and the native form of hf."""
 
     ideas: ClassVar = ("token_shift", "token_mixtures", "token_decay", "gate", "head_norm", "bonus")
 

@@ -34,7 +34,8 @@ class Rwkv7Config(Ideas, HeadsConfig):
     without: tuple[str, ...] = ()
     """Ideas that the model leaves out, none, one or more of: token_shift, delta_rule, token_decay,
     value_residual, gate, head_norm, bonus.
-    Default: a whole model. Only whole models generate in compiled C, and can be exported."""
+    Default: a whole model. Only whole models generate in compiled C. Only whole models can be exported
+    to pth, gguf and the native form of hf."""
 
     ideas: ClassVar = ("token_shift", "delta_rule", "token_decay", "value_residual", "gate", "head_norm", "bonus")
 

@@ -48,6 +48,7 @@ def wkv4(
         lengths: Number of valid tokens in each row (B,), clamped to 0 to T; None if all T tokens are valid. At padding,
             y is zero.
         resets: Whether to forget all previous tokens before each token (B, T) bool; None for never.
+            In backend="chunked", a NaN spreads over resets and to earlier tokens of its chunk, because 0 * NaN is NaN.
         backend: "auto" or a name in `BACKENDS`.
 
     Returns:

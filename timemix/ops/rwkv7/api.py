@@ -55,6 +55,7 @@ def wkv7(
         lengths: Number of valid tokens in each row (B,), clamped to 0 to T; None if all T tokens are valid. At padding,
             y is zero.
         resets: Whether to set S to zero before each token (B, T) bool, as at the start of a document; None for never.
+            In backend="chunked", a NaN spreads over resets and to earlier tokens of its chunk, because 0 * NaN is NaN.
         backend: "auto" or a name in `BACKENDS`.
 
     Returns:
