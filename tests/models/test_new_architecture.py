@@ -99,7 +99,7 @@ class ToyBlock(Block):
         return weights | {name: F.pad(x, (0, ctx_len - len(x))) for name, x in curves.items()}
 
     @classmethod
-    def forms(cls, config, precision, device):
+    def forms(cls, config, precision, device, resets=False):
         return {"mean": "loop (the only one)"}
 
     @property

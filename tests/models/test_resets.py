@@ -10,6 +10,7 @@ from tests.helpers.tiers import examples, slow
 from timemix.errors import InvalidValue
 from timemix.models.language_model import block_class, build_model
 from timemix.models.learned_state import LearnedState
+from timemix.models.registry import model_config
 
 T = 37
 FAST = ("rwkv1", "rwkv1_exp", "shift interpolated", "llama", "grouped heads", "rwkv4", "rwkv7")
@@ -171,3 +172,20 @@ def test_resets_with_a_state_are_refused_where_they_are_not_supported(arch):
     model = build_model(arch, layers=1, channels=16, ctx_len=8, vocab_size=11)
     with pytest.raises(InvalidValue, match=f"this {arch} does not support resets with a state; leave out state"):
         model(x, model.init_state(1), resets=resets)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize(("arch", "op"), [("rwkv5", "wkv6"), ("rwkv6", "wkv6"), ("rwkv7", "wkv7")])
+def test_the_named_backend_is_that_of_resets(monkeypatch, arch, op, resets):
+    """On a GPU, the kernels of flash-linear-attention support no resets."""
+    config = model_config(arch, channels=16, heads=2, ctx_len=12)
+    block = block_class(config)
+
+    def chosen(backend, x, firsts=None):
+        assert (backend, x.shape) == ("auto", (1, 12, 2, 8))
+        assert firsts is None or (firsts.shape, firsts.dtype) == ((1, 12), torch.bool)
+        return ("fla", "fast") if firsts is None else ("chunked", "resets")
+
+    monkeypatch.setattr(f"timemix.models.{op.replace('wkv', 'rwkv')}.model.choose_backend", chosen)
+    found = block.forms(config, "float32", torch.device("cpu"), resets)
+    assert found == {op: "chunked (resets)" if resets else "fla (fast)"}

@@ -108,7 +108,8 @@ def stopped_early(trainer: "Trainer") -> str:
 def _introduce(trainer: "Trainer") -> None:
     config, world = trainer.config, trainer.world
     held_out = f" ({words})" if (words := trainer.corpus.info.held_out) else ""
-    forms = trainer.model.block.forms(config.model, trainer.precision, trainer.device)
+    resets = not config.data.cross_documents
+    forms = trainer.model.block.forms(config.model, trainer.precision, trainer.device, resets)
     processes = "" if world.size == 1 else f", {world.size} processes ({config.train.strategy})"
     print(
         f"{config.model.arch}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters,"

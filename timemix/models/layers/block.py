@@ -287,13 +287,14 @@ class Block(nn.Module):
         return False
 
     @classmethod
-    def forms(cls, config: Any, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(cls, config: Any, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         """Return the backend that computes each op of the model over a whole context, for the log.
 
         Args:
             config: Settings of the model.
             precision: Precision of matrix products, such as "bfloat16".
             device: Device of the model.
+            resets: Whether the state is reset at the first token of each document.
 
         Returns:
             Backend of each op, with the reason for the choice, by name of the op.

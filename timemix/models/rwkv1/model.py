@@ -61,7 +61,7 @@ class Rwkv1Block(TimeMixBlock):
         return with_ctx_len(weights, config.ctx_len, ctx_len, logarithms=config.denominator == "weighted")
 
     @classmethod
-    def forms(cls, config: Rwkv1Config, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(cls, config: Rwkv1Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         name, reason = choose_backend(
             config.backend,
             config.ctx_len,
@@ -112,7 +112,9 @@ class Rwkv1ExpBlock(TimeMixBlock):
         return weights | {name: resized_table(table, ctx_len) for name, table in tables.items()}
 
     @classmethod
-    def forms(cls, config: Rwkv1ExpConfig, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(
+        cls, config: Rwkv1ExpConfig, precision: str, device: torch.device, resets: bool = False
+    ) -> dict[str, str]:
         return {"wkv1": "{} ({})".format(*choose_backend("auto", config.ctx_len, getattr(torch, precision)))}
 
     def tables(self) -> Tensors:

@@ -166,7 +166,7 @@ class Rwkv4Block(Block):
         return is_supported and fused.available() and KERNELS.compiles()
 
     @classmethod
-    def forms(cls, config: Rwkv4Config, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(cls, config: Rwkv4Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         dtype = torch.float64 if precision == "float64" else torch.float32
         # An expanded tensor has a shape, but no memory.
         k = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.channels)

@@ -278,12 +278,13 @@ class Rwkv5Block(Block):
         return is_supported and fused.available() and KERNELS.compiles()
 
     @classmethod
-    def forms(cls, config: Rwkv5Config, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(cls, config: Rwkv5Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         dtype = torch.float64 if precision == "float64" else torch.float32
         # An expanded tensor has a shape, but no memory.
         r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
+        firsts = torch.empty(1, dtype=torch.bool, device=device).expand(1, config.ctx_len) if resets else None
         with autocast(precision, device):
-            return {"wkv6": "{} ({})".format(*choose_backend("auto", r))}
+            return {"wkv6": "{} ({})".format(*choose_backend("auto", r, firsts))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         found = {("mixer", name): getattr(self.mixer, name) for name in ("receptance", "key", "value", "gate")}

@@ -286,12 +286,13 @@ class Rwkv7Block(Block):
         )
 
     @classmethod
-    def forms(cls, config: Rwkv7Config, precision: str, device: torch.device) -> dict[str, str]:
+    def forms(cls, config: Rwkv7Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         dtype = torch.float64 if precision == "float64" else torch.float32
         # An expanded tensor has a shape, but no memory.
         r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
+        firsts = torch.empty(1, dtype=torch.bool, device=device).expand(1, config.ctx_len) if resets else None
         with autocast(precision, device):
-            return {"wkv7": "{} ({})".format(*choose_backend("auto", r))}
+            return {"wkv7": "{} ({})".format(*choose_backend("auto", r, firsts))}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         mixer = self.mixer
