@@ -244,7 +244,7 @@ def draw_table(experiment: SyntheticExperiment, table: SyntheticTable, out: Path
 
     columns = min(COLUMNS, len(table.tasks))
     lines = math.ceil(len(table.tasks) / columns)
-    figure = Figure(figsize=(3.4 * columns + 0.4, 3.1 * lines + 0.3), dpi=150, layout="constrained")
+    figure = Figure(figsize=(3.4 * columns + 1.6, 3.1 * lines + 0.3), dpi=150, layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     spare = spare_colors(v.color for v in experiment.variants)
     colors = [variant.color or next(spare) for variant in experiment.variants]
@@ -253,7 +253,7 @@ def draw_table(experiment: SyntheticExperiment, table: SyntheticTable, out: Path
     for axes in grid[len(table.tasks) :]:
         axes.set_axis_off()
     grid[0].set_ylabel("share of right answers")
-    grid[0].legend(edgecolor="none")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside center right", edgecolor="none")
     save_picture(figure, out)
 
 
