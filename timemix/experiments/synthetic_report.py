@@ -253,7 +253,7 @@ def draw_table(experiment: SyntheticExperiment, table: SyntheticTable, out: Path
     for axes in grid[len(table.tasks) :]:
         axes.set_axis_off()
     grid[0].set_ylabel("share of right answers")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside center right", edgecolor="none")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", edgecolor="none")
     save_picture(figure, out)
 
 
