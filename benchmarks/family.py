@@ -170,7 +170,7 @@ def loss_block(table: dict[str, Any]) -> str:
 
 
 def verdict_rows(name: str, verdicts: list[tuple[str, Difference | None, int]]) -> list[list[str]]:
-    """Return the claims of an experiment: claim, difference and its unit, verdict, name of the experiment.
+    """Return the claims that have results: claim, difference and its unit, verdict, name of the experiment.
 
     Args:
         name: Name of the experiment.
@@ -180,6 +180,7 @@ def verdict_rows(name: str, verdicts: list[tuple[str, Difference | None, int]]) 
     return [
         [claim, interval(gain), unit, verdict_words(gain, pairs), f"[{name}](#{name})"]
         for claim, gain, pairs in verdicts
+        if gain is not None
     ]
 
 
