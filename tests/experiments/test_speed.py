@@ -53,7 +53,6 @@ EXPERIMENT = SpeedExperiment(
     verdicts=(
         SpeedVerdict("faster", "fast", "slow"),
         SpeedVerdict("slower", "slow", "fast"),
-        SpeedVerdict("the same", "fast", "fast"),
         SpeedVerdict("smaller", "fast", "slow", of="memory"),
         SpeedVerdict("fits", "fast", "large"),
         SpeedVerdict("does not", "large", "fast"),
@@ -87,7 +86,6 @@ def test_verdicts_follow_the_ratios(counted, tmp_path):
     assert [v["verdict"] for v in table["verdicts"]] == [
         "holds",
         "does not hold",
-        "undecided",
         "holds",
         "holds: large runs out of memory",
         "does not hold: large runs out of memory",

@@ -78,9 +78,15 @@ class Table:
     verdicts: list[Judgement]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object for table.json. The first row has no field `difference`."""
+        """Return the JSON object for table.json. The first row has no field `difference`.
+
+        The field `comparable` of a row is whether the row has the tokenizer and the held-out text of the first row.
+        """
         table = to_json(self)
-        del table["variants"][0]["difference"]
+        first, *others = table["variants"]
+        del first["difference"]
+        for row in (first, *others):
+            row["comparable"] = row["text"] == first["text"]
         return table
 
 
