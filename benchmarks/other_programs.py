@@ -29,7 +29,7 @@ def write_hf(model: LanguageModel, folder: Path) -> None:
     """Write a model as a Hugging Face folder, which rwkv7-hf and the converter of llama.cpp read."""
     folder.mkdir(parents=True)
     weights = hugging_face.to_hugging_face(to_published(model.state_dict()))
-    (folder / "config.json").write_text(json.dumps(hugging_face.document(model.config)))
+    (folder / "config.json").write_text(json.dumps(hugging_face.document(model.config, None)))
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
@@ -55,7 +55,7 @@ def rwkv4_of_transformers(model: LanguageModel) -> nn.Module:
     """
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    document = rwkv4_form.document(model.config)
+    document = rwkv4_form.document(model.config, None)
     # A model in training rescales nothing.
     found: nn.Module = RwkvForCausalLM(RwkvConfig(**{k: v for k, v in document.items() if k != "architectures"}))
     found.load_state_dict(rwkv4_form.to_hugging_face(rwkv4_weights.to_published(model.state_dict())))
