@@ -25,3 +25,39 @@ def stores_states(monkeypatch, kernels, recurrence, arguments, is_training):
     # The name of the C function, its inputs, the state, y, and the memory
     ((_, _, _, _, starts, *_),) = given
     return starts is not None
+
+
+def check_a_reset_forgets_a_nan(recurrence, arguments, broken, backend):
+    """Check that no output and no state after a reset is NaN.
+
+    Args:
+        recurrence: Function of the recurrence, for 80 tokens of one row.
+        arguments: Arguments of the recurrence.
+        broken: Numbers of the arguments (B, T, ...) that are NaN at token 3.
+        backend: Backend of the recurrence.
+    """
+    arguments = [x.detach() for x in arguments]
+    for number in broken:
+        arguments[number][0, 3] = torch.nan
+    y, end = recurrence(*arguments, resets=torch.arange(80)[None] == 5, backend=backend)
+    assert y[0, 3].isnan().all()
+    assert y[0, 5:].isfinite().all()
+    assert end.isfinite().all()
+
+
+def check_an_empty_batch_is_empty(found, names, arguments):
+    """Check the shapes of y, of the last state and of the gradients of all arguments for a batch of no rows."""
+    assert {name: value.shape for name, value in found.items()} == {
+        "y": arguments[3].shape,
+        "end": arguments[-1].shape,
+        **{name: x.shape for name, x in zip(names, arguments, strict=True)},
+    }
+    assert not any(value.any() for value in found.values())
+
+
+def check_lengths_are_clamped(results, arguments, backend):
+    """Check rows of 9 tokens with lengths below 0 and above 9. A row without tokens keeps its state."""
+    clean = results(arguments, backend, lengths=torch.tensor([0, 9, 0]))
+    for name, value in results(arguments, backend, lengths=torch.tensor([0, 1000, -1000])).items():
+        assert torch.equal(value, clean[name]), name
+    assert torch.equal(clean["end"][0], arguments[-1].detach()[0])

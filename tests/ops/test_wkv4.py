@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.operators import stores_states
+from tests.helpers.operators import check_a_reset_forgets_a_nan, check_an_empty_batch_is_empty, stores_states
 from tests.helpers.tiers import examples, slow
 from timemix.ops.rwkv4 import BACKENDS, choose_backend, compiled, wkv4
 from timemix.ops.rwkv4.api import empty_state
@@ -206,26 +206,13 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
 @pytest.mark.parametrize("backend", ["reference", "c"])
 def test_a_reset_forgets_a_nan(backend):
     """In chunks, it does not: 0 * NaN is NaN."""
-    arguments = [x.detach() for x in inputs(1, 80, 2, dtype_of(backend))]
-    for x in arguments[2:4]:
-        x[0, 3] = torch.nan
-    resets = torch.arange(80)[None] == 5
-    y, end = wkv4(*arguments, resets=resets, backend=backend)
-    assert y[0, 3].isnan().all()
-    assert y[0, 5:].isfinite().all()
-    assert end.isfinite().all()
+    check_a_reset_forgets_a_nan(wkv4, inputs(1, 80, 2, dtype_of(backend)), (2, 3), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch_is_empty(backend):
     arguments = inputs(0, 70, 5, dtype_of(backend))
-    found = results(arguments, backend)
-    assert {name: value.shape for name, value in found.items()} == {
-        "y": arguments[3].shape,
-        "end": arguments[-1].shape,
-        **{name: x.shape for name, x in zip(NAMES, arguments, strict=True)},
-    }
-    assert not any(value.any() for value in found.values())
+    check_an_empty_batch_is_empty(results(arguments, backend), NAMES, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

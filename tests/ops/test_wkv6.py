@@ -10,7 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.operators import stores_states
+from tests.helpers.operators import (
+    check_a_reset_forgets_a_nan,
+    check_an_empty_batch_is_empty,
+    check_lengths_are_clamped,
+    stores_states,
+)
 from tests.helpers.tiers import examples, slow
 from timemix.ops import common
 from timemix.ops.rwkv6 import BACKENDS, choose_backend, compiled, library, wkv6
@@ -194,35 +199,18 @@ def test_padding_changes_nothing_and_gets_no_gradient(backend):
 @pytest.mark.parametrize("backend", ["reference", "c"])
 def test_a_reset_forgets_a_nan(backend):
     """In chunks, it does not: 0 * NaN is NaN."""
-    arguments = [x.detach() for x in inputs(1, 80, 1, 4, dtype_of(backend))]
-    for x in arguments[0:4]:
-        x[0, 3] = torch.nan
-    resets = torch.arange(80)[None] == 5
-    y, end = wkv6(*arguments, resets=resets, backend=backend)
-    assert y[0, 3].isnan().all()
-    assert y[0, 5:].isfinite().all()
-    assert end.isfinite().all()
+    check_a_reset_forgets_a_nan(wkv6, inputs(1, 80, 1, 4, dtype_of(backend)), (0, 1, 2, 3), backend)
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_an_empty_batch_is_empty(backend):
     arguments = inputs(0, 70, 2, 4, dtype_of(backend))
-    found = results(arguments, backend)
-    assert {name: value.shape for name, value in found.items()} == {
-        "y": arguments[3].shape,
-        "end": arguments[-1].shape,
-        **{name: x.shape for name, x in zip(NAMES, arguments, strict=True)},
-    }
-    assert not any(value.any() for value in found.values())
+    check_an_empty_batch_is_empty(results(arguments, backend), NAMES, arguments)
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_lengths_outside_the_text_are_clamped(backend):
-    arguments = inputs(3, 9, 1, 4, dtype_of(backend))
-    clean = results(arguments, backend, lengths=torch.tensor([0, 9, 0]))
-    for name, value in results(arguments, backend, lengths=torch.tensor([0, 1000, -1000])).items():
-        assert torch.equal(value, clean[name]), name
-    assert torch.equal(clean["end"][0], arguments[-1].detach()[0])
+    check_lengths_are_clamped(results, inputs(3, 9, 1, 4, dtype_of(backend)), backend)
 
 
 @pytest.mark.parametrize("backend", ON_THE_CPU)

@@ -178,10 +178,8 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         raise InvalidValue(f"the experiment {name} trains no variants on a text; leave out --reuse and --results")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
-    if parsed.tasks is not None:
-        if not isinstance(experiment, SyntheticExperiment):
-            raise InvalidValue(f"the experiment {name} has no tasks; leave out --tasks")
-        experiment.only(parsed.tasks)
+    if parsed.tasks is not None and not isinstance(experiment, SyntheticExperiment):
+        raise InvalidValue(f"the experiment {name} has no tasks; leave out --tasks")
     if parsed.seeds is not None:
         if parsed.seeds < 1:
             raise InvalidValue(f"--seeds is {parsed.seeds}; it must be at least 1")

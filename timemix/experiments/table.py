@@ -83,10 +83,10 @@ class Table:
         The field `comparable` of a row is whether the row has the tokenizer and the held-out text of the first row.
         """
         table = to_json(self)
-        first, *others = table["variants"]
-        del first["difference"]
-        for row in (first, *others):
-            row["comparable"] = row["text"] == first["text"]
+        rows = table["variants"]
+        del rows[0]["difference"]
+        for row in rows:
+            row["comparable"] = row["text"] == rows[0]["text"]
         return table
 
 

@@ -115,8 +115,8 @@ def _export_weights(folder: Path, run: RunConfig, to: Target, out: Path) -> None
             if to == "pth":
                 _write_pth(temporary / PTH, weights | _unused(folder), config, converter)
             else:
-                document = load_part(str(entry.hugging_face)).document(config, tokenizer.end_of_text)
-                _write_folder(temporary, weights, document, load_part(str(entry.hugging_face)))
+                form = load_part(str(entry.hugging_face))
+                _write_folder(temporary, weights, form.document(config, tokenizer.end_of_text), form)
             shutil.copy(folder / "tokenizer.json", temporary)
             write_template(temporary, tokenizer, run.data.template)
 

@@ -83,8 +83,8 @@ def verdict_word(gain: Difference | None) -> str:
     """Return the verdict on a claim that a difference is positive.
 
     The verdict is "holds" if the whole interval is above 0, "does not hold" if the whole interval is below 0, and
-    "undecided" if the interval contains 0 or does not exist. Without a difference, the verdict is "not
-    compared".
+    "undecided" if the interval contains 0 or does not exist. Without a difference, the verdict is
+    "not compared".
     """
     if gain is None:
         return "not compared"

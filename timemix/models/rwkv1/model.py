@@ -48,7 +48,7 @@ class TimeMixBlock(ShiftedBlock):
 
     @classmethod
     def runs_in_c(cls, config: ShiftedConfig, precision: str, device: torch.device) -> bool:
-        return precision in ("float32", "bfloat16") and device.type == "cpu" and fusible(config) and fused.available()
+        return fusible(config) and fused.trains(precision, device)
 
 
 class Rwkv1Block(TimeMixBlock):

@@ -162,8 +162,7 @@ class Rwkv4Block(Block):
 
     @classmethod
     def runs_in_c(cls, config: Rwkv4Config, precision: str, device: torch.device) -> bool:
-        is_supported = precision in ("float32", "bfloat16") and device.type == "cpu"
-        return is_supported and fused.available() and KERNELS.compiles()
+        return fused.trains(precision, device) and KERNELS.compiles()
 
     @classmethod
     def forms(cls, config: Rwkv4Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:

@@ -23,10 +23,10 @@ from timemix.models.layers.token_shift import previous_token
 from timemix.models.rwkv6.config import Rwkv5Config, Rwkv6Config
 from timemix.models.rwkv6.initial import set_initial_values
 from timemix.ops.common import fused
+from timemix.ops.common.kernels import chosen
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv6.api import choose_backend, wkv6
 from timemix.ops.rwkv6.compiled import KERNELS, MOST
-from timemix.runtime.device import autocast
 
 MIXED_5 = ("key", "value", "receptance", "gate")
 """The vectors of a time-mix of RWKV-5, each of which reads its own mixture of a token and the previous token."""
@@ -274,17 +274,12 @@ class Rwkv5Block(Block):
 
     @classmethod
     def runs_in_c(cls, config: Rwkv5Config, precision: str, device: torch.device) -> bool:
-        is_supported = precision in ("float32", "bfloat16") and device.type == "cpu" and config.head_size <= MOST
-        return is_supported and fused.available() and KERNELS.compiles()
+        return config.head_size <= MOST and fused.trains(precision, device) and KERNELS.compiles()
 
     @classmethod
     def forms(cls, config: Rwkv5Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        # An expanded tensor has a shape, but no memory.
-        r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
-        firsts = torch.empty(1, dtype=torch.bool, device=device).expand(1, config.ctx_len) if resets else None
-        with autocast(precision, device):
-            return {"wkv6": "{} ({})".format(*choose_backend("auto", r, firsts))}
+        shape = (1, config.ctx_len, config.heads, config.head_size)
+        return {"wkv6": chosen(choose_backend, shape, precision, device, resets)}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         found = {("mixer", name): getattr(self.mixer, name) for name in ("receptance", "key", "value", "gate")}

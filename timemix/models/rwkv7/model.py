@@ -22,12 +22,12 @@ from timemix.models.layers.mixtures import learned, normed_mixtures, shares, wid
 from timemix.models.rwkv7.config import Rwkv7Config
 from timemix.models.rwkv7.initial import set_initial_values
 from timemix.ops.common import fused
+from timemix.ops.common.kernels import chosen
 from timemix.ops.common.spread import broadcast_parameter
 from timemix.ops.rwkv7.api import choose_backend, wkv7
 from timemix.ops.rwkv7.chunked import CHUNK
 from timemix.ops.rwkv7.compiled import KERNELS, MOST
 from timemix.ops.rwkv7.time_mix import Products, Vectors, supports, time_mix
-from timemix.runtime.device import autocast
 
 LEAST_LOG_DECAY = -math.exp(-0.5)
 """Least log-decay: in each token, a channel of the keys keeps at least exp(-exp(-1/2)) = 0.545 of the state."""
@@ -277,22 +277,12 @@ class Rwkv7Block(Block):
 
     @classmethod
     def runs_in_c(cls, config: Rwkv7Config, precision: str, device: torch.device) -> bool:
-        return (
-            precision in ("float32", "bfloat16")
-            and device.type == "cpu"
-            and config.head_size <= MOST
-            and fused.available()
-            and KERNELS.compiles()
-        )
+        return config.head_size <= MOST and fused.trains(precision, device) and KERNELS.compiles()
 
     @classmethod
     def forms(cls, config: Rwkv7Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        # An expanded tensor has a shape, but no memory.
-        r = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.heads, config.head_size)
-        firsts = torch.empty(1, dtype=torch.bool, device=device).expand(1, config.ctx_len) if resets else None
-        with autocast(precision, device):
-            return {"wkv7": "{} ({})".format(*choose_backend("auto", r, firsts))}
+        shape = (1, config.ctx_len, config.heads, config.head_size)
+        return {"wkv7": chosen(choose_backend, shape, precision, device, resets)}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         mixer = self.mixer

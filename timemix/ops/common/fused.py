@@ -97,6 +97,19 @@ def available() -> bool:
     return _library()[0] is not None
 
 
+def trains(precision: str, device: torch.device) -> bool:
+    """Return whether the C code computes training steps.
+
+    Args:
+        precision: Precision of matrix products, such as "bfloat16".
+        device: Device of the model.
+
+    Returns:
+        False if the precision or the device is not supported, or the C code cannot be compiled or loaded.
+    """
+    return precision in ("float32", "bfloat16") and device.type == "cpu" and available()
+
+
 @contextmanager
 def left_out() -> Iterator[None]:
     """Disable the C kernels in a `with` block, for hooks on single linear maps or to measure PyTorch alone."""

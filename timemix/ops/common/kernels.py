@@ -10,6 +10,7 @@ from torch import Tensor
 
 from timemix.ops.common import library as packages
 from timemix.runtime import native
+from timemix.runtime.device import autocast
 
 FEW_TOKENS = 4
 """Number of tokens up to which "auto" chooses "reference" instead of "chunked"."""
@@ -153,3 +154,30 @@ def check_shapes(name: str, x: Tensor, others: Mapping[str, tuple[Tensor | None,
     # The C code reads one byte for each token.
     if resets is not None and resets.dtype != torch.bool:
         raise ValueError(f"resets is {resets.dtype}; it must be torch.bool")
+
+
+def chosen(
+    choose_backend: Callable[[str, Tensor, Tensor | None], tuple[str, str]],
+    shape: tuple[int, ...],
+    precision: str,
+    device: torch.device,
+    resets: bool,
+) -> str:
+    """Choose the backend of a recurrence in training, for the log.
+
+    Args:
+        choose_backend: Function that chooses from "auto", an input of the recurrence, and its resets (B, T) or None.
+        shape: Shape (B, T, ...) of the input.
+        precision: Precision of matrix products, such as "bfloat16".
+        device: Device of the model.
+        resets: Whether the state is reset at the first token of each document.
+
+    Returns:
+        The name of the backend, and the reason in parentheses.
+    """
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    # An expanded tensor has a shape, but no memory.
+    x = torch.empty(1, dtype=dtype, device=device).expand(shape)
+    firsts = torch.empty(1, dtype=torch.bool, device=device).expand(shape[:2]) if resets else None
+    with autocast(precision, device):
+        return "{} ({})".format(*choose_backend("auto", x, firsts))
