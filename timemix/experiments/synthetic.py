@@ -227,6 +227,8 @@ def run_synthetic(
     choose_device(device)
     if (path := out / "experiment.json").exists():
         raise FileError(f"{out} has another experiment ({path.name}); choose another folder")
+    # Results of other settings are refused before any training, also those of tasks that are not trained.
+    finished_table(experiment, out)
     runs = Runs(experiment if tasks is None else experiment.only(tasks), out, say, device)
     if words := runs.estimate():
         say(words)
