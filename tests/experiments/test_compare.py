@@ -526,24 +526,37 @@ def test_results_of_other_settings_are_refused(tmp_path, unmeasured):
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     for other in (wider, replace(wider, tune={})):
         with pytest.raises(FileError, match="has the result of .* with other settings or another text; choose another"):
-            finish(Comparison(other, tmp_path / f"other {len(other.tune)}", results=kept))
+            Comparison(other, tmp_path / f"other {len(other.tune)}", results=kept)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    # Without the tuning runs, the files of the seeds alone are of another experiment.
+    for path in kept.glob("*.tuning-*.json"):
+        path.unlink()
+    with pytest.raises(FileError, match="has the result of rwkv1 seed 1 with other settings or another text"):
+        Comparison(wider, tmp_path / "seeds", results=kept)
+    assert trained_jobs(Comparison(replace(experiment, seeds=(1, 2, 3)), tmp_path / "more", results=kept))
 
 
-def test_a_measurement_of_other_settings_is_repeated(tmp_path, monkeypatch):
+def test_a_measurement_of_other_settings_is_refused(tmp_path, monkeypatch):
     measured = StepSpeed(0.25, 64.0, 1024.0)
     monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: measured)
-    experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={})
-    counts = []
-    for name, seconds in (("one", 1.5), ("two", 3.0), ("three", 3.0)):
-        comparison = Comparison(replace(experiment, seconds=seconds), tmp_path / name, results=tmp_path / "kept")
-        counts.append(comparison.config(comparison.seed_jobs(experiment.variants[0])[0]).train.steps)
+    text, kept = write_text_file(tmp_path), tmp_path / "kept"
+    experiment = small(text, tokens=None, seconds=1.5, tune={})
+    for name in ("one", "two"):
+        comparison = Comparison(experiment, tmp_path / name, results=kept)
+        assert comparison.config(comparison.seed_jobs(experiment.variants[0])[0]).train.steps == 6
         assert comparison.memory(experiment.variants[0]) == 1024
-        measured = StepSpeed(0.25, 64.0, 1024.0) if name == "one" else StepSpeed(0.5, 32.0, 1024.0)
-    assert counts == [6, 12, 12]
+        # A later measurement would give other steps.
+        measured = StepSpeed(0.5, 32.0, 2048.0)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
     wider = replace(experiment, base=experiment.base | {"model": BASE["model"] | {"channels": 24}})
-    measured = StepSpeed(0.5, 64.0, 2048.0)
-    assert Comparison(wider, tmp_path / "four", results=tmp_path / "kept").memory(wider.variants[0]) == 2048
+    bytes_ = replace(experiment, base=experiment.base | {"data": experiment.base["data"] | {"tokenizer": "byte"}})
+    for number, other in enumerate((replace(experiment, seconds=3.0), wider, bytes_)):
+        with pytest.raises(FileError, match="has the measurement of other settings; choose another folder"):
+            Comparison(other, tmp_path / f"other {number}", results=kept)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    # Settings that change no step, such as the interval of validations, may differ.
+    rarer = replace(experiment, base=experiment.base | {"train": BASE["train"] | {"valid_every": 3}})
+    assert Comparison(rarer, tmp_path / "rarer", results=kept).memory(experiment.variants[0]) == 1024
 
 
 def test_results_of_an_earlier_call_are_copied(tmp_path, unmeasured):

@@ -56,6 +56,8 @@ def test_the_shipped_experiments_give_all_variants_equal_settings(name):
         ({"lrs": (1e-3, -1.0)}, "train.lr is -1.0"),
         ({"base": {"train": {"steps": 0}}}, "train.steps is 0; give a run at least 1 step"),
         ({"base": {"train": {"valid_every": 9}}}, "train.valid_every has no effect on synthetic tasks; leave"),
+        ({"base": {"train": {"lr": 5.0}}}, "train.lr has no effect on synthetic tasks; leave train.lr out"),
+        ({"base": {"model": {"ctx_len": 64}}}, "model.ctx_len has no effect on synthetic tasks; leave model.ctx_len"),
         ({"base": {"data": {"seed": 9}}}, "data.seed has no effect on synthetic tasks; leave data.seed out"),
         ({"variants": (Variant("old"), Variant("new"))}, "variants 'old' and 'new' have the same settings"),
         ({"verdicts": (TaskVerdict("c", "new", "new", "parity", 8),)}, "compares the variant 'new' with itself"),
@@ -146,6 +148,14 @@ def test_a_stopped_experiment_repeats_no_finished_run(monkeypatch, tmp_path):
     changed = replace(EXPERIMENT, base=EXPERIMENT.base | {"train": EXPERIMENT.base["train"] | {"steps": 3}})
     with pytest.raises(FileError, match="a run with other settings; choose another folder"):
         run_synthetic(changed, tmp_path, lines.append, "cpu")
+    # A result of a task that is not trained is refused before the training, also a single result.
+    names = sorted(path.name for path in tmp_path.glob("few.*.seed-*.json"))
+    for path in tmp_path.glob("*.seed-*.json"):
+        if path.name != names[-1]:
+            path.unlink()
+    with pytest.raises(FileError, match=f"{names[-1]} has the result of a run with other settings"):
+        run_synthetic(changed, tmp_path, lines.append, "cpu", ("parity",))
+    assert lines == []
 
 
 def test_the_lowest_loss_chooses_the_learning_rate():
@@ -203,12 +213,15 @@ def test_the_table_has_all_finished_tasks(tmp_path):
 
 
 def test_a_run_that_fails_is_named_in_one_sentence(monkeypatch, tmp_path):
-    def fail(config, task, rows):
+    def fail(config, task, rows=None):
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(synthetic, "measure_cell", fail)
-    with pytest.raises(TimemixError, match=r"^the run few.old.lr-0.001.seed-0 failed: CUDA out of memory.$"):
-        run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu")
+    # Training fails, then the steps of the time estimate, which run first.
+    for name in ("measure_cell", "_seconds_per_step"):
+        monkeypatch.setattr(synthetic, name, fail)
+        with pytest.raises(TimemixError, match=r"^the run few.old.lr-0.001.seed-0 failed: CUDA out of memory.$"):
+            run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu")
 
 
 def test_warnings_of_sizes_and_precisions():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples
+from timemix.experiments import synthetic_tasks
 from timemix.experiments.synthetic_tasks import (
     DEEPEST,
     IGNORED,
@@ -121,6 +122,13 @@ def test_a_guess_knows_only_which_answers_are_frequent():
     # The depth is 1 after 1 bracket, and 0 or 2 after 2 brackets. Of two answers, only the second counts.
     assert TASKS["brackets"].guess(1) == 1
     assert TASKS["brackets"].guess(2) == pytest.approx(1 / 2, abs=0.01)
+
+
+def test_long_sequences_with_few_answers_are_guessed_in_several_batches(monkeypatch):
+    known = TASKS["needle"].guess(64)
+    monkeypatch.setattr(synthetic_tasks, "GUESSED_TOKENS", 2**12)
+    # A batch has 54 answers, a standard deviation of 0.036; all batches together have 4096 answers, and 0.004.
+    assert TASKS["needle"].guess(64) == pytest.approx(known, abs=0.016)
 
 
 def test_batches_depend_on_seed_and_step_alone():

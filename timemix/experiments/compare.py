@@ -78,7 +78,8 @@ class Comparison:
         prompts: Prompts of the samples. Default: the beginning of the held-out text.
 
     Raises:
-        FileError: `out` has other content or another experiment, or the text has changed since `out` was created.
+        FileError: `out` has other content or another experiment, the text has changed since `out` was created, or
+            `results` has results of other settings.
         InvalidValue: The text is too short, or a vocabulary lacks a character of a prompt.
         MissingFile: The text or `reuse` does not exist.
         Unavailable: The machine lacks the device.
@@ -117,6 +118,7 @@ class Comparison:
         for variant in experiment.variants:
             for tuning in {False, len(self._points[variant.name]) > 1}:
                 self._check_length(variant, self.corpus(variant, tuning))
+        self._refuse_results_of_others()
 
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
         config = self._first_config(variant)
@@ -155,11 +157,16 @@ class Comparison:
         """Return the tokens of a variant, for its tuning runs or for its runs with seeds."""
         return self._texts.of(variant, tuning)[1]
 
-    def config(self, job: Job) -> RunConfig:
-        """Return the config of a job's run, with the prepared folder as source."""
+    def config(self, job: Job, point: dict[str, Any] | None = None) -> RunConfig:
+        """Return the config of a job's run, with the prepared folder as source.
+
+        Args:
+            job: The job.
+            point: Tuning point of the run. Default: the tuning point of the job.
+        """
         seed = TUNING_SEED if job.tuning else job.number
         steps = self._step_counts[job.variant.name]
-        config = self.experiment.config(job.variant, self.point(job), seed, steps)
+        config = self.experiment.config(job.variant, self.point(job) if point is None else point, seed, steps)
         source, corpus = self._texts.of(job.variant, job.tuning)
         return on_corpus(config, source, corpus, self.device)
 
@@ -204,11 +211,10 @@ class Comparison:
             say: Function that prints a line of text for each finished job, with an estimate of the time left.
 
         Raises:
-            FileError: The folder of the result files has results of runs with other settings, or a file is damaged.
+            FileError: A result file is damaged.
             Interrupted: Ctrl-C or SIGTERM interrupts a run. The next call resumes the run.
         """
         jobs = self._jobs()
-        self._refuse_results_of_others(jobs)
         for job in jobs:
             if self._ended(job) and (result := self.result(job)) is not None:
                 self.files.copy(job, result)
@@ -225,15 +231,20 @@ class Comparison:
             if not any(self._try(job, watching, report) for job in left if self._ready(job)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _refuse_results_of_others(self, jobs: list[Job]) -> None:
+    def _refuse_results_of_others(self) -> None:
         """Refuse result files of runs with other settings, which new runs would replace.
 
-        The settings of a run with a seed follow from the tuning runs, so a new best tuning point may replace its file.
+        A new best tuning point may replace the result of a run with a seed, so its file may have any tuning point.
+
+        Raises:
+            FileError: A file has a result of other settings, or is damaged.
         """
-        tuned = {job.variant.name for job in jobs if job.tuning}
-        for job in jobs:
-            kept = self.files.kept(job) if job.tuning or job.variant.name not in tuned else None
-            if kept is not None and kept.key is not None and kept.key not in self._keys(job):
+        for job in self._jobs():
+            kept = self.files.kept(job)
+            if kept is None or kept.key is None:
+                continue
+            points = [self.point(job)] if job.tuning else self._points[job.variant.name].values()
+            if not any(kept.key in self._keys(job, point) for point in points):
                 raise FileError(
                     f"{self.files.results} has the result of {job.name} with other settings or another text; choose"
                     " another folder for --results"
@@ -285,9 +296,14 @@ class Comparison:
         """Return whether a result has all measurements that the experiment needs."""
         return job.tuning or not self.experiment.by_position or result.by_position is not None
 
-    def _keys(self, job: Job) -> list[str]:
-        """Return the hashes that identify the run of a job in this version and in earlier versions."""
-        return run_keys(self.config(job), self.corpus(job.variant, job.tuning))
+    def _keys(self, job: Job, point: dict[str, Any] | None = None) -> list[str]:
+        """Return the hashes that identify the run of a job in this version and in earlier versions.
+
+        Args:
+            job: The job.
+            point: Tuning point of the run. Default: the tuning point of the job.
+        """
+        return run_keys(self.config(job, point), self.corpus(job.variant, job.tuning))
 
     def _try(self, job: Job, watching: Callable[[Job, RunConfig], Any], report: Report) -> bool:
         """Run a job that is unfinished and runs in no other process; return whether this call ran the job."""
@@ -373,15 +389,18 @@ class Comparison:
         seconds = self.experiment.seconds
         if seconds is None:
             return None
-        path, key = self.files.measurement(variant, "budget"), settings_key(self._first_config(variant), seconds)
+        path, key = self.files.measurement(variant, "budget"), self._settings_key(variant, seconds)
         budget = measured_before(path, Budget, key)
         if budget is None:
             measured = self._measured(variant, steps=20)
             if isinstance(measured, StepFailure):
                 raise TimemixError(f"a training step of variant {variant.name!r} failed: {measured.error}")
             budget = Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
-            write_text(path, json.dumps(to_json(budget) | {"key": key}))
+            write_text(path, json.dumps(to_json(budget) | {"key": key}) + "\n")
         return budget.steps
+
+    def _settings_key(self, variant: Variant, *others: object) -> str:
+        return settings_key(self._first_config(variant), self.corpus(variant).tokenizer.vocab_size, *others)
 
     def _measured(self, variant: Variant, steps: int) -> StepSpeed | StepFailure:
         point = self.best_point(variant) or self._points[variant.name][0]
@@ -396,7 +415,7 @@ class Comparison:
 
     def _training_step(self, variant: Variant) -> StepMemory:
         """Return the measured training step of a variant, without values if the step fails."""
-        path, key = self.files.measurement(variant, "memory"), settings_key(self._first_config(variant))
+        path, key = self.files.measurement(variant, "memory"), self._settings_key(variant)
         found = measured_before(path, StepMemory, key)
         if found is not None:
             return found

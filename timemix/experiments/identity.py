@@ -51,15 +51,20 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
 
 
-def settings_key(config: RunConfig, *others: object) -> str:
+def settings_key(config: RunConfig, vocab_size: int, *others: object) -> str:
     """Return a hash of the settings that determine the speed and the memory of a training step.
 
     Args:
         config: Config of a run.
+        vocab_size: Number of tokens of the vocabulary, which the config of a run from text does not have.
         *others: Further values for the hash, in JSON types.
     """
-    train = {k: v for k, v in to_dict(config.train).items() if k not in ("lr", "seed", "steps", "device")}
-    model = {k: v for k, v in to_dict(config.model).items() if k != "initial"}
+    names = ("batch_size", "contexts", "accumulation", "optimizer", "precision", "recompute")
+    train = {name: getattr(config.train, name) for name in names}
+    model = {k: v for k, v in to_dict(config.model).items() if k != "initial"} | {"vocab_size": vocab_size}
+    # A setting that a later version added, if its value does not change the model.
+    if not model.get("without"):
+        model.pop("without", None)
     return sha256(json.dumps([model, train, *others], sort_keys=True).encode()).hexdigest()
 
 

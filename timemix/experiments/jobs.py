@@ -210,18 +210,21 @@ def measured_before(path: Path, kind: type[Measured], key: str) -> Measured | No
         key: Hash of the measured settings.
 
     Returns:
-        The measurement; None if there is no file, or if the file has another key. Earlier versions wrote no key.
+        The measurement; None if there is no file. Earlier versions wrote no key.
 
     Raises:
-        FileError: The file is damaged.
+        FileError: The file is damaged, or has the measurement of other settings.
     """
     if not path.exists():
         return None
     try:
         found = read_json(path)
-        return to_record(found, kind) if found.get("key", key) == key else None
+        measured = to_record(found, kind)
     except Misfit:
         raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
+    if found.get("key", key) != key:
+        raise FileError(f"{path} has the measurement of other settings; choose another folder for --results")
+    return measured
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:

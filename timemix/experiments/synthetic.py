@@ -9,7 +9,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ class Runs:
             raise FileError(f"{path} has the result of a run with other settings; choose another folder")
         return found
 
+    def refuse_results_of_others(self) -> None:
+        """Check that all saved results belong to runs of the experiment.
+
+        Raises:
+            FileError: A saved result belongs to a run with other settings.
+        """
+        experiment = self.experiment
+        seeds = (TUNING_SEED, *experiment.seeds)
+        for run in itertools.product(experiment.tasks, experiment.variants, experiment.lrs, seeds):
+            self.measured(Cell(*run))
+
     def measure(self, cell: Cell) -> Measured | None:
         """Return the result of a run; None if another process trains the run.
 
@@ -106,11 +118,8 @@ class Runs:
             # Another process may have finished the run in the meantime.
             if not mine or (found := self.measured(cell)):
                 return found
-            try:
+            with _named(cell):
                 result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
-            except (RuntimeError, MemoryError) as error:
-                reason = f"{error}".strip() or type(error).__name__
-                raise TimemixError(f"the run {cell.name} failed: {reason.splitlines()[0]}") from error
             data = to_json(result) | {"settings": self._settings(cell)}
             write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
         words = ", ".join(f"{value:.3f} at {size}" for size, value in result.accuracy.items())
@@ -132,9 +141,12 @@ class Runs:
                     cells = [Cell(task, variant, lr, seed) for lr in self.experiment.lrs]
                     unfinished += all(self.measured(cell) is None for cell in cells)
                 if unfinished:
-                    config = self._config(Cell(task, variant, self.experiment.lrs[0], TUNING_SEED))
+                    cell = Cell(task, variant, self.experiment.lrs[0], TUNING_SEED)
+                    config = self._config(cell)
+                    with _named(cell):
+                        step_seconds = _seconds_per_step(config, task)
                     runs += unfinished
-                    seconds += unfinished * config.train.steps * _seconds_per_step(config, task)
+                    seconds += unfinished * config.train.steps * step_seconds
         return f"unfinished runs: {runs}, about {clock(seconds)} in one process" if runs else ""
 
     def finished(self, task: TaskSetting) -> dict[str, dict[int, Measured]] | None:
@@ -227,9 +239,9 @@ def run_synthetic(
     choose_device(device)
     if (path := out / "experiment.json").exists():
         raise FileError(f"{out} has another experiment ({path.name}); choose another folder")
-    # Results of other settings are refused before any training, also those of tasks that are not trained.
-    finished_table(experiment, out)
     runs = Runs(experiment if tasks is None else experiment.only(tasks), out, say, device)
+    # The report has all finished tasks, so the results of tasks that are not trained count too.
+    Runs(experiment, out, say, device).refuse_results_of_others()
     if words := runs.estimate():
         say(words)
     while not runs.pass_through():
@@ -345,6 +357,16 @@ class Training:
     def _upload(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = (torch.from_numpy(rows.copy()).to(self.device) for rows in batch)
         return inputs, targets
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Turn a failure of PyTorch, such as a lack of memory, into one sentence that names the run."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        reason = f"{error}".strip() or type(error).__name__
+        raise TimemixError(f"the run {cell.name} failed: {reason.splitlines()[0]}") from error
 
 
 def _seconds_per_step(config: RunConfig, task: TaskSetting) -> float:

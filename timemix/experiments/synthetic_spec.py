@@ -143,7 +143,9 @@ class SyntheticExperiment:
         given = merged(self.base, task.set)
         for name in flat(merged(given, variant.set)):
             part, _, field_name = name.partition(".")
-            if part == "data" or (part == "train" and field_name not in TRAINING_FIELDS):
+            is_ignored = part == "data" or (part == "train" and field_name not in TRAINING_FIELDS)
+            # The experiment and the task set these fields of each run.
+            if is_ignored or name in ("train.lr", "train.seed", "model.ctx_len", "model.vocab_size"):
                 raise InvalidValue(
                     f"variant {variant.name!r}: {name} has no effect on synthetic tasks; leave {name} out"
                 )

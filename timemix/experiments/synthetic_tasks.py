@@ -20,11 +20,13 @@ VALUES = 32
 LETTERS = 16
 """Number of letters of `copy` and `reverse`."""
 PREFIX = 8
-"""Largest number of filler tokens before the first marker of `needle`."""
+"""Largest number of values before the first marker of `needle`."""
 DEEPEST = 8
 """Largest depth of `brackets`."""
 GUESSED_TOKENS = 2**20
-"""Number of tokens from which `SyntheticTask.guess` is measured."""
+"""Number of tokens of a batch from which `SyntheticTask.guess` is measured."""
+GUESSED_ANSWERS = 4096
+"""Smallest number of answers from which `SyntheticTask.guess` is measured."""
 
 Batch = tuple[np.ndarray, np.ndarray]
 """Inputs and targets, each (rows, length) int64."""
@@ -58,8 +60,18 @@ class SyntheticTask:
         Args:
             size: Size of the sequences.
         """
+        right = total = 0
+        for seed in itertools.count():
+            guessed, answers = self._guess(size, seed)
+            right, total = right + guessed, total + answers
+            if total >= GUESSED_ANSWERS:
+                break
+        return right / total
+
+    def _guess(self, size: int, seed: int) -> tuple[int, int]:
+        """Return the number of right guesses and the number of answers in a batch."""
         rows = max(2, GUESSED_TOKENS // self.length(size))
-        inputs, targets = held_out_batch(self, rows, size, seed=0)
+        inputs, targets = held_out_batch(self, rows, size, seed)
         if self.running:
             # The counts in one half of the sequences give the guesses for the other half.
             seen, targets = targets[: rows // 2], targets[rows // 2 :]
@@ -69,7 +81,7 @@ class SyntheticTask:
             # (answers, rows, 1)
             counts = np.stack([(inputs == answer).sum(1, keepdims=True) for answer in self.answers])
         guesses = self.answers.start + counts.argmax(0)
-        return float((guesses == targets).sum() / (targets != IGNORED).sum())
+        return int((guesses == targets).sum()), int((targets != IGNORED).sum())
 
 
 def _recall(random: np.random.Generator, rows: int, size: int) -> Batch:

@@ -40,7 +40,7 @@ def choose_compile(
         flops: Floating-point operations of the whole run.
         device: Device of the model.
         processes: Number of processes of the run.
-        fused: Whether C code computes the recurrence, norms and mixtures of the model (`Block.runs_in_c`).
+        fused: Whether C code computes the recurrence of the model (`Block.runs_in_c`).
         ragged: Whether the model computes rows of many lengths, each of which would be compiled.
 
     Raises:
@@ -62,7 +62,7 @@ def choose_compile(
     if hindrance:
         return False, hindrance
     if fused:
-        return False, "the model's own C code is as fast"
+        return False, "compiling would replace the model's own C code"
     if flops < (COMPILE_FROM_ON_A_GPU if device.type == "cuda" else COMPILE_FROM):
         return False, "the run is too short for compiling to save time"
     return True, "the run is long enough for compiling to save time"

@@ -272,7 +272,7 @@ class Block(nn.Module):
 
     @classmethod
     def runs_in_c(cls, config: Any, precision: str, device: torch.device) -> bool:
-        """Return whether C code computes the recurrence, norms and mixtures of a training step (by default False).
+        """Return whether C code computes the recurrence of a training step, and other parts (by default False).
 
         torch.compile would replace this C code, so `--train.compile auto` does not compile the model.
 

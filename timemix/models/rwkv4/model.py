@@ -18,6 +18,7 @@ from timemix.models.layers.receptance_mix import ReceptanceChannelMix
 from timemix.models.rwkv4.config import Rwkv4Config
 from timemix.models.rwkv4.initial import set_initial_values
 from timemix.ops.common import fused
+from timemix.ops.common.kernels import chosen
 from timemix.ops.rwkv4.api import choose_backend, empty_state, wkv4
 from timemix.ops.rwkv4.compiled import CHUNK, KERNELS
 
@@ -166,10 +167,8 @@ class Rwkv4Block(Block):
 
     @classmethod
     def forms(cls, config: Rwkv4Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        # An expanded tensor has a shape, but no memory.
-        k = torch.empty(1, dtype=dtype, device=device).expand(1, config.ctx_len, config.channels)
-        return {"wkv4": "{} ({})".format(*choose_backend("auto", k))}
+        shape = (1, config.ctx_len, config.channels)
+        return {"wkv4": chosen(lambda backend, k, _: choose_backend(backend, k), shape, precision, device, resets)}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
         found = {("mixer", name): getattr(self.mixer, name) for name in MIXED}

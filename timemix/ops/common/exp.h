@@ -5,7 +5,7 @@
    number would be slow.
 
    The decode steps are compiled with -ffinite-math-only, so the compiler calls the vectorized expf. They use expf and
-   sigmoid, and the series only in code that they share with the training kernels. */
+   sigmoid almost everywhere. */
 
 #ifndef TIMEMIX_EXP_H
 #define TIMEMIX_EXP_H
