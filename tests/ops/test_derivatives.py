@@ -33,7 +33,7 @@ def test_ops_without_second_derivatives_refuse_them(name, backend):
     """The incoming gradient of a sum requires no gradient, so PyTorch itself would return zeros."""
     op, arguments = OPS[name][0], inputs(name, torch.float32)
     y, _ = op(*arguments, backend=backend)
-    words = "no second derivatives; leave out create_graph=True .only recurrences with backend='reference' have"
+    words = "no second derivatives; leave out create_graph=True .recurrences have .* with backend='reference'"
     with pytest.raises(Unavailable, match=words):
         torch.autograd.grad(y.sum(), arguments, create_graph=True)
 

@@ -30,8 +30,8 @@ def once_differentiable(backward: Backward) -> Backward:
         # The backward pass runs with gradients exactly if create_graph is True.
         if torch.is_grad_enabled():
             raise Unavailable(
-                "this operation has no second derivatives; leave out create_graph=True (only recurrences with"
-                " backend='reference' have second derivatives)"
+                "this operation has no second derivatives; leave out create_graph=True (recurrences have second"
+                " derivatives with backend='reference')"
             )
         return backward(ctx, *gradients)
 
