@@ -20,6 +20,7 @@ from timemix.models.registry import model_config
 from timemix.models.rwkv1.time_mix import fusible
 from timemix.ops.common import fused
 from timemix.ops.common.norms import norm_shift
+from timemix.ops.rwkv1 import time_mix
 
 pytestmark = pytest.mark.skipif(not fused.available(), reason="no C compiler on this machine")
 
@@ -212,7 +213,7 @@ def test_channel_mix_takes_rows_of_any_shape():
 def test_gradients_of_one_output_alone():
     kvr, bias = leaf(2, 5, 12), leaf(12)
     for i, parts in enumerate([slice(0, 8), slice(0, 4), slice(8, 12)]):
-        (gradient,) = torch.autograd.grad(fused.weigh(kvr, bias, None, 2)[i].sum(), kvr)
+        (gradient,) = torch.autograd.grad(time_mix.weigh(kvr, bias, None, 2)[i].sum(), kvr)
         used = torch.zeros(12, dtype=torch.bool)
         used[parts] = True
         assert torch.equal(gradient.abs().sum((0, 1)) > 0, used)
@@ -249,8 +250,8 @@ def fused_parts(tokens):
     x, weight, bias, kvr, kvr_bias = leaf(B, T, C), leaf(C), leaf(C), leaf(B, T, 3 * C), leaf(3 * C)
     alpha, beta, gamma = leaf(heads, T), leaf(heads, T), leaf(T)
     normed = norm_shift(x, weight, bias, 1e-5, (0, 20, 30), torch.float32)
-    source, total, gate = fused.weigh(kvr, kvr_bias, alpha, heads)
-    y = fused.divide(source, total, gate, beta).flatten(2) + normed
+    source, total, gate = time_mix.weigh(kvr, kvr_bias, alpha, heads)
+    y = time_mix.divide(source, total, gate, beta).flatten(2) + normed
     hidden, gate = fused.gates(kvr, kvr_bias, C, "mish")
     y = fused.scaled(y, bias, gamma) + fused.scaled(hidden, bias, gate)
     return [y, *gradients(y, (x, weight, bias, kvr, kvr_bias, alpha, beta, gamma))]

@@ -29,11 +29,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from timemix.ops.common.fused import divide, weigh
 from timemix.ops.common.history import positions_read
 from timemix.ops.rwkv1.parallel import MIXES, parallel_wkv1
 from timemix.ops.rwkv1.reference import reference_wkv1
 from timemix.ops.rwkv1.state import Denominator, Wkv1State
+from timemix.ops.rwkv1.time_mix import divide, weigh
 from timemix.runtime.device import is_recording
 
 
