@@ -345,7 +345,7 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, words
 def test_compare_architectures_and_call_it_again(call, tmp_path, monkeypatch):
     # Memory is measured in processes of their own: in tests/test_compare.py.
     monkeypatch.setattr(
-        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
+        "timemix.experiments.measurements.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
     )
     (tmp_path / "my.txt").write_text(TEXT)
     options = ["--data", "my.txt", "--arch", "rwkv1", "mha_shift", "--tokens", "1.536k", "--seeds", "2", "--no-tune"]

@@ -35,7 +35,7 @@ from timemix.training.trainer import Trainer
 def unmeasured(monkeypatch):
     """Skip the measurement of memory, which takes three seconds per variant; the fixture `done` measures it."""
     monkeypatch.setattr(
-        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
+        "timemix.experiments.measurements.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
     )
 
 
@@ -67,7 +67,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", spy_on_step)
         patch.setattr(BatchLoss, "of_piece", spy_on_loss)
-        patch.setattr("timemix.experiments.compare.measure_training", once)
+        patch.setattr("timemix.experiments.measurements.measure_training", once)
         comparison = Comparison(experiment, folder / "out")
         lines = finish(comparison)
         table = write_report(comparison).to_json()
@@ -400,7 +400,7 @@ def test_a_text_that_moved_is_the_same_text(tmp_path):
 
 def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(0.25, 64.0, None)
+        "timemix.experiments.measurements.measure_training", lambda config, steps: StepSpeed(0.25, 64.0, None)
     )
     experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={}, seeds=(1, 2))
     comparison = Comparison(experiment, tmp_path / "out")
@@ -538,7 +538,7 @@ def test_results_of_other_settings_are_refused(tmp_path, unmeasured):
 
 def test_a_measurement_of_other_settings_is_refused(tmp_path, monkeypatch):
     measured = StepSpeed(0.25, 64.0, 1024.0)
-    monkeypatch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: measured)
+    monkeypatch.setattr("timemix.experiments.measurements.measure_training", lambda config, steps: measured)
     text, kept = write_text_file(tmp_path), tmp_path / "kept"
     experiment = small(text, tokens=None, seconds=1.5, tune={})
     for name in ("one", "two"):

@@ -38,7 +38,9 @@ def comparison(tmp_path_factory):
     found = Comparison(replace(experiment, base=base), folder / "out")
     with pytest.MonkeyPatch.context() as patch:
         # A measurement takes three seconds per variant and is not needed here.
-        patch.setattr("timemix.experiments.compare.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None))
+        patch.setattr(
+            "timemix.experiments.measurements.measure_training", lambda config, steps: StepSpeed(1.0, 64.0, None)
+        )
         finish(found)
         write_report(found)
     return found

@@ -25,26 +25,23 @@ from typing import Any
 
 import numpy as np
 
-from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.describe import text_hash
 from timemix.errors import FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
 from timemix.evaluation.loss import loss_by_position
-from timemix.experiments.identity import difference, run_keys, settings_key
+from timemix.experiments.identity import difference, run_keys
 from timemix.experiments.jobs import (
-    Budget,
     Failure,
     Job,
     Result,
     ResultFiles,
-    StepMemory,
     begin_or_resume,
-    measured_before,
     on_corpus,
     outcome,
 )
+from timemix.experiments.measurements import StepCost, step_cost, steps_within
 from timemix.experiments.spec import TUNING_SEED, Experiment
 from timemix.experiments.texts import Texts, common_beginning
 from timemix.experiments.variants import Variant
@@ -52,7 +49,7 @@ from timemix.runs.metrics import read_metrics
 from timemix.runtime.device import choose_device
 from timemix.runtime.progress import clock
 from timemix.storage.files import write_text
-from timemix.storage.json_files import is_number, read_json, to_json
+from timemix.storage.json_files import is_number, read_json
 from timemix.storage.locks import claimed
 from timemix.training.progress import Watch
 from timemix.training.trainer import Trainer
@@ -260,7 +257,7 @@ class Comparison:
         left = [job for job in self._jobs() if not self._ended(job)]
         seconds = 0.0
         for job in left:
-            step_seconds = self._training_step(job.variant).step_seconds
+            step_seconds = self._step_cost(job.variant).step_seconds
             if step_seconds is None:
                 return f"unfinished runs: {len(left)}"
             steps = self._step_counts[job.variant.name]
@@ -384,46 +381,26 @@ class Comparison:
                 return path, result
         return None
 
+    def memory(self, variant: Variant) -> float | None:
+        """Return the peak memory of a training step of a variant in bytes, measured only once; None if unavailable."""
+        return self._step_cost(variant).peak_memory
+
+    def _step_cost(self, variant: Variant) -> StepCost:
+        return step_cost(self._measured_config(variant), self.files.measurement(variant, "memory"))
+
     def _count_steps(self, variant: Variant) -> int | None:
         """Return the number of steps that fit into a budget of seconds, None for a budget of tokens."""
         seconds = self.experiment.seconds
         if seconds is None:
             return None
-        path, key = self.files.measurement(variant, "budget"), self._settings_key(variant, seconds)
-        budget = measured_before(path, Budget, key)
-        if budget is None:
-            measured = self._measured(variant, steps=20)
-            if isinstance(measured, StepFailure):
-                raise TimemixError(f"a training step of variant {variant.name!r} failed: {measured.error}")
-            budget = Budget(max(1, int(seconds / measured.step_seconds)), measured.step_seconds)
-            write_text(path, json.dumps(to_json(budget) | {"key": key}) + "\n")
-        return budget.steps
+        path = self.files.measurement(variant, "budget")
+        return steps_within(seconds, self._measured_config(variant), path, variant.name)
 
-    def _settings_key(self, variant: Variant, *others: object) -> str:
-        return settings_key(self._first_config(variant), self.corpus(variant).tokenizer.vocab_size, *others)
-
-    def _measured(self, variant: Variant, steps: int) -> StepSpeed | StepFailure:
-        point = self.best_point(variant) or self._points[variant.name][0]
-        config = self.experiment.config(variant, point, self.experiment.seeds[0])
+    def _measured_config(self, variant: Variant) -> RunConfig:
+        """Return the config for measurements of a variant. Its cost of a step is that of the first tuning point."""
+        config = self._first_config(variant)
         model = replace(config.model, vocab_size=self.corpus(variant).tokenizer.vocab_size)
-        train = replace(config.train, device=self.device)
-        return measure_training(replace(config, model=model, train=train), steps=steps)
-
-    def memory(self, variant: Variant) -> float | None:
-        """Return the peak memory of a training step of a variant in bytes, measured only once; None if unavailable."""
-        return self._training_step(variant).peak_memory
-
-    def _training_step(self, variant: Variant) -> StepMemory:
-        """Return the measured training step of a variant, without values if the step fails."""
-        path, key = self.files.measurement(variant, "memory"), self._settings_key(variant)
-        found = measured_before(path, StepMemory, key)
-        if found is not None:
-            return found
-        measured = self._measured(variant, steps=1)
-        if isinstance(measured, StepFailure):
-            return StepMemory()
-        write_text(path, json.dumps(to_json(measured) | {"key": key}) + "\n")
-        return StepMemory(measured.peak_memory, measured.step_seconds)
+        return replace(config, model=model, train=replace(config.train, device=self.device))
 
 
 def _call_name() -> str:

@@ -51,17 +51,16 @@ def run_keys(config: RunConfig, corpus: Corpus) -> list[str]:
     return [sha256(json.dumps([form, hashes], sort_keys=True).encode()).hexdigest() for form in forms]
 
 
-def settings_key(config: RunConfig, vocab_size: int, *others: object) -> str:
+def settings_key(config: RunConfig, *others: object) -> str:
     """Return a hash of the settings that determine the speed and the memory of a training step.
 
     Args:
-        config: Config of a run.
-        vocab_size: Number of tokens of the vocabulary, which the config of a run from text does not have.
+        config: Config of a run, with the size of the vocabulary.
         *others: Further values for the hash, in JSON types.
     """
     names = ("batch_size", "contexts", "accumulation", "optimizer", "precision", "recompute")
     train = {name: getattr(config.train, name) for name in names}
-    model = {k: v for k, v in to_dict(config.model).items() if k != "initial"} | {"vocab_size": vocab_size}
+    model = {k: v for k, v in to_dict(config.model).items() if k != "initial"}
     # A setting that a later version added, if its value does not change the model.
     if not model.get("without"):
         model.pop("without", None)

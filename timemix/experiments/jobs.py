@@ -5,14 +5,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.corpus import Corpus
 from timemix.errors import DamagedFile, FileError
 from timemix.experiments.variants import Variant
 from timemix.storage.files import write_text
-from timemix.storage.json_files import OPTIONAL, Count, Misfit, Range, read_json, to_json, to_record
+from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_json, to_record
 from timemix.training.start import new_run, resolved, resume_run
 from timemix.training.trainer import Trainer
 
@@ -58,25 +58,6 @@ class Failure:
     """Name of the call of `timemix compare` that ran the job."""
     key: str | None = field(default=None, metadata=OPTIONAL)
     """Hash that identifies the run."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Content of budget.json: the number of steps that fit into a budget of seconds."""
-
-    steps: Annotated[int, Range(1, 2**63 - 1)]
-    step_seconds: float | None = None
-    """Measured time of a step, in seconds."""
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Content of memory.json, reduced to the fields that a comparison reads."""
-
-    peak_memory: float | None = None
-    """Peak memory of a training step, in bytes."""
-    step_seconds: float | None = None
-    """Measured time of a step, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -196,35 +177,6 @@ class ResultFiles:
 
     def _copy(self, results: Path, job: Job) -> Path:
         return results / f"{job.variant.name}.{self.folder(job).name}.json"
-
-
-Measured = TypeVar("Measured")
-
-
-def measured_before(path: Path, kind: type[Measured], key: str) -> Measured | None:
-    """Read an earlier measurement as a dataclass.
-
-    Args:
-        path: JSON file of the measurement.
-        kind: Dataclass of the result.
-        key: Hash of the measured settings.
-
-    Returns:
-        The measurement; None if there is no file. Earlier versions wrote no key.
-
-    Raises:
-        FileError: The file is damaged, or has the measurement of other settings.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = read_json(path)
-        measured = to_record(found, kind)
-    except Misfit:
-        raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
-    if found.get("key", key) != key:
-        raise FileError(f"{path} has the measurement of other settings; choose another folder for --results")
-    return measured
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:
