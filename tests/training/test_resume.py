@@ -22,7 +22,7 @@ from timemix.errors import CannotWrite, Interrupted, InUse
 from timemix.runs import folder as run_folder
 from timemix.storage import files
 from timemix.storage.locks import FolderLock
-from timemix.training import trainer as trainer_module
+from timemix.training import saving
 from timemix.training.start import new_run, resume_run
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_killed_before_old_checkpoints_are_removed(tmp_path, monkeypatch):
     undisturbed = small_trainer(tmp_path, name="whole", valid_every=100)
     undisturbed.run()
     trainer = small_trainer(tmp_path, valid_every=100)
-    monkeypatch.setattr(trainer_module, "prune", lambda run: None)
+    monkeypatch.setattr(saving, "prune", lambda run: None)
     trainer.run()
     monkeypatch.undo()
     assert len(run_folder.checkpoints(trainer.out)) == 2

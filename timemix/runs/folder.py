@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from timemix.errors import DamagedFile, FileError, MissingFile
+from timemix.errors import DamagedFile, FileError, MissingFile, NotFinite
 from timemix.storage.files import remove_folder
 from timemix.storage.index import index_path, is_sharded, read_index
 from timemix.storage.json_files import Count, NotNegative, read_record
@@ -100,6 +100,17 @@ def last_good(run: Path) -> str:
     """Return a clause about the newest complete checkpoint of a run, for messages."""
     kept = checkpoints(run)
     return f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet"
+
+
+def not_finite(run: Path, what: str, step: int) -> NotFinite:
+    """Return the error of a run with a value that is not finite.
+
+    Args:
+        run: Run folder.
+        what: Name of the value, such as "loss".
+        step: Number of the step, counted from 1.
+    """
+    return NotFinite(f"the {what} is not finite at step {step}; {last_good(run)}; try a smaller train.lr")
 
 
 def warn_of_unfinished(run: Path) -> None:

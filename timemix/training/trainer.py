@@ -15,15 +15,15 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
-from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted, NotFinite
+from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted
 from timemix.evaluation.documents import document_start
 from timemix.generation.sampler import Sampler
-from timemix.runs.folder import Progress, best_loss, last_good, newest, prune
+from timemix.runs.folder import Progress, best_loss, last_good, newest, not_finite, prune
 from timemix.runs.load import Loaded
 from timemix.runs.metrics import Line, Metrics
 from timemix.runs.tuning import prepare
 from timemix.runtime.device import choose_device, choose_precision
-from timemix.runtime.distributed import ALONE, Elsewhere, World, whole
+from timemix.runtime.distributed import ALONE, World, whole
 from timemix.runtime.machine import matrix_product_peak
 from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
@@ -37,7 +37,7 @@ from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
 from timemix.training.samples import check_prompts, whole_model, write_sample
-from timemix.training.saving import first_damaged, restore_training, tensors_to_save, write_checkpoint
+from timemix.training.saving import Checkpoints, restore_training, tensors_to_save
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
 from timemix.training.validation import Validation
@@ -128,7 +128,7 @@ class Trainer:
         self._spikes = SpikeWatch(train.spike)
         self._hooks = Hooks([], self._warn)
         self._lines = Failures(f"{self.metrics.path}", self._warn)
-        self._saves = Failures(f"{out / 'checkpoints'}", self._warn)
+        self._checkpoints = Checkpoints(out, config, corpus.tokenizer, world, self._warn)
 
     @property
     def tokens_per_step(self) -> int:
@@ -219,7 +219,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
-            raise NotFinite(f"{self._not_finite(what, self.step + 1)}; try a smaller train.lr")
+            raise not_finite(self.out, what, self.step + 1)
         if spike := self._spikes(loss):
             self._keep_batch(self.step, spike)
             self._warn(f"step {self.step + 1}: {spike}")
@@ -245,12 +245,6 @@ class Trainer:
             except CannotWrite as error:
                 self._warn(f"step {step + 1}: {error}; the batch is not saved")
 
-    def _not_finite(self, what: str, step: int) -> str:
-        return f"the {what} is not finite at step {step}; {self._last_good()}"
-
-    def _last_good(self) -> str:
-        return last_good(self.out)
-
     def validate(self) -> float | None:
         """Return the loss on the whole held-out text in nats per token, or None without held-out text.
 
@@ -263,7 +257,7 @@ class Trainer:
         if loss is None:
             return None
         if not math.isfinite(loss):
-            raise NotFinite(f"{self._not_finite('validation loss', self.step)}; try a smaller train.lr")
+            raise not_finite(self.out, "validation loss", self.step)
         self.validation.loss, self.validation.step = loss, self.step
         return loss
 
@@ -334,29 +328,7 @@ class Trainer:
             validations_without_gain=self.validation.without_gain,
             data=self.data_hashes,
         )
-
-        if damaged := first_damaged(weights, self.world):
-            # All processes know the damaged weight, and only process 0 reports this weight.
-            self.world.first_does(lambda: self._refuse_to_save(damaged))
-        try:
-            tensors = {"model": weights, "training": state}
-            saved = write_checkpoint(self.out, tensors, self.config, self.corpus.tokenizer, progress, self.world)
-        except CannotWrite as error:
-            sentence = f"step {self.step}: {error}; {self._last_good()}"
-            if not go_on:
-                raise CannotWrite(sentence) from error
-            self._saves.failed(str(getattr(error.__cause__, "errno", "")), f"{sentence}; training continues")
-            return None
-        except Elsewhere:
-            if not go_on:
-                raise
-            return None
-        self._saves.worked()
-        self.world.first_does(lambda: prune(self.out))
-        return saved if self.world.first else None
-
-    def _refuse_to_save(self, damaged: str) -> None:
-        raise NotFinite(f"{self._not_finite(f'weight {damaged}', self.step)}; try a smaller train.lr")
+        return self._checkpoints.write({"model": weights, "training": state}, progress, go_on=go_on)
 
     def run(
         self, watch: Watch = lambda progress: None, hooks: Sequence[Hook] = (), *, samples_at_end: bool = False
@@ -388,7 +360,7 @@ class Trainer:
         try:
             with (
                 collected_signals(self._received, escalate=self.world.size == 1),
-                losses_reported(self.world, self._last_good),
+                losses_reported(self.world, lambda: last_good(self.out)),
             ):
                 has_ended = False
                 try:
@@ -398,8 +370,8 @@ class Trainer:
                     self._hooks.close(complete=has_ended)
                 self.world.first_does(self._refuse_failed_hooks)
         finally:
-            for each in (self._lines, self._saves):
-                each.close()
+            self._lines.close()
+            self._checkpoints.close()
             self.lock.release()
         return newest(self.out)
 
