@@ -9,12 +9,15 @@ from timemix.evaluation.loss import cross_entropy
 from timemix.generation.decode import build_step
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import find_architecture, model_config
+from timemix.models.rwkv4.model import MIXED
 from timemix.models.rwkv6.model import MIXED_6
 
 ARCHS = ("rwkv4", "rwkv5", "rwkv6", "rwkv7")
 CASES = [(arch, idea) for arch in ARCHS for idea in find_architecture(arch).config.ideas]
 GONE = {
     "token_shift": ("mix", "first_mix"),
+    "learned_shift": ("mix",),
+    "denominator": (),
     "token_mixtures": ("mix_maps", "first_mix"),
     "token_decay": ("mixer.decay.down_weight", "mixer.decay.up_weight", "mix.decay", "mix_maps.decay"),
     "gate": ("mixer.gate", "mix.gate", "mix_maps.gate"),
@@ -46,7 +49,7 @@ def parameters(model):
 def test_the_parameters_of_an_idea_are_gone_and_all_others_stay(arch, idea):
     whole, less = (LanguageModel(settings(arch, without=without)) for without in ((), (idea,)))
     gone = parameters(whole) - parameters(less)
-    assert gone
+    assert bool(gone) == bool(GONE[idea])
     assert parameters(less) <= parameters(whole)
     assert all(any(part in name for part in GONE[idea]) for name in gone), gone
 
@@ -74,13 +77,13 @@ def test_a_model_without_an_idea_learns_and_carries_its_state(arch, idea):
 
 
 def zeroed(arch, **changes):
-    """Return a whole model with some of its parameters set to numbers."""
+    """Return a whole model with some of its parameters set to numbers or vectors."""
     model = random_model(arch)
     with torch.no_grad():
         for name, p in model.named_parameters():
             for part, value in changes.items():
                 if name.endswith(part.replace("__", ".")):
-                    p.fill_(value)
+                    p.copy_(torch.as_tensor(value))
     return model
 
 
@@ -88,6 +91,8 @@ def zeroed(arch, **changes):
     ("arch", "idea", "changes"),
     [
         ("rwkv4", "bonus", {"mixer__bonus": 0}),
+        # As in the RWKV of 2021, the first half of the channels is that of the previous token.
+        ("rwkv4", "learned_shift", {f"__mix__{name}": [0.0] * 16 + [1.0] * 16 for name in MIXED}),
         ("rwkv5", "bonus", {"mixer__bonus": 1}),
         ("rwkv5", "token_shift", {f"__mix__{name}": 1 for name in MIXED_6}),
         ("rwkv6", "bonus", {"mixer__bonus": 1}),
@@ -106,6 +111,22 @@ def test_equals_the_whole_model_whose_idea_has_no_effect(arch, idea, changes):
     with torch.no_grad():
         torch.testing.assert_close(less(tokens)[0], whole(tokens)[0], atol=1e-12, rtol=0)
         assert not torch.allclose(less(tokens)[0], random_model(arch)(tokens)[0], atol=1e-6)
+
+
+def test_rwkv4_without_its_denominator_is_a_sum():
+    """The formula of the numerator, as a sum over all earlier tokens."""
+    model, (B, T, C) = random_model("rwkv4", without=("denominator",)), (2, 9, 32)
+    mixer = model.blocks[0].mixer
+    x = torch.randn(B, T, C, dtype=torch.float64)
+    with torch.no_grad():
+        found, _ = mixer(dict.fromkeys(MIXED, x), None, None, None)
+        k, v, w, r = mixer.key(x), mixer.value(x), -mixer.decay.exp(), mixer.receptance(x).sigmoid()
+        y = torch.zeros_like(x)
+        for t in range(T):
+            for s in range(t):
+                y[:, t] += ((t - 1 - s) * w + k[:, s]).exp() * v[:, s]
+            y[:, t] += (mixer.bonus + k[:, t]).exp() * v[:, t]
+        torch.testing.assert_close(found, mixer.output(r * y), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

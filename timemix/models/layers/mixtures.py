@@ -19,21 +19,28 @@ def learned(config: Ideas, names: tuple[str, ...]) -> tuple[str, ...]:
         names: Names of the vectors that read the mixtures in a whole model.
     """
     ideas = {"decay": "token_decay", "rate": "delta_rule"}
-    return tuple(name for name in names if config.uses("token_shift") and config.uses(ideas.get(name, name)))
+    shifted = config.uses("token_shift") and config.uses("learned_shift")
+    return tuple(name for name in names if shifted and config.uses(ideas.get(name, name)))
 
 
-def shares(mix: nn.ParameterDict, names: tuple[str, ...], norm: LayerNorm, *, current: bool) -> tuple[Tensor, ...]:
-    """Return the share of the previous token (C,) in each mixture. A mixture without a parameter has the share 0.
+def shares(
+    mix: nn.ParameterDict, names: tuple[str, ...], norm: LayerNorm, *, current: bool, halved: bool = False
+) -> tuple[Tensor, ...]:
+    """Return the share of the previous token (C,) in each mixture.
 
     Args:
         mix: Parameters (C,) by name of the mixture.
         names: Names of the mixtures.
         norm: LayerNorm of the sublayer.
         current: Whether the parameters are shares of the current token instead.
+        halved: Whether a mixture without a parameter has the share 1 in the first half of the channels, as in the RWKV
+            of 2021. Otherwise its share is 0.
     """
-    zeros = torch.zeros_like(norm.weight)
+    fixed = torch.zeros_like(norm.weight)
+    if halved:
+        fixed[: len(fixed) // 2] = 1
     own = {name: 1 - x if current else x for name, x in mix.items()}
-    return tuple(own.get(name, zeros) for name in names)
+    return tuple(own.get(name, fixed) for name in names)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ class Rwkv4Config(Ideas, ModelConfig):
     l2wrap: float = 1e-4
     """Weight of L2Wrap, a gradient that keeps the largest logit of each token near 0, at least 0 (0: no L2Wrap)."""
     without: tuple[str, ...] = ()
-    """Ideas that the model leaves out, none, one or more of: token_shift, receptance, bonus.
+    """Ideas that the model leaves out, none, one or more of: token_shift, learned_shift, receptance, bonus,
+    denominator.
     Default: a whole model. Only whole models generate in compiled C. Only whole models can be exported
     to pth, gguf and the native form of hf."""
 
-    ideas: ClassVar = ("token_shift", "receptance", "bonus")
+    ideas: ClassVar = ("token_shift", "learned_shift", "receptance", "bonus", "denominator")
 
     def __post_init__(self) -> None:
         super().__post_init__()

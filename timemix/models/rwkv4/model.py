@@ -21,9 +21,39 @@ from timemix.ops.common import fused
 from timemix.ops.common.kernels import chosen
 from timemix.ops.rwkv4.api import choose_backend, empty_state, wkv4
 from timemix.ops.rwkv4.compiled import CHUNK, KERNELS
+from timemix.ops.rwkv6.api import choose_backend as choose_wkv6
+from timemix.ops.rwkv6.api import wkv6
 
 MIXED = ("key", "value", "receptance")
 """The vectors of a time-mix, each of which reads its own mixture of a token and the previous token."""
+
+
+def numerator(
+    w: Tensor,
+    u: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor | None,
+    *,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `wkv4` without its denominator. The arguments are those of `wkv4`.
+
+    The numerator is the recurrence of RWKV-5 with one channel in each head:
+
+        y[t] = S[t-1] + exp(u) exp(k[t]) v[t]            S[t] = exp(w) S[t-1] + exp(k[t]) v[t]
+
+    The state is (S, 1, 0), which is S exp(0) in the form of `wkv4`.
+    """
+    # (..., C) -> (..., C, 1): C heads of one channel, and (B, C) -> (B, C, 1, 1) for the state.
+    before = None if state is None else (state[:, 0] * state[:, 2].exp())[..., None, None]
+    r, w, k, v, u = (x[..., None] for x in (torch.ones_like(k), w, k.exp(), v, u.exp()))
+    y, S = wkv6(r, w, k, v, u, before, lengths=lengths, resets=resets)
+    if S is not None:
+        S = S[..., 0, 0]
+        state = torch.stack((S, torch.ones_like(S), torch.zeros_like(S)), 1)
+    return y[..., 0], state
 
 
 class TimeMix(nn.Module):
@@ -38,6 +68,7 @@ class TimeMix(nn.Module):
     def __init__(self, config: Rwkv4Config) -> None:
         super().__init__()
         C = config.channels
+        self.average = wkv4 if config.uses("denominator") else numerator
         self.mix = nn.ParameterDict({name: torch.zeros(C) for name in learned(config, MIXED)})
         self.decay = nn.Parameter(torch.zeros(C))
         self.bonus = nn.Parameter(torch.zeros(C)) if config.uses("bonus") else None
@@ -62,7 +93,7 @@ class TimeMix(nn.Module):
         """
         k, v = wide(self.key(mixed["key"])), wide(self.value(mixed["value"]))
         bonus = torch.zeros_like(self.decay) if self.bonus is None else self.bonus
-        y, wkv = wkv4(-wide(self.decay).exp(), bonus, k, v, wkv, lengths=lengths, resets=resets)
+        y, wkv = self.average(-wide(self.decay).exp(), bonus, k, v, wkv, lengths=lengths, resets=resets)
         y = y.to(mixed["receptance"].dtype)
         if self.receptance is not None:
             y = self.receptance(mixed["receptance"]).sigmoid() * y
@@ -81,7 +112,9 @@ class Rwkv4Block(Block):
         self.mixer_norm = LayerNorm(config.channels)
         self.ffn_norm = LayerNorm(config.channels)
         self.mixer = TimeMix(config)
-        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden, shifted=config.uses("token_shift"))
+        shifted, learned_shift = config.uses("token_shift"), config.uses("learned_shift")
+        self.halved = shifted and not learned_shift
+        self.ffn = ReceptanceChannelMix(config.channels, config.ffn_hidden, shifted=shifted and learned_shift)
         self.dropout = nn.Dropout(config.dropout)
 
     def init_state(self, batch_size: int) -> Tensors:
@@ -120,11 +153,11 @@ class Rwkv4Block(Block):
         resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensors | None, Tensor | None]:
         old = state or {}
-        mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=True)
+        mix = shares(self.mixer.mix, MIXED, self.mixer_norm, current=True, halved=self.halved)
         mixed, mixer_shift = normed_mixtures(self.mixer_norm, x, mix, old.get("mixer_shift"), lengths, resets)
         y, wkv = self.mixer(dict(zip(MIXED, mixed, strict=True)), old.get("wkv"), lengths, resets)
         x = x + self.dropout(y).to(x.dtype)
-        mix = shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=True)
+        mix = shares(self.ffn.mix, FFN_MIXED, self.ffn_norm, current=True, halved=self.halved)
         mixed, ffn_shift = normed_mixtures(self.ffn_norm, x, mix, old.get("ffn_shift"), lengths, resets)
         x = x + self.dropout(self.ffn(*mixed)).to(x.dtype)
         if mixer_shift is None or ffn_shift is None or wkv is None:
@@ -168,6 +201,8 @@ class Rwkv4Block(Block):
     @classmethod
     def forms(cls, config: Rwkv4Config, precision: str, device: torch.device, resets: bool = False) -> dict[str, str]:
         shape = (1, config.ctx_len, config.channels)
+        if not config.uses("denominator"):
+            return {"wkv6": chosen(choose_wkv6, (*shape, 1), precision, device, resets)}
         return {"wkv4": chosen(lambda backend, k, _: choose_backend(backend, k), shape, precision, device, resets)}
 
     def projections(self) -> dict[tuple[str, str], nn.Linear]:
