@@ -5,7 +5,7 @@
 FOLDER contains pgbooks_train.txt.xz and pgbooks_valid.txt. The tasks and the part "speed" need no text. The result of
 each run is a JSON file in benchmarks/family/. The script trains only the runs without a file, also in a fresh clone. To
 work in parts, stop it after some time: `timeout 90m make family DATA=FOLDER`. The part "speed" needs a machine on which
-nothing else runs.
+nothing else runs, and is measured again only with `--only speed`. The page is written after each part.
 """
 
 import argparse
@@ -58,7 +58,10 @@ YEARS = {
     "rwkv7": "RWKV-7\n2025",
 }
 # Task, setting and size of the test that a panel of the picture shows
-SHOWN_TASKS = (("recall", "recall-64", 32, "recall of 32 pairs"), ("state-tracking", "s3", 32, "permutations of 3"))
+SHOWN_TASKS = (
+    ("recall", "recall-64", 32, "recall of 32 pairs, 64 channels"),
+    ("state-tracking", "s3", 32, "permutations of 3"),
+)
 
 
 def run(name: str, data: Path, out: Path) -> None:
@@ -212,31 +215,52 @@ def speed_block(found: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
+def hours_block() -> str:
+    """Return the number and the time of the finished runs of each part as a Markdown table."""
+    rows, counted = [["part", "runs", "hours of runs"]], set[str]()
+    for name in (*LOSSES, *TASKS):
+        paths = [p for p in sorted((RESULTS / name).glob("*.json")) if p.name != "table.json"]
+        found = [(p, json.loads(p.read_text(encoding="utf-8"))) for p in paths]
+        # A run of an earlier part has the same key there, and is not trained again.
+        seconds = {each.get("key", str(p)): each["seconds"] for p, each in found if "seconds" in each}
+        new = [each for key, each in seconds.items() if key not in counted]
+        counted |= seconds.keys()
+        if new:
+            rows.append([f"[{name}](#{name})", str(len(new)), f"{sum(new) / 3600:.1f}"])
+    return markdown_table(rows)
+
+
 def draw(path: Path) -> bool:
     """Draw loss, recall, state tracking and decoding speed of each architecture. Return whether there is a result."""
     from matplotlib.figure import Figure
 
     experiment = read_experiment(find_experiment("family"))
     colors = {v.name: v.color for v in experiment.variants}
-    panels: list[tuple[str, str, dict[str, Any]]] = []
+    panels: list[tuple[str, str, dict[str, Any], float | None]] = []
     if table := table_of("family"):
         losses = {
             r["name"]: mean_interval(list(r["valid_losses"].values())) for r in table["variants"] if r["valid_losses"]
         }
-        panels.append(("held-out loss", "nats per character (lower is better)", losses))
+        panels.append(("held-out loss", "nats per character (lower is better)", losses, None))
     for name, task, size, title in SHOWN_TASKS:
-        for rows in (each.rows for each in accuracies_of(name).tasks if each.name == task):
-            panels.append((title, "share of right answers", {row.name: row.accuracy[size] for row in rows}))
+        for found in (each for each in accuracies_of(name).tasks if each.name == task):
+            shares = {row.name: row.accuracy[size] for row in found.rows}
+            panels.append((title, "share of right answers", shares, found.guess[size]))
     if SPEED.exists():
         speeds = json.loads(SPEED.read_text(encoding="utf-8"))["variants"]
         values = {n: {"mean": each["decoding_10000"], "low": None, "high": None} for n, each in speeds.items()}
-        panels.append(("decoding after 10,000 tokens", "tokens/s on two cores", values))
+        panels.append(("decoding after 10,000 tokens", "tokens/s on two cores", values, None))
     if not panels:
         return False
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 2.9 * lines), dpi=120, layout="constrained")
-    for axes, (title, unit, values) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+    places = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, (title, unit, values, guess) in zip(places, panels, strict=False):
+        if guess is not None:
+            axes.axhline(guess, color="0.6", linewidth=1, linestyle="--")
+            # Between two dots
+            axes.annotate("a guess", (1.5, guess), fontsize=7, color="0.4", ha="center", va="top")
         for x, name in enumerate(YEARS):
             if name in values:
                 each = values[name]
@@ -274,6 +298,7 @@ def blocks() -> dict[str, str]:
         found[name] = task_block(accuracies) if accuracies.tasks else _not_run(name)
         claims += verdict_rows(name, [(v.claim, v.difference, accuracies.seeds) for v in accuracies.verdicts])
     found["verdicts"] = markdown_table(claims, words=(0, 2, 3, 4))
+    found["hours"] = hours_block()
     if SPEED.exists():
         found["speed"] = speed_block(json.loads(SPEED.read_text(encoding="utf-8")))
     return found
@@ -291,18 +316,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/family"), help="folder of the comparisons")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="parts to run; default: all")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="parts to run; default: all")
     parser.add_argument("--write-only", action="store_true", help="write docs/family.md from the results only")
     options = parser.parse_args()
     if not options.write_only:
-        if options.data is None and set(options.only) & set(LOSSES):
+        if options.data is None and set(options.only or NAMES) & set(LOSSES):
             parser.error("give the folder of the texts: --data FOLDER")
         RESULTS.mkdir(exist_ok=True)
-        for name in options.only:
-            if name == "speed":
-                measure_speed()
-            else:
+        for name in options.only or NAMES:
+            if name != "speed":
                 run(name, options.data, options.out)
+            elif options.only or not SPEED.exists():
+                measure_speed()
+            write(options.out)
     write(options.out)
 
 

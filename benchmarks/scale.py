@@ -109,7 +109,7 @@ def start_worker(folder: Path, layers: int, channels: int, vocab_size: int) -> N
     from timemix.runtime.distributed import joined, own_part
     from timemix.tokenizers.character import ByteTokenizer
     from timemix.training.parallel import new_model
-    from timemix.training.saving import restore_training, write_checkpoint
+    from timemix.training.saving import Checkpoints, restore_training
 
     fields = {"layers": layers, "channels": channels, "heads": channels // 64, "vocab_size": vocab_size}
     config = model_config("llama", ctx_len=256, ffn_ratio=3.5, **fields)
@@ -126,7 +126,7 @@ def start_worker(folder: Path, layers: int, channels: int, vocab_size: int) -> N
         tokenizer = ByteTokenizer()
         progress = Progress(step=0, seconds=0.0, valid_loss=None, valid_step=None)
         tensors = {"model": model.state_dict(), "training": {}}
-        write_checkpoint(folder, tensors, RunConfig(model=config), tokenizer, progress, world)
+        Checkpoints(folder, RunConfig(model=config), tokenizer, world, print).write(tensors, progress, go_on=False)
         grown.append(peak_memory())
         forget_peak()
         restore_training(folder / "checkpoints" / "step-00000000", model, [], world)

@@ -9,6 +9,7 @@ from benchmarks import family
 from timemix.experiments.spec import Experiment, find_experiment, read_experiment
 from timemix.experiments.synthetic_report import SyntheticRow, SyntheticTable, TaskJudgement, TaskTable
 from timemix.experiments.synthetic_spec import SyntheticExperiment
+from timemix.reporting.markdown import with_blocks
 
 
 def share(mean):
@@ -73,9 +74,24 @@ def test_the_page_has_the_tables_of_the_results(results):
     assert "was not run yet" in blocks["copy"]
 
 
+def test_the_page_follows_from_the_committed_results():
+    text = family.PAGE.read_text(encoding="utf-8")
+    assert with_blocks(text, family.blocks()) == text
+
+
+def test_the_hours_count_a_run_of_two_parts_once(results):
+    (results / "family-time").mkdir()
+    for name in ("family/rwkv7.seed-1", "family-time/rwkv7.seed-1"):
+        (results / f"{name}.json").write_text(json.dumps({"key": "same", "seconds": 1800.0}))
+    (results / "family-time" / "rwkv7.seed-2.json").write_text(json.dumps({"key": "other", "seconds": 3600.0}))
+    (results / "family-time" / "rwkv7.memory.json").write_text(json.dumps({"key": "m", "peak_memory": 1.0}))
+    rows = family.hours_block().splitlines()[2:]
+    assert rows == ["| [family](#family) | 1 | 0.5 |", "| [family-time](#family-time) | 1 | 1.0 |"]
+
+
 def test_the_page_has_a_place_for_every_part():
     text = family.PAGE.read_text(encoding="utf-8")
-    for name in (*family.NAMES, "verdicts"):
+    for name in (*family.NAMES, "verdicts", "hours"):
         assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- /{name} -->\n") == 1, name
     assert all(f"### {name}\n" in text for name in (*family.LOSSES, *family.TASKS))
 

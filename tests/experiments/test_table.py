@@ -150,5 +150,9 @@ def test_an_undecided_verdict_says_how_many_seeds_would_decide():
     small = paired_difference(dict.fromkeys(values, 0.0), {seed: x - 0.99 for seed, x in values.items()})
     assert verdict_words(small, 3) == "undecided (more than 200 seeds would decide)"
     assert verdict_words(paired_difference({1: 0.0}, {1: 1.0}), 1) == "undecided"
+    assert verdict_words(paired_difference({1: 1.0, 2: 1.0}, {1: 1.0, 2: 1.0}), 2) == (
+        "undecided (no difference with any seed)"
+    )
+    assert verdict_words({"mean": 0.0, "low": -1.0, "high": 1.0}, 3) == "undecided (more than 200 seeds would decide)"
     assert verdict_words(None, 3) == "not compared"
     assert verdict_words({"mean": 1.0, "low": 0.5, "high": 1.5}, 3) == "holds"

@@ -165,7 +165,8 @@ def plot_positions(losses: Mapping[str, Sequence[float]], out: Path, *, colors: 
     axes.set_ylabel(f"loss minus loss of {first}\n(nats per token)", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.7)
-    _legend(axes, fontsize=9)
+    # Curves may be anywhere in the plot, so the legend is beside it.
+    _legend(axes, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     save_picture(figure, out)
 
 

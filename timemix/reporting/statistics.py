@@ -103,11 +103,16 @@ def verdict_words(gain: Difference | None, seeds: int) -> str:
         seeds: Number of differences.
     """
     word = verdict_word(gain)
-    if word != "undecided" or gain is None or gain["low"] is None or not gain["mean"]:
+    if word != "undecided" or gain is None:
         return word
-    deviation = (gain["mean"] - gain["low"]) / _half_width(1, seeds)
+    mean, low = gain["mean"], gain["low"]
+    if mean is None or low is None:
+        return word
+    if low == gain["high"]:
+        return f"{word} (no difference with any seed)"
+    deviation = (mean - low) / _half_width(1, seeds)
     for n in range(seeds + 1, MOST_SEEDS + 1):
-        if _half_width(deviation, n) < abs(gain["mean"]):
+        if _half_width(deviation, n) < abs(mean):
             return f"{word} (about {n} seeds would decide)"
     return f"{word} (more than {MOST_SEEDS} seeds would decide)"
 
