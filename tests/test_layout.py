@@ -1,6 +1,7 @@
 """Structure of the package: imports go one way, and importing has no side effects."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -207,6 +208,22 @@ def test_exported_names_exist():
     assert all(hasattr(timemix, name) for name in timemix.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = timemix.nothing
+
+
+def test_scripts_import_names_that_exist():
+    """The scripts in benchmarks/, tools/ and examples/, of which some import only while they run."""
+    root = Path(__file__).parent.parent
+    scripts = [p for folder in ("benchmarks", "tools", "examples") for p in (root / folder).glob("*.py")]
+    assert len(scripts) > 20
+    trees = [ast.parse(script.read_text()) for script in scripts]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in imports:
+        if node.module and node.module.startswith("timemix"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    # Raises an error unless the name is that of a module.
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def test_no_test_module_imports_another():

@@ -397,7 +397,7 @@ class Comparison:
         return steps_within(seconds, self._measured_config(variant), path, variant.name)
 
     def _measured_config(self, variant: Variant) -> RunConfig:
-        """Return the config for measurements of a variant. Its cost of a step is that of the first tuning point."""
+        """Return the config for measurements of a variant, which are those of the first tuning point."""
         config = self._first_config(variant)
         model = replace(config.model, vocab_size=self.corpus(variant).tokenizer.vocab_size)
         return replace(config, model=model, train=replace(config.train, device=self.device))

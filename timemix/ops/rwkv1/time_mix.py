@@ -3,7 +3,7 @@
     weigh:   source = alpha exp(k) v,   total[t] = sum_{u<=t} exp(k[u]),   gate = sigmoid(r)
     divide:  y = gate beta numerator / total
 
-The kernels are in time_mix.c. A model uses them if `ops.common.fused.serves`.
+The kernels are in time_mix.c. A model uses them if `ops.common.fused.serves(x)` is true for its input x.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ from timemix.ops.common.derivatives import once_differentiable
 
 
 class _Sizes(ctypes.Structure):
+    """The structure `sizes` of time_mix.c, field by field."""
+
     _fields_ = [*((name, ctypes.c_int64) for name in ("B", "T", "H", "N", "positions")), ("table", ctypes.c_void_p)]
 
 
