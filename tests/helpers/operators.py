@@ -27,6 +27,36 @@ def stores_states(monkeypatch, kernels, recurrence, arguments, is_training):
     return starts is not None
 
 
+def bytes_kept(call):
+    """Return the number of bytes that a function keeps for the backward pass.
+
+    Args:
+        call: Function without arguments that returns a tensor with a gradient.
+    """
+    kept = {}
+
+    def add(x):
+        storage = x.untyped_storage()
+        # While a storage is held, no other storage can get its address.
+        kept[storage.data_ptr()] = storage
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(add, lambda x: x):
+        result = call()
+    # The hooks get the tensors of `save_for_backward`, but not other attributes of the context of a function.
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [each for each, _ in node.next_functions]
+            for value in getattr(node, "__dict__", {}).values():
+                for x in value if isinstance(value, tuple | list) else [value]:
+                    if isinstance(x, torch.Tensor):
+                        add(x)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def check_a_reset_forgets_a_nan(recurrence, arguments, broken, backend):
     """Check that no output and no state after a reset is NaN.
 
