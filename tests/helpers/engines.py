@@ -12,6 +12,8 @@ KINDS = {
     "rwkv1, compiled": lambda: build(VARIANTS["rwkv1"], torch.float32),
     "rwkv1, float64": lambda: build(VARIANTS["rwkv1"]),
     "rwkv1_exp": lambda: build(VARIANTS["rwkv1_exp"], torch.float32),
+    "rwkv4": lambda: build(VARIANTS["rwkv4"], torch.float32),
+    "rwkv5": lambda: build(VARIANTS["rwkv5"], torch.float32),
     "rwkv6": lambda: build(VARIANTS["rwkv6"], torch.float32),
     "rwkv7": lambda: build(VARIANTS["rwkv7"], torch.float32),
     "mha_pro": lambda: build(VARIANTS["mha_pro"]),
