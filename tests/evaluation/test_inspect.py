@@ -1,14 +1,16 @@
 """Inspection: agreement with values computed by hand, and reasons for parts that a model lacks."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.helpers.runs import TEXT, small_config, with_model, write_text_file
-from timemix.evaluation.inspect import draw, inspect_run
+from timemix.evaluation.inspect import QUANTILES, draw, inspect_run
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.language_model import LanguageModel
 from timemix.runs.load import load
@@ -55,6 +57,69 @@ def test_use_of_the_shifted_channels_by_its_definition(tmp_path, arch):
         changed.blocks[0].mixer.value.weight[:, :8] = 0
     assert row["loss_without_shifted"] == pytest.approx(loss_per_token(changed, tokens), abs=1e-5)
     assert report["loss"] == pytest.approx(loss_per_token(loaded.model, tokens), abs=1e-6)
+
+
+def mixtures(block, z):
+    """Return the mixtures of each normalized token z (B, T, C) and the previous token, by the formulas."""
+    mixer, previous = block.mixer, F.pad(z[:, :-1], (0, 0, 1, 0))
+    if not hasattr(mixer, "mix_maps"):
+        return {name: share * z + (1 - share) * previous for name, share in mixer.mix.items()}
+    first = z + (previous - z) * mixer.first_mix
+    own = {name: torch.tanh(first @ map.down_weight) @ map.up_weight for name, map in mixer.mix_maps.items()}
+    return {name: z + (previous - z) * (share + own[name]) for name, share in mixer.mix.items()}
+
+
+@pytest.mark.parametrize("arch", ["rwkv4", "rwkv5", "rwkv6"])
+def test_projections_and_half_lives_of_rwkv4_to_6_by_their_formulas(tmp_path, arch):
+    """In layer 0, all inputs of the time-mix follow from the embedding."""
+    loaded, tokens = trained(tmp_path, arch)
+    report = inspect_run(loaded, tokens)
+    assert report.loss == pytest.approx(loss_per_token(loaded.model, tokens), abs=1e-6)
+    assert report.not_shown.keys() == {"tables", "token-shift"} | ({"states"} if arch == "rwkv4" else set())
+    gate = [] if arch == "rwkv4" else [("mixer", "gate")]
+    names = [
+        *(("mixer", name) for name in ("receptance", "key", "value")),
+        *gate,
+        ("ffn", "key"),
+        ("ffn", "receptance"),
+    ]
+    rows = {(row.layer, row.half, row.projection): row for row in report.projections}
+    assert sorted(rows) == sorted((layer, *name) for layer in range(2) for name in names)
+
+    block = loaded.model.requires_grad_(False).blocks[0]
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    z = block.mixer_norm(loaded.model.input_norm(loaded.model.embedding(ids)))
+    # 12 windows of 16 tokens, and the rest of 199 tokens
+    pieces = [mixtures(block, each) for each in (z[:192].view(12, 16, 16), z[None, 192:199])]
+    for half, name in names:
+        row = rows[0, half, name]
+        # Only RWKV-4 has a sigmoid in the time-mix. The channel-mix of all three has one.
+        assert row.after_sigmoid == (name == "receptance" and (half == "ffn" or arch == "rwkv4"))
+        if half == "ffn":
+            continue
+        outputs = torch.cat([getattr(block.mixer, name)(each[name]).flatten() for each in pieces])
+        outputs = outputs.sigmoid() if row.after_sigmoid else outputs
+        assert row.mean == pytest.approx(float(outputs.mean()), rel=1e-4, abs=1e-6)
+        assert row.deviation == pytest.approx(float(outputs.std()), rel=1e-4)
+        np.testing.assert_allclose(row.quantiles, np.quantile(outputs, QUANTILES), rtol=1e-4, atol=1e-6)
+    for layer in range(2):
+        quantiles = rows[layer, "ffn", "receptance"].quantiles
+        assert 0 < quantiles[0] < 0.5 < quantiles[-1] < 1
+
+    if arch == "rwkv4":
+        assert report.states is None
+        return
+    decay = block.mixer.decay
+    if arch == "rwkv6":
+        # The states follow the whole text, without windows.
+        mixed = mixtures(block, z[None])["decay"][0]
+        decay = decay.bias + torch.tanh(mixed @ decay.down_weight) @ decay.up_weight
+    half_lives = (math.log(2) / decay.exp()).view(-1, 4, 4).expand(200, 4, 4)
+    for row in report.states.heads[:4]:
+        np.testing.assert_allclose(row.half_life, np.quantile(half_lives[:, row.head], [0.1, 0.5, 0.9]), rtol=1e-4)
+    assert [(row.layer, row.head, row.rate) for row in report.states.heads] == [
+        (layer, head, None) for layer in range(2) for head in range(4)
+    ]
 
 
 def test_the_start_is_the_model_before_the_first_step(tmp_path):

@@ -155,7 +155,7 @@ def measure_projections(
                 use_before = _use(old, before[layer, half, name].deviation, shifted)
             with _without(linear, shifted):
                 without = loss_per_token(model, tokens)
-        after_sigmoid = name in block.gates
+        after_sigmoid = (half, name) in block.gates
         mean, deviation, quantiles = seen.summary(after_sigmoid)
         rows.append(
             Projection(

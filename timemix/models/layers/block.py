@@ -88,12 +88,12 @@ class Block(nn.Module):
         layer: Index of the block, from 0.
 
     Attributes:
-        gates: Names of the projections whose outputs go through a sigmoid.
+        gates: The projections whose outputs go through a sigmoid, as (sublayer, name), the keys of `projections`.
         takes_resets: Whether `forward` has one more argument, `resets`: whether a token is the first of a document
             (B, T) bool, so that its results depend on no earlier token; None: no token, except at position 0.
     """
 
-    gates: ClassVar[tuple[str, ...]] = ()
+    gates: ClassVar[tuple[tuple[str, str], ...]] = ()
     takes_resets: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -26,7 +26,7 @@ class ShiftedBlock(Block):
 
     Mixer: ClassVar[type[Any]]
     Ffn: ClassVar[type[Any]]
-    gates = ("receptance",)
+    gates = (("mixer", "receptance"), ("ffn", "receptance"))
     TABLES = ("f", "alpha", "beta", "gamma")
     PROJECTIONS = ("query", "receptance", "key", "value")
 

@@ -104,7 +104,7 @@ class TimeMix(nn.Module):
 class Rwkv4Block(Block):
     """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
 
-    gates = ("receptance",)
+    gates = (("mixer", "receptance"), ("ffn", "receptance"))
     takes_resets = True
 
     def __init__(self, config: Rwkv4Config, layer: int) -> None:

@@ -194,6 +194,7 @@ class TimeMix6(TimeMix):
 class Rwkv5Block(Block):
     """A block of time-mix, then channel-mix, with LayerNorm before each sublayer."""
 
+    gates = (("ffn", "receptance"),)
     takes_resets = True
 
     def __init__(self, config: Rwkv5Config, layer: int) -> None:
