@@ -319,17 +319,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, help="parts to run; default: all")
     parser.add_argument("--write-only", action="store_true", help="write docs/family.md from the results only")
     options = parser.parse_args()
-    if not options.write_only:
-        if options.data is None and set(options.only or NAMES) & set(LOSSES):
-            parser.error("give the folder of the texts: --data FOLDER")
-        RESULTS.mkdir(exist_ok=True)
-        for name in options.only or NAMES:
-            if name != "speed":
-                run(name, options.data, options.out)
-            elif options.only or not SPEED.exists():
-                measure_speed()
-            write(options.out)
-    write(options.out)
+    if options.write_only:
+        write(options.out)
+        return
+    names = options.only or NAMES
+    if options.data is None and set(names) & set(LOSSES):
+        parser.error("give the folder of the texts: --data FOLDER")
+    RESULTS.mkdir(exist_ok=True)
+    for name in names:
+        if name != "speed":
+            run(name, options.data, options.out)
+        elif options.only or not SPEED.exists():
+            measure_speed()
+        write(options.out)
 
 
 if __name__ == "__main__":
