@@ -28,6 +28,7 @@ from timemix.errors import (
 )
 from timemix.models.registry import ARCHITECTURES
 from timemix.runs import folder as run_folder
+from timemix.training.samples import cut_samples
 from timemix.training.start import new_run, resume_run
 
 
@@ -127,6 +128,34 @@ def test_best_counts_only_losses_of_its_own_weights(tmp_path):
     with pytest.raises(RuntimeError):
         trainer.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 10 else None)
     assert run_folder.best(trainer.out).name == "step-00000008"
+
+
+def test_a_run_that_was_killed_after_a_sample_has_each_sample_once(tmp_path):
+    settings = {"steps": 12, "save_every": 4, "sample_every": 3, "sample_prompts": ("the cat", "dog\n")}
+    whole, killed = (
+        small_trainer(tmp_path, name="whole", **settings),
+        small_trainer(tmp_path, name="killed", **settings),
+    )
+    whole.run()
+    with pytest.raises(RuntimeError):
+        killed.run(lambda p: (_ for _ in ()).throw(RuntimeError("power cut")) if p.step == 7 else None)
+    assert (killed.out / "samples.txt").read_text().count("--- step 6, ") == 2
+    resume_run(killed.out).run()
+    texts = [(run.out / "samples.txt").read_bytes() for run in (whole, killed)]
+    assert texts[0] == texts[1]
+
+
+def test_only_headings_of_later_steps_end_the_samples_that_a_resumed_run_keeps(tmp_path):
+    kept = b"--- step 8\n--- step nine\n--- step 9 or 10\n--- step 7\r\n\xff --- step 9\n\n"
+    path = tmp_path / "samples.txt"
+    for end, expected in (
+        (b"--- step 9\nlost\n\n--- step 8\n", kept),
+        (b'--- step 10, prompt "a\\n"\n', kept),
+        (b"", kept),
+    ):
+        path.write_bytes(kept + end)
+        cut_samples(tmp_path, 8)
+        assert path.read_bytes() == expected
 
 
 def test_the_loss_before_training_is_not_the_best_after_a_resume(tmp_path):

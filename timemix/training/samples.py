@@ -1,6 +1,9 @@
 """Samples from a model in training, appended to samples.txt in its run folder."""
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,10 +14,15 @@ from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.runs.load import Loaded
 from timemix.runtime.distributed import World
-from timemix.storage.files import cannot_write
+from timemix.storage.files import append, explained, read_lines
 from timemix.tokenizers.base import Tokenizer
 from timemix.training.progress import Sample
 from timemix.training.saving import gathered
+
+SAMPLES = "samples.txt"
+
+_HEADING = re.compile(rb"--- step (\d{1,18})(?:, prompt \".*\")?\n")
+"""`Sample.heading` as a line of samples.txt."""
 
 
 def whole_model(model: LanguageModel, strategy: str, world: World) -> LanguageModel:
@@ -68,12 +76,32 @@ def write_sample(
     """
     start = default_prompt(loaded.tokenizer) if prompt is None else prompt
     sample = Sample(step, prompt, start + generate(loaded, start, tokens=tokens, sampler=sampler)[0])
-    path = loaded.folder / "samples.txt"
     try:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            file.write(f"{sample.heading}\n{sample.text}\n\n")
-    except OSError as error:
+        append(loaded.folder / SAMPLES, f"{sample.heading}\n{sample.text}\n\n".encode())
+    except CannotWrite:
         # A run with `train.full_disk` "continue" reports a full disk only once, when metrics.jsonl cannot be written.
         if loaded.config.train.full_disk == "stop":
-            raise CannotWrite(cannot_write(path, error)) from error
+            raise
     return sample
+
+
+def cut_samples(folder: Path, step: int) -> None:
+    """Remove the texts of all steps after a step from samples.txt.
+
+    Args:
+        folder: Run folder.
+        step: Number of finished steps.
+
+    Raises:
+        FileError: samples.txt is not a regular file, or cannot be read or written.
+    """
+    path, size = folder / SAMPLES, 0
+    if not path.exists():
+        return
+    for line in read_lines(path):
+        heading = _HEADING.fullmatch(line)
+        if heading and int(heading[1]) > step:
+            with explained(path):
+                os.truncate(path, size)
+            return
+        size += len(line)

@@ -36,7 +36,7 @@ from timemix.training.interval import Interval
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
-from timemix.training.samples import check_prompts, whole_model, write_sample
+from timemix.training.samples import check_prompts, cut_samples, whole_model, write_sample
 from timemix.training.saving import Checkpoints, restore_training, tensors_to_save
 from timemix.training.signals import STOP_SIGNALS, collected_signals
 from timemix.training.spikes import SpikeWatch, write_bad_batch
@@ -178,8 +178,9 @@ class Trainer:
         self._spikes.state = progress.usual_loss
 
     def tidy(self) -> None:
-        """Remove metrics after the current step, and old checkpoints that a killed process left behind."""
+        """Remove metrics and samples after the current step, and old checkpoints that a killed process left behind."""
         self.metrics.cut(self.step if self.step else -1)
+        cut_samples(self.out, self.step)
         if self.step:
             prune(self.out)
 
