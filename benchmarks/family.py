@@ -33,7 +33,8 @@ from timemix.models.language_model import LanguageModel
 from timemix.reporting.markdown import markdown_table, mean_and_deviation, with_blocks
 from timemix.reporting.plots import save_picture
 from timemix.reporting.statistics import Difference, interval, mean_interval, verdict_words
-from timemix.storage.json_files import to_json
+from timemix.storage.files import write_text
+from timemix.storage.json_files import read_json, to_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "family"
@@ -86,11 +87,11 @@ def run(name: str, data: Path, out: Path) -> None:
     options += ["--data", str(data / "pgbooks_train.txt.xz"), "--valid", str(data / "pgbooks_valid.txt")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "timemix"]
     subprocess.run([*command, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
-    table = json.loads((out / name / "table.json").read_text(encoding="utf-8"))
+    table = read_json(out / name / "table.json")
     for row in table["variants"]:
         # The files of the runs have these losses too.
         row.pop("by_position", None)
-    (results / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_text(results / "table.json", json.dumps(table, indent=1) + "\n")
 
 
 def decoding(name: str, step: Step, model: LanguageModel, position: int) -> Contender:
@@ -139,13 +140,13 @@ def measure_speed() -> None:
             raise SystemExit(f"{row.name}: {row.withheld}")
         found[name][f"decoding_{position}"] = DECODED / row.seconds
     content = {"machine": to_json(machine_now(torch.device("cpu"))), "variants": found}
-    SPEED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(SPEED, json.dumps(content, indent=1) + "\n")
 
 
 def table_of(name: str) -> dict[str, Any] | None:
     """Return the table of a comparison of losses; None if it was not run."""
     path = RESULTS / name / "table.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def accuracies_of(name: str) -> SyntheticTable:
@@ -207,7 +208,7 @@ def speed_block(found: dict[str, Any]) -> str:
             [
                 name,
                 f"{each['training']:,.0f}",
-                f"{each['training_memory'] / 2**20:,.0f} MiB",
+                "-" if each["training_memory"] is None else f"{each['training_memory'] / 2**20:,.0f} MiB",
                 *(f"{each[f'decoding_{p}']:,.0f} tokens/s" for p in POSITIONS),
                 f"{each['state_bytes'] / 2**10:,.0f} KiB",
             ]
@@ -220,7 +221,7 @@ def hours_block() -> str:
     rows, counted = [["part", "runs", "hours of runs"]], set[str]()
     for name in (*LOSSES, *TASKS):
         paths = [p for p in sorted((RESULTS / name).glob("*.json")) if p.name != "table.json"]
-        found = [(p, json.loads(p.read_text(encoding="utf-8"))) for p in paths]
+        found = [(p, read_json(p)) for p in paths]
         # A run of an earlier part has the same key there, and is not trained again.
         seconds = {each.get("key", str(p)): each["seconds"] for p, each in found if "seconds" in each}
         new = [each for key, each in seconds.items() if key not in counted]
@@ -247,7 +248,7 @@ def draw(path: Path) -> bool:
             shares = {row.name: row.accuracy[size] for row in found.rows}
             panels.append((title, "share of right answers", shares, found.guess[size]))
     if SPEED.exists():
-        speeds = json.loads(SPEED.read_text(encoding="utf-8"))["variants"]
+        speeds = read_json(SPEED)["variants"]
         values = {n: {"mean": each["decoding_10000"], "low": None, "high": None} for n, each in speeds.items()}
         panels.append(("decoding after 10,000 tokens", "tokens/s on two cores", values, None))
     if not panels:
@@ -300,13 +301,13 @@ def blocks() -> dict[str, str]:
     found["verdicts"] = markdown_table(claims, words=(0, 2, 3, 4))
     found["hours"] = hours_block()
     if SPEED.exists():
-        found["speed"] = speed_block(json.loads(SPEED.read_text(encoding="utf-8")))
+        found["speed"] = speed_block(read_json(SPEED))
     return found
 
 
 def write(out: Path) -> None:
     """Replace the generated parts of docs/family.md, and its pictures."""
-    PAGE.write_text(with_blocks(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    write_text(PAGE, with_blocks(PAGE.read_text(encoding="utf-8"), blocks()))
     draw(ROOT / "docs" / "family.png")
     if (position := out / "family" / "position.png").exists():
         shutil.copy(position, ROOT / "docs" / "family-position.png")

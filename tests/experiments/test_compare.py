@@ -18,12 +18,16 @@ import pytest
 from tests.helpers.comparisons import BASE, finish, small
 from tests.helpers.runs import TEXT, write_text_file
 from timemix.bench.measure import StepSpeed, measure_training
+from timemix.cli import compare as cli
+from timemix.config.run import RunConfig
 from timemix.errors import CannotWrite, DamagedFile, FileError, Interrupted, InvalidValue, MissingFile, Unavailable
 from timemix.experiments.compare import Comparison
 from timemix.experiments.jobs import Failure, Job, ResultFiles
+from timemix.experiments.measurements import step_cost
 from timemix.experiments.report import write_report
-from timemix.experiments.table import build_table
+from timemix.experiments.table import Row, Table, build_table
 from timemix.experiments.variants import Variant
+from timemix.models.registry import model_config
 from timemix.runs.load import load
 from timemix.runs.metrics import read_metrics
 from timemix.storage.locks import claimed
@@ -218,6 +222,50 @@ def test_a_diverged_variant_is_reported_and_not_tried_again(tmp_path):
     assert table["variants"][1]["valid_losses"].keys() == {1}
     assert "Variant 'fails', seed 1, failed" in (tmp_path / "out" / "table.md").read_text()
     assert [line.split(":")[0] for line in finish(Comparison(experiment, tmp_path / "out"))] == ["fails seed 1"]
+
+
+@pytest.mark.parametrize(("failed", "status"), [({"a"}, 1), (set(), 0)])
+def test_a_variant_without_any_run_is_told_by_the_exit_status(failed, status, tmp_path, monkeypatch, capsys):
+    rows = [
+        Row(name=n, label=n, failed={1: "no"} if n in failed else {}, valid_losses={} if n in failed else {1: 1.0})
+        for n in "ab"
+    ]
+    table = Table("t", 1, None, [1], rows, [])
+    monkeypatch.setattr(cli, "_train_all", lambda *arguments: table)
+    assert cli.compare(["--arch", "rwkv1", "rwkv7", "--out", str(tmp_path)]) == status
+    assert ("all runs of a variant failed; their errors are below the table" in capsys.readouterr().err) == bool(status)
+
+
+def test_a_text_for_a_speed_experiment_is_refused():
+    with pytest.raises(InvalidValue, match="long-context measures random tokens; leave out --data and --valid"):
+        cli.compare(["long-context", "--data", "a.txt"])
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seconds": ', b"[]", b"\xff"])
+def test_a_damaged_result_names_the_file_to_remove(tmp_path, content):
+    files, job = ResultFiles(tmp_path / "out", tmp_path / "kept"), Job(Variant("a"), 1, False)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a.seed-1.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"a.seed-1.json is damaged; remove it to run a seed 1 again"):
+        files.read(job)
+    (tmp_path / "a.memory.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"a.memory.json is damaged; remove it to measure again"):
+        step_cost(RunConfig(model_config("rwkv1")), tmp_path / "a.memory.json")
+
+
+def test_a_copy_of_a_later_version_keeps_its_fields(done, tmp_path):
+    comparison, *_ = done
+    job = comparison.seed_jobs(comparison.experiment.variants[0])[0]
+    files, result = ResultFiles(tmp_path / "out", tmp_path), comparison.result(job)
+    files.copy(job, result)
+    (path,) = tmp_path.glob("*.json")
+    later = json.dumps(json.loads(path.read_text()) | {"later_field": 1})
+    path.write_text(later)
+    files.copy(job, result)
+    assert path.read_text() == later
+    path.write_text("")
+    files.copy(job, result)
+    assert files.kept(job) == replace(result, taken_from=None)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -551,7 +599,7 @@ def test_a_measurement_of_other_settings_is_refused(tmp_path, monkeypatch):
     wider = replace(experiment, base=experiment.base | {"model": BASE["model"] | {"channels": 24}})
     bytes_ = replace(experiment, base=experiment.base | {"data": experiment.base["data"] | {"tokenizer": "byte"}})
     for number, other in enumerate((replace(experiment, seconds=3.0), wider, bytes_)):
-        with pytest.raises(FileError, match="has the measurement of other settings; choose another folder"):
+        with pytest.raises(FileError, match="has the measurement of other settings; remove it to measure again"):
             Comparison(other, tmp_path / f"other {number}", results=kept)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     # Settings that change no step, such as the interval of validations, may differ.

@@ -15,9 +15,9 @@ from tests.helpers.runs import write_text_file
 from timemix.bench.measure import StepSpeed
 from timemix.evaluation.texts import evaluate
 from timemix.experiments.compare import Comparison
-from timemix.experiments.report import to_html, write_report
+from timemix.experiments.report import _rows_by_position, to_html, variant_colors, write_report
 from timemix.experiments.spec import Verdict
-from timemix.experiments.table import build_table
+from timemix.experiments.table import Row, Table, build_table
 from timemix.experiments.variants import Variant
 from timemix.reporting.markdown import mean_and_deviation
 from timemix.runs.load import load
@@ -44,6 +44,29 @@ def comparison(tmp_path_factory):
         finish(found)
         write_report(found)
     return found
+
+
+def test_colors_are_those_of_css_and_matplotlib(comparison):
+    """A browser knows neither C1 nor tab:blue, and gray levels such as 0.4 are no colors of CSS."""
+    names = ("C1", "tab:blue", "0.4", "k")
+    variants = tuple(Variant(f"v{i}", {"model": {"channels": 16 * i}}, color=name) for i, name in enumerate(names, 1))
+    colors = variant_colors(replace(comparison.experiment, variants=variants, verdicts=()))
+    assert list(colors.values()) == ["#ff7f0e", "#1f77b4", "#666666", "#000000"]
+
+
+def test_losses_by_position_are_compared_on_one_text_to_the_first_variant(comparison, tmp_path):
+    rows = [Row(name=name, label=name, by_position={1: (1.0, 2.0)}, text=text) for name, text in ("ax", "by", "cx")]
+    table = Table("t", 1, None, [1], rows, [])
+    assert [row.name for row in _rows_by_position(table)] == ["a", "c"]
+    assert _rows_by_position(replace(table, variants=[replace(rows[0], by_position=None), *rows[1:]])) == []
+
+
+def test_damaged_samples_are_generated_again(comparison):
+    path = comparison.out / "variants" / "rwkv1" / "samples.json"
+    before = path.read_text()
+    path.write_text("")
+    write_report(comparison)
+    assert path.read_text() == before
 
 
 def test_long_curves_are_thinned_and_keep_their_end(comparison, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -115,9 +116,19 @@ def test_a_study_end_to_end_and_again(tmp_path, monkeypatch):
 def test_a_killed_beginning_is_begun_again(tmp_path):
     study, lines = experiment(write_text_file(tmp_path)), []
     # The state that kill -9 leaves during the creation of the run folder.
+    run_sampling(study, tmp_path / "out", lambda line: None)
+    for path in (tmp_path / "out").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
     (tmp_path / "out" / "writer" / "data").mkdir(parents=True)
     run_sampling(study, tmp_path / "out", lines.append)
     assert lines[0] == "training writer: 6 steps"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(FileError, match="is not the folder of a comparison, and not empty"):
+        run_sampling(experiment(write_text_file(tmp_path)), tmp_path, lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,19 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ('title = "two"', 'title = "two"\nkind = ["x"]', "unknown kind ['x']"),
         ('name = "weighted"', 'name = "weighted"\nlabel = "plain"', "two variants have the label 'plain'"),
         ('name = "weighted"', 'name = "weighted"\ncolor = "reddish"', "'reddish' is not a matplotlib color"),
+        ('name = "weighted"', 'name = "weighted"\ncolor = "none"', "'none' is not a matplotlib color"),
         ("train.lr = [1e-3, 2e-3]", 'data.order = ["epoch"]', "all points of a grid have one text"),
         ("tokens = 6400", 'tokens = 6400\nprompts = [""]', "a prompt is empty"),
         ("tokens = 6400", "seconds = inf", "seconds is inf; it must be above 0 and finite"),
         ('worse = "weighted"', 'worse = "weighted"\nat_step = 3', "at_step=3 of a verdict is not a validated step"),
+        ('worse = "weighted"', 'worse = "weighted"\nat_step = -8', "at_step=-8 of a verdict is not a validated step"),
         ('worse = "weighted"', 'worse = "weighted"\nfirst_positions = 3', "set by_position = true"),
+        (
+            'worse = "weighted"',
+            'worse = "weighted"\nfirst_positions = 0',
+            "first_positions=0 of a verdict must be at least",
+        ),
+        ('worse = "weighted"', 'worse = "weighted"\nfirst_positions = 9999', "at most the ctx_len of variant 'plain'"),
         ('worse = "weighted"', 'worse = "weighted"\nof = "memory"', "unknown field 'verdicts.of'"),
         ("[base]", "[base", "is damaged"),
         ("model = {", "model = 3 #", "variant 'plain': model is 3; it must be a table"),
@@ -143,6 +151,14 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, old, new, words):
     assert str(tmp_path / "two.toml") in str(error.value)
     assert "\n" not in str(error.value)
     assert words in str(error.value)
+
+
+def test_losses_by_position_need_windows_of_one_length(tmp_path):
+    experiment = read(tmp_path, FILE)
+    variants = (experiment.variants[0], Variant("weighted", {"model": {"arch": "rwkv7", "heads": 1, "ctx_len": 32}}))
+    replace(experiment, variants=variants)
+    with pytest.raises(InvalidValue, match="by_position is true, but the variants have ctx_len .* and .*; give all"):
+        replace(experiment, variants=variants, by_position=True)
 
 
 def test_no_variant(tmp_path):

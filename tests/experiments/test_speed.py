@@ -5,9 +5,10 @@ import math
 
 import pytest
 
+from timemix.bench import measure
 from timemix.bench.measure import StepFailure, StepSpeed, measure_training
 from timemix.config.run import RunConfig, TrainConfig
-from timemix.errors import FileError, Unavailable
+from timemix.errors import DamagedFile, FileError, Unavailable
 from timemix.experiments import speed
 from timemix.experiments.spec import SpeedExperiment, SpeedVerdict
 from timemix.experiments.speed import build_table, run_speed, slope
@@ -107,6 +108,30 @@ def test_what_is_measured_is_not_measured_again(counted, tmp_path):
     other = SpeedExperiment(title="x", variants=EXPERIMENT.variants, ctx_lens=(16,), tokens=64)
     with pytest.raises(FileError, match=r"different: ctx_lens"):
         run_speed(other, tmp_path / "out", lines.append)
+
+
+def test_a_folder_of_something_else_is_refused(counted, tmp_path):
+    (tmp_path / "table.md").write_text("my table")
+    with pytest.raises(FileError, match="is not the folder of a comparison, and not empty"):
+        run_speed(EXPERIMENT, tmp_path, lambda line: None)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "table.md"}
+
+
+def test_damaged_measurements_name_the_file_to_remove(counted, tmp_path):
+    run_speed(EXPERIMENT, tmp_path, lambda line: None)
+    (tmp_path / "measurements.json").write_text("")
+    with pytest.raises(DamagedFile, match="measurements.json is damaged; remove it to measure again"):
+        run_speed(EXPERIMENT, tmp_path, lambda line: None)
+
+
+def test_a_step_has_all_contexts_of_a_window(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(measure, "_step", lambda model, optimizers, shape, *others: shapes.append(shape))
+    monkeypatch.setattr(measure, "_limit_memory", lambda device: None)
+    model = model_config("rwkv7", layers=1, heads=1, channels=64, ctx_len=16, vocab_size=50)
+    found = measure._measure(RunConfig(model=model, train=TrainConfig(batch_size=4, contexts=3, accumulation=2)), 1)
+    assert shapes[1:] == [(2, 48)] * 2
+    assert found.tokens_per_second == pytest.approx(4 * 48 / found.step_seconds)
 
 
 def test_a_folder_belongs_to_one_device(counted, tmp_path):

@@ -53,6 +53,7 @@ def test_the_shipped_experiments_give_all_variants_equal_settings(name):
         ({"seeds": (0, 1)}, "seeds is .0, 1.; give different seeds, each at least 1"),
         ({"lrs": ()}, "lrs is .. and rows is 8; give different lrs, and at least 1 row"),
         ({"tasks": ()}, "give at least one task"),
+        ({"lrs": (1e-3, 1.0000001e-3)}, "two runs have the same name, 'few.old.lr-0.001.seed-0'"),
         ({"lrs": (1e-3, -1.0)}, "train.lr is -1.0"),
         ({"base": {"train": {"steps": 0}}}, "train.steps is 0; give a run at least 1 step"),
         ({"base": {"train": {"valid_every": 9}}}, "train.valid_every has no effect on synthetic tasks; leave"),
@@ -133,6 +134,7 @@ def test_a_stopped_experiment_repeats_no_finished_run(monkeypatch, tmp_path):
     run_synthetic(EXPERIMENT, tmp_path, lines.append, "cpu")
     assert lines[0] == "unfinished runs: 10, about 0:00 in one process"
     # 2 tasks, 2 variants, 2 learning rates and 2 seeds are 16 runs, of which 6 are finished.
+    assert lines.pop(1) == f"{tmp_path / damaged} is damaged; the run is repeated"
     assert len(lines) == 1 + 10
     for name in set(saved) - {damaged}:
         assert (tmp_path / name).read_bytes() == saved[name]
@@ -186,6 +188,51 @@ def test_table_and_verdicts():
     single = build_table(replace(one, seeds=(1,)), {"parity": {n: {1: r[1]} for n, r in found["parity"].items()}})
     assert "means over one seed." in to_markdown(single)
     assert single.verdicts[0].verdict == "undecided"
+
+
+@pytest.mark.parametrize("accuracy", [{}, {"8": 0.5}, {"8": 7.5, "16": 0.5}])
+def test_a_result_without_the_shares_of_its_tests_is_damaged(tmp_path, accuracy):
+    one = replace(EXPERIMENT, tasks=EXPERIMENT.tasks[1:], lrs=(1e-3,), seeds=(1,), verdicts=())
+    whole = run_synthetic(one, tmp_path, lambda line: None, "cpu")
+    path = tmp_path / "parity.old.lr-0.001.seed-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": accuracy}))
+    lines = []
+    again = run_synthetic(one, tmp_path, lines.append, "cpu")
+    assert f"{path} is damaged; the run is repeated" in lines
+    assert again.tasks[0].rows[0].by_seed == whole.tasks[0].rows[0].by_seed
+
+
+def test_shares_that_differ_equally_with_every_seed_decide_nothing():
+    """A difference of one answer is the smallest that a test of 8 sequences can show."""
+    one = replace(EXPERIMENT, tasks=EXPERIMENT.tasks[1:])
+    found = {name: {seed: result(share) for seed in (1, 2)} for name, share in (("old", 0.75), ("new", 0.9))}
+    (judged,) = build_table(one, {"parity": found}).verdicts
+    assert judged.verdict == "undecided"
+    assert (judged.difference["low"], judged.difference["high"]) == pytest.approx((0.075 - 1 / 8, 0.075 + 1 / 8))
+    found["new"] = {seed: result(0.75) for seed in (1, 2)}
+    assert "undecided (no difference with any seed)" in to_markdown(build_table(one, {"parity": found}))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "table.md").write_text("my table")
+    with pytest.raises(FileError, match="is not the folder of a comparison, and not empty"):
+        run_synthetic(EXPERIMENT, tmp_path, lambda line: None, "cpu")
+
+
+def test_waiting_for_another_process_is_said_once(tmp_path, monkeypatch):
+    said, waits = [], []
+    lock = claimed(tmp_path / ".parity.new.lr-0.003.seed-0.lock")
+    lock.__enter__()
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(synthetic.time, "sleep", wait)
+    run_synthetic(EXPERIMENT, tmp_path, said.append, "cpu")
+    assert said.count("waiting for other processes, which train the last runs") == 1
+    assert len(waits) == 2
 
 
 def test_a_run_of_another_process_is_left_to_it(tmp_path):

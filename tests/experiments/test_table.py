@@ -3,12 +3,13 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from timemix.experiments.spec import Verdict
-from timemix.experiments.table import Row, Table, judge, point_words, verdict_rows, warnings
+from timemix.experiments.table import Row, Table, judge, point_words, tuning_rows, verdict_rows, warnings
 from timemix.reporting.markdown import markdown_table, mean_and_deviation
 from timemix.reporting.statistics import interval, paired_difference, t_quantile, verdict_word, verdict_words
 
@@ -77,7 +78,7 @@ def test_the_seeds_of_a_verdict_are_those_of_both_variants():
     judged = judge(Verdict("c", "better", "worse"), better, worse)
     rows = verdict_rows(Table("t", 1, None, [1, 2, 3, 4, 5], [better, worse], [judged]))
     assert judged.pairs == 3
-    assert rows[1][2] == "undecided (about 18 seeds would decide)"
+    assert rows[1][2] == "undecided (about 34 seeds would decide)"
 
 
 def test_a_verdict_may_ask_for_the_first_positions():
@@ -140,13 +141,29 @@ def test_the_best_number_of_a_grid_lies_between_others(values, chosen, at_edge):
     assert any("edge of the grid" in line for line in warnings(Table("t", 1, None, [1], [row], []))) == at_edge
 
 
+def test_failed_tuning_runs_and_equal_losses_are_told():
+    tuning = [{"lr": lr, "valid_loss": loss} for lr, loss in ((1e-3, None), (2e-3, 1.1), (4e-3, 1.1))]
+    row = Row(name="a", label="a", tuning=tuning, chosen={"lr": 2e-3})
+    table = Table("t", 1, None, [1], [row], [])
+    assert "Variant 'a': 1 of 3 tuning runs failed, so its settings are the best of the others." in warnings(table)
+    assert tuning_rows(table)[1] == ["a", "failed", "1.1000 *", "1.1000"]
+
+
+def test_sizes_are_compared_to_the_first_variant_only():
+    sizes = {"a": None, "b": 100, "c": 200}
+    rows = [Row(name=name, label=name, parameters=n) for name, n in sizes.items()]
+    assert warnings(Table("t", 1, None, [1], rows, [])) == []
+    assert "'c' has 100.0% more" in " ".join(warnings(Table("t", 1, None, [1], rows[1:], [])))
+
+
 def test_an_undecided_verdict_says_how_many_seeds_would_decide():
-    """With mean 1 and standard deviation 2, an interval of n values ends at 0 if t(n - 1) 2 / sqrt(n) = 1."""
+    """With mean 1 and standard deviation 2, an interval of 34 values is above 0 in four of five experiments."""
     values = {1: 3.0, 2: 1.0, 3: -1.0}
     gain = paired_difference(dict.fromkeys(values, 0.0), values)
-    least = next(n for n in range(4, 100) if t_quantile(0.975, n - 1) * 2 / n**0.5 < 1)
-    assert least == 18
-    assert verdict_words(gain, 3) == "undecided (about 18 seeds would decide)"
+    assert verdict_words(gain, 3) == "undecided (about 34 seeds would decide)"
+    drawn = np.random.default_rng(0).normal(1, 2, (20_000, 34))
+    half = t_quantile(0.975, 33) * drawn.std(axis=1, ddof=1) / 34**0.5
+    assert (drawn.mean(axis=1) > half).mean() == pytest.approx(0.8, abs=0.02)
     small = paired_difference(dict.fromkeys(values, 0.0), {seed: x - 0.99 for seed, x in values.items()})
     assert verdict_words(small, 3) == "undecided (more than 200 seeds would decide)"
     assert verdict_words(paired_difference({1: 0.0}, {1: 1.0}), 1) == "undecided"

@@ -75,41 +75,52 @@ def _measure(config: RunConfig, steps: int) -> StepSpeed:
     on_gpu = device.type == "cuda"
     # A small step runs first, so that the memory of loaded code does not count.
     small = config.model.tiny()
-    _step(
-        small_model := LanguageModel(small).to(device), build_optimizers(small_model, train, precision), 2, 1, precision
-    )
+    small_model = LanguageModel(small).to(device)
+    _step(small_model, build_optimizers(small_model, train, precision), (2, small.ctx_len), 1, precision)
     if not on_gpu:
         _limit_memory(device)
     before = torch.cuda.memory_allocated(device) if on_gpu else resident_memory()
     model = LanguageModel(config.model).to(device)
     model.recompute = train.recompute
     optimizers = build_optimizers(model, train, precision)
-    rows, ctx_len = train.batch_size // train.accumulation, config.model.ctx_len
+    rows = train.batch_size // train.accumulation
     fastest = math.inf
     for step in range(steps + 1):
         start = time.perf_counter()
-        _step(model, optimizers, rows, train.accumulation, precision)
+        _step(model, optimizers, (rows, config.window), train.accumulation, precision)
         # The first step is not timed, because it allocates memory.
         if step > 0:
             fastest = min(fastest, time.perf_counter() - start)
     peak = peak_memory(device)
     return StepSpeed(
         step_seconds=fastest,
-        tokens_per_second=train.batch_size * ctx_len / fastest,
+        tokens_per_second=train.batch_size * config.window / fastest,
         peak_memory=None if peak is None else peak - before,
     )
 
 
 def _step(
-    model: LanguageModel, optimizers: list[torch.optim.Optimizer], rows: int, pieces: int, precision: str
+    model: LanguageModel,
+    optimizers: list[torch.optim.Optimizer],
+    shape: tuple[int, int],
+    pieces: int,
+    precision: str,
 ) -> None:
-    """Run one training step on random tokens, and wait for the device to finish."""
-    config = model.config
+    """Run one training step on random tokens, and wait for the device to finish.
+
+    Args:
+        model: The model.
+        optimizers: Optimizers of the model.
+        shape: Number of windows of a piece, and number of tokens of a window.
+        pieces: Number of pieces of the batch.
+        precision: Precision of matrix products.
+    """
+    config, (rows, window) = model.config, shape
     for _ in range(pieces):
-        tokens = torch.randint(config.vocab_size, (rows, config.ctx_len + 1), device=model.device)
+        tokens = torch.randint(config.vocab_size, (rows, window + 1), device=model.device)
         with autocast(precision, model.device):
             logits, _ = model(tokens[:, :-1])
-        cross_entropy(logits, tokens[:, 1:]).backward()
+        model.block.training_loss(config, cross_entropy(logits, tokens[:, 1:]), logits).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()

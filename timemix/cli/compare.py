@@ -105,12 +105,14 @@ def compare(arguments: list[str]) -> int:
     from timemix.runtime.machine import keep_freed_memory
 
     keep_freed_memory()
+    status = 0
     try:
         if isinstance(experiment, Experiment):
             trained = _train_all(experiment, out, device, parsed, first)
             if trained is None:
                 return 0
             found, words = trained.to_json(), table.to_markdown(trained)
+            status = int(any(row.failed and not row.valid_losses for row in trained.variants))
         elif isinstance(experiment, SyntheticExperiment):
             answered = synthetic.run_synthetic(experiment, out, _say, device, parsed.tasks)
             found, words = to_json(answered), synthetic_report.to_markdown(answered)
@@ -129,7 +131,9 @@ def compare(arguments: list[str]) -> int:
         return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
     print(json.dumps(found) if parsed.json else words, end="\n" if parsed.json else "")
     _say(f"the comparison is in {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.suffix in _REPORTS))}")
-    return 0
+    if status:
+        _say("timemix: all runs of a variant failed; their errors are below the table")
+    return status
 
 
 _REPORTS = (".html", ".md", ".png")
@@ -176,6 +180,8 @@ def _experiment(parsed: CompareArguments) -> tuple[str, AnyExperiment]:
         raise InvalidValue(f"the experiment {name} generates its sequences; leave out --data, --valid and --tokens")
     if not isinstance(experiment, Experiment) and (parsed.reuse or parsed.results):
         raise InvalidValue(f"the experiment {name} trains no variants on a text; leave out --reuse and --results")
+    if isinstance(experiment, SpeedExperiment) and (parsed.data or parsed.valid):
+        raise InvalidValue(f"the experiment {name} measures random tokens; leave out --data and --valid")
     experiment = with_data(experiment, parsed.data, parsed.valid)
     changes: dict[str, Any] = {}
     if parsed.tasks is not None and not isinstance(experiment, SyntheticExperiment):

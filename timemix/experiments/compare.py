@@ -40,6 +40,7 @@ from timemix.experiments.jobs import (
     begin_or_resume,
     on_corpus,
     outcome,
+    refuse_foreign,
 )
 from timemix.experiments.measurements import StepCost, step_cost, steps_within
 from timemix.experiments.spec import TUNING_SEED, Experiment
@@ -137,8 +138,7 @@ class Comparison:
         path = self.out / "experiment.json"
         ours = json.loads(json.dumps({"experiment": asdict(self.experiment), "texts": texts}))
         if not path.exists():
-            if any(not p.name.startswith(".") for p in self.out.iterdir()):
-                raise FileError(f"{self.out} is not the folder of a comparison, and not empty; choose another folder")
+            refuse_foreign(self.out)
             write_text(path, json.dumps(ours, indent=1))
             return
         theirs = read_json(path)
@@ -224,9 +224,15 @@ class Comparison:
             words = f", about {clock(seconds)} left" if seconds else ""
             say(f"{job.name}: {outcome(job, result)} ({ended} of {len(jobs)}{words})")
 
+        is_waiting = False
         while left := [job for job in jobs if not self._ended(job)]:
-            if not any(self._try(job, watching, report) for job in left if self._ready(job)):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if any(self._try(job, watching, report) for job in left if self._ready(job)):
+                is_waiting = False
+                continue
+            if not is_waiting:
+                say(f"waiting for other processes, which train the last {len(left)} runs, such as {left[0].name}")
+                is_waiting = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _refuse_results_of_others(self) -> None:
         """Refuse result files of runs with other settings, which new runs would replace.

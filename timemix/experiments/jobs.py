@@ -1,5 +1,6 @@
 """The jobs of a comparison, one run per job: their run folders, and the JSON files with their results."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 from timemix.config.run import RunConfig, read_toml, to_toml
 from timemix.data.corpus import Corpus
-from timemix.errors import DamagedFile, FileError
+from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.experiments.variants import Variant
 from timemix.storage.files import write_text
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_json, to_record
@@ -115,8 +116,10 @@ class ResultFiles:
         Raises:
             DamagedFile: The file is damaged.
         """
-        path = self.folder(job) / "result.json"
-        return self._read(path, job) if path.exists() else self.kept(job)
+        # Another process may remove the folder between a test of its existence and the reading.
+        with contextlib.suppress(MissingFile):
+            return self._read(self.folder(job) / "result.json", job)
+        return self.kept(job)
 
     def kept(self, job: Job) -> Result | Failure | None:
         """Return the copy of a result; None without a copy.
@@ -130,7 +133,7 @@ class ResultFiles:
     def _read(self, path: Path, job: Job) -> Result | Failure:
         try:
             return read_result(read_json(path))
-        except Misfit:
+        except (Misfit, DamagedFile):
             raise DamagedFile(f"{path} is damaged; remove it to run {job.name} again") from None
 
     def write(self, job: Job, result: Result | Failure) -> None:
@@ -143,9 +146,12 @@ class ResultFiles:
         if self.results is not None and (isinstance(result, Result) or result.diverged):
             # The run folder of a copied run exists on this machine only.
             plain = replace(result, taken_from=None) if isinstance(result, Result) else result
-            path, text = self._copy(self.results, job), json.dumps(to_json(plain)) + "\n"
-            if not path.exists() or path.read_bytes() != text.encode():
-                write_text(path, text)
+            path = self._copy(self.results, job)
+            # An equal copy of a later version may have further fields, which must stay.
+            with contextlib.suppress(FileError, Misfit):
+                if read_result(read_json(path)) == plain:
+                    return
+            write_text(path, json.dumps(to_json(plain)) + "\n")
 
     def of_other_comparisons(self, reuse: Path) -> Iterator[tuple[Path, Result]]:
         """Yield the finished runs of other comparisons.
@@ -158,7 +164,7 @@ class ResultFiles:
             result of each run that has only a file.
         """
         folders = sorted(reuse.glob("*/variants/*/*/result.json"))
-        found = [(path.parent, path) for path in folders if not path.is_relative_to(self.out)]
+        found = [(path.parent, path) for path in folders if not path.resolve().is_relative_to(self.out.resolve())]
         if self.results is not None:
             found += [(path, path) for path in sorted(reuse.glob("*/*.json"))]
         for place, path in found:
@@ -177,6 +183,19 @@ class ResultFiles:
 
     def _copy(self, results: Path, job: Job) -> Path:
         return results / f"{job.variant.name}.{self.folder(job).name}.json"
+
+
+def refuse_foreign(out: Path) -> None:
+    """Check that a folder in which an experiment begins has no files of something else.
+
+    Args:
+        out: An existing folder.
+
+    Raises:
+        FileError: The folder has files other than locks.
+    """
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise FileError(f"{out} is not the folder of a comparison, and not empty; choose another folder")
 
 
 def on_corpus(config: RunConfig, source: Path, corpus: Corpus, device: str) -> RunConfig:

@@ -1,9 +1,10 @@
 """Measured training steps of the variants of a comparison: each is measured once and saved in a JSON file."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from timemix.bench.measure import StepFailure, measure_training
 from timemix.config.run import RunConfig
@@ -88,6 +89,28 @@ def step_cost(config: RunConfig, path: Path) -> StepCost:
     return StepCost(measured.peak_memory, measured.step_seconds)
 
 
+def saved_measurements(path: Path, *kinds: type[Any]) -> dict[str, Any]:
+    """Return saved measurements by name, without damaged entries, which the experiment repeats; none without a file.
+
+    Args:
+        path: JSON file of the measurements.
+        kinds: Dataclasses of a measurement.
+
+    Raises:
+        DamagedFile: The file is damaged as a whole.
+    """
+    found: dict[str, Any] = {}
+    try:
+        entries = read_json(path) if path.exists() else {}
+    except DamagedFile:
+        raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
+    for key, data in entries.items():
+        for kind in kinds:
+            with contextlib.suppress(Misfit):
+                found[key] = to_record(data, kind)
+    return found
+
+
 def _measured_before(path: Path, kind: type[Measured], key: str) -> Measured | None:
     """Read an earlier measurement as a dataclass.
 
@@ -107,8 +130,10 @@ def _measured_before(path: Path, kind: type[Measured], key: str) -> Measured | N
     try:
         found = read_json(path)
         measured = to_record(found, kind)
-    except Misfit:
+    except (Misfit, DamagedFile):
         raise DamagedFile(f"{path} is damaged; remove it to measure again") from None
     if found.get("key", key) != key:
-        raise FileError(f"{path} has the measurement of other settings; choose another folder for --results")
+        raise FileError(
+            f"{path} has the measurement of other settings; remove it to measure again, or choose another folder"
+        )
     return measured

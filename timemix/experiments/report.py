@@ -1,6 +1,7 @@
 """Write the report of a comparison: table.json, table.md, loss.png, position.png and report.html."""
 
 import base64
+import contextlib
 import json
 import re
 from html import escape
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from timemix.config.run import read_toml, to_toml
+from timemix.errors import DamagedFile, MissingFile
 from timemix.experiments.compare import Comparison
 from timemix.experiments.jobs import Job
 from timemix.experiments.spec import Experiment
@@ -48,14 +50,21 @@ def write_report(comparison: Comparison) -> Table:
     if runs:
         colors = variant_colors(comparison.experiment)
         plot_bands(runs, out / "loss.png", colors=colors, title=table.title)
-    if any(row.by_position for row in table.variants[1:]):
+    by_position = _rows_by_position(table)
+    if len(by_position) > 1:
         plot_positions(
-            {row.label: _by_position(row) for row in table.variants if row.by_position},
+            {row.label: _by_position(row) for row in by_position},
             out / "position.png",
             colors=variant_colors(comparison.experiment),
         )
     write_text(out / "report.html", to_html(comparison, table))
     return table
+
+
+def _rows_by_position(table: Table) -> list[Row]:
+    """Return the rows whose losses by position can be compared to those of the first row; none without its losses."""
+    first = table.variants[0]
+    return [row for row in table.variants if row.by_position and row.text == first.text] if first.by_position else []
 
 
 def _by_position(row: Row) -> list[float]:
@@ -80,9 +89,14 @@ def _has_folder(comparison: Comparison, job: Job) -> bool:
 
 
 def variant_colors(experiment: Experiment) -> dict[str, str]:
-    """Return the color of each variant by its label: from the experiment file, or from a colour-blind-safe palette."""
+    """Return the color of each variant by its label: from the experiment file, or from a colour-blind-safe palette.
+
+    The colors are hexadecimal numbers, because report.html knows less notations than matplotlib.
+    """
+    from matplotlib.colors import to_hex
+
     spare = spare_colors(v.color for v in experiment.variants)
-    return {v.heading: v.color or next(spare) for v in experiment.variants}
+    return {v.heading: to_hex(v.color or next(spare)) for v in experiment.variants}
 
 
 def to_html(comparison: Comparison, table: Table) -> str:
@@ -127,8 +141,7 @@ def _position_curves(comparison: Comparison, table: Table) -> list[dict[str, Any
     colors = variant_colors(comparison.experiment)
     return [
         {"label": row.label, "color": colors[row.label], "y": np.round(_by_position(row), 4).tolist()}
-        for row in table.variants
-        if row.by_position
+        for row in _rows_by_position(table)
     ]
 
 
@@ -166,7 +179,9 @@ def _samples(comparison: Comparison, variant: Variant, tokens: int = 200) -> dic
     if not _has_folder(comparison, job):
         return {}
     path = comparison.out / "variants" / variant.name / "samples.json"
-    old = read_json(path) if path.exists() else {}
+    old: dict[str, Any] = {}
+    with contextlib.suppress(DamagedFile, MissingFile):
+        old = read_json(path)
     if list(old) != list(comparison.prompts) or not all(isinstance(text, str) for text in old.values()):
         loaded = load(comparison.folder(job), device=str(choose_device(comparison.device)[0]))
         texts = {p: generate(loaded, p, tokens=tokens)[0] for p in comparison.prompts}

@@ -7,7 +7,6 @@ repetition and its variety. Differences between settings are paired by text.
 The folder OUT has the run folders `writer` and `judge`, the tokens in `data`, and table.json, table.md and top-a.png.
 """
 
-import contextlib
 import json
 import statistics
 from collections.abc import Callable
@@ -27,7 +26,8 @@ from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
 from timemix.errors import FileError, InUse, InvalidValue
 from timemix.evaluation.loss import cross_entropy
-from timemix.experiments.jobs import begin_or_resume, on_corpus
+from timemix.experiments.jobs import begin_or_resume, on_corpus, refuse_foreign
+from timemix.experiments.measurements import saved_measurements
 from timemix.experiments.sampling_report import (
     N_GRAM,
     POWER,
@@ -47,7 +47,7 @@ from timemix.models.language_model import LanguageModel
 from timemix.runs.folder import newest, read_progress
 from timemix.runs.load import load
 from timemix.storage.files import write_text
-from timemix.storage.json_files import Misfit, read_json, to_json, to_record
+from timemix.storage.json_files import read_json, to_json
 from timemix.storage.locks import claimed
 
 POSITIONS = 8192
@@ -85,7 +85,7 @@ def run_sampling(
         logits = held_out_logits(writer, corpus.valid)
         settings = like_entropy(experiment, logits) + sweep(experiment)
         path = out / "measurements.json"
-        found = _measured_before(path) if path.exists() else {}
+        found: dict[str, Measured] = saved_measurements(path, Measured)
         for setting in settings:
             if setting.label not in found:
                 texts = generate_tokens(writer, prompts, experiment.tokens, setting.sampler)
@@ -101,15 +101,6 @@ def run_sampling(
     return table
 
 
-def _measured_before(path: Path) -> dict[str, Measured]:
-    """Read measurements.json without its damaged entries. The experiment repeats the damaged measurements."""
-    found = {}
-    for label, data in read_json(path).items():
-        with contextlib.suppress(Misfit):
-            found[label] = to_record(data, Measured)
-    return found
-
-
 def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
     config = experiment.config("writer").data
     path = out / "experiment.json"
@@ -118,6 +109,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
     plain["base"].get("data", {}).pop("valid", None)
     ours = {"experiment": {k: v for k, v in plain.items() if k != "title"}, "text": text_hash(config)}
     if not path.exists():
+        refuse_foreign(out)
         write_text(path, json.dumps(ours, indent=1))
     elif (theirs := read_json(path)) != ours:
         same = theirs.get("experiment") == ours["experiment"]

@@ -123,19 +123,32 @@ class Experiment:
             raise InvalidValue("a prompt is empty; give at least one character")
         runs_of = {variant.name: self._check_runs(variant) for variant in self.variants}
         check_different(runs_of)
+        lengths = sorted({run.model.ctx_len for runs in runs_of.values() for run in runs})
+        if self.by_position and len(lengths) > 1:
+            raise InvalidValue(
+                f"by_position is true, but the variants have ctx_len {' and '.join(map(str, lengths))}; give all"
+                " variants one ctx_len, or set by_position = false"
+            )
         if any(v.first_positions is not None for v in self.verdicts) and not self.by_position:
             raise InvalidValue("a verdict has first_positions, but by_position is false; set by_position = true")
 
     def _check_runs(self, variant: Variant) -> list[RunConfig]:
-        """Return the configs of a variant with the first seed, one per tuning point; check the steps of verdicts."""
+        """Return the configs of a variant with the first seed, one per tuning point, and check its verdicts."""
         runs = [self.config(variant, point, self.seeds[0]) for point in self.points_of(variant).values()]
-        train = runs[-1].train
+        train, ctx_len = runs[-1].train, runs[-1].model.ctx_len
         for verdict in self.verdicts:
-            step, judged = verdict.at_step, variant.name in (verdict.better, verdict.worse)
-            if step and judged and (step % train.valid_every or (self.tokens and step > train.steps)):
+            if variant.name not in (verdict.better, verdict.worse):
+                continue
+            step, first = verdict.at_step, verdict.first_positions
+            if step is not None and (step < 0 or step % train.valid_every or (self.tokens and step > train.steps)):
                 raise InvalidValue(
                     f"at_step={step} of a verdict is not a validated step; give a multiple of train.valid_every"
                     f" ({train.valid_every}) within the run"
+                )
+            if first is not None and not 1 <= first <= ctx_len:
+                raise InvalidValue(
+                    f"first_positions={first} of a verdict must be at least 1 and at most the ctx_len of variant"
+                    f" {variant.name!r}, {ctx_len}"
                 )
         return runs
 

@@ -4,7 +4,6 @@ The folder OUT has experiment.json, measurements.json, table.json, table.md and 
 repeat the measurements in measurements.json.
 """
 
-import contextlib
 import json
 import math
 import statistics
@@ -17,6 +16,8 @@ import numpy as np
 
 from timemix.bench.measure import OUT_OF_MEMORY, StepFailure, StepSpeed, measure_training
 from timemix.errors import FileError, InUse
+from timemix.experiments.jobs import refuse_foreign
+from timemix.experiments.measurements import saved_measurements
 from timemix.experiments.spec import SpeedExperiment, SpeedVerdict
 from timemix.experiments.variants import Variant
 from timemix.reporting.markdown import markdown_table
@@ -24,7 +25,7 @@ from timemix.reporting.plots import save_picture, spare_colors
 from timemix.reporting.statistics import Difference, paired_difference, verdict_word
 from timemix.runtime.device import choose_device
 from timemix.storage.files import write_text
-from timemix.storage.json_files import Misfit, read_json, to_json, to_record
+from timemix.storage.json_files import read_json, to_json
 from timemix.storage.locks import claimed
 
 Measured = dict[str, StepSpeed | StepFailure]
@@ -98,7 +99,7 @@ def run_speed(experiment: SpeedExperiment, out: Path, say: Callable[[str], None]
             raise InUse(f"another process is working in {out}; wait until it ends, or choose another folder")
         _check_folder(experiment, found_device.type, out)
         path = out / "measurements.json"
-        found = _measured_before(path) if path.exists() else {}
+        found: Measured = saved_measurements(path, StepSpeed, StepFailure)
         for round_ in range(experiment.rounds):
             for ctx_len in experiment.ctx_lens:
                 for variant in experiment.variants:
@@ -127,6 +128,7 @@ def _check_folder(experiment: SpeedExperiment, device: str, out: Path) -> None:
     path = out / "experiment.json"
     ours = json.loads(json.dumps(asdict(experiment) | {"device": device}))
     if not path.exists():
+        refuse_foreign(out)
         write_text(path, json.dumps(ours, indent=1))
         return
     # Earlier versions did not record the device.
@@ -135,17 +137,6 @@ def _check_folder(experiment: SpeedExperiment, device: str, out: Path) -> None:
     differ = [name for name in fields if theirs.get(name) != ours[name]]
     if differ:
         raise FileError(f"{out} has another experiment (different: {', '.join(differ)}); choose another folder")
-
-
-def _measured_before(path: Path) -> Measured:
-    """Read measurements.json without its damaged entries. The experiment repeats the damaged measurements."""
-    found: Measured = {}
-    for key, data in read_json(path).items():
-        with contextlib.suppress(Misfit):
-            found[key] = to_record(data, StepSpeed)
-        with contextlib.suppress(Misfit):
-            found[key] = to_record(data, StepFailure)
-    return found
 
 
 def _words(measured: StepSpeed | StepFailure) -> str:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from timemix.config.run import RunConfig
 from timemix.errors import DamagedFile, FileError, TimemixError
 from timemix.evaluation.loss import cross_entropy
+from timemix.experiments.jobs import refuse_foreign
 from timemix.experiments.spec import TUNING_SEED
 from timemix.experiments.synthetic_report import (
     Measured,
@@ -31,7 +32,7 @@ from timemix.experiments.synthetic_report import (
     draw_table,
     to_markdown,
 )
-from timemix.experiments.synthetic_spec import TRAINING_FIELDS, SyntheticExperiment, TaskSetting
+from timemix.experiments.synthetic_spec import TRAINING_FIELDS, Cell, SyntheticExperiment, TaskSetting
 from timemix.experiments.synthetic_tasks import IGNORED, TASKS, Batch, held_out_batch, training_batch
 from timemix.experiments.variants import Variant
 from timemix.models.language_model import LanguageModel, evaluating
@@ -49,21 +50,6 @@ TIMED_STEPS = 3
 """Number of training steps of a time estimate."""
 SECONDS_BETWEEN_PASSES = 1.0
 """Time to wait for runs of other processes."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of an experiment: a variant on a task, with a learning rate and a seed."""
-
-    task: TaskSetting
-    variant: Variant
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run and of its file."""
-        return f"{self.task.name}.{self.variant.name}.lr-{self.lr:g}.seed-{self.seed}"
 
 
 class Runs:
@@ -94,7 +80,9 @@ class Runs:
             return None
         if settings != self._settings(cell):
             raise FileError(f"{path} has the result of a run with other settings; choose another folder")
-        return found
+        sizes = set(map(str, cell.task.tests))
+        is_whole = found.accuracy.keys() == sizes and all(0 <= share <= 1 for share in found.accuracy.values())
+        return found if is_whole else None
 
     def refuse_results_of_others(self) -> None:
         """Check that all saved results belong to runs of the experiment.
@@ -118,10 +106,13 @@ class Runs:
             # Another process may have finished the run in the meantime.
             if not mine or (found := self.measured(cell)):
                 return found
+            path = self.out / f"{cell.name}.json"
+            if path.exists():
+                self.say(f"{path} is damaged; the run is repeated")
             with _named(cell):
                 result = measure_cell(self._config(cell), cell.task, self.experiment.rows)
             data = to_json(result) | {"settings": self._settings(cell)}
-            write_text(self.out / f"{cell.name}.json", json.dumps(data, indent=1) + "\n")
+            write_text(path, json.dumps(data, indent=1) + "\n")
         words = ", ".join(f"{value:.3f} at {size}" for size, value in result.accuracy.items())
         self.say(f"{cell.name}: accuracy {words} ({result.seconds:.0f} s)")
         return result
@@ -239,12 +230,18 @@ def run_synthetic(
     choose_device(device)
     if (path := out / "experiment.json").exists():
         raise FileError(f"{out} has another experiment ({path.name}); choose another folder")
+    if out.is_dir() and not any(out.glob("*.lr-*.seed-*.json")):
+        refuse_foreign(out)
     runs = Runs(experiment if tasks is None else experiment.only(tasks), out, say, device)
     # The report has all finished tasks, so the results of tasks that are not trained count too.
     Runs(experiment, out, say, device).refuse_results_of_others()
     if words := runs.estimate():
         say(words)
+    is_waiting = False
     while not runs.pass_through():
+        if not is_waiting:
+            say("waiting for other processes, which train the last runs")
+            is_waiting = True
         time.sleep(SECONDS_BETWEEN_PASSES)
     table = finished_table(experiment, out)
     write_text(out / "table.json", json.dumps(to_json(table), indent=1) + "\n")

@@ -115,7 +115,11 @@ def build_table(experiment: SyntheticExperiment, found: Found) -> SyntheticTable
         found: Results of all runs of a task, for at least one task.
     """
     tasks = [_task_table(experiment, task, found[task.name]) for task in experiment.tasks if task.name in found]
-    verdicts = [_judge(verdict, found[verdict.task]) for verdict in experiment.verdicts if verdict.task in found]
+    verdicts = [
+        _judge(verdict, found[verdict.task], experiment.rows)
+        for verdict in experiment.verdicts
+        if verdict.task in found
+    ]
     return SyntheticTable(experiment.title, len(experiment.seeds), list(experiment.lrs), tasks, verdicts)
 
 
@@ -146,12 +150,15 @@ def _share(values: list[float]) -> Difference:
     return {end: None if x is None else min(1.0, max(0.0, x)) for end, x in mean_interval(values).items()}
 
 
-def _judge(verdict: TaskVerdict, found: dict[str, dict[int, Measured]]) -> TaskJudgement:
+def _judge(verdict: TaskVerdict, found: dict[str, dict[int, Measured]], rows: int) -> TaskJudgement:
     better, worse = (
         {seed: result.accuracy[str(verdict.size)] for seed, result in found[name].items()}
         for name in (verdict.better, verdict.worse)
     )
     difference = paired_difference(worse, better)
+    # Shares of a limited number of answers can differ equally with every seed, which does not make the mean certain.
+    if difference and (mean := difference["mean"]) and (low := difference["low"]) is not None and mean - low < 1e-9:
+        difference = {"mean": mean, "low": mean - 1 / rows, "high": mean + 1 / rows}
     return TaskJudgement(verdict.claim, difference, verdict_word(difference))
 
 

@@ -1,5 +1,6 @@
 """The part of an experiment file that describes synthetic tasks."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +76,21 @@ class TaskVerdict:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One run of an experiment: a variant on a task, with a learning rate and a seed."""
+
+    task: TaskSetting
+    variant: Variant
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its file."""
+        return f"{self.task.name}.{self.variant.name}.lr-{self.lr:g}.seed-{self.seed}"
+
+
+@dataclass(frozen=True)
 class SyntheticExperiment:
     """Content of an experiment file that trains every variant on synthetic tasks and measures its accuracy."""
 
@@ -111,6 +127,12 @@ class SyntheticExperiment:
                 raise InvalidValue(
                     f"a verdict names the task {verdict.task!r} at the size {verdict.size}, which no test has"
                 )
+        cells = [Cell(*run, seed=0).name for run in itertools.product(self.tasks, self.variants, self.lrs)]
+        if repeated := [name for name in cells if cells.count(name) > 1]:
+            raise InvalidValue(
+                f"two runs have the same name, {repeated[0]!r}; give tasks and variants names without dots, and lrs"
+                " that differ in their first six digits"
+            )
         for task in self.tasks:
             check_different(
                 {v.name: [self.config(task, v, lr, self.seeds[0]) for lr in self.lrs] for v in self.variants}

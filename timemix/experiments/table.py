@@ -232,7 +232,7 @@ def verdict_rows(table: Table) -> list[list[str]]:
 
 
 def tuning_rows(table: Table) -> list[list[str]]:
-    """Return the rows of the tuning table as text, with a star at the lowest loss of each row; empty without tuning."""
+    """Return the rows of the tuning table as text, with a star at the chosen settings; empty without tuning."""
     tried = [
         {point_words({k: v for k, v in p.items() if k != "valid_loss"}): p["valid_loss"] for p in row.tuning}
         for row in table.variants
@@ -241,13 +241,13 @@ def tuning_rows(table: Table) -> list[list[str]]:
     points = list(dict.fromkeys(point for losses in tried for point in losses))
     rows = [["variant", *points]] if points else []
     for row, losses in zip(table.variants if points else [], tried, strict=False):
-        best = min((x for x in losses.values() if x is not None), default=None)
-        rows.append([row.label, *(_tried(losses[p], best) if p in losses else "-" for p in points)])
+        chosen = point_words(row.chosen)
+        rows.append([row.label, *(_tried(losses[p], p == chosen) if p in losses else "-" for p in points)])
     return rows
 
 
-def _tried(loss: float | None, best: float | None) -> str:
-    return "failed" if loss is None else f"{loss:.4f}{' *' * (loss == best)}"
+def _tried(loss: float | None, is_chosen: bool) -> str:
+    return "failed" if loss is None else f"{loss:.4f}{' *' * is_chosen}"
 
 
 def to_markdown(table: Table) -> str:
@@ -283,10 +283,16 @@ def warnings(table: Table) -> list[str]:
             f"Some runs use {' and others '.join(precisions)}, because train.precision is auto and processors differ;"
             " set train.precision to compare the runs in one precision."
         )
-    counts = [row.parameters for row in table.variants if row.parameters]
+    first = table.variants[0].parameters
     for row in table.variants:
-        if row.parameters and abs(row.parameters / counts[0] - 1) > 0.01:
-            more = row.parameters / counts[0] - 1
+        failed = sum(point["valid_loss"] is None for point in row.tuning)
+        if 0 < failed < len(row.tuning):
+            said.append(
+                f"Variant {row.label!r}: {failed} of {len(row.tuning)} tuning runs failed, so its settings are the best"
+                " of the others."
+            )
+        if row.parameters and first and abs(row.parameters / first - 1) > 0.01:
+            more = row.parameters / first - 1
             said.append(
                 f"Variant {row.label!r} has {abs(more):.1%} {'more' if more > 0 else 'fewer'} parameters than the first"
                 " variant."

@@ -181,4 +181,4 @@ def check_different(runs_of: dict[str, list[RunConfig]]) -> None:
 def _is_color(color: str) -> bool:
     from matplotlib.colors import is_color_like
 
-    return is_color_like(color)
+    return color != "none" and is_color_like(color)
