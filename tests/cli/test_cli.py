@@ -499,6 +499,15 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
     [
         ("sample runs/mine --top-p 2", "--top-p is 2.0; it must be above 0 and at most 1"),
         ("sample runs/mine --seed -1", "--seed is -1; it must be a whole number from 0 to 2^64 - 1"),
+        ("eval runs/mine --text-key a", "--text-key has no effect without --data; leave --text-key out, or add --data"),
+        (
+            "eval runs/mine --data.keep-nul",
+            "--keep-nul has no effect without --data; leave --keep-nul out, or add --data",
+        ),
+        (
+            "inspect runs/mine --encoding=latin-1",
+            "--encoding has no effect without --data; leave --encoding out, or add --data",
+        ),
         ("eval runs/mine --stride 0", "--stride is 0; it must be at least 1 token"),
         (
             "eval runs/mine --carry-state",

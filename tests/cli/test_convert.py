@@ -195,7 +195,9 @@ def test_an_unfit_architecture_is_one_sentence_on_the_command_line(tmp_path, cap
     [
         ("--out my.txt", "my.txt exists already; choose another folder"),
         ("--out new --data nothing.txt", "'nothing.txt' is not a file, folder or download"),
-        ("--out new --lr -1", "--lr is -1.0; it must be at least 0"),
+        ("--out new --finetune 1 --lr -1", "--lr is -1.0; it must be at least 0"),
+        ("--out new --lr 1", "--lr has no effect without --finetune; leave --lr out, or add --finetune STEPS"),
+        ("--out new --constant-state", "--constant-state has no number; give at least one, such as"),
         ("--out new --constant-state 2 3 2", "--constant-state is 2 3 2; give each number once"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import timemix
 from tests.helpers.runs import small_trainer
 from timemix.cli.main import main
+from timemix.cli.sample import interrupts_noted
 from timemix.generation.request import Event
 from timemix.runtime import native
 
@@ -141,6 +142,18 @@ def test_an_error_leaves_a_good_state_alone(sample, tmp_path):
 def started(folder, *arguments, **options):
     command = [sys.executable, "-m", "timemix", "sample", "run", "--prompt", PROMPT, "--tokens", "1000000", *arguments]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_an_event():
+    with interrupts_noted(1) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with interrupts_noted() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert len(interrupts) == 2
 
 
 def test_ctrl_c_saves_the_state_of_all_that_was_printed(folder, sample, tmp_path):

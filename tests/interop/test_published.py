@@ -106,8 +106,9 @@ def test_a_file_without_unused_tensors(tmp_path):
     assert not list(run.rglob("unused.safetensors"))
 
 
-def test_names_with_the_prefix_of_deepspeed(tmp_path):
-    torch.save({f"_forward_module.{n}": x for n, x in published_weights().items()}, tmp_path / "a.pth")
+@pytest.mark.parametrize("prefix", ["_forward_module.", "module.", "_orig_mod.", "module._orig_mod."])
+def test_names_with_the_prefixes_of_wrapped_models(tmp_path, prefix):
+    torch.save({f"{prefix}{n}": x for n, x in published_weights().items()}, tmp_path / "a.pth")
     check_logits(imported(tmp_path, tmp_path / "a.pth"))
 
 
@@ -468,6 +469,8 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
         (("import", PTH, "--out", "new"), "--tokenizer is missing"),
         (("import", "none.pth", "--out", "new", "--tokenizer", "a"), "cannot read none.pth"),
         (("import", PTH, "--out", "new", "--ctx-len", 0), "--ctx-len is 0; it must be at least 1"),
+        (("import", PTH, "--out", "new", "--lora-alpha", 8), "--lora-alpha has no effect without --for; leave"),
+        (("import", PTH, "--out", "new", "--for", "a", "--ctx-len", 8), "--ctx-len excludes --for: the model has"),
         (("export", "none", "--to", "hf", "--out", "new"), "there is no run folder none"),
         (("export", "none", "--to", "ggml", "--out", "new"), "pth, hf"),
     ],

@@ -136,6 +136,7 @@ def test_content_may_be_a_list_of_texts_and_a_developer_is_the_system(server):
 
 def test_harmless_fields_of_clients_change_nothing(server):
     fields = {"tools": [], "tool_choice": "none", "functions": None, "response_format": {"type": "text"}, "user": "me"}
+    fields |= {"add_generation_prompt": True, "continue_final_message": False}
     fields |= {"modalities": ["text"], "store": False, "metadata": {}, "top_logprobs": 0, "parallel_tool_calls": True}
     message = HELLO | {"name": "Ann", "tool_calls": None}
     assert chat(server, message, **fields)["choices"] == chat(server, HELLO)["choices"]
@@ -176,6 +177,19 @@ def test_the_list_of_models_names_the_template(server):
         ),
         ({"messages": [{"role": "user", "content": "xyz"}], "model": "plain"}, "messages", "'x' (U+0078)"),
         ({"messages": [{"role": "user", "content": ""}], "model": "plain"}, "messages", "the prompt is empty"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing; give a string"),
+        (
+            {"messages": [HELLO, {"role": "system", "content": None}]},
+            "messages[1].content",
+            "is missing; give a string",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            "is missing; give a string",
+        ),
+        ({"messages": [HELLO], "continue_final_message": True}, "continue_final_message", "not supported"),
+        ({"messages": [HELLO], "add_generation_prompt": False}, "add_generation_prompt", "not supported"),
         ({"messages": [HELLO], "tools": [{}]}, "tools", "tools is not supported; leave tools out"),
         ({"messages": [HELLO], "tool_choice": "required"}, "tool_choice", "not supported"),
         ({"messages": [HELLO], "functions": [{}]}, "functions", "not supported"),
@@ -214,5 +228,10 @@ def test_a_state_continues_a_conversation(scripted, end, tokenizer):
         second = chat(server, "Well?", state=first["state"]["id"])
         step = server.models[0].engine.advance
         assert second["choices"][0]["message"]["content"] == "Bye."
+        if end:
+            body = {"messages": [{"role": "system", "content": "Short."}, HELLO], "state": first["state"]["id"]}
+            answer = server.call(PATH, body)
+            assert answer.status == 400
+            assert "let messages begin with the role user" in answer.json["error"]["message"]
         text = "User: Hello!\n\nAssistant: Hi.\n\nUser: Well?\n\nAssistant: Bye."
         assert tokenizer.decode(step.read).startswith(text)

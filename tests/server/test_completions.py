@@ -133,9 +133,36 @@ def test_a_call_without_a_seed_gets_a_text_of_its_own(server):
     assert len({server.complete(prompt="a", max_tokens=20)["choices"][0]["text"] for _ in range(4)}) > 1
 
 
+def test_equal_prompts_without_a_seed_get_texts_of_their_own(server):
+    texts = [choice["text"] for choice in server.complete(prompt=["a"] * 4, n=2, max_tokens=20)["choices"]]
+    assert len(set(texts)) == 8
+
+
+def test_offsets_of_an_echo_are_places_in_the_text():
+    """A word vocabulary changes spaces and unknown words, so an echo with offsets is the text of the tokens."""
+    tokenizer = train_tokenizer("word", ["the cat sat on the mat"], unknown="unk")
+    with served([tiny("words", tokenizer=tokenizer)]) as server:
+        body = {"prompt": "the  zebra sat", "max_tokens": 3, "seed": 1, "echo": True}
+        (choice,) = server.complete(**body, logprobs=0)["choices"]
+        (plain,) = server.complete(**body)["choices"]
+    assert plain["text"].startswith("the  zebra sat")
+    assert choice["text"].startswith("the <unk> sat")
+    scores = choice["logprobs"]
+    for place, token in zip(scores["text_offset"], scores["tokens"], strict=True):
+        assert choice["text"][place:].lstrip().startswith(token)
+
+
 def test_null_counts_as_absent(server):
     fields = ("logprobs", "stop", "seed", "n", "logit_bias", "suffix", "stream_options", "temperature", "best_of")
     assert server.complete(prompt="a", model=None, **dict.fromkeys(fields))["model"] == "tiny"
+
+
+def test_fields_of_other_servers_with_a_value_that_changes_nothing(server):
+    harmless = {"min_tokens": 0, "bad_words": [], "length_penalty": 1.0, "include_stop_str_in_output": False}
+    harmless |= {"use_beam_search": False, "response_format": {"type": "text"}}
+    assert server.complete(prompt="a", seed=1, **harmless) | {"id": 0, "created": 0} == (
+        server.complete(prompt="a", seed=1) | {"id": 0, "created": 0}
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,6 +196,12 @@ def test_null_counts_as_absent(server):
         ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "by token id"),
         ({"prompt": "a", "best_of": 2}, "best_of", "not supported"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
+        ({"prompt": "a", "min_tokens": 5}, "min_tokens", "not supported"),
+        ({"prompt": "a", "allowed_token_ids": [1]}, "allowed_token_ids", "not supported"),
+        ({"prompt": "a", "bad_words": ["b"]}, "bad_words", "not supported"),
+        ({"prompt": "a", "prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
+        ({"prompt": "a", "include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+        ({"prompt": "a", "length_penalty": 0.5}, "length_penalty", "not supported"),
         ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"prompt": "a", "stream": True, "stream_options": []}, "stream_options", "an object"),

@@ -255,6 +255,19 @@ def test_conversations_do_not_mix(count):
         assert json.dumps(found).count("[") > count
 
 
+def test_a_refused_call_counts_as_no_cancelled_sample():
+    async def refused():
+        own = tiny(slots=1, max_pending=1)
+        thread = EngineThread([own], on_death=print)
+        thread.submit(own, [Request([0], 5)])
+        with pytest.raises(ApiError, match="too many requests are waiting"):
+            thread.submit(own, [Request([0], 5), Request([0], 5)])
+        return own
+
+    own = asyncio.run(refused())
+    assert own.metrics.finished["cancelled"] == 0
+
+
 def test_a_stream_with_a_fault_never_looks_like_a_complete_text():
     async def taken():
         own = tiny()

@@ -149,7 +149,7 @@ BAD = {
     "a list": (saved([GRID]), "EMPTY_LIST"),
     "a number": (saved({"a": 3}), "'a' is of type int"),
     "a nested dictionary": (saved({"a": TENSORS}), "'a' is of type dict"),
-    "integers": (saved({"a": torch.arange(3)}), "'torch.LongStorage', which is no part of a tensor"),
+    "integers": (saved({"a": torch.arange(3)}), "a tensor of the type torch.LongStorage; convert the tensor"),
     "numbers as names": (saved({3: GRID}), "key of its dictionary is of type int"),
     "one number for a billion": (saved({"a": torch.zeros(1).expand(2**15, 2**15)}), "too large size"),
     "no numbers in eight long dimensions": (saved({"a": Claim([2**20] * 7 + [0], [0] * 8)}), "too large size"),

@@ -43,8 +43,8 @@ class ConvertArguments:
     """Number of first lags that keep their exact values, from 0 to the ctx_len of the run."""
     finetune: int = 0
     """Number of optimizer steps of a fine-tune on windows of 4 ctx_len, at least 0 (0: no fine-tune)."""
-    lr: float = 5e-4
-    """Learning rate of --finetune, at least 0; it decays to 0."""
+    lr: float | None = None
+    """Learning rate of --finetune, at least 0; it decays to 0. Default: 0.0005."""
     data: str | None = None
     """Text for the measured losses and --finetune, a source as in timemix train --data. Default: text of the run."""
     device: str = "auto"
@@ -56,6 +56,10 @@ class ConvertArguments:
         if self.finetune < 0:
             raise InvalidValue(f"--finetune is {self.finetune}; it must be at least 0")
         given = self.constant_state
+        if not given:
+            raise InvalidValue("--constant-state has no number; give at least one, such as --constant-state 8")
+        if self.lr is not None and not self.finetune:
+            raise InvalidValue("--lr has no effect without --finetune; leave --lr out, or add --finetune STEPS")
         if len(set(given)) < len(given):
             raise InvalidValue(f"--constant-state is {' '.join(map(str, given))}; give each number once")
 
@@ -76,7 +80,7 @@ def convert(arguments: list[str]) -> int:
             out=parsed.out / str(each) if several else parsed.out,
             taps=parsed.taps,
             finetune=parsed.finetune,
-            lr=parsed.lr,
+            **({} if parsed.lr is None else {"lr": parsed.lr}),
             data=parsed.data,
             device=parsed.device,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from timemix.cli.options import RunFolder, parse
+from timemix.cli.options import RunFolder, parse, refuse_text_options
 from timemix.data.config import Template
 from timemix.errors import InvalidValue
 from timemix.storage.json_files import to_json
@@ -83,6 +83,8 @@ def eval(arguments: list[str]) -> int:
         raise InvalidValue(
             f"RUN is {text}, a file; to measure the loss of a run on a text: timemix eval RUN --data {text}"
         )
+    if parsed.data is None:
+        refuse_text_options(arguments)
     if "--tasks" in arguments and not parsed.tasks:
         raise InvalidValue("--tasks has no task; name at least one task")
     _check_tasks(parsed)

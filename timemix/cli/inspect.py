@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from timemix.cli.options import RunFolder, parse
+from timemix.cli.options import RunFolder, parse, refuse_text_options
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import to_json
 
@@ -54,6 +54,8 @@ class InspectArguments:
 
 def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
+    if parsed.data is None:
+        refuse_text_options(arguments)
     from timemix.data.corpus import evenly_spaced
     from timemix.data.sources import read_source
     from timemix.evaluation.inspect import draw, inspect_run

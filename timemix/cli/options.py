@@ -206,3 +206,17 @@ def print_report(report: dict[str, Any]) -> None:
         for part, each in rows:
             label = f"{name} {part}".replace("_", " ")
             print(f"{label:<32}{f'{each:,}' if isinstance(each, int) else each}")
+
+
+def refuse_text_options(arguments: Sequence[str]) -> None:
+    """Refuse the options on how to read a text if the command line names no text.
+
+    Args:
+        arguments: Arguments of the verb, without `--data`.
+
+    Raises:
+        InvalidValue: An option has no effect.
+    """
+    for flag in ("--encoding", "--keep-nul", "--text-key"):
+        if any(each.split("=")[0].replace("_", "-") in (flag, f"--data.{flag[2:]}") for each in arguments):
+            raise InvalidValue(f"{flag} has no effect without --data; leave {flag} out, or add --data")

@@ -139,7 +139,8 @@ def sample(arguments: list[str]) -> int:
         )
     )
     saving = parsed.save_state
-    noted: AbstractContextManager[list[int]] = interrupts_noted() if saving else nullcontext([])
+    # A long prompt gives no event for a long time, so a second Ctrl-C ends the command without a state.
+    noted: AbstractContextManager[list[int]] = interrupts_noted(1) if saving else nullcontext([])
     with noted as interrupts:
         sessions: list[Session] = []
         gone: BrokenPipeError | None = None
@@ -183,10 +184,20 @@ def note_uncompiled(engine: "Engine", name: str = "generation") -> None:
 
 
 @contextmanager
-def interrupts_noted() -> Iterator[list[int]]:
-    """Append each Ctrl-C to the yielded list instead of raising KeyboardInterrupt."""
+def interrupts_noted(most: int | None = None) -> Iterator[list[int]]:
+    """Append each Ctrl-C to the yielded list instead of raising KeyboardInterrupt.
+
+    Args:
+        most: Largest number of noted interrupts; the next Ctrl-C raises KeyboardInterrupt. None: no limit.
+    """
     interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+
+    def note(number: int, _: object) -> None:
+        if len(interrupts) == most:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield interrupts
     finally:

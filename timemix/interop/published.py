@@ -35,8 +35,8 @@ _VERSIONS = (
     ("4", r"\.att\.time_decay$"),
 )
 _MODEL_TYPES = {f"rwkv{version}": version for version in ("5", "6")}
-_PREFIX = "_forward_module."
-"""Prefix of all names in files that DeepSpeed wrote."""
+_PREFIXES = re.compile(r"(?:(?:_forward_module|module|_orig_mod)\.)+")
+"""Prefixes of all names in files of models in DeepSpeed, in DistributedDataParallel and from torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def read_published(path: Path, ctx_len: int) -> Published:
         if model_type(path, document) == MODEL_TYPE:
             return _exported(path, weights, document)
     else:
-        weights = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
-    weights = {name.removeprefix(_PREFIX): x for name, x in weights.items()}
+        weights = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
+    weights = {name[found.end() if (found := _PREFIXES.match(name)) else 0 :]: x for name, x in weights.items()}
     entry = _architecture(path, weights, document)
     if states := sorted(name for name in weights if name.endswith(".att.time_state")):
         raise DamagedFile(

@@ -27,6 +27,9 @@ from timemix.storage.torch_files import read_torch_file
 
 STATE, DOWN, UP = ".att.time_state", ".lora_A", ".lora_B"
 
+LORA_ALPHA = 16.0
+"""Factor of the low-rank terms if nobody gives another."""
+
 
 @dataclass(frozen=True)
 class ImportedTuning:
@@ -41,7 +44,7 @@ class ImportedTuning:
     tensors: int
 
 
-def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = 16.0) -> ImportedTuning:
+def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = LORA_ALPHA) -> ImportedTuning:
     """Import a state as a session of a run, or low-rank terms as a new run with merged weights.
 
     Args:
@@ -63,7 +66,7 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = 16.0) -> Im
     refuse_existing(out)
     if not 0 < alpha < float("inf"):
         raise InvalidValue(f"lora_alpha is {alpha}; it must be above 0 and finite")
-    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_torch_file(path)
+    tensors = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
     for name, x in tensors.items():
         if not x.is_floating_point() or not torch.isfinite(x).all():
             raise DamagedFile(f"{path} is damaged: {name!r} has a number that is not finite; restore it from a copy")

@@ -43,6 +43,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
     "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
 """Fields of other servers that change the answer and are not supported, with their values that change nothing."""
 
@@ -106,6 +108,13 @@ def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenize
     """Return the token ids of the text of messages, which may continue the text of a session."""
     # The text of a session may end with a stop string, which begins the next message.
     end = "" if start is None else tokenizer.decode(start.tokens)
+    first = next((message.role for message in messages if message.content.strip()), "user")
+    if template.stop and end.endswith(template.stop) and first != "user":
+        raise ApiError(
+            400,
+            "the text of the state ends with the begin of a message of the user; let messages begin with the role user",
+            "messages",
+        )
     text = template.following(messages, end) if start is not None and start.tokens else template.render(messages)
     return checked("messages", lambda: tokenizer.encode(text).tolist())
 
@@ -136,7 +145,11 @@ def _message(name: str, given: Any) -> Message:
     if own.get(role) is None:
         raise ApiError(400, f"{role} is missing; give one of {', '.join(ROLES)}", role)
     own.unsupported(f"{name}.tool_calls", ([],))
-    return Message(ROLES[own.one_of(role, "", ROLES)], _content(own, f"{name}.content"))
+    message = Message(ROLES[own.one_of(role, "", ROLES)], _content(own, f"{name}.content"))
+    # Only an answer, such as one of tool calls, may have no content.
+    if message.role != "assistant" and own.get(f"{name}.content") is None:
+        raise ApiError(400, f"{name}.content is missing; give a string", f"{name}.content")
+    return message
 
 
 def _content(own: Fields, name: str) -> str:
@@ -151,7 +164,10 @@ def _content(own: Fields, name: str) -> str:
         if kind != "text":
             shown = f" of type {kind!r}" if isinstance(kind, str) else ""
             raise ApiError(400, f"{part_name} is no text{shown}; send parts of the type 'text' alone", part_name)
-        texts.append(Fields({f"{part_name}.text": part.get("text")}).text(f"{part_name}.text") or "")
+        text = Fields({f"{part_name}.text": part.get("text")}).text(f"{part_name}.text")
+        if text is None:
+            raise ApiError(400, f"{part_name}.text is missing; give a string", f"{part_name}.text")
+        texts.append(text)
     return "\n".join(texts)
 
 

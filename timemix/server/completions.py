@@ -38,18 +38,24 @@ MOST_STOPS = 16
 MOST_TOP = 20
 """Largest number of most probable tokens in an answer."""
 
-UNSUPPORTED = (
-    "response_format",
-    "grammar",
-    "json_schema",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "use_beam_search",
-)
-"""Fields of other servers that change the answer and are not supported."""
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "grammar": (),
+    "json_schema": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+}
+"""Fields of other servers that change the answer and are not supported, with their values that change nothing."""
 
 
 class Prompt(NamedTuple):
@@ -58,9 +64,14 @@ class Prompt(NamedTuple):
     ids: list[int]
     text: str | None
 
-    def shown(self, tokenizer: Tokenizer) -> str:
-        """Return the text. A prompt of token ids is decoded."""
-        return tokenizer.decode(self.ids) if self.text is None else self.text
+    def shown(self, tokenizer: Tokenizer, is_scored: bool) -> str:
+        """Return the text. A prompt of token ids, and a prompt whose tokens have places in the text, is decoded.
+
+        Args:
+            tokenizer: The tokenizer.
+            is_scored: Whether the answer has the log-probability of each token, with its place in the text.
+        """
+        return tokenizer.decode(self.ids) if self.text is None or is_scored else self.text
 
 
 async def complete(request: HttpRequest) -> Response:
@@ -85,11 +96,12 @@ async def complete(request: HttpRequest) -> Response:
     )
     if echo or fields.flag("return_token_ids"):
         check_repeated(requests)
+    shown = await run_in_threadpool(lambda: [prompt.shown(served.tokenizer, count >= 0) for prompt in prompts if echo])
     call = Call(
         served=served,
         form=CompletionForm(),
         requests=requests,
-        echo=await run_in_threadpool(lambda: [prompt.shown(served.tokenizer) for prompt in prompts]) if echo else [],
+        echo=shown,
         scored=count >= 0,
         returns_ids=fields.flag("return_token_ids"),
         keep=keeper(request, fields, served, requests),
@@ -194,8 +206,8 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     Raises:
         ApiError: A field is wrong or not supported.
     """
-    for name in UNSUPPORTED:
-        fields.unsupported(name, ({"type": "text"}, False))
+    for name, harmless in UNSUPPORTED.items():
+        fields.unsupported(name, harmless)
     sampler = {name: fields.number(name, default) for name, default in vars(Sampler()).items()}
     # Many clients send -1 if the user has chosen no seed.
     seed = fields.integer("seed", -1, -(2**63), 2**64 - 1)
@@ -212,8 +224,7 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     return {
         "tokens": fields.integer(tokens, default_tokens, 0, MOST_TOKENS),
         "sampler": checked(None, lambda: Sampler(**sampler)),
-        # A call without a seed gets a text of its own.
-        "seed": secrets.randbits(64) if seed == -1 else seed % 2**64,
+        "seed": None if seed == -1 else seed % 2**64,
         "samples": fields.integer("n", 1, 1, MOST_CHOICES),
         "stop": fields.texts("stop", MOST_STOPS),
         "stop_tokens": stop_tokens,
@@ -255,7 +266,9 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
         if end is None:
             raise ApiError(400, "the prompt is empty; give at least one token", param)
         prompt = [end]
-    own = asked | {"context": "exact" if context == "exact" else "reanchor"}
+    # Without a seed, each prompt gets texts of its own, also if a call repeats the prompt.
+    seed = secrets.randbits(64) if asked["seed"] is None else asked["seed"]
+    own = asked | {"context": "exact" if context == "exact" else "reanchor", "seed": seed}
     return checked(param, lambda: Request(prompt, **own))
 
 

@@ -75,7 +75,9 @@ class Stream:
                 id = served.engine.add(request)
                 self._open[id], self._places[id] = request.samples, place
         except BaseException:
-            self.cancel()
+            # The call as a whole is refused, so no sample of it counts as cancelled.
+            for id in self._open:
+                served.engine.cancel(id)
             raise
 
     @property

@@ -13,6 +13,7 @@ a dictionary of tensors needs, and none of them calls code that the file chooses
 import errno
 import math
 import pickletools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ LARGEST_PICKLE = 2**20
 """Maximum size of a pickle in bytes. The largest published RWKV model needs about 200 KiB."""
 MOST_DIMENSIONS = 8
 _DICTIONARY, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+_NEWER_TENSOR = "torch._utils _rebuild_tensor_v3"
+"""The function for types that no storage class has, such as float8."""
 _TYPES = {
     "torch FloatStorage": torch.float32,
     "torch DoubleStorage": torch.float64,
@@ -39,6 +42,10 @@ _MARK = object()
 
 class _Refused(ValueError):
     """The reason why a pickle does not describe a dictionary of tensors."""
+
+
+class _WrongType(_Refused):
+    """The name of a type of numbers that no weights have."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         program, top = _program(entries)
         return _Machine(entries, top).run(program)
+    except _WrongType as error:
+        raise DamagedFile(
+            f"{path} has a tensor of the type {error}; convert the tensor to float32 or bfloat16, or remove it"
+        ) from None
     except _Refused as error:
         raise DamagedFile(
             f"{path} does not hold a dictionary of tensors: {error}; save only the dictionary:"
@@ -282,6 +293,8 @@ class _Machine:
 def _known_function(name: str) -> _Function:
     """Return a function that a pickle may name."""
     if name not in (_DICTIONARY, _TENSOR, *_TYPES):
+        if re.fullmatch(r"torch \w+Storage", name) or name == _NEWER_TENSOR:
+            raise _WrongType("float8, or another new type" if name == _NEWER_TENSOR else name.replace(" ", "."))
         raise _Refused(f"its pickle names {name.replace(' ', '.')!r}, which is no part of a tensor")
     return _Function(name)
 
