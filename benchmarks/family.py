@@ -61,7 +61,7 @@ YEARS = {
 # Task, setting and size of the test that a panel of the picture shows
 SHOWN_TASKS = (
     ("recall", "recall-64", 32, "recall of 32 pairs, 64 channels"),
-    ("state-tracking", "s3", 32, "permutations of 3"),
+    ("state-tracking", "mod5", 64, "sums modulo 5, twice the trained length"),
 )
 
 
