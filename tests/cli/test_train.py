@@ -25,8 +25,9 @@ from timemix.cli.terminal import LastingStream, escaped, lasting_output
 from timemix.cli.training import resume_command_added
 from timemix.cli.watch import progress_line, watching
 from timemix.config.run import read_toml
-from timemix.errors import NotFinite
+from timemix.errors import InvalidValue, NotFinite
 from timemix.training.progress import Sample, TrainingProgress
+from timemix.training.start import resume_run
 
 SIZES = "--model.layers 1 --model.channels 16 --model.heads 2 --model.ctx-len 16 --train.batch-size 4"
 TINY = SIZES.split()
@@ -225,6 +226,35 @@ class TestNotFinite:
 def test_a_folder_that_is_no_run_is_not_to_be_resumed(call):
     Path("r").mkdir()
     assert call(*new(*SHORT))[2] == "timemix: --out r exists already; choose another folder\n"
+
+
+def test_a_checkpoint_is_not_resumed(call):
+    call("data", "my.txt", "--out", "tokens")
+    assert call("train", "demo", "--data", "tokens", "--out", "my run", *SHORT)[0] == 0
+    checkpoint = Path("my run/checkpoints/step-00000006")
+    before = sorted(checkpoint.iterdir())
+    for options in ((), ("--train.steps", "9")):
+        status, _, err = call("train", "--resume", checkpoint, *options)
+        assert (status, err) == (
+            2,
+            f"timemix: {checkpoint} is a checkpoint, not a run; resume its run with: timemix train --resume 'my run',"
+            f" or start a new run from it with: timemix train --from '{checkpoint}' --out NEXT\n",
+        )
+    with pytest.raises(InvalidValue, match="is a checkpoint, not a run"):
+        resume_run(checkpoint)
+    assert sorted(checkpoint.iterdir()) == before
+
+
+def test_a_run_from_weights_reads_and_divides_the_same_text_as_before(call):
+    """With other settings, it would validate on text that has trained its start."""
+    Path("valid.txt").write_text(TEXT[::-1])
+    call(*new(*SHORT, "--data.valid", "valid.txt"))
+    call("train", "--from", "r", "--out", "next", "--train.steps", "2")
+    call("train", "--from", "r", "--data", "my.txt", "--out", "other", "--train.steps", "2")
+    data = [read_toml(Path(run) / "config.toml").data for run in ("r", "next", "other")]
+    assert data[1] == data[0]
+    assert data[1].valid == "valid.txt"
+    assert data[2].valid is None
 
 
 def test_quiet_prints_nothing(call):

@@ -28,6 +28,7 @@ from timemix.errors import (
 )
 from timemix.models.registry import ARCHITECTURES
 from timemix.runs import folder as run_folder
+from timemix.runs.metrics import read_metrics
 from timemix.training.samples import cut_samples
 from timemix.training.start import new_run, resume_run
 
@@ -378,6 +379,14 @@ def test_early_stopping_counts_on_after_a_resume_and_can_be_lifted(tmp_path):
         assert a.name == b.name
         for name in ("model.safetensors", "training.safetensors"):
             assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_the_losses_before_an_early_stop_are_in_the_metrics(tmp_path):
+    trainer = small_trainer(tmp_path, steps=40, valid_every=3, log_every=10, patience=4, lr=0.0, lr_final=0.0)
+    trainer.run()
+    lines = [line for line in read_metrics(trainer.out) if "loss" in line]
+    assert trainer.validation.stopped_early
+    assert [line["step"] for line in lines] == [10, trainer.step]
 
 
 def test_patience_needs_a_held_out_text(tmp_path):

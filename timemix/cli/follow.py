@@ -93,5 +93,5 @@ def _end(run: Path) -> str:
         return f"{run} is complete: {summary.step} steps"
     return (
         f"{run} is stopped at step {summary.step} of {summary.steps}, and no process trains it; resume it with:"
-        f" {own_command()} train --resume {run}"
+        f" {own_command()} train --resume {shlex.quote(str(run))}"
     )

@@ -133,14 +133,19 @@ def _way_to_train(path: str) -> str:
     """Return the advice about a path in place of a preset."""
     shown = shlex.quote(path)
     if (Path(path) / "config.toml").exists():
-        return f"to resume this run: timemix train --resume {shown}"
+        return f"to resume this run: timemix train --resume {shlex.quote(str(shown))}"
     if Path(path).suffix == ".toml":
-        return f"to train with the settings of this file: timemix train --config {shown} --out RUN"
+        return f"to train with the settings of this file: timemix train --config {shlex.quote(str(shown))} --out RUN"
     return f"to train on this text: timemix train --data {shown} --out RUN"
 
 
-def _defaults(choice: Choice) -> RunConfig:
-    """Return the settings that the options of the command override."""
+def _defaults(choice: Choice, has_text: bool) -> RunConfig:
+    """Return the settings that the options of the command override.
+
+    Args:
+        choice: The options of the first parse.
+        has_text: Whether the command names a text.
+    """
     if choice.config is not None:
         config = config_from_file(choice.config, choice.preset or DEFAULT_PRESET, choice.arch)
         if config.start is not None and not Path(config.start).exists():
@@ -153,10 +158,13 @@ def _defaults(choice: Choice) -> RunConfig:
     config, checkpoint = read_checkpoint(
         choice.from_, "best", lambda folder: (read_toml(folder / "config.toml"), folder)
     )
-    # Standard input cannot be read again, but its prepared tokens can be read again.
-    source = str(checkpoint.parents[1] / "data") if config.data.source == "-" else config.data.source
-    # The new run can have another text: only the source and the settings of training apply.
-    data = config.data.with_source(source)
+    data = config.data
+    if data.source == "-":
+        # Standard input cannot be read again, but its prepared tokens can be read again.
+        data = data.with_source(str(checkpoint.parents[1] / "data"))
+    elif has_text:
+        # Settings on how to read and to divide the old text do not apply to another text.
+        data = data.with_source(data.source)
     # A run of imported weights has neither a text nor steps.
     steps = config.train.steps if config.data.source else TrainConfig.steps
     train = replace(config.train, device="auto", steps=steps)
@@ -165,7 +173,7 @@ def _defaults(choice: Choice) -> RunConfig:
 
 def _check_resumable(arguments: list[str], run: Path) -> None:
     """Raise InvalidValue for an option that only a new run accepts."""
-    from_weights = f"start a new run from its weights with: timemix train --from {run} --out NEXT"
+    from_weights = f"start a new run from its weights with: timemix train --from {shlex.quote(str(run))} --out NEXT"
     for flag in (word.partition("=")[0] for word in arguments):
         if flag == "--out":
             raise InvalidValue(f"--resume {run} trains in the folder {run}; leave --out out, or {from_weights}")
@@ -176,7 +184,7 @@ def _check_resumable(arguments: list[str], run: Path) -> None:
         if flag.startswith("--model."):
             raise InvalidValue(
                 f"{flag} cannot change in the trained model of {run}; train a new model from random weights with:"
-                f" timemix train --config {run / 'config.toml'} --out NEXT {flag} VALUE"
+                f" timemix train --config {shlex.quote(str(run / 'config.toml'))} --out NEXT {flag} VALUE"
             )
 
 
@@ -202,7 +210,8 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
         _check_resumable(arguments, choice.resume)
         settings = _with_budget(_config_of(choice.resume).train, arguments)
         return parse(ResumeArguments, arguments, "train", ResumeArguments(choice.resume, settings))
-    config = _defaults(choice)
+    has_text = any(word.partition("=")[0] in ("--data", "--data.source") for word in arguments)
+    config = _defaults(choice, has_text)
     default = TrainArguments(
         out=tyro.MISSING,
         from_=None if config.start is None else Path(config.start),
@@ -227,10 +236,11 @@ def _check_lora(arguments: list[str], train: TrainConfig) -> None:
 
 def _config_of(run: Path) -> RunConfig:
     """Return the config of a run. Raise FileError if the folder is no run folder."""
-    from timemix.runs.folder import newest
+    from timemix.runs.folder import newest, refuse_checkpoint
 
     if not (run / "config.toml").exists():
         newest(run)
+    refuse_checkpoint(run)
     return read_toml(run / "config.toml")
 
 
@@ -290,7 +300,7 @@ def _trackers(reporting: Reporting, trainer: "Trainer") -> "list[Hook]":
         try:
             started.append(start_tracker(reporting.track, trainer.out, trainer.config, reporting.track_project))
         except Unavailable as error:
-            resume = f"{own_command()} train --resume {trainer.out} --track {reporting.track}"
+            resume = f"{own_command()} train --resume {shlex.quote(str(trainer.out))} --track {reporting.track}"
             raise Unavailable(f"{error}; the run is ready to train: {resume}") from error
     return started
 
@@ -305,7 +315,11 @@ def _begun(asked: TrainArguments, world: "World") -> "Trainer":
     try:
         return new_run(config, out, world, progress=not asked.reporting.quiet)
     except AlreadyExists as error:
-        way = f", or resume the run with: timemix train --resume {out}" if (out / "config.toml").exists() else ""
+        way = (
+            f", or resume the run with: timemix train --resume {shlex.quote(str(out))}"
+            if (out / "config.toml").exists()
+            else ""
+        )
         raise AlreadyExists(f"--out {out} exists already; choose another folder{way}") from error
 
 
@@ -327,7 +341,7 @@ def _resumed(asked: ResumeArguments, world: "World") -> "Trainer":
     elif trainer.is_complete:
         print(
             f"{out} is complete: {trainer.step} steps; train it longer with:"
-            f" timemix train --resume {out} --train.steps {2 * trainer.step or TrainConfig.steps}"
+            f" timemix train --resume {shlex.quote(str(out))} --train.steps {2 * trainer.step or TrainConfig.steps}"
         )
     elif not asked.reporting.quiet:
         print(f"resuming {out} after step {trainer.step}{_changes(trainer, before, changes)}", file=sys.stderr)

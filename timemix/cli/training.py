@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from timemix.cli.terminal import own_command
@@ -45,7 +46,10 @@ def run_trainer(
             trainer.run(both, hooks, samples_at_end=samples_at_end)
     except Interrupted as stop:
         if trainer.world.first:
-            print(f"timemix: {stop}; resume with: {own_command()} train --resume {trainer.out}", file=sys.stderr)
+            print(
+                f"timemix: {stop}; resume with: {own_command()} train --resume {quote(str(trainer.out))}",
+                file=sys.stderr,
+            )
         return 128 + stop.number
     if trainer.world.first:
         plot_loss([trainer.out], trainer.out / "loss.png")
@@ -57,7 +61,7 @@ def run_trainer(
 @contextmanager
 def resume_command_added(trainer: "Trainer") -> "Iterator[None]":
     """Add the command that resumes a run to the message of an error that ends the run."""
-    resume = f"{own_command()} train --resume {trainer.out}"
+    resume = f"{own_command()} train --resume {quote(str(trainer.out))}"
     try:
         yield
     except (CannotWrite, ProcessLost, HookFailed) as error:
@@ -76,9 +80,9 @@ def _way_past_divergence(trainer: "Trainer") -> str:
 
     kept = checkpoints(trainer.out)
     if not kept or kept[-1].name != checkpoint_name(trainer.step):
-        return f"{own_command()} train --resume {trainer.out}"
+        return f"{own_command()} train --resume {quote(str(trainer.out))}"
     # The loss right after a checkpoint does not depend on the learning rate: restart one checkpoint earlier.
-    start = f"--from {kept[-2]}" if kept[:-1] else f"--config {trainer.out / 'config.toml'}"
+    start = f"--from {quote(str(kept[-2]))}" if kept[:-1] else f"--config {quote(str(trainer.out / 'config.toml'))}"
     return f"{own_command()} train {start} --out NEXT"
 
 
@@ -101,7 +105,7 @@ def stopped_early(trainer: "Trainer") -> str:
     return (
         f"{trainer.out} stopped early at step {trainer.step} of {train.steps}, after"
         f" {trainer.validation.without_gain} validations without a lower loss; continue with:"
-        f" {own_command()} train --resume {trainer.out} --train.patience 0"
+        f" {own_command()} train --resume {quote(str(trainer.out))} --train.patience 0"
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -63,7 +64,8 @@ def export_run(run: Path, to: Target, out: Path, *, form: Form = "timemix", chec
     if to == "state":
         if config.train.tune != "state":
             raise InvalidValue(
-                f"{folder} has no learned state; train one with: timemix train --from {run} --train.tune state"
+                f"{folder} has no learned state; train one with: timemix train --from {quote(str(run))} --train.tune"
+                " state"
             )
         with new_folder(out) as temporary:
             _write_state(temporary / STATE, folder)

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TypeVar
 
-from timemix.errors import DamagedFile, FileError, MissingFile, NotFinite
+from timemix.errors import DamagedFile, FileError, InvalidValue, MissingFile, NotFinite
 from timemix.storage.files import remove_folder
 from timemix.storage.index import index_path, is_sharded, read_index
 from timemix.storage.json_files import Count, NotNegative, read_record
@@ -121,6 +122,23 @@ def warn_of_unfinished(run: Path) -> None:
             logger.warning("%s lacks %s and is skipped; restore or remove it", folder, ", ".join(lacking))
 
 
+def refuse_checkpoint(folder: Path) -> None:
+    """Check that a folder to resume is not a checkpoint, which has a config.toml too.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InvalidValue: The folder is a checkpoint.
+    """
+    if (folder / "config.toml").exists() and any(folder.glob("model*.safetensors")):
+        run = (folder if folder.parent.name == "checkpoints" else folder.resolve()).parent.parent
+        raise InvalidValue(
+            f"{folder} is a checkpoint, not a run; resume its run with: timemix train --resume {quote(str(run))}, or"
+            f" start a new run from it with: timemix train --from {quote(str(folder))} --out NEXT"
+        )
+
+
 def check_resumable(run: Path, start: str | None) -> None:
     """Check that a run has a complete checkpoint, or can begin again at step 0.
 
@@ -139,7 +157,7 @@ def check_resumable(run: Path, start: str | None) -> None:
     if start is not None:
         raise MissingFile(
             f"{run} has no complete checkpoint with the weights of {start}, from which it started; start it again:"
-            f" timemix train --config {run / 'config.toml'} --out NEXT"
+            f" timemix train --config {quote(str(run / 'config.toml'))} --out NEXT"
         )
     if _folders(run):
         raise MissingFile(f"{_no_checkpoint(run)}, or remove {run / 'checkpoints'} to begin at step 0")

@@ -103,7 +103,7 @@ def train_words(
         return WordTokenizer(sorted(counts) + ends, unknown)
     # The text itself may contain the word <unk>.
     del counts[UNKNOWN]
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 1 - len(ends)]
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[: max(0, vocab_size - 1 - len(ends))]
     return WordTokenizer(sorted(frequent) + ends, unknown)
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml, to_toml
@@ -13,7 +14,14 @@ from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.generation.session import Session
 from timemix.models.config import ModelConfig
-from timemix.runs.folder import check_resumable, checkpoints, newest, read_progress, warn_of_unfinished
+from timemix.runs.folder import (
+    check_resumable,
+    checkpoints,
+    newest,
+    read_progress,
+    refuse_checkpoint,
+    warn_of_unfinished,
+)
 from timemix.runs.load import Loaded, empty_model, load, load_start
 from timemix.runtime.distributed import ALONE, World
 from timemix.runtime.progress import ShowProgress, show
@@ -220,7 +228,7 @@ def _resumed(out: Path, world: World, lock: FolderLock | None, train: Mapping[st
     if not old.data.source:
         raise InvalidValue(
             f"{out} cannot be resumed, because its weights were imported without a text; fine-tune the model on a text:"
-            f" timemix train --from {out} --data TEXT --out NEXT"
+            f" timemix train --from {quote(str(out))} --data TEXT --out NEXT"
         )
     corpus = open_run_corpus(out, old.data.source)
     config = _changed(old, train, out, len(corpus.train))
@@ -272,7 +280,7 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path, training_to
             wanted, old = (" ".join(each) if isinstance(each, tuple) else each for each in (wanted, old))
             raise InvalidValue(
                 f"train.{name}={wanted} cannot change when {out} is resumed: the run has {old}; start a new run from"
-                f" its weights instead: timemix train --from {out} --out NEXT"
+                f" its weights instead: timemix train --from {quote(str(out))} --out NEXT"
             )
     return config
 
@@ -281,6 +289,7 @@ def _take(out: Path) -> FolderLock:
     """Take the lock of a run folder, and remove files that a killed process left unfinished."""
     if not (out / "config.toml").exists():
         newest(out)
+    refuse_checkpoint(out)
     lock = FolderLock(out)
     lock.take()
     try:

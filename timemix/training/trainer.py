@@ -395,13 +395,14 @@ class Trainer:
             self._interval.losses.append(loss)
             is_last = self.step == config.steps
             line: Line = {}
-            if self.step % config.log_every == 0 or is_last:
-                lr = learning_rate(config, self.step - 1, self.recipe.warmup_floor)
-                line |= self._interval.measure(self.step, self.seconds, lr, norm)
             improved = False
             if self.step % config.valid_every == 0 or is_last:
                 line |= self._validated()
                 improved = self.validation.count()
+            # The validation may have ended the run, whose last losses must not be lost.
+            if self.step % config.log_every == 0 or self.is_complete:
+                lr = learning_rate(config, self.step - 1, self.recipe.warmup_floor)
+                line = self._interval.measure(self.step, self.seconds, lr, norm) | line
             if line:
                 self._record({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
             speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
