@@ -236,11 +236,9 @@ def _check_lora(arguments: list[str], train: TrainConfig) -> None:
 
 def _config_of(run: Path) -> RunConfig:
     """Return the config of a run. Raise FileError if the folder is no run folder."""
-    from timemix.runs.folder import newest, refuse_checkpoint
+    from timemix.runs.folder import check_run
 
-    if not (run / "config.toml").exists():
-        newest(run)
-    refuse_checkpoint(run)
+    check_run(run)
     return read_toml(run / "config.toml")
 
 

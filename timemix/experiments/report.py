@@ -91,7 +91,7 @@ def _has_folder(comparison: Comparison, job: Job) -> bool:
 def variant_colors(experiment: Experiment) -> dict[str, str]:
     """Return the color of each variant by its label: from the experiment file, or from a colour-blind-safe palette.
 
-    The colors are hexadecimal numbers, because report.html knows less notations than matplotlib.
+    The colors are hexadecimal numbers, because report.html knows fewer notations than matplotlib.
     """
     from matplotlib.colors import to_hex
 

@@ -122,16 +122,19 @@ def warn_of_unfinished(run: Path) -> None:
             logger.warning("%s lacks %s and is skipped; restore or remove it", folder, ", ".join(lacking))
 
 
-def refuse_checkpoint(folder: Path) -> None:
-    """Check that a folder to resume is not a checkpoint, which has a config.toml too.
+def check_run(folder: Path) -> None:
+    """Check that a folder to resume is a run folder, and not a checkpoint, which has a config.toml too.
 
     Args:
         folder: The folder.
 
     Raises:
         InvalidValue: The folder is a checkpoint.
+        MissingFile: The folder is no run folder.
     """
-    if (folder / "config.toml").exists() and any(folder.glob("model*.safetensors")):
+    if not (folder / "config.toml").exists():
+        newest(folder)
+    if any(folder.glob("model*.safetensors")):
         run = (folder if folder.parent.name == "checkpoints" else folder.resolve()).parent.parent
         raise InvalidValue(
             f"{folder} is a checkpoint, not a run; resume its run with: timemix train --resume {quote(str(run))}, or"

@@ -112,7 +112,7 @@ def _prompt(messages: list[Message], template: ChatTemplate, tokenizer: Tokenize
     if template.stop and end.endswith(template.stop) and first != "user":
         raise ApiError(
             400,
-            "the text of the state ends with the begin of a message of the user; let messages begin with the role user",
+            "the text of the state ends with the beginning of a user message; let messages begin with the role user",
             "messages",
         )
     text = template.following(messages, end) if start is not None and start.tokens else template.render(messages)

@@ -96,7 +96,9 @@ async def complete(request: HttpRequest) -> Response:
     )
     if echo or fields.flag("return_token_ids"):
         check_repeated(requests)
-    shown = await run_in_threadpool(lambda: [prompt.shown(served.tokenizer, count >= 0) for prompt in prompts if echo])
+    shown: list[str] = []
+    if echo:
+        shown = await run_in_threadpool(lambda: [prompt.shown(served.tokenizer, count >= 0) for prompt in prompts])
     call = Call(
         served=served,
         form=CompletionForm(),

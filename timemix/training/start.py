@@ -16,10 +16,9 @@ from timemix.generation.session import Session
 from timemix.models.config import ModelConfig
 from timemix.runs.folder import (
     check_resumable,
+    check_run,
     checkpoints,
-    newest,
     read_progress,
-    refuse_checkpoint,
     warn_of_unfinished,
 )
 from timemix.runs.load import Loaded, empty_model, load, load_start
@@ -287,9 +286,7 @@ def _changed(config: RunConfig, train: Mapping[str, Any], out: Path, training_to
 
 def _take(out: Path) -> FolderLock:
     """Take the lock of a run folder, and remove files that a killed process left unfinished."""
-    if not (out / "config.toml").exists():
-        newest(out)
-    refuse_checkpoint(out)
+    check_run(out)
     lock = FolderLock(out)
     lock.take()
     try:
