@@ -19,6 +19,7 @@ from timemix.data.describe import describe, text_hash
 from timemix.data.downloads import DOWNLOADS, Download
 from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InvalidValue, MissingFile, Unfit
+from timemix.storage.files import LARGEST
 from timemix.storage.json_files import to_json
 
 TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
@@ -28,6 +29,19 @@ TEXT = "abcdefgh\n" * 10 + "Zé鱼🐈\r\n 12\n"
 def _in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_bytes(TEXT.encode())
+
+
+def test_a_folder_of_very_many_files_is_opened_or_refused_before_its_tokens_are_written(monkeypatch):
+    prepare(Path("out"), DataConfig(source="text.txt"))
+    path = Path("out/data.json")
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"files": ["folder/" * 1000] * 5000}))
+    assert path.stat().st_size > LARGEST
+    assert len(open_corpus(Path("out")).info.files) == 5000
+    monkeypatch.setattr("timemix.data.prepare.LARGEST_OF_TEXT", 20)
+    with pytest.raises(InvalidValue, match="the text has 1 files, whose paths are too long together for data.json"):
+        prepare(Path("other"), DataConfig(source="text.txt"))
+    assert not Path("other").exists()
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,11 @@ def test_the_tokenizer_decides_if_the_field_does_not(tmp_path):
     assert parts_of(world) == [["one", "two"], ["three"]]
     plain = prepare(tmp_path / "plain", DataConfig(source), tokenizer=train_tokenizer("byte", "a"))
     assert plain.tokenizer.decode(plain.train[:]) == "one\ntwo\nthr"
-    with pytest.raises(InvalidValue, match="the byte tokenizer has no end-of-text token; leave data.end_of_text out"):
-        prepare(tmp_path / "no", DataConfig(source, end_of_text=True), tokenizer=train_tokenizer("byte", "a"))
+    without_end = train_tokenizer("byte", "a")
+    for name, value in (("end_of_text", True), ("hold_out", "documents"), ("shuffle", 1)):
+        sentence = f"data.{name}={value!r} needs an end-of-text token, but the byte tokenizer has none; leave"
+        with pytest.raises(InvalidValue, match=sentence):
+            prepare(tmp_path / "no", DataConfig(source, **{name: value}), tokenizer=without_end)
     off = prepare(tmp_path / "off", DataConfig(source, end_of_text=False), tokenizer=WORLD)
     assert off.tokenizer.decode(off.train[:]) == "one\ntwo\nthr"
 
@@ -177,8 +180,11 @@ def test_the_tokenizer_decides_if_the_field_does_not(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--data.hold-out", "documents"], "--data.hold-out='documents' needs documents, but a.txt is plain text; set"),
-        (["--data.shuffle", "1"], "--data.shuffle=1 needs documents, but a.txt is plain text; set --data.end-of-text"),
+        (
+            ["--data.hold-out", "documents"],
+            "--data.hold-out='documents' needs ends of documents, but a.txt has none; set",
+        ),
+        (["--data.shuffle", "1"], "--data.shuffle=1 needs ends of documents, but a.txt has none; set --data.end-of"),
         (["--data.end-of-text", "True"], "a.txt has only one document, so that none can be held out; set --data.valid"),
         (["--data.shuffle", "-1"], "--data.shuffle"),
     ],

@@ -269,6 +269,16 @@ def test_bad_input_is_named_and_nothing_written(make_run, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_characters_outside_the_font_are_named_in_one_sentence(make_run, tmp_path, caplog, recwarn):
+    plot_loss([make_run("鱼 a"), make_run("猫鱼")], tmp_path / "p.png")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the font of {tmp_path / 'p.png'} lacks characters, which appear as boxes: 猫 鱼"
+    ]
+    assert not recwarn.list
+    plot_loss([make_run("fish")], tmp_path / "p.svg")
+    assert len(caplog.records) == 1
+
+
 def test_a_failed_write_keeps_the_old_picture(make_run, tmp_path, monkeypatch):
     out = tmp_path / "loss.png"
     out.write_text("old")

@@ -215,6 +215,13 @@ def test_bytes_are_appended_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system has no tzset")
+def test_a_lock_in_a_file_names_the_file_and_not_the_hidden_lock(tmp_path):
+    (tmp_path / "file").write_text("")
+    for lock in (tmp_path / "file" / ".lock", tmp_path / "file" / "out" / ".lock"):
+        with pytest.raises(CannotWrite, match=f"cannot write {lock.parent}:"), claimed(lock):
+            pass
+
+
 def test_a_lock_is_held_in_every_time_zone(tmp_path, monkeypatch):
     lock = FolderLock(tmp_path)
     try:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.tiers import examples
 from timemix.errors import CannotWrite, DamagedFile, InvalidValue, MissingFile
+from timemix.storage.files import LARGEST
 from timemix.tokenizers.base import KINDS
 from timemix.tokenizers.make import load_tokenizer, train_tokenizer
 from timemix.tokenizers.pieces import PIECE
@@ -244,6 +245,25 @@ def test_saved_and_loaded(choice, tmp_path):
 def test_policy_is_read_back():
     assert [TRAINED[c].unknown for c in CHOICES] == ["error", "unk", "byte", "byte", "error", "unk", "byte", "byte"]
     assert len({tokenizer.hash for tokenizer in TRAINED.values()}) == len(CHOICES)
+
+
+def test_a_vocabulary_that_could_not_be_loaded_again_is_not_saved(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer("word", "one two three")
+    size = len(tokenizer.to_json().encode())
+    monkeypatch.setattr("timemix.tokenizers.base.LARGEST_OF_TEXT", size - 1)
+    with pytest.raises(InvalidValue, match=f"has 3 tokens and needs a file of {size} bytes, more than the"):
+        tokenizer.save(tmp_path / "tokenizer.json")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("timemix.tokenizers.base.LARGEST_OF_TEXT", size)
+    tokenizer.save(tmp_path / "tokenizer.json")
+
+
+def test_a_vocabulary_larger_than_other_json_files_is_loaded(tmp_path):
+    words = [chr(0x4E00 + i) + "a" * 40_000 for i in range(900)]
+    tokenizer = train_tokenizer("word", " ".join(words))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").stat().st_size > LARGEST
+    assert load_tokenizer(tmp_path / "tokenizer.json").hash == tokenizer.hash
 
 
 @pytest.mark.parametrize("kept", [0, 1, 0.5, 0.99])

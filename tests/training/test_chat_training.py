@@ -180,8 +180,8 @@ def test_a_prepared_folder_gives_its_template_to_the_run(folder, tmp_path):
     trainer.lock.release()
     (tmp_path / "text.txt").write_text("the cat sat. " * 99)
     prepare(tmp_path / "plain", DataConfig(source=str(tmp_path / "text.txt")))
-    asked = replace(config, data=replace(config.data, source=str(tmp_path / "plain")))
-    with pytest.raises(InvalidValue, match=r"data.template='world' differs from the template of .*plain, .*: None;"):
+    asked = replace(config, data=DataConfig(str(tmp_path / "plain"), template="world"))
+    with pytest.raises(InvalidValue, match=r"data.template='world' differs from that of .*plain, .*: None; leave"):
         new_run(asked, tmp_path / "other", progress=False)
 
 

@@ -31,6 +31,10 @@ from timemix.training.start import new_run, resume_run
         {"shuffle": 7},
         {"end_of_text": True},
         {"hold_out": "documents"},
+        {"keep_nul": True},
+        {"text_key": "text"},
+        {"vocab_size": 9},
+        {"vocabulary": "tokenizer.json"},
     ],
 )
 def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
@@ -40,6 +44,20 @@ def test_what_a_prepared_folder_holds_out_cannot_change(fields, tmp_path):
     with pytest.raises(InvalidValue, match=f"data.{next(iter(fields))} has no effect on .*tokens, which is prepared"):
         new_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "own"), [({"tokenizer": "word"}, "byte"), ({"unknown": "unk"}, "byte"), ({"encoding": "ascii"}, "utf-8")]
+)
+def test_settings_that_contradict_a_prepared_folder_are_refused(fields, own, tmp_path):
+    prepare(tmp_path / "tokens", DataConfig(str(write_text_file(tmp_path)), tokenizer="byte"))
+    config = small_config(tmp_path / "tokens")
+    ((name, asked),) = fields.items()
+    with pytest.raises(InvalidValue, match=f"data.{name}='{asked}' differs from that .*: {own}; set data.{name} to"):
+        new_run(replace(config, data=replace(config.data, **fields)), tmp_path / "run")
+    run = new_run(replace(config, data=replace(config.data, **{name: own})), tmp_path / "run", progress=False)
+    assert run.config.data.tokenizer == "byte"
+    run.lock.release()
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS[1:])

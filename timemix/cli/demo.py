@@ -68,7 +68,8 @@ def demo(arguments: list[str]) -> int:
     half = max(1, trainer.config.train.steps // 2)
 
     def sample() -> str:
-        return escaped(trainer.sample(DEMO_PROMPT, Sampler(top_a=TOP_A)) or "")
+        (made,) = trainer.sample([DEMO_PROMPT], Sampler(top_a=TOP_A))
+        return escaped(made.text)
 
     def during(progress: "TrainingProgress") -> None:
         if progress.step == half:

@@ -50,7 +50,8 @@ class DataConfig:
     tokenizer: TokenizerKind = "character"
     """Unit of text that one token represents."""
     vocab_size: int = 4096
-    """Largest size of a subword or word vocabulary, from 1 to 16777216 tokens."""
+    """Largest size of a subword vocabulary, or of a word vocabulary with --data.unknown unk, from 1 to 16777216
+    tokens."""
     vocabulary: str | None = None
     """Vocabulary of --data.tokenizer world: file, folder or download (rwkv_vocab_v20230424). Default: the file of the
     package rwkv or pyrwkv-tokenizer. For --data.tokenizer hugging_face: a byte-level tokenizer.json."""

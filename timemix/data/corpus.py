@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from timemix.data.config import DataConfig
 from timemix.data.duplicates import DocumentCounts
 from timemix.data.shards import MASK_TYPE, Shard, ShardWriter, Tokens, check_shard, map_shards, mask_of, shard_name
 from timemix.errors import DamagedFile, InvalidValue, MissingFile
-from timemix.storage.files import check_name
+from timemix.storage.files import LARGEST_OF_TEXT, check_name
 from timemix.storage.json_files import OPTIONAL, Count, Misfit, read_json, to_record
 from timemix.tokenizers.base import Tokenizer
 from timemix.tokenizers.make import load_tokenizer
@@ -197,6 +198,31 @@ def open_run_corpus(run: Path, source: str) -> Corpus:
     return open_corpus(Path(source))
 
 
+def open_prepared(config: DataConfig) -> Corpus:
+    """Open the prepared folder that a config names as its text, and check that the settings do not contradict it.
+
+    Only settings that differ from their defaults are checked.
+
+    Args:
+        config: Settings of the data, whose source is a prepared folder.
+
+    Raises:
+        InvalidValue: The folder has another tokenizer, template or encoding, or another treatment of unknown text.
+        FileError: A file is missing, damaged, or does not fit the other files.
+    """
+    corpus = open_corpus(Path(config.source))
+    made, info = corpus.tokenizer, corpus.info
+    found = {"tokenizer": made.kind, "unknown": made.unknown, "template": info.template, "encoding": info.encoding}
+    for name, own in found.items():
+        if (asked := getattr(config, name)) not in (own, getattr(DataConfig, name)):
+            remedy = f"leave data.{name} out" if own is None else f"set data.{name} to {own}"
+            raise InvalidValue(
+                f"data.{name}={asked!r} differs from that of {config.source}, which is prepared: {own}; {remedy}, or"
+                " name the text instead"
+            )
+    return corpus
+
+
 def open_corpus(folder: Path) -> Corpus:
     """Open a prepared folder, and memory-map its tokens. Every file is read once and checked against its hash.
 
@@ -208,7 +234,7 @@ def open_corpus(folder: Path) -> Corpus:
     """
     check_name(folder)
     path = folder / "data.json"
-    data = read_json(path)
+    data = read_json(path, LARGEST_OF_TEXT)
     version = data.get("format_version")
     if version is not None and version not in (1, DATA_FORMAT_VERSION):
         raise DamagedFile(

@@ -105,19 +105,20 @@ class Text:
 
     def _has_documents(self) -> bool | None:
         """Return whether to mark the ends of documents; None: only in a source of records."""
-        template = self.config.template
-        if template is not None and self.made is not None and self.made.end_of_text is None:
-            raise InvalidValue(
-                f"data.template={template!r} needs an end-of-text token, but the {self.made.kind} tokenizer has none;"
-                " train a new model from random weights"
-            )
+        config = self.config
         if self.made is None or self.made.end_of_text is not None:
-            return self.config.end_of_text
-        if self.config.end_of_text:
-            raise InvalidValue(
-                f"data.end_of_text is True, but the {self.made.kind} tokenizer has no end-of-text token; leave"
-                " data.end_of_text out, or train a new model from random weights"
-            )
+            return config.end_of_text
+        for name, is_set in (
+            ("template", config.template is not None),
+            ("end_of_text", config.end_of_text),
+            ("hold_out", config.hold_out == "documents"),
+            ("shuffle", config.shuffle is not None),
+        ):
+            if is_set:
+                raise InvalidValue(
+                    f"data.{name}={getattr(config, name)!r} needs an end-of-text token, but the {self.made.kind}"
+                    f" tokenizer has none; leave data.{name} out, or train a new model with another tokenizer"
+                )
         return False
 
     def _open(self, source: str, progress: ShowProgress, documents: bool | None) -> Source:

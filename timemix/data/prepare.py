@@ -31,7 +31,15 @@ from timemix.data.pipeline import Done, Piece, Text, encoded, no_counts
 from timemix.data.shards import ShardWriter, Tokens, map_split, mask_of, shard_name
 from timemix.errors import FileError, InUse, InvalidValue, Unfit
 from timemix.runtime.progress import ShowProgress
-from timemix.storage.files import appear, atomic_folder, check_name, explained, refuse_existing, write_text
+from timemix.storage.files import (
+    LARGEST_OF_TEXT,
+    appear,
+    atomic_folder,
+    check_name,
+    explained,
+    refuse_existing,
+    write_text,
+)
 from timemix.storage.json_files import to_json, to_record
 from timemix.storage.locks import claimed
 from timemix.tokenizers.base import Tokenizer
@@ -93,6 +101,11 @@ def prepare(
 
 def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progress: ShowProgress) -> None:
     text = Text(config, progress, tokenizer)
+    # Each path has quotes, a comma and an indent in data.json.
+    if sum(len(path.encode()) + 8 for path in text.files) > LARGEST_OF_TEXT // 2:
+        raise InvalidValue(
+            f"the text has {len(text.files):,} files, whose paths are too long together for data.json; join some files"
+        )
     folder = out.with_name(f".{out.name}.unfinished")
     state = _State(folder, text)
     try:

@@ -58,7 +58,7 @@ def split_of(size: TextSize, config: DataConfig, source: Source, *, has_valid: b
         for name, value in (("hold_out", config.hold_out == "documents"), ("shuffle", config.shuffle is not None)):
             if value:
                 raise InvalidValue(
-                    f"data.{name}={getattr(config, name)!r} needs documents, but {source.name} is plain text; set"
+                    f"data.{name}={getattr(config, name)!r} needs ends of documents, but {source.name} has none; set"
                     f" data.end_of_text to True, or leave data.{name} out"
                 )
     if has_valid:

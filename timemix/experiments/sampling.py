@@ -20,7 +20,7 @@ from torch import Tensor
 
 from timemix.config.run import RunConfig
 from timemix.data.batches import validation_windows
-from timemix.data.corpus import Corpus, is_corpus, open_corpus
+from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_prepared
 from timemix.data.describe import text_hash
 from timemix.data.prepare import prepare
 from timemix.data.shards import Tokens
@@ -116,7 +116,7 @@ def _corpus(experiment: SamplingExperiment, out: Path) -> Corpus:
         what = "this experiment on another text" if same else "another experiment"
         raise FileError(f"{out} has {what}; choose another folder")
     if is_corpus(Path(config.source)):
-        return open_corpus(Path(config.source))
+        return open_prepared(config)
     folder = out / "data"
     return open_corpus(folder) if is_corpus(folder) else prepare(folder, config, progress=True)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timemix.data.config import DataConfig
-from timemix.data.corpus import Corpus, is_corpus, open_corpus
+from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_prepared
 from timemix.data.prepare import hold_out_end, prepare
 from timemix.errors import InvalidValue
 from timemix.experiments.variants import Variant
@@ -36,7 +36,7 @@ class Texts:
         """Return prepared folders with tokens: under False for runs with seeds, under True for tuning runs, if any."""
         source = Path(config.source)
         if is_corpus(source):
-            whole, corpus = source.resolve(), open_corpus(source)
+            whole, corpus = source.resolve(), open_prepared(config)
         else:
             whole = (self._folder / str(number)).resolve()
             corpus = open_corpus(whole) if is_corpus(whole) else prepare(whole, config, progress=True)

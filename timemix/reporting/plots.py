@@ -1,6 +1,10 @@
 """Pictures of loss curves."""
 
+import contextlib
+import logging
 import math
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger("timemix")
 
 XAxis = Literal["tokens", "steps", "seconds"]
 
@@ -261,11 +266,26 @@ def save_picture(figure: "Figure", out: Path) -> None:
     check_picture_name(out)
     suffix = out.suffix.lower()
     with atomic_file(out) as temporary:
-        figure.savefig(temporary, format=suffix[1:])
+        with _glyphs_explained(out):
+            figure.savefig(temporary, format=suffix[1:])
         if suffix == ".png":
             # A palette instead of 32 bits per pixel reduces the file to a third of its size.
             with Image.open(temporary) as image:
                 image.convert("RGB").quantize(_PALETTE).save(temporary, dpi=(_DPI, _DPI))
+
+
+@contextlib.contextmanager
+def _glyphs_explained(out: Path) -> Iterator[None]:
+    """Replace the warnings of matplotlib about characters outside its font by one sentence with all characters."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.filterwarnings("always", r"Glyph \d+")
+        yield
+    codes = [re.match(r"Glyph (\d+) ", str(each.message)) for each in found]
+    if missing := sorted({chr(int(code[1])) for code in codes if code}):
+        logger.warning("the font of %s lacks characters, which appear as boxes: %s", out, " ".join(missing))
+    for each, code in zip(found, codes, strict=True):
+        if not code:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 class _Curve(NamedTuple):

@@ -14,6 +14,9 @@ from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, FileError, M
 LARGEST = 32 * 2**20
 """Maximum size of a JSON file in bytes. The parsed content takes up to 30 times as much memory as the file."""
 
+LARGEST_OF_TEXT = 8 * LARGEST
+"""Maximum size in bytes of tokenizer.json and data.json, which grow with the words and the files of a text."""
+
 
 def check_name(path: Path) -> None:
     """Raise FileError if a path is not UTF-8, because config.toml, JSON and safetensors do not support such paths."""

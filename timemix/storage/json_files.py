@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from timemix.errors import DamagedFile
-from timemix.storage.files import read_text
+from timemix.storage.files import LARGEST, read_text
 
 Record = TypeVar("Record")
 
@@ -35,30 +35,35 @@ class Misfit(ValueError):
     """Error for a value of a wrong type or range, with the message `FIELD is VALUE`."""
 
 
-def parse_json(path: Path, what: str = "") -> Any:
+def parse_json(path: Path, what: str = "", largest: int = LARGEST) -> Any:
     """Return the content of a JSON file.
 
     Args:
         path: The file.
         what: Words before the path in messages, such as "the tokenizer ".
+        largest: Maximum size of the file in bytes.
 
     Raises:
         FileError: The file is missing or not JSON.
     """
-    text = read_text(path, what=what)
+    text = read_text(path, largest, what)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is damaged: it is not valid JSON ({error}); restore it from a copy") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, largest: int = LARGEST) -> dict[str, Any]:
     """Return the JSON object in a file.
+
+    Args:
+        path: The file.
+        largest: Maximum size of the file in bytes.
 
     Raises:
         FileError: The file is missing, not JSON or not a JSON object.
     """
-    data = parse_json(path)
+    data = parse_json(path, largest=largest)
     if not isinstance(data, dict):
         raise DamagedFile(f"{path} is damaged: it is not a JSON object; restore it from a copy")
     return data

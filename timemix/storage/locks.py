@@ -72,8 +72,10 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     Raises:
         CannotWrite: The lock file cannot be written.
     """
-    with explained(path):
+    # The lock file is hidden, so a message about it would not help.
+    with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
         lock = _Lock(path)
         lock.acquire(blocking=wait)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from timemix.errors import InvalidValue
-from timemix.storage.files import write_text
+from timemix.storage.files import LARGEST_OF_TEXT, write_text
 from timemix.tokenizers.document import END_ENTRY
 from timemix.tokenizers.pieces import PIECE, equal_pieces, pieces
 from timemix.tokenizers.stream import StreamDecoder, piece_of
@@ -297,8 +297,15 @@ class Tokenizer(ABC):
             path: File to write.
 
         Raises:
+            InvalidValue: The file would be larger than `load_tokenizer` supports.
             CannotWrite: The file cannot be written.
         """
+        if (size := len(self._json.encode())) > LARGEST_OF_TEXT:
+            raise InvalidValue(
+                f"the vocabulary has {self.vocab_size:,} tokens and needs a file of {size:,} bytes, more than the"
+                f" maximum of {LARGEST_OF_TEXT:,}; choose data.tokenizer subword, or data.unknown unk with a smaller"
+                " data.vocab_size"
+            )
         write_text(Path(path), self._json)
 
 

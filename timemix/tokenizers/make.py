@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timemix.errors import DamagedFile, InvalidValue
+from timemix.storage.files import LARGEST_OF_TEXT
 from timemix.storage.json_files import parse_json
 from timemix.tokenizers.base import DOCUMENT_END, KINDS, UNKNOWN, Tokenizer, refuse_surrogates
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
@@ -99,7 +100,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         FileError: The file is missing, damaged, or from another program.
     """
-    document = parse_json(Path(path), "the tokenizer ")
+    document = parse_json(Path(path), "the tokenizer ", LARGEST_OF_TEXT)
     try:
         tokenizer = _from_document(document)
         if not tokenizer.vocab_size:

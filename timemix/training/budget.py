@@ -160,7 +160,7 @@ def _pace(trainer: Trainer, seconds: float) -> Pace:
         validation = _seconds(lambda: validate(world=trainer.world)) * (len(valid) - 1) / (len(piece) - 1)
     # Save the checkpoint first, because saving creates the folder of the sample.
     checkpoint = _seconds(trainer.save)
-    sample = _seconds(trainer.samples) if trainer.config.train.sample_every else 0.0
+    sample = _seconds(trainer.sample) if trainer.config.train.sample_every else 0.0
     return Pace(step, validation, checkpoint, sample)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from timemix.config.run import BUDGETS, RunConfig, TrainConfig, check_budget, read_toml, to_toml
 from timemix.data.config import DataConfig, Template, TokenizerKind, Unknown
-from timemix.data.corpus import Corpus, is_corpus, open_corpus, open_run_corpus
+from timemix.data.corpus import Corpus, is_corpus, open_prepared, open_run_corpus
 from timemix.data.prepare import prepare
 from timemix.errors import AlreadyExists, CannotWrite, DamagedFile, InvalidValue
 from timemix.generation.session import Session
@@ -37,6 +37,21 @@ from timemix.training.tuning import fill_start, first_state, hash_released, with
 
 FIXED = ("batch_size", "contexts", "seed", "optimizer", "tune", "lora_rank", "lora_alpha", "lora_modules")
 """Settings that cannot change when a run is resumed, because the data order or the optimizer state depends on them."""
+
+WITHOUT_EFFECT = (
+    "valid",
+    "valid_fraction",
+    "valid_tokens",
+    "hold_out",
+    "keep_nul",
+    "text_key",
+    "end_of_text",
+    "shuffle",
+    "drop_duplicates",
+    "vocab_size",
+    "vocabulary",
+)
+"""Settings that have no effect on a prepared folder, and that its files do not record."""
 
 
 def new_run(
@@ -171,19 +186,14 @@ def _corpus(config: RunConfig, out: Path, start: Loaded | None, progress: ShowPr
     tokenizer = None if start is None else start.tokenizer
     if not is_corpus(source):
         return prepare(out / "data", config.data, tokenizer=tokenizer, progress=progress)
-    corpus = open_corpus(source)
-    for name in ("valid", "valid_fraction", "valid_tokens", "drop_duplicates", "shuffle", "end_of_text", "hold_out"):
+    corpus = open_prepared(config.data)
+    for name in WITHOUT_EFFECT:
         # Old files name the place `end` of the held-out share.
         if getattr(config.data, name) not in (getattr(DataConfig, name), "end"):
             raise InvalidValue(
                 f"data.{name} has no effect on {source}, which is prepared; leave data.{name} out, or name the text"
                 " instead"
             )
-    if (asked := config.data.template) not in (None, corpus.info.template):
-        raise InvalidValue(
-            f"data.template={asked!r} differs from the template of {source}, which is prepared: {corpus.info.template};"
-            " leave data.template out, or name the text instead"
-        )
     if tokenizer is not None and corpus.tokenizer.hash != tokenizer.hash:
         raise InvalidValue(
             f"the vocabulary of {source} is not that of {config.start}: {corpus.tokenizer.differences(tokenizer)};"

@@ -262,43 +262,30 @@ class Trainer:
         self.validation.loss, self.validation.step = loss, self.step
         return loss
 
-    def sample(self, prompt: str | None = None, sampler: Sampler | None = None) -> str | None:
-        """Generate a text and append it to samples.txt.
+    def sample(self, prompts: Sequence[str] = (), sampler: Sampler | None = None) -> tuple[Sample, ...]:
+        """Generate a text for each prompt, append the texts to samples.txt and pass them to hooks.
 
         All processes must call this method.
 
         Args:
-            prompt: Start of the text. Default: a newline.
+            prompts: Starts of the texts. Default: `train.sample_prompts`, or one text that begins as in
+                `default_prompt`.
             sampler: Sampler of the tokens. Default: temperature 1, no filter.
 
         Returns:
-            The text with its prompt in process 0, None in other processes.
+            The texts with their prompts in process 0, nothing in other processes.
         """
-        loaded = self._loaded()
-        return self.world.first_does(lambda: write_sample(loaded, self.step, prompt, sampler).text)
-
-    def samples(self) -> tuple[Sample, ...]:
-        """Generate a text for each of `train.sample_prompts`, append the texts to samples.txt and pass them to hooks.
-
-        All processes must call this method.
-
-        Returns:
-            The texts in process 0, nothing in other processes.
-        """
-        loaded, prompts = self._loaded(), self.config.train.sample_prompts or (None,)
+        model = whole_model(self.model, self.config.train.strategy, self.world)
+        loaded = Loaded(model, self.corpus.tokenizer, self.config, self.out)
+        starts = prompts or self.config.train.sample_prompts or (None,)
 
         def write() -> tuple[Sample, ...]:
-            samples = tuple(write_sample(loaded, self.step, each) for each in prompts)
+            samples = tuple(write_sample(loaded, self.step, start, sampler) for start in starts)
             self._hooks.samples(samples)
             return samples
 
         # The other processes wait without a time limit, because a hook may take long.
         return self.world.first_does(write) or ()
-
-    def _loaded(self) -> Loaded:
-        """Return the model for sampling. In processes other than process 0, a sharded model is not whole."""
-        model = whole_model(self.model, self.config.train.strategy, self.world)
-        return Loaded(model, self.corpus.tokenizer, self.config, self.out)
 
     def save(self, *, go_on: bool = False) -> Path | None:
         """Save a checkpoint, and remove the checkpoints that are neither newest nor best.
@@ -407,12 +394,12 @@ class Trainer:
                 self._record({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
             speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
             is_due = config.sample_every > 0 and self.step % config.sample_every == 0
-            self._show(watch, loss, speed, self.samples() if is_due and not self.is_complete else ())
+            self._show(watch, loss, speed, self.sample() if is_due and not self.is_complete else ())
             self._stop_if_asked()
             if improved or self.step % config.save_every == 0 or self.is_complete:
                 self.save(go_on=config.full_disk == "continue" and not self.is_complete)
             if samples_at_end and self.is_complete:
-                samples = self.samples()
+                samples = self.sample()
                 if config.sample_every or config.sample_prompts:
                     self._show(watch, loss, speed, samples)
 
