@@ -124,6 +124,8 @@ def test_wrong_uses(run, tmp_path, capsys):
         import_tuned(path, run, path)
     with pytest.raises(InvalidValue, match="lora_alpha is 0; it must be above 0 and finite"):
         import_tuned(path, run, tmp_path / "out", alpha=0)
+    with pytest.raises(InvalidValue, match="lora_alpha has no effect on .*a.pth, which holds a tuned state; leave"):
+        import_tuned(path, run, tmp_path / "out", alpha=16)
     small_trainer(tmp_path, "rwkv4", name="rwkv4", steps=1).run()
     with pytest.raises(InvalidValue, match="is a model of rwkv4, which has no matrix states; give a run of"):
         import_tuned(path, tmp_path / "rwkv4", tmp_path / "out")

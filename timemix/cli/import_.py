@@ -82,10 +82,9 @@ def _import_tuned(parsed: ImportArguments, run: Path) -> int:
         raise InvalidValue(f"--tokenizer excludes --for: the model has the tokenizer of {run}; leave one of them out")
     if parsed.ctx_len is not None:
         raise InvalidValue(f"--ctx-len excludes --for: the model has the length of {run}; leave one of them out")
-    from timemix.interop.tuned import LORA_ALPHA, import_tuned
+    from timemix.interop.tuned import import_tuned
 
-    alpha = LORA_ALPHA if parsed.lora_alpha is None else parsed.lora_alpha
-    found = import_tuned(parsed.file, run, parsed.out, alpha=alpha)
+    found = import_tuned(parsed.file, run, parsed.out, alpha=parsed.lora_alpha)
     words = {"state": ("states", "session"), "lora": ("linear_maps", "run")}[found.kind]
     report = {words[0]: found.tensors, words[1]: str(parsed.out)}
     if parsed.json:

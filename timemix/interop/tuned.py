@@ -44,27 +44,27 @@ class ImportedTuning:
     tensors: int
 
 
-def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = LORA_ALPHA) -> ImportedTuning:
+def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None) -> ImportedTuning:
     """Import a state as a session of a run, or low-rank terms as a new run with merged weights.
 
     Args:
         path: A `.pth` file or a safetensors file of RWKV-PEFT.
         run: Run of the weights beside which the file was trained.
         out: File of the session, or folder of the new run. It must not exist.
-        alpha: Factor of the low-rank terms, multiplied by the rank; above 0. RWKV-PEFT calls it lora_alpha.
+        alpha: Factor of the low-rank terms, multiplied by the rank; above 0. RWKV-PEFT calls it lora_alpha. Default: 16.
 
     Returns:
         What the file contains.
 
     Raises:
         AlreadyExists: `out` exists.
-        InvalidValue: The architecture of the run has no such state, or `alpha` is not above 0.
+        InvalidValue: The architecture of the run has no such state, or `alpha` is not above 0, or is given for a state.
         FileError: A file cannot be read, is damaged, or does not fit the run.
         CannotWrite: The session or the run cannot be written.
     """
     check_name(out)
     refuse_existing(out)
-    if not 0 < alpha < float("inf"):
+    if alpha is not None and not 0 < alpha < float("inf"):
         raise InvalidValue(f"lora_alpha is {alpha}; it must be above 0 and finite")
     tensors = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
     for name, x in tensors.items():
@@ -87,9 +87,11 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float = LORA_ALPHA)
         raise InvalidValue(f"{run} is a model of {entry.name}, which has no published form; give a run of RWKV-4 to 7")
     converter = load_part(str(entry.weights))
     if any(name.endswith(STATE) for name in own):
+        if alpha is not None:
+            raise InvalidValue(f"lora_alpha has no effect on {path}, which holds a tuned state; leave lora_alpha out")
         save_session(Session(_state(path, own, base, converter), tokens=(), unread=0), out, base.model)
         return ImportedTuning("state", len(own))
-    weights = _with_terms(path, own, base, converter, alpha)
+    weights = _with_terms(path, own, base, converter, LORA_ALPHA if alpha is None else alpha)
     train = replace(base.config.train, steps=0, seconds=None, tokens=None, tune="all")
     old = base.config.data
     data = DataConfig(source="", tokenizer=old.tokenizer, unknown=old.unknown, template=old.template)
