@@ -101,7 +101,7 @@ def prepare(
 
 def _prepare(out: Path, config: DataConfig, tokenizer: Tokenizer | None, progress: ShowProgress) -> None:
     text = Text(config, progress, tokenizer)
-    # In data.json, a path also has an indent of two spaces, a comma and a newline. Half of the file stays for the shards.
+    # In data.json, a path also has an indent of two spaces, a comma and a newline. Half of the file is for the shards.
     if sum(len(json.dumps(path)) + 4 for path in text.files) > LARGEST_OF_TEXT // 2:
         raise InvalidValue(
             f"the text has {len(text.files):,} files, whose paths are too long together for data.json; join some files"

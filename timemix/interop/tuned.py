@@ -51,7 +51,8 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None
         path: A `.pth` file or a safetensors file of RWKV-PEFT.
         run: Run of the weights beside which the file was trained.
         out: File of the session, or folder of the new run. It must not exist.
-        alpha: Factor of the low-rank terms, multiplied by the rank; above 0. RWKV-PEFT calls it lora_alpha. Default: 16.
+        alpha: Factor of the low-rank terms, multiplied by the rank; above 0. RWKV-PEFT calls it lora_alpha.
+            Default: 16.
 
     Returns:
         What the file contains.
