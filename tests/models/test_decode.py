@@ -259,6 +259,27 @@ def test_wrong_tokens_and_the_end_of_the_context_change_nothing(variant):
     assert all(not x.any() for layer in state.layers for x in layer.values())
 
 
+@pytest.mark.parametrize(
+    ("count", "counts", "wanted", "message"),
+    [
+        (1, None, None, "counts must have 2 positive numbers, one for each row, with the sum 1, the number of tokens"),
+        (2, [1, 3], None, "counts must have 2 positive numbers, .* with the sum 2"),
+        (2, [2], None, "counts must have 2 positive numbers"),
+        (2, [2, 0], None, "counts must have 2 positive numbers"),
+        (2, None, [2], "wanted holds an index outside the 2 tokens; pass indices from 0 to 1"),
+        (2, [1, 1], [0, -1], "wanted holds an index outside the 2 tokens"),
+        (2, None, [10**9], "wanted holds an index outside the 2 tokens"),
+    ],
+)
+def test_counts_and_wanted_that_do_not_fit_the_tokens_are_refused(count, counts, wanted, message):
+    model = build(MODELS["rwkv7"], torch.float32)
+    step, state = build_step(model, backend="compiled"), model.init_state(2)
+    counts, wanted = (None if each is None else torch.tensor(each) for each in (counts, wanted))
+    with pytest.raises(InvalidValue, match=message):
+        step(torch.ones(count, dtype=torch.int64), state, torch.tensor([0, 1]), counts, wanted)
+    assert not state.position.any()
+
+
 def test_eight_bits_are_within_half_a_step():
     weight = torch.randn(7, 33)
     weight[3] = 0

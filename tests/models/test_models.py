@@ -321,6 +321,36 @@ def test_every_parameter_learns():
             assert p.grad.any(), name
 
 
+def test_a_batch_of_no_rows(model):
+    none = tokens(0)
+    logits, _ = model(none)
+    logits.sum().backward()
+    assert logits.shape == (0, CTX, 11)
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        assert model(none, logits="last")[0].shape == (0, 11)
+        assert model(none, resets=torch.zeros(0, CTX, dtype=torch.bool))[0].shape == (0, CTX, 11)
+        logits, state = model(none, model.init_state(0))
+    assert logits.shape == (0, CTX, 11)
+    assert state.position.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"state": 3}, r"state.position has shape \(3,\); with tokens of shape \(2, 12\) it must be \(2,\)"),
+        ({"state": 1}, r"state.position has shape \(1,\)"),
+        ({"lengths": torch.tensor([3])}, r"lengths has shape \(1,\); .* it must be \(2,\)"),
+        ({"resets": torch.zeros(CTX, dtype=torch.bool)}, r"resets has shape \(12,\); .* it must be \(2, 12\)"),
+        ({"resets": torch.zeros(2, CTX, dtype=torch.int64)}, "resets is torch.int64; it must be torch.bool"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_tokens_are_refused(model, given, message):
+    given = {name: model.init_state(x) if name == "state" else x for name, x in given.items()}
+    with pytest.raises(ValueError, match=message):
+        model(tokens(2), **given)
+
+
 def test_a_mixer_of_another_architecture_is_refused():
     with pytest.raises(InvalidValue, match="rwkv1 has no field 'rotary_base'"):
         model_config("rwkv1", rotary_base=1.0)

@@ -19,6 +19,25 @@ RECURRENT = ["rwkv4", "rwkv5", "rwkv6", "rwkv7"]
 PLACES = [[0], [5, 6], [T - 1], [15, 16, 17], [0, 1, 31, 32, T - 2, T - 1], []]
 
 
+@pytest.mark.parametrize("variant", ["rwkv1", "rwkv1_exp", "mha_pro", "rwkv7"])
+def test_recomputing_with_documents_in_bfloat16(variant):
+    """Documents of several lengths use the weights several times, of which autocast casts only the first."""
+    model = build(VARIANTS[variant], torch.float32)
+    tokens, resets = torch.randint(0, 11, (2, 12)), torch.zeros(2, 12, dtype=torch.bool)
+    resets[0, 5] = resets[1, 1] = True
+    found = {}
+    for how in ("none", "cheap", "all"):
+        model.recompute = how
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = model(tokens, resets=resets)
+        logits.float().square().sum().backward()
+        found[how] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    for how in ("cheap", "all"):
+        error = (found[how] - found["none"]).norm() / found["none"].norm()
+        assert error < 0.01, (how, error)
+
+
 def resets_at(*rows):
     resets = torch.zeros(len(rows), T, dtype=torch.bool)
     for row, places in zip(resets, rows, strict=True):

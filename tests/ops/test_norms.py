@@ -68,6 +68,18 @@ def test_mixtures_of_any_size(B, T, C, count, with_last, scale, share, seed):
         torch.testing.assert_close(one.double(), other, atol=3e-5 * max(1, other.abs().max()), rtol=1e-4)
 
 
+def test_arguments_of_another_shape_are_refused():
+    x, share = torch.randn(2, 5, 8), torch.rand(8)
+    numbers = (torch.ones(8), torch.zeros(8), 1e-5, (share,))
+    for last, resets, message in (
+        (torch.zeros(1, 1, 8), None, r"last has shape \(1, 1, 8\); .* it must be \(2, 1, 8\)"),
+        (None, torch.zeros(2, 4, dtype=torch.bool), r"resets has shape \(2, 4\); .* it must be \(2, 5\)"),
+        (None, torch.zeros(2, 5), "resets is torch.float32; it must be torch.bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            norm_mixtures(x, *numbers, last, torch.float32, resets)
+
+
 def test_rows_of_equal_channels():
     """The variance is 0, so only eps is left in the denominator."""
     arguments = drawn(2, 5, 12, 3, with_last=False)

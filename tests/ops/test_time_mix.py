@@ -166,6 +166,24 @@ def test_resets_give_the_values_and_gradients_of_the_formula(T):
     assert_close(found, results(partial(formula, resets=resets), drawn, torch.float64), 2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("state", (3, 3, 16, 16), r"state has shape .* it must be \(2, 3, 16, 16\)"),
+        ("state", (2, 3, 16, 8), r"state has shape"),
+        ("first", (2, 34, 48), r"first has shape .* it must be \(2, 35, 48\)"),
+        ("resets", (2, 34), r"resets has shape .* it must be \(2, 35\)"),
+    ],
+)
+def test_arguments_of_another_shape_are_refused(name, shape, message):
+    drawn = arguments(2, 35, 3, 16)
+    *tensors, first, state = (drawn[each] for each in NAMES)
+    given_arguments = {"first": first, "state": state, "resets": None}
+    given_arguments[name] = torch.zeros(shape, dtype=torch.bool if name == "resets" else torch.float32)
+    with pytest.raises(ValueError, match=message):
+        time_mix(Products(*tensors[:7]), Vectors(*tensors[7:]), eps=EPS, **given_arguments)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_a_number_stays_so(name):
     """A diverging run must give a non-finite loss, although sigmoids are bounded."""

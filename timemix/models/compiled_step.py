@@ -147,7 +147,9 @@ class CompiledStep:
     ) -> tuple[Tensor, State]:
         """Feed tokens to some rows of a state. `Step` documents the arguments."""
         with self._lock:
-            return self._step(_int64(tokens), state, _int64(rows), *self._bounds(len(rows), counts, wanted))
+            return self._step(
+                _int64(tokens), state, _int64(rows), *self._bounds(len(tokens), len(rows), counts, wanted)
+            )
 
     def point_to(self, state: State) -> None:
         """Store the addresses of the tensors of a state in the C structures of the layers.
@@ -190,11 +192,26 @@ class CompiledStep:
             head=self.parameters.panels(model.head.weight, model.head.bias, at_least_int8(self.parameters.weights)),
         )
 
-    def _bounds(self, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _bounds(self, tokens: int, rows: int, counts: Tensor | None, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the bounds (R + 1,) of one piece of tokens per row, and the indices of the tokens that need logits.
 
         Piece p consists of the tokens bounds[p] to bounds[p + 1] - 1.
+
+        Raises:
+            InvalidValue: The counts are not one positive number for each row, with the number of tokens as their sum,
+                or a wanted index is outside the tokens. The C code does not check these indices.
         """
+        if (tokens if counts is None else len(counts)) != rows or (
+            counts is not None and (int(counts.sum()) != tokens or bool((counts < 1).any()))
+        ):
+            raise InvalidValue(
+                f"counts must have {rows} positive numbers, one for each row, with the sum {tokens}, the number of"
+                " tokens; without counts, each row has one token"
+            )
+        if wanted is not None and len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < tokens:
+            raise InvalidValue(
+                f"wanted holds an index outside the {tokens} tokens; pass indices from 0 to {tokens - 1}"
+            )
         if counts is None and wanted is None and len(self._single[1]) == rows:
             return self._single
         first = torch.arange(rows + 1) if counts is None else F.pad(_int64(counts).cumsum(0), (1, 0))

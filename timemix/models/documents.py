@@ -21,6 +21,8 @@ def by_document(function: Callable[[Tensor], Tensor], tokens: Tensor, resets: Te
         The rows (B, T, C).
     """
     B, T = tokens.shape
+    if not B:
+        return function(tokens)
     begins = resets.clone()
     begins[:, 0] = True
     starts = begins.flatten().nonzero().flatten().tolist()

@@ -17,6 +17,7 @@ from timemix.models.layers.recompute import recomputed
 from timemix.models.learned_state import LearnedState
 from timemix.models.registry import find_architecture, load_part, model_config
 from timemix.models.state import State
+from timemix.ops.common.kernels import check_shapes
 from timemix.runtime.device import is_recording
 from timemix.runtime.threads import share
 
@@ -188,13 +189,17 @@ class LanguageModel(nn.Module):
             the next state, or None if `state` is None.
 
         Raises:
-            ValueError: The context would have more tokens than `max_position`.
+            ValueError: The context would have more tokens than `max_position`, or `state`, `lengths` or `resets` does
+                not fit `tokens`.
             InvalidValue: The model does not support `resets` with a state.
         """
+        B, T = tokens.shape
         if not torch.compiler.is_compiling():
             share()
-        B, T = tokens.shape
-        if self.max_position is not None and not is_recording():
+            position = None if state is None else state.position
+            others = {"state.position": (position, (B,)), "lengths": (lengths, (B,)), "resets": (resets, (B, T))}
+            check_shapes("tokens", tokens, others)
+        if self.max_position is not None and B and not is_recording():
             self.check_end(T if state is None else int((state.position + (T if lengths is None else lengths)).max()))
         if resets is None or (self.resets_in_rows and (state is None or self.max_position is None)):
             x, state = self._rows(tokens, state, lengths, resets)

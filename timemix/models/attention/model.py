@@ -71,7 +71,8 @@ class RotaryAttention(nn.Module):
         B, T, C = x.shape
         # (B, T, C) -> (B, H, T, N)
         q, k, v = (
-            linear(x).view(B, T, self.config.heads, -1).transpose(1, 2) for linear in (self.query, self.key, self.value)
+            linear(x).unflatten(2, (self.config.heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
         lag = None if resets is None else lags_in_documents(resets)

@@ -27,7 +27,7 @@ class Linear(nn.Linear):
         y = (self.weight @ columns)[:, : len(rows)].t()
         if self.bias is not None:
             y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], len(self.weight))
 
     def _few_rows(self, x: Tensor) -> bool:
         # An exported graph is for any number of rows, so its condition must not read the number of rows.

@@ -22,6 +22,9 @@ def recomputed(
 ) -> tuple[Tensor, dict[str, Tensor] | None, Tensor | None]:
     """Apply a block. In training, `recompute` changes the memory use, but not the results.
 
+    An exception is autocast to bfloat16 with documents as rows of their own: with "cheap", the gradients of the weights
+    are summed over these rows in float32 in place of bfloat16.
+
     Args:
         block: The block.
         x: Input (B, T, C).
@@ -46,6 +49,9 @@ def recomputed(
     elif recompute == "all":
         result = checkpoint(apply, x, state, carry, position, lengths, use_reentrant=False)
     else:
+        # If an earlier call of this block has filled the cache of autocast, this call casts fewer weights than the
+        # recomputation, which begins with an empty cache.
+        torch.clear_autocast_cache()
         contexts = partial(create_selective_checkpoint_contexts, _keep_products)
         result = checkpoint(apply, x, state, carry, position, lengths, use_reentrant=False, context_fn=contexts)
     x, state, carry = result

@@ -71,7 +71,8 @@ class GroupedAttention(nn.Module):
         B, T, C = x.shape
         # (B, T, C) -> (B, H, T, N), where H is kv_heads for keys and values.
         q, k, v = (
-            linear(x).view(B, T, -1, config.head_size).transpose(1, 2) for linear in (self.query, self.key, self.value)
+            linear(x).unflatten(2, (-1, config.head_size)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
         )
         target = torch.arange(T, device=x.device)
         if position is not None:

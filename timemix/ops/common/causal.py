@@ -273,7 +273,7 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
     B, T, H, N = x.shape
     L, width = _block(T)
     # (B, last, H, N) -> (H, T, B N), zeros before the last positions
-    dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, -1, B * N), (0, 0, T - gradient.shape[1], 0))
+    dy = F.pad(gradient.permute(2, 1, 0, 3).reshape(H, gradient.shape[1], B * N), (0, 0, T - gradient.shape[1], 0))
     strip = _future_strip(f.to(x.dtype), L, width)
     # For each block of L sources that starts at a: (H, L, T - a) by (H, T - a, B N) -> (H, L, B N)
     parts = [strip[:, : min(L, T - a), : T - a].contiguous() @ dy[:, a:] for a in range(0, T, L)]
@@ -285,7 +285,7 @@ def _causal_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tupl
 
     def rows_by_block(a: Tensor) -> Tensor:
         # (H, T, B N) -> (H, L, blocks, B N)
-        return F.pad(a, (0, 0, 0, width - T)).view(H, blocks, L, -1).transpose(1, 2).contiguous()
+        return F.pad(a, (0, 0, 0, width - T)).view(H, blocks, L, B * N).transpose(1, 2).contiguous()
 
     target, source = rows_by_block(dy), rows_by_block(x.permute(2, 1, 0, 3).reshape(H, T, B * N))
     by_lag = torch.zeros(H, width + L - 1, dtype=sum_dtype(x), device=x.device)

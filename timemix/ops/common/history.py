@@ -54,7 +54,9 @@ def positions_read(position: Tensor, T: int, ctx_len: int) -> int:
     Returns:
         Number of positions, 1 to ctx_len.
     """
-    return ctx_len if is_recording() else min(int(position.max()) + T, ctx_len)
+    if is_recording() or not len(position):
+        return ctx_len
+    return min(int(position.max()) + T, ctx_len)
 
 
 def lags(position: Tensor, T: int, U: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from timemix.ops.common import fused
 from timemix.ops.common.derivatives import once_differentiable
+from timemix.ops.common.kernels import check_shapes
 
 
 def norm_shift(
@@ -62,7 +63,12 @@ def norm_mixtures(
 
     Returns:
         A mixture (B, T, C) for each entry of `mixes`, in `dtype`.
+
+    Raises:
+        ValueError: `last` or `resets` has another shape, or `resets` is not bool.
     """
+    B, T, C = x.shape
+    check_shapes("x", x, {"last": (last, (B, 1, C)), "resets": (resets, (B, T))})
     apply: Any = _NormMixtures.apply
     parameters = (fused.numbers(each) for each in (weight, bias, torch.stack(mixes)))
     before = None if last is None else fused.numbers(last)

@@ -73,7 +73,7 @@ def spectral_convolution(x: Tensor, f: Tensor) -> Tensor:
             # The sum over d is a product (n, n) by (n, B N) at each frequency. Then A^T maps (2 (L+1), n B N) to
             # (L, n B N).
             spectra = _complex_product(_filter_spectra(wide[h], E, n), _spectra(A, source, n))
-            target.addmm_(A.t(), spectra.view(len(A), -1))
+            target.addmm_(A.t(), spectra.view(len(A), target.shape[1]))
         _join(target, n, y[:, :, h])
     return y
 
@@ -106,7 +106,7 @@ def _spectral_convolution_backward(gradient: Tensor, x: Tensor, f: Tensor) -> tu
             spectra, dspectra = _spectra(A, source, n), _spectra(A, target, n)
             # The transpose of the lower triangular G sums over later blocks: conj(G)^T (2, L + 1, n, n) by (n, B N)
             back = _complex_product(_filter_spectra(wide[h], E, n).mT, dspectra, first=-1)
-            dsource.addmm_(A.t(), back.view(len(A), -1))
+            dsource.addmm_(A.t(), back.view(len(A), dsource.shape[1]))
             # (2, L + 1, n, B N) by (2, L + 1, B N, n) gives pairs of blocks (2, L + 1, n, n). The pairs are then summed
             # for each distance d = 1 to n - 1.
             pairs = _complex_product(dspectra, spectra.mT, second=-1)
@@ -167,18 +167,18 @@ def _cut(x: Tensor, L: int, n: int) -> Tensor:
     """Cut x (B, T, N) into blocks (L, n B N): each column is a block of one channel, with zeros after T."""
     B, T, N = x.shape
     # (B, n L, N) -> (B, n, L, N) -> (L, n, B, N)
-    return F.pad(x, (0, 0, 0, n * L - T)).view(B, n, L, N).permute(2, 1, 0, 3).reshape(L, -1)
+    return F.pad(x, (0, 0, 0, n * L - T)).view(B, n, L, N).permute(2, 1, 0, 3).reshape(L, n * B * N)
 
 
 def _join(columns: Tensor, n: int, out: Tensor) -> None:
     """Join the columns of _cut to a tensor, and store it in out (B, T, N)."""
     B, T, N = out.shape
-    out.copy_(columns.view(-1, n, B, N).permute(2, 1, 0, 3).reshape(B, -1, N)[:, :T])
+    out.copy_(columns.view(len(columns), n, B, N).permute(2, 1, 0, 3).reshape(B, n * len(columns), N)[:, :T])
 
 
 def _spectra(A: Tensor, columns: Tensor, n: int) -> Tensor:
     """Return the real and imaginary parts of the spectra (2, L + 1, n, B N) of columns (L, n B N)."""
-    return (A @ columns.to(A.dtype)).view(2, len(A) // 2, n, -1)
+    return (A @ columns.to(A.dtype)).view(2, len(A) // 2, n, columns.shape[1] // n)
 
 
 def _filter_spectra(f: Tensor, E: Tensor, n: int) -> Tensor:

@@ -213,7 +213,7 @@ def _check(
                 f"{name} has shape {tuple(table.shape)}; it must be (heads, ctx_len) = {(k.shape[2], f.shape[-1])}"
             )
     end = k.shape[1]
-    if state is not None and not is_recording():
+    if state is not None and len(k) and not is_recording():
         end = int((state.position + (k.shape[1] if lengths is None else lengths)).max())
     if end > f.shape[-1]:
         raise ValueError(f"{end} tokens are more than ctx_len {f.shape[-1]}, where the tables end; pass fewer tokens")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timemix.ops.common import fused
 from timemix.ops.common.derivatives import once_differentiable
-from timemix.ops.common.kernels import starts_and_scratch
+from timemix.ops.common.kernels import check_shapes, starts_and_scratch
 from timemix.ops.rwkv7.compiled import ARRAYS, CHUNK, KERNELS, MOST
 
 
@@ -97,7 +97,13 @@ def time_mix(
 
     Returns:
         The input of the output product (B, T, C), in the dtype of the products, and the state after these tokens.
+
+    Raises:
+        ValueError: `first`, `state` or `resets` has another shape, or `resets` is not bool.
     """
+    (B, T, C), N = products.key.shape, state.shape[-1]
+    others = {"first": (first, (B, T, C)), "state": (state, (B, C // N, N, N)), "resets": (resets, (B, T))}
+    check_shapes("key", products.key, others)
     apply: Any = _TimeMix.apply
     given = (each if each is None else each.contiguous() for each in products)
     numbers = (each if each is None else each.float().flatten().contiguous() for each in vectors)
