@@ -91,7 +91,7 @@ def test_a_message_may_begin_with_a_slash(chat):
 
 
 def test_help_names_every_command(chat):
-    status, out, err = chat("/help", "/quit", "the cat")
+    status, out, err = chat("/help", "/quit ", "the cat")
     assert (status, out) == (0, "")
     for words in ("/save FILE", "/load FILE", "/fork NAME", "/switch NAME", "/undo", "/retry", "/help", "/quit"):
         assert f"  {words} " in err

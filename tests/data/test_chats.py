@@ -122,7 +122,7 @@ CONTENTS = st.text("ab:\n é鱼User", min_size=1, max_size=9).filter(str.strip)
 @given(
     chats=st.lists(st.lists(CONTENTS, min_size=2, max_size=4).filter(lambda turns: len(turns) % 2 == 0), min_size=1),
     part=st.integers(1, 9),
-    kind=st.sampled_from(["character", "subword", "word", "world"]),
+    kind=st.sampled_from(["character", "subword", "world"]),
 )
 @examples(12, fast=6)
 def test_any_conversations_in_any_pieces(tmp_path_factory, chats, part, kind):
@@ -413,6 +413,12 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
         InvalidValue, match="data.template='world' needs an end-of-text token, but the byte tokenizer has none;"
     ):
         prepare(tmp_path / "out", config_of(path), tokenizer=made)
+
+
+def test_a_word_tokenizer_is_refused(tmp_path):
+    config = replace(config_of(write_chats(tmp_path / "chat.jsonl", CHATS)), tokenizer="word")
+    with pytest.raises(InvalidValue, match="data.template='world' needs case and spaces, which a word tokenizer loses"):
+        prepare(tmp_path / "out", config)
 
 
 def test_other_text_has_no_mask(tmp_path):

@@ -14,6 +14,7 @@ from timemix.generation.request import Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import load_session, save_session
 from timemix.tokenizers.character import CharacterTokenizer
+from timemix.tokenizers.make import train_tokenizer
 from timemix.tokenizers.world import WorldTokenizer
 
 TOKENIZERS = {
@@ -95,6 +96,26 @@ def test_an_unfinished_answer_is_continued_or_left_as_it_is(tokenizer, tokens):
         written = WORLD.render([Message("user", "Hello!")]) + generated
         assert tokenizer.decode(step.read[:read]) == tokenizer.decode(tokenizer.encode(written)[:-1])
         assert tokenizer.decode(step.read) == written + WORLD.following([Message("user", "x")], written)
+
+
+def test_a_token_may_go_on_after_the_stop_string():
+    tokenizer = WorldTokenizer([*BYTES, b"\n\nUser: ", b" dog"], 300)
+    conversation, step = scripted(tokenizer, " Hi\n\nUser: ", " Fine.", END)
+    assert answer(conversation.say("Hello!")) == "Hi"
+    assert not conversation.is_unfinished
+    assert answer(conversation.say("And you?")) == "Fine."
+    assert tokenizer.decode(step.read) == dialogue("Hello!", "Hi", "And you?", "Fine.")
+    conversation, _ = scripted(tokenizer, " Hi dog", stop=[" d"])
+    assert answer(conversation.say("Hello!")) == "Hi"
+    assert not conversation.is_unfinished
+
+
+def test_a_template_with_labels_needs_case_and_spaces():
+    tokenizer = train_tokenizer("word", "user : hi")
+    model = build(VARIANTS["rwkv7"], torch.float32, vocab_size=tokenizer.vocab_size)
+    with pytest.raises(InvalidValue, match="the template world needs case and spaces, .*; choose the template plain"):
+        Conversation(Engine(model, tokenizer, slots=1), WORLD)
+    Conversation(Engine(model, tokenizer, slots=1), PLAIN)
 
 
 def test_an_answer_that_the_caller_stops_is_kept(tokenizer):

@@ -452,6 +452,17 @@ def test_every_sample_and_session_begins_with_the_state_of_a_session_that_has_re
     assert_same(rest, alone(model, Request([3, 4], 4, seed=6, start=start, log_probabilities=True)))
 
 
+@pytest.mark.parametrize("length", [CTX // 2 + 2, CTX - 1, CTX + 5])
+def test_a_prompt_after_a_session_is_read_as_far_as_the_context_reaches(length):
+    model = build(VARIANTS["rwkv1"])
+    (*_, last) = alone(model, Request([3] * (CTX // 2), 0, keep_session=True))
+    prompt = [(7 * i) % 10 for i in range(length)]
+    after = alone(model, Request(prompt, 4, seed=1, start=last.session, log_probabilities=True))
+    # The model has not read the last token of the session.
+    newest = [3, *prompt][-CTX:]
+    assert_same(after, alone(model, Request(newest, 4, seed=1, log_probabilities=True)))
+
+
 def test_a_session_keeps_enough_tokens_for_a_stop_string():
     model = KINDS["rwkv7"]()
     (*_, last) = alone(model, Request(list(range(10)) * 20, 5, keep_session=True))

@@ -65,6 +65,12 @@ def test_an_empty_prompt_is_an_error(prompts):
         list(generate_tokens(build(VARIANTS["rwkv1"]), prompts, 3, Sampler()))
 
 
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0, 3.0)])
+def test_a_sampler_has_a_number_for_each_prompt(temperatures):
+    with pytest.raises(InvalidValue, match=f"temperature has {len(temperatures)} numbers for 2 prompts"):
+        generate_tokens(build(VARIANTS["rwkv1"]), [[1], [2]], 3, Sampler(temperature=temperatures))
+
+
 def test_keep_is_a_share():
     with pytest.raises(InvalidValue, match="keep is 0"):
         list(generate_tokens(build(VARIANTS["rwkv1"]), [[1]], 3, Sampler(), keep=0))

@@ -111,7 +111,7 @@ class _Console:
         has_failed = False
         for line in self._lines():
             try:
-                if line == "/quit":
+                if line.rstrip() == "/quit":
                     break
                 self._handle(line)
             except TimemixError as error:

@@ -106,6 +106,11 @@ class Text:
     def _has_documents(self) -> bool | None:
         """Return whether to mark the ends of documents; None: only in a source of records."""
         config = self.config
+        if config.template is not None and (config.tokenizer if self.made is None else self.made.kind) == "word":
+            raise InvalidValue(
+                f"data.template={config.template!r} needs case and spaces, which a word tokenizer loses; choose another"
+                " data.tokenizer, or leave data.template out"
+            )
         if self.made is None or self.made.end_of_text is not None:
             return config.end_of_text
         for name, is_set in (

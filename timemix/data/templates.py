@@ -178,7 +178,8 @@ class ChatTemplate:
             InvalidValue: There are no messages.
         """
         text = self.separator + self.render(messages)
-        longest = len(self.separator + self.label(messages[0].role))
+        # The token with the end of the stop string may also contain the space after the label.
+        longest = len(self.separator + self.label(messages[0].role) + self.space)
         return text[next(n for n in range(longest, -1, -1) if end.endswith(text[:n])) :]
 
 

@@ -61,6 +61,11 @@ class Conversation:
     ) -> None:
         if engine.tokenizer is None:
             raise InvalidValue("engine has no tokenizer; pass one to Engine")
+        if template.has_labels and engine.tokenizer.spaced:
+            raise InvalidValue(
+                f"the template {template.name} needs case and spaces, which the word tokenizer of the model loses;"
+                " choose the template plain"
+            )
         self._engine, self._tokenizer, self._template, self._system = engine, engine.tokenizer, template, system
         end = self._tokenizer.end_of_text
         # Each turn replaces the prompt, the session and the sample.
@@ -97,8 +102,12 @@ class Conversation:
         """Whether the last answer ended before a stop string or a stop token, so that `proceed` can continue it."""
         if self.session is None or not self.session.tokens:
             return False
+        if self.session.tokens[-1] in self._pattern.stop_tokens:
+            return False
         end = self._end(self.session)
-        return self.session.tokens[-1] not in self._pattern.stop_tokens and not end.endswith(tuple(self._pattern.stop))
+        # A stop string ends an answer at the first token with its end, and this token may go on after the stop string.
+        new = len(end) - len(self._tokenizer.decode(self.session.tokens[:-1]))
+        return not any(stop in end[-(max(new, 1) + len(stop) - 1) :] for stop in self._pattern.stop)
 
     def say(self, message: str) -> Generator[str, None, None]:
         """Generate the answer to a message.

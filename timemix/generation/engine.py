@@ -105,7 +105,7 @@ class Engine:
 
         Raises:
             InvalidValue: A token is outside the vocabulary, the request has stop strings but the engine has no
-                tokenizer, or the session of the request belongs to another model.
+                tokenizer, or the session of the request has states of other shapes.
             TooManyRequests: `max_pending` requests are pending.
         """
         vocab_size, ids = self.model.config.vocab_size, request.token_ids()
@@ -322,8 +322,9 @@ class Engine:
             return
         full = [row for row in rows if row.position + row.unread > limit]
         for row in full:
-            kept = limit if row.request.context == "exact" else max(1, int(row.request.keep * limit))
-            row.position, row.unread, row.prefix = 0, min(kept, len(row.tokens)), None
+            # At least all unread tokens are kept, as those of a prompt that follows a session.
+            kept = limit if row.request.context == "exact" else max(row.unread, int(row.request.keep * limit))
+            row.position, row.unread, row.prefix = 0, min(kept, limit, len(row.tokens)), None
             row.is_restarted = row.request.context == "reanchor"
         if full:
             slots = torch.tensor([row.slot for row in full], device=self.model.device)

@@ -66,6 +66,11 @@ def generate_tokens(
     """
     if not prompts:
         raise InvalidValue("prompts is empty; give at least one prompt")
+    for name, value in vars(sampler).items():
+        if isinstance(value, tuple) and len(value) != len(prompts):
+            raise InvalidValue(
+                f"{name} has {len(value)} numbers for {len(prompts)} prompts; give one, or one per prompt"
+            )
     engine = Engine(model, slots=len(prompts), weights=weights)
     for i, prompt in enumerate(prompts):
         engine.add(Request(prompt, tokens, sampler.row(i), seed, i, context=context, keep=keep))
