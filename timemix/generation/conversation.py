@@ -105,7 +105,7 @@ class Conversation:
         if self.session.tokens[-1] in self._pattern.stop_tokens:
             return False
         end = self._end(self.session)
-        # A stop string ends an answer at the first token with its end, and this token may go on after the stop string.
+        # A stop string ends an answer at the first token with its end, which may have more text after it.
         new = len(end) - len(self._tokenizer.decode(self.session.tokens[:-1]))
         return not any(stop in end[-(max(new, 1) + len(stop) - 1) :] for stop in self._pattern.stop)
 
