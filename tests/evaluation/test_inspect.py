@@ -152,6 +152,9 @@ def test_the_start_of_a_run_from_another_model_is_unknown(tmp_path):
     assert all(row.share_at_start is None and row.share is not None for row in report.projections)
     pictures = draw(report, config.model, tmp_path)
     assert tmp_path / "shift.png" in pictures
+    # Imported weights have no text and no known start.
+    imported = replace(first, config=replace(first.config, data=replace(first.config.data, source="")))
+    assert all(row.share_at_start is None for row in inspect_run(imported, tokens).projections)
 
 
 def test_statistics_and_tables_are_the_models_own(tmp_path):

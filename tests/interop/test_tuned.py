@@ -1,7 +1,10 @@
 """States and low-rank terms of RWKV-PEFT: layouts, merged weights and damaged or foreign files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import timemix
 from tests.helpers.commands import run_command
@@ -14,6 +17,7 @@ from timemix.interop.importing import import_run
 from timemix.interop.tuned import import_tuned
 from timemix.runs.load import load
 from timemix.tokenizers.make import train_tokenizer
+from timemix.training.start import new_run
 
 RANK = 3
 
@@ -111,6 +115,17 @@ def test_a_file_that_does_not_fit(run, tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_with_a_learned_state_is_refused(tmp_path):
+    base = small_trainer(tmp_path, "rwkv7", name="base", steps=1)
+    base.run()
+    config = replace(base.config, start=str(base.out), train=replace(base.config.train, tune="state"))
+    tuned = new_run(config, tmp_path / "tuned", progress=False)
+    tuned.run()
+    with pytest.raises(InvalidValue, match="tuned has a learned state; give the run whose weights were frozen: .*base"):
+        import_tuned(save(tmp_path, terms()), tuned.out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_truncated_file(run, tmp_path):
     path = save(tmp_path, states(run))
     path.write_bytes(path.read_bytes()[:-100])
@@ -124,6 +139,16 @@ def test_wrong_uses(run, tmp_path, capsys):
         import_tuned(path, run, path)
     with pytest.raises(InvalidValue, match="lora_alpha is 0; it must be above 0 and finite"):
         import_tuned(path, run, tmp_path / "out", alpha=0)
+    numbers = terms()
+    for dtype in (torch.int32, torch.float8_e4m3fn):
+        save_file({name: x.to(dtype) for name, x in numbers.items()}, tmp_path / "a.safetensors")
+        with pytest.raises(DamagedFile, match=f"in {dtype}; give bfloat16, float16, float32 or float64"):
+            import_tuned(tmp_path / "a.safetensors", run, tmp_path / "out")
+    (tmp_path / "large").mkdir()
+    large = save(tmp_path / "large", {name: 1e30 * x for name, x in numbers.items()})
+    with pytest.raises(InvalidValue, match=r"the low-rank terms of .* exceed torch\..* with lora_alpha 16; give the"):
+        import_tuned(large, run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InvalidValue, match="lora_alpha has no effect on .*a.pth, which holds a tuned state; leave"):
         import_tuned(path, run, tmp_path / "out", alpha=16)
     small_trainer(tmp_path, "rwkv4", name="rwkv4", steps=1).run()

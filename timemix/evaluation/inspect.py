@@ -107,7 +107,8 @@ def inspect_run(loaded: Loaded, tokens: np.ndarray | Tokens) -> Inspection:
         raise InvalidValue(f"the text has {len(tokens)} tokens, but at least 2 are needed; give a longer text")
     model = loaded.model
     start: LanguageModel | None = None
-    if loaded.config.start is None:
+    # A run without a text holds imported weights, whose initial values are unknown.
+    if loaded.config.start is None and loaded.config.data.source:
         # With the seed of the run, `start` gets the initial weights of the run.
         torch.manual_seed(loaded.config.train.seed)
         start = LanguageModel(loaded.config.model).to(model.device, model.head.weight.dtype).eval()

@@ -69,7 +69,9 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None
         raise InvalidValue(f"lora_alpha is {alpha}; it must be above 0 and finite")
     tensors = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
     for name, x in tensors.items():
-        if not x.is_floating_point() or not torch.isfinite(x).all():
+        if not x.is_floating_point() or x.dtype.itemsize < 2:
+            raise DamagedFile(f"{path} has {name!r} in {x.dtype}; give bfloat16, float16, float32 or float64")
+        if not torch.isfinite(x).all():
             raise DamagedFile(f"{path} is damaged: {name!r} has a number that is not finite; restore it from a copy")
     own = {name: x for name, x in tensors.items() if name.endswith((STATE, DOWN, UP))}
     if not own:
@@ -87,6 +89,8 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None
     if entry.version is None:
         raise InvalidValue(f"{run} is a model of {entry.name}, which has no published form; give a run of RWKV-4 to 7")
     converter = load_part(str(entry.weights))
+    if base.model.learned_state is not None:
+        raise InvalidValue(f"{run} has a learned state; give the run whose weights were frozen: {base.config.start}")
     if any(name.endswith(STATE) for name in own):
         if alpha is not None:
             raise InvalidValue(f"lora_alpha has no effect on {path}, which holds a tuned state; leave lora_alpha out")
@@ -142,6 +146,11 @@ def _with_terms(
         _check_shape(path, stem + DOWN, down, (max(1, rank), weight.shape[1]))
         _check_shape(path, stem + UP, up, (weight.shape[0], rank))
         weights[maps[stem]] = merged(weight, down.float(), up.float(), alpha / rank)
+        if not torch.isfinite(weights[maps[stem]]).all():
+            raise InvalidValue(
+                f"the low-rank terms of {stem!r} in {path} exceed {weight.dtype} with lora_alpha {alpha:g}; give the"
+                " lora_alpha of their training"
+            )
     return weights
 
 
