@@ -15,6 +15,7 @@ from tests.helpers.serving import served
 from timemix.errors import InvalidValue
 from timemix.evaluation.texts import evaluate_text
 from timemix.generation.engine import Engine
+from timemix.generation.sampler import Sampler
 from timemix.interop.export import export_run
 from timemix.server.engine_thread import Served
 
@@ -155,14 +156,14 @@ def test_numbers_by_the_formula(loaded):
 
     model = TimemixLM(loaded.model, loaded.tokenizer)
     pairs = [(each["context"], choice) for each in QUESTIONS for choice in each["choices"]]
-    pairs += [("", "the cat"), ("the cat ", "sat"), ("the", "")]
+    pairs += [("", "the cat"), ("the cat ", "sat")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     for (context, continuation), (score, is_greedy) in zip(pairs, model.loglikelihood(requests), strict=True):
         ids = torch.tensor(loaded.tokenizer.encode((context or "\n") + continuation).astype("int64"))
         with torch.no_grad():
             logits = loaded.model(ids[None])[0][0].double().log_softmax(-1)
         # The harness counts spaces at the end of a context as part of the continuation.
-        n = len(continuation) + len(context) - len(context.rstrip()) if continuation else 0
+        n = len(continuation) + len(context) - len(context.rstrip())
         begin = len(ids) - n
         assert score == pytest.approx(sum(logits[i - 1, ids[i]].item() for i in range(begin, len(ids))), abs=1e-4)
         assert is_greedy == all(logits[i - 1].argmax() == ids[i] for i in range(begin, len(ids)))
@@ -277,6 +278,28 @@ def test_an_answer_longer_than_the_context(loaded):
         assert len(model._loglikelihood_tokens([(None, [1] * 90, [2] * limit)])) == 1
         with pytest.raises(InvalidValue, match="an answer of the task has 41 tokens, but the context of the model has"):
             model._loglikelihood_tokens([(None, [1], [2] * (limit + 1))])
+
+
+def test_answers_without_tokens_and_contexts_of_white_space(loaded):
+    from lm_eval.api.instance import Instance
+
+    from timemix.interop.lm_eval import TimemixLM
+
+    model = TimemixLM(loaded.model, loaded.tokenizer)
+    with pytest.raises(InvalidValue, match="an answer of the task has no tokens of its own after its context"):
+        model.loglikelihood([Instance("loglikelihood", {}, ("the dog", ""), 0)])
+    # lm-eval moves the white space to the answer, which then begins the text.
+    ((score, _),) = model.loglikelihood([Instance("loglikelihood", {}, (" ", "ran"), 0)])
+    ((expected, _),) = model.loglikelihood([Instance("loglikelihood", {}, ("", " ran"), 0)])
+    assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_penalties_hold_for_the_most_probable_token(loaded):
+    from timemix.interop.lm_eval import TimemixLM
+
+    model = TimemixLM(loaded.model, loaded.tokenizer)
+    given = {"until": [], "do_sample": False, "repetition_penalty": 5.0}
+    assert model._request(0, "the", given).sampler == Sampler(temperature=0, repetition_penalty=5.0)
 
 
 def test_the_message_without_the_package(loaded):

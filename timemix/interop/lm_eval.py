@@ -202,7 +202,13 @@ class TimemixLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
-            groups[tuple(self._visible(context, continuation))].append((i, continuation))
+            if not continuation:
+                raise InvalidValue(
+                    "an answer of the task has no tokens of its own after its context; change the task, or use a model"
+                    " with a tokenizer of characters or bytes"
+                )
+            visible = self._visible(context or [self.eot_token_id], continuation)
+            groups[tuple(visible)].append((i, continuation))
         scores: dict[int, tuple[float, bool]] = {}
         with evaluating(self.model):
             for context, continuations in groups.items():
@@ -300,7 +306,7 @@ class TimemixLM(TemplateLM):
         return Request(
             self.tok_encode(context) or [self.eot_token_id],
             given["max_gen_toks"],
-            Sampler(**chosen) if given["do_sample"] else Sampler(temperature=0),
+            Sampler(**(chosen if given["do_sample"] else chosen | {"temperature": 0})),
             sample=number,
             stop=[text for text in given["until"] if text],
             stop_tokens=() if end is None else (end,),
