@@ -1,7 +1,8 @@
 """Settings of the data: text source, train and validation split, tokenizer and order of batches."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from timemix.errors import InvalidValue
 from timemix.storage.settings import LARGEST_VOCABULARY, check_range
@@ -84,6 +85,19 @@ class DataConfig:
         check_range("data.vocab_size", self.vocab_size, 1, LARGEST_VOCABULARY)
         if self.valid_tokens is not None:
             check_range("data.valid_tokens", self.valid_tokens, 1, 2**63 - 1)
+
+    def contradictions(self, found: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """Yield each setting that differs from the value of existing data and from its default.
+
+        Args:
+            found: Values of the existing data, by name of the setting.
+
+        Yields:
+            Name of the setting, its value here, and the value of the existing data.
+        """
+        for name, own in found.items():
+            if (asked := getattr(self, name)) not in (own, getattr(DataConfig, name)):
+                yield name, asked, own
 
     def with_source(self, source: str) -> "DataConfig":
         """Return settings for another text, with the same `order` and `cross_documents`, which training uses.

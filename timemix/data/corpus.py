@@ -213,13 +213,12 @@ def open_prepared(config: DataConfig) -> Corpus:
     corpus = open_corpus(Path(config.source))
     made, info = corpus.tokenizer, corpus.info
     found = {"tokenizer": made.kind, "unknown": made.unknown, "template": info.template, "encoding": info.encoding}
-    for name, own in found.items():
-        if (asked := getattr(config, name)) not in (own, getattr(DataConfig, name)):
-            remedy = f"leave data.{name} out" if own is None else f"set data.{name} to {own}"
-            raise InvalidValue(
-                f"data.{name}={asked!r} differs from that of {config.source}, which is prepared: {own}; {remedy}, or"
-                " name the text instead"
-            )
+    for name, asked, own in config.contradictions(found):
+        remedy = f"leave data.{name} out" if own is None else f"set data.{name} to {own}"
+        raise InvalidValue(
+            f"data.{name}={asked!r} differs from that of {config.source}, which is prepared: {own}; {remedy}, or"
+            " name the text instead"
+        )
     return corpus
 
 

@@ -77,7 +77,7 @@ def prepare(
     Raises:
         AlreadyExists: `out` exists.
         InUse: Another process is preparing `out`.
-        InvalidValue: The text is empty or not in its encoding, or `config` contradicts `tokenizer`.
+        InvalidValue: The text is empty, not in its encoding or of too many files, or `config` contradicts `tokenizer`.
         Unfit: The validation text has characters outside the vocabulary, or the text changed during the call.
         FileError: A file is missing, damaged, not text, or cannot be written.
         Unavailable: A download failed, or a process ran out of memory.
@@ -407,10 +407,8 @@ def _write_info(
 
 def _refuse_other(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Raise InvalidValue if settings contradict an existing tokenizer."""
-    for name, own in (("tokenizer", tokenizer.kind), ("unknown", tokenizer.unknown)):
-        asked = getattr(config, name)
-        if asked not in (own, getattr(DataConfig, name)):
-            raise InvalidValue(
-                f"data.{name}={asked!r} contradicts the vocabulary of the trained model, whose data.{name} is {own!r};"
-                f" leave data.{name} out, or train a new model from random weights"
-            )
+    for name, asked, own in config.contradictions({"tokenizer": tokenizer.kind, "unknown": tokenizer.unknown}):
+        raise InvalidValue(
+            f"data.{name}={asked!r} contradicts the vocabulary of the trained model, whose data.{name} is {own!r};"
+            f" leave data.{name} out, or train a new model from random weights"
+        )

@@ -161,7 +161,21 @@ def _check(path: Path, published: Published, name_in_file: Callable[[str], str])
             raise DamagedFile(
                 f"{path} is damaged: {theirs!r} is {list(x.shape)}, not {list(shapes[name])}; restore it from a copy"
             )
-        if not x.is_floating_point() or x.dtype.itemsize < 2:
-            raise DamagedFile(f"{path} has {theirs!r} in {x.dtype}; give bfloat16, float16, float32 or float64")
-        if not torch.isfinite(x).all():
-            raise DamagedFile(f"{path} is damaged: {theirs!r} has a number that is not finite; restore it from a copy")
+        check_numbers(path, theirs, x)
+
+
+def check_numbers(path: Path, name: str, x: Tensor) -> None:
+    """Check that a tensor of a file has a supported dtype and finite numbers.
+
+    Args:
+        path: The file.
+        name: Name of the tensor in the file.
+        x: The tensor.
+
+    Raises:
+        DamagedFile: The dtype is not supported, or a number is not finite.
+    """
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise DamagedFile(f"{path} has {name!r} in {x.dtype}; give bfloat16, float16, float32 or float64")
+    if not torch.isfinite(x).all():
+        raise DamagedFile(f"{path} is damaged: {name!r} has a number that is not finite; restore it from a copy")

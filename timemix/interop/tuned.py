@@ -18,6 +18,7 @@ from timemix.data.config import DataConfig
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.generation.session import Session, save_session
 from timemix.interop.importing import save_imported
+from timemix.interop.published import check_numbers
 from timemix.models.layers.lora import merged
 from timemix.models.registry import find_architecture, load_part
 from timemix.runs.load import Loaded, load
@@ -69,10 +70,7 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None
         raise InvalidValue(f"lora_alpha is {alpha}; it must be above 0 and finite")
     tensors = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
     for name, x in tensors.items():
-        if not x.is_floating_point() or x.dtype.itemsize < 2:
-            raise DamagedFile(f"{path} has {name!r} in {x.dtype}; give bfloat16, float16, float32 or float64")
-        if not torch.isfinite(x).all():
-            raise DamagedFile(f"{path} is damaged: {name!r} has a number that is not finite; restore it from a copy")
+        check_numbers(path, name, x)
     own = {name: x for name, x in tensors.items() if name.endswith((STATE, DOWN, UP))}
     if not own:
         raise DamagedFile(
@@ -145,8 +143,8 @@ def _with_terms(
         rank = len(down) if down.ndim else 0
         _check_shape(path, stem + DOWN, down, (max(1, rank), weight.shape[1]))
         _check_shape(path, stem + UP, up, (weight.shape[0], rank))
-        weights[maps[stem]] = merged(weight, down.float(), up.float(), alpha / rank)
-        if not torch.isfinite(weights[maps[stem]]).all():
+        whole = weights[maps[stem]] = merged(weight, down.float(), up.float(), alpha / rank)
+        if not torch.isfinite(whole).all():
             raise InvalidValue(
                 f"the low-rank terms of {stem!r} in {path} exceed {weight.dtype} with lora_alpha {alpha:g}; give the"
                 " lora_alpha of their training"

@@ -201,9 +201,11 @@ class CompiledStep:
             InvalidValue: The counts are not one positive number for each row, with the number of tokens as their sum,
                 or a wanted index is outside the tokens. The C code does not check these indices.
         """
-        if (tokens if counts is None else len(counts)) != rows or (
-            counts is not None and (int(counts.sum()) != tokens or bool((counts < 1).any()))
-        ):
+        if counts is None:
+            fits = tokens == rows
+        else:
+            fits = len(counts) == rows and int(counts.sum()) == tokens and not (counts < 1).any()
+        if not fits:
             raise InvalidValue(
                 f"counts must have {rows} positive numbers, one for each row, with the sum {tokens}, the number of"
                 " tokens; without counts, each row has one token"

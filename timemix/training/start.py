@@ -51,7 +51,7 @@ WITHOUT_EFFECT = (
     "vocab_size",
     "vocabulary",
 )
-"""Settings that have no effect on a prepared folder, and that its files do not record."""
+"""Settings of how a text is prepared, which have no effect on a folder that is prepared already."""
 
 
 def new_run(
