@@ -106,6 +106,7 @@ def test_help_names_every_command(chat):
         ("/retry", "there is no turn to remove; give a message"),
         ("/save x", "the conversation is empty; type a message before you save it"),
         ("/load nothing", "nothing is missing"),
+        ("/load ~nobody-of-this-name/a", "~nobody-of-this-name/a is missing"),
         ("/load text.txt", "text.txt is damaged or not a safetensors file"),
         ("/fork main", "a conversation 'main' exists; choose another name, or type '/switch main'"),
         ("/switch mian", "unknown conversation 'mian'; did you mean 'main'?"),

@@ -17,7 +17,7 @@ from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_config, small_trainer, write_text_file
 from timemix.data.config import DataConfig
 from timemix.data.prepare import hold_out_end, prepare
-from timemix.errors import DamagedFile, InvalidValue, MissingFile
+from timemix.errors import DamagedFile, InvalidValue, MissingFile, NotFinite
 from timemix.evaluation.loss import loss_by_position, loss_per_token, windows
 from timemix.evaluation.texts import bits_per_byte, evaluate_held_out, evaluate_text
 from timemix.models.registry import list_architectures
@@ -151,6 +151,14 @@ def test_a_text_of_no_counted_bytes_has_no_bits_per_byte(tmp_path):
     valid = dataclasses.replace(corpus.info.valid, bytes=0)
     uncounted = dataclasses.replace(corpus, info=dataclasses.replace(corpus.info, valid=valid))
     assert bits_per_byte(1.0, uncounted) is None
+
+
+def test_a_loss_that_is_not_finite_is_refused(loaded):
+    model = build(VARIANTS["rwkv7"], vocab_size=loaded.tokenizer.vocab_size).float()
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    with pytest.raises(NotFinite, match="the loss is nan: the weights are damaged, or training diverged; use another"):
+        evaluate_text(model, loaded.tokenizer, TEXT[:500])
 
 
 def test_too_short_a_text(loaded):

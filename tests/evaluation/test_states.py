@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.models import VARIANTS, build
 from tests.helpers.runs import TEXT, small_trainer
+from timemix.errors import NotFinite
 from timemix.evaluation import states
 from timemix.evaluation.inspect import draw, inspect_run
 from timemix.evaluation.states import effective_rank, half_life, measure_states
@@ -138,6 +139,15 @@ def test_values_of_zero_leave_the_state_at_zero():
 
 def test_the_first_token_writes_a_matrix_of_rank_one():
     assert all(row.effective_rank[0] == pytest.approx(1) for row in measure_states(small(), TOKENIZER, TOKENS).heads)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_states_that_are_not_finite_are_refused(value):
+    model = small()
+    with torch.no_grad():
+        model.embedding.weight.fill_(value)
+    with pytest.raises(NotFinite, match="a state is not finite: the weights are damaged"):
+        measure_states(model, TOKENIZER, TOKENS)
 
 
 def test_a_long_text_is_measured_at_evenly_spaced_tokens(monkeypatch):

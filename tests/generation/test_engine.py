@@ -554,6 +554,18 @@ def test_a_queue_counts_neither_cancelled_requests_nor_those_that_a_free_slot_ta
     engine.step()
 
 
+def test_progress_counts_only_the_tokens_that_fit_after_a_session():
+    model = KINDS["rwkv1, compiled"]()
+    session = alone(model, Request([1, 2, 3], 2, keep_session=True))[-1].session
+    engine = Engine(model, slots=1)
+    long = model.max_position + 5
+    id = engine.add(Request([1] * long, 2, start=session))
+    before = engine.progress(id)
+    engine.step()
+    assert before == (0, long + session.unread)
+    assert engine.progress(id) == (model.max_position, model.max_position)
+
+
 def test_a_full_queue_refuses_until_one_has_left():
     engine = Engine(KINDS["rwkv1, compiled"](), slots=1, max_pending=2)
     first = engine.add(Request([1], 50))

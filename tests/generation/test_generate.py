@@ -89,6 +89,9 @@ def test_text_in_text_out(run):
     assert [len(t) for t in texts] == [50] * 3
     assert len(set(texts)) == 3
     assert timemix.generate(run, "the ", tokens=50, count=2, seed=1) == texts[:2]
+    for count in (0, 2.5, True):
+        with pytest.raises(InvalidValue, match=f"count is {count}; it must be a whole number, at least 1"):
+            timemix.generate(loaded, "the ", count=count)
     pieces = list(stream(loaded, "the ", tokens=50, seed=1))
     assert "".join(p for (p,) in pieces) == texts[0]
     assert all(len(p) <= 1 for (p,) in pieces)

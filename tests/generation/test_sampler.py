@@ -278,7 +278,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
     [
         ("temperature", -0.1, "-0.1; it must be at least 0"),
         ("temperature", math.nan, "nan; it must be at least 0"),
-        ("temperature", math.inf, "inf; it must be at least 0"),
+        ("temperature", math.inf, "inf; it must be at least 0 and finite"),
         ("top_k", -1, "-1; it must be a whole number, at least 0"),
         ("top_k", 1.5, "1.5; it must be a whole number, at least 0"),
         ("top_p", 0, "0; it must be above 0 and at most 1"),
@@ -287,7 +287,7 @@ def test_rows_without_a_distribution_are_refused(row, message):
         ("min_p", 1.1, "1.1; it must be from 0 to 1"),
         ("top_a", -0.1, "-0.1; it must be from 0 to 1"),
         ("top_a_power", -1, "-1; it must be at least 0"),
-        ("repetition_penalty", 0, "0; it must be above 0"),
+        ("repetition_penalty", math.inf, "inf; it must be above 0 and finite"),
         ("presence_penalty", math.inf, "inf; it must be a finite number"),
         ("frequency_penalty", "a", "'a'; it must be a finite number"),
         ("top_p", [0.5, 2.0], "2.0; it must be above 0 and at most 1"),

@@ -49,6 +49,23 @@ def test_a_loaded_session_continues_exactly(kind, tokens, tmp_path):
     assert [e.token for e in alone(model, rest)] == [e.token for e in alone(model, again)]
 
 
+def test_sessions_are_compared_by_identity_since_a_comparison_of_tensors_has_no_single_answer():
+    session = stream_of(KINDS["rwkv7"]())
+    copy = session.clone()
+    request = Request([], 1, start=session)
+    assert session == session
+    assert session != copy
+    assert session.state != copy.state
+    assert len({session, copy, session.state, copy.state, request}) == 5
+
+
+def test_a_session_is_saved_only_with_its_model(tmp_path):
+    session = stream_of(KINDS["rwkv7"]())
+    with pytest.raises(InvalidValue, match="session is a session of another model; pass the model of this session"):
+        save_session(session, tmp_path / "state", KINDS["rwkv4"]())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["rwkv4", "rwkv5"])
 def test_a_session_without_a_read_token_continues_exactly(kind):
     """The empty state of rwkv4 has exponents of -1e38, near the limit of float32."""

@@ -106,6 +106,24 @@ def test_a_file_without_unused_tensors(tmp_path):
     assert not list(run.rglob("unused.safetensors"))
 
 
+def test_a_tensor_with_two_prefixes(tmp_path):
+    weights = published_weights()
+    torch.save(weights | {"module.emb.weight": weights["emb.weight"] + 1}, tmp_path / "a.pth")
+    with pytest.raises(DamagedFile, match=r"a.pth has 'emb.weight' several times, with different prefixes; keep only"):
+        imported(tmp_path, tmp_path / "a.pth")
+
+
+def test_an_embedding_that_is_also_the_head(tmp_path):
+    weights = published_weights()
+    weights["head.weight"] = weights["emb.weight"]
+    torch.save(weights, tmp_path / "a.pth")
+    save_file({name: x.clone() for name, x in weights.items()}, tmp_path / "copies.safetensors")
+    run = timemix.load(imported(tmp_path, tmp_path / "a.pth"))
+    expected = timemix.load(imported(tmp_path, tmp_path / "copies.safetensors", "copies")).model.state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in run.model.state_dict().items())
+    assert torch.equal(expected["embedding.weight"], expected["head.weight"])
+
+
 @pytest.mark.parametrize("prefix", ["_forward_module.", "module.", "_orig_mod.", "module._orig_mod."])
 def test_names_with_the_prefixes_of_wrapped_models(tmp_path, prefix):
     torch.save({f"{prefix}{n}": x for n, x in published_weights().items()}, tmp_path / "a.pth")

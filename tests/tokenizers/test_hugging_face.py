@@ -141,8 +141,36 @@ def test_saved_and_loaded_again(path, tmp_path):
 )
 def test_other_tokenizers_are_refused(path, changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(DamagedFile, match="is no tokenizer file of timemix"):
+    with pytest.raises(DamagedFile, match="is (no tokenizer file of timemix|a tokenizer file of another)"):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["model"]["vocab"].update({"zzzz": 5000}), "the ids of the tokens have gaps"),
+        (lambda d: d["model"].update(dropout=0.5), "the tokenizer has affixes or dropout"),
+        (lambda d: d.update(decoder=None), "the tokenizer is not byte-level"),
+    ],
+)
+def test_the_reason_of_a_refusal_is_given(path, change, reason):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    expected = f"tokenizer.json is a tokenizer file of another program that timemix does not support: {reason}"
+    with pytest.raises(DamagedFile, match=expected):
+        load_tokenizer(path)
+
+
+def test_a_space_before_the_text_does_not_count(path):
+    document = json.loads(path.read_text())
+    document["pre_tokenizer"]["add_prefix_space"] = True
+    adding = HuggingFaceTokenizer(document)
+    # The first token of both texts is that of " the", or its first part.
+    assert adding.encode("the cat").tolist() == adding.encode(" the cat").tolist()
+    (characters, size), (of_spaced, size_of_spaced) = adding.first_size("the cat"), adding.first_size(" the cat")
+    assert (characters, size) == (of_spaced - 1, size_of_spaced - 1)
+    assert OURS.first_size("the cat") == OURS.spelled_size([OURS.encode("the cat")[:1]])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +189,7 @@ def test_damaged_tokenizers_are_refused(path, change):
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
-    with pytest.raises(DamagedFile, match="is no tokenizer file of timemix"):
+    with pytest.raises(DamagedFile, match="is (no tokenizer file of timemix|a tokenizer file of another)"):
         load_tokenizer(path)
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import importlib
 import io
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -175,13 +175,13 @@ class _Console:
         session = self._conversation.session
         if session is None:
             raise InvalidValue("the conversation is empty; type a message before you save it")
-        save_session(session, Path(path).expanduser(), self._model)
+        save_session(session, os.path.expanduser(path), self._model)
         _note(f"saved the state ({session.nbytes:,} bytes) to {escaped(path)}")
 
     def load(self, path: str) -> None:
         from timemix.generation.session import load_session
 
-        self._conversation.restart(load_session(Path(path).expanduser(), self._model))
+        self._conversation.restart(load_session(os.path.expanduser(path), self._model))
 
     def fork(self, name: str) -> None:
         if name in self._conversations:

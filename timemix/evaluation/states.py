@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from timemix.data.shards import Tokens
+from timemix.errors import NotFinite
 from timemix.models.language_model import LanguageModel, evaluating
 from timemix.ops.common import fused
 from timemix.reporting.plots import save_picture
@@ -94,6 +95,9 @@ def measure_states(model: LanguageModel, tokenizer: Tokenizer, tokens: np.ndarra
 
     Returns:
         The measurements; None if the architecture has no matrix states.
+
+    Raises:
+        NotFinite: A state is not finite.
     """
     recurrences = [each for block in model.blocks if (each := block.recurrence()) is not None]
     if not recurrences:
@@ -157,6 +161,10 @@ def _follow(recurrence: nn.Module, inputs: dict[str, Tensor], measured: list[int
         before = S
         # A call of `forward` runs no hook.
         _, S = recurrence.forward(**{name: x[:, t : t + 1] for name, x in inputs.items()}, state=S, lengths=None)
+        if not S.isfinite().all():
+            raise NotFinite(
+                "a state is not finite: the weights are damaged, or training diverged; use another checkpoint"
+            )
         changes.append(torch.linalg.matrix_norm(S - before).sum(-1))
         if t in measured:
             # (L, H, N, N) -> (L, 1, H, N)

@@ -10,7 +10,7 @@ import numpy as np
 
 from timemix.data.corpus import Corpus
 from timemix.data.shards import Tokens, counted_targets
-from timemix.errors import InvalidValue
+from timemix.errors import InvalidValue, NotFinite
 from timemix.evaluation.documents import DocumentLosses, document_start
 from timemix.evaluation.loss import loss_per_token
 from timemix.models.language_model import LanguageModel
@@ -104,6 +104,7 @@ def evaluate(
     Raises:
         InvalidValue: The text has fewer than two tokens, `stride` is below 1, `carry_state` or `by_document` is not
             supported, or `precision` is unknown.
+        NotFinite: The loss is not finite.
         FileError: The run, or its data, cannot be loaded.
     """
     if precision not in ("float32", "bfloat16"):
@@ -143,6 +144,7 @@ def evaluate_text(
 
     Raises:
         InvalidValue: The text gives fewer than two tokens, `stride` is below 1, or `carry_state` is not supported.
+        NotFinite: The loss is not finite.
     """
     plain = text if tokenizer.end_of_text is None else text.replace(DOCUMENT_END, "")
     whole_bytes = len(refuse_surrogates(plain))
@@ -205,6 +207,7 @@ def evaluate_held_out(
 
     Raises:
         InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
+        NotFinite: The loss is not finite.
     """
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
@@ -259,6 +262,8 @@ def in_units(
         document_start=start,
         documents=documents,
     )
+    if not math.isfinite(nats):
+        raise NotFinite(f"the loss is {nats}: the weights are damaged, or training diverged; use another checkpoint")
     count = counted_targets(tokens)
     bits = nats * count / math.log(2)
     characters, bytes_ = (max(size, 1) for size in predicted)

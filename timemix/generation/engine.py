@@ -38,7 +38,8 @@ class Engine:
     model's own forward pass, the logits of a request agree to 1e-5 for any other requests.
 
     While one thread calls `step` in a loop, any thread may call `add`, `cancel` and `session`. Concurrent calls of
-    `step` run one after another.
+    `step` run one after another. If engines in several threads share one model, call `model.eval()` first: each forward
+    pass of the model turns dropout off, and restores the mode of the model afterwards.
 
     Args:
         model: The model.
@@ -114,7 +115,7 @@ class Engine:
                 raise InvalidValue(f"token {token} is outside the vocabulary of {vocab_size}; ids start at 0")
         if request.stop and self.tokenizer is None:
             raise InvalidValue("stop strings need a tokenizer; pass one to Engine, or use stop_tokens")
-        if request.start is not None and _shapes(request.start.state) != _shapes(self._state):
+        if request.start is not None and request.start.state.shapes != self._state.shapes:
             raise InvalidValue("start is a session of another model; pass a session of this model")
         row = new_row(-1, request, self.tokenizer, self.model.max_position)
         if self.cache is not None and request.start is None and not request.prompt_log_probabilities:
@@ -326,6 +327,8 @@ class Engine:
             kept = limit if row.request.context == "exact" else max(row.unread, int(row.request.keep * limit))
             row.position, row.unread, row.prefix = 0, min(kept, limit, len(row.tokens)), None
             row.is_restarted = row.request.context == "reanchor"
+            if row.written == row.first:
+                row.total = row.unread
         if full:
             slots = torch.tensor([row.slot for row in full], device=self.model.device)
             self._state.put(slots, self.model.init_state(len(slots)))
@@ -387,8 +390,3 @@ class Engine:
         tokens = tuple(row.tokens[-max(row.unread, self._tokens_kept) :])
         held = "" if row.emitter is None else row.emitter.held
         return Session(self._copy(row), tokens, row.unread, row.written, frozenset(row.seen), held, dict(row.counts))
-
-
-def _shapes(state: State) -> list[dict[str, torch.Size]]:
-    """Return the shapes of one row of a state, by layer and name."""
-    return [{name: x.shape[1:] for name, x in layer.items()} for layer in state.layers]

@@ -6,7 +6,7 @@ from pathlib import Path
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.engine import Engine
 from timemix.generation.prompts import prompt_ids
-from timemix.generation.request import Context, Event, Request
+from timemix.generation.request import Context, Event, Request, is_integer
 from timemix.generation.sampler import Sampler
 from timemix.models.language_model import LanguageModel
 from timemix.models.quantize import Weights
@@ -132,8 +132,8 @@ def _engine(
     weights: Weights,
 ) -> Engine:
     """Create an engine with one request for `count` samples."""
-    if count < 1:
-        raise InvalidValue(f"count is {count}; it must be at least 1")
+    if not (is_integer(count) and count >= 1):
+        raise InvalidValue(f"count is {count!r}; it must be a whole number, at least 1")
     loaded = run if isinstance(run, Loaded) else load(run)
     tokenizer = loaded.tokenizer
     engine = Engine(loaded.model, tokenizer, slots=count, weights=weights)

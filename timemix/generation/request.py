@@ -15,7 +15,7 @@ Context = Literal["reanchor", "exact"]
 Finished = Literal["length", "stop", "error"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """Describe one text to generate, or several samples that continue one prompt.
 

@@ -82,7 +82,7 @@ class Row:
         is_cancelled: Whether the row must leave the engine after the step in progress.
         prompt_scores: Log-probability of each prompt token, and (token, log-probability) of the most probable tokens;
             None unless the request asks for them.
-        total: Number of prompt tokens: the value of `unread` when the request began.
+        total: Number of prompt tokens: the value of `unread` when the request began, or when its context restarted.
         prefix: Prefixes of the text, for the cache; None if the row does not use the cache.
         cached: Number of prompt tokens whose state came from the cache.
         is_restarted: Whether the context was re-anchored since the newest event.

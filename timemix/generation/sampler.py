@@ -34,13 +34,13 @@ FEW = 256
 """Number of tokens of a large vocabulary that usually reach `top_p` together."""
 
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("at least 0", lambda x: x >= 0),
+    "temperature": ("at least 0 and finite", lambda x: x >= 0),
     "top_k": ("a whole number, at least 0", lambda x: x >= 0 and x == int(x)),
     "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
     "top_a": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "top_a_power": ("at least 0", lambda x: x >= 0),
-    "repetition_penalty": ("above 0", lambda x: x > 0),
+    "top_a_power": ("at least 0 and finite", lambda x: x >= 0),
+    "repetition_penalty": ("above 0 and finite", lambda x: x > 0),
     "presence_penalty": ("a finite number", math.isfinite),
     "frequency_penalty": ("a finite number", math.isfinite),
 }

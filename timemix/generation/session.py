@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from timemix.config.version_1 import representation
-from timemix.errors import DamagedFile
+from timemix.errors import DamagedFile, InvalidValue
 from timemix.models.hashes import model_hash
 from timemix.models.language_model import LanguageModel
 from timemix.models.state import State
@@ -17,7 +17,7 @@ from timemix.storage.json_files import Count, to_json, to_record
 from timemix.storage.tensors import MOST_BRACES, check_content, open_tensors, tensors_from_bytes, tensors_to_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Session:
     """Store a text in progress: the state, and all other data that is needed to continue the text.
 
@@ -65,6 +65,7 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
         model: The session's model; the file holds the hash of the model's config and weights.
 
     Raises:
+        InvalidValue: The session has states of other shapes than the model.
         CannotWrite: The file cannot be written.
     """
     with atomic_file(Path(path)) as temporary:
@@ -80,7 +81,12 @@ def session_to_bytes(session: Session, model: LanguageModel) -> bytes:
 
     Returns:
         The content, a safetensors file.
+
+    Raises:
+        InvalidValue: The session has states of other shapes than the model.
     """
+    if session.state.shapes != model.init_state(1).shapes:
+        raise InvalidValue("session is a session of another model; pass the model of this session")
     tensors = {f"layers.{i}.{name}": x for i, layer in enumerate(session.state.layers) for name, x in layer.items()}
     about = _About(
         model=model_hash(model),

@@ -35,7 +35,7 @@ _VERSIONS = (
     ("4", r"\.att\.time_decay$"),
 )
 _MODEL_TYPES = {f"rwkv{version}": version for version in ("5", "6")}
-_PREFIXES = re.compile(r"(?:(?:_forward_module|module|_orig_mod)\.)+")
+_PREFIXES = re.compile(r"\A(?:(?:_forward_module|module|_orig_mod)\.)+")
 """Prefixes of all names in files of models in DeepSpeed, in DistributedDataParallel and from torch.compile."""
 
 
@@ -85,7 +85,7 @@ def read_published(path: Path, ctx_len: int) -> Published:
             return _exported(path, weights, document)
     else:
         weights = read_tensors(path) if path.suffix.lower() == ".safetensors" else read_torch_file(path)
-    weights = {name[found.end() if (found := _PREFIXES.match(name)) else 0 :]: x for name, x in weights.items()}
+    weights = _without_prefixes(path, weights)
     entry = _architecture(path, weights, document)
     if states := sorted(name for name in weights if name.endswith(".att.time_state")):
         raise DamagedFile(
@@ -105,6 +105,17 @@ def read_published(path: Path, ctx_len: int) -> Published:
         raise DamagedFile(f"{path} holds no complete model: {error}") from error
     _check(path, published, converter.published_name)
     return published
+
+
+def _without_prefixes(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their names without the prefixes of wrapped models."""
+    named = {}
+    for name, x in weights.items():
+        short = _PREFIXES.sub("", name)
+        if short in named:
+            raise DamagedFile(f"{path} has {short!r} several times, with different prefixes; keep only one of them")
+        named[short] = x
+    return named
 
 
 def _exported(path: Path, weights: dict[str, Tensor], document: dict[str, Any]) -> Published:

@@ -20,7 +20,7 @@ class WorkedOutAhead(Protocol):
         """
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """Store everything that a model needs about earlier tokens.
 
@@ -35,7 +35,7 @@ class State:
 
     position: Tensor
     layers: list[dict[str, Tensor]]
-    pending: WorkedOutAhead | None = field(default=None, repr=False, compare=False)
+    pending: WorkedOutAhead | None = field(default=None, repr=False)
 
     def clone(self) -> "State":
         """Return a copy of the state, which has its own tensors.
@@ -83,6 +83,11 @@ class State:
                 own[name][rows] = x
         if self.pending is not None:
             self.pending.rows_were_written(self, rows)
+
+    @property
+    def shapes(self) -> list[dict[str, torch.Size]]:
+        """Shapes of the tensors of one row, by layer and name."""
+        return [{name: x.shape[1:] for name, x in layer.items()} for layer in self.layers]
 
     @property
     def nbytes(self) -> int:

@@ -48,7 +48,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         OSError: The file cannot be written.
     """
-    whole = {name: x.contiguous() for name, x in tensors.items()}
+    whole = _apart(tensors)
     # The library creates files that only the owner may read. Files that Python creates follow the umask.
     path.touch()
     mode = path.stat().st_mode
@@ -65,6 +65,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     if path.stat().st_mode != mode:
         path.chmod(mode)
     return checksum
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, with copies of those that share numbers with another, which the library refuses."""
+    whole, end = {name: x.contiguous() for name, x in tensors.items()}, 0
+    for name, x in sorted(whole.items(), key=lambda item: item[1].data_ptr()):
+        if x.data_ptr() < end:
+            whole[name] = x.clone()
+        end = max(end, x.data_ptr() + x.nbytes)
+    return whole
 
 
 def copy_tensors(path: Path, names: Mapping[str, str], stored: Any, metadata: dict[str, str]) -> None:

@@ -25,6 +25,10 @@ _PROBE = "one two\nthree 12 345\n6 é ä\n木 木。木，Wort！a？b"
 """Text with all kinds of borders."""
 
 
+class Unsupported(ValueError):
+    """The reason why a tokenizer of another program is not supported, as a clause."""
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """Tokenizer of another program, whose tokens are the tokens of the `tokenizers` library.
 
@@ -32,7 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
         document: Content of the `tokenizer.json`, with at least one added token. timemix's own files have none.
 
     Raises:
-        ValueError: The tokenizer is not byte-level, two tokens have one id, the ids have gaps, it has no added token,
+        Unsupported: The tokenizer is not byte-level, two tokens have one id, the ids have gaps, it has no added token,
             an added token has several words, or the tokens of a word depend on the words before it.
     """
 
@@ -43,12 +47,12 @@ class HuggingFaceTokenizer(Tokenizer):
         model = document["model"]
         added = {each["id"]: each for each in document["added_tokens"]}
         if not added:
-            raise ValueError("the tokenizer has no added token")
+            raise Unsupported("the tokenizer has no added token")
         if len(added) < len(document["added_tokens"]) or len(set(model["vocab"].values())) < len(model["vocab"]):
-            raise ValueError("two tokens have one id")
+            raise Unsupported("two tokens have one id")
         # The library ends the process after a merge whose token it cuts inside a character.
         if any(model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")):
-            raise ValueError("the tokenizer has affixes or dropout, which byte-level tokenizers do not have")
+            raise Unsupported("the tokenizer has affixes or dropout, which byte-level tokenizers do not have")
         # A token of byte-level byte pair encoding has a printable character for each byte.
         byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
         # An entry of the vocabulary that is an added token may have other characters.
@@ -56,27 +60,35 @@ class HuggingFaceTokenizer(Tokenizer):
         spelled = {i: bytes(byte_of[character] for character in text) for text, i in entries.items()}
         spelled |= {i: b"" if each["special"] else each["content"].encode() for i, each in added.items()}
         if spelled.keys() != set(range(len(spelled))):
-            raise ValueError("the ids of the tokens have gaps")
+            raise Unsupported("the ids of the tokens have gaps")
         if not (_has_byte_level(document["pre_tokenizer"]) and _has_byte_level(document["decoder"])):
-            raise ValueError("the tokenizer is not byte-level")
+            raise Unsupported("the tokenizer is not byte-level")
         if model["type"] != "BPE":
-            raise ValueError("the tokenizer is no byte pair encoding")
+            raise Unsupported("the tokenizer is no byte pair encoding")
         if any(WORD_END.search(each["content"]) for each in added.values()):
-            raise ValueError("an added token has several words")
+            raise Unsupported("an added token has several words")
         super().__init__("byte", [spelled[i] for i in range(len(spelled))], document)
         self.document = document
         self.end_of_text = next((i for i, each in added.items() if each["content"] == END_OF_TEXT), None)
         self._library = tokenizers.Tokenizer.from_str(self._json)
         if any(self._library.token_to_id(each["content"]) != i for i, each in added.items()):
-            raise ValueError("an added token has another id in the vocabulary")
+            raise Unsupported("an added token has another id in the vocabulary")
         self._library.no_truncation()
         self._library.no_padding()
         # As in all tokenizers of timemix, no word of a text becomes the end-of-text token.
         self._library.encode_special_tokens = True
         borders = [border for border in _BORDERS if self._splits_at(border)]
         if not borders:
-            raise ValueError("the tokens of a word depend on the words before it")
+            raise Unsupported("the tokens of a word depend on the words before it")
         self.border = borders[0]
+        self._adds_space = self._split("a") != ["a"]
+
+    def first_size(self, text: str) -> tuple[int, int]:
+        """Count the characters and UTF-8 bytes that the first token of a text represents, as in `Tokenizer`."""
+        characters, size = super().first_size(text)
+        # A space that the tokenizer puts before the text is no part of the text.
+        added = self._adds_space and text[:1] not in ("", " ")
+        return characters - added, size - added
 
     def padded(self, vocab_size: int) -> "HuggingFaceTokenizer":
         """Return the tokenizer with more ids, which decode to nothing.

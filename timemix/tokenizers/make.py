@@ -13,7 +13,7 @@ from timemix.storage.json_files import parse_json
 from timemix.tokenizers.base import DOCUMENT_END, KINDS, UNKNOWN, Tokenizer, refuse_surrogates
 from timemix.tokenizers.character import ByteTokenizer, CharacterTokenizer
 from timemix.tokenizers.document import END_ENTRY, in_order
-from timemix.tokenizers.hugging_face import HuggingFaceTokenizer
+from timemix.tokenizers.hugging_face import HuggingFaceTokenizer, Unsupported
 from timemix.tokenizers.subword import SubwordTokenizer, train_subwords
 from timemix.tokenizers.word import WordTokenizer, train_words
 from timemix.tokenizers.world import WorldTokenizer
@@ -107,6 +107,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             raise ValueError("the vocabulary is empty")
         if json.loads(tokenizer.to_json()) != document:
             raise ValueError("the settings differ from the settings of timemix")
+    except Unsupported as error:
+        raise DamagedFile(
+            f"{path} is a tokenizer file of another program that timemix does not support: {error}; give the"
+            " tokenizer.json of a run"
+        ) from error
     except Exception as error:  # The library raises bare Exception.
         raise DamagedFile(f"{path} is no tokenizer file of timemix; give the tokenizer.json of a run") from error
     return tokenizer
