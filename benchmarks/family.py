@@ -219,7 +219,8 @@ def speed_block(found: dict[str, Any]) -> str:
 def hours_block() -> str:
     """Return the number and the time of the finished runs of each part as a Markdown table."""
     rows, counted = [["part", "runs", "hours of runs"]], set[str]()
-    for name in (*LOSSES, *TASKS):
+    # The runs of an unfinished part are not counted.
+    for name in (*(each for each in LOSSES if table_of(each) is not None), *TASKS):
         paths = [p for p in sorted((RESULTS / name).glob("*.json")) if p.name != "table.json"]
         found = [(p, read_json(p)) for p in paths]
         # A run of an earlier part has the same key there, and is not trained again.

@@ -85,6 +85,10 @@ def test_the_hours_count_a_run_of_two_parts_once(results):
         (results / f"{name}.json").write_text(json.dumps({"key": "same", "seconds": 1800.0}))
     (results / "family-time" / "rwkv7.seed-2.json").write_text(json.dumps({"key": "other", "seconds": 3600.0}))
     (results / "family-time" / "rwkv7.memory.json").write_text(json.dumps({"key": "m", "peak_memory": 1.0}))
+    (results / "family-time" / "table.json").write_text("{}")
+    # The page says of a part without a table that it was not run yet.
+    (results / "family-512").mkdir()
+    (results / "family-512" / "rwkv7.seed-1.json").write_text(json.dumps({"key": "third", "seconds": 1800.0}))
     rows = family.hours_block().splitlines()[2:]
     assert rows == ["| [family](#family) | 1 | 0.5 |", "| [family-time](#family-time) | 1 | 1.0 |"]
 

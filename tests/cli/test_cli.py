@@ -488,10 +488,15 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr("timemix.cli.info.info", fail)
+    monkeypatch.setattr("timemix.cli.train.train", fail)
+    monkeypatch.setattr("timemix.cli.compare.compare", fail)
     with pytest.raises(SystemExit):
-        main(["info"])
+        main(["train"])
     assert capsys.readouterr().err == f"timemix: {sentence or error}\n"
+    # The settings of a comparison are in its file.
+    with pytest.raises(SystemExit):
+        main(["compare"])
+    assert capsys.readouterr().err == f"timemix: {error}\n"
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ def test_the_help_fits_the_width(capsys, monkeypatch):
             "unknown option '--model.no-alpha' for --model.arch llama; leave it out, or choose an architecture with"
             " this option: rwkv1, rwkv1_exp, mha_pro",
         ),
+        ("compare heads --model.ctx-len 2", "unknown option '--model.ctx-len'; see timemix compare --help"),
         ("train --ou r", "unknown option '--ou'; did you mean '--out'?"),
         ("eval r -x", "unknown option '-x'; see timemix eval --help"),
         ("train --out", "--out needs a value; see timemix train --help"),

@@ -452,11 +452,16 @@ def test_a_budget_in_seconds_is_measured_once(tmp_path, monkeypatch):
     )
     experiment = small(write_text_file(tmp_path), tokens=None, seconds=1.5, tune={}, seeds=(1, 2))
     comparison = Comparison(experiment, tmp_path / "out")
+    assert comparison.estimate() == "unfinished runs: 4, about 0:06 in one process"
     monkeypatch.setattr(Comparison, "memory", lambda self, variant: None)
     finish(comparison)
     assert all(comparison.result(j).steps == 6 for v in experiment.variants for j in comparison.seed_jobs(v))
     write_report(comparison)
     assert "Each variant is trained for 1.5 s, once with each seed" in (tmp_path / "out" / "table.md").read_text()
+    early = replace(experiment, verdicts=(replace(experiment.verdicts[0], at_step=8),))
+    sentence = "at_step=8 of a verdict is after the last step of variant 'rwkv1', whose budget of 1.5 s gives 6 steps"
+    with pytest.raises(InvalidValue, match=sentence):
+        Comparison(early, tmp_path / "early")
 
 
 def test_the_report_names_precisions_that_differ_between_processors(tmp_path, monkeypatch):

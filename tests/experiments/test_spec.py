@@ -119,6 +119,7 @@ def test_another_text_changes_the_source_alone(tmp_path):
         ("tokens = 6400", "tokens = 6400\nseconds = 5", "give either tokens or seconds"),
         ("tokens = 6400", "tokens = -1", "tokens is -1; it must be above 0"),
         ("train.lr = [1e-3, 2e-3]", "train.lr = 1e-3", "tune.train.lr is 0.001; it must be a list of values"),
+        ("train.lr = [1e-3, 2e-3]", "train.lr = [1e-3, 2e-3, 1e-3]", "tune.train.lr is [0.001, 0.002, 0.001], with a"),
         ("train.lr = [1e-3, 2e-3]", "train.lrr = [1e-3]", "unknown field 'train.lrr'; did you mean 'lr'?"),
         ('worse = "weighted"', 'worse = "weigted"', "a verdict names the variant 'weigted'; did you mean 'weighted'?"),
         ('title = "two"', 'title = "two"\npreset = "small"', "unknown preset 'small'"),

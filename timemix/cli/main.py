@@ -135,10 +135,12 @@ def _with_flags(error: TimemixError, arguments: list[str]) -> str:
     """Return the message of an error, with flags in place of argument names.
 
     Settings have a dotted name: `train.batch_size` becomes `--train.batch-size`. If the verb has the option
-    `--seconds` and not `--train.seconds`, `train.seconds` becomes `--seconds`. Library arguments that are command-line
-    options begin the message, or stand before `=`: `top_p must be ...` becomes `--top-p must be ...`.
-    Quoted values do not change. The message about a file does not change either: a dotted name in such a message is a
-    field of the file.
+    `--seconds` and not `--train.seconds`, `train.seconds` becomes `--seconds`. A verb without options of settings, such
+    as `compare`, keeps the dotted name, which is a field of its experiment file or of its run.
+
+    Library arguments that are command-line options begin the message, or stand before `=`: `top_p must be ...` becomes
+    `--top-p must be ...`. Quoted values do not change. The message about a file does not change either: a dotted name
+    in such a message is a field of the file.
     """
     if isinstance(error, FileError):
         return str(error)
@@ -159,6 +161,8 @@ def _with_flags(error: TimemixError, arguments: list[str]) -> str:
         if name not in known and name not in plain:
             return name
         last = name.rpartition(".")[2]
+        if name not in plain and not dotted and last not in plain:
+            return name
         own = last if name not in dotted and last in plain else name
         return f"--{own.replace('_', '-')}"
 

@@ -95,11 +95,11 @@ def _unknown(word: str, options: Sequence[Option], see: str) -> str:
     name = word.partition("=")[0]
     flags = [flag for option in options if not option.is_positional for flag in option.names]
     plain = name.replace("_", "-").lstrip("-")
-    if architectures := _architectures_with(plain):
-        own = next((f" {option.default}" for option in options if option.flag == "model.arch"), "")
+    arch = next((option for option in options if option.flag == "model.arch"), None)
+    if arch is not None and (architectures := _architectures_with(plain)):
         return (
-            f"unknown option {name!r} for --model.arch{own}; leave it out, or choose an architecture with this option:"
-            f" {', '.join(architectures)}"
+            f"unknown option {name!r} for --model.arch {arch.default}; leave it out, or choose an architecture with"
+            f" this option: {', '.join(architectures)}"
         )
     # First try the part of a flag after the dot: --lr means --train.lr.
     close = [flag for flag in flags if flag.endswith(f".{plain}")] or get_close_matches(f"--{plain}", flags, n=1)

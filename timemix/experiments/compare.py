@@ -109,6 +109,7 @@ class Comparison:
             is_tuned = any(len(points) > 1 for points in self._points.values())
             self._texts = Texts(out / "data", configs, is_tuned=is_tuned)
             self._step_counts = {v.name: self._count_steps(v) for v in experiment.variants}
+            self._check_verdicts()
         corpora = [self.corpus(v) for v in experiment.variants]
         self.prompts = experiment.prompts or (common_beginning(corpora),)
         for corpus, prompt in itertools.product(corpora, self.prompts):
@@ -117,6 +118,18 @@ class Comparison:
             for tuning in {False, len(self._points[variant.name]) > 1}:
                 self._check_length(variant, self.corpus(variant, tuning))
         self._refuse_results_of_others()
+
+    def _check_verdicts(self) -> None:
+        """Check that each validated step of a verdict is within the steps that a budget of seconds gives."""
+        for verdict in self.experiment.verdicts:
+            for name in (verdict.better, verdict.worse):
+                steps = self._step_counts[name]
+                if verdict.at_step is not None and steps is not None and verdict.at_step > steps:
+                    raise InvalidValue(
+                        f"at_step={verdict.at_step} of a verdict is after the last step of variant {name!r}, whose"
+                        f" budget of {self.experiment.seconds:g} s gives {steps} steps; give a smaller at_step, or more"
+                        " seconds"
+                    )
 
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
         config = self._first_config(variant)
@@ -261,16 +274,12 @@ class Comparison:
     def estimate(self) -> str:
         """Return the number of unfinished runs and their training time in one process as text; "" if none is left."""
         left = [job for job in self._jobs() if not self._ended(job)]
-        seconds = 0.0
-        for job in left:
+        seconds = (self.experiment.seconds or 0) * len(left)
+        for job in left if self.experiment.seconds is None else ():
             step_seconds = self._step_cost(job.variant).step_seconds
             if step_seconds is None:
                 return f"unfinished runs: {len(left)}"
-            steps = self._step_counts[job.variant.name]
-            seconds += (
-                step_seconds
-                * self.experiment.config(job.variant, self._points[job.variant.name][0], 0, steps).train.steps
-            )
+            seconds += step_seconds * self._first_config(job.variant).train.steps
         return f"unfinished runs: {len(left)}, about {clock(seconds)} in one process" if left else ""
 
     def _ready(self, job: Job) -> bool:

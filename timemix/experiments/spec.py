@@ -112,6 +112,8 @@ class Experiment:
         for key, values in flat(self.tune).items():
             if not isinstance(values, list) or not values:
                 raise InvalidValue(f"tune.{key} is {values!r}; it must be a list of values")
+            if any(values.count(each) > 1 for each in values):
+                raise InvalidValue(f"tune.{key} is {values}, with a repeated value; give each value once")
             if key.startswith("data."):
                 raise InvalidValue(
                     f"tune.{key} cannot be tuned, since all points of a grid have one text; leave tune.{key} out"
