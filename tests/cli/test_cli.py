@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers.commands import run_command
 from tests.helpers.pages import blocks
-from tests.helpers.runs import TEXT
+from tests.helpers.runs import TEXT, write_text_file
 from timemix.bench.measure import StepSpeed
 from timemix.cli.compare import CompareArguments, _of_architectures
 from timemix.cli.main import main
@@ -406,6 +406,17 @@ def test_inspect_prints_draws_and_gives_json(trained, use):
     assert all((trained / p).stat().st_size > 3000 for p in pictures)
     _, out, _ = use("inspect", "runs/mine", "--data", "my.txt", "--tokens", "200", "--json", "--out", "i")
     assert len(json.loads(out)["projections"]) == 4 * 6
+
+
+def test_a_run_without_held_out_text_needs_a_text(call, tmp_path):
+    write_text_file(tmp_path)
+    status, _, err = call("train", "--data", "text.txt", "--out", "all", "--data.valid-fraction", "0", *TINY)
+    assert status == 0, err
+    sentences = {"eval": "a loss needs at least 2; name a text", "inspect": "at least 2 are needed; add --data"}
+    for verb, words in sentences.items():
+        status, _, err = call(verb, "all")
+        assert status == 2
+        assert err == f"timemix: the held-out text of the run has 0 tokens, but {words}\n"
 
 
 def test_inspect_of_a_run_without_weights_says_what_can_be_shown(call, trained, tmp_path):

@@ -64,6 +64,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(write):
     assert options("--config", path, "--data.source=other.txt").data.source == "other.txt"
 
 
+def test_a_small_learning_rate_of_the_command_does_not_rise(write):
+    def rates(*arguments):
+        train = options(*arguments).train
+        return train.lr, train.lr_final
+
+    assert preset("demo").train.lr_final > 1e-5
+    assert rates("demo", "--train.lr", "1e-5") == (1e-5, 1e-5)
+    assert rates("demo", "--train.lr=1") == (1, preset("demo").train.lr_final)
+    assert rates("demo", "--train.lr", "1e-5", "--train.lr_final", "1") == (1e-5, 1)
+    assert rates("--config", write("[train]\nlr = 1e-5\nlr_final = 1\n")) == (1e-5, 1)
+
+
 def test_without_a_preset_the_default_one_fills_the_file(write):
     parsed = options("--config", write("[train]\nlr = 1\n"))
     assert (parsed.model, parsed.train.lr) == (preset("cpu-small").model, 1.0)
@@ -173,8 +185,25 @@ def test_a_file_of_a_run_with_a_start_starts_there_too(tmp_path, monkeypatch, ca
     assert read_toml(Path("again/config.toml")) == read_toml(Path("next/config.toml"))
     assert Path("again/checkpoints/step-00000002").exists()
     capsys.readouterr()
+    for option in ("--data.vocabulary", "--data.vocab_size"):
+        assert call("train", "--from", "run", "--out", "x", option, "300") == 2
+        flag = option.replace("_", "-")
+        assert f"{flag} has no effect with --from, whose model has its own vocabulary" in capsys.readouterr().err
     assert call("train", "--from", "run", "--out", "x", "--model.arch", "mha_pro") == 2
     assert "--model.arch='mha_pro' differs from 'rwkv1' in run" in capsys.readouterr().err
+
+
+def test_the_advice_about_a_path_in_place_of_a_preset_is_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_trainer(tmp_path, name="my run").run()
+    Path("my text.txt").write_text(TEXT)
+    for path, advice in (
+        ("my run", "timemix train --resume 'my run'"),
+        ("my run/config.toml", "timemix train --config 'my run/config.toml' --out RUN"),
+        ("my text.txt", "timemix train --data 'my text.txt' --out RUN"),
+    ):
+        assert call("train", path, "--out", "r") == 2
+        assert capsys.readouterr().err.rstrip().endswith(advice)
 
 
 def call(*arguments):

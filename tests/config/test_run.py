@@ -90,6 +90,7 @@ def test_the_large_preset_of_rwkv7_has_the_size_of_the_published_model():
             "fractions must be from 0 to 1, and their sum at most 1",
         ),
         (lambda: TrainConfig(lr=float("nan")), "train.lr is nan; it must be at least 0"),
+        (lambda: TrainConfig(eps=0), "train.eps is 0; it must be above 0 and finite"),
         (lambda: TrainConfig(batch_size=10, accumulation=3), "train.accumulation=3 does not divide"),
         (lambda: from_dict(RunConfig, {"model": {"layer": 3}}), "unknown field 'model.layer'; did you mean 'layers'?"),
         (lambda: from_dict(RunConfig, {"model": {"layers": "3"}}), "model.layers is '3'; it must be of type int"),

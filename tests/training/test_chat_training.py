@@ -218,6 +218,23 @@ def test_eval_measures_the_answers_of_conversations(folder, loaded, capsys, tmp_
         assert (status, words in errors) == (2, True), errors
 
 
+def test_eval_says_of_unknown_characters_only_that_they_are_skipped(folder, loaded, capsys, tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "1+1 Ω", "completion": "2"}) + "\n")
+    options = ("eval", folder / "run", "--data", tmp_path / "other.jsonl", "--template", "world")
+    assert loaded.tokenizer.unknown == "error"
+    assert "1 unknown characters skipped, because the vocabulary has no <unk>\n" in run_command(capsys, *options)[1]
+
+
+def test_inspect_reads_conversations_as_eval_does(folder, capsys, tmp_path):
+    options = ("--checkpoint", "newest", "--data", folder / "chat.jsonl", "--template", "world", "--json")
+    status, out, errors = run_command(capsys, "inspect", folder / "run", "--out", tmp_path, *options)
+    assert status == 0, errors
+    loss = json.loads(run_command(capsys, "eval", folder / "run", *options)[1])["nats_per_token"]
+    assert json.loads(out)["loss"] == pytest.approx(loss, rel=1e-5)
+    status, _, errors = run_command(capsys, "inspect", folder / "run", "--template", "world")
+    assert (status, "--template is for the conversations of --data" in errors) == (2, True)
+
+
 def test_each_conversation_has_equal_weight_by_document(loaded):
     """Without earlier conversations, the loss of each one is the mean of its counted tokens."""
     corpus = loaded.corpus()

@@ -1,5 +1,6 @@
 """A loss mask: losses, gradients and validation count only its tokens, for any division of a batch."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -130,6 +131,26 @@ def test_a_batch_without_counted_targets_has_loss_and_gradients_zero(plain, accu
     trainer = trainer_of(plain, np.zeros(len(plain.corpus.train), np.uint8), accumulation=accumulation)
     assert trainer.train_step() == (0.0, 0.0)
     assert all(not gradient.any() for gradient in gradients(trainer.model).values())
+
+
+def test_a_batch_without_counted_targets_has_no_loss_in_the_metrics(plain, tmp_path):
+    counted = np.zeros(len(plain.corpus.train), np.uint8)
+    counted[: len(counted) // 8] = 1
+    config = replace(
+        plain.config, train=replace(plain.config.train, batch_size=2, log_every=1, valid_every=100, steps=30)
+    )
+    corpus = replace(plain.corpus, train=masked(plain.corpus.train, counted), valid=plain.corpus.valid)
+    trainer = Trainer(config, tmp_path, corpus)
+    shown = []
+    trainer.run(lambda progress: shown.append(progress.loss))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    has_loss = [trainer.batches.counted(step) > 0 for step in range(30)]
+    assert 0 < sum(has_loss) < 30
+    assert [line.get("loss", 0) > 0 for line in lines] == has_loss
+    assert ["loss" in line for line in lines] == has_loss
+    # The progress keeps the newest loss.
+    assert all(loss > 0 for loss in shown[has_loss.index(True) :])
+    assert trainer._spikes.state[2] == sum(has_loss)
 
 
 def test_pieces_without_counted_targets_are_left_out(plain):

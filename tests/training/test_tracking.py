@@ -186,6 +186,11 @@ def test_hooks_are_named_as_module_and_function(tmp_path, monkeypatch):
     for name in ("my_hooks", "my_hooks:read", "nothing_here:write", "my_hooks:number", "./my_hooks.py:write", ":", ""):
         with pytest.raises(InvalidValue, match="hook .*as module:function"):
             load_hook(name)
+    (tmp_path / "failing.py").write_text("raise RuntimeError('no key')\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    for name, reason in (("failing", "RuntimeError: no key"), ("broken", "SyntaxError: invalid syntax")):
+        with pytest.raises(InvalidValue, match=f"hook '{name}:f' cannot be imported: {reason}.*; correct the module"):
+            load_hook(f"{name}:f")
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from timemix.cli.options import RunFolder, parse, refuse_text_options
+from timemix.cli.options import RunFolder, parse, refuse_template, refuse_text_options
 from timemix.data.config import Template
 from timemix.errors import InvalidValue
 from timemix.storage.json_files import to_json
@@ -88,9 +88,7 @@ def eval(arguments: list[str]) -> int:
     if "--tasks" in arguments and not parsed.tasks:
         raise InvalidValue("--tasks has no task; name at least one task")
     _check_tasks(parsed)
-    if parsed.template is not None and (parsed.data is None or parsed.text_key is not None):
-        way = "add --data" if parsed.data is None else "leave --text-key out"
-        raise InvalidValue(f"--template is for the conversations of --data, which have no text key; {way}")
+    refuse_template(parsed.template, parsed.data, parsed.text_key)
     from timemix.data.sources import read_source
     from timemix.evaluation.conversations import evaluate_conversations
     from timemix.evaluation.texts import evaluate_held_out, evaluate_text
@@ -200,8 +198,11 @@ def _eval_tasks(parsed: EvalArguments, loaded: "Loaded") -> int:
 def _treatment_of_unknown(loaded: "Loaded", result: "Evaluation") -> str:
     if loaded.tokenizer.unknown != "error":
         return {"unk": "read as <unk>", "byte": "read as their bytes"}[loaded.tokenizer.unknown]
+    skipped = "skipped, because the vocabulary has no <unk>"
+    if result.predicted_tokens < result.tokens - 1:
+        return skipped
     share = result.predicted_characters / result.characters
     return (
-        f"skipped, because the vocabulary has no <unk>; the losses cover the other {result.predicted_characters:,}"
+        f"{skipped}; the losses cover the other {result.predicted_characters:,}"
         f" characters ({result.predicted_bytes:,} bytes), {share:.1%} of the text"
     )

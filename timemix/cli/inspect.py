@@ -1,13 +1,15 @@
 """The command-line verb inspect: show the curves, projections, token-shift and matrix states of a trained model."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from timemix.cli.options import RunFolder, parse, refuse_text_options
+from timemix.cli.options import RunFolder, parse, refuse_template, refuse_text_options
+from timemix.data.config import Template
 from timemix.errors import DamagedFile, InvalidValue
 from timemix.storage.json_files import to_json
 
@@ -38,6 +40,9 @@ class InspectArguments:
     text_key: Annotated[str | None, tyro.conf.arg(aliases=["--data.text-key"])] = None
     """Key of the text in .jsonl and .ndjson files, or column of .parquet, .csv and .tsv files. Default: text; .csv and
     .tsv files are then plain text."""
+    template: Annotated[Template | None, tyro.conf.arg(aliases=["--data.template"])] = None
+    """Chat template for records with `messages`, or with `prompt` and `completion`; only answers count in the losses.
+    Default: the records have texts."""
     tokens: int = 16384
     """Largest number of tokens of the text to use, at least 2."""
     checkpoint: str = "best"
@@ -56,8 +61,10 @@ def inspect(arguments: list[str]) -> int:
     parsed = parse(InspectArguments, arguments, "inspect")
     if parsed.data is None:
         refuse_text_options(arguments)
+    refuse_template(parsed.template, parsed.data, parsed.text_key)
     from timemix.data.corpus import evenly_spaced
     from timemix.data.sources import read_source
+    from timemix.evaluation.conversations import encode_conversations
     from timemix.evaluation.inspect import draw, inspect_run
     from timemix.runs.folder import checkpoints
     from timemix.runs.load import load
@@ -66,16 +73,28 @@ def inspect(arguments: list[str]) -> int:
     if (parsed.run / "metrics.jsonl").exists() and not checkpoints(parsed.run):
         raise DamagedFile(
             f"{parsed.run} has no checkpoint, so there are no weights to show; draw its losses with:"
-            f" timemix plot {parsed.run}"
+            f" timemix plot {shlex.quote(str(parsed.run))}"
         )
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]))
     run = loaded.folder.parent.parent
     if parsed.data is None:
         tokens: Any = loaded.corpus().valid
+        if len(tokens) < 2:
+            raise InvalidValue(
+                f"the held-out text of the run has {len(tokens)} tokens, but at least 2 are needed; add --data"
+            )
     else:
-        tokens, _ = loaded.tokenizer.encode_lenient(
-            read_source(parsed.data, encoding=parsed.encoding, keep_nul=parsed.keep_nul, text_key=parsed.text_key).text
-        )
+        text = read_source(
+            parsed.data,
+            encoding=parsed.encoding,
+            keep_nul=parsed.keep_nul,
+            text_key=parsed.text_key,
+            template=parsed.template,
+        ).text
+        if parsed.template is None:
+            tokens, _ = loaded.tokenizer.encode_lenient(text)
+        else:
+            tokens, _ = encode_conversations(loaded.tokenizer, text)
     report = inspect_run(loaded, evenly_spaced(tokens, parsed.tokens))
     pictures = draw(report, loaded.config.model, parsed.out or run / "inspect")
     if parsed.json:

@@ -220,3 +220,19 @@ def refuse_text_options(arguments: Sequence[str]) -> None:
     for flag in ("--encoding", "--keep-nul", "--text-key"):
         if any(each.split("=")[0].replace("_", "-") in (flag, f"--data.{flag[2:]}") for each in arguments):
             raise InvalidValue(f"{flag} has no effect without --data; leave {flag} out, or add --data")
+
+
+def refuse_template(template: str | None, data: str | None, text_key: str | None) -> None:
+    """Refuse a chat template without a text, or with the key of a text.
+
+    Args:
+        template: Name of the template, or None.
+        data: Source of the text, or None.
+        text_key: Key of the text in records, or None.
+
+    Raises:
+        InvalidValue: `template` is given without `data` or with `text_key`.
+    """
+    if template is not None and (data is None or text_key is not None):
+        way = "add --data" if data is None else "leave --text-key out"
+        raise InvalidValue(f"--template is for the conversations of --data, which have no text key; {way}")

@@ -133,9 +133,9 @@ def _way_to_train(path: str) -> str:
     """Return the advice about a path in place of a preset."""
     shown = shlex.quote(path)
     if (Path(path) / "config.toml").exists():
-        return f"to resume this run: timemix train --resume {shlex.quote(str(shown))}"
+        return f"to resume this run: timemix train --resume {shown}"
     if Path(path).suffix == ".toml":
-        return f"to train with the settings of this file: timemix train --config {shlex.quote(str(shown))} --out RUN"
+        return f"to train with the settings of this file: timemix train --config {shown} --out RUN"
     return f"to train on this text: timemix train --data {shown} --out RUN"
 
 
@@ -209,7 +209,8 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
     if choice.resume is not None:
         _check_resumable(arguments, choice.resume)
         settings = _with_budget(_config_of(choice.resume).train, arguments)
-        return parse(ResumeArguments, arguments, "train", ResumeArguments(choice.resume, settings))
+        resumed = parse(ResumeArguments, arguments, "train", ResumeArguments(choice.resume, settings))
+        return replace(resumed, train=_without_rise(resumed.train, arguments))
     has_text = any(word.partition("=")[0] in ("--data", "--data.source") for word in arguments)
     config = _defaults(choice, has_text)
     default = TrainArguments(
@@ -222,7 +223,17 @@ def train_options(arguments: list[str]) -> ResumeArguments | TrainArguments:
     )
     parsed = parse(TrainArguments, arguments, "train", default, choice)
     _check_lora(arguments, parsed.train)
-    return parsed
+    if choice.from_ is not None:
+        _check_vocabulary(arguments)
+    return replace(parsed, train=_without_rise(parsed.train, arguments))
+
+
+def _without_rise(train: TrainConfig, arguments: list[str]) -> TrainConfig:
+    """Return settings whose last learning rate is not above the `--train.lr` of the command, unless it names both."""
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    if "--train.lr" in given and "--train.lr-final" not in given:
+        return replace(train, lr_final=min(train.lr_final, train.lr))
+    return train
 
 
 def _check_lora(arguments: list[str], train: TrainConfig) -> None:
@@ -231,6 +242,15 @@ def _check_lora(arguments: list[str], train: TrainConfig) -> None:
         if flag.startswith("--train.lora-") and train.tune != "lora":
             raise InvalidValue(
                 f"{flag} needs --train.tune lora, but --train.tune is {train.tune}; set --train.tune to lora"
+            )
+
+
+def _check_vocabulary(arguments: list[str]) -> None:
+    """Raise InvalidValue for options of a new vocabulary in a run that starts from a trained model."""
+    for flag in (word.partition("=")[0].replace("_", "-") for word in arguments):
+        if flag in ("--data.vocabulary", "--data.vocab-size"):
+            raise InvalidValue(
+                f"{flag} has no effect with --from, whose model has its own vocabulary; leave {flag} out"
             )
 
 
@@ -299,6 +319,9 @@ def _trackers(reporting: Reporting, trainer: "Trainer") -> "list[Hook]":
             started.append(start_tracker(reporting.track, trainer.out, trainer.config, reporting.track_project))
         except Unavailable as error:
             resume = f"{own_command()} train --resume {shlex.quote(str(trainer.out))} --track {reporting.track}"
+            for flag, value in (("--track-project", reporting.track_project), ("--hook", reporting.hook)):
+                resume += "" if value is None else f" {flag} {shlex.quote(value)}"
+            resume += " --tensorboard" if reporting.tensorboard else ""
             raise Unavailable(f"{error}; the run is ready to train: {resume}") from error
     return started
 

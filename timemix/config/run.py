@@ -104,14 +104,16 @@ class TrainConfig:
     lr: float = 3e-3
     """Largest learning rate, at least 0."""
     lr_final: float = 1e-4
-    """Learning rate at the end of the run, at least 0."""
+    """Learning rate at the end of the run, at least 0.
+    On the command line, a smaller --train.lr without --train.lr-final is also the last learning rate."""
     embedding_lr: float = 1.0
     """Learning rate of the embedding as a multiple of --train.lr, at least 0."""
     schedule: Schedule = "cosine"
     """Schedule of the learning rate from --train.lr to --train.lr-final.
     With `constant`, the learning rate decays only over the last share of the run, --train.decay."""
     warmup: float = 0.0
-    """Share of the run, from 0 to 1, over which the learning rate rises from 0 (in rwkv7, from 0.01 --train.lr)."""
+    """Share of the run, from 0 to 1, over which the learning rate rises from 0 (in rwkv4 from 0.2 --train.lr, in rwkv5
+    to rwkv7 from 0.01 --train.lr)."""
     decay: float = 0.2
     """Last share of the run, from 0 to 1, over which the learning rate of --train.schedule constant decays linearly."""
     optimizer: OptimizerName = "adamw"
@@ -119,9 +121,10 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the first and second moment, each from 0 up to but not including 1."""
     eps: float = 1e-8
-    """AdamW's epsilon, at least 0."""
+    """AdamW's epsilon, above 0."""
     weight_decay: float = 0.0
-    """Weight decay of the linear weights inside blocks, at least 0. In rwkv7, it also applies to embedding and head."""
+    """Weight decay of the linear weights inside blocks, at least 0. In rwkv4 to rwkv7, it also
+    applies to embedding and head."""
     clip: float = 1.0
     """Largest norm of the gradient, at least 0 (0: no clipping).
     Gradients of larger norm are scaled down to --train.clip."""
@@ -184,8 +187,11 @@ class TrainConfig:
             check_range(f"train.{name}", getattr(self, name), 0, 2**31 - 1)
         for name in ("batch_size", "contexts", "accumulation", "log_every", "valid_every", "save_every"):
             check_range(f"train.{name}", getattr(self, name), 1, 2**31 - 1)
-        for name in ("lr", "lr_final", "embedding_lr", "eps", "weight_decay", "clip", "spike", "seed"):
+        for name in ("lr", "lr_final", "embedding_lr", "weight_decay", "clip", "spike", "seed"):
             check_range(f"train.{name}", getattr(self, name), 0)
+        # With 0, AdamW divides 0 by 0 for a row of the embedding without a gradient.
+        if not 0 < self.eps < math.inf:
+            raise InvalidValue(f"train.eps is {self.eps}; it must be above 0 and finite")
         if self.seed >= 2**64:
             raise InvalidValue(f"train.seed is {self.seed}; it must be below 2^64")
         if self.batch_size % self.accumulation:

@@ -19,7 +19,8 @@ class Batches:
         ctx_len: Number of tokens in a window.
         seed: Random seed of the positions, below 2^64.
         order: "random": windows at uniformly random positions, as in the 2021 code. "epoch": adjacent windows, each
-            once per epoch, in a new order and from a new starting point in every epoch. "carried": the text is cut into
+            once per epoch, in a new order and from a new starting point in every epoch. An epoch leaves out up to two
+            windows of the text. "carried": the text is cut into
             `batch_size` parts of equal length, and row i of the batches has the adjacent windows of part i, again and
             again. The tokens at the end of a part that fill no window are left out.
 
@@ -72,6 +73,10 @@ class Batches:
     def has_uncounted(self) -> bool:
         """Whether the text has a loss mask, so that the loss does not count every target."""
         return isinstance(self._tokens, Tokens) and self._tokens.counted is not None
+
+    def has_counted(self, step: int) -> bool:
+        """Return whether the batch of a step has targets that the loss counts. Other batches have a loss of 0."""
+        return not self.has_uncounted or self.counted(step) > 0
 
     def counted(self, step: int) -> int:
         """Return the number of targets in the batch of a step that the loss counts."""

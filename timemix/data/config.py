@@ -61,9 +61,10 @@ class DataConfig:
     valid_tokens: int | None = None
     """Largest number of held-out tokens, at least 1, in 20 evenly spaced pieces. Default: all."""
     order: Order = "random"
-    """Order of the training windows: `random` positions, each window once per `epoch`, or `carried`: each row of a
-    batch continues the text and the state of this row in the last batch, for architectures with unbounded context.
-    The presets demo, cpu-small, record and rwkv7-small choose epoch. Only training uses the order."""
+    """Order of the training windows: `random` positions; `epoch`: adjacent windows from a new starting point, each once
+    per epoch, which leaves out up to two windows of the text; or `carried`: each row of a batch continues the text and
+    the state of this row in the last batch, for architectures with unbounded context. The presets demo, cpu-small,
+    record and rwkv7-small choose epoch. Only training uses the order."""
     cross_documents: bool = True
     """Whether a token of a window depends on the documents before its own document, in training and validation.
     The value False needs a tokenizer with an end-of-text token."""

@@ -30,18 +30,12 @@ def evaluate_conversations(
         InvalidValue: The tokenizer has no `end_of_text`, the text gives fewer than two tokens, `stride` is below 1, or
             `carry_state` is not supported.
     """
-    if tokenizer.end_of_text is None:
-        raise InvalidValue(
-            f"data.template needs an end-of-text token, but the {tokenizer.kind} tokenizer of the model has none; leave"
-            " data.template out"
-        )
-    ids, counted, unknown = encode_marked(tokenizer, text)
-    assert counted is not None
-    tokens = Tokens([ids], ids.dtype, Tokens([counted], MASK_TYPE))
+    tokens, unknown = encode_conversations(tokenizer, text)
+    assert tokens.counted is not None
     plain = without(text)
-    whole = TextSize(len(plain), len(plain.encode()), unknown.total())
+    whole = TextSize(len(plain), len(plain.encode()), unknown)
     # No model predicts the first token.
-    predicted = tokenizer.spelled_size([ids[1:][np.flatnonzero(counted[1:])]])
+    predicted = tokenizer.spelled_size([tokens[1:][np.flatnonzero(tokens.counted[1:])]])
     return in_units(
         model,
         tokenizer,
@@ -50,3 +44,26 @@ def evaluate_conversations(
         predicted,
         **options,
     )
+
+
+def encode_conversations(tokenizer: Tokenizer, text: str) -> tuple[Tokens, int]:
+    """Encode conversations, of which the loss counts only the answers and the ends of text after them.
+
+    Args:
+        tokenizer: Tokenizer of the model, with an `end_of_text`.
+        text: The conversations with loss marks, as from `read_source` with a template.
+
+    Returns:
+        The tokens with their loss mask, and the number of unknown characters or words.
+
+    Raises:
+        InvalidValue: The tokenizer has no `end_of_text`.
+    """
+    if tokenizer.end_of_text is None:
+        raise InvalidValue(
+            f"data.template needs an end-of-text token, but the {tokenizer.kind} tokenizer of the model has none; leave"
+            " data.template out"
+        )
+    ids, counted, unknown = encode_marked(tokenizer, text)
+    assert counted is not None
+    return Tokens([ids], ids.dtype, Tokens([counted], MASK_TYPE)), unknown.total()

@@ -209,6 +209,10 @@ def evaluate_held_out(
         InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
         NotFinite: The loss is not finite.
     """
+    if len(corpus.valid) < 2:
+        raise InvalidValue(
+            f"the held-out text of the run has {len(corpus.valid)} tokens, but a loss needs at least 2; name a text"
+        )
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
     predicted = _predicted_size(corpus)

@@ -129,6 +129,9 @@ def load_hook(name: str) -> Hook:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, TypeError, ValueError, AttributeError) as error:
         raise InvalidValue(f"hook {name!r} cannot be imported: {error}; name a function as module:function") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InvalidValue(f"hook {name!r} cannot be imported: {reason}; correct the module") from error
     if not callable(found):
         raise InvalidValue(f"hook {name!r} is not a function; name a function as module:function")
     hook: Hook = found

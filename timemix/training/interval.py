@@ -17,7 +17,7 @@ class Interval:
         device: Device of the model.
 
     Attributes:
-        losses: Training loss of each step in nats per token, to which the training loop appends.
+        losses: Training loss of each step with counted tokens, in nats per token, to which the training loop appends.
         tokens_per_second: Speed in the previous interval, None before the first line.
     """
 
@@ -42,6 +42,8 @@ class Interval:
     def measure(self, step: int, seconds: float, lr: float, grad_norm: float) -> Line:
         """Return the fields of a line about this interval, and begin the next interval.
 
+        The line has no loss if no step had counted tokens.
+
         Args:
             step: Number of finished steps.
             seconds: Seconds of training so far.
@@ -50,10 +52,9 @@ class Interval:
         """
         tokens = (step - self._step) * self._config.train.batch_size * self._config.window
         speed = self.tokens_per_second = tokens / (seconds - self._seconds)
-        loss = float(np.mean(self.losses))
+        loss: Line = {"loss": float(np.mean(self.losses))} if self.losses else {}
         self.losses, self._step, self._seconds = [], step, seconds
-        return {
-            "loss": loss,
+        return loss | {
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_second": speed,

@@ -221,7 +221,7 @@ class Trainer:
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
             raise not_finite(self.out, what, self.step + 1)
-        if spike := self._spikes(loss):
+        if self.batches.has_counted(self.step) and (spike := self._spikes(loss)):
             self._keep_batch(self.step, spike)
             self._warn(f"step {self.step + 1}: {spike}")
         for optimizer in self.optimizers:
@@ -374,12 +374,15 @@ class Trainer:
         if self.step == 0:
             self._record({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
         self._interval.begin(self.step, self.seconds, peak)
+        newest_loss = math.nan
         while not self.is_complete:
             began = time.perf_counter()
             loss, norm = self.train_step()
             step_seconds = time.perf_counter() - began
             self.seconds += step_seconds
-            self._interval.losses.append(loss)
+            if self.batches.has_counted(self.step - 1):
+                self._interval.losses.append(loss)
+                newest_loss = loss
             is_last = self.step == config.steps
             line: Line = {}
             improved = False
@@ -394,14 +397,14 @@ class Trainer:
                 self._record({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
             speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
             is_due = config.sample_every > 0 and self.step % config.sample_every == 0
-            self._show(watch, loss, speed, self.sample() if is_due and not self.is_complete else ())
+            self._show(watch, newest_loss, speed, self.sample() if is_due and not self.is_complete else ())
             self._stop_if_asked()
             if improved or self.step % config.save_every == 0 or self.is_complete:
                 self.save(go_on=config.full_disk == "continue" and not self.is_complete)
             if samples_at_end and self.is_complete:
                 samples = self.sample()
                 if config.sample_every or config.sample_prompts:
-                    self._show(watch, loss, speed, samples)
+                    self._show(watch, newest_loss, speed, samples)
 
     def _validated(self) -> Line:
         """Validate, and return the fields of a metrics line about the validation."""
