@@ -152,6 +152,32 @@ def test_offsets_of_an_echo_are_places_in_the_text():
         assert choice["text"][place:].lstrip().startswith(token)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_an_echo_that_ends_inside_a_character(tokens):
+    tokenizer = train_tokenizer("byte", "a")
+    prompt = [*b"the ", *"\U0001f600".encode()[:3]]
+    with served([tiny("bytes", tokenizer=tokenizer)]) as server:
+        # The fourth byte of the character comes first.
+        body = {"prompt": prompt, "max_tokens": tokens, "echo": True, "logit_bias": {0x80: 1000}}
+        (choice,) = server.complete(**body, logprobs=0, return_token_ids=True)["choices"]
+        (plain,) = server.complete(**body)["choices"]
+    ids = prompt + [0x80] * tokens
+    assert choice["text"] == plain["text"] == tokenizer.decode(ids)
+    scores = choice["logprobs"]
+    assert scores["text_offset"][:8] == [0, 1, 2, 3, 4, 4, 4, 4][: 7 + tokens]
+    assert scores["text_offset"][8:] == [5, 6, 7][: max(0, tokens - 1)]
+
+
+def test_more_biases_than_tokens_are_refused(server):
+    answer = server.call("/v1/completions", {"prompt": "a", "logit_bias": {str(i): 0 for i in range(50_000)}})
+    assert answer.status == 400
+    assert "logit_bias has 50000 ids; the vocabulary has 11" in answer.json["error"]["message"]
+
+
+def test_the_list_of_models_with_a_slash(server):
+    assert server.call("/v1/models/").json == server.call("/v1/models").json
+
+
 def test_null_counts_as_absent(server):
     fields = ("logprobs", "stop", "seed", "n", "logit_bias", "suffix", "stream_options", "temperature", "best_of")
     assert server.complete(prompt="a", model=None, **dict.fromkeys(fields))["model"] == "tiny"

@@ -1,5 +1,6 @@
 """The server from its start to its end: bad options, clients that leave, signals, and an engine that fails."""
 
+import os
 import signal
 import socket
 import time
@@ -12,6 +13,8 @@ from tests.helpers.raw_http import post, read_to_end, read_until, within
 from tests.helpers.runs import small_trainer
 from tests.helpers.served_run import served_run
 from tests.helpers.serving import served, tiny
+from tests.helpers.states import OWN
+from timemix.cli import serve
 
 ENDLESS = {"prompt": "a", "max_tokens": 1_000_000, "seed": 1}
 LONG_PROMPT = {"prompt": "ab" * 400_000, "max_tokens": 2}
@@ -106,6 +109,54 @@ def test_a_second_signal_ends_the_requests(run, tmp_path):
         assert "[DONE]" not in text
         assert running.status() == 0
         assert time.monotonic() - begin < 5
+
+
+def test_two_signals_at_once_end_the_requests(run, tmp_path):
+    with served_run(run, tmp_path / "log") as running:
+        connection, _ = stream_of(running, 1_000_000)
+        begin = time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(running.process.pid, number)
+        assert b"the server has closed" in read_to_end(connection)
+        assert running.status() == 0
+        assert time.monotonic() - begin < 10
+
+
+def test_a_closing_server_stores_no_states(run, tmp_path):
+    with served_run(run, tmp_path / "log") as running:
+        state = running.http.call("/v1/states", {"prompt": "the"}).json["id"]
+        content = running.http.call(f"/v1/states/{state}").body
+        connection, _ = stream_of(running, 1_000_000)
+        running.process.terminate()
+        assert within(5, lambda: running.http.call("/health").status == 503)
+        for answer in (
+            running.http.call(f"/v1/states/{state}/fork", {}),
+            running.http.call(f"/v1/states/{OWN}", content, "PUT"),
+        ):
+            assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        running.process.terminate()
+        with connection:
+            read_to_end(connection)
+
+
+def test_a_port_that_another_server_has_taken_since(run, capsys, monkeypatch):
+    """Two servers that start at once can both bind a port. Only one of them can listen."""
+    bound = serve._listen("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    listens = []
+
+    def models(parsed):
+        listens.append(serve._listen("127.0.0.1", port))
+        listens[0].listen()
+        return []
+
+    monkeypatch.setattr(serve, "_models", models)
+    status, _, err = run_command(capsys, "serve", run, "--port", port)
+    listens[0].close()
+    bound.close()
+    assert status == 2
+    reason = "Address already in use; choose another --host or --port"
+    assert err == f"timemix: the server cannot listen on 127.0.0.1:{port}: {reason}\n"
 
 
 def test_requests_past_the_drain_time_get_an_error(run, tmp_path):

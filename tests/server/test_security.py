@@ -16,7 +16,7 @@ from timemix.server import security
 from timemix.server.app import Settings
 from timemix.server.security import read_keys
 
-KEYS = ["first-key", "zweiter schlüssel", "密钥"]
+KEYS = ["first-key", "zweiter schlüssel", "密钥", "voilà"]
 ORIGIN = "http://localhost:3000"
 
 
@@ -140,6 +140,15 @@ def test_a_foreign_host_is_refused(server, host):
 def test_a_server_for_other_machines_has_any_host():
     with served([tiny()], Settings(host="0.0.0.0", keys=KEYS[:1])) as server:
         assert status_of(asked(server, b"Host: models.example", b"Authorization: Bearer first-key")) == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0:0:0:0:0:0:0:1"])
+def test_any_address_of_this_machine_refuses_foreign_hosts(host):
+    settings = Settings(host=host)
+    with served([tiny()], settings) as server:
+        own = f"[{host}]" if ":" in host else host
+        for name, status in ((own, 200), ("localhost", 200), ("evil.example", 403)):
+            assert status_of(asked(server, f"Host: {name}:8000".encode())) == status
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,9 @@ def test_the_metrics_count_states(cached):
     assert found['timemix_state_cache_hits_total{model="tiny"}'] == "1"
     assert found['timemix_state_cache_misses_total{model="tiny"}'] == "1"
     assert found['timemix_cached_tokens_total{model="tiny"}'] == "640"
+    with_key(cached, path="/v1/next_token", prompt=LONG)
+    with_key(cached, path="/v1/states", prompt=LONG)
+    assert cached.models[0].metrics.cached_tokens == 3 * 640
     cache = cached.models[0].engine.cache
     assert found['timemix_state_cache_bytes{model="tiny"}'] == str(cache.nbytes)
     assert found['timemix_state_cache_entries{model="tiny"}'] == str(len(cache))

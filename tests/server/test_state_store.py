@@ -10,6 +10,7 @@ from tests.helpers.serving import served
 from tests.helpers.states import OWN, assert_refused, read, same, session_after
 from timemix.cli.serve import ServeArguments
 from timemix.errors import CannotWrite, InvalidValue
+from timemix.server import state_store
 from timemix.server.app import Settings
 from timemix.server.errors import ApiError
 from timemix.server.state_store import StateStore, largest_file
@@ -99,6 +100,55 @@ def test_two_servers_share_a_folder(tmp_path):
         assert one.call(f"/v1/states/{state}").status == 404
         assert one.call("/v1/states").json["data"] == []
         assert one.app.state.service.states.nbytes == 0
+
+
+def test_a_state_that_another_server_changes_is_read_again(tmp_path):
+    settings = Settings(state_dir=tmp_path)
+    with served([same()], settings) as one, served([same()], settings) as two:
+        contents = {text: one.call(f"/v1/states/{read(one, text)['id']}").body for text in ("abcab", "kkjji")}
+        expected = {text: one.complete(prompt=text, seed=1, max_tokens=6)["choices"] for text in contents}
+        body = {"state": OWN, "seed": 1, "max_tokens": 6}
+        one.call(f"/v1/states/{OWN}?name=first", contents["abcab"], "PUT")
+        store = one.app.state.service.states
+        kept = store.session("", OWN, one.models[0])
+        assert one.complete(**body)["choices"] == expected["abcab"]
+        two.call(f"/v1/states/{OWN}?name=second", contents["kkjji"], "PUT")
+        # A request that still runs holds the old session.
+        assert one.complete(**body)["choices"] == two.complete(**body)["choices"] == expected["kkjji"]
+        assert store.session("", OWN, one.models[0]) is not kept
+        assert {each["id"]: each["name"] for each in one.call("/v1/states").json["data"]}[OWN] == "second"
+        two.call(f"/v1/states/{OWN}", method="DELETE")
+        assert_refused(one.call("/v1/completions", body), 404, "state", "there is no state", "state_not_found")
+
+
+def test_a_file_that_vanishes_is_not_damaged(tmp_path, monkeypatch, capsys):
+    with served([same()], Settings(state_dir=tmp_path)) as server:
+        ids = [read(server)["id"] for _ in range(2)]
+    listed = state_store._files
+
+    def vanishing(folder):
+        for path in list(listed(folder)):
+            if path.name == ids[0]:
+                monkeypatch.setattr(state_store, "check_regular", lambda path: path.unlink(missing_ok=True))
+            yield path
+
+    monkeypatch.setattr(state_store, "_files", vanishing)
+    store = StateStore(10**6, tmp_path)
+    assert len(store) == 0
+    assert not capsys.readouterr().err
+
+
+def test_the_order_of_states_survives_a_restart(tmp_path):
+    with served([same()], Settings(state_dir=tmp_path)) as server:
+        ids = [read(server)["id"] for _ in range(8)]
+    assert [each.id for each in StateStore(10**6, tmp_path).descriptions("")] == ids
+
+
+def test_a_store_that_is_too_small_for_one_state_says_so(model):
+    with served([same()], Settings(state_bytes=largest_file(model) - 1)) as server:
+        answer = server.call("/v1/states", {"prompt": "abc"})
+    sentence = f"a state of this model may need {largest_file(model):,} bytes; start the server with a larger"
+    assert_refused(answer, 429, None, sentence, "state_storage_full")
 
 
 def test_a_full_disk(tmp_path, monkeypatch, capsys):

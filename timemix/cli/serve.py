@@ -24,6 +24,9 @@ Runs = Annotated[
 ]
 
 
+WAITING_CONNECTIONS = 2048
+"""Number of connections that may wait for the server, as in uvicorn."""
+
 _RANGES = (
     ("port", 0, 65535),
     ("slots", 1, 2**20),
@@ -99,6 +102,11 @@ def serve(arguments: list[str]) -> int:
 
         keys = () if parsed.api_key_file is None else read_keys(parsed.api_key_file)
         models = _models(parsed)
+        try:
+            # Another server may have bound the port as well, and listen since then.
+            listening.listen(WAITING_CONNECTIONS)
+        except OSError as error:
+            raise _cannot_listen(parsed.host, parsed.port, error) from None
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         url = f"http://{host}:{listening.getsockname()[1]}/"
         settings = app.Settings(
@@ -123,11 +131,13 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except (OSError, UnicodeError) as error:
         listening.close()
-        reason = getattr(error, "strerror", None) or error
-        raise Unavailable(
-            f"the server cannot listen on {host}:{port}: {reason}; choose another --host or --port"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return listening
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> Unavailable:
+    reason = getattr(error, "strerror", None) or error
+    return Unavailable(f"the server cannot listen on {host}:{port}: {reason}; choose another --host or --port")
 
 
 def _models(parsed: ServeArguments) -> "Sequence[Served]":

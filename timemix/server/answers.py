@@ -180,7 +180,6 @@ class Call:
         if event.sample == request.sample:
             # The other samples share the prompt of the first sample.
             self._cached += event.cached
-            self.served.metrics.cached_tokens += event.cached
         return choice.piece(event)
 
     def stored(self, session: Session) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -64,7 +65,12 @@ class Settings:
     @property
     def hosts(self) -> Sequence[str]:
         """Host names that a request may name; empty: every name."""
-        return LOCAL if self.host in ("127.0.0.1", "localhost", "::1") else ()
+        if self.host in ("127.0.0.1", "localhost", "::1"):
+            return LOCAL
+        with suppress(ValueError):
+            if ip_address(self.host).is_loopback:
+                return (*LOCAL, self.host, f"[{self.host}]")
+        return ()
 
 
 def create_app(models: Sequence[Served], settings: Settings, on_death: Callable[[BaseException], None]) -> Starlette:
@@ -161,7 +167,8 @@ async def list_models(request: HttpRequest) -> Response:
 
 async def show_model(request: HttpRequest) -> Response:
     """Answer GET /v1/models/NAME."""
-    return JSONResponse(_describe(service_of(request).model(request.path_params["name"])))
+    name = request.path_params["name"]
+    return JSONResponse(_describe(service_of(request).model(name))) if name else await list_models(request)
 
 
 async def metrics(request: HttpRequest) -> Response:

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -71,7 +72,10 @@ class Prompt(NamedTuple):
             tokenizer: The tokenizer.
             is_scored: Whether the answer has the log-probability of each token, with its place in the text.
         """
-        return tokenizer.decode(self.ids) if self.text is None or is_scored else self.text
+        if self.text is not None and not is_scored:
+            return self.text
+        # An unfinished character at the end comes with the text of the answer, whose first tokens may complete it.
+        return tokenizer.stream().push_all(np.array(self.ids, np.int64))
 
 
 async def complete(request: HttpRequest) -> Response:
@@ -217,7 +221,7 @@ def engine_fields(fields: Fields, served: Served, default_tokens: int, tokens: s
     if len(stop_tokens) > MOST_STOPS:
         raise ApiError(400, f"stop_token_ids has {len(stop_tokens)} ids; give at most {MOST_STOPS}", "stop_token_ids")
     _check_ids("stop_token_ids", stop_tokens, vocab_size)
-    bias = _logit_bias(fields)
+    bias = _logit_bias(fields, vocab_size)
     _check_ids("logit_bias", bias, vocab_size)
     end, ignores_end = served.tokenizer.end_of_text, fields.flag("ignore_eos")
     if end is not None and not ignores_end:
@@ -280,11 +284,13 @@ def _check_ids(name: str, ids: Collection[int], vocab_size: int) -> None:
             raise ApiError(400, f"{name} holds {token}; the vocabulary has ids from 0 to {vocab_size - 1}", name)
 
 
-def _logit_bias(fields: Fields) -> dict[int, float]:
+def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     """Return the biases by token id."""
     given = fields.get("logit_bias")
     if given is None:
         return {}
+    if isinstance(given, dict) and len(given) > vocab_size:
+        raise ApiError(400, f"logit_bias has {len(given)} ids; the vocabulary has {vocab_size}", "logit_bias")
     if not (isinstance(given, dict) and all(token.isascii() and token.isdigit() for token in given)):
         fields.refuse("logit_bias", "an object of numbers by token id")
     try:

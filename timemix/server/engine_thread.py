@@ -67,6 +67,7 @@ class Stream:
         self._unread: list[tuple[int, Event]] = []
         self._ready = asyncio.Event()
         # Number of samples that have not ended, by id of the request, and the place of each request in the call.
+        self._requests = requests
         self._open: dict[int, int] = {}
         self._places: dict[int, int] = {}
         self._most_unread = MOST_UNREAD * sum(request.samples for request in requests)
@@ -121,6 +122,9 @@ class Stream:
     def put(self, event: Event, now: float) -> None:
         """Add an event, and count it."""
         metrics, sample = self.served.metrics, (event.id, event.sample)
+        if event.sample == self._requests[self._places[event.id]].sample:
+            # The other samples share the prompt of the first sample.
+            metrics.cached_tokens += event.cached
         if event.token is not None:
             metrics.generated_tokens += 1
             if (last := self._last.get(sample)) is None:
@@ -168,7 +172,7 @@ class EngineThread:
     def __init__(self, models: Sequence[Served], on_death: Callable[[BaseException], None]) -> None:
         self.models = list(models)
         self.fault: BaseException | None = None
-        self.is_closing, self._end = False, 0.0
+        self.is_closing, self._end, self._is_hurried = False, 0.0, False
         self._on_death = on_death
         self._streams: dict[tuple[Served, int], Stream] = {}
         self._work, self._is_stopping = threading.Event(), False
@@ -195,8 +199,7 @@ class EngineThread:
                 the queue (400).
             InvalidValue: A request does not fit the model.
         """
-        if self.is_closing or self.fault is not None:
-            raise ApiError(503, "the server is closing; send the request again later", headers={"Retry-After": "5"})
+        self.refuse_if_closing()
         engine = served.engine
         if engine.max_pending is not None and len(requests) > (most := engine.slots + engine.max_pending):
             raise ApiError(400, f"prompt holds {len(requests)} prompts; the server takes at most {most}", "prompt")
@@ -216,6 +219,11 @@ class EngineThread:
         self._work.set()
         return stream
 
+    def refuse_if_closing(self) -> None:
+        """Raise ApiError if the server is closing or broken."""
+        if self.is_closing or self.fault is not None:
+            raise ApiError(503, "the server is closing; send the request again later", headers={"Retry-After": "5"})
+
     def forget(self, stream: Stream, id: int) -> None:
         """Stop the delivery of a request's events."""
         self._streams.pop((stream.served, id), None)
@@ -231,7 +239,8 @@ class EngineThread:
         Args:
             seconds: Longest time to wait.
         """
-        self.is_closing, self._end = True, time.monotonic() + seconds
+        # `hurry` may have been called before.
+        self.is_closing, self._end = True, 0.0 if self._is_hurried else time.monotonic() + seconds
         while not self.is_idle and self.fault is None and time.monotonic() < self._end:
             await asyncio.sleep(0.02)
         for stream in set(self._streams.values()):
@@ -242,7 +251,7 @@ class EngineThread:
 
     def hurry(self) -> None:
         """Make `close` wait no longer."""
-        self._end = 0.0
+        self._is_hurried, self._end = True, 0.0
 
     def _run(self) -> None:
         assert self._loop is not None

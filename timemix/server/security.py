@@ -87,7 +87,7 @@ class Guard:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # Clients send a key that is not ASCII as UTF-8. Starlette decodes every header as Latin-1.
-        digest = _digest(key.strip().encode("latin-1"))
+        digest = _digest(key.strip(" \t").encode("latin-1"))
         # Compare with every key, so that the time says nothing about the keys.
         found = [secrets.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(found):

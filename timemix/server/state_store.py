@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from timemix.errors import CannotWrite, FileError
+from timemix.errors import CannotWrite, FileError, MissingFile
 from timemix.generation.session import Session, session_from_bytes, session_to_bytes
 from timemix.models.language_model import LanguageModel
 from timemix.server.engine_thread import Served
@@ -94,6 +94,8 @@ class StateStore:
         self._contents: dict[tuple[str, str], bytes] = {}
         # Requests that continue the same state at the same time share one session.
         self._sessions: WeakValueDictionary[tuple[str, str], Session] = WeakValueDictionary()
+        # The stamps of the files show which files another server has changed.
+        self._stamps: dict[tuple[str, str], _Stamp] = {}
         self._reported: set[Path] = set()
         # `_writing` is held by one change of the store at a time, `_lock` by each use of the fields above.
         self._writing, self._lock = threading.Lock(), threading.Lock()
@@ -121,13 +123,13 @@ class StateStore:
         Raises:
             ApiError: The owner has no state with this id.
         """
+        if self._folder is not None and ID.fullmatch(id):
+            # Another server that shares the folder may have stored, replaced or deleted the state.
+            stamp = _stamp(self._place(owner) / id)
+            if stamp != self._stamps.get((owner, id)):
+                self._look(owner)
         with self._lock:
             found = self._known.get(owner, {}).get(id)
-        if found is None and self._folder is not None and ID.fullmatch(id):
-            # Another server that shares the folder may have stored the state.
-            self._look(owner)
-            with self._lock:
-                found = self._known.get(owner, {}).get(id)
         if found is None:
             raise _unknown(id)
         return found
@@ -185,6 +187,8 @@ class StateStore:
             ApiError: The room is not left.
         """
         with self._lock:
+            if size > self._most:
+                raise _too_small(size)
             if self.nbytes + self._reserved + size > self._most:
                 raise _full()
             self._reserved += size
@@ -275,12 +279,15 @@ class StateStore:
                 self.nbytes += len(content)
                 if self._folder is None:
                     self._contents[owner, id] = content
+                elif stamp := _stamp(self._place(owner) / id):
+                    self._stamps[owner, id] = stamp
 
     def _forget(self, owner: str, id: str) -> None:
         """Remove a state from memory, if it is known."""
         old = self._known.get(owner, {}).pop(id, None)
         self.nbytes -= old.bytes if old else 0
         self._contents.pop((owner, id), None)
+        self._stamps.pop((owner, id), None)
         self._sessions.pop((owner, id), None)
 
     def _place(self, owner: str) -> Path:
@@ -308,15 +315,19 @@ class StateStore:
         if self._folder is None:
             return
         with self._writing:
-            paths = {path.name: path for path in _files(self._place(owner))}
+            stamps = {path: stamp for path in _files(self._place(owner)) if (stamp := _stamp(path)) is not None}
             with self._lock:
-                known = set(self._known.get(owner, {}))
-            new = [found for id in paths.keys() - known if (found := self._read_description(paths[id])) is not None]
+                known = {self._place(owner) / id: self._stamps.get((owner, id)) for id in self._known.get(owner, {})}
+            changed = [path for path, stamp in stamps.items() if stamp != known.get(path)]
+            # The oldest comes first, so that the states of one second keep their order.
+            changed.sort(key=lambda path: stamps[path].written)
+            new = [(path, found) for path in changed if (found := self._read_description(path)) is not None]
             with self._lock:
-                for id in known - paths.keys():
-                    self._forget(owner, id)
-                for each in new:
+                for path in [*(known.keys() - stamps.keys()), *changed]:
+                    self._forget(owner, path.name)
+                for path, each in new:
                     self._known.setdefault(owner, {})[each.id] = each
+                    self._stamps[owner, each.id] = stamps[path]
                     self.nbytes += each.bytes
 
     def _read_description(self, path: Path) -> Description | None:
@@ -328,6 +339,9 @@ class StateStore:
             found = to_record(json.loads(line), Description)
             if found.id == path.name and path.stat().st_size == len(line) + found.bytes:
                 return found
+        except (FileNotFoundError, MissingFile):
+            # Another server has deleted the state.
+            return None
         except (FileError, OSError, ValueError, RecursionError):
             pass
         if path not in self._reported:
@@ -338,6 +352,23 @@ class StateStore:
 
 _NO_KEY = "no-key"
 """Name of the folder for states of a server without API keys."""
+
+
+class _Stamp(NamedTuple):
+    """What differs between two files of one name: time of the last write in ns, number and size of the file."""
+
+    written: int
+    number: int
+    size: int
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """Return the stamp of a file; None if it cannot be read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _Stamp(found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -351,6 +382,15 @@ def _files(folder: Path) -> Iterator[Path]:
 def _unknown(id: str) -> ApiError:
     shown = id if len(id) <= 60 else f"{id[:57]}..."
     return ApiError(404, f"there is no state {shown!r}; GET /v1/states lists your states", "state", "state_not_found")
+
+
+def _too_small(size: int) -> ApiError:
+    return ApiError(
+        429,
+        f"a state of this model may need {size:,} bytes; start the server with a larger --state-bytes",
+        None,
+        "state_storage_full",
+    )
 
 
 def _full() -> ApiError:

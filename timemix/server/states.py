@@ -64,6 +64,7 @@ async def load_state(request: HttpRequest) -> Response:
 async def save_state(request: HttpRequest) -> Response:
     """Answer PUT /v1/states/ID: store a file of a state under an id that the client has drawn."""
     service, owner, id = service_of(request), owner_of(request), request.path_params["id"]
+    service.thread.refuse_if_closing()
     if not ID.fullmatch(id):
         raise ApiError(400, f'the id is {id[:60]!r}; it must be "state-" and 32 random hexadecimal digits', "id")
     served = service.model(request.query_params.get("model"))
@@ -90,6 +91,7 @@ async def delete_state(request: HttpRequest) -> Response:
 async def fork_state(request: HttpRequest) -> Response:
     """Answer POST /v1/states/ID/fork: copy a state. The body may be empty."""
     service = service_of(request)
+    service.thread.refuse_if_closing()
     fields = await Fields.read(request, service.most_bytes, empty=b"{}")
     name = _name(fields.text("name"))
     return _answer(await run_in_threadpool(service.states.fork, owner_of(request), request.path_params["id"], name))
