@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.helpers.commands import run_command
-from tests.helpers.raw_http import post, read_to_end, read_until, within
+from tests.helpers.raw_http import connect, post, read_to_end, read_until, within
 from tests.helpers.runs import small_trainer
 from tests.helpers.served_run import served_run
 from tests.helpers.serving import served, tiny
@@ -137,6 +137,17 @@ def test_a_closing_server_stores_no_states(run, tmp_path):
         running.process.terminate()
         with connection:
             read_to_end(connection)
+
+
+@pytest.mark.slow
+def test_a_client_that_never_ends_its_request_leaves_no_traceback(run, tmp_path):
+    with served_run(run, tmp_path / "log", "--drain-seconds", "0") as running:
+        with connect(running.http) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            assert within(5, lambda: running.http.call("/health").status == 200)
+            running.process.terminate()
+            assert running.status() == 0
+        assert "Traceback" not in running.output
 
 
 def test_a_port_that_another_server_has_taken_since(run, capsys, monkeypatch):

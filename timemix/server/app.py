@@ -1,6 +1,7 @@
 """The app of the server: its routes, and its run from start to end."""
 
 import asyncio
+import logging
 import socket
 import sys
 import traceback
@@ -237,7 +238,14 @@ def server_config(app: Starlette, **options: Any) -> uvicorn.Config:
         app: The application.
         **options: Further settings of uvicorn.
     """
-    return uvicorn.Config(app, http="h11", loop="asyncio", ws="none", access_log=False, **options)
+    config = uvicorn.Config(app, http="h11", loop="asyncio", ws="none", access_log=False, **options)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    return config
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """Return whether a record is not about a request that the end of the server has cancelled, which is no fault."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 class _Server(uvicorn.Server):
