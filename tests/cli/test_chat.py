@@ -21,8 +21,8 @@ from timemix.cli.main import main
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
-    for name, seed in (("run", 1), ("other", 2)):
-        small_trainer(folder, "rwkv7", name=name, steps=30, seed=seed).run()
+    for name, arch, seed in (("run", "rwkv7", 1), ("other", "rwkv7", 2), ("bounded", "rwkv1", 1)):
+        small_trainer(folder, arch, name=name, steps=30, seed=seed).run()
     return folder
 
 
@@ -50,6 +50,14 @@ def test_each_line_continues_the_text_of_the_lines_before(chat):
     (first,) = timemix.generate("run", "the cat", tokens=20, sampler=greedy)
     (second,) = timemix.generate("run", f"the cat{first}\nthe dog", tokens=20, sampler=greedy)
     assert both == f"{first}\n{second}\n"
+
+
+def test_a_message_that_is_longer_than_the_context(chat, folder):
+    assert timemix.load(folder / "bounded").model.max_position == 16
+    status, out, err = chat("the cat sat on the mat", "the cat", run="bounded")
+    assert status == 0
+    assert len(out.splitlines()) >= 2
+    assert err == "timemix: the message is longer than the context, so the model did not read its first 6 tokens\n"
 
 
 def test_the_line_end_of_windows_is_no_part_of_a_line(chat):

@@ -156,6 +156,8 @@ class _Console:
                 if interrupts:
                     break
         sys.stdout.write("\n")
+        if cut := self._conversation.tokens_cut:
+            _note(f"the message is longer than the context, so the model did not read its first {cut:,} tokens")
 
     def _run(self, line: str) -> None:
         """Run a command."""

@@ -45,6 +45,11 @@ class Conversation:
         seed: Random seed, 0 to 2^64 - 1; the same seed and messages give the same answers.
         stop: Stop strings besides those of the template.
         context: Rule for a full context, see `Request`.
+
+    Attributes:
+        session: Session of the conversation; None: empty.
+        tokens_cut: Number of tokens at the beginning of the newest message that the model did not read, because the
+            message is longer than the context.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Conversation:
         )
         self._turns: deque[Turn] = deque(maxlen=TURNS_KEPT)
         self.session: Session | None = None
+        self.tokens_cut = 0
 
     def fork(self) -> "Conversation":
         """Return a copy, so that the original and the copy can continue in different ways. Both use one engine."""
@@ -200,6 +206,7 @@ class Conversation:
         """Yield the pieces of an answer. If the answer has a token, store its session."""
         start = None if before is None else without_stop_token(before, self._pattern.stop_tokens)
         number = self._engine.add(replace(self._pattern, prompt=prompt, start=start, sample=attempt))
+        self.tokens_cut = max(0, len(prompt) - (self._engine.model.max_position or len(prompt)))
         space = self._template.space if prompt else ""
         has_token, session = False, None
         try:
