@@ -74,10 +74,6 @@ class Batches:
         """Whether the text has a loss mask, so that the loss does not count every target."""
         return isinstance(self._tokens, Tokens) and self._tokens.counted is not None
 
-    def has_counted(self, step: int) -> bool:
-        """Return whether the batch of a step has targets that the loss counts. Other batches have a loss of 0."""
-        return not self.has_uncounted or self.counted(step) > 0
-
     def counted(self, step: int) -> int:
         """Return the number of targets in the batch of a step that the loss counts."""
         if not isinstance(self._tokens, Tokens):

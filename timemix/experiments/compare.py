@@ -109,7 +109,7 @@ class Comparison:
             is_tuned = any(len(points) > 1 for points in self._points.values())
             self._texts = Texts(out / "data", configs, is_tuned=is_tuned)
             self._step_counts = {v.name: self._count_steps(v) for v in experiment.variants}
-            self._check_verdicts()
+            experiment.check_steps(self._step_counts)
         corpora = [self.corpus(v) for v in experiment.variants]
         self.prompts = experiment.prompts or (common_beginning(corpora),)
         for corpus, prompt in itertools.product(corpora, self.prompts):
@@ -118,18 +118,6 @@ class Comparison:
             for tuning in {False, len(self._points[variant.name]) > 1}:
                 self._check_length(variant, self.corpus(variant, tuning))
         self._refuse_results_of_others()
-
-    def _check_verdicts(self) -> None:
-        """Check that each validated step of a verdict is within the steps that a budget of seconds gives."""
-        for verdict in self.experiment.verdicts:
-            for name in (verdict.better, verdict.worse):
-                steps = self._step_counts[name]
-                if verdict.at_step is not None and steps is not None and verdict.at_step > steps:
-                    raise InvalidValue(
-                        f"at_step={verdict.at_step} of a verdict is after the last step of variant {name!r}, whose"
-                        f" budget of {self.experiment.seconds:g} s gives {steps} steps; give a smaller at_step, or more"
-                        " seconds"
-                    )
 
     def _check_length(self, variant: Variant, corpus: Corpus) -> None:
         config = self._first_config(variant)

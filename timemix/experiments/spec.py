@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +154,24 @@ class Experiment:
                     f" {variant.name!r}, {ctx_len}"
                 )
         return runs
+
+    def check_steps(self, counts: Mapping[str, int | None]) -> None:
+        """Check that the step of each verdict is within the steps that a budget of seconds gives.
+
+        Args:
+            counts: Number of steps by name of the variant; None: the budget is in tokens, and was checked before.
+
+        Raises:
+            InvalidValue: The step of a verdict is after the last step of a variant.
+        """
+        for verdict in self.verdicts:
+            for name in (verdict.better, verdict.worse):
+                steps = counts[name]
+                if verdict.at_step is not None and steps is not None and verdict.at_step > steps:
+                    raise InvalidValue(
+                        f"at_step={verdict.at_step} of a verdict is after the last step of variant {name!r}, whose"
+                        f" budget of {self.seconds:g} s gives {steps} steps; give a smaller at_step, or more seconds"
+                    )
 
     def tuning_points(self) -> list[dict[str, Any]]:
         """Return every combination of the values of the tuning grid, or one empty point without a grid."""

@@ -36,6 +36,7 @@ class BatchLoss:
         compiled: Whether the forward and backward passes are compiled.
         compile_reason: The reason for compiling or not compiling.
         carried: The state that a batch continues (`data.order` "carried"); None without such a state.
+        counted: Number of targets of the batch that the loss counts; None: the text has no loss mask, so all count.
 
     Raises:
         InvalidValue: `train.compile` is "on" and the model cannot be compiled.
@@ -57,7 +58,7 @@ class BatchLoss:
         self._config, self._block, self._batches = config, model.block, batches
         self._parallel_model, self._precision, self._device = parallel_model, precision, model.device
         self._document_start, self._processes, self._warn = document_start, processes, warn
-        self._step = 0
+        self.counted: int | None = None
         self.compiled, self.compile_reason = choose_compile(
             train.compile,
             3 * flops_per_token(config.model) * train.steps * train.batch_size * config.window,
@@ -78,7 +79,7 @@ class BatchLoss:
         Args:
             step: Number of the step, counted from 0.
         """
-        self._step = step
+        self.counted = self._batches.counted(step) if self._batches.has_uncounted else None
         if self.carried is not None:
             self.carried.begin(step)
 
@@ -150,6 +151,6 @@ class BatchLoss:
 
     def _divisor(self, targets: Tensor) -> float:
         """Return the divisor of the mean loss of a piece."""
-        if not self._batches.has_uncounted:
+        if self.counted is None:
             return self._config.train.accumulation
-        return piece_divisor(targets, self._batches.counted(self._step), self._processes)
+        return piece_divisor(targets, self.counted, self._processes)

@@ -221,7 +221,7 @@ class Trainer:
             what = "loss" if not math.isfinite(loss) else "gradient"
             self._keep_batch(self.step, f"the {what} is not finite")
             raise not_finite(self.out, what, self.step + 1)
-        if self.batches.has_counted(self.step) and (spike := self._spikes(loss)):
+        if self.batch_loss.counted != 0 and (spike := self._spikes(loss)):
             self._keep_batch(self.step, spike)
             self._warn(f"step {self.step + 1}: {spike}")
         for optimizer in self.optimizers:
@@ -380,7 +380,8 @@ class Trainer:
             loss, norm = self.train_step()
             step_seconds = time.perf_counter() - began
             self.seconds += step_seconds
-            if self.batches.has_counted(self.step - 1):
+            # The loss of a batch without counted targets is always 0.
+            if self.batch_loss.counted != 0:
                 self._interval.losses.append(loss)
                 newest_loss = loss
             is_last = self.step == config.steps
