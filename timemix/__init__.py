@@ -4,7 +4,8 @@
     timemix.generate(run, "The ", tokens=100)
 
 The public interface consists of the names in `timemix.__all__`, the ops of `timemix.ops` and the module `timemix.hf`.
-All other modules are internal. `import timemix` does not import PyTorch: each name is imported on first use.
+All other modules are internal: their interface can change in any version. `import timemix` does not import PyTorch:
+each name is imported on first use.
 """
 
 import importlib

@@ -109,7 +109,10 @@ def test_help_names_every_command(chat):
     ("line", "words"),
     [
         ("the Ω", "the vocabulary has no 'Ω' (U+03A9)"),
-        ("the \udcff", "the text has a lone surrogate, U+DCFF, at character 4"),
+        (
+            "the \udcff",
+            "the text has a lone surrogate, U+DCFF (the byte 0xFF of a text that is not UTF-8), at",
+        ),
         ("/undo", "there is no turn to remove; give a message"),
         ("/retry", "there is no turn to remove; give a message"),
         ("/save x", "the conversation is empty; type a message before you save it"),

@@ -412,11 +412,14 @@ def test_a_run_without_held_out_text_needs_a_text(call, tmp_path):
     write_text_file(tmp_path)
     status, _, err = call("train", "--data", "text.txt", "--out", "all", "--data.valid-fraction", "0", *TINY)
     assert status == 0, err
-    sentences = {"eval": "a loss needs at least 2; name a text", "inspect": "at least 2 are needed; add --data"}
+    sentences = {
+        "eval": "a loss needs at least 2 tokens, but the held-out text of the run has 0; name a text",
+        "inspect": "the held-out text of the run has 0 tokens, but at least 2 are needed; add --data",
+    }
     for verb, words in sentences.items():
         status, _, err = call(verb, "all")
         assert status == 2
-        assert err == f"timemix: the held-out text of the run has 0 tokens, but {words}\n"
+        assert err == f"timemix: {words}\n"
 
 
 def test_inspect_of_a_run_without_weights_says_what_can_be_shown(call, trained, tmp_path):
@@ -524,7 +527,7 @@ def test_settings_are_printed_as_flags(error, sentence, monkeypatch, capsys):
             "inspect runs/mine --encoding=latin-1",
             "--encoding has no effect without --data; leave --encoding out, or add --data",
         ),
-        ("eval runs/mine --stride 0", "--stride is 0; it must be at least 1 token"),
+        ("eval runs/mine --stride 0", "--stride is 0; it must be a whole number from 1 to ctx_len (64)"),
         (
             "eval runs/mine --carry-state",
             "--carry-state is True, but the context of rwkv1 is bounded by ctx_len; leave it out, or use a run of"

@@ -13,6 +13,7 @@ from timemix.cli.inspect import InspectArguments
 from timemix.cli.main import main
 from timemix.cli.options import parse
 from timemix.cli.plot import PlotArguments
+from timemix.cli.sample import SampleArguments
 from timemix.cli.train import train_options
 from timemix.config.presets import DEFAULT_PRESET, preset
 from timemix.errors import InvalidValue
@@ -51,6 +52,17 @@ def test_the_word_none_is_a_value_like_any_other(verb, kind, needed, name):
 def test_the_word_none_is_no_number():
     with pytest.raises(InvalidValue, match="--stride is 'None'; it must be a whole number"):
         parse(EvalArguments, ["RUN", "--stride", "None"], "eval")
+
+
+def test_a_list_given_twice_is_refused():
+    """The parser would keep only the last list. Of a single value, the last one counts, as in other commands."""
+    for arguments in (["--stop", "a", "--stop", "b"], ["--stop=a", "--tokens", "3", "--stop", "b", "c"]):
+        with pytest.raises(InvalidValue, match="--stop is given twice; write all its values after one --stop"):
+            parse(SampleArguments, ["RUN", *arguments], "sample")
+    assert parse(SampleArguments, ["RUN", "--stop", "a", "b"], "sample").sampling.stop == ("a", "b")
+    assert parse(SampleArguments, ["RUN", "--tokens", "3", "--tokens", "4"], "sample").sampling.tokens == 4
+    with pytest.raises(InvalidValue, match="--tasks is given twice"):
+        parse(CompareArguments, ["recall", "--tasks", "a", "--tasks", "b"], "compare")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`timemix sample` as a person uses it: stop strings, states, rounded weights, an end by force."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def test_rounded_weights_write_nearly_the_same(sample, weights):
             "--count is 2, but --save-state saves the state of one text",
         ),
         (["--save-state", "run/config.toml/a"], "cannot write run/config.toml/a"),
+        (["--save-state", "run"], "cannot write run: it is a folder, a pipe or a device; name a file"),
         (["--prompt", "the Ω"], "Ω"),
         (["--log-probabilities"], "--log-probabilities needs --json; add --json"),
         (["--prompt", "-Hello"], "a text that begins with '-' is given as --prompt=-Hello"),
@@ -180,6 +182,18 @@ def test_a_closed_pipe_saves_the_state_quietly(folder, sample, tmp_path):
     process.stderr.close()
     status, _, _ = sample("--load-state", tmp_path / "a", "--tokens", 5)
     assert status == 0
+
+
+def test_a_pipe_that_closes_before_the_first_token_gives_no_traceback(folder, tmp_path):
+    """A prompt that is longer than the buffer of stdout is written before the model reads it."""
+    run = [sys.executable, "-m", "timemix", "sample", "run"]
+    command = [*run, "--prompt", "the cat " * 4000, "--save-state", str(tmp_path / "a")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=folder, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_session_cut_in_a_stop_string_goes_on_exactly(sample, tmp_path):

@@ -110,6 +110,16 @@ def test_a_token_may_go_on_after_the_stop_string():
     assert not conversation.is_unfinished
 
 
+def test_a_long_stop_string_ends_an_answer_and_one_in_the_message_does_not(tokenizer):
+    long = "x" * 70
+    conversation, _ = scripted(tokenizer, f" Hi{long}", stop=[long])
+    assert answer(conversation.say("Hello!")) == "Hi"
+    assert not conversation.is_unfinished
+    conversation, _ = scripted(tokenizer, " xx", "x", END, stop=["!\n\nAssistant: x"], tokens=2)
+    answer(conversation.say("Hello!"))
+    assert conversation.is_unfinished
+
+
 def test_a_template_with_labels_needs_case_and_spaces():
     tokenizer = train_tokenizer("word", "user : hi")
     model = build(VARIANTS["rwkv7"], torch.float32, vocab_size=tokenizer.vocab_size)

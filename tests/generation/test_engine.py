@@ -126,7 +126,7 @@ def test_a_row_without_finite_logits_ends_alone(kind):
     first, broken, last = engine.add(good), engine.add(Request([1, 10], 9)), engine.add(good)
     events = finish(engine)
     assert [(e.finished, e.token, e.reason) for e in events[broken]] == [
-        ("error", None, "the model's logits are not finite")
+        ("error", None, "the model's logits are not finite; use another checkpoint")
     ]
     assert_same(events[first], expected)
     assert_same(events[last], expected)
@@ -137,7 +137,7 @@ def test_a_row_without_finite_logits_ends_alone(kind):
 def test_a_bias_that_excludes_every_token_ends_the_row():
     model = KINDS["rwkv1, compiled"]()
     (event,) = alone(model, Request([1], 5, logit_bias=dict.fromkeys(range(11), -math.inf)))
-    assert (event.finished, event.reason) == ("error", "logit_bias excludes every token")
+    assert (event.finished, event.reason) == ("error", "logit_bias excludes every token; allow at least one")
 
 
 def test_text_held_back_goes_with_the_stream():
@@ -572,7 +572,7 @@ def test_a_full_queue_refuses_until_one_has_left():
     engine.step()
     for _ in range(2):
         engine.add(Request([1], 1))
-    with pytest.raises(TooManyRequests, match="2 requests are pending"):
+    with pytest.raises(TooManyRequests, match="the queue is full, as max_pending is 2"):
         engine.add(Request([1], 1))
     engine.cancel(first)
     engine.step()

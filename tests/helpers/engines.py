@@ -2,9 +2,9 @@
 
 import torch
 
+from tests.helpers.draws import draw
 from tests.helpers.models import VARIANTS, build
 from timemix.generation.engine import Engine
-from timemix.generation.random_draws import draw
 from timemix.tokenizers.character import CharacterTokenizer
 
 CHARACTERS = CharacterTokenizer(list("abcdefghijk"), "error")

@@ -235,6 +235,7 @@ def test_the_command(loaded, capsys):
         (("--tasks", "hub.yaml"), "hub.yaml cannot be evaluated ("),
         (("--tasks", "greek.yaml"), "the vocabulary has no 'Ω' (U+03A9); leave it out of the text"),
         (("--tasks", "beams.yaml"), "the task has the generation argument 'length_penalty', which timemix does not"),
+        (("--tasks", "five.yaml"), "the task has num_beams=5, but timemix has no beam search; change the task"),
         (("--tasks", "lambadaa"), "unknown task 'lambadaa'; did you mean 'lambada'?"),
         (("--tasks", "a", "--data", "b.txt"), "--data is for a text, not for tasks; leave out --data or --tasks"),
         (("--tasks",), "--tasks has no task; name at least one task"),
@@ -259,6 +260,9 @@ def test_wrong_tasks(loaded, arguments, sentence, tmp_path, monkeypatch, capsys)
     answer = "output_type: generate_until\ndoc_to_text: a\ndoc_to_target: a\nmetric_list: [{metric: exact_match}]\n"
     wish = "generation_kwargs: {until: ['!'], length_penalty: 2}\n"
     (tmp_path / "beams.yaml").write_text(f"task: beams\n{head}{answer}{wish}")
+    (tmp_path / "five.yaml").write_text(
+        f"task: five\n{head}{answer}{wish.replace('length_penalty: 2', 'num_beams: 5')}"
+    )
     if arguments == ("--tasks", "."):
         monkeypatch.chdir(folder)
     status, out, err = run_command(capsys, "eval", loaded.folder, *arguments)

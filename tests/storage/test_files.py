@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -195,6 +196,34 @@ def test_a_folder_whose_removal_was_killed_stays_removed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir())
     remove_unfinished(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket"])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    """A rename would replace a pipe or a device by a file."""
+    path = tmp_path / "place"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    before = path.lstat()
+    with pytest.raises(CannotWrite, match="place: it is a folder, a pipe or a device; name a file"):
+        write_text(path, "text")
+    assert path.lstat() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["place"]
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    link, target = tmp_path / "link", tmp_path / "folder/target"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for text in ("one", "two"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert {each.name for each in tmp_path.rglob("*")} == {"link", "folder", "target"}
 
 
 def test_bytes_are_appended_whole_or_not_at_all(tmp_path):

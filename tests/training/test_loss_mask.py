@@ -14,8 +14,9 @@ from tests.helpers.tiers import slow
 from timemix.data.batches import Batches, validation_windows
 from timemix.data.corpus import evenly_spaced
 from timemix.data.shards import IGNORED, Tokens, counted_targets, targets_of
-from timemix.evaluation.loss import cross_entropy, loss_by_position, loss_per_token
+from timemix.evaluation.loss import counted_by_position, cross_entropy, loss_by_position, loss_per_token
 from timemix.evaluation.texts import bits_per_byte
+from timemix.experiments.convert import losses_by_range
 from timemix.training.masked import counted_only
 from timemix.training.parallel import new_model
 from timemix.training.spikes import write_bad_batch
@@ -194,7 +195,29 @@ def test_the_loss_by_position_counts_masked_targets(plain):
     for place in range(16):
         expected = F.cross_entropy(logits[:, place], targets[:, place], ignore_index=-100)
         assert found[place] == pytest.approx(expected.item(), rel=1e-9)
-    assert not loss_by_position(model, masked(IDS, np.zeros_like(COUNTED)), precision="float64").any()
+    first = COUNTED.copy()
+    first[17:] = False
+    found = loss_by_position(model, masked(IDS, first), precision="float64")
+    np.testing.assert_array_equal(np.isnan(found), first[1:17] == 0)
+    np.testing.assert_array_equal(counted_by_position(masked(IDS, first), 16), first[1:17])
+    np.testing.assert_array_equal(counted_by_position(IDS, 16), np.full(16, 18))
+
+
+def test_losses_past_the_context_are_means_over_counted_targets(plain):
+    config = replace(plain.config.model, vocab_size=7)
+    torch.manual_seed(0)
+    model, _ = new_model(config, "replicate", plain.world, plain.device, torch.float64)
+    logits, _ = model(torch.from_numpy(IDS[:256].astype(np.int64))[None])
+    targets = torch.from_numpy(targets_of(MASKED, slice(1, 257)))
+    found = losses_by_range(model, MASKED)
+    for name, loss in found.items():
+        begin, end = (16 * int(number) for number in name.split("-"))
+        expected = F.cross_entropy(logits[0, begin:end], targets[begin:end], ignore_index=IGNORED)
+        assert loss == pytest.approx(expected.item(), rel=1e-9)
+    assert found.keys() == losses_by_range(model, IDS).keys() == {"0-1", "1-4", "4-8", "8-16"}
+    first = COUNTED.copy()
+    first[17:] = 0
+    assert losses_by_range(model, masked(IDS, first)).keys() == {"0-1"}
 
 
 def test_a_bad_batch_is_written_without_uncounted_last_targets(plain, tmp_path):

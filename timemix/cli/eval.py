@@ -46,8 +46,8 @@ class EvalArguments:
     """Chat template for records with `messages`, or with `prompt` and `completion`; only answers count in the loss.
     Default: the records have texts."""
     stride: int | None = None
-    """Distance between the starts of windows in tokens, at least 1; a smaller stride gives more context. Default:
-    ctx_len."""
+    """Distance between the starts of windows in tokens, from 1 to ctx_len; a smaller stride gives more context.
+    Default: ctx_len."""
     carry_state: bool = False
     """State carried from window to window, so that every token has the whole text before it as its context; only for
     architectures with unbounded context, and without --stride."""

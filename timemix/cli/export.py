@@ -34,7 +34,8 @@ class ExportArguments:
     out: Path
     """New folder for the files, or new file."""
     form: Literal["timemix", "native"] = "timemix"
-    """Form of --to hf: `timemix` for any architecture, or `native` for rwkv4 and rwkv7."""
+    """Form of --to hf: `timemix` for any architecture, or `native` for rwkv4, and for rwkv7 with heads of 64
+    channels."""
     checkpoint: str = "best"
     """Checkpoint: best, newest, or the number of its step."""
     dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None

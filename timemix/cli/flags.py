@@ -195,7 +195,7 @@ def _row(option: Option) -> tuple[str, Any, Any]:
         name=option.flag,
         metavar=option.name if option.is_positional else None,
         help=words.strip(),
-        help_behavior_hint=_hint(unset.removesuffix(".")),
+        help_behavior_hint="(required)" if option.default is tyro.MISSING else _hint(unset.removesuffix(".")),
     )
     return "__".join(option.path), Annotated[option.kind, config], field(default=option.default)
 

@@ -93,7 +93,8 @@ def parse(
         choice: Result of the first parse, for a dataclass with a field `preset`.
 
     Raises:
-        InvalidValue: An option is unknown, missing or has a wrong value, or a preset comes after an option.
+        InvalidValue: An option is unknown, missing or has a wrong value, a preset comes after an option, or an option
+            with a list of values is given twice.
     """
     wants_help = bool({"-h", "--help"} & set(arguments))
     refusal = io.StringIO()
@@ -119,6 +120,7 @@ def parse(
             print(_end_of_help(kind, has_architectures=choice is not None))
             raise
         raise InvalidValue(sentence(refusal.getvalue(), verb, list(options_of(kind, default)))) from None
+    _refuse_repeated_lists(kind, arguments, default)
     asked = built(kind, default, parsed)
     if choice is not None and (late := vars(asked)["preset"]) != choice.preset:
         way = f"see timemix {verb} --help"
@@ -126,6 +128,19 @@ def parse(
             way = f"a preset comes before all options: timemix {verb} PRESET ..."
         raise InvalidValue(f"unexpected argument {late!r}; {way}")
     return typing.cast(Arguments, asked)
+
+
+def _refuse_repeated_lists(kind: type[Any], arguments: Sequence[str], default: Any) -> None:
+    """Refuse an option with a list of values that is given twice, because the parser would drop the first list."""
+    given = [each.partition("=")[0].replace("_", "-") for each in arguments]
+    for option in options_of(kind, default):
+        if _is_list(option.kind) and sum(name in option.names for name in given) > 1:
+            raise InvalidValue(f"{option.name} is given twice; write all its values after one {option.name}")
+
+
+def _is_list(kind: Any) -> bool:
+    """Return whether a type, or a part of it, is a tuple of any length."""
+    return any(each is ... or _is_list(each) for each in typing.get_args(kind))
 
 
 def _end_of_help(kind: type[Any], *, has_architectures: bool) -> str:

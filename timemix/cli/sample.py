@@ -45,7 +45,7 @@ class Sampling:
     top_a_power: float = 2.0
     """Exponent P of the threshold of --top-a, at least 0."""
     repetition_penalty: float = 1.0
-    """Penalty on tokens that occur in the context, above 0 (1: off)."""
+    """Penalty on tokens that occur in the prompt or in the text, above 0 (1: off)."""
     presence_penalty: float = 0.0
     """Number subtracted from the logits of tokens that the generated text contains (0: off)."""
     frequency_penalty: float = 0.0
@@ -111,7 +111,11 @@ def sample(arguments: list[str]) -> int:
     from timemix.generation.session import load_session, save_session
     from timemix.runs.load import load
     from timemix.runtime.device import choose_device
+    from timemix.storage.files import refuse_irregular
 
+    saving = parsed.save_state
+    if saving is not None:
+        refuse_irregular(saving)
     sampler = settings.sampler()
     loaded = load(parsed.run, checkpoint=parsed.checkpoint, device=str(choose_device(parsed.device)[0]), mapped=True)
     start = None if parsed.load_state is None else load_session(parsed.load_state, loaded.model)
@@ -134,11 +138,10 @@ def sample(arguments: list[str]) -> int:
             stop_tokens=() if tokenizer.end_of_text is None else (tokenizer.end_of_text,),
             log_probabilities=parsed.log_probabilities,
             start=start,
-            keep_session=parsed.save_state is not None,
+            keep_session=saving is not None,
             context=settings.context,
         )
     )
-    saving = parsed.save_state
     # A long prompt gives no event for a long time, so a second Ctrl-C ends the command without a state.
     noted: AbstractContextManager[list[int]] = interrupts_noted(1) if saving else nullcontext([])
     with noted as interrupts:
@@ -150,7 +153,8 @@ def sample(arguments: list[str]) -> int:
                     break
         except BrokenPipeError as error:
             gone = error
-        if saving:
+        # If stdout is closed before the first step, there is no state yet.
+        if saving and (sessions or engine.active):
             save_session(sessions[0] if sessions else engine.session(0), saving, loaded.model)
     if gone is not None:
         raise gone

@@ -87,7 +87,7 @@ def loss_per_token(
         model: The model.
         tokens: Token ids, (tokens,), at least 2. If the loss counts none of the tokens, the result is 0.
         precision: Precision of matrix products: "float32", "bfloat16" or "float64".
-        stride: Distance between the starts of windows in tokens, at least 1; None: adjacent windows.
+        stride: Distance between the starts of windows in tokens, from 1 to ctx_len; None: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
         document_start: Id of the token that is the first of each document; None: tokens depend on earlier documents.
@@ -97,10 +97,10 @@ def loss_per_token(
             of the whole text.
 
     Raises:
-        InvalidValue: `stride` is below 1, or `carry_state` or `document_start` is not supported.
+        InvalidValue: `stride` is out of range, or `carry_state` or `document_start` is not supported.
     """
-    if stride is not None and stride < 1:
-        raise InvalidValue(f"stride is {stride}; it must be at least 1 token")
+    if stride is not None and not (type(stride) is int and 1 <= stride <= model.config.ctx_len):
+        raise InvalidValue(f"stride is {stride}; it must be a whole number from 1 to ctx_len ({model.config.ctx_len})")
     if carry_state:
         return _loss_with_carried_state(model, tokens, precision, stride, document_start, documents)
     ctx_len = model.config.ctx_len
@@ -179,7 +179,8 @@ def loss_by_position(
     """Return the mean loss in nats at each position of adjacent windows.
 
     Whenever a bounded context ends within a window, the model processes the newest half of that context again from
-    position 0, as in generation.
+    position 0. Generation also restarts from the newest half, but predicts the first token after a restart with one
+    token less.
 
     Args:
         model: The model.
@@ -189,7 +190,7 @@ def loss_by_position(
         tokens_per_batch: Number of tokens in a batch.
 
     Returns:
-        Losses, (contexts * ctx_len,). A position without a counted target has the loss 0.
+        Losses, (contexts * ctx_len,). A position without a counted target has the loss NaN.
 
     Raises:
         InvalidValue: The text has fewer than `contexts` * ctx_len + 1 tokens.
@@ -199,7 +200,7 @@ def loss_by_position(
         raise InvalidValue(
             f"the text has {len(tokens)} tokens, but a window of {length} needs {length + 1}; give a longer text"
         )
-    total, counted = np.zeros(length), np.zeros(length)
+    total = np.zeros(length)
     with evaluating(model):
         for inputs, targets in validation_windows(tokens, length, max(1, tokens_per_batch // length)):
             if inputs.shape[1] == length:
@@ -212,5 +213,23 @@ def loss_by_position(
                     new = y[:, begin + known : end]
                     losses = cross_entropy(logits[:, known:], new, reduction="none").view(new.shape)
                     total[begin + known : end] += losses.double().sum(0).cpu().numpy()
-                counted += (targets != IGNORED).sum(0)
-    return total / np.maximum(counted, 1)
+    counted = counted_by_position(tokens, length)
+    losses_found: np.ndarray = np.divide(total, counted, out=np.full(length, np.nan), where=counted > 0)
+    return losses_found
+
+
+def counted_by_position(tokens: np.ndarray | Tokens, length: int) -> np.ndarray:
+    """Return the number of counted targets at each position of adjacent windows.
+
+    Args:
+        tokens: Token ids, (tokens,). Tokens at the end that fill no window are ignored.
+        length: Number of tokens in a window.
+
+    Returns:
+        Numbers, (length,) int64.
+    """
+    count = (len(tokens) - 1) // length
+    if not isinstance(tokens, Tokens) or tokens.counted is None:
+        return np.full(length, count)
+    counted: np.ndarray = (tokens.counted[1 : count * length + 1].reshape(count, length) != 0).sum(0)
+    return counted

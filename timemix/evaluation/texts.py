@@ -64,7 +64,7 @@ class Options(TypedDict, total=False):
     precision: str
     """Precision of matrix products: "float32" (default) or "bfloat16"."""
     stride: int | None
-    """Distance between the starts of windows in tokens, at least 1. Default: adjacent windows."""
+    """Distance between the starts of windows in tokens, from 1 to ctx_len. Default: adjacent windows."""
     carry_state: bool
     """Whether to carry the state from window to window, so that every token has the whole text before it as its
     context. Default: False. The value True needs an architecture with unbounded context, and excludes `stride`."""
@@ -91,7 +91,7 @@ def evaluate(
         run: Run folder, checkpoint folder, or a model from `load`.
         text: Text of at least two tokens. Default: the held-out text of the run.
         precision: Precision of matrix products: "float32" or "bfloat16".
-        stride: Distance between the starts of windows in tokens, at least 1. Default: adjacent windows.
+        stride: Distance between the starts of windows in tokens, from 1 to ctx_len. Default: adjacent windows.
         carry_state: Whether to carry the state from window to window, so that every token has the whole text before it
             as its context. This needs an architecture with unbounded context, and excludes `stride`.
         by_document: Whether to count the documents and average their losses. Tokens then depend only on their own
@@ -102,8 +102,8 @@ def evaluate(
         and bytes.
 
     Raises:
-        InvalidValue: The text has fewer than two tokens, `stride` is below 1, `carry_state` or `by_document` is not
-            supported, or `precision` is unknown.
+        InvalidValue: The text has fewer than two tokens, `stride` is out of range, `carry_state` or `by_document` is
+            not supported, or `precision` is unknown.
         NotFinite: The loss is not finite.
         FileError: The run, or its data, cannot be loaded.
     """
@@ -132,9 +132,9 @@ def evaluate_text(
 ) -> Evaluation:
     """Measure the loss of a model on a text.
 
-    Characters or words outside the vocabulary become <unk>. If the vocabulary has no <unk>, characters outside the
-    vocabulary are skipped. The losses per character and per byte count neither skipped characters nor the first token,
-    which is not predicted.
+    Characters or words outside the vocabulary become <unk>, or bytes if the vocabulary has bytes for them. If the
+    vocabulary has neither, characters outside the vocabulary are skipped. The losses per character and per byte count
+    neither skipped characters nor the first token, which is not predicted.
 
     Args:
         model: The model.
@@ -143,7 +143,7 @@ def evaluate_text(
         options: Options of the evaluation.
 
     Raises:
-        InvalidValue: The text gives fewer than two tokens, `stride` is below 1, or `carry_state` is not supported.
+        InvalidValue: The text gives fewer than two tokens, `stride` is out of range, or `carry_state` is not supported.
         NotFinite: The loss is not finite.
     """
     plain = text if tokenizer.end_of_text is None else text.replace(DOCUMENT_END, "")
@@ -206,12 +206,12 @@ def evaluate_held_out(
         options: Options of the evaluation.
 
     Raises:
-        InvalidValue: Fewer than two tokens are held out, `stride` is below 1, or `carry_state` is not supported.
+        InvalidValue: Fewer than two tokens are held out, `stride` is out of range, or `carry_state` is not supported.
         NotFinite: The loss is not finite.
     """
     if len(corpus.valid) < 2:
         raise InvalidValue(
-            f"the held-out text of the run has {len(corpus.valid)} tokens, but a loss needs at least 2; name a text"
+            f"a loss needs at least 2 tokens, but the held-out text of the run has {len(corpus.valid)}; name a text"
         )
     valid = corpus.info.valid
     whole = TextSize(valid.characters, valid.bytes, valid.unknown)
@@ -246,7 +246,7 @@ def in_units(
     """
     by_document, carry_state = options.get("by_document", False), options.get("carry_state", False)
     if len(tokens) < 2:
-        raise InvalidValue(f"the text has {len(tokens)} tokens, but a loss needs at least 2; give a longer text")
+        raise InvalidValue(f"a loss needs at least 2 tokens, but the text has {len(tokens)}; give a longer text")
     start = None
     if by_document or not options.get("cross_documents", True):
         clause = "by_document is True" if by_document else "cross_documents is False"

@@ -30,7 +30,7 @@ from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.describe import text_hash
 from timemix.errors import FileError, Interrupted, InvalidValue, MissingFile, NotFinite, TimemixError
-from timemix.evaluation.loss import loss_by_position
+from timemix.evaluation.loss import counted_by_position, loss_by_position
 from timemix.experiments.identity import difference, run_keys
 from timemix.experiments.jobs import (
     Failure,
@@ -128,6 +128,11 @@ class Comparison:
             raise InvalidValue(
                 f"the held-out text has {len(corpus.valid)} tokens, but variant {variant.name!r} needs {least};"
                 " use more text, or a larger data.valid_fraction"
+            )
+        if self.experiment.by_position and not counted_by_position(corpus.valid, ctx_len).all():
+            raise InvalidValue(
+                f"variant {variant.name!r}: a position of the window has no counted token in the held-out text; use"
+                " more text, or set by_position = false"
             )
 
     def _first_config(self, variant: Variant) -> RunConfig:

@@ -14,7 +14,7 @@ from timemix.data.corpus import is_corpus
 from timemix.data.shards import Tokens
 from timemix.data.sources import open_source
 from timemix.errors import InvalidValue
-from timemix.evaluation.loss import loss_by_position
+from timemix.evaluation.loss import counted_by_position, loss_by_position
 from timemix.models.config import ModelConfig
 from timemix.models.language_model import LanguageModel
 from timemix.models.registry import ARCHITECTURES, find_architecture, load_part
@@ -180,7 +180,7 @@ def convert_run(conversion: Conversion, loaded: Loaded, watching: Watching) -> C
             taps=conversion.taps,
             out=str(out),
             fits=tuple(CurveError(fit.layer, fit.head, fit.error) for fit in fits),
-            original=losses_by_range(loaded.model, trainer.corpus.valid[:MOST_TOKENS]),
+            original=losses_by_range(loaded.model, trainer.corpus.valid.part(slice(MOST_TOKENS))),
             before=before,
             after=after,
         )
@@ -225,7 +225,7 @@ def _train_config(conversion: Conversion, train: TrainConfig) -> TrainConfig:
 
 def _losses_of_new_run(trainer: Trainer, watching: Watching) -> tuple[dict[str, float], dict[str, float] | None]:
     """Fine-tune the converted model, and return its losses before and after; None without fine-tuning."""
-    tokens = trainer.corpus.valid[:MOST_TOKENS]
+    tokens = trainer.corpus.valid.part(slice(MOST_TOKENS))
     before = losses_by_range(trainer.model, tokens)
     if trainer.is_complete:
         # Save the checkpoint again with a validation loss: this loss selects the best checkpoint.
@@ -240,24 +240,28 @@ def _losses_of_new_run(trainer: Trainer, watching: Watching) -> tuple[dict[str, 
 
 
 def losses_by_range(model: LanguageModel, tokens: np.ndarray | Tokens) -> dict[str, float]:
-    """Return the mean loss in nats per token for each range of RANGES that the text is long enough for.
+    """Return the mean loss in nats per counted token for each range of RANGES that the text is long enough for.
 
     A window has 16 ctx_len tokens. In a shorter text, a window has the largest multiple of ctx_len that fits. A model
-    with bounded context re-reads the newest half of its context when the context is full, as in generation.
+    with bounded context re-reads the newest half of its context when the context is full.
 
     Args:
         model: The model.
         tokens: Token ids, (tokens,).
 
     Returns:
-        Losses by range of positions. A range such as "1-4" counts in multiples of ctx_len.
+        Losses by range of positions. A range such as "1-4" counts in multiples of ctx_len. A range without a counted
+        token is left out.
     """
     ctx_len = model.config.ctx_len
     contexts = min(RANGES[-1][1], (len(tokens) - 1) // ctx_len)
     if contexts < 1:
         return {}
-    losses = loss_by_position(model, tokens, contexts=contexts)
-    return {f"{a}-{b}": float(losses[a * ctx_len : b * ctx_len].mean()) for a, b in RANGES if b <= contexts}
+    counted = counted_by_position(tokens, contexts * ctx_len)
+    # A position without a counted target has no loss.
+    summed = np.nan_to_num(loss_by_position(model, tokens, contexts=contexts)) * counted
+    ranges = {(a, b): slice(a * ctx_len, b * ctx_len) for a, b in RANGES if b <= contexts}
+    return {f"{a}-{b}": float(summed[x].sum() / counted[x].sum()) for (a, b), x in ranges.items() if counted[x].any()}
 
 
 def _draw(fits: Sequence[Fitted], out: Path, most: int = 8) -> None:

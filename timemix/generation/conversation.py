@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from timemix.data.templates import ChatTemplate, Message
 from timemix.errors import InvalidValue, NotFinite
 from timemix.generation.engine import Engine
-from timemix.generation.request import Context, Request
+from timemix.generation.request import Context, Finished, Request
 from timemix.generation.sampler import Sampler
 from timemix.generation.session import Session
 
@@ -85,6 +85,8 @@ class Conversation:
             keep_session=True,
         )
         self._turns: deque[Turn] = deque(maxlen=TURNS_KEPT)
+        # Newest session that this conversation has made, and why its answer ended (None: the caller ended it).
+        self._ended: tuple[Session | None, Finished | None] = (None, None)
         self.session: Session | None = None
         self.tokens_cut = 0
 
@@ -108,6 +110,9 @@ class Conversation:
         """Whether the last answer ended before a stop string or a stop token, so that `proceed` can continue it."""
         if self.session is None or not self.session.tokens:
             return False
+        session, reason = self._ended
+        if self.session is session:
+            return reason != "stop"
         if self.session.tokens[-1] in self._pattern.stop_tokens:
             return False
         end = self._end(self.session)
@@ -208,15 +213,15 @@ class Conversation:
         number = self._engine.add(replace(self._pattern, prompt=prompt, start=start, sample=attempt))
         self.tokens_cut = max(0, len(prompt) - (self._engine.model.max_position or len(prompt)))
         space = self._template.space if prompt else ""
-        has_token, session = False, None
+        has_token, session, reason = False, None, None
         try:
             while self._engine.busy:
                 text = ""
                 for event in self._engine.step():
                     if event.finished == "error":
-                        raise NotFinite(f"the answer cannot continue: {event.reason}; use another checkpoint")
+                        raise NotFinite(f"the answer cannot continue: {event.reason}")
                     has_token = has_token or event.token is not None
-                    text, session = event.text, event.session
+                    text, session, reason = event.text, event.session, event.finished
                 if text:
                     text, space = text.removeprefix(space), ""
                 yield text
@@ -227,7 +232,7 @@ class Conversation:
         finally:
             self._engine.cancel(number)
             if session is not None:
-                self.session = session
+                self.session, self._ended = session, (session, reason)
 
 
 def without_stop_token(session: Session, stop_tokens: Sequence[int]) -> Session:

@@ -13,6 +13,10 @@ Drawn = tuple[int, float | None, tuple[tuple[int, float], ...]]
 """A token, its log-probability (None unless requested), and (token, log-probability) of the most probable tokens."""
 
 
+EXCLUDED = "logit_bias excludes every token; allow at least one"
+NOT_FINITE = "the model's logits are not finite; use another checkpoint"
+
+
 class Drawer:
     """Draw the next tokens of all rows of a step at once."""
 
@@ -35,9 +39,7 @@ class Drawer:
         finite = np.isfinite(logits.min(-1)) & np.isfinite(logits.max(-1))
         biased = _biased(rows, logits)
         possible = finite & (biased.max(-1) > -np.inf)
-        found: list[Drawn | str] = [
-            "logit_bias excludes every token" if each else "the model's logits are not finite" for each in finite
-        ]
+        found: list[Drawn | str] = [EXCLUDED if each else NOT_FINITE for each in finite]
         good = np.flatnonzero(possible).tolist()
         if good:
             tokens = self._tokens([rows[i] for i in good], biased if possible.all() else biased[good])

@@ -37,9 +37,9 @@ class Engine:
     compiled code, the logits of a request are bit-identical for any other requests and any number of threads. With the
     model's own forward pass, the logits of a request agree to 1e-5 for any other requests.
 
-    While one thread calls `step` in a loop, any thread may call `add`, `cancel` and `session`. Concurrent calls of
-    `step` run one after another. If engines in several threads share one model, call `model.eval()` first: each forward
-    pass of the model turns dropout off, and restores the mode of the model afterwards.
+    While one thread calls `step` in a loop, any thread may call `add`, `cancel`, `progress` and `session`. Concurrent
+    calls of `step` run one after another. If engines in several threads share one model, call `model.eval()` first:
+    each forward pass of the model turns dropout off, and restores the mode of the model afterwards.
 
     Args:
         model: The model.
@@ -47,7 +47,7 @@ class Engine:
         slots: Largest number of active samples, at least 1; further samples are pending.
         weights: Format to which the linear weights are rounded: "float32", "bfloat16", "int8" or "int4".
         step: Decode step to use; None: the fastest step that the model supports.
-        max_pending: Largest number of pending requests, at least 1; None: any number.
+        max_pending: Largest number of pending requests beyond the free slots, at least 1; None: any number.
         cache: Cache of states after prefixes of prompts, for this engine alone; None: each prompt is processed as a
             whole. With and without a cache, texts are bit-identical, except for requests with `reuse_decoded`.
 
@@ -107,7 +107,7 @@ class Engine:
         Raises:
             InvalidValue: A token is outside the vocabulary, the request has stop strings but the engine has no
                 tokenizer, or the session of the request has states of other shapes.
-            TooManyRequests: `max_pending` requests are pending.
+            TooManyRequests: `max_pending` requests are pending beyond the free slots.
         """
         vocab_size, ids = self.model.config.vocab_size, request.token_ids()
         for token in (min(ids), max(ids)):
@@ -126,7 +126,9 @@ class Engine:
             # Requests that get a free slot at the next step do not count as pending.
             free = self.slots - len(self._rows)
             if self.max_pending is not None and len(pending) - free >= self.max_pending:
-                raise TooManyRequests(f"{self.max_pending} requests are pending; add this request again later")
+                raise TooManyRequests(
+                    f"the queue is full, as max_pending is {self.max_pending}; add this request again later"
+                )
             row.id = next(self._ids)
             self._pending.append(row)
         return row.id
@@ -167,7 +169,7 @@ class Engine:
 
     @property
     def pending(self) -> int:
-        """Number of samples that wait for a slot."""
+        """Number of samples that wait for a slot. A request whose prompt is not processed counts as one sample."""
         with self._changed:
             return len(self._pending)
 

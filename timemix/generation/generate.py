@@ -28,7 +28,7 @@ def events_of(engine: Engine) -> Iterator[Event]:
     while engine.busy:
         for event in engine.step():
             if event.finished == "error":
-                raise NotFinite(f"sample {event.sample} cannot continue: {event.reason}; use another checkpoint")
+                raise NotFinite(f"sample {event.sample} cannot continue: {event.reason}")
             yield event
 
 

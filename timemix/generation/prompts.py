@@ -1,5 +1,6 @@
 """The token ids of a prompt, and the default prompt."""
 
+from timemix.errors import InvalidValue
 from timemix.tokenizers.base import Tokenizer
 
 
@@ -14,11 +15,14 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         Token ids. Empty only if the prompt is empty and the tokenizer has no `end_of_text`.
 
     Raises:
-        InvalidValue: The prompt has characters or words outside the vocabulary.
+        InvalidValue: The prompt has characters or words outside the vocabulary,
+            or only spaces for a tokenizer of words.
     """
     if not prompt and tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     ids: list[int] = tokenizer.encode(prompt).tolist()
+    if prompt and not ids:
+        raise InvalidValue(f"the prompt {prompt!r} has no token; give at least one word")
     return ids
 
 

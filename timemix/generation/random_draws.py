@@ -1,57 +1,15 @@
 """Random draws by the inverse of a cumulative distribution, with random numbers that no earlier draw changes.
 
-Shapes: B is the number of rows of a batch, V is the size of the vocabulary, and M is the number of candidate tokens.
+Shapes: B is the number of rows of a batch, and M is the number of candidate tokens.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
-from torch import Tensor
 
 from timemix.errors import InvalidValue
 from timemix.generation.ranking import LARGE
 
 BLOCK = 64
 """Number of tokens whose random numbers are computed together."""
-
-
-def draw(
-    probabilities: Tensor,
-    *,
-    seed: int | Sequence[int] | Tensor,
-    sample: Sequence[int] | Tensor,
-    position: Sequence[int] | Tensor,
-) -> Tensor:
-    """Draw one token for each row, by the inverse of the row's cumulative distribution.
-
-    The random number of a row comes from the generator Philox with key (seed, sample) and counter `position`. The
-    random number depends only on the key and the counter, and no generator state is stored. A token of probability 0 is
-    never drawn.
-
-    Args:
-        probabilities: Probabilities (B, V); each row sums to 1.
-        seed: Random seed, 0 to 2^64 - 1: one number for all rows, or (B,).
-        sample: Number of each row's text (B,), 0 to 2^64 - 1.
-        position: Number of the token in each row's text (B,), at least 0.
-
-    Returns:
-        Token ids (B,) int64.
-
-    Raises:
-        InvalidValue: A seed is outside 0 to 2^64 - 1.
-        ValueError: A row of probabilities does not sum to 1 within 0.01.
-
-    Source:
-        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-    """
-    seeds = [seed] * len(probabilities) if isinstance(seed, int) else _integers(seed)
-    u = [Uniforms(*key).at(number) for *key, number in zip(seeds, _integers(sample), _integers(position), strict=True)]
-    p = probabilities.detach().cpu().double().numpy()
-    total = p.sum(-1)
-    if not (np.abs(total - 1) < 0.01).all():
-        raise ValueError(f"probabilities has rows that sum to {total.tolist()}; each row must sum to 1")
-    return torch.from_numpy(search(p, np.array(u)))
 
 
 def search(weights: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -88,7 +46,9 @@ def _search_blocks(weights: np.ndarray, u: float) -> int:
 class Uniforms:
     """The random numbers of one text, a multiple of 2^-53 from 0 to less than 1 for each token.
 
-    A generator computes the numbers of a block of tokens together, in a tenth of the time of single numbers.
+    The number of a token comes from the generator Philox with key (seed, sample) and the number of the token as its
+    counter. No generator state is stored, so texts in one batch get the numbers that they would get alone. A generator
+    computes the numbers of a block of tokens together, in a tenth of the time of single numbers.
 
     Args:
         seed: Random seed, 0 to 2^64 - 1.
@@ -96,6 +56,9 @@ class Uniforms:
 
     Raises:
         InvalidValue: The seed is out of its range.
+
+    Source:
+        Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
 
     def __init__(self, seed: int, sample: int) -> None:
@@ -120,7 +83,3 @@ class Uniforms:
             bits = generator.random_raw(4 * BLOCK)[::4]
             self._begin, self._numbers = position, ((bits >> 11) * 2.0**-53).tolist()
         return self._numbers[position - self._begin]
-
-
-def _integers(values: Sequence[int] | Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]

@@ -36,8 +36,8 @@ class Request:
             filters.
         start: Session to continue; None: a new text.
         keep_session: Whether to return the session with the last event. A returned session holds back text that may
-            begin a stop string, and an unfinished character. The text of a request that continues the session begins
-            with the text that the session holds back.
+            begin a stop string, and an unfinished character. A request that continues the session without a prompt
+            emits this text first. With a prompt, this text is never emitted, although the model has read it.
         context: Rule for a full context, "reanchor" or "exact", as described above.
         keep: Share of the context that "reanchor" processes again, above 0 and at most 1.
         samples: Number of samples, at least 1; the prompt is processed once for all samples.

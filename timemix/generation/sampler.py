@@ -71,8 +71,9 @@ class Sampler:
         min_p: Share of the largest probability, 0 to 1: tokens with p >= min_p * p_max stay; 0 = off.
         top_a: Factor, 0 to 1: tokens with p < top_a * p_max ** top_a_power are removed; 0 = off.
         top_a_power: Exponent of p_max in the threshold of top_a, at least 0.
-        repetition_penalty: Penalty, above 0: positive logits of tokens seen in the context are divided by the penalty,
-            negative logits are multiplied by the penalty; 1 = off.
+        repetition_penalty: Penalty, above 0: positive logits of tokens that occur in the prompt or in the text are
+            divided by the penalty, negative logits are multiplied by the penalty; 1 = off. Tokens before a bounded
+            context count too.
         presence_penalty: Number subtracted from the logits of generated tokens; 0 = off. Tokens of the prompt do not
             count, and a negative number makes generated tokens more probable.
         frequency_penalty: Number subtracted from the logits of generated tokens, once for each occurrence; 0 = off.
@@ -152,7 +153,8 @@ class Sampler:
         Args:
             logits: Logits (B, V) of any float type and device. Infinite logits are limits: tokens at +inf share all
                 probability, and tokens at -inf have no probability.
-            seen: Mask (B, V) bool of the tokens that occurred in each row's context; needed for `repetition_penalty`.
+            seen: Mask (B, V) bool of the tokens that occurred in each row's prompt or text; needed for
+                `repetition_penalty`.
             counts: Number of times (B, V) that each row's generated text contains each token; needed for
                 `presence_penalty` and `frequency_penalty`.
 
@@ -241,7 +243,9 @@ class Sampler:
         is_seen_used = self._is_on("repetition_penalty", 1)
         are_counts_used = self._is_on("presence_penalty", 0) or self._is_on("frequency_penalty", 0)
         if is_seen_used and seen is None:
-            raise ValueError("repetition_penalty is on, but seen is None; pass the tokens of each row's context")
+            raise ValueError(
+                "repetition_penalty is on, but seen is None; pass the tokens of each row's prompt and text"
+            )
         if are_counts_used and counts is None:
             raise ValueError("a penalty on generated tokens is on, but counts is None; pass the counts of each row")
         return seen if is_seen_used else None, counts if are_counts_used else None

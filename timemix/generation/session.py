@@ -61,7 +61,7 @@ def save_session(session: Session, path: str | Path, model: LanguageModel) -> No
 
     Args:
         session: The session.
-        path: File to write.
+        path: File to write; missing folders are created.
         model: The session's model; the file holds the hash of the model's config and weights.
 
     Raises:

@@ -147,8 +147,17 @@ def refuse_without(config: ModelConfig) -> None:
 
 
 def has_native_form(checkpoint: Path) -> bool:
-    """Return whether a folder of Hugging Face in the form "native" exists for the architecture of a checkpoint."""
-    return find_architecture(read_toml(checkpoint / "config.toml").model.arch).hugging_face is not None
+    """Return whether a folder of Hugging Face in the form "native" can be exported from a checkpoint."""
+    config = read_toml(checkpoint / "config.toml").model
+    entry = find_architecture(config.arch)
+    if entry.hugging_face is None:
+        return False
+    try:
+        refuse_without(config)
+        load_part(entry.hugging_face).document(config, None)
+    except InvalidValue:
+        return False
+    return True
 
 
 def _export_for_timemix(folder: Path, config: RunConfig, out: Path) -> None:

@@ -41,7 +41,7 @@ BOOTSTRAP = 1000
 """Number of resamplings for the standard error of a metric that is no mean."""
 SEED = 1234
 """Seed of the choice of examples in prompts, the default of the package."""
-_IGNORED = ("until", "max_gen_toks", "do_sample", "num_beams")
+_USED = ("until", "max_gen_toks", "do_sample", "num_beams")
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,11 @@ class TimemixLM(TemplateLM):
     def _request(self, number: int, context: str, arguments: dict[str, Any]) -> Request:
         given = normalize_gen_kwargs(arguments)
         known = {field.name for field in fields(Sampler)}
-        if unknown := sorted(given.keys() - known - {*_IGNORED}):
+        if given.get("num_beams", 1) != 1:
+            raise InvalidValue(
+                f"the task has num_beams={given['num_beams']}, but timemix has no beam search; change the task"
+            )
+        if unknown := sorted(given.keys() - known - {*_USED}):
             raise InvalidValue(
                 f"the task has the generation argument {unknown[0]!r}, which timemix does not support; change the task"
             )

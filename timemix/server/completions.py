@@ -258,12 +258,13 @@ def build_request(prompt: list[int], asked: dict[str, Any], served: Served, para
     # A state without a prompt is a text that grows, even if it fills the context.
     is_checked = context == "error" or (context == "" and prompt)
     if limit is not None and is_checked and needed > limit:
-        known = f"the prompt has {len(prompt)}" if start is None else f"the state has {past}, the prompt {len(prompt)}"
-        rest = f" and {tokens} new tokens" if context == "error" else ""
+        parts = [] if start is None else [f"the state has {past}"]
+        parts += [f"the prompt has {len(prompt)}"] + ([f"max_tokens is {tokens}"] if context == "error" else [])
+        way = " or lower max_tokens" if context == "error" else ""
         raise ApiError(
             400,
-            f"the context of {served.name} has {limit} tokens, but {known}{rest}; shorten the"
-            ' prompt, or send context: "reanchor", which leaves out the beginning of the text',
+            f"the context of {served.name} has {limit} tokens, but {' and '.join(parts)}; shorten the prompt{way}, or"
+            ' send context: "reanchor", which leaves out the beginning of the text',
             param,
             "context_length_exceeded",
         )

@@ -203,16 +203,30 @@ def appear(temporary: Path, folder: Path) -> None:
     _sync(folder.parent)
 
 
+def refuse_irregular(path: Path) -> None:
+    """Check before a write that a path is free or a regular file, because a rename would replace a pipe or a device.
+
+    Raises:
+        CannotWrite: The path is a folder, a pipe or a device, or cannot be accessed.
+    """
+    with explained(path):
+        if path.exists() and not path.is_file():
+            raise CannotWrite(f"cannot write {path}: it is a folder, a pipe or a device; name a file")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically. Yield a temporary path, which is renamed when the `with` block succeeds.
 
     Args:
-        path: The file. The temporary path has the suffix of this file.
+        path: The file, or a symbolic link to the file. The temporary path has the suffix of this file.
 
     Raises:
-        CannotWrite: The disk is full or not writable.
+        CannotWrite: The path is a folder, a pipe or a device, or the disk is full or not writable.
     """
+    refuse_irregular(path)
+    # A rename to the path of a link would replace the link.
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     with explained(path):
         try:

@@ -336,8 +336,11 @@ def refuse_surrogates(text: str, before: int = 0) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python reads a byte that is not UTF-8, such as one of the command line, as one of these surrogates.
+        byte = f" (the byte 0x{code - 0xDC00:02X} of a text that is not UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
         raise InvalidValue(
-            f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at character {before + error.start}, which"
+            f"the text has a lone surrogate, U+{code:04X}{byte}, at character {before + error.start}, which"
             " UTF-8 cannot encode; remove it"
         ) from error
 

@@ -34,7 +34,8 @@ def train(
         config: Name of a preset, or the config of the run. None with `resume`, because the run folder has the config.
         out: Run folder to create, or an existing run folder with `resume`.
         model: Settings of the model that replace settings of the config, such as `{"layers": 2}`.
-        data: Settings of the text, or the source alone: a file, folder, glob, prepared folder, or "builtin".
+        data: Settings of the text, or the source alone: a file, folder, glob or prepared folder, "builtin", the name of
+            a download such as "tinyshakespeare", or "hf:NAME".
         train: Settings of the training, such as `{"steps": 500}`.
         resume: Whether to continue the run from its newest checkpoint. With `resume`, `train` may change settings, such
             as `{"steps": 1000}` or `{"lr": 1e-3}`.
