@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.commands import run_command
 from tests.helpers.published import imported
@@ -76,6 +76,7 @@ def test_the_card_of_a_fine_tuned_run_names_no_folders(run, tmp_path):
     assert 'source = "text.txt"' in card
     settings = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
     assert "start" not in settings
+    assert "The content of `run.toml` for `timemix train --config run.toml --data TEXT --out RUN`:" in card
     for folder in (run.parent, tmp_path):
         assert str(folder) not in card
 
@@ -87,7 +88,10 @@ def test_imported_weights_keep_their_type(tmp_path):
     assert {x.dtype for x in weights.values()} == {torch.bfloat16}
     assert all(weights[f"model.{name}"].equal(x) for name, x in own.items())
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
-    assert "was not measured" in (tmp_path / "hf/README.md").read_text()
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "was not measured" in card
+    # The settings have 0 steps, so `timemix train` cannot use them.
+    assert "The content of `run.toml` without settings of its training:" in card
 
 
 def test_weights_of_several_types_and_files(run, tmp_path):
@@ -134,6 +138,16 @@ def test_import_of_a_damaged_folder(run, tmp_path, changes, sentence):
     document = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps(document | changes))
     with pytest.raises(DamagedFile, match=sentence):
+        import_run(tmp_path / "hf", tmp_path / "again")
+
+
+def test_a_weight_without_the_prefix_is_refused(run, tmp_path):
+    """It would take the place of the weight with the prefix."""
+    export_run(run, "hf", tmp_path / "hf")
+    path = tmp_path / "hf/model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"norm.weight": torch.zeros_like(weights["model.norm.weight"])}, path)
+    with pytest.raises(DamagedFile, match=r"has the unknown weight 'norm.weight'; restore it from a copy"):
         import_run(tmp_path / "hf", tmp_path / "again")
 
 

@@ -206,6 +206,23 @@ def test_stacked_mixtures_of_early_files(folder, tmp_path):
     check_logits(imported(tmp_path, write_folder(tmp_path / "hf", weights)))
 
 
+def test_a_weight_with_two_names_or_in_two_files(folder, tmp_path):
+    """Which of two tensors counts would otherwise depend on their order."""
+    weights = load_file(folder / "model.safetensors")
+    stacked = {"model.layers.0.attn.x_x": torch.zeros(6, 64)}
+    with pytest.raises(DamagedFile, match=r"is a second name of a weight; keep only one of them"):
+        read_published(write_folder(tmp_path / "names", weights | stacked), 32)
+    theirs = write_folder(tmp_path / "files", None)
+    first = "model.layers.0.ffn.key.weight"
+    save_file(weights, theirs / "model-00001-of-00002.safetensors")
+    save_file({first: torch.zeros_like(weights[first])}, theirs / "model-00002-of-00002.safetensors")
+    files = dict.fromkeys(weights, "model-00001-of-00002.safetensors")
+    files["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (theirs / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(DamagedFile, match=f"has '{first}' in two files; restore it from a copy"):
+        read_published(theirs, 32)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("attn.x_x", ()), ("attn.x_x", (5, 64)), ("attn.w_lora.lora.0.weight", (64,)), ("attn.w_lora.lora.0.weight", ())],

@@ -100,6 +100,7 @@ def test_low_rank_terms_are_merged_in_the_number_format_of_the_run(run, tmp_path
         (lambda own: own | {"blocks.2.att.time_state": random(2)}, "has the unknown tensor 'blocks.2.att.time_state'"),
         (lambda own: own | {"blocks.1.att.time_state": random(2, 2)}, "'blocks.1.att.time_state' is [2, 2], not ["),
         (lambda own: {n: x / 0 for n, x in own.items()}, "has a number that is not finite; restore it from a copy"),
+        (lambda own: {n: x.double() * 1e300 for n, x in own.items()}, "has numbers that exceed float32; give a state"),
         (lambda own: terms(inputs=5), "does not fit the run: 'blocks.1.att.key.lora_A' is [3, 5], not [3, "),
         (lambda own: dict(list(terms().items())[:1]), "lacks 'blocks.1.att.key.lora_B'"),
         (lambda own: {"blocks.9.att.key.lora_A": random(2, 2)}, "has low-rank terms of 'blocks.9.att.key', which the"),

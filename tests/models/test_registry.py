@@ -69,3 +69,11 @@ def test_a_model_with_a_rule_for_its_hidden_size_gives_its_size(arch):
     found = like_size_of(model_config("rwkv5", channels=128, ffn_ratio=0.0), arch)
     assert found.channels == 128
     assert getattr(found, "ffn_ratio", 3.5) == 3.5
+
+
+@pytest.mark.parametrize("name", ["version_1", "ideas"])
+def test_a_class_variable_is_no_field(name):
+    with pytest.raises(InvalidValue, match=f"rwkv7 has no field '{name}'") as error:
+        model_config("rwkv7", **{name: ()})
+    assert "version_1," not in str(error.value)
+    assert "ideas" not in str(error.value).replace(f"'{name}'", "")

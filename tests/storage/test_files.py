@@ -16,7 +16,15 @@ from timemix.data.config import DataConfig
 from timemix.data.prepare import prepare
 from timemix.data.sources import read_source
 from timemix.errors import AlreadyExists, CannotWrite, FileError, InUse
-from timemix.storage.files import append, atomic_folder, new_folder, remove_folder, remove_unfinished, write_text
+from timemix.storage.files import (
+    append,
+    atomic_folder,
+    new_file,
+    new_folder,
+    remove_folder,
+    remove_unfinished,
+    write_text,
+)
 from timemix.storage.locks import FolderLock, claimed, is_held
 from timemix.training.start import new_run, resume_run
 
@@ -55,6 +63,36 @@ def test_a_new_folder_removes_what_killed_processes_left_of_it(tmp_path):
     with new_folder(tmp_path / "a[1]") as folder:
         (folder / "file").write_text("a")
     assert {path.name for path in tmp_path.iterdir()} == {"a[1]", *names[1:]}
+
+
+def test_a_new_file_removes_what_killed_processes_left_of_it(tmp_path):
+    dead, alive, other = (f".a.partial-{2**31 - 1}.gguf", f".a.partial-{os.getppid()}.gguf", ".a.partial-x.gguf")
+    for name in (dead, alive, other):
+        (tmp_path / name).write_text("part")
+    with new_file(tmp_path / "a.gguf") as temporary:
+        temporary.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", alive, other}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_never_replaces_the_file_of_another_process(tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr(Path, "hardlink_to", failing(errno.EPERM))
+    path = tmp_path / "a"
+
+    def write_both():
+        with new_file(path) as temporary:
+            temporary.write_text("mine")
+            path.write_text("theirs")
+
+    with pytest.raises(AlreadyExists, match="exists already"):
+        write_both()
+    assert path.read_text() == "theirs"
+    path.unlink()
+    with new_file(path) as temporary:
+        temporary.write_text("mine")
+    assert path.read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_new_folder_leaves_nothing_after_ctrl_c(tmp_path):

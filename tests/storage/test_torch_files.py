@@ -157,7 +157,10 @@ BAD = {
     "one number in eight long dimensions": (saved({"a": Claim([2**20] * 8, [0] * 8)}), "too large size"),
     "one number past the storage": (saved({"a": Claim([2], [2**18])}), "a tensor of size [2] does not fit"),
     "one storage for 50 tensors": (saved(MANY), "more than twice the"),
-    "compressed entries": (zipped(parts_of(GOOD), compression=zipfile.ZIP_DEFLATED), "is compressed"),
+    "compressed entries": (
+        zipped(parts_of(GOOD), compression=zipfile.ZIP_DEFLATED),
+        "has compressed or encrypted entries",
+    ),
     "no pickle": (zipped({"a/data/0": b""}), "0 entries named data.pkl"),
     "two pickles": (zipped(parts_of(GOOD) | {"b/data.pkl": b"."}), "2 entries named data.pkl"),
     "no numbers": (zipped({n: x for n, x in parts_of(GOOD).items() if "/data/" not in n}), "data/0' is missing"),

@@ -1,12 +1,12 @@
 """Export of a trained model to the formats of other programs. The weights keep the types of the checkpoint."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from shlex import quote
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from torch import Tensor
@@ -130,8 +130,10 @@ def _stored(folder: Path, config: RunConfig, out: Path) -> Iterator[StoredTensor
         if config.train.tune == "lora":
             weights = load(folder).model.state_dict()
             with explained(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                folder = Path(stack.enter_context(TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+                # `new_folder` removes this folder after a kill.
+                folder = out.with_name(f".{out.name}.partial-weights-{os.getpid()}")
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(folder / "model.safetensors", weights, {})
         else:
             empty_model(config.model, folder)

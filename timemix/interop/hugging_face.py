@@ -49,7 +49,10 @@ def _read_parts(folder: Path) -> dict[str, Tensor]:
         raise DamagedFile(f"{folder / INDEX} is damaged: it names the file {outside[0]!r}; restore it from a copy")
     found: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        found |= read_tensors(folder / file)
+        tensors = read_tensors(folder / file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise DamagedFile(f"{folder} has {twice[0]!r} in two files; restore it from a copy")
+        found |= tensors
     if missing := sorted(files.keys() - found.keys()):
         raise DamagedFile(f"{folder} is incomplete: no file has {missing[0]!r}; restore it from a copy")
     return found

@@ -211,7 +211,7 @@ print(pipeline("text-generation", model="FOLDER")("The ", max_new_tokens={tokens
 
 ## Settings of the run
 
-The content of `run.toml` for `timemix train --config run.toml --data TEXT --out RUN`:
+The content of `run.toml` {use}:
 
 ```toml
 {settings}```
@@ -242,7 +242,10 @@ def _card(config: RunConfig, tokenizer: Tokenizer, progress: Progress | None, st
     )
     data = replace(config.data, source=source or "", valid=valid, vocabulary=vocabulary)
     # Another machine does not have the model from which the run started.
-    public = replace(config, start=None, start_state=None, data=data)
+    public = replace(config, start=None, start_state=None, data=data, train=replace(config.train, tune="all"))
+    # An imported or converted model has no steps of its own.
+    command = "for `timemix train --config run.toml --data TEXT --out RUN`"
+    use = command if config.train.steps else "without settings of its training"
     if progress is None or progress.valid_loss is None:
         loss = "The loss of this model on a held-out text was not measured."
     else:
@@ -266,5 +269,6 @@ def _card(config: RunConfig, tokenizer: Tokenizer, progress: Progress | None, st
         tokens=min(100, model.ctx_len // 2) if _is_bounded(config) else 100,
         loss=loss,
         tokenizer=" ".join(notes),
+        use=use,
         settings=to_toml(public),
     )

@@ -102,7 +102,7 @@ def read_published(path: Path, ctx_len: int) -> Published:
         config = converter.our_config(weights, ctx_len, **fields)
         published = Published(config, converter.from_published(weights), converter.unused(weights))
     except InvalidValue as error:
-        raise DamagedFile(f"{path} holds no complete model: {error}") from error
+        raise DamagedFile(f"{path} holds no model that timemix can read: {error}") from error
     _check(path, published, converter.published_name)
     return published
 
@@ -127,6 +127,8 @@ def _exported(path: Path, weights: dict[str, Tensor], document: dict[str, Any]) 
         config = model_config(**(settings | {"vocab_size": document.get("vocab_size")}))
     except InvalidValue as error:
         raise DamagedFile(f"{path / 'config.json'} has wrong settings of timemix: {error}") from error
+    if other := sorted(name for name in weights if not name.startswith(PREFIX)):
+        raise DamagedFile(f"{path} has the unknown weight {other[0]!r}; restore it from a copy")
     published = Published(config, {name.removeprefix(PREFIX): x for name, x in weights.items()}, {})
     _check(path, published, lambda name: PREFIX + name)
     return published

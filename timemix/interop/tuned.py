@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from timemix.data.config import DataConfig
 from timemix.errors import DamagedFile, InvalidValue
-from timemix.generation.session import Session, save_session
+from timemix.generation.session import Session, session_to_bytes
 from timemix.interop.importing import save_imported
 from timemix.interop.published import check_numbers
 from timemix.models.layers.lora import merged
 from timemix.models.registry import find_architecture, load_part
 from timemix.runs.load import Loaded, load
-from timemix.storage.files import check_name, refuse_existing
+from timemix.storage.files import check_name, new_file, refuse_existing
 from timemix.storage.tensors import read_tensors
 from timemix.storage.torch_files import read_torch_file
 
@@ -92,7 +92,9 @@ def import_tuned(path: Path, run: Path, out: Path, *, alpha: float | None = None
     if any(name.endswith(STATE) for name in own):
         if alpha is not None:
             raise InvalidValue(f"lora_alpha has no effect on {path}, which holds a tuned state; leave lora_alpha out")
-        save_session(Session(_state(path, own, base, converter), tokens=(), unread=0), out, base.model)
+        session = Session(_state(path, own, base, converter), tokens=(), unread=0)
+        with new_file(out) as temporary:
+            temporary.write_bytes(session_to_bytes(session, base.model))
         return ImportedTuning("state", len(own))
     weights = _with_terms(path, own, base, converter, LORA_ALPHA if alpha is None else alpha)
     train = replace(base.config.train, steps=0, seconds=None, tokens=None, tune="all")
@@ -118,6 +120,8 @@ def _state(path: Path, tensors: dict[str, Tensor], base: Loaded, converter: Any)
         found = convert(tensors[name])
         _check_shape(path, name, found, tuple(layer["wkv"].shape[1:]))
         layer["wkv"].copy_(found)
+        if not layer["wkv"].isfinite().all():
+            raise DamagedFile(f"{path}: {name!r} has numbers that exceed float32; give a state of smaller numbers")
     return state
 
 

@@ -4,6 +4,7 @@ An entry names each part of an architecture as "module:name". The parts of an ar
 built. CONTRIBUTING.md explains how to add an architecture.
 """
 
+import dataclasses
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -248,9 +249,10 @@ def model_config(arch: str, **fields: Any) -> ModelConfig:
         InvalidValue: The architecture is unknown or lacks a field, or a value has a wrong type or is out of its range.
     """
     config = find_architecture(arch).config
+    known = [each.name for each in dataclasses.fields(config)]
     for name in fields:
-        if name not in config.__dataclass_fields__:
-            raise InvalidValue(f"{arch} has no field {name!r}{nearest(name, config.__dataclass_fields__)}")
+        if name not in known:
+            raise InvalidValue(f"{arch} has no field {name!r}{nearest(name, known)}")
     return from_dict(config, {"arch": arch, **fields}, "model.")
 
 

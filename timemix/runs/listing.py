@@ -12,7 +12,7 @@ from timemix.config.run import MOST_STEPS, read_toml
 from timemix.errors import DamagedFile, FileError, MissingFile
 from timemix.runs.folder import checkpoints, read_checkpoint, read_progress
 from timemix.runs.metrics import newest_numbers
-from timemix.storage.files import cannot_read
+from timemix.storage.files import cannot_read, check_regular
 from timemix.storage.index import is_sharded, read_index
 from timemix.storage.locks import is_held
 
@@ -26,7 +26,8 @@ class RunSummary:
         state: "running" if a process trains the run, "complete" after the last step or an early stop, "damaged" if a
             file cannot be read (see `error`), else "stopped".
         arch: Architecture.
-        parameters: Number of parameters; None before the first checkpoint.
+        parameters: Number of parameters in the newest checkpoint, which has only the trained parameters of a run with
+            `train.tune` "state" or "lora"; None before the first checkpoint.
         step: Number of finished steps that metrics.jsonl or a checkpoint records.
         steps: Number of steps of the whole run.
         loss: Newest training loss in nats per token.
@@ -132,6 +133,7 @@ def stored_parameters(checkpoint: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     path = checkpoint / "model.safetensors"
+    check_regular(path)
     try:
         with safe_open(path, framework="numpy") as tensors:
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

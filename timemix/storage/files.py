@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -153,15 +154,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
         AlreadyExists: The folder exists before or after the `with` block.
         CannotWrite: The disk is full or not writable.
     """
-    import psutil
-
     refuse_existing(folder)
-    for left in folder.parent.glob(f"{glob.escape(unfinished_name(folder, 0).name[:-1])}*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
+    _remove_of_dead_processes(folder.parent.glob(f"{glob.escape(unfinished_name(folder, 0).name[:-1])}*"))
     with atomic_folder(folder, replaces=False) as temporary:
         yield temporary
+
+
+def _remove_of_dead_processes(unfinished: Iterator[Path]) -> None:
+    """Remove temporary files and folders whose names end with the id of a process that does not exist."""
+    import psutil
+
+    for left in unfinished:
+        process = re.search(r"-(\d+)(\.[^.]*)?$", left.name)
+        if process and not psutil.pid_exists(int(process[1])):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def unfinished_name(folder: Path, process: int) -> Path:
@@ -227,13 +236,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     refuse_irregular(path)
     # A rename to the path of a link would replace the link.
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    with _unfinished_file(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _unfinished_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside a file. At the end of the `with` block, the temporary file is removed."""
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
-            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -241,6 +257,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Write a new file atomically, as `atomic_file` does, but never replace a file.
+
+    Temporary files of the same name that killed processes left are removed.
 
     Args:
         path: The file, which must not exist.
@@ -250,9 +268,17 @@ def new_file(path: Path) -> Iterator[Path]:
         CannotWrite: The disk is full or not writable.
     """
     refuse_existing(path, "file")
-    with atomic_file(path) as temporary:
+    _remove_of_dead_processes(path.parent.glob(f".{glob.escape(path.stem)}.partial-*{glob.escape(path.suffix)}"))
+    with _unfinished_file(path) as temporary:
         yield temporary
-        refuse_existing(path, "file")
+        _sync(temporary)
+        try:
+            # Unlike a rename, a new link never replaces the file of another process.
+            path.hardlink_to(temporary)
+        except OSError:
+            refuse_existing(path, "file")
+            # The file system has no hard links.
+            temporary.replace(path)
 
 
 def append(path: Path, raw: bytes) -> None:
@@ -312,7 +338,8 @@ def cannot_write(path: Path, error: OSError) -> str:
     """Return the message for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the device for {path}; free some space, or choose another place"
-    return f"cannot write {path}: {error.strerror or error}; check its permissions, or choose another place"
+    way = "choose a shorter name" if error.errno == errno.ENAMETOOLONG else "check its permissions"
+    return f"cannot write {path}: {error.strerror or error}; {way}, or choose another place"
 
 
 def _sync(path: Path) -> None:

@@ -64,7 +64,10 @@ class ZipEntries:
             raise self._damaged("two of its entries have one name")
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
-                raise self._damaged(f"its entry {entry.filename!r} is compressed or encrypted")
+                raise DamagedFile(
+                    f"{self.path} has compressed or encrypted entries, as files of TorchScript do; save the weights"
+                    " with torch.save(model.state_dict(), FILE)"
+                )
 
     def _damaged(self, reason: str) -> DamagedFile:
         return DamagedFile(f"{self.path} is damaged: {reason}; restore it from a copy")

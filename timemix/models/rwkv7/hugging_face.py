@@ -80,15 +80,18 @@ def from_hugging_face(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         Weights by their original names. The weights are views.
 
     Raises:
-        InvalidValue: A name is unknown.
+        InvalidValue: A name is unknown, or a weight has two names.
     """
     found: dict[str, Tensor] = {}
     for name, x in weights.items():
         stem, _, last = name.rpartition(".")
-        if last == "x_x" and x.shape[:1] == (len(_STACKED),):
-            found |= {_NAMES.ours(f"{stem}.{each}"): row for each, row in zip(_STACKED, x, strict=True)}
-        else:
-            found[_NAMES.ours(name)] = x
+        is_stack = last == "x_x" and x.shape[:1] == (len(_STACKED),)
+        rows = {f"{stem}.{each}": row for each, row in zip(_STACKED, x, strict=True)} if is_stack else {name: x}
+        for each, row in rows.items():
+            own = _NAMES.ours(each)
+            if own in found:
+                raise InvalidValue(f"{name!r} is a second name of a weight; keep only one of them")
+            found[own] = row
     return {name: _changed(name, x) for name, x in found.items()}
 
 
