@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_no_half_line_of_metrics(tmp_path, monkeypatch, full)
     trainer = small_trainer(tmp_path, full_disk=full)
     whole = small_trainer(tmp_path, name="whole", full_disk=full)
     whole.run()
-    path, open_file = trainer.metrics.path, Path.open
+    path, open_file = trainer.out / "metrics.jsonl", Path.open
 
     class Short:
         """A file on a disk with ten free bytes."""

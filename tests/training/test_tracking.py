@@ -155,7 +155,7 @@ def test_a_batch_that_cannot_be_saved_is_a_warning(tmp_path, monkeypatch, caplog
         elif progress.step == 60:
             trainer.model.head.weight.register_hook(lambda g: g * math.inf)
 
-    monkeypatch.setattr("timemix.training.trainer.write_bad_batch", fail)
+    monkeypatch.setattr("timemix.training.spikes.write_bad_batch", fail)
     trainer = small_trainer(tmp_path, steps=62, save_bad_batches=True)
     with contextlib.nullcontext() if what == "a spike" else pytest.raises(NotFinite, match="not finite at step 61"):
         trainer.run(spoil)

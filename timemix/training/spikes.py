@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from timemix.data.batches import Batches
 from timemix.data.shards import IGNORED
+from timemix.errors import CannotWrite
 from timemix.storage.files import write_text
 from timemix.tokenizers.base import Tokenizer
 
@@ -46,6 +49,38 @@ class SpikeWatch:
             seen + 1,
         )
         return f"the loss is {loss:.3f}, after {mean:.3f} ± {deviation:.3f} in the steps before" if spike else None
+
+
+class BadBatches:
+    """A folder of batches whose loss was a spike or not finite.
+
+    Args:
+        folder: The folder, which the first batch creates.
+        batches: Batches of the run.
+        tokenizer: Tokenizer of the run.
+        warn: Function that is called with a warning if a batch cannot be written.
+        is_on: Whether batches are written.
+    """
+
+    def __init__(
+        self, folder: Path, batches: Batches, tokenizer: Tokenizer, warn: Callable[[str], None], *, is_on: bool
+    ) -> None:
+        self._folder, self._batches, self._tokenizer, self._warn, self._is_on = folder, batches, tokenizer, warn, is_on
+
+    def keep(self, step: int, why: str) -> None:
+        """Write the batch of a step, unless this is off.
+
+        Args:
+            step: Number of the step, counted from 0.
+            why: The reason, such as "the loss is not finite".
+        """
+        if not self._is_on:
+            return
+        path = self._folder / f"step-{step + 1:08d}.json"
+        try:
+            write_bad_batch(path, step + 1, why, self._batches(step), self._tokenizer)
+        except CannotWrite as error:
+            self._warn(f"step {step + 1}: {error}; the batch is not saved")
 
 
 def write_bad_batch(

@@ -15,12 +15,12 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
-from timemix.errors import CannotWrite, DamagedFile, HookFailed, Interrupted
+from timemix.errors import DamagedFile, HookFailed, Interrupted
 from timemix.evaluation.documents import document_start
 from timemix.generation.sampler import Sampler
 from timemix.runs.folder import Progress, best_loss, last_good, newest, not_finite, prune
 from timemix.runs.load import Loaded
-from timemix.runs.metrics import Line, Metrics
+from timemix.runs.metrics import Line
 from timemix.runs.tuning import prepare
 from timemix.runtime.device import choose_device, choose_precision
 from timemix.runtime.distributed import ALONE, World, whole
@@ -29,17 +29,17 @@ from timemix.runtime.threads import share
 from timemix.storage.locks import FolderLock
 from timemix.training.batch_loss import BatchLoss
 from timemix.training.carried import check_documents
-from timemix.training.failures import Failures
 from timemix.training.feed import Feed
-from timemix.training.hooks import Hook, Hooks
+from timemix.training.hooks import Hook
 from timemix.training.interval import Interval
 from timemix.training.optim import begin_step, build_optimizers, learning_rate
 from timemix.training.parallel import check_shares, losses_reported, new_model, without_exchange
 from timemix.training.progress import Sample, TrainingProgress, Watch
+from timemix.training.recorder import Recorder
 from timemix.training.samples import check_prompts, cut_samples, whole_model, write_sample
 from timemix.training.saving import Checkpoints, restore_training, tensors_to_save
 from timemix.training.signals import STOP_SIGNALS, collected_signals
-from timemix.training.spikes import SpikeWatch, write_bad_batch
+from timemix.training.spikes import BadBatches, SpikeWatch
 from timemix.training.validation import Validation
 
 logger = logging.getLogger("timemix")
@@ -116,7 +116,6 @@ class Trainer:
             warn=self._warn,
         )
         self.optimizers = build_optimizers(self.model, train, self.precision, self.recipe)
-        self.metrics = Metrics(out / "metrics.jsonl")
         self.step = 0
         self.seconds = 0.0
         self.validation = Validation(
@@ -126,8 +125,9 @@ class Trainer:
         self._received: list[int] = []
         self._reasons_to_stop: list[float] = [0.0] * (len(STOP_SIGNALS) + 1)
         self._spikes = SpikeWatch(train.spike)
-        self._hooks = Hooks([], self._warn)
-        self._lines = Failures(f"{self.metrics.path}", self._warn)
+        is_kept = train.save_bad_batches and world.first
+        self._bad_batches = BadBatches(out / "bad-batches", self.batches, corpus.tokenizer, self._warn, is_on=is_kept)
+        self._recorder = Recorder(out / "metrics.jsonl", train, world, self._warn)
         self._checkpoints = Checkpoints(out, config, corpus.tokenizer, world, self._warn)
 
     @property
@@ -179,7 +179,7 @@ class Trainer:
 
     def tidy(self) -> None:
         """Remove metrics and samples after the current step, and old checkpoints that a killed process left behind."""
-        self.metrics.cut(self.step if self.step else -1)
+        self._recorder.metrics.cut(self.step if self.step else -1)
         cut_samples(self.out, self.step)
         if self.step:
             prune(self.out)
@@ -219,10 +219,10 @@ class Trainer:
         loss, *self._reasons_to_stop = self.world.sum(sum(piece_losses) / self.world.size, *self._reasons_here())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            self._keep_batch(self.step, f"the {what} is not finite")
+            self._bad_batches.keep(self.step, f"the {what} is not finite")
             raise not_finite(self.out, what, self.step + 1)
         if self.batch_loss.counted != 0 and (spike := self._spikes(loss)):
-            self._keep_batch(self.step, spike)
+            self._bad_batches.keep(self.step, spike)
             self._warn(f"step {self.step + 1}: {spike}")
         for optimizer in self.optimizers:
             optimizer.step()
@@ -231,20 +231,12 @@ class Trainer:
 
     def _reasons_here(self) -> list[float]:
         """Return flags (0 or 1) for reasons to stop in this process: each of STOP_SIGNALS, then failed hooks."""
-        hooks = self.config.train.hook_errors == "stop" and self._hooks.failure is not None
+        hooks = self._recorder.fatal is not None
         return [float(number in self._received) for number in STOP_SIGNALS] + [float(hooks)]
 
     def _warn(self, sentence: str) -> None:
         if self.world.first:
             logger.warning("%s", sentence)
-
-    def _keep_batch(self, step: int, why: str) -> None:
-        if self.config.train.save_bad_batches and self.world.first:
-            path = self.out / "bad-batches" / f"step-{step + 1:08d}.json"
-            try:
-                write_bad_batch(path, step + 1, why, self.batches(step), self.corpus.tokenizer)
-            except CannotWrite as error:
-                self._warn(f"step {step + 1}: {error}; the batch is not saved")
 
     def validate(self) -> float | None:
         """Return the loss on the whole held-out text in nats per token, or None without held-out text.
@@ -281,7 +273,7 @@ class Trainer:
 
         def write() -> tuple[Sample, ...]:
             samples = tuple(write_sample(loaded, self.step, start, sampler) for start in starts)
-            self._hooks.samples(samples)
+            self._recorder.samples(samples)
             return samples
 
         # The other processes wait without a time limit, because a hook may take long.
@@ -343,8 +335,7 @@ class Trainer:
             ProcessLost: Another process of this run has ended or does not answer.
         """
         self.world.first_does(self.lock.take)
-        # With `train.hook_errors` "stop", the error that ends the run names the hook, so no warning is needed.
-        self._hooks = Hooks(hooks, self._warn if self.config.train.hook_errors == "warn" else lambda sentence: None)
+        self._recorder.begin(hooks)
         try:
             with (
                 collected_signals(self._received, escalate=self.world.size == 1),
@@ -355,24 +346,24 @@ class Trainer:
                     self._run(watch, samples_at_end)
                     has_ended = True
                 finally:
-                    self._hooks.close(complete=has_ended)
+                    self._recorder.end_hooks(complete=has_ended)
                 self.world.first_does(self._refuse_failed_hooks)
         finally:
-            self._lines.close()
+            self._recorder.close()
             self._checkpoints.close()
             self.lock.release()
         return newest(self.out)
 
     def _refuse_failed_hooks(self) -> None:
         """Raise HookFailed if a hook failed after the last step and `train.hook_errors` is "stop"."""
-        if self.config.train.hook_errors == "stop" and self._hooks.failure is not None:
-            raise HookFailed(f"{self._hooks.failure}; the run in {self.out} is complete")
+        if self._recorder.fatal is not None:
+            raise HookFailed(f"{self._recorder.fatal}; the run in {self.out} is complete")
 
     def _run(self, watch: Watch, samples_at_end: bool) -> None:
         config = self.config.train
         (peak,) = self.world.sum(matrix_product_peak(self.precision, self.device))
         if self.step == 0:
-            self._record({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
+            self._recorder.record({"step": 0, "tokens": 0, "seconds": 0.0} | self._validated())
         self._interval.begin(self.step, self.seconds, peak)
         newest_loss = math.nan
         while not self.is_complete:
@@ -395,7 +386,9 @@ class Trainer:
                 lr = learning_rate(config, self.step - 1, self.recipe.warmup_floor)
                 line = self._interval.measure(self.step, self.seconds, lr, norm) | line
             if line:
-                self._record({"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line)
+                self._recorder.record(
+                    {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)} | line
+                )
             speed = self._interval.tokens_per_second or self.tokens_per_step / step_seconds
             is_due = config.sample_every > 0 and self.step % config.sample_every == 0
             self._show(watch, newest_loss, speed, self.sample() if is_due and not self.is_complete else ())
@@ -431,22 +424,6 @@ class Trainer:
             raise Interrupted(STOP_SIGNALS[first], saved)
 
         def fail() -> None:
-            raise HookFailed(f"{self._hooks.failure}; training stopped, as train.hook_errors is 'stop'; saved {saved}")
+            raise HookFailed(f"{self._recorder.fatal}; training stopped, as train.hook_errors is 'stop'; saved {saved}")
 
         self.world.first_does(fail)
-
-    def _record(self, line: Line) -> None:
-        """Write a line of metrics.jsonl, and call the hooks with this line. All processes must call this method."""
-        # The other processes wait without a time limit, because a hook may take long.
-        self.world.first_does(lambda: self._write(line))
-
-    def _write(self, line: Line) -> None:
-        try:
-            self.metrics.write(line)
-        except CannotWrite as error:
-            if self.config.train.full_disk == "stop":
-                raise
-            self._lines.failed(str(error), f"{error}; training continues and writes the missing lines later")
-        else:
-            self._lines.worked()
-        self._hooks(line)
