@@ -197,9 +197,11 @@ def test_the_state_counts_in_a_bounded_context(server):
     state = read(server, "a" * 8, model="bounded")["id"]
     body = {"model": "bounded", "state": state, "prompt": "a" * 5}
     answer = server.call("/v1/completions", body)
-    assert_refused(answer, 400, "prompt", "the state has 8, the prompt 5", "context_length_exceeded")
+    assert_refused(answer, 400, "prompt", "the state has 8 and the prompt has 5", "context_length_exceeded")
     answer = server.call("/v1/completions", body | {"prompt": "", "context": "error", "max_tokens": 5})
-    assert_refused(answer, 400, "prompt", "the state has 8, the prompt 0 and 5 new tokens", "context_length_exceeded")
+    assert_refused(
+        answer, 400, "prompt", "the state has 8 and the prompt has 0 and max_tokens is 5", "context_length_exceeded"
+    )
     long = body | {"context": "reanchor", "max_tokens": 30, "seed": 1}
     whole = server.complete(model="bounded", prompt="a" * 13, context="reanchor", max_tokens=30, seed=1)
     assert server.complete(**long)["usage"]["completion_tokens"] == 30
