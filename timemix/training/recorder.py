@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from timemix.config.run import TrainConfig
-from timemix.errors import CannotWrite
+from timemix.errors import CannotWrite, HookFailed
 from timemix.runs.metrics import Line, Metrics
 from timemix.runtime.distributed import World
 from timemix.training.failures import Failures
@@ -40,6 +40,22 @@ class Recorder:
     def fatal(self) -> str | None:
         """Message about a failed hook that must end the run (`train.hook_errors` "stop"), None without such a hook."""
         return self._hooks.failure if self._config.hook_errors == "stop" else None
+
+    def refuse_failed(self, state: str) -> None:
+        """Raise an error if a failed hook must end the run. All processes must call this method.
+
+        Args:
+            state: Clause about the run for the message, such as "the run in runs/mine is complete".
+
+        Raises:
+            HookFailed: A hook failed, and `train.hook_errors` is "stop".
+        """
+
+        def check() -> None:
+            if self.fatal is not None:
+                raise HookFailed(f"{self.fatal}; {state}")
+
+        self._world.first_does(check)
 
     def record(self, line: Line) -> None:
         """Write a line of metrics.jsonl, and call the hooks with this line. All processes must call this method.

@@ -15,7 +15,7 @@ from timemix.config.run import RunConfig
 from timemix.data.batches import Batches
 from timemix.data.corpus import Corpus
 from timemix.data.shards import mask_of
-from timemix.errors import DamagedFile, HookFailed, Interrupted
+from timemix.errors import DamagedFile, Interrupted
 from timemix.evaluation.documents import document_start
 from timemix.generation.sampler import Sampler
 from timemix.runs.folder import Progress, best_loss, last_good, newest, not_finite, prune
@@ -347,17 +347,12 @@ class Trainer:
                     has_ended = True
                 finally:
                     self._recorder.end_hooks(complete=has_ended)
-                self.world.first_does(self._refuse_failed_hooks)
+                self._recorder.refuse_failed(f"the run in {self.out} is complete")
         finally:
             self._recorder.close()
             self._checkpoints.close()
             self.lock.release()
         return newest(self.out)
-
-    def _refuse_failed_hooks(self) -> None:
-        """Raise HookFailed if a hook failed after the last step and `train.hook_errors` is "stop"."""
-        if self._recorder.fatal is not None:
-            raise HookFailed(f"{self._recorder.fatal}; the run in {self.out} is complete")
 
     def _run(self, watch: Watch, samples_at_end: bool) -> None:
         config = self.config.train
@@ -422,8 +417,4 @@ class Trainer:
         first = reasons.index(max(reasons))
         if first < len(STOP_SIGNALS):
             raise Interrupted(STOP_SIGNALS[first], saved)
-
-        def fail() -> None:
-            raise HookFailed(f"{self._recorder.fatal}; training stopped, as train.hook_errors is 'stop'; saved {saved}")
-
-        self.world.first_does(fail)
+        self._recorder.refuse_failed(f"training stopped, as train.hook_errors is 'stop'; saved {saved}")
